@@ -1,0 +1,121 @@
+"""What dvc.yaml declares and dvc.lock recorded, read without importing DVC (it costs seconds)."""
+
+import hashlib
+import json
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+from capas.errors import CapasError
+from capas.params import select
+
+_LOADER = getattr(yaml, "CSafeLoader", yaml.SafeLoader)
+
+
+def read_yaml(path: Path) -> dict[str, Any]:
+    """A YAML mapping; an empty file is an empty mapping.
+
+    Raises:
+        CapasError: the file is missing, is not YAML, or is not a mapping.
+    """
+    try:
+        content = yaml.load(path.read_text(encoding="utf-8"), _LOADER)
+    except FileNotFoundError:
+        raise CapasError(f"{path} is missing; run `dvc repro` in the repository's top folder") from None
+    except yaml.YAMLError as error:
+        raise CapasError(f"{path} is not valid YAML: {error}") from None
+    if content is not None and not isinstance(content, dict):
+        raise CapasError(f"{path} must hold a mapping, not {type(content).__name__}")
+    return content or {}
+
+
+@dataclass(frozen=True)
+class StageSpec:
+    """One stage of dvc.yaml. `params` maps a params file to the dotted keys that are declared."""
+
+    name: str
+    cmd: str
+    deps: tuple[str, ...]
+    outs: tuple[str, ...]
+    params: dict[str, list[str]]
+
+    @classmethod
+    def read(cls, name: str, root: Path) -> "StageSpec":
+        """Raises CapasError where dvc.yaml has no such stage."""
+        stages = read_yaml(root / "dvc.yaml")["stages"]
+        if name not in stages:
+            raise CapasError(f"dvc.yaml has no stage '{name}'; it has: {', '.join(stages)}")
+        entry = stages[name]
+        outs = [out for kind in ("outs", "metrics", "plots") for out in entry.get(kind, [])]
+        return cls(
+            name=name,
+            cmd=entry["cmd"],
+            deps=tuple(entry.get("deps", [])),
+            outs=tuple(out if isinstance(out, str) else next(iter(out)) for out in outs),
+            params=_declared_params(entry.get("params", [])),
+        )
+
+    def values(self, root: Path) -> dict[str, dict[str, Any]]:
+        """{params file: declared values, nested} as they stand now."""
+        return {
+            file: select(read_yaml(root / file), keys, file) for file, keys in self.params.items()
+        }
+
+
+def _declared_params(entries: list[Any]) -> dict[str, list[str]]:
+    declared: dict[str, list[str]] = {}
+    for entry in entries:
+        for file, keys in (entry if isinstance(entry, dict) else {"params.yaml": [entry]}).items():
+            declared.setdefault(file, []).extend(keys)
+    return declared
+
+
+def recorded(root: Path) -> dict[str, Any]:
+    """The stages of dvc.lock; none where nothing ran yet."""
+    lock = root / "dvc.lock"
+    stages: dict[str, Any] = read_yaml(lock).get("stages", {}) if lock.exists() else {}
+    return stages
+
+
+def input_key(spec: StageSpec, root: Path) -> str:
+    """Identity of a stage's inputs, known before it runs: command, params, content hash of each dep.
+
+    Equal to `recorded_key` of the stage's dvc.lock entry once DVC has recorded it. Outputs of other
+    stages are not hashed again: DVC has just recorded their md5.
+
+    Raises:
+        CapasError: a dep that is a folder is not recorded, because the stage was run out of order.
+    """
+    known = {out["path"]: out["md5"] for entry in recorded(root).values() for out in entry.get("outs", [])}
+    deps = {dep: known[dep] if dep in known else _md5(root / dep) for dep in spec.deps}
+    params = {file: _leaves(values, spec.params[file]) for file, values in spec.values(root).items()}
+    return _digest(spec.cmd, params, deps)
+
+
+def recorded_key(entry: dict[str, Any]) -> str:
+    """The same identity, from a stage's entry in dvc.lock."""
+    deps = {dep["path"]: dep["md5"] for dep in entry.get("deps", [])}
+    return _digest(entry["cmd"], entry.get("params", {}), deps)
+
+
+def _leaves(values: dict[str, Any], keys: list[str]) -> dict[str, Any]:
+    """{'trainer.seed': 0}: keyed as dvc.lock keys them."""
+    leaves = {}
+    for dotted in keys:
+        node: Any = values
+        for part in dotted.split("."):
+            node = node[part]
+        leaves[dotted] = node
+    return leaves
+
+
+def _md5(path: Path) -> str:
+    if path.is_file():
+        return hashlib.md5(path.read_bytes(), usedforsecurity=False).hexdigest()
+    raise CapasError(f"{path} is not in dvc.lock: an earlier stage has not run; run `dvc repro`")
+
+
+def _digest(*parts: Any) -> str:
+    return hashlib.sha256(json.dumps(parts, sort_keys=True).encode()).hexdigest()[:16]

@@ -1,0 +1,240 @@
+"""What every stage is run with. It never changes what a stage computes.
+
+- A stage sees the params that dvc.yaml declares for it and no others.
+- Outputs are written aside and moved into place at the end: a killed stage leaves nothing half-written.
+- One process per stage and workspace: a stage that outlived a killed `dvc` cannot race its successor.
+- DVC hashes deps and params after the command ran. A stage whose inputs were edited meanwhile fails,
+  so that DVC does not record the old result under the new inputs.
+- The installed packages must be those that environment.yaml records for the stage.
+"""
+
+import errno
+import fcntl
+import hashlib
+import json
+import logging
+import os
+import resource
+import shutil
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
+from typing import Any
+
+from capas.dag import StageSpec, input_key, read_yaml
+from capas.errors import CapasError
+from capas.params import Params, select
+
+log = logging.getLogger("capas")
+PARAMS, ENVIRONMENT = "params.yaml", "environment.yaml"
+_HASHED_BYTES = 2**20  # larger inputs are compared by size and mtime: hashing 16 GB twice is not plumbing
+
+
+class Stage:
+    """The files of one run of a stage; paths are relative to `root`, the repository."""
+
+    def __init__(self, spec: StageSpec, root: Path, aside: Path | None = None) -> None:
+        self.spec, self.root, self._aside = spec, root, aside
+        self._pending: dict[Path, Path] = {}
+
+    @property
+    def name(self) -> str:
+        return self.spec.name
+
+    def dep(self, path: str) -> Path:
+        """The declared dependency `path`.
+
+        Raises:
+            CapasError: dvc.yaml does not declare it, or it is missing.
+        """
+        self._check_declared(path, self.spec.deps, "dep")
+        found = self.root / path
+        if not found.exists():
+            raise CapasError(f"{path} is missing; the stage that makes it has not run: `dvc repro`")
+        return found
+
+    def out(self, path: str) -> Path:
+        """Where to write the declared output `path`; moved there when the stage succeeds.
+
+        The parent folder exists. The path itself does not.
+        """
+        self._check_declared(path, self.spec.outs, "output")
+        final = (self._aside or self.root) / path
+        partial = final.with_name(f".{final.name}.partial")
+        if partial not in self._pending:
+            partial.parent.mkdir(parents=True, exist_ok=True)
+            _remove(partial)
+            self._pending[partial] = final
+        return partial
+
+    def key(self) -> str:
+        """Identity of this stage's inputs: see `capas.dag.input_key`."""
+        return input_key(self.spec, self.root)
+
+    def checkpoints(self) -> Path:
+        """A folder outside DVC for exactly these inputs: an interrupted run resumes, a changed one cannot."""
+        folder = (self._aside or self.root / ".dvc/tmp") / "checkpoints" / f"{self.name}-{self.key()}"
+        folder.mkdir(parents=True, exist_ok=True)
+        return folder
+
+    def finish(self) -> None:
+        """Move all outputs into place.
+
+        Raises:
+            CapasError: an output that dvc.yaml declares was not written.
+        """
+        finals = {final for partial, final in self._pending.items() if partial.exists()}
+        missing = [out for out in self.spec.outs if (self._aside or self.root) / out not in finals]
+        if missing:
+            raise CapasError(f"the stage '{self.name}' did not write {', '.join(missing)}")
+        for partial, final in self._pending.items():
+            _remove(final)
+            partial.rename(final)
+
+    def _check_declared(self, path: str, declared: tuple[str, ...], kind: str) -> None:
+        if path not in declared:
+            raise CapasError(f"{path} is not declared as {kind} of the stage '{self.name}' in dvc.yaml")
+
+
+def run(name: str, main: Callable[[Params, Stage], None]) -> None:
+    """Run `main` as the DVC stage `name` in the current folder; exit 1 with a message on a user's error.
+
+    Arguments on the command line are Hydra overrides (`trainer.max_steps=5`): the stage then runs for
+    debugging, on DVC's inputs, and writes to .dvc/tmp/debug/ and nowhere else.
+    """
+    logging.basicConfig(format=f"{name}: %(message)s", stream=sys.stderr)
+    log.setLevel(logging.INFO)
+    try:
+        _run(name, main, sys.argv[1:])
+    except CapasError as error:
+        sys.exit(f"{name}: {error}")
+    except OSError as error:
+        if error.errno not in (errno.ENOSPC, errno.EDQUOT, errno.EACCES, errno.EPERM, errno.EROFS):
+            raise
+        where = f" ({error.filename})" if error.filename else ""
+        sys.exit(f"{name}: {error.strerror}{where}. Nothing was recorded; mend it and run `dvc repro` again.")
+
+
+def _run(name: str, main: Callable[[Params, Stage], None], overrides: list[str]) -> None:
+    root = Path.cwd()
+    spec = StageSpec.read(name, root)
+    with _only_one(name, root):
+        _check_environment(spec, root)
+        before = _state(spec, root)
+        aside = root / ".dvc/tmp/debug" / name if overrides else None
+        stage = Stage(spec, root, aside)
+        started = time.perf_counter()
+        main(Params(_overridden(spec, root, overrides)), stage)
+        seconds = time.perf_counter() - started
+        _check_unchanged(before, _state(spec, root))
+        stage.finish()
+        if aside:
+            log.info("debug run: the result is in %s; nothing that DVC tracks was written", aside.relative_to(root))
+        else:
+            _write_timing(name, root, seconds)
+
+
+def _overridden(spec: StageSpec, root: Path, overrides: list[str]) -> dict[str, Any]:
+    """The declared values of params.yaml, or those that conf/ composes to with Hydra overrides."""
+    keys = spec.params.get(PARAMS, [])
+    if not overrides:
+        return select(read_yaml(root / PARAMS), keys) if keys else {}
+    command = [sys.executable, "stages/compose_params.py", "--print", *overrides]
+    composed = subprocess.run(command, cwd=root, stdout=subprocess.PIPE, text=True, check=False)
+    if composed.returncode:
+        raise CapasError("the overrides do not compose")
+    return select(json.loads(composed.stdout), keys)
+
+
+@contextmanager
+def _only_one(name: str, root: Path) -> Iterator[None]:
+    folder = root / ".dvc/tmp"
+    folder.mkdir(parents=True, exist_ok=True)
+    with (folder / f"stage-{name}.lock").open("a+") as lock:
+        try:
+            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            lock.seek(0)
+            raise CapasError(
+                f"already running in this workspace (pid {lock.read().strip()}): it outlived its `dvc`. "
+                "Wait for it or stop it, then run `dvc repro` again."
+            ) from None
+        lock.truncate(0)
+        lock.write(str(os.getpid()))
+        lock.flush()
+        yield
+
+
+def _check_environment(spec: StageSpec, root: Path) -> None:
+    if ENVIRONMENT not in spec.params:
+        return
+    wanted = select(read_yaml(root / ENVIRONMENT), spec.params[ENVIRONMENT], ENVIRONMENT)
+    wrong = [
+        f"{package} {_installed(package) or 'is not installed'}, recorded {expected}"
+        for package, expected in wanted.items()
+        if _installed(package) != expected
+    ]
+    if wrong:
+        raise CapasError(
+            f"the installed packages are not those of {ENVIRONMENT}: {'; '.join(wrong)}.\n"
+            "Install the recorded ones: pip install -r requirements.lock. To keep yours, pin them in "
+            "requirements.lock and run `dvc repro`: it reruns the stages they touch."
+        )
+
+
+def _installed(package: str) -> str | None:
+    try:
+        return version(package).split("+")[0]  # a local suffix (+cpu, +cu128) names a build, not a version
+    except PackageNotFoundError:
+        return None
+
+
+def _state(spec: StageSpec, root: Path) -> dict[str, Any]:
+    """A cheap fingerprint of all that DVC hashes for this stage once it ran."""
+    state: dict[str, Any] = {f"the params in {f}": values for f, values in spec.values(root).items()}
+    for dep in spec.deps:
+        path = root / dep
+        for file in sorted(path.rglob("*")) if path.is_dir() else [path]:
+            if file.is_file():
+                state[str(file.relative_to(root))] = _fingerprint(file)
+    return state
+
+
+def _fingerprint(file: Path) -> Any:
+    stat = file.stat()
+    if stat.st_size > _HASHED_BYTES:
+        return stat.st_size, stat.st_mtime_ns
+    return hashlib.sha256(file.read_bytes()).hexdigest()
+
+
+def _check_unchanged(before: dict[str, Any], after: dict[str, Any]) -> None:
+    changed = [name for name in {**before, **after} if before.get(name) != after.get(name)]
+    if changed:
+        raise CapasError(
+            f"changed while the stage was running: {', '.join(changed)}.\nDVC would record this result "
+            "under the new inputs, so it is not recorded. Run `dvc repro` again."
+        )
+
+
+def _write_timing(name: str, root: Path, seconds: float) -> None:
+    """Seconds and peak memory vary from run to run: they are no output of the stage."""
+    kib = 1024 if sys.platform != "darwin" else 1  # ru_maxrss is KiB on Linux and bytes on macOS
+    facts = {
+        "seconds": round(seconds, 2),
+        "cpu_seconds": round(time.process_time(), 2),
+        "peak_memory_bytes": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * kib,
+    }
+    folder = root / "reports/timings"
+    folder.mkdir(parents=True, exist_ok=True)
+    (folder / f"{name}.json").write_text(json.dumps(facts) + "\n")
+
+
+def _remove(path: Path) -> None:
+    if path.is_dir() and not path.is_symlink():
+        shutil.rmtree(path)
+    else:
+        path.unlink(missing_ok=True)
