@@ -23,7 +23,9 @@ def read_yaml(path: Path) -> dict[str, Any]:
     try:
         content = yaml.load(path.read_text(encoding="utf-8"), _LOADER)
     except FileNotFoundError:
-        raise CapasError(f"{path} is missing; run `dvc repro` in the repository's top folder") from None
+        raise CapasError(
+            f"{path} is missing; run `dvc repro` in the repository's top folder"
+        ) from None
     except yaml.YAMLError as error:
         raise CapasError(f"{path} is not valid YAML: {error}") from None
     if content is not None and not isinstance(content, dict):
@@ -60,7 +62,8 @@ class StageSpec:
     def values(self, root: Path) -> dict[str, dict[str, Any]]:
         """{params file: declared values, nested} as they stand now."""
         return {
-            file: select(read_yaml(root / file), keys, file) for file, keys in self.params.items()
+            file: select(read_yaml(root / file), keys, file) if keys else read_yaml(root / file)
+            for file, keys in self.params.items()
         }
 
 
@@ -68,7 +71,7 @@ def _declared_params(entries: list[Any]) -> dict[str, list[str]]:
     declared: dict[str, list[str]] = {}
     for entry in entries:
         for file, keys in (entry if isinstance(entry, dict) else {"params.yaml": [entry]}).items():
-            declared.setdefault(file, []).extend(keys)
+            declared.setdefault(file, []).extend(keys or [])  # no keys: the whole file
     return declared
 
 
@@ -88,9 +91,15 @@ def input_key(spec: StageSpec, root: Path) -> str:
     Raises:
         CapasError: a dep that is a folder is not recorded, because the stage was run out of order.
     """
-    known = {out["path"]: out["md5"] for entry in recorded(root).values() for out in entry.get("outs", [])}
+    known = {
+        out["path"]: out["md5"]
+        for entry in recorded(root).values()
+        for out in entry.get("outs", [])
+    }
     deps = {dep: known[dep] if dep in known else _md5(root / dep) for dep in spec.deps}
-    params = {file: _leaves(values, spec.params[file]) for file, values in spec.values(root).items()}
+    params = {
+        file: _leaves(values, spec.params[file]) for file, values in spec.values(root).items()
+    }
     return _digest(spec.cmd, params, deps)
 
 
@@ -102,7 +111,7 @@ def recorded_key(entry: dict[str, Any]) -> str:
 
 def _leaves(values: dict[str, Any], keys: list[str]) -> dict[str, Any]:
     """{'trainer.seed': 0}: keyed as dvc.lock keys them."""
-    leaves = {}
+    leaves = {} if keys else dict(values)
     for dotted in keys:
         node: Any = values
         for part in dotted.split("."):

@@ -31,7 +31,9 @@ from capas.params import Params, select
 
 log = logging.getLogger("capas")
 PARAMS, ENVIRONMENT = "params.yaml", "environment.yaml"
-_HASHED_BYTES = 2**20  # larger inputs are compared by size and mtime: hashing 16 GB twice is not plumbing
+_HASHED_BYTES = (
+    2**20
+)  # larger inputs are compared by size and mtime: hashing 16 GB twice is not plumbing
 
 
 class Stage:
@@ -77,7 +79,9 @@ class Stage:
 
     def checkpoints(self) -> Path:
         """A folder outside DVC for exactly these inputs: an interrupted run resumes, a changed one cannot."""
-        folder = (self._aside or self.root / ".dvc/tmp") / "checkpoints" / f"{self.name}-{self.key()}"
+        folder = (
+            (self._aside or self.root / ".dvc/tmp") / "checkpoints" / f"{self.name}-{self.key()}"
+        )
         folder.mkdir(parents=True, exist_ok=True)
         return folder
 
@@ -97,7 +101,9 @@ class Stage:
 
     def _check_declared(self, path: str, declared: tuple[str, ...], kind: str) -> None:
         if path not in declared:
-            raise CapasError(f"{path} is not declared as {kind} of the stage '{self.name}' in dvc.yaml")
+            raise CapasError(
+                f"{path} is not declared as {kind} of the stage '{self.name}' in dvc.yaml"
+            )
 
 
 def run(name: str, main: Callable[[Params, Stage], None]) -> None:
@@ -116,7 +122,9 @@ def run(name: str, main: Callable[[Params, Stage], None]) -> None:
         if error.errno not in (errno.ENOSPC, errno.EDQUOT, errno.EACCES, errno.EPERM, errno.EROFS):
             raise
         where = f" ({error.filename})" if error.filename else ""
-        sys.exit(f"{name}: {error.strerror}{where}. Nothing was recorded; mend it and run `dvc repro` again.")
+        sys.exit(
+            f"{name}: {error.strerror}{where}. Nothing was recorded; mend it and run `dvc repro` again."
+        )
 
 
 def _run(name: str, main: Callable[[Params, Stage], None], overrides: list[str]) -> None:
@@ -133,7 +141,10 @@ def _run(name: str, main: Callable[[Params, Stage], None], overrides: list[str])
         _check_unchanged(before, _state(spec, root))
         stage.finish()
         if aside:
-            log.info("debug run: the result is in %s; nothing that DVC tracks was written", aside.relative_to(root))
+            log.info(
+                "debug run: the result is in %s; nothing that DVC tracks was written",
+                aside.relative_to(root),
+            )
         else:
             _write_timing(name, root, seconds)
 
@@ -172,7 +183,7 @@ def _only_one(name: str, root: Path) -> Iterator[None]:
 def _check_environment(spec: StageSpec, root: Path) -> None:
     if ENVIRONMENT not in spec.params:
         return
-    wanted = select(read_yaml(root / ENVIRONMENT), spec.params[ENVIRONMENT], ENVIRONMENT)
+    wanted = spec.values(root)[ENVIRONMENT]
     wrong = [
         f"{package} {_installed(package) or 'is not installed'}, recorded {expected}"
         for package, expected in wanted.items()
@@ -188,14 +199,18 @@ def _check_environment(spec: StageSpec, root: Path) -> None:
 
 def _installed(package: str) -> str | None:
     try:
-        return version(package).split("+")[0]  # a local suffix (+cpu, +cu128) names a build, not a version
+        return version(package).split("+")[
+            0
+        ]  # a local suffix (+cpu, +cu128) names a build, not a version
     except PackageNotFoundError:
         return None
 
 
 def _state(spec: StageSpec, root: Path) -> dict[str, Any]:
     """A cheap fingerprint of all that DVC hashes for this stage once it ran."""
-    state: dict[str, Any] = {f"the params in {f}": values for f, values in spec.values(root).items()}
+    state: dict[str, Any] = {
+        f"the params in {f}": values for f, values in spec.values(root).items()
+    }
     for dep in spec.deps:
         path = root / dep
         for file in sorted(path.rglob("*")) if path.is_dir() else [path]:

@@ -1,0 +1,371 @@
+"""The schema of params.yaml: every key, its type and range, and the rules between keys.
+
+Imported by compose alone, so that a new key reruns no stage but those that declare it. There are no
+defaults here: values live in conf/ only. One class per group; the class, the folder in conf/ and the
+key in params.yaml have the same name.
+"""
+
+import difflib
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from typing import Annotated, Any, Literal
+
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
+
+from capas.errors import CapasError
+from capas.params import flatten
+
+Count = Annotated[int, Field(gt=0)]
+Fraction = Annotated[float, Field(ge=0, le=1)]
+Seed = Annotated[int, Field(ge=0, lt=2**32)]
+
+
+class Group(BaseModel):
+    """A group of conf/. `preset` is the stem of the chosen file, so that a choice can be read back."""
+
+    model_config = ConfigDict(extra="forbid", strict=True, protected_namespaces=())
+
+    preset: str
+
+
+class Hardware(Group):
+    device: Literal["cpu", "cuda"]
+    num_threads: Count
+    instruction_set: Literal["default", "avx2", "avx512"]
+    allow_tf32: bool
+    cudnn_deterministic: bool
+    cudnn_benchmark: bool
+
+
+class Model(Group):
+    """`AutoModelForCausalLM.from_pretrained`; `licence` is capas' own."""
+
+    model_name_or_path: Annotated[str, Field(min_length=1)]
+    revision: str | None
+    dtype: Literal["float32", "bfloat16", "float16"]
+    attn_implementation: Literal["eager", "sdpa", "flash_attention_2"]
+    trust_remote_code: bool
+    licence: str
+
+
+class Dataset(Group):
+    """`datasets.load_dataset`; the rest says how records are made, measured and refused."""
+
+    path: Annotated[str, Field(min_length=1)]
+    name: str | None
+    revision: str | None
+    split: str | None
+    data_files: str | list[str] | dict[str, str] | None
+    seed: Seed
+    num_train: Count
+    num_validation: Count
+    num_test_per_kind: Count
+    max_length: Annotated[int, Field(ge=8)]
+    overflow: Literal["error", "drop", "truncate"]
+    overflow_budget_fraction: Fraction
+    licence: str
+
+
+class ChatTemplate(Group):
+    path: Annotated[str, Field(min_length=1)]
+    train_on: Literal["assistant", "last_assistant", "all"]
+    system: Literal["template", "fold", "error"]
+    date_string: str
+
+
+class Quantization(Group):
+    """`transformers.BitsAndBytesConfig`."""
+
+    load_in_4bit: bool
+    load_in_8bit: bool
+    bnb_4bit_quant_type: Literal["nf4", "fp4"]
+    bnb_4bit_compute_dtype: Literal["float32", "bfloat16", "float16"]
+    bnb_4bit_use_double_quant: bool
+
+
+class Lora(Group):
+    """`peft.LoraConfig`."""
+
+    r: Count
+    lora_alpha: Annotated[float, Field(gt=0)] | Count
+    lora_dropout: Annotated[float, Field(ge=0, lt=1)]
+    target_modules: str | Annotated[list[str], Field(min_length=1)]
+    bias: Literal["none", "all", "lora_only"]
+    use_rslora: bool
+    use_dora: bool
+
+
+class Trainer(Group):
+    """`transformers.TrainingArguments`."""
+
+    learning_rate: Annotated[float, Field(gt=0, lt=1)]
+    lr_scheduler_type: Literal[
+        "linear", "cosine", "cosine_with_restarts", "polynomial", "constant",
+        "constant_with_warmup", "inverse_sqrt", "cosine_with_min_lr", "warmup_stable_decay",
+    ]  # fmt: skip
+    lr_scheduler_kwargs: dict[str, Any]
+    warmup_steps: Annotated[float, Field(ge=0)]
+    num_train_epochs: Annotated[float, Field(gt=0)]
+    max_steps: Annotated[int, Field(ge=-1)]
+    per_device_train_batch_size: Count
+    per_device_eval_batch_size: Count
+    gradient_accumulation_steps: Count
+    train_sampling_strategy: Literal["random", "sequential", "group_by_length"]
+    weight_decay: Annotated[float, Field(ge=0)]
+    max_grad_norm: Annotated[float, Field(ge=0)]
+    optim: Literal[
+        "adamw_torch", "adamw_torch_fused", "sgd", "adagrad", "rmsprop", "adafactor",
+        "adamw_8bit", "paged_adamw_8bit", "paged_adamw_32bit", "adamw_bnb_8bit",
+    ]  # fmt: skip
+    adam_beta1: Annotated[float, Field(ge=0, lt=1)]
+    adam_beta2: Annotated[float, Field(ge=0, lt=1)]
+    adam_epsilon: Annotated[float, Field(gt=0)]
+    bf16: bool
+    fp16: bool
+    gradient_checkpointing: bool
+    logging_steps: Count
+    eval_steps: Count
+    save_steps: Count
+    save_total_limit: Count
+    seed: Seed
+    data_seed: Seed
+    full_determinism: bool
+
+
+class Evaluation(Group):
+    metrics: list[Literal["exact_match", "valid_json"]]
+    max_records: Count | None
+    batch_size: Count
+    max_new_tokens: Count
+    bootstrap_resamples: Annotated[int, Field(ge=100)]
+    confidence_fraction: Annotated[float, Field(gt=0.5, lt=1)]
+    seed: Seed
+
+
+class Decoding(BaseModel):
+    """Keys of `transformers.GenerationConfig`, all but the first optional: None stands for not given."""
+
+    model_config = ConfigDict(extra="forbid", strict=True)
+
+    do_sample: bool
+    temperature: Annotated[float, Field(gt=0)] | None = None
+    top_k: Annotated[int, Field(ge=0)] | None = None
+    top_p: Annotated[float, Field(gt=0, le=1)] | None = None
+    min_p: Fraction | None = None
+    typical_p: Annotated[float, Field(gt=0, le=1)] | None = None
+    repetition_penalty: Annotated[float, Field(gt=0)] | None = None
+
+    @model_validator(mode="after")
+    def _greedy_has_no_sampling_keys(self) -> "Decoding":
+        useless = self.model_fields_set - {"do_sample", "repetition_penalty"}
+        if not self.do_sample and useless:
+            raise ValueError(f"{', '.join(sorted(useless))} only where do_sample is true")
+        return self
+
+
+class Generation(Group):
+    prompts: str | Annotated[list[str], Field(min_length=1)] | None
+    system: str | None
+    num_prompts: Count
+    num_return_sequences: Count
+    max_new_tokens: Count
+    seed: Seed
+    wrong_chat_template: str | None
+    settings: Annotated[dict[str, Decoding], Field(min_length=1)]
+
+
+class Tracking(Group):
+    enabled: bool
+    experiment_name: Annotated[str, Field(min_length=1)]
+
+
+class Experiment(Group):
+    """An overlay over several groups; it has no values of its own."""
+
+
+class Config(BaseModel):
+    """params.yaml as a whole."""
+
+    model_config = ConfigDict(extra="forbid", strict=True)
+
+    hardware: Hardware
+    model: Model
+    dataset: Dataset
+    chat_template: ChatTemplate
+    quantization: Quantization
+    lora: Lora
+    trainer: Trainer
+    evaluation: Evaluation
+    generation: Generation
+    tracking: Tracking
+    experiment: Experiment
+    seed: Seed
+
+
+GROUPS: dict[str, type[Group]] = {
+    name: field.annotation
+    for name, field in Config.model_fields.items()
+    if isinstance(field.annotation, type) and issubclass(field.annotation, Group)
+}
+
+
+@dataclass(frozen=True)
+class Rule:
+    """A condition between keys, tried once each of its keys is valid by itself."""
+
+    keys: tuple[str, ...]
+    holds: Callable[..., bool]
+    expected: str
+
+
+RULES = (
+    Rule(
+        ("quantization.load_in_4bit", "quantization.load_in_8bit"),
+        lambda four, eight: not (four and eight),
+        "one of the two at most: choose quantization=nf4, fp4, int8 or none",
+    ),
+    Rule(
+        ("trainer.bf16", "trainer.fp16"),
+        lambda bf16, fp16: not (bf16 and fp16),
+        "one of the two at most",
+    ),
+    Rule(
+        ("trainer.fp16", "hardware.device"),
+        lambda fp16, device: not fp16 or device == "cuda",
+        "fp16 training needs a GPU: hardware=gpu, or trainer.fp16=false (bf16 works on a CPU)",
+    ),
+    Rule(
+        ("trainer.fp16", "model.dtype"),
+        lambda fp16, dtype: not fp16 or dtype == "float32",
+        "fp16 training scales gradients of float32 weights: model.dtype=float32",
+    ),
+    Rule(
+        ("trainer.optim", "hardware.device"),
+        lambda optim, device: not optim.startswith("paged_") or device == "cuda",
+        "a paged optimizer needs a GPU's unified memory: trainer.optim=adamw_torch, or hardware=gpu",
+    ),
+    Rule(
+        ("model.attn_implementation", "hardware.device"),
+        lambda attention, device: attention != "flash_attention_2" or device == "cuda",
+        "flash_attention_2 needs a GPU: model.attn_implementation=sdpa, or hardware=gpu",
+    ),
+    Rule(
+        ("model.attn_implementation", "model.dtype"),
+        lambda attention, dtype: attention != "flash_attention_2" or dtype != "float32",
+        "flash_attention_2 computes in bfloat16 or float16: set model.dtype",
+    ),
+    Rule(
+        ("hardware.allow_tf32", "hardware.device"),
+        lambda tf32, device: not tf32 or device == "cuda",
+        "TF32 is a GPU's format: false on a CPU",
+    ),
+    Rule(
+        ("hardware.instruction_set", "hardware.device"),
+        lambda instruction_set, device: instruction_set == "default" or device == "cpu",
+        "default where the device is not a CPU",
+    ),
+    Rule(("trainer.max_steps",), lambda steps: steps != 0, "-1 (epochs decide) or at least 1"),
+    Rule(
+        ("trainer.warmup_steps",),
+        lambda steps: steps < 1 or float(steps).is_integer(),
+        "a fraction below 1, or a whole number of steps",
+    ),
+    Rule(
+        ("dataset.overflow", "dataset.overflow_budget_fraction"),
+        lambda overflow, budget: overflow != "error" or budget == 0,
+        "overflow: error allows no record to be too long: a budget of 0.0, or overflow=drop or truncate",
+    ),
+)
+
+
+def validate(values: dict[str, Any]) -> None:
+    """Check everything that conf/ composed to.
+
+    Raises:
+        CapasError: all problems at once, one a line: dotted key, value, what is expected, nearest key.
+    """
+    problems: dict[str, str] = {}
+    for key, text, message in _field_problems(values):
+        problems[key] = f"{problems[key]} or {message}" if key in problems else text
+    for rule in RULES:
+        found = [_lookup(values, key) for key in rule.keys]
+        clean = not any(p == k or p.startswith(k + ".") for p in problems for k in rule.keys)
+        if clean and all(f is not _ABSENT for f in found) and not rule.holds(*found):
+            given = ", ".join(f"{k}={_show(f)}" for k, f in zip(rule.keys, found, strict=True))
+            problems[" + ".join(rule.keys)] = f"{given}: expected {rule.expected}"
+    if problems:
+        lines = "\n".join(f"  {text}" for text in problems.values())
+        raise CapasError(f"conf/ has {len(problems)} problem(s); no stage was run:\n{lines}")
+
+
+def _field_problems(values: dict[str, Any]) -> Iterator[tuple[str, str, str]]:
+    """(key, the whole sentence, pydantic's part of it); a union yields one for each of its members."""
+    try:
+        Config.model_validate(values)
+    except ValidationError as error:
+        for item in error.errors():
+            key = _dotted(item["loc"], values)
+            message = item["msg"].removeprefix("Value error, ")
+            yield (
+                key,
+                _explain(key, item["type"], message, item["input"]),
+                message[0].lower() + message[1:],
+            )
+
+
+def _dotted(location: tuple[int | str, ...], values: dict[str, Any]) -> str:
+    """The key in params.yaml; pydantic adds the names of union members to a location."""
+    parts: list[str] = []
+    node: Any = values
+    for part in location:
+        inside = isinstance(node, dict) and part in node
+        inside = inside or (isinstance(node, list) and isinstance(part, int))
+        if inside or not parts or isinstance(node, dict):
+            parts.append(str(part))
+            node = node[part] if inside else None
+    return ".".join(parts)
+
+
+def _explain(key: str, kind: str, message: str, value: Any) -> str:
+    if kind == "missing":
+        return f"{key}: is missing; every option of a group must set it"
+    if kind == "extra_forbidden":
+        return f"{key}={_show(value)}: no such key{_nearest(key)}"
+    return f"{key}={_show(value)}: {message[0].lower()}{message[1:]}"
+
+
+def _nearest(key: str) -> str:
+    close = difflib.get_close_matches(key, known_keys(), n=1, cutoff=0.6)
+    return f"; did you mean {close[0]}?" if close else ""
+
+
+def known_keys() -> list[str]:
+    """All dotted keys of the schema, groups' leaves included."""
+    leaves = {name: dict.fromkeys(group.model_fields) for name, group in GROUPS.items()}
+    return [*flatten(leaves), "seed"]
+
+
+_ABSENT = object()
+
+
+def _lookup(values: Any, dotted: str) -> Any:
+    for part in dotted.split("."):
+        if not isinstance(values, dict) or part not in values:
+            return _ABSENT
+        values = values[part]
+    return values
+
+
+def _show(value: Any) -> str:
+    return repr(value) if isinstance(value, str) else str(value)
+
+
+def group_schema(name: str) -> dict[str, Any]:
+    """JSON Schema of a file in conf/<name>/, for completion in editors.
+
+    Nothing is required in it: a file may leave keys to the `_base` of its group.
+    """
+    schema = GROUPS[name].model_json_schema()
+    schema.pop("required", None)
+    schema["properties"]["defaults"] = {"type": "array", "description": "Hydra defaults list"}
+    return {"$schema": "https://json-schema.org/draft/2020-12/schema", **schema}

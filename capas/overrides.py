@@ -1,0 +1,122 @@
+"""conf/overrides.yaml: values that came in through params.yaml, expressed over the rest of conf/.
+
+A value can reach params.yaml from outside conf/: `dvc exp run -S trainer.learning_rate=1e-3` makes DVC
+compose into it, `dvc exp apply` adopts it, people edit it. It is moved here, last in the defaults list,
+so that conf/ composes to exactly params.yaml and a later edit of another key does not undo it.
+"""
+
+import shutil
+from pathlib import Path
+from tempfile import TemporaryDirectory
+from typing import Any
+
+from capas.composition import CONF, NOTHING_OVERRIDDEN, OVERRIDES, Compose, Values, composer
+from capas.errors import CapasError
+from capas.params import flatten
+
+_HEADER = """\
+# Set by `dvc exp run -S`, by a sweep, or by an edit of params.yaml. Wins over the rest of conf/.
+# Move a line into the file it belongs to, or `python stages/compose_params.py --reset` to drop all.
+"""
+
+
+def difference(values: Values, base: Values) -> dict[str, Any]:
+    """Leaves of `values` that `base` has not, or has otherwise, by dotted key."""
+    have = flatten(base)
+    return {k: v for k, v in flatten(values).items() if k not in have or not _same(have[k], v)}
+
+
+def absorb(values: Values, conf: Path = CONF) -> None:
+    """Write the overrides with which `conf` composes to exactly `values`.
+
+    It is tried on a copy of conf/, so that a killed process never leaves a half-tried file.
+
+    Raises:
+        CapasError: params.yaml lacks a key that conf/ sets, or cannot be expressed over conf/.
+    """
+    with TemporaryDirectory() as folder:
+        trial = Path(shutil.copytree(conf, Path(folder) / "conf"))
+        with composer(trial) as compose:
+            text = _express(values, compose, trial / OVERRIDES.name)
+    target = conf / OVERRIDES.name
+    partial = target.with_name(f".{target.name}.partial")
+    partial.write_text(text, encoding="utf-8")
+    partial.replace(target)
+
+
+def in_force(conf: Path = CONF) -> list[str]:
+    """['lora.r=8', 'model=tiny']: what conf/overrides.yaml sets over the rest of conf/."""
+    from omegaconf import OmegaConf
+
+    tree = OmegaConf.to_container(OmegaConf.load(conf / OVERRIDES.name)) or {}
+    assert isinstance(tree, dict)
+    entries = tree.pop("defaults", [])
+    choices = [item for entry in entries if isinstance(entry, dict) for item in entry.items()]
+    named = [f"{str(group).removeprefix('override /')}={option}" for group, option in choices]
+    return named + [f"{key}={value}" for key, value in flatten(tree).items()]
+
+
+def _express(values: Values, compose: Compose, file: Path) -> str:
+    """The shortest of three texts that composes to `values`: choices, choices + values, all values."""
+    file.write_text(NOTHING_OVERRIDDEN, encoding="utf-8")
+    base = compose([])
+    gone = sorted(flatten(base).keys() - flatten(values).keys())
+    choices = _choices(values, base)
+    if gone and not choices:
+        raise CapasError(
+            f"params.yaml lacks {', '.join(gone)}, which conf/ sets; remove it in conf/ instead"
+        )
+    file.write_text(_render(choices, {}), encoding="utf-8")
+    changed = difference(values, compose([]))
+    derived = _interpolated()
+    for leaves in ({k: v for k, v in changed.items() if k not in derived}, changed):
+        text = _render(choices, leaves)
+        file.write_text(text, encoding="utf-8")
+        if not (left := {**difference(values, compose([])), **difference(compose([]), values)}):
+            return text
+    raise CapasError(
+        f"params.yaml cannot be expressed as overrides of conf/: {', '.join(left)}; "
+        "make the change in conf/ by hand, then `python stages/compose_params.py --force`"
+    )
+
+
+def _choices(values: Values, base: Values) -> dict[str, str]:
+    """Groups whose option differs, read back from their `preset`."""
+    return {
+        group: values[group]["preset"]
+        for group, node in base.items()
+        if isinstance(node, dict) and values.get(group, {}).get("preset") != node.get("preset")
+    }
+
+
+def _interpolated() -> set[str]:
+    """Leaves that conf/ defines by interpolation: a changed one may follow from another value."""
+    from hydra import compose
+    from omegaconf import OmegaConf
+
+    raw = OmegaConf.to_container(compose("config"), resolve=False)
+    assert isinstance(raw, dict)
+    leaves = flatten({str(k): v for k, v in raw.items()})
+    return {key for key, value in leaves.items() if isinstance(value, str) and "${" in value}
+
+
+def _render(choices: dict[str, str], leaves: dict[str, Any]) -> str:
+    from omegaconf import OmegaConf
+
+    if not choices and not leaves:
+        return NOTHING_OVERRIDDEN
+    tree: dict[str, Any] = {}
+    if choices:
+        tree["defaults"] = ["_self_", *({f"override /{g}": o} for g, o in choices.items())]
+    for dotted, value in leaves.items():
+        *groups, leaf = dotted.split(".")
+        node = tree
+        for group in groups:
+            node = node.setdefault(group, {})
+        node[leaf] = value
+    return _HEADER + OmegaConf.to_yaml(OmegaConf.create(tree))
+
+
+def _same(one: Any, other: Any) -> bool:
+    """Equal and of one type: 1, 1.0 and true are equal to Python, and not to a reader of a configuration."""
+    return type(one) is type(other) and bool(one == other)

@@ -1,0 +1,226 @@
+"""Compose conf/ into params.yaml, the only configuration that stages read, and validate every value.
+
+Reads   conf/, requirements.lock; params.yaml, for values that came in from outside conf/
+Writes  params.yaml, environment.yaml, data/composed/; conf/overrides.yaml where such values came in
+
+`dvc repro` runs it after every edit of conf/. By hand:
+
+    python stages/compose_params.py --check          what a compose would change; changes nothing
+    python stages/compose_params.py --print lora.r=8 the values with Hydra overrides, as JSON
+    python stages/compose_params.py --reset          empty conf/overrides.yaml first
+    python stages/compose_params.py --force          conf/ is right: drop edits of params.yaml
+    python stages/compose_params.py --keep           params.yaml is right: record it as overrides
+
+A leaf before and after: `trainer: {seed: ${seed}}` in conf/trainer/_base.yaml, `trainer: {seed: 0}` here.
+"""
+
+import argparse
+import json
+import logging
+import os
+import re
+import sys
+from pathlib import Path
+from typing import Any
+
+from capas.composition import (
+    CONF,
+    NOTHING_OVERRIDDEN,
+    OVERRIDES,
+    PARAMS,
+    Values,
+    composer,
+    digest,
+    dump,
+    read,
+)  # fmt: skip
+from capas.config import GROUPS, group_schema, validate
+from capas.errors import CapasError
+from capas.overrides import absorb, difference, in_force
+
+log = logging.getLogger("capas")
+ENVIRONMENT, LOCK, COMPOSED = (
+    Path("environment.yaml"),
+    Path("requirements.lock"),
+    Path("data/composed"),
+)
+SCHEMAS = Path(".vscode/schema")
+# The packages whose version decides a stage's bytes; stages declare those that they use.
+PACKAGES = (
+    "accelerate", "bitsandbytes", "datasets", "jinja2", "matplotlib", "numpy", "peft", "pyarrow",
+    "safetensors", "tokenizers", "torch", "transformers",
+)  # fmt: skip
+
+
+def main(options: argparse.Namespace) -> None:
+    if options.schema:
+        return write_schemas()
+    ensure_overrides(reset=options.reset)
+    with composer(CONF) as compose:
+        target = compose(options.overrides)
+    if options.print:
+        validate(target)
+        sys.stdout.write(json.dumps(target) + "\n")
+        return None
+    if options.check:
+        return show_changes(target)
+    if came_from_outside(target, options):
+        target = adopt(read(PARAMS)[0], options.keep)
+    validate(target)
+    outputs = {PARAMS: dump(target), ENVIRONMENT: environment(), **resolved_files(target)}
+    for note in in_force():
+        log.info("conf/overrides.yaml sets %s", note)
+    for path, text in outputs.items():
+        write(path, text)
+    log.info("params.yaml written")
+    return None
+
+
+def ensure_overrides(reset: bool) -> None:
+    if reset or not OVERRIDES.exists():
+        OVERRIDES.write_text(NOTHING_OVERRIDDEN, encoding="utf-8")
+
+
+def show_changes(target: Values) -> None:
+    old = read(PARAMS)[0] if PARAMS.exists() else {}
+    for key, value in difference(target, old).items():
+        was = difference(old, target).get(key)
+        log.info("%s: %s -> %s", key, was, value)
+    for key in difference(old, target).keys() - difference(target, old).keys():
+        log.info("%s: goes away", key)
+
+
+def came_from_outside(target: Values, options: argparse.Namespace) -> bool:
+    """Whether params.yaml holds values that conf/ does not compose to and that must not be lost.
+
+    Raises:
+        CapasError: both params.yaml and conf/ changed, so that only the user knows which is meant.
+    """
+    if options.force or options.reset or not PARAMS.exists():
+        return False
+    old, stamp = read(PARAMS)
+    if not difference(old, target) and not difference(target, old):
+        return False
+    if stamp == digest(old):
+        return False  # as capas wrote it: conf/ was edited
+    written_by_dvc = stamp is None and "DVC_EXP_NAME" in os.environ
+    conf_unchanged = stamp == digest(target)
+    if written_by_dvc or conf_unchanged or options.keep:
+        return True
+    keys = ", ".join({**difference(old, target), **difference(target, old)})
+    raise CapasError(
+        f"params.yaml was edited and conf/ changed as well; they differ in: {keys}\n"
+        "conf/ is right: python stages/compose_params.py --force\n"
+        "params.yaml is right: python stages/compose_params.py --keep"
+    )
+
+
+def adopt(values: Values, keep: bool) -> Values:
+    """Validate first: a wrong value must not reach conf/overrides.yaml."""
+    validate(values)
+    absorb(values)
+    with composer(CONF) as compose:
+        target = compose([])
+    if "DVC_EXP_NAME" not in os.environ or keep:
+        log.info("the edit of params.yaml was moved to conf/overrides.yaml")
+    return target
+
+
+def environment() -> str:
+    """The locked version of each package that decides a stage's bytes."""
+    pins = dict(
+        re.findall(r"^([\w.-]+)==([^\s;+]+)", LOCK.read_text(encoding="utf-8"), re.MULTILINE)
+    )
+    versions = {name.lower().replace("_", "-"): pin for name, pin in pins.items()}
+    missing = [package for package in PACKAGES if package not in versions]
+    if missing:
+        raise CapasError(f"{LOCK} does not pin {', '.join(missing)}; make it with `make lock`")
+    lines = [f'{package}: "{versions[package]}"' for package in PACKAGES]
+    return "\n".join([f"# From {LOCK}, by stages/compose_params.py.", *lines]) + "\n"
+
+
+def resolved_files(values: Values) -> dict[Path, str]:
+    """Files that the configuration names, copied where stages can depend on exactly the chosen one."""
+    wrong = values["generation"]["wrong_chat_template"]
+    other = f"conf/chat_template/{wrong}.jinja"
+    return {
+        COMPOSED / "chat_template.jinja": in_conf(
+            "chat_template.path", values["chat_template"]["path"]
+        ),
+        COMPOSED / "wrong_chat_template.jinja": (
+            in_conf("generation.wrong_chat_template", other) if wrong else ""
+        ),
+        COMPOSED / "prompts.json": json.dumps(
+            {"prompts": prompts(values["generation"]["prompts"])}, indent=2, ensure_ascii=False
+        )
+        + "\n",
+    }
+
+
+def in_conf(key: str, name: str) -> str:
+    """The text of a file in conf/, where compose sees every edit of it."""
+    path = Path(name)
+    if not path.resolve().is_relative_to(CONF.resolve()):
+        raise CapasError(
+            f"{key}={name!r}: keep the file in conf/, so that an edit of it reruns the stages"
+        )
+    if not path.is_file():
+        there = ", ".join(str(p) for p in sorted(path.parent.glob(f"*{path.suffix}"))) or "nothing"
+        raise CapasError(f"{key}={name!r}: no such file; there is: {there}")
+    return path.read_text(encoding="utf-8")
+
+
+def prompts(setting: Any) -> list[str] | None:
+    if not isinstance(setting, str):
+        return setting
+    lines = [line.strip() for line in in_conf("generation.prompts", setting).splitlines()]
+    if not any(lines):
+        raise CapasError(f"generation.prompts={setting!r}: the file has no prompt; one a line")
+    return [line for line in lines if line]
+
+
+def write(path: Path, text: str) -> None:
+    """Whole or not at all; an unchanged file is left alone."""
+    if path.exists() and not path.is_symlink() and path.read_text(encoding="utf-8") == text:
+        return
+    path.parent.mkdir(parents=True, exist_ok=True)
+    partial = path.with_name(f".{path.name}.partial")
+    partial.write_text(text, encoding="utf-8")
+    partial.replace(path)
+
+
+def write_schemas() -> None:
+    for group in GROUPS:
+        write(SCHEMAS / f"{group}.json", json.dumps(group_schema(group), indent=2) + "\n")
+    log.info("%d JSON Schemas written to %s", len(GROUPS), SCHEMAS)
+
+
+def parse_options() -> argparse.Namespace:
+    description = (__doc__ or "").splitlines()[0]
+    parser = argparse.ArgumentParser(description=description)
+    parser.add_argument(
+        "--check", action="store_true", help="show what would change, change nothing"
+    )
+    parser.add_argument("--print", action="store_true", help="print the composed values as JSON")
+    parser.add_argument("--reset", action="store_true", help="empty conf/overrides.yaml first")
+    parser.add_argument(
+        "--force", action="store_true", help="conf/ is right: drop edits of params.yaml"
+    )
+    parser.add_argument(
+        "--keep", action="store_true", help="params.yaml is right: record its values"
+    )
+    parser.add_argument("--schema", action="store_true", help="write the JSON Schemas for editors")
+    parser.add_argument("overrides", nargs="*", help="with --print: Hydra overrides, lora.r=8")
+    options = parser.parse_args()
+    if options.overrides and not options.print:
+        parser.error("overrides go with --print; to run with a value: dvc exp run -S lora.r=8")
+    return options
+
+
+if __name__ == "__main__":
+    logging.basicConfig(format="compose: %(message)s", level=logging.WARNING)
+    log.setLevel(logging.INFO)
+    try:
+        main(parse_options())
+    except CapasError as problem:
+        sys.exit(f"compose: {problem}")
