@@ -148,7 +148,7 @@ def resolved_files(values: Values) -> dict[Path, str]:
             "chat_template.path", values["chat_template"]["path"]
         ),
         COMPOSED / "wrong_chat_template.jinja": (
-            in_conf("generation.wrong_chat_template", other) if wrong else ""
+            in_conf("generation.wrong_chat_template", other) if wrong else "{# none #}\n"
         ),
         COMPOSED / "prompts.json": json.dumps(
             {"prompts": prompts(values["generation"]["prompts"])}, indent=2, ensure_ascii=False

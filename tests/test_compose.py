@@ -1,0 +1,136 @@
+"""conf/, params.yaml and conf/overrides.yaml agree, whichever way a value came in."""
+
+from pathlib import Path
+
+import pytest
+from workspace import Workspace, make_workspace, stages_run
+
+COMPOSE = ("python", "stages/compose_params.py")
+
+
+@pytest.fixture(scope="module")
+def composed(tmp_path_factory: pytest.TempPathFactory) -> Workspace:
+    workspace = make_workspace(tmp_path_factory.mktemp("compose"))
+    workspace.repro("compose")
+    workspace.commit()
+    return workspace
+
+
+@pytest.fixture
+def workspace(composed: Workspace) -> Workspace:
+    composed.run("git", "checkout", "-q", ".")
+    composed.run(*COMPOSE, "--force")
+    return composed
+
+
+def test_an_edit_of_conf_reaches_params(workspace: Workspace) -> None:
+    workspace.edit("conf/lora/_base.yaml", "r: 16", "r: 8")
+    assert "lora.r: 16 -> 8" in workspace.run(*COMPOSE, "--check")
+    assert stages_run(workspace.repro("compose")) == ["compose"]
+    assert "  r: 8\n" in workspace.read("params.yaml")
+
+
+def test_composing_again_changes_no_byte(workspace: Workspace) -> None:
+    before = {name: workspace.read(name) for name in ("params.yaml", "environment.yaml")}
+    workspace.edit("conf/config.yaml", "# The whole pipeline", "# All of the pipeline")
+    workspace.repro("compose")
+    assert {name: workspace.read(name) for name in before} == before
+
+
+def test_a_hand_edit_of_params_becomes_an_override(workspace: Workspace) -> None:
+    workspace.edit("params.yaml", "learning_rate: 0.00", "learning_rate: 0.01")
+    log = workspace.repro("compose")
+    assert "moved to conf/overrides.yaml" in log
+    assert "conf/overrides.yaml sets trainer.learning_rate=0.01" in log
+    workspace.edit("conf/lora/_base.yaml", "r: 16", "r: 8")  # a later edit of another key
+    workspace.repro("compose")
+    assert "learning_rate: 0.01" in workspace.read("params.yaml")
+    assert "  r: 8\n" in workspace.read("params.yaml")
+
+
+def test_an_adopted_key_is_named_when_its_file_is_edited(workspace: Workspace) -> None:
+    workspace.edit("params.yaml", "  r: 16", "  r: 4")
+    workspace.repro("compose")
+    workspace.edit("conf/lora/_base.yaml", "r: 16", "r: 8")
+    assert "conf/overrides.yaml sets lora.r=4" in workspace.repro("compose")
+    workspace.run(*COMPOSE, "--reset")
+    assert "  r: 8\n" in workspace.read("params.yaml")
+
+
+def test_a_group_edited_by_hand_is_read_back_as_a_choice(workspace: Workspace) -> None:
+    workspace.edit("conf/config.yaml", "quantization: nf4", "quantization: int8")
+    workspace.run(*COMPOSE)
+    int8 = workspace.read("params.yaml").split("\n", 1)[1]
+    workspace.run("git", "checkout", "-q", ".")
+    stamp = workspace.read("params.yaml").split("\n", 1)[0]
+    (workspace.root / "params.yaml").write_text(f"{stamp}\n{int8}")
+    workspace.run(*COMPOSE)
+    assert "override /quantization: int8" in workspace.read("conf/overrides.yaml")
+    assert "load_in" not in workspace.read("conf/overrides.yaml")
+
+
+def test_edits_on_both_sides_are_refused_and_nothing_is_lost(workspace: Workspace) -> None:
+    workspace.edit("params.yaml", "  r: 16", "  r: 4")
+    workspace.edit("conf/dataset/embedded.yaml", "max_length: 256", "max_length: 128")
+    log = workspace.repro("compose", check=False)
+    assert "they differ in: " in log
+    assert "lora.r" in log
+    assert "dataset.max_length" in log
+    assert "  r: 4\n" in workspace.read("params.yaml")
+    workspace.run(*COMPOSE, "--keep")
+    assert "max_length: 256" in workspace.read("params.yaml")
+
+
+def test_a_wrong_value_stops_before_it_reaches_conf(workspace: Workspace) -> None:
+    workspace.edit("params.yaml", "  r: 16", "  r: 0")
+    log = workspace.repro("compose", check=False)
+    assert "lora.r=0: input should be greater than 0" in log
+    assert workspace.read("conf/overrides.yaml") == "# Nothing overridden.\n"
+
+
+def test_exp_run_keeps_its_value_and_apply_adopts_it(workspace: Workspace) -> None:
+    workspace.run("dvc", "exp", "run", "-n", "faster", "-S", "trainer.learning_rate=1e-3", "compose")
+    assert "learning_rate: 0.001\n" in workspace.read("params.yaml")
+    workspace.run("git", "checkout", "-q", ".")
+    workspace.run("dvc", "exp", "apply", "faster")
+    workspace.edit("conf/lora/_base.yaml", "r: 16", "r: 8")
+    workspace.repro("compose")
+    assert "learning_rate: 0.001\n" in workspace.read("params.yaml")
+
+
+def test_exp_run_takes_a_group_choice(workspace: Workspace) -> None:
+    workspace.run("dvc", "exp", "run", "-n", "quick", "-S", "experiment=quick", "compose")
+    assert "max_steps: 20" in workspace.read("params.yaml")
+    assert "override /experiment: quick" in workspace.read("conf/overrides.yaml")
+
+
+def test_exp_run_refuses_to_drop_a_hand_edit(workspace: Workspace) -> None:
+    workspace.edit("params.yaml", "  r: 16", "  r: 4")
+    log = workspace.run("dvc", "exp", "run", "-S", "seed=3", "compose", check=False)
+    assert "params.yaml was edited by hand" in log
+    assert "  r: 4\n" in workspace.read("params.yaml")
+
+
+def test_a_template_outside_conf_is_refused(workspace: Workspace, tmp_path: Path) -> None:
+    (tmp_path / "mine.jinja").write_text("{{ messages }}")
+    workspace.edit(
+        "conf/chat_template/_base.yaml",
+        "path: conf/chat_template/${.preset}.jinja",
+        f"path: {tmp_path}/mine.jinja",
+    )
+    assert "keep the file in conf/" in workspace.repro("compose", check=False)
+
+
+def test_prompts_of_ones_own_come_from_a_file(workspace: Workspace) -> None:
+    (workspace.root / "conf/generation/mine.txt").write_text("Call Ana.\n\nPon música.\n")
+    workspace.edit("conf/generation/_base.yaml", "prompts: null", "prompts: conf/generation/mine.txt")
+    workspace.repro("compose")
+    assert '"Call Ana.",\n    "Pon música."' in workspace.read("data/composed/prompts.json")
+    (workspace.root / "conf/generation/mine.txt").unlink()
+
+
+def test_a_git_conflict_stops_dvc_itself(workspace: Workspace) -> None:
+    conflict = "<<<<<<< HEAD\nseed: 0\n=======\nseed: 1\n>>>>>>> other\n"
+    workspace.edit("params.yaml", "seed: 0\n", conflict)
+    assert "params.yaml" in workspace.repro(check=False)
+    assert conflict in workspace.read("params.yaml")

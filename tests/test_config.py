@@ -1,0 +1,140 @@
+"""The shipped configuration: every option composes, every key is checked, every problem is reported."""
+
+import json
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import yaml
+from workspace import REPOSITORY
+
+from capas.composition import composer, digest, dump
+from capas.config import GROUPS, group_schema, known_keys, validate
+from capas.errors import CapasError
+from capas.params import flatten
+
+CONF = REPOSITORY / "conf"
+OPTIONS = sorted(
+    (file.parent.name, file.stem)
+    for file in CONF.glob("*/*.yaml")
+    if not file.name.startswith("_")
+)
+
+
+@pytest.fixture(scope="module")
+def compose() -> Any:
+    with composer(CONF) as run:
+        yield run
+
+
+def problems(values: dict[str, Any]) -> str:
+    with pytest.raises(CapasError) as caught:
+        validate(values)
+    return str(caught.value)
+
+
+def test_there_are_as_many_options_as_we_think() -> None:
+    assert len(OPTIONS) == 24
+    assert {group for group, _ in OPTIONS} == set(GROUPS)
+
+
+@pytest.mark.parametrize(("group", "option"), OPTIONS)
+def test_every_option_composes_is_valid_and_names_itself(
+    compose: Callable[[list[str]], Any], group: str, option: str
+) -> None:
+    needed = {("hardware", "gpu"): [], ("tracking", "none"): []}.get((group, option), [])
+    values = compose([f"{group}={option}", *needed])
+    validate(values)
+    assert values[group]["preset"] == option
+
+
+def test_all_options_of_a_group_have_the_same_keys(compose: Callable[[list[str]], Any]) -> None:
+    keys: dict[str, set[str]] = {}
+    for group, option in OPTIONS:
+        found = set(compose([f"{group}={option}"])[group])
+        assert found == keys.setdefault(group, found), f"{group}={option}"
+
+
+def test_schema_and_conf_have_the_same_keys(compose: Callable[[list[str]], Any]) -> None:
+    composed = {".".join(key.split(".")[:2]) for key in flatten(compose([]))}
+    assert composed == set(known_keys())
+
+
+def test_params_yaml_is_what_conf_composes_to(compose: Callable[[list[str]], Any]) -> None:
+    assert (REPOSITORY / "params.yaml").read_text(encoding="utf-8") == dump(compose([]))
+
+
+def test_params_yaml_reads_the_same_with_pyyaml(compose: Callable[[list[str]], Any]) -> None:
+    values = compose(["trainer.learning_rate=1e-5", "trainer.adam_epsilon=1e-12"])
+    assert flatten(yaml.safe_load(dump(values))) == flatten(values)
+
+
+def test_digest_ignores_order_but_not_types() -> None:
+    assert digest({"a": 1, "b": 2}) == digest({"b": 2, "a": 1})
+    assert digest({"a": 1}) != digest({"a": "1"})
+
+
+def test_all_problems_are_reported_at_once(compose: Callable[[list[str]], Any]) -> None:
+    text = problems(
+        compose(
+            [
+                "+trainer.learning_rat=1",
+                "lora.r=0",
+                "trainer.bf16=yes",
+                "dataset.overflow=cut",
+                "~lora.bias",
+                "quantization.load_in_8bit=true",
+            ]
+        )
+    )
+    assert "6 problem(s)" in text
+    assert "trainer.learning_rat=1: no such key; did you mean trainer.learning_rate?" in text
+    assert "lora.r=0: input should be greater than 0" in text
+    assert "trainer.bf16='yes'" in text
+    assert "dataset.overflow='cut': input should be 'error', 'drop' or 'truncate'" in text
+    assert "lora.bias: is missing" in text
+    assert "load_in_4bit=True, quantization.load_in_8bit=True: expected one of the two" in text
+
+
+@pytest.mark.parametrize(
+    ("overrides", "expected"),
+    [
+        (["trainer.bf16=true", "trainer.fp16=true"], "one of the two at most"),
+        (["trainer.fp16=true"], "fp16 training needs a GPU"),
+        (["trainer.fp16=true", "hardware=gpu", "model.dtype=float16"], "float32 weights"),
+        (["trainer.optim=paged_adamw_8bit"], "paged optimizer needs a GPU"),
+        (["model.attn_implementation=flash_attention_2"], "flash_attention_2 needs a GPU"),
+        (["model.attn_implementation=flash_attention_2", "hardware=gpu"], "bfloat16 or float16"),
+        (["hardware.allow_tf32=true"], "TF32"),
+        (["hardware.device=cuda"], "default where the device is not a CPU"),
+        (["trainer.max_steps=0"], "-1 (epochs decide) or at least 1"),
+        (["trainer.warmup_steps=1.5"], "a whole number of steps"),
+        (["dataset.overflow_budget_fraction=0.1"], "overflow: error allows no record"),
+        (["+generation.settings.greedy.top_k=3"], "top_k only where do_sample is true"),
+        (["lora.target_modules=3"], "valid string or input should be a valid list"),
+        (["seed=-1"], "greater than or equal to 0"),
+    ],
+)
+def test_contradictions_and_ranges(
+    compose: Callable[[list[str]], Any], overrides: list[str], expected: str
+) -> None:
+    assert expected in problems(compose(overrides))
+
+
+def test_a_value_that_hydra_cannot_compose_is_a_clear_error(
+    compose: Callable[[list[str]], Any],
+) -> None:
+    with pytest.raises(CapasError, match="lora=huge|lora/huge"):
+        compose(["lora=huge"])
+
+
+def test_editors_get_the_schema_of_today() -> None:
+    for group in GROUPS:
+        file = REPOSITORY / ".vscode/schema" / f"{group}.json"
+        assert json.loads(file.read_text()) == group_schema(group), "run compose_params.py --schema"
+
+
+def test_one_seed_moves_training_and_nothing_else(compose: Callable[[list[str]], Any]) -> None:
+    before, after = flatten(compose([])), flatten(compose(["seed=7"]))
+    moved = {key for key in before if before[key] != after[key]}
+    assert moved == {"seed", "trainer.seed", "trainer.data_seed"}

@@ -1,0 +1,136 @@
+"""dvc.yaml against the code: files, imports, params, environment."""
+
+import ast
+from pathlib import Path
+from typing import Any
+
+import pytest
+import yaml
+from workspace import REPOSITORY
+
+from capas.dag import StageSpec, input_key, recorded_key
+from capas.errors import CapasError
+
+PIPELINE = yaml.safe_load((REPOSITORY / "dvc.yaml").read_text())["stages"]
+NAMES = (
+    "compose fetch fetch_tokenizer fetch_model tokenize format quantize evaluate_base train "
+    "evaluate sample report publish"
+).split()
+
+
+def spec(name: str) -> StageSpec:
+    return StageSpec.read(name, REPOSITORY)
+
+
+def script(name: str) -> str:
+    return spec(name).cmd.split()[1]
+
+
+def imported_modules(file: str) -> set[str]:
+    """Files of capas that a file imports, itself included, transitively."""
+    found, todo = set(), [file]
+    while todo:
+        current = todo.pop()
+        if current in found:
+            continue
+        found.add(current)
+        for node in ast.walk(ast.parse((REPOSITORY / current).read_text(encoding="utf-8"))):
+            todo += [f for f in _files_of(node) if (REPOSITORY / f).exists()]
+    return found
+
+
+def _files_of(node: ast.AST) -> list[str]:
+    if isinstance(node, ast.ImportFrom) and node.module and node.module.startswith("capas"):
+        base = node.module.replace(".", "/")
+        return [f"{base}.py", *(f"{base}/{alias.name}.py" for alias in node.names)]
+    if isinstance(node, ast.Import):
+        return [f"{a.name.replace('.', '/')}.py" for a in node.names if a.name.startswith("capas")]
+    return []
+
+
+def read_params(file: str) -> set[str]:
+    """'lora', 'dataset.max_length': what the code reads of an object named params."""
+    chains = set()
+    tree = ast.parse((REPOSITORY / file).read_text(encoding="utf-8"))
+    for node in ast.walk(tree):
+        parts: list[str] = []
+        while isinstance(node, ast.Attribute):
+            parts.insert(0, node.attr)
+            node = node.value
+        if parts and isinstance(node, ast.Name) and node.id == "params":
+            chains.add(".".join(p for p in parts if p != "without"))
+    return {c for c in chains if c}
+
+
+def covers(one: str, other: str) -> bool:
+    return one == other or other.startswith(one + ".")
+
+
+def test_the_stages_are_those_of_the_readme() -> None:
+    assert list(PIPELINE) != []
+    assert sorted(PIPELINE) == sorted(NAMES)
+    assert all(len(entry["desc"]) > 20 for entry in PIPELINE.values())
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_deps_hold_the_script_and_all_that_it_imports(name: str) -> None:
+    code = {dep for dep in spec(name).deps if dep.endswith(".py")}
+    assert code == imported_modules(script(name))
+    assert list(spec(name).deps) == sorted(spec(name).deps)
+
+
+@pytest.mark.parametrize("name", [n for n in NAMES if n not in ("compose", "report")])
+def test_a_stage_reads_the_params_that_it_declares(name: str) -> None:
+    declared, read = set(spec(name).params.get("params.yaml", [])), read_params(script(name))
+    assert declared - {d for d in declared for r in read if covers(d, r) or covers(r, d)} == set()
+    assert read - {r for r in read for d in declared if covers(d, r) or covers(r, d)} == set()
+
+
+def test_every_configuration_key_is_declared_by_a_stage() -> None:
+    declared = {key for name in NAMES for key in spec(name).params.get("params.yaml", [])}
+    params: dict[str, Any] = yaml.safe_load((REPOSITORY / "params.yaml").read_text())
+    params.pop("experiment")  # an overlay: it has no values of its own
+    leaves = {f"{g}.{k}" for g, v in params.items() if isinstance(v, dict) for k in v}
+    assert {key for key in leaves if not any(covers(d, key) for d in declared)} == set()
+
+
+def test_every_dep_is_a_file_or_an_output() -> None:
+    outs = {out for name in NAMES for out in spec(name).outs}
+    for name in NAMES:
+        lost = [d for d in spec(name).deps if d not in outs and not (REPOSITORY / d).exists()]
+        assert lost == [], name
+
+
+def test_the_mask_needs_no_weights() -> None:
+    makers = {out: name for name in NAMES for out in spec(name).outs}
+    todo, seen = ["format"], set()
+    while todo:
+        current = todo.pop()
+        seen.add(current)
+        todo += [makers[dep] for dep in spec(current).deps if dep in makers]
+    assert seen == {"format", "tokenize", "fetch", "fetch_tokenizer", "compose"}
+
+
+def test_no_script_imports_a_script() -> None:
+    files = sorted((REPOSITORY / "stages").glob("*.py"))
+    assert len(files) >= 13
+    assert not [f.name for f in files if "from stages" in f.read_text(encoding="utf-8")]
+
+
+def test_a_key_before_a_run_is_the_key_that_dvc_records_after_it(tmp_path: Path) -> None:
+    (tmp_path / "dvc.yaml").write_text(
+        "stages:\n  one:\n    cmd: x\n    deps: [a.txt]\n    params: [lora.r, seed]\n    outs: [b]\n"
+    )
+    (tmp_path / "params.yaml").write_text("lora: {r: 4}\nseed: 1\n")
+    (tmp_path / "a.txt").write_text("hello")
+    entry = {
+        "cmd": "x",
+        "deps": [{"path": "a.txt", "md5": "5d41402abc4b2a76b9719d911017c592"}],
+        "params": {"params.yaml": {"lora.r": 4, "seed": 1}},
+    }
+    assert input_key(StageSpec.read("one", tmp_path), tmp_path) == recorded_key(entry)
+
+
+def test_an_unknown_stage_is_refused_by_name() -> None:
+    with pytest.raises(CapasError, match="no stage 'tune'; it has: compose"):
+        spec("tune")

@@ -1,0 +1,134 @@
+"""The plumbing round a stage: nothing half-written, nothing undeclared, nothing raced."""
+
+import errno
+import os
+import sys
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+
+from capas.dag import StageSpec
+from capas.errors import CapasError
+from capas.params import Params
+from capas.stage import Stage, run
+
+DVC_YAML = """\
+stages:
+  copy:
+    cmd: python copy.py
+    deps: [in.txt]
+    params: [lora.r, 'environment.yaml': [pyyaml]]
+    outs: [out/a.txt, out/b]
+"""
+
+
+@pytest.fixture
+def root(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    (tmp_path / "dvc.yaml").write_text(DVC_YAML.replace(", 'environment.yaml': [pyyaml]", ""))
+    (tmp_path / "params.yaml").write_text("lora: {r: 4, bias: none}\nseed: 1\n")
+    (tmp_path / "in.txt").write_text("hello")
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(sys, "argv", ["copy.py"])
+    return tmp_path
+
+
+def copy(params: Params, stage: Stage) -> None:
+    stage.out("out/a.txt").write_text(stage.dep("in.txt").read_text() * params.lora.r)
+    stage.out("out/b").mkdir()
+
+
+def failure(main: Callable[[Params, Stage], None]) -> str:
+    with pytest.raises(SystemExit) as caught:
+        run("copy", main)
+    return str(caught.value)
+
+
+def test_outputs_are_moved_into_place(root: Path) -> None:
+    run("copy", copy)
+    assert (root / "out/a.txt").read_text() == "hello" * 4
+    assert sorted(p.name for p in (root / "out").iterdir()) == ["a.txt", "b"]
+    assert (root / "reports/timings/copy.json").exists()
+
+
+def test_a_stage_that_fails_leaves_the_old_outputs(root: Path) -> None:
+    run("copy", copy)
+
+    def die(params: Params, stage: Stage) -> None:
+        stage.out("out/a.txt").write_text("half")
+        raise CapasError("no luck")
+
+    assert failure(die) == "copy: no luck"
+    assert (root / "out/a.txt").read_text() == "hello" * 4
+
+
+def test_an_undeclared_param_cannot_be_read(root: Path) -> None:
+    assert "'lora.bias' is not declared" in failure(lambda p, s: p.lora.bias)
+    assert "'seed' is not declared" in failure(lambda p, s: p.seed)
+
+
+def test_undeclared_files_are_refused(root: Path) -> None:
+    assert "params.yaml is not declared as dep" in failure(lambda p, s: s.dep("params.yaml") and None)
+    assert "c is not declared as output" in failure(lambda p, s: s.out("c") and None)
+
+
+def test_an_output_that_was_not_written_is_an_error(root: Path) -> None:
+    assert "did not write out/b" in failure(lambda p, s: s.out("out/a.txt").write_text("x") and None)
+
+
+def test_a_missing_input_names_the_way_out(root: Path) -> None:
+    (root / "in.txt").unlink()
+    assert "in.txt is missing; the stage that makes it has not run: `dvc repro`" in failure(copy)
+
+
+def test_an_input_edited_meanwhile_is_not_recorded(root: Path) -> None:
+    def edit(params: Params, stage: Stage) -> None:
+        copy(params, stage)
+        (root / "in.txt").write_text("bye")
+        (root / "params.yaml").write_text("lora: {r: 5}\n")
+
+    message = failure(edit)
+    assert "the params in params.yaml, in.txt" in message
+    assert not (root / "out/a.txt").exists()
+
+
+def test_a_second_process_of_the_same_stage_is_refused(root: Path) -> None:
+    def again(params: Params, stage: Stage) -> None:
+        run("copy", copy)
+
+    assert f"already running in this workspace (pid {os.getpid()})" in failure(again)
+
+
+def test_another_package_version_than_recorded_is_refused(root: Path) -> None:
+    (root / "dvc.yaml").write_text(DVC_YAML)
+    (root / "environment.yaml").write_text('pyyaml: "1.0"\n')
+    message = failure(copy)
+    assert "recorded 1.0" in message
+    assert "pip install -r requirements.lock" in message
+
+
+@pytest.mark.parametrize("number", [errno.ENOSPC, errno.EACCES])
+def test_a_full_disk_and_a_missing_permission_are_messages(root: Path, number: int) -> None:
+    def fail(params: Params, stage: Stage) -> None:
+        raise OSError(number, os.strerror(number), "out/a.txt")
+
+    assert failure(fail).startswith(f"copy: {os.strerror(number)} (out/a.txt). Nothing was recorded")
+
+
+def test_a_programming_error_keeps_its_traceback(root: Path) -> None:
+    with pytest.raises(ZeroDivisionError):
+        run("copy", lambda p, s: print(1 / 0))
+
+
+def test_checkpoints_belong_to_exactly_these_inputs(root: Path) -> None:
+    first = Stage(StageSpec.read("copy", root), root).checkpoints()
+    (root / "in.txt").write_text("bye")
+    assert Stage(StageSpec.read("copy", root), root).checkpoints() != first
+
+
+def test_params_are_read_only_and_go_straight_through() -> None:
+    params = Params({"lora": {"preset": "x", "r": 4}})
+    assert dict(**params.lora) == {"preset": "x", "r": 4}
+    assert params.lora.without("preset") == {"r": 4}
+    with pytest.raises(TypeError):
+        params["lora"] = 1  # type: ignore[index]
