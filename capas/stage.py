@@ -47,6 +47,11 @@ class Stage:
     def name(self) -> str:
         return self.spec.name
 
+    @property
+    def debug(self) -> bool:
+        """Whether outputs go aside, to where DVC does not look."""
+        return self._aside is not None
+
     def dep(self, path: str) -> Path:
         """The declared dependency `path`.
 
@@ -106,16 +111,19 @@ class Stage:
             )
 
 
-def run(name: str, main: Callable[[Params, Stage], None]) -> None:
+def run(
+    name: str, main: Callable[[Params, Stage], None], overrides: list[str] | None = None
+) -> None:
     """Run `main` as the DVC stage `name` in the current folder; exit 1 with a message on a user's error.
 
     Arguments on the command line are Hydra overrides (`trainer.max_steps=5`): the stage then runs for
-    debugging, on DVC's inputs, and writes to .dvc/tmp/debug/ and nowhere else.
+    debugging, on DVC's inputs, and writes to .dvc/tmp/debug/ and nowhere else. A script that has arguments of
+    its own passes the rest of them as `overrides`.
     """
     logging.basicConfig(format=f"{name}: %(message)s", stream=sys.stderr)
     log.setLevel(logging.INFO)
     try:
-        _run(name, main, sys.argv[1:])
+        _run(name, main, sys.argv[1:] if overrides is None else overrides)
     except CapasError as error:
         sys.exit(f"{name}: {error}")
     except OSError as error:
