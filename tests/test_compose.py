@@ -3,6 +3,7 @@
 from pathlib import Path
 
 import pytest
+import yaml
 from workspace import Workspace, make_workspace, stages_run
 
 COMPOSE = ("python", "stages/compose_params.py")
@@ -10,7 +11,12 @@ COMPOSE = ("python", "stages/compose_params.py")
 
 @pytest.fixture(scope="module")
 def composed(tmp_path_factory: pytest.TempPathFactory) -> Workspace:
+    """A pipeline of compose alone: what follows it is tested in the slow tier."""
     workspace = make_workspace(tmp_path_factory.mktemp("compose"))
+    dvc_yaml = yaml.safe_load(workspace.read("dvc.yaml"))
+    only_compose = {"stages": {"compose": dvc_yaml["stages"]["compose"]}}
+    (workspace.root / "dvc.yaml").write_text(yaml.safe_dump(only_compose))
+    (workspace.root / "dvc.lock").unlink(missing_ok=True)
     workspace.repro("compose")
     workspace.commit()
     return workspace
@@ -89,7 +95,9 @@ def test_a_wrong_value_stops_before_it_reaches_conf(workspace: Workspace) -> Non
 
 
 def test_exp_run_keeps_its_value_and_apply_adopts_it(workspace: Workspace) -> None:
-    workspace.run("dvc", "exp", "run", "-n", "faster", "-S", "trainer.learning_rate=1e-3", "compose")
+    workspace.run(
+        "dvc", "exp", "run", "-n", "faster", "-S", "trainer.learning_rate=1e-3", "compose"
+    )
     assert "learning_rate: 0.001\n" in workspace.read("params.yaml")
     workspace.run("git", "checkout", "-q", ".")
     workspace.run("dvc", "exp", "apply", "faster")
@@ -123,7 +131,9 @@ def test_a_template_outside_conf_is_refused(workspace: Workspace, tmp_path: Path
 
 def test_prompts_of_ones_own_come_from_a_file(workspace: Workspace) -> None:
     (workspace.root / "conf/generation/mine.txt").write_text("Call Ana.\n\nPon música.\n")
-    workspace.edit("conf/generation/_base.yaml", "prompts: null", "prompts: conf/generation/mine.txt")
+    workspace.edit(
+        "conf/generation/_base.yaml", "prompts: null", "prompts: conf/generation/mine.txt"
+    )
     workspace.repro("compose")
     assert '"Call Ana.",\n    "Pon música."' in workspace.read("data/composed/prompts.json")
     (workspace.root / "conf/generation/mine.txt").unlink()

@@ -15,9 +15,7 @@ from capas.params import flatten
 
 CONF = REPOSITORY / "conf"
 OPTIONS = sorted(
-    (file.parent.name, file.stem)
-    for file in CONF.glob("*/*.yaml")
-    if not file.name.startswith("_")
+    (file.parent.name, file.stem) for file in CONF.glob("*/*.yaml") if not file.name.startswith("_")
 )
 
 
@@ -124,7 +122,7 @@ def test_contradictions_and_ranges(
 def test_a_value_that_hydra_cannot_compose_is_a_clear_error(
     compose: Callable[[list[str]], Any],
 ) -> None:
-    with pytest.raises(CapasError, match="lora=huge|lora/huge"):
+    with pytest.raises(CapasError, match=r"lora/huge"):
         compose(["lora=huge"])
 
 

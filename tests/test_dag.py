@@ -12,10 +12,10 @@ from capas.dag import StageSpec, input_key, recorded_key
 from capas.errors import CapasError
 
 PIPELINE = yaml.safe_load((REPOSITORY / "dvc.yaml").read_text())["stages"]
-NAMES = (
-    "compose fetch fetch_tokenizer fetch_model tokenize format quantize evaluate_base train "
-    "evaluate sample report publish"
-).split()
+NAMES = [
+    *("compose", "fetch", "fetch_tokenizer", "fetch_model", "tokenize", "format", "quantize"),
+    *("evaluate_base", "train", "evaluate", "sample", "report", "publish"),
+]
 
 
 def spec(name: str) -> StageSpec:

@@ -54,7 +54,7 @@ class Workspace:
 
     def commit(self) -> None:
         self.run("git", "add", "-A")
-        self.run("git", "commit", "-qm", "test")
+        self.run("git", "commit", "-q", "--allow-empty", "-m", "test")
 
 
 def stages_run(log: str) -> list[str]:

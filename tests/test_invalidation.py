@@ -1,0 +1,158 @@
+"""What reruns after an edit: every leaf key and every dep of the code, one at a time.
+
+`dvc status` is asked in a clone whose dvc.lock is the committed one; outputs are not needed for it.
+"""
+
+import contextlib
+import io
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+import yaml
+from test_dag import NAMES, imported_modules, script, spec
+from workspace import Workspace, make_workspace
+
+from capas.params import flatten
+
+COMPUTE = ["quantize", "evaluate_base", "train", "evaluate", "sample"]
+READ_MODEL = ["evaluate_base", "train", "evaluate", "sample"]
+FETCH_MODEL = ["fetch_tokenizer", "fetch_model"]
+# The longest prefix of a key decides. `report` shows every value but those of tracking.
+EXPECTED: dict[str, list[str]] = {
+    "hardware": [*COMPUTE, "report"],
+    "model.preset": ["report"],
+    "model.licence": ["report"],
+    "model.model_name_or_path": [*FETCH_MODEL, "train", "report"],
+    "model.revision": [*FETCH_MODEL, "train", "report"],
+    "model.trust_remote_code": [*FETCH_MODEL, *COMPUTE, "report"],
+    "model.dtype": [*COMPUTE, "report"],
+    "model.attn_implementation": [*READ_MODEL, "report"],
+    "dataset": ["fetch", "report"],
+    "dataset.preset": ["report"],
+    "dataset.max_length": ["format", "report"],
+    "dataset.overflow": ["format", "report"],
+    "dataset.overflow_budget_fraction": ["format", "report"],
+    "chat_template": ["format", "sample", "report"],
+    "chat_template.path": ["report"],  # the text itself is data/composed/chat_template.jinja
+    "chat_template.train_on": ["format", "report"],
+    "quantization": ["quantize", "report"],
+    "lora": ["train", "report"],
+    "trainer": ["train", "report"],
+    "evaluation": ["evaluate_base", "evaluate", "report"],
+    "generation": ["sample", "report"],
+    "tracking": ["publish"],
+    "experiment": [],
+    "seed": ["report"],
+}
+
+
+@pytest.fixture(scope="module")
+def workspace(tmp_path_factory: pytest.TempPathFactory) -> Workspace:
+    return make_workspace(tmp_path_factory.mktemp("invalidation"))
+
+
+@pytest.fixture(scope="module")
+def pipeline(workspace: Workspace) -> Iterator[Any]:
+    from dvc.repo import Repo
+
+    with Repo(str(workspace.root)) as repo:
+        yield repo
+
+
+def touched(repo: Any, file: str) -> set[str]:
+    """Stages of which `dvc status` says that this dep, or params file, is modified or new."""
+    repo._reset()
+    with contextlib.redirect_stderr(io.StringIO()):
+        status = repo.status()
+    return {
+        stage
+        for stage, entries in status.items()
+        for entry in entries
+        if isinstance(entry, dict) and _is_changed(entry.get("changed deps", {}).get(file))
+    }
+
+
+def _is_changed(what: Any) -> bool:
+    return what not in (None, "deleted") and what != {}
+
+
+def mutated(value: Any) -> Any:
+    if isinstance(value, bool):
+        return not value
+    if isinstance(value, int | float):
+        return value + 1
+    return {"x": 1} if isinstance(value, dict) else f"{value}x"
+
+
+def replace(values: dict[str, Any], dotted: str, value: Any) -> None:
+    *groups, leaf = dotted.split(".")
+    for group in groups:
+        values = values[group]
+    values[leaf] = value
+
+
+def expected_stages(key: str) -> set[str]:
+    prefixes = [p for p in EXPECTED if key == p or key.startswith(p + ".")]
+    return set(EXPECTED[max(prefixes, key=len)])
+
+
+def test_nothing_is_due_in_a_fresh_clone_but_what_is_missing(pipeline: Any) -> None:
+    assert touched(pipeline, "params.yaml") == set()
+    assert {name for name in NAMES for dep in spec(name).deps if touched(pipeline, dep)} == set()
+
+
+def test_every_key_reruns_exactly_the_stages_of_the_table(
+    workspace: Workspace, pipeline: Any
+) -> None:
+    file, original = workspace.root / "params.yaml", workspace.read("params.yaml")
+    wrong, keys = {}, flatten(yaml.safe_load(original))
+    for key, value in keys.items():
+        values = yaml.safe_load(original)
+        replace(values, key, mutated(value))
+        file.write_text(yaml.safe_dump(values))
+        if (found := touched(pipeline, "params.yaml")) != expected_stages(key):
+            wrong[key] = sorted(found)
+    file.write_text(original)
+    assert wrong == {}
+    assert len(keys) > 90
+
+
+def test_every_package_reruns_the_stages_that_declare_it(
+    workspace: Workspace, pipeline: Any
+) -> None:
+    file, original = workspace.root / "environment.yaml", workspace.read("environment.yaml")
+    for package in yaml.safe_load(original):
+        file.write_text(original.replace(f'{package}: "', f'{package}: "9'))
+        declared = [n for n in NAMES if "environment.yaml" in spec(n).params]
+        users = {
+            n for n in declared if package in (spec(n).params["environment.yaml"] or [package])
+        }
+        assert touched(pipeline, "environment.yaml") == users, package
+    file.write_text(original)
+
+
+def test_every_file_of_the_code_reruns_the_stages_that_import_it(
+    workspace: Workspace, pipeline: Any
+) -> None:
+    users: dict[str, set[str]] = {}
+    for name in NAMES:
+        for file in imported_modules(script(name)):
+            users.setdefault(file, set()).add(name)
+    for file, stages in users.items():
+        assert touched_by_edit(workspace.root / file, file, pipeline) == stages, file
+    assert len(users) > 20
+
+
+def test_an_edit_of_conf_is_seen_by_compose_alone(workspace: Workspace, pipeline: Any) -> None:
+    edited = workspace.root / "conf/trainer/_base.yaml"
+    assert touched_by_edit(edited, "conf", pipeline) == {"compose"}
+
+
+def touched_by_edit(path: Path, dep: str, pipeline: Any) -> set[str]:
+    original = path.read_bytes()
+    path.write_bytes(original + b"\n# a comment\n")
+    found = touched(pipeline, dep)
+    path.write_bytes(original)
+    return found
