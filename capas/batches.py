@@ -1,0 +1,94 @@
+"""Formatted records as batches, and what a model's logits say about their supervised tokens."""
+
+import random
+from collections.abc import Iterator
+from pathlib import Path
+
+import pyarrow.parquet as pq
+import torch
+from torch.utils.data import Sampler
+
+IGNORE_INDEX = -100  # the label of a token that carries no loss
+Example = dict[str, torch.Tensor]  # input_ids [tokens], labels [tokens]
+
+
+def read_examples(file: Path, limit: int | None = None) -> list[Example]:
+    """The records of data/formatted/{split}.parquet as tensors; the first `limit` of them."""
+    table = pq.read_table(file, columns=["input_ids", "labels"]).slice(0, limit)
+    columns = (table.column(name).to_pylist() for name in ("input_ids", "labels"))
+    return [
+        {"input_ids": torch.tensor(ids), "labels": torch.tensor(labels)}
+        for ids, labels in zip(*columns, strict=True)
+    ]
+
+
+class Collator:
+    """Pads a batch on the right. Padding is masked by position, so the pad token may be the end token."""
+
+    def __init__(self, pad_token_id: int) -> None:
+        self.pad_token_id = pad_token_id
+
+    def __call__(self, examples: list[Example]) -> dict[str, torch.Tensor]:
+        """Returns input_ids, attention_mask and labels, all [batch, longest]."""
+        shape = len(examples), max(len(example["input_ids"]) for example in examples)
+        batch = {
+            "input_ids": torch.full(shape, self.pad_token_id),
+            "attention_mask": torch.zeros(shape, dtype=torch.long),
+            "labels": torch.full(shape, IGNORE_INDEX),
+        }
+        for row, example in enumerate(examples):
+            length = len(example["input_ids"])
+            batch["input_ids"][row, :length] = example["input_ids"]
+            batch["attention_mask"][row, :length] = 1
+            batch["labels"][row, :length] = example["labels"]
+        return batch
+
+
+class LengthGroupedSampler(Sampler[int]):
+    """Records of similar length stand in one batch, batches in random order.
+
+    The order is a function of seed and epoch alone. That of `transformers.LengthGroupedSampler` depends on
+    torch's global generator, so that a resumed epoch sees other batches than the interrupted one.
+    """
+
+    def __init__(self, lengths: list[int], batch_size: int, seed: int) -> None:
+        self.lengths, self.batch_size, self.seed = lengths, batch_size, seed
+        self.epoch = 0
+
+    def set_epoch(self, epoch: int) -> None:
+        self.epoch = epoch
+
+    def __len__(self) -> int:
+        return len(self.lengths)
+
+    def __iter__(self) -> Iterator[int]:
+        rng = random.Random(f"{self.seed}/{self.epoch}")
+        order = rng.sample(range(len(self.lengths)), len(self.lengths))
+        pool = self.batch_size * 16  # a batch's lengths are alike, its records still drawn at random
+        batches = []
+        for start in range(0, len(order), pool):
+            alike = sorted(order[start : start + pool], key=lambda i: -self.lengths[i])
+            batches += [alike[i : i + self.batch_size] for i in range(0, len(alike), self.batch_size)]
+        last = [batches.pop()] if batches and len(batches[-1]) < self.batch_size else []
+        rng.shuffle(batches)
+        return (index for batch in batches + last for index in batch)
+
+
+def score_tokens(logits: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
+    """What each record's supervised tokens cost, without a second copy of the logits.
+
+    Args:
+        logits: [batch, tokens, vocabulary]; position i predicts token i + 1.
+        labels: [batch, tokens]; IGNORE_INDEX where a token carries no loss.
+
+    Returns:
+        [batch, 3], float64: sum of -log p in nats, number of tokens that are the most probable one, number
+        of supervised tokens.
+    """
+    rows, positions = (labels[:, 1:] != IGNORE_INDEX).nonzero(as_tuple=True)
+    targets = labels[rows, positions + 1]
+    predicted = logits[rows, positions].float()
+    loss = torch.nn.functional.cross_entropy(predicted, targets, reduction="none")
+    hits = predicted.argmax(dim=-1) == targets
+    values = torch.stack([loss.double(), hits.double(), torch.ones_like(loss, dtype=torch.float64)], dim=1)
+    return torch.zeros(len(labels), 3, dtype=torch.float64, device=logits.device).index_add_(0, rows, values)

@@ -1,0 +1,109 @@
+"""Models as the stages load them: the base in full precision or quantized, with or without an adapter."""
+
+import json
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+from transformers import AutoModelForCausalLM, PreTrainedModel
+from transformers.utils import logging as transformers_logging
+
+from capas.architecture import check_causal
+from capas.errors import CapasError
+from capas.params import Params
+
+transformers_logging.disable_progress_bar()
+
+
+def load_model(folder: Path, model: Params, device: torch.device, **kwargs: Any) -> PreTrainedModel:
+    """`AutoModelForCausalLM.from_pretrained(folder)`, checked to be what was asked for.
+
+    Args:
+        folder: of `save_pretrained`; its config.json says whether and how it is quantized.
+        model: the params group, or the part of it that a stage declares.
+        kwargs: passed on, e.g. `quantization_config`.
+
+    Raises:
+        CapasError: not a causal language model, weights missing, or another attention implementation.
+    """
+    check_causal(json.loads((folder / "config.json").read_text(encoding="utf-8")), str(folder))
+    asked = model.without("model_name_or_path", "revision")
+    try:
+        loaded, info = AutoModelForCausalLM.from_pretrained(
+            folder, device_map={"": device}, output_loading_info=True, **asked, **kwargs
+        )
+    except ImportError as error:  # flash_attention_2 without its package, or bitsandbytes missing
+        raise CapasError(f"{folder} cannot be loaded as asked ({asked}): {error}") from None
+    _check_weights(folder, info)
+    _check_attention(asked.get("attn_implementation"), loaded)
+    _keep_kernel(loaded)
+    return loaded.eval()
+
+
+def attach_adapter(model: PreTrainedModel, folder: Path) -> nn.Module:
+    """The model with the trained adapter in `folder`, for inference.
+
+    Raises:
+        CapasError: the adapter holds weights that the model has no place for, or the other way round.
+    """
+    from peft import PeftModel
+
+    tuned = PeftModel.from_pretrained(model, str(folder), is_trainable=False, low_cpu_mem_usage=False)
+    saved = {name for name in _adapter_names(folder)}
+    expected = {n.replace(".default", "") for n, _ in tuned.named_parameters() if ".lora_" in n}
+    if saved != expected:
+        odd = sorted(saved ^ expected)
+        raise CapasError(f"{folder} does not fit the base model: {', '.join(odd[:4])} ({len(odd)} in all)")
+    return tuned.eval()
+
+
+def quantized_linears(model: nn.Module) -> Iterator[tuple[str, nn.Module]]:
+    """(name, module) of every bitsandbytes layer."""
+    for name, module in model.named_modules():
+        if type(module).__name__ in ("Linear4bit", "Linear8bitLt") and not hasattr(module, "base_layer"):
+            yield name, module
+
+
+def quantization_method(model: nn.Module) -> str:
+    """nf4, fp4, int8 or none: read off the layers themselves, not off the configuration."""
+    found = {
+        module.weight.quant_type if type(module).__name__ == "Linear4bit" else "int8"
+        for _, module in quantized_linears(model)
+    }
+    return "+".join(sorted(found)) or "none"
+
+
+def _adapter_names(folder: Path) -> list[str]:
+    from safetensors import safe_open
+
+    with safe_open(folder / "adapter_model.safetensors", "pt") as weights:
+        return list(weights.keys())
+
+
+def _check_weights(folder: Path, info: dict[str, Any]) -> None:
+    """transformers only warns when it fills a missing weight with random numbers."""
+    for kind in ("missing_keys", "mismatched_keys", "error_msgs"):
+        if info.get(kind):
+            names = ", ".join(sorted(str(key) for key in info[kind])[:4])
+            raise CapasError(
+                f"the weights in {folder} are not those of its config.json: {kind.replace('_', ' ')}: {names}"
+            )
+
+
+def _check_attention(asked: str | None, model: PreTrainedModel) -> None:
+    used = model.config._attn_implementation
+    if asked is not None and used != asked:
+        raise CapasError(f"model.attn_implementation={asked}, but {type(model).__name__} uses {used}")
+
+
+def _keep_kernel(model: nn.Module) -> None:
+    """Keep bitsandbytes from repacking weights on CPUs with AVX512-BF16.
+
+    There, an evaluation repacks every Linear4bit in place and computes in bf16 from then on: a training
+    that goes on afterwards crashes or silently loses gradient through the base (bitsandbytes 0.50).
+    """
+    for _, module in quantized_linears(model):
+        if hasattr(module, "support_avx512bf16_for_cpu"):
+            module.support_avx512bf16_for_cpu = False

@@ -1,0 +1,183 @@
+"""Train LoRA layers on the frozen, quantized base.
+
+Reads   data/formatted (train, validation), data/models/quantized, data/models/tokenizer
+Writes  data/models/adapter, reports/train.json, reports/history.csv, reports/validation.csv
+Params  hardware, lora, model, trainer
+
+The travelling record is a row of ids; only labels other than -100 carry loss:
+
+    input_ids  <|im_start|> assistant \\n   {"name": "set_timer", "arguments": {"minutes": 99}} <|im_end|> \\n
+    labels             -100      -100 -100  {"name": "set_timer", "arguments": {"minutes": 99}} <|im_end|> -100
+
+Before, the model goes on as it did in pretraining ("Okay, 99 minutes from now."); afterwards, with the call.
+"""
+
+import json
+import math
+import shutil
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from capas import hardware, live
+from capas.errors import CapasError
+from capas.facts import write_csv, write_json
+from capas.params import Params
+from capas.stage import Stage, log, run
+
+if TYPE_CHECKING:
+    import torch
+    from transformers import PreTrainedModel, TrainingArguments
+
+    from capas.training import Trainer
+
+FORMATTED, QUANTIZED, TOKENIZER = "data/formatted", "data/models/quantized", "data/models/tokenizer"
+HISTORY = ("step", "epoch", "loss", "learning_rate", "grad_norm")
+VALIDATION = ("step", "epoch", "loss", "token_accuracy")
+
+
+def main(params: Params, stage: Stage) -> None:
+    device = hardware.prepare(params.hardware)  # before torch is imported
+    from capas import training, usage
+    from capas.batches import Collator, read_examples
+    from capas.model import load_model
+
+    chat = json.loads((stage.dep(FORMATTED) / "chat.json").read_text(encoding="utf-8"))
+    train = read_examples(stage.dep(FORMATTED) / "train.parquet")
+    validation = read_examples(stage.dep(FORMATTED) / "validation.parquet")
+    collator = Collator(chat["pad_token_id"])
+    model = add_lora(load_model(stage.dep(QUANTIZED), params.model, device), params)
+    gradient_check = usage.check_gradients(model, collator(validation[:2]))
+
+    folder = stage.checkpoints()
+    checkpoint = training.last_checkpoint(folder, resume=not stage.debug)
+    trainer = training.Trainer(
+        model=model,
+        args=training_arguments(params, folder, resumed=checkpoint is not None),
+        train_dataset=train,
+        eval_dataset=validation,
+        data_collator=collator,
+        preprocess_logits_for_metrics=training.score_batch,
+        compute_metrics=training.summarize,
+    )
+    trainer.check_at_start(lambda: usage.check(usage.describe(trainer), params))
+    with live.tracker(stage.root, stage.key(), enabled=not stage.debug) as rows:
+        trainer.add_callback(training.LiveRows(rows.append))
+        trainer.train(resume_from_checkpoint=str(checkpoint) if checkpoint else None)
+
+    facts = {"train_key": stage.key(), **summary(trainer), "used": usage.describe(trainer)}
+    write_json(stage.out("reports/train.json"), facts | {"gradient_check": gradient_check})
+    write_curves(trainer.state.log_history, stage)
+    save_adapter(trainer.model, params, chat, stage)
+    shutil.rmtree(folder)  # the result is written: nothing is left to resume
+
+
+def add_lora(base: "PreTrainedModel", params: Params) -> Any:
+    """The base, frozen, with LoRA layers: B is zero, so that at first they change nothing."""
+    from peft import LoraConfig, get_peft_model, prepare_model_for_kbit_training
+    from transformers import set_seed
+
+    from capas.model import quantization_method
+
+    set_seed(params.trainer.seed)  # A is drawn at random
+    if quantization_method(base) != "none":
+        base = prepare_model_for_kbit_training(base, use_gradient_checkpointing=False)
+    return get_peft_model(base, LoraConfig(task_type="CAUSAL_LM", **params.lora.without("preset")))
+
+
+def training_arguments(params: Params, folder: Path, resumed: bool) -> "TrainingArguments":
+    """The trainer group as it is, and what follows from the stage.
+
+    Raises:
+        CapasError: what transformers refuses, e.g. bf16 on a GPU that has none.
+    """
+    from transformers import TrainingArguments
+
+    on_cpu = params.hardware.device == "cpu"
+    if on_cpu and params.trainer.optim.startswith("paged_"):
+        raise CapasError(f"trainer.optim={params.trainer.optim} pages to a GPU's unified memory: hardware=gpu")
+    if on_cpu and params.trainer.fp16:
+        raise CapasError("trainer.fp16 needs a GPU: trainer.fp16=false; trainer.bf16=true works on a CPU")
+    try:
+        return TrainingArguments(
+            **params.trainer.without("preset"),
+            output_dir=str(folder),
+            use_cpu=on_cpu,
+            eval_strategy="steps",
+            eval_on_start=not resumed,  # the curve begins with the base
+            save_strategy="steps",
+            logging_nan_inf_filter=False,  # Trainer would log the mean of earlier losses instead of NaN
+            gradient_checkpointing_kwargs={"use_reentrant": False},
+            remove_unused_columns=False,
+            dataloader_pin_memory=not on_cpu,
+            report_to="none",  # see capas/live.py
+            disable_tqdm=True,  # see capas.training.Progress
+        )
+    except (ValueError, ImportError) as error:
+        raise CapasError(f"transformers refuses the trainer group: {error}") from None
+
+
+def summary(trainer: "Trainer") -> dict[str, Any]:
+    """reports/train.json, without seconds: they differ from run to run."""
+    state, history = trainer.state, trainer.state.log_history
+    num_trainable, num_parameters = trainer.model.get_nb_trainable_parameters()
+    last = next(row for row in reversed(history) if "eval_loss" in row)
+    return {
+        "num_steps": state.global_step,
+        "num_epochs": state.epoch,
+        "num_train_tokens": last["num_tokens"],
+        "num_supervised_tokens": last["num_supervised_tokens"],
+        "num_trainable_parameters": num_trainable,
+        "num_parameters": num_parameters,
+        "train_loss": mean_loss(history),
+        "validation_loss": last["eval_loss"],
+        "validation_perplexity": math.exp(last["eval_loss"]),
+        "validation_token_accuracy": last["eval_token_accuracy"],
+        "learning_rate": trainer.args.learning_rate,
+    }
+
+
+def mean_loss(history: list[dict[str, Any]]) -> float:
+    """Over all steps; a row's loss is the mean since the row before."""
+    rows = [row for row in history if "loss" in row]
+    steps = [row["step"] - before for row, before in zip(rows, [0, *(r["step"] for r in rows)], strict=False)]
+    return sum(row["loss"] * n for row, n in zip(rows, steps, strict=True)) / sum(steps)
+
+
+def write_curves(history: list[dict[str, Any]], stage: Stage) -> None:
+    write_csv(stage.out("reports/history.csv"), HISTORY, [row for row in history if "loss" in row])
+    validation = [
+        {"step": r["step"], "epoch": r["epoch"], "loss": r["eval_loss"], "token_accuracy": r["eval_token_accuracy"]}
+        for r in history
+        if "eval_loss" in r
+    ]
+    write_csv(stage.out("reports/validation.csv"), VALIDATION, validation)
+
+
+def save_adapter(model: Any, params: Params, chat: dict[str, Any], stage: Stage) -> None:
+    """A folder that PEFT, transformers and inference servers load: weights, tokenizer, template, end tokens."""
+    from transformers import GenerationConfig
+
+    folder = stage.out("data/models/adapter")
+    config = model.peft_config["default"]
+    config.base_model_name_or_path = params.model.model_name_or_path
+    config.revision = params.model.revision
+    model.save_pretrained(folder, save_embedding_layers=False)
+    (folder / "README.md").unlink()  # a model card that PEFT fills with guesses
+    sort_target_modules(folder / "adapter_config.json")
+    for file in sorted(stage.dep(TOKENIZER).iterdir()):
+        shutil.copyfile(file, folder / file.name)
+    shutil.copyfile(stage.dep(FORMATTED) / "chat_template.jinja", folder / "chat_template.jinja")
+    GenerationConfig(
+        bos_token_id=chat["bos_token_id"], eos_token_id=chat["stop_token_ids"], pad_token_id=chat["pad_token_id"]
+    ).save_pretrained(folder)
+
+
+def sort_target_modules(file: Path) -> None:
+    """PEFT writes a set: its order follows PYTHONHASHSEED."""
+    config = json.loads(file.read_text(encoding="utf-8"))
+    ordered = {k: sorted(v) if k == "target_modules" and isinstance(v, list) else v for k, v in config.items()}
+    file.write_text(json.dumps(ordered, indent=2, sort_keys=True) + "\n", encoding="utf-8")
+
+
+if __name__ == "__main__":
+    run("train", main)
