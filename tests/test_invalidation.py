@@ -67,7 +67,7 @@ def touched(repo: Any, file: str) -> set[str]:
     with contextlib.redirect_stderr(io.StringIO()):
         status = repo.status()
     return {
-        stage
+        stage.rsplit(":", 1)[-1]  # "path/to/dvc.yaml:train" outside the repository
         for stage, entries in status.items()
         for entry in entries
         if isinstance(entry, dict) and _is_changed(entry.get("changed deps", {}).get(file))

@@ -3,9 +3,14 @@
 import os
 import re
 import shutil
+import signal
 import subprocess
 import sys
+import time
+from collections.abc import Callable
 from pathlib import Path
+
+import yaml
 
 REPOSITORY = Path(__file__).resolve().parents[1]
 ENVIRONMENT = {
@@ -27,11 +32,10 @@ class Workspace:
 
     def run(self, *command: str, check: bool = True, **env: str) -> str:
         """stdout and stderr together; AssertionError with both where the command fails."""
-        inherited = {k: v for k, v in os.environ.items() if not k.startswith(("DVC_", "GIT_"))}
         done = subprocess.run(
             command,
             cwd=self.root,
-            env={**inherited, **ENVIRONMENT, "PYTHONPATH": str(self.root), **env},
+            env=self._env(**env),
             stdout=subprocess.PIPE,
             stderr=subprocess.STDOUT,
             text=True,
@@ -42,6 +46,31 @@ class Workspace:
 
     def repro(self, *targets: str, check: bool = True, **env: str) -> str:
         return self.run("dvc", "repro", *targets, check=check, **env)
+
+    def repro_killed(self, stage: str, when: Callable[[], bool], seconds: float = 120) -> str:
+        """`dvc repro`, with SIGKILL to the stage's process as soon as `when()` is true."""
+        log = self.root / ".dvc/tmp/killed.log"
+        with log.open("w") as out:
+            dvc = subprocess.Popen(
+                ["dvc", "repro"], cwd=self.root, env=self._env(), stdout=out, stderr=out
+            )
+            deadline = time.monotonic() + seconds
+            while not when():
+                assert dvc.poll() is None, f"dvc ended before the kill:\n{log.read_text()}"
+                assert time.monotonic() < deadline, f"nothing to kill:\n{log.read_text()}"
+                time.sleep(0.005)
+            os.kill(int(self.read(f".dvc/tmp/stage-{stage}.lock")), signal.SIGKILL)
+            assert dvc.wait() != 0
+        return log.read_text()
+
+    def outputs(self) -> dict[str, str]:
+        """{path: md5} of all outputs that dvc.lock records."""
+        lock = yaml.safe_load(self.read("dvc.lock"))["stages"]
+        return {o["path"]: o["md5"] for entry in lock.values() for o in entry.get("outs", [])}
+
+    def _env(self, **env: str) -> dict[str, str]:
+        inherited = {k: v for k, v in os.environ.items() if not k.startswith(("DVC_", "GIT_"))}
+        return {**inherited, **ENVIRONMENT, "PYTHONPATH": str(self.root), **env}
 
     def edit(self, file: str, old: str, new: str) -> None:
         path = self.root / file

@@ -1,0 +1,136 @@
+"""The whole pipeline with `experiment: quick`, in a throw-away clone: what a user sees."""
+
+from pathlib import Path
+
+import pytest
+from workspace import Workspace, make_workspace, stages_run
+
+AFTER_TRAIN = {"train", "evaluate", "sample", "report", "publish"}
+
+
+@pytest.fixture(scope="module")
+def finished(tmp_path_factory: pytest.TempPathFactory) -> Workspace:
+    workspace = make_workspace(tmp_path_factory.mktemp("pipeline"))
+    workspace.edit("conf/config.yaml", "experiment: none", "experiment: quick")
+    workspace.repro()
+    workspace.commit()
+    return workspace
+
+
+@pytest.fixture
+def workspace(finished: Workspace) -> Workspace:
+    finished.run("git", "checkout", "-q", ".")
+    finished.run("dvc", "checkout", "-q")
+    finished.repro()
+    return finished
+
+
+def partial(workspace: Workspace, path: str) -> Path:
+    final = workspace.root / path
+    return final.with_name(f".{final.name}.partial")
+
+
+def forget(workspace: Workspace, *patterns: str) -> None:
+    """Drop the run-cache, so that a stage computes instead of being restored."""
+    workspace.run("rm", "-rf", ".dvc/cache/runs", ".dvc/tmp/checkpoints", *patterns)
+
+
+def test_a_second_run_runs_nothing_and_git_sees_no_change(workspace: Workspace) -> None:
+    assert stages_run(workspace.repro()) == []
+    assert workspace.run("git", "status", "--porcelain") == ""
+
+
+def test_a_comment_reruns_compose_alone(workspace: Workspace) -> None:
+    workspace.edit("conf/lora/_base.yaml", "r: 16", "r: 16 # a comment")
+    assert stages_run(workspace.repro()) == ["compose"]
+
+
+def test_one_value_reruns_what_it_touches(workspace: Workspace) -> None:
+    workspace.edit("conf/lora/_base.yaml", "r: 16", "r: 4")
+    assert set(stages_run(workspace.repro())) == {"compose", *AFTER_TRAIN}
+    assert '"r": 4' in workspace.read("data/models/adapter/adapter_config.json")
+
+
+@pytest.mark.parametrize("when", ["between steps", "while saving"])
+def test_a_killed_training_ends_in_the_same_bytes(workspace: Workspace, when: str) -> None:
+    expected = workspace.outputs()
+    forget(workspace, "data/models/adapter")
+    step = 11 if when == "between steps" else 10
+    folder = workspace.root / ".dvc/tmp/checkpoints"
+    pattern = "train-*/checkpoint-10" if step == 10 else "train-*/checkpoint-10/trainer_state.json"
+    workspace.repro_killed("train", lambda: any(folder.glob(pattern)))
+    assert not (workspace.root / "data/models/adapter").exists()
+    workspace.repro()
+    assert workspace.outputs() == expected
+
+
+@pytest.mark.parametrize(
+    ("stage", "path"), [("format", "data/formatted"), ("quantize", "data/models/quantized")]
+)
+def test_a_killed_stage_ends_in_the_same_bytes(
+    workspace: Workspace, stage: str, path: str
+) -> None:
+    expected = workspace.outputs()
+    forget(workspace, path)
+    workspace.repro_killed(stage, partial(workspace, path).exists)
+    assert not (workspace.root / path).exists()
+    workspace.repro()
+    assert workspace.outputs() == expected
+
+
+def test_a_killed_publish_leaves_one_finished_run(workspace: Workspace) -> None:
+    expected = workspace.outputs()
+    (workspace.root / "mlflow.db").unlink()
+    forget(workspace, "reports/.published", "mlartifacts")
+    workspace.repro_killed("publish", (workspace.root / "mlartifacts").exists)
+    workspace.repro()
+    assert workspace.outputs() == expected
+    runs = workspace.run("python", "-c", _RUNS).splitlines()[-1]
+    assert runs == "[('FINISHED', True)]"
+
+
+_RUNS = """
+import mlflow
+mlflow.set_tracking_uri("sqlite:///mlflow.db")
+runs = mlflow.search_runs(search_all_experiments=True, output_format="list")
+print([(run.info.status, "evaluation/tuned/loss" in run.data.metrics) for run in runs])
+"""
+
+
+def test_exp_run_apply_and_a_later_edit(workspace: Workspace) -> None:
+    log = workspace.run("dvc", "exp", "run", "-n", "slower", "-S", "trainer.learning_rate=1e-3")
+    assert AFTER_TRAIN < set(stages_run(log))
+    workspace.run("git", "checkout", "-q", ".")
+    workspace.run("dvc", "exp", "apply", "slower")
+    assert set(stages_run(workspace.repro())) <= {"publish"}
+    workspace.edit("conf/lora/_base.yaml", "r: 16", "r: 4")
+    workspace.repro("compose")
+    assert "learning_rate: 0.001\n" in workspace.read("params.yaml")
+
+
+@pytest.mark.slow
+def test_forced_again_every_stage_writes_the_same_bytes(workspace: Workspace) -> None:
+    before = workspace.read("dvc.lock")
+    workspace.repro("--force")
+    assert workspace.read("dvc.lock") == before
+
+
+@pytest.mark.slow
+def test_another_clone_records_the_same_lock(workspace: Workspace, tmp_path: Path) -> None:
+    workspace.run("git", "clone", "-q", ".", str(tmp_path / "clone"))
+    clone = Workspace(tmp_path / "clone")
+    clone.repro(PYTHONHASHSEED="7", LANG="C", TZ="Asia/Tokyo")
+    assert clone.read("dvc.lock") == workspace.read("dvc.lock")
+    assert clone.run("git", "status", "--porcelain") == ""
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("num_threads", [1, 4])
+def test_threads_do_not_change_a_byte(workspace: Workspace, num_threads: int) -> None:
+    expected = workspace.outputs()
+    forget(workspace)
+    workspace.edit("conf/hardware/cpu.yaml", "num_threads: 2", f"num_threads: {num_threads}")
+    workspace.repro()
+    shown = {"params.yaml", "reports/index.html", "reports/index.es.html"}  # they show the number
+    found = workspace.outputs()
+    assert {p for p in found if found[p] != expected[p]} - {"reports/.published"} <= shown
