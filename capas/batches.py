@@ -3,23 +3,24 @@
 import random
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import pyarrow.parquet as pq
 import torch
+from torch import nn
 from torch.utils.data import Sampler
 
 IGNORE_INDEX = -100  # the label of a token that carries no loss
 Example = dict[str, torch.Tensor]  # input_ids [tokens], labels [tokens]
 
 
-def read_examples(file: Path, limit: int | None = None) -> list[Example]:
-    """The records of data/formatted/{split}.parquet as tensors; the first `limit` of them."""
-    table = pq.read_table(file, columns=["input_ids", "labels"]).slice(0, limit)
-    columns = (table.column(name).to_pylist() for name in ("input_ids", "labels"))
-    return [
-        {"input_ids": torch.tensor(ids), "labels": torch.tensor(labels)}
-        for ids, labels in zip(*columns, strict=True)
-    ]
+def read_examples(file: Path) -> list[Example]:
+    """The records of data/formatted/{split}.parquet as tensors."""
+    return [make_example(row) for row in pq.read_table(file, columns=["input_ids", "labels"]).to_pylist()]
+
+
+def make_example(record: dict[str, Any]) -> Example:
+    return {name: torch.tensor(record[name]) for name in ("input_ids", "labels")}
 
 
 class Collator:
@@ -92,3 +93,16 @@ def score_tokens(logits: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
     hits = predicted.argmax(dim=-1) == targets
     values = torch.stack([loss.double(), hits.double(), torch.ones_like(loss, dtype=torch.float64)], dim=1)
     return torch.zeros(len(labels), 3, dtype=torch.float64, device=logits.device).index_add_(0, rows, values)
+
+
+def score_examples(model: nn.Module, examples: list[Example], collator: Collator, batch_size: int) -> torch.Tensor:
+    """`score_tokens` of every record, [records, 3]; records of similar length share a batch."""
+    order = sorted(range(len(examples)), key=lambda i: len(examples[i]["input_ids"]))
+    scores = torch.zeros(len(examples), 3, dtype=torch.float64)
+    for start in range(0, len(order), batch_size):
+        chosen = order[start : start + batch_size]
+        batch = {k: v.to(model.device) for k, v in collator([examples[i] for i in chosen]).items()}
+        with torch.inference_mode():
+            logits = model(batch["input_ids"], attention_mask=batch["attention_mask"], use_cache=False).logits
+        scores[chosen] = score_tokens(logits, batch["labels"]).cpu()
+    return scores

@@ -75,6 +75,16 @@ def quantization_method(model: nn.Module) -> str:
     return "+".join(sorted(found)) or "none"
 
 
+def dequantize(layer: nn.Module) -> torch.Tensor:
+    """The weight that a bitsandbytes layer computes with, float32 [out, in]."""
+    import bitsandbytes as bnb
+
+    weight = layer.weight
+    if type(layer).__name__ == "Linear4bit":
+        return bnb.functional.dequantize_4bit(weight.data, weight.quant_state).float()
+    return bnb.functional.int8_vectorwise_dequant(weight.data, weight.SCB)
+
+
 def _adapter_names(folder: Path) -> list[str]:
     from safetensors import safe_open
 

@@ -1,0 +1,85 @@
+"""Completions of many prompts at once, equal to those of each prompt alone."""
+
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import nn
+from transformers import GenerationConfig
+
+
+@dataclass(frozen=True)
+class Completion:
+    """What the model wrote: ids up to, not including, the stop token; `stopped`: it wrote one."""
+
+    input_ids: list[int]
+    stopped: bool
+
+
+def generation_config(chat: dict[str, Any], max_new_tokens: int, **settings: Any) -> GenerationConfig:
+    """The decoding settings with the template's tokens; nothing comes from the model's own defaults.
+
+    Args:
+        chat: data/formatted/chat.json.
+        settings: keys of GenerationConfig; do_sample is False where it is not among them.
+    """
+    return GenerationConfig(
+        bos_token_id=chat["bos_token_id"],
+        eos_token_id=chat["stop_token_ids"],
+        pad_token_id=chat["pad_token_id"],
+        max_new_tokens=max_new_tokens,
+        **{"do_sample": False, **settings},
+    )
+
+
+def complete(
+    model: nn.Module, prompts: list[list[int]], config: GenerationConfig, batch_size: int
+) -> list[list[Completion]]:
+    """`config.num_return_sequences` completions of every prompt, in the prompts' order.
+
+    Prompts of similar length share a batch. They are padded on the left, so that all of them end where the
+    model goes on; padding is masked by position.
+
+    Args:
+        prompts: [prompts][tokens], ids.
+    """
+    _forget_defaults(model)
+    order = sorted(range(len(prompts)), key=lambda i: len(prompts[i]))
+    completions: dict[int, list[Completion]] = {}
+    for start in range(0, len(order), batch_size):
+        chosen = order[start : start + batch_size]
+        found = _complete_batch(model, [prompts[i] for i in chosen], config)
+        completions.update(zip(chosen, found, strict=True))
+    return [completions[i] for i in range(len(prompts))]
+
+
+def pad_left(prompts: list[list[int]], pad_token_id: int) -> tuple[torch.Tensor, torch.Tensor]:
+    """input_ids and attention_mask, both [prompts, longest]."""
+    longest = max(len(prompt) for prompt in prompts)
+    ids = [[pad_token_id] * (longest - len(prompt)) + prompt for prompt in prompts]
+    mask = [[0] * (longest - len(prompt)) + [1] * len(prompt) for prompt in prompts]
+    return torch.tensor(ids), torch.tensor(mask)
+
+
+def _forget_defaults(model: nn.Module) -> None:
+    """`generate` fills what is not given from the model's own generation_config.json, e.g. with a top_k of 20."""
+    for owner in {model, getattr(model, "get_base_model", lambda: model)()}:
+        owner.generation_config = GenerationConfig()
+
+
+def _complete_batch(
+    model: nn.Module, prompts: list[list[int]], config: GenerationConfig
+) -> list[list[Completion]]:
+    ids, mask = (t.to(model.device) for t in pad_left(prompts, config.pad_token_id))
+    with torch.inference_mode():
+        output = model.generate(
+            input_ids=ids, attention_mask=mask, generation_config=config
+        )
+    written = [_until_stop(row, config.eos_token_id) for row in output[:, ids.shape[1] :].tolist()]
+    count = config.num_return_sequences or 1
+    return [written[i : i + count] for i in range(0, len(written), count)]
+
+
+def _until_stop(ids: list[int], stop_token_ids: list[int]) -> Completion:
+    end = next((i for i, token in enumerate(ids) if token in stop_token_ids), None)
+    return Completion(ids[:end], stopped=end is not None)

@@ -1,0 +1,228 @@
+"""Score the base or the tuned model on the test split.
+
+    python stages/evaluate_model.py base     before any training: once per data, template and quantization
+    python stages/evaluate_model.py tuned    with the adapter, and the difference to the base
+
+Reads   data/formatted (test), data/models/quantized, data/models/tokenizer; base: data/models/base;
+        tuned: data/models/adapter, reports/evaluation_base.json, reports/predictions_base.parquet
+Writes  base: reports/evaluation_base.json, reports/predictions_base.parquet
+        tuned: reports/evaluation.json, reports/predictions.parquet, reports/before_after.csv
+Params  evaluation, hardware, model.attn_implementation, model.dtype, model.trust_remote_code
+
+A row of predictions: prompt "<|im_start|>user\\nset a timer for 99 minutes<|im_end|>\\n<|im_start|>assistant\\n",
+reference '{"name": "set_timer", "arguments": {"minutes": 99}}', completion, loss, exact_match, ...
+"""
+
+import json
+import sys
+from collections.abc import Iterable
+from functools import partial
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Literal
+
+import pyarrow as pa
+import pyarrow.parquet as pq
+
+from capas import hardware, metrics
+from capas.errors import CapasError
+from capas.facts import write_csv, write_json
+from capas.params import Params
+from capas.stage import Stage, log, run
+
+if TYPE_CHECKING:
+    import torch
+    from torch import nn
+
+Row = dict[str, Any]
+FORMATTED, TOKENIZER = "data/formatted", "data/models/tokenizer"
+BASE, QUANTIZED, ADAPTER = "data/models/base", "data/models/quantized", "data/models/adapter"
+GROUPS = ("kind", "language", "function", "turns")  # keys of metadata that scores are given by
+PREDICTIONS = pa.schema(
+    [(name, pa.string()) for name in ("id", "metadata", "prompt", "reference", "completion")]
+    + [("loss", pa.float64()), ("num_supervised_tokens", pa.int32()), ("token_accuracy", pa.float64())]
+    + [(name, pa.bool_()) for name in ("exact_match", "valid_json", "stopped", "empty")]
+)
+
+
+def main(which: Literal["base", "tuned"], params: Params, stage: Stage) -> None:
+    device = hardware.prepare(params.hardware)  # before torch is imported
+    from capas.model import attach_adapter, load_model
+
+    records = choose(pq.read_table(stage.dep(FORMATTED) / "test.parquet").to_pylist(), params.evaluation.max_records)
+    model = load_model(stage.dep(QUANTIZED), params.model, device)
+    if which == "tuned":
+        model = attach_adapter(model, stage.dep(ADAPTER))
+    rows = score(model, records, params, stage)
+    if params.evaluation.metrics:
+        rows = answer(model, rows, records, params, stage)
+    facts = summarize(rows)
+    log.info("%s: loss %.4f, exact match %s, %d records", which, facts["loss"], facts["exact_match"], len(rows))
+
+    if which == "base":
+        whole = score(load_model(stage.dep(BASE), params.model, device), records, params, stage)
+        facts["full_precision"] = {name: summarize(whole)[name] for name in ("loss", "perplexity")}
+        write_json(stage.out("reports/evaluation_base.json"), facts)
+        write_rows(stage.out("reports/predictions_base.parquet"), rows)
+    else:
+        before = pq.read_table(stage.dep("reports/predictions_base.parquet")).to_pylist()
+        write_json(stage.out("reports/evaluation.json"), compare(before, rows, facts, params))
+        write_rows(stage.out("reports/predictions.parquet"), rows)
+        base = json.loads(stage.dep("reports/evaluation_base.json").read_text(encoding="utf-8"))
+        columns = ("kind", "model", "exact_match")
+        write_csv(stage.out("reports/before_after.csv"), columns, before_after({"base": base, "tuned": facts}))
+
+
+def choose(records: list[Row], max_records: int | None) -> list[Row]:
+    """At most `max_records`, evenly spaced over the split: its kinds stand one after the other."""
+    count = min(max_records or len(records), len(records))
+    return [records[i * len(records) // count] for i in range(count)]
+
+
+def score(model: "nn.Module", records: list[Row], params: Params, stage: Stage) -> list[Row]:
+    """Loss in nats a supervised token, and how many of them the model would have chosen itself."""
+    from capas.batches import Collator, make_example, score_examples
+
+    collator = Collator(read_chat(stage)["pad_token_id"])
+    examples = [make_example(record) for record in records]
+    found = score_examples(model, examples, collator, params.evaluation.batch_size).tolist()
+    return [
+        {
+            **{name: record[name] for name in ("id", "metadata", "reference")},
+            "loss": loss / count,
+            "num_supervised_tokens": int(count),
+            "token_accuracy": hits / count,
+        }
+        for record, (loss, hits, count) in zip(records, found, strict=True)
+    ]
+
+
+def answer(model: "nn.Module", rows: list[Row], records: list[Row], params: Params, stage: Stage) -> list[Row]:
+    """The rows with a greedy completion each and what it is worth.
+
+    Raises:
+        CapasError: a prompt is not what training would see before the same answer.
+    """
+    from tokenizers import Tokenizer
+
+    from capas.generation import complete, generation_config
+
+    tokenizer = Tokenizer.from_file(str(stage.dep(TOKENIZER) / "tokenizer.json"))
+    prompts = [record["prompt_ids"] for record in records]
+    check_prompts(records)
+    config = generation_config(read_chat(stage), params.evaluation.max_new_tokens)
+    found = [group[0] for group in complete(model, prompts, config, params.evaluation.batch_size)]
+    texts = tokenizer.decode_batch([c.input_ids for c in found], skip_special_tokens=False)
+    questions = tokenizer.decode_batch(prompts, skip_special_tokens=False)
+    rules = {"exact_match": metrics.exact_match, "valid_json": lambda text, _: metrics.valid_json(text)}
+    wanted = {name: rules[name] for name in params.evaluation.metrics}
+    return [
+        {
+            **row,
+            "prompt": question,
+            "completion": text,
+            **{name: rule(text, row["reference"]) for name, rule in wanted.items()},
+            "stopped": completion.stopped,
+            "empty": not text.strip(),
+        }
+        for row, question, text, completion in zip(rows, questions, texts, found, strict=True)
+    ]
+
+
+def check_prompts(records: list[Row]) -> None:
+    for record in records:
+        prompt = record["prompt_ids"]
+        if record["input_ids"][: len(prompt)] != prompt:
+            raise CapasError(
+                f"data/formatted/test.parquet, record {record['id']}: prompt_ids is not how input_ids begins; the "
+                "model would be asked in another format than it was trained in. Run `dvc repro -f format`."
+            )
+
+
+def summarize(rows: list[Row]) -> dict[str, Any]:
+    """Means over tokens for loss and token accuracy, over records for the rest; None for what was not asked."""
+    tokens = sum(row["num_supervised_tokens"] for row in rows)
+    loss, accuracy = (
+        sum(row[name] * row["num_supervised_tokens"] for row in rows) / tokens for name in ("loss", "token_accuracy")
+    )
+    shares = {"exact_match": "exact_match", "valid_json": "valid_json", "stopped": "stop_rate", "empty": "empty_rate"}
+    return {
+        "num_records": len(rows),
+        "loss": loss,
+        "perplexity": metrics.perplexity(loss),
+        "token_accuracy": accuracy,
+        **{name: share(rows, column) for column, name in shares.items()},
+        "by": {name: by_group(rows, name) for name in GROUPS if all(name in metadata(row) for row in rows)},
+    }
+
+
+def share(rows: list[Row], column: str) -> float | None:
+    return sum(row[column] for row in rows) / len(rows) if all(column in row for row in rows) else None
+
+
+def by_group(rows: list[Row], name: str) -> dict[str, Any]:
+    """Scores of the records with each value of metadata's `name`, in the order in which the values come."""
+    groups: dict[str, list[Row]] = {}
+    for row in rows:
+        groups.setdefault(str(metadata(row)[name]), []).append(row)
+    scores = ("exact_match", "valid_json")
+    return {
+        value: {"num_records": len(group), **{column: share(group, column) for column in scores}}
+        for value, group in groups.items()
+    }
+
+
+def compare(before: list[Row], after: list[Row], tuned: dict[str, Any], params: Params) -> dict[str, Any]:
+    """The tuned model's scores and what it gained, with a paired bootstrap interval.
+
+    Raises:
+        CapasError: base and tuned model were not scored on the same records.
+    """
+    if [row["id"] for row in before] != [row["id"] for row in after]:
+        raise CapasError("reports/predictions_base.parquet holds other records; run `dvc repro evaluate_base`")
+    options = params.evaluation.without(
+        "preset", "metrics", "max_records", "batch_size", "max_new_tokens", "bootstrap_resamples"
+    )
+    difference = partial(
+        metrics.paired_difference, resamples=params.evaluation.bootstrap_resamples, **options
+    )
+    tokens = [row["num_supervised_tokens"] for row in after]
+    gains = {
+        name: difference([float(row[name]) for row in before], [float(row[name]) for row in after])
+        for name in params.evaluation.metrics
+    }
+    losses = difference([row["loss"] for row in before], [row["loss"] for row in after], tokens)
+    return {
+        "tuned": tuned,
+        "difference": {**gains, "loss": losses},
+        "confidence_fraction": params.evaluation.confidence_fraction,
+        "bootstrap_resamples": params.evaluation.bootstrap_resamples,
+    }
+
+
+def before_after(facts: dict[str, dict[str, Any]]) -> Iterable[Row]:
+    """A row for all records and for each kind of them, base before tuned."""
+    for kind in ["all", *facts["tuned"]["by"].get("kind", {})]:
+        for model, scores in facts.items():
+            found = scores if kind == "all" else scores["by"]["kind"][kind]
+            yield {"kind": kind, "model": model, "exact_match": found["exact_match"]}
+
+
+def metadata(row: Row) -> dict[str, Any]:
+    found: dict[str, Any] = json.loads(row["metadata"])
+    return found
+
+
+def read_chat(stage: Stage) -> dict[str, Any]:
+    chat: dict[str, Any] = json.loads((stage.dep(FORMATTED) / "chat.json").read_text(encoding="utf-8"))
+    return chat
+
+
+def write_rows(file: Path, rows: list[Row]) -> None:
+    pq.write_table(pa.Table.from_pylist(rows, schema=PREDICTIONS), file)
+
+
+if __name__ == "__main__":
+    which, *overrides = sys.argv[1:] or ["(nothing)"]
+    if which not in ("base", "tuned"):
+        sys.exit(f"evaluate_model.py {which}: expected base or tuned")
+    run("evaluate_base" if which == "base" else "evaluate", partial(main, which), overrides)

@@ -1,0 +1,114 @@
+"""Get the base model's weights: the embedded ones, a local folder, or a revision on the Hub.
+
+Reads   data/embedded (where the model is the embedded one)
+Writes  data/models/base: config.json, generation_config.json, model*.safetensors
+Params  model.model_name_or_path, model.revision, model.trust_remote_code
+
+The tokenizer is fetched apart (fetch_tokenizer): looking at a mask needs no weights.
+"""
+
+import json
+import re
+from pathlib import Path
+
+from capas.architecture import check_causal
+from capas.embedded import verify
+from capas.errors import CapasError
+from capas.links import place
+from capas.params import Params
+from capas.stage import Stage, log, run
+
+EMBEDDED = Path("data/embedded")
+EMBEDDED_FILES = ["config.json", "generation_config.json", "model.safetensors"]
+WANTED = ["model*.safetensors", "model.safetensors.index.json", "config.json", "generation_config.json"]
+PICKLES = (".bin", ".pt", ".pth", ".ckpt", ".pkl", ".h5", ".msgpack")
+
+
+def main(params: Params, stage: Stage) -> None:
+    name = params.model.model_name_or_path
+    patterns = [*WANTED, "*.py"] if params.model.trust_remote_code else WANTED
+    immutable = False
+    if Path(name) == EMBEDDED:
+        verify(stage.root / EMBEDDED, EMBEDDED_FILES)
+        found = [stage.dep(f"{EMBEDDED}/{file}") for file in EMBEDDED_FILES]
+    elif (stage.root / name).is_dir():
+        found = matching(stage.root / name, patterns)
+        refuse_pickles(name, found, [file.name for file in (stage.root / name).iterdir()])
+    else:
+        found = download(name, params.model.revision, patterns)
+        immutable = True  # the Hub's cache is addressed by content: nobody edits a file in it
+    check_files(found, name)
+
+    folder = stage.out("data/models/base")
+    folder.mkdir()
+    ways = {place(file, folder / file.name, immutable) for file in found}
+    log.info("%s: %d files (%s)", name, len(found), ", ".join(sorted(ways)))
+
+
+def matching(folder: Path, patterns: list[str]) -> list[Path]:
+    return sorted({file for pattern in patterns for file in folder.glob(pattern)})
+
+
+def download(name: str, revision: str | None, patterns: list[str]) -> list[Path]:
+    """The wanted files of a commit on the Hub, in its own cache.
+
+    Raises:
+        CapasError: not a Hub id, no commit named, not found, no access, no network, or pickles only.
+    """
+    if not re.fullmatch(r"[\w.-]+(/[\w.-]+)?", name):
+        raise CapasError(f"model.model_name_or_path={name} is neither a folder nor the id of a model on the Hub")
+    if not re.fullmatch(r"[0-9a-f]{40}", revision or ""):
+        raise CapasError(
+            f"model.revision={revision}: name the commit of {name} (40 hex digits, on its page under 'Files and "
+            "versions'); a branch moves, and the same configuration would mean another model tomorrow"
+        )
+    from httpx import HTTPError
+    from huggingface_hub import list_repo_files, snapshot_download
+    from huggingface_hub.errors import EntryNotFoundError, OfflineModeIsEnabled
+
+    try:
+        folder = Path(snapshot_download(name, revision=revision, allow_patterns=patterns))
+        found = matching(folder, patterns)
+        if not any(file.suffix == ".safetensors" for file in found):
+            refuse_pickles(name, found, list_repo_files(name, revision=revision))
+    except (HTTPError, EntryNotFoundError, OfflineModeIsEnabled) as error:
+        raise CapasError(
+            f"{name} at {revision} could not be downloaded: {error}\nA gated model needs `hf auth login`; "
+            "without a network use model=embedded."
+        ) from None
+    return found
+
+
+def refuse_pickles(name: str, found: list[Path], all_names: list[str]) -> None:
+    """Raises CapasError: no safetensors were found, out of all the names that there are."""
+    if any(file.suffix == ".safetensors" for file in found):
+        return
+    pickles = sorted(other for other in all_names if Path(other).suffix in PICKLES)
+    if not pickles:
+        raise CapasError(f"{name} holds no model*.safetensors: it is not a model's folder")
+    raise CapasError(
+        f"{name} has its weights as {', '.join(pickles)} only. Reading such a file can run any code in it; "
+        "capas reads safetensors. Choose a revision that has them, or convert the model once where you trust "
+        "it (AutoModelForCausalLM.from_pretrained(...).save_pretrained(FOLDER)) and set "
+        "model.model_name_or_path=FOLDER."
+    )
+
+
+def check_files(found: list[Path], name: str) -> None:
+    """Raises CapasError: no config.json, a shard is missing, already quantized, or not a causal model."""
+    files = {file.name: file for file in found}
+    if "config.json" not in files:
+        raise CapasError(f"{name} holds no config.json")
+    config = json.loads(files["config.json"].read_text(encoding="utf-8"))
+    check_causal(config, name)
+    if "quantization_config" in config:
+        method = config["quantization_config"].get("quant_method", "unknown")
+        raise CapasError(f"{name} is quantized already ({method}): start from the full-precision model")
+    if index := files.get("model.safetensors.index.json"):
+        shards = set(json.loads(index.read_text(encoding="utf-8"))["weight_map"].values())
+        if missing := sorted(shards - set(files)):
+            raise CapasError(f"{name}: model.safetensors.index.json names {', '.join(missing)}: not there")
+
+
+if __name__ == "__main__":
+    run("fetch_model", main)
