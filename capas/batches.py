@@ -5,18 +5,18 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-import pyarrow.parquet as pq
 import torch
 from torch import nn
 from torch.utils.data import Sampler
 
-IGNORE_INDEX = -100  # the label of a token that carries no loss
+from capas.records import FORMATTED, IGNORE_INDEX, read_records
+
 Example = dict[str, torch.Tensor]  # input_ids [tokens], labels [tokens]
 
 
 def read_examples(file: Path) -> list[Example]:
     """The records of data/formatted/{split}.parquet as tensors."""
-    return [make_example(row) for row in pq.read_table(file, columns=["input_ids", "labels"]).to_pylist()]
+    return [make_example(record) for record in read_records(file, FORMATTED)]
 
 
 def make_example(record: dict[str, Any]) -> Example:

@@ -5,7 +5,25 @@ from typing import Any
 
 import torch
 from torch import nn
-from transformers import GenerationConfig
+from transformers import (
+    GenerationConfig,
+    MinPLogitsWarper,
+    TemperatureLogitsWarper,
+    TopKLogitsWarper,
+    TopPLogitsWarper,
+    TypicalLogitsWarper,
+)
+
+
+_NEUTRAL = {"temperature": 1.0, "top_k": 0, "top_p": 1.0}  # transformers' own defaults hold a top_k of 50
+
+_WARPERS = (
+    ("temperature", 1.0, TemperatureLogitsWarper),
+    ("top_k", 0, TopKLogitsWarper),
+    ("top_p", 1.0, TopPLogitsWarper),
+    ("min_p", 0.0, MinPLogitsWarper),
+    ("typical_p", 1.0, TypicalLogitsWarper),
+)
 
 
 @dataclass(frozen=True)
@@ -17,18 +35,19 @@ class Completion:
 
 
 def generation_config(chat: dict[str, Any], max_new_tokens: int, **settings: Any) -> GenerationConfig:
-    """The decoding settings with the template's tokens; nothing comes from the model's own defaults.
+    """The decoding settings with the template's tokens; nothing comes from a model's own defaults.
 
     Args:
         chat: data/formatted/chat.json.
-        settings: keys of GenerationConfig; do_sample is False where it is not among them.
+        settings: keys of GenerationConfig. Not given means not applied: no sampling, no cut-off.
     """
+    neutral = _NEUTRAL if settings.get("do_sample") else {"do_sample": False}
     return GenerationConfig(
         bos_token_id=chat["bos_token_id"],
         eos_token_id=chat["stop_token_ids"],
         pad_token_id=chat["pad_token_id"],
         max_new_tokens=max_new_tokens,
-        **{"do_sample": False, **settings},
+        **{**neutral, **settings},
     )
 
 
@@ -51,6 +70,23 @@ def complete(
         found = _complete_batch(model, [prompts[i] for i in chosen], config)
         completions.update(zip(chosen, found, strict=True))
     return [completions[i] for i in range(len(prompts))]
+
+
+def next_token_probabilities(logits: torch.Tensor, settings: dict[str, Any]) -> torch.Tensor:
+    """What a sampling setting makes of the model's distribution, in the order in which `generate` does it.
+
+    Args:
+        logits: [vocabulary].
+        settings: temperature, top_k, top_p, min_p, typical_p; each may be left out.
+
+    Returns:
+        [vocabulary], sums to 1.
+    """
+    scores = logits[None].float()
+    for name, neutral, warper in _WARPERS:
+        if settings.get(name, neutral) != neutral:
+            scores = warper(settings[name])(None, scores)
+    return scores.softmax(dim=-1)[0]
 
 
 def pad_left(prompts: list[list[int]], pad_token_id: int) -> tuple[torch.Tensor, torch.Tensor]:

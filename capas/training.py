@@ -17,8 +17,9 @@ import transformers
 from transformers import EvalPrediction, TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 from transformers.trainer_callback import PrinterCallback, ProgressCallback
 
-from capas.batches import IGNORE_INDEX, LengthGroupedSampler, score_tokens
+from capas.batches import LengthGroupedSampler, score_tokens
 from capas.errors import CapasError
+from capas.records import IGNORE_INDEX
 
 log = logging.getLogger("capas")
 _MARK = "complete.json"  # written last into a checkpoint: what was saved, file by file

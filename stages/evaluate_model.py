@@ -17,24 +17,22 @@ import json
 import sys
 from collections.abc import Iterable
 from functools import partial
-from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
 import pyarrow as pa
-import pyarrow.parquet as pq
 
 from capas import hardware, metrics
 from capas.errors import CapasError
 from capas.facts import write_csv, write_json
 from capas.params import Params
+from capas.records import FORMATTED, read_records, write_records
 from capas.stage import Stage, log, run
 
 if TYPE_CHECKING:
-    import torch
     from torch import nn
 
 Row = dict[str, Any]
-FORMATTED, TOKENIZER = "data/formatted", "data/models/tokenizer"
+DATA, TOKENIZER = "data/formatted", "data/models/tokenizer"
 BASE, QUANTIZED, ADAPTER = "data/models/base", "data/models/quantized", "data/models/adapter"
 GROUPS = ("kind", "language", "function", "turns")  # keys of metadata that scores are given by
 PREDICTIONS = pa.schema(
@@ -48,7 +46,7 @@ def main(which: Literal["base", "tuned"], params: Params, stage: Stage) -> None:
     device = hardware.prepare(params.hardware)  # before torch is imported
     from capas.model import attach_adapter, load_model
 
-    records = choose(pq.read_table(stage.dep(FORMATTED) / "test.parquet").to_pylist(), params.evaluation.max_records)
+    records = choose(list(read_records(stage.dep(DATA) / "test.parquet", FORMATTED)), params.evaluation.max_records)
     model = load_model(stage.dep(QUANTIZED), params.model, device)
     if which == "tuned":
         model = attach_adapter(model, stage.dep(ADAPTER))
@@ -62,11 +60,11 @@ def main(which: Literal["base", "tuned"], params: Params, stage: Stage) -> None:
         whole = score(load_model(stage.dep(BASE), params.model, device), records, params, stage)
         facts["full_precision"] = {name: summarize(whole)[name] for name in ("loss", "perplexity")}
         write_json(stage.out("reports/evaluation_base.json"), facts)
-        write_rows(stage.out("reports/predictions_base.parquet"), rows)
+        write_records(stage.out("reports/predictions_base.parquet"), PREDICTIONS, rows)
     else:
-        before = pq.read_table(stage.dep("reports/predictions_base.parquet")).to_pylist()
+        before = list(read_records(stage.dep("reports/predictions_base.parquet"), PREDICTIONS))
         write_json(stage.out("reports/evaluation.json"), compare(before, rows, facts, params))
-        write_rows(stage.out("reports/predictions.parquet"), rows)
+        write_records(stage.out("reports/predictions.parquet"), PREDICTIONS, rows)
         base = json.loads(stage.dep("reports/evaluation_base.json").read_text(encoding="utf-8"))
         columns = ("kind", "model", "exact_match")
         write_csv(stage.out("reports/before_after.csv"), columns, before_after({"base": base, "tuned": facts}))
@@ -213,12 +211,8 @@ def metadata(row: Row) -> dict[str, Any]:
 
 
 def read_chat(stage: Stage) -> dict[str, Any]:
-    chat: dict[str, Any] = json.loads((stage.dep(FORMATTED) / "chat.json").read_text(encoding="utf-8"))
+    chat: dict[str, Any] = json.loads((stage.dep(DATA) / "chat.json").read_text(encoding="utf-8"))
     return chat
-
-
-def write_rows(file: Path, rows: list[Row]) -> None:
-    pq.write_table(pa.Table.from_pylist(rows, schema=PREDICTIONS), file)
 
 
 if __name__ == "__main__":

@@ -12,13 +12,12 @@ import re
 from pathlib import Path
 
 from capas.architecture import check_causal
-from capas.embedded import verify
+from capas.embedded import FOLDER, MANIFEST, verify
 from capas.errors import CapasError
 from capas.links import place
 from capas.params import Params
 from capas.stage import Stage, log, run
 
-EMBEDDED = Path("data/embedded")
 EMBEDDED_FILES = ["config.json", "generation_config.json", "model.safetensors"]
 WANTED = ["model*.safetensors", "model.safetensors.index.json", "config.json", "generation_config.json"]
 PICKLES = (".bin", ".pt", ".pth", ".ckpt", ".pkl", ".h5", ".msgpack")
@@ -28,9 +27,9 @@ def main(params: Params, stage: Stage) -> None:
     name = params.model.model_name_or_path
     patterns = [*WANTED, "*.py"] if params.model.trust_remote_code else WANTED
     immutable = False
-    if Path(name) == EMBEDDED:
-        verify(stage.root / EMBEDDED, EMBEDDED_FILES)
-        found = [stage.dep(f"{EMBEDDED}/{file}") for file in EMBEDDED_FILES]
+    if name == FOLDER:
+        found = [stage.dep(f"{FOLDER}/{file}") for file in EMBEDDED_FILES]
+        verify(stage.dep(MANIFEST), found)
     elif (stage.root / name).is_dir():
         found = matching(stage.root / name, patterns)
         refuse_pickles(name, found, [file.name for file in (stage.root / name).iterdir()])

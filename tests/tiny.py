@@ -10,8 +10,6 @@ from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import Any
 
-import pyarrow as pa
-import pyarrow.parquet as pq
 import torch
 import yaml
 from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers
@@ -20,6 +18,7 @@ from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedModel, Qwen2Co
 from capas.composition import composer, dump
 from capas.dag import StageSpec, read_yaml
 from capas.params import Params, select
+from capas.records import FORMATTED, write_records
 from capas.stage import Stage
 
 REPOSITORY = Path(__file__).resolve().parents[1]
@@ -112,7 +111,7 @@ def _write_formatted(folder: Path, tokenizer: Tokenizer) -> None:
     rng = random.Random(0)
     for split, count in (("train", 40), ("validation", 6), ("test", 10)):
         rows = [_row(f"{split}-{i}", rng.randrange(10 ** rng.randrange(1, 6)), tokenizer) for i in range(count)]
-        pq.write_table(pa.Table.from_pylist(rows), folder / f"{split}.parquet")
+        write_records(folder / f"{split}.parquet", FORMATTED, rows)
 
 
 def _row(name: str, number: int, tokenizer: Tokenizer) -> dict[str, Any]:
