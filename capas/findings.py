@@ -1,0 +1,263 @@
+"""A run's numbers, read from the stages' outputs and arranged as the report tells them.
+
+Plain dicts and lists, so that the page's texts can name a number: `{{ padding.fraction|pct }}`.
+A number that a run does not have (no completions generated, nothing quantized) is None.
+"""
+
+import json
+import math
+from collections import Counter
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import pyarrow.csv as pa_csv
+import pyarrow.parquet as pq
+from tokenizers import Tokenizer
+
+from capas.intervals import wilson_interval
+from capas.neighbours import Embedding
+from capas.pieces import Piece, cut
+
+Row = dict[str, Any]
+IGNORE_INDEX = -100
+NUM_LOOKED_AT = 2000  # records: enough for a frequency, not the whole of a large dataset
+MIN_NEIGHBOUR_COUNT = 2  # a token that the data hardly uses says nothing as a neighbour
+
+
+def read_json(file: Path) -> dict[str, Any]:
+    content: dict[str, Any] = json.loads(file.read_text(encoding="utf-8"))
+    return content
+
+
+def read_csv(file: Path) -> list[Row]:
+    """Rows; a file with nothing but its header has none."""
+    rows: list[Row] = pa_csv.read_csv(file).to_pylist()
+    return rows
+
+
+def read_lines(file: Path) -> list[Row]:
+    return [json.loads(line) for line in file.read_text(encoding="utf-8").splitlines()]
+
+
+def first_records(file: Path, num_records: int = NUM_LOOKED_AT) -> list[Row]:
+    with pq.ParquetFile(file) as table:
+        batch = next(table.iter_batches(batch_size=num_records), None)
+    return batch.to_pylist() if batch is not None else []
+
+
+def scores(base: Row, evaluation: Row) -> dict[str, Any]:
+    """Base and tuned side by side; `kinds` holds every part of the test split with its intervals."""
+    tuned, confidence = evaluation["tuned"], evaluation["confidence_fraction"]
+    groups = {
+        group: [
+            {"label": label, **_pair(base["by"][group][label], part, confidence)}
+            for label, part in parts.items()
+        ]
+        for group, parts in tuned["by"].items()
+    }
+    difference = evaluation["difference"]
+    return {
+        "base": base,
+        "tuned": tuned,
+        "overall": _pair(base, tuned, confidence),
+        "groups": groups,
+        "difference": {
+            name: difference.get(name) for name in ("exact_match", "valid_json", "loss")
+        },
+        "confidence": confidence,
+        "resamples": evaluation["bootstrap_resamples"],
+        "generated": tuned.get("exact_match") is not None,
+    }
+
+
+def _pair(base: Row, tuned: Row, confidence: float) -> Row:
+    pair = {name: _share(part, confidence) for name, part in (("base", base), ("tuned", tuned))}
+    return {**pair, "num_records": tuned["num_records"]}
+
+
+def _share(part: Row, confidence: float) -> tuple[float, float, float] | None:
+    share, num_records = part.get("exact_match"), part["num_records"]
+    if share is None or not num_records:
+        return None
+    return (share, *wilson_interval(share * num_records, num_records, confidence))
+
+
+def answers(base_file: Path, tuned_file: Path, messages: Mapping[str, list[Row]]) -> dict[str, Any]:
+    """The first test record that the tuned model gets right, and the first few that it gets wrong."""
+    base = {row["id"]: row["completion"] for row in pq.read_table(base_file).to_pylist()}
+    rows = [
+        {
+            "messages": messages[row["id"]],
+            "reference": row["reference"],
+            "base": base[row["id"]],
+            "tuned": row["completion"],
+            "right": row["exact_match"],
+            **json.loads(row["metadata"]),
+        }
+        for row in pq.read_table(tuned_file).to_pylist()
+        if row["completion"] is not None and row["id"] in base and row["id"] in messages
+    ]
+    example = next((row for row in rows if row["right"]), rows[0] if rows else None)
+    wrong = [row for row in rows if row["right"] is False]
+    return {"example": example, "wrong": wrong[:4], "num_wrong": len(wrong)}
+
+
+def conversations(file: Path) -> dict[str, list[Row]]:
+    """id -> messages without the answer that is asked for."""
+    rows = pq.read_table(file, columns=["id", "messages"]).to_pylist()
+    return {row["id"]: row["messages"][:-1] for row in rows}
+
+
+def tokens(tokenizer: Tokenizer, tokenizer_json: Row, records: Sequence[Row]) -> dict[str, Any]:
+    """What the tokenizer is, and how it cuts the first answer of the training split."""
+    reference = records[0]["reference"]
+    ids = tokenizer.encode(reference, add_special_tokens=False).ids
+    pieces = cut(tokenizer, ids)
+    return {
+        "algorithm": tokenizer_json["model"].get("type") or "BPE",
+        "byte_level": "ByteLevel" in json.dumps(tokenizer_json.get("pre_tokenizer")),
+        "vocab_size": tokenizer.get_vocab_size(),
+        "control": [t.content for t in tokenizer.get_added_tokens_decoder().values() if t.special],
+        "reference": reference,
+        "pieces": pieces,
+        "num_tokens": len(ids),
+        "characters_per_token": len(reference) / max(1, len(ids)),
+    }
+
+
+def masks(tokenizer: Tokenizer, records: Sequence[Row], num_records: int = 3) -> list[Row]:
+    """Token by token, what is trained, for the first records and the first with several turns."""
+    chosen = list(records[:num_records])
+    longer = next((r for r in records if _num_turns(r) > 1), None)
+    if longer is not None and longer not in chosen:
+        chosen[-1] = longer
+    return [_mask(tokenizer, record) for record in chosen]
+
+
+def _num_turns(record: Row) -> int:
+    """Runs of supervised tokens."""
+    trained = [label != IGNORE_INDEX for label in record["labels"]]
+    return sum(now and not before for before, now in zip([False, *trained], trained, strict=False))
+
+
+def _mask(tokenizer: Tokenizer, record: Row) -> Row:
+    labels = record["labels"]
+    pieces = cut(tokenizer, record["input_ids"])
+    shown = [_shown(piece, labels[piece.positions[-1]] != IGNORE_INDEX) for piece in pieces]
+    return {
+        "id": record["id"],
+        "pieces": shown,
+        "num_tokens": len(labels),
+        "num_supervised": sum(label != IGNORE_INDEX for label in labels),
+        "num_control": sum(piece.control for piece in pieces),
+    }
+
+
+def _shown(piece: Piece, trained: bool) -> Row:
+    return {"text": piece.text, "ids": piece.ids, "trained": trained, "control": piece.control}
+
+
+def padding(records: Sequence[Row], batch_size: int) -> dict[str, Any]:
+    """What padding the first `batch_size` records to the longest of them would cost."""
+    lengths = [len(record["input_ids"]) for record in records[:batch_size]]
+    positions = max(lengths) * len(lengths)
+    return {
+        "num_records": len(lengths),
+        "shortest": min(lengths),
+        "longest": max(lengths),
+        "num_pads": positions - sum(lengths),
+        "fraction": 1 - sum(lengths) / positions,
+    }
+
+
+def embedding(folder: Path, tokenizer: Tokenizer, records: Sequence[Row]) -> Row | None:
+    """Nearest neighbours of the words that the training split uses most, among the words it uses."""
+    table = Embedding.find(folder)
+    if table is None:
+        return None
+    counts = Counter(token_id for record in records for token_id in record["input_ids"])
+    words = _words(tokenizer, counts)
+    common = [token_id for token_id in words if counts[token_id] >= MIN_NEIGHBOUR_COUNT]
+    shown = [
+        {
+            "token": words[token_id],
+            "count": counts[token_id],
+            "neighbours": [(words[n], c) for n, c in table.neighbours(token_id, common, 4)],
+        }
+        for token_id in _different(words)[:6]
+        if len(common) > 1
+    ]
+    rows, width = table.shape
+    return {"rows": rows, "width": width, "num_parameters": rows * width, "words": shown}
+
+
+def _words(tokenizer: Tokenizer, counts: Counter[int]) -> dict[int, str]:
+    """Tokens that are words of three letters or more, the most frequent first."""
+    order = sorted(counts, key=lambda token_id: (-counts[token_id], token_id))
+    texts = {token_id: tokenizer.decode([token_id]) for token_id in order}
+    return {i: t for i, t in texts.items() if len(t.strip()) >= 3 and t.strip().isalpha()}
+
+
+def _different(words: Mapping[int, str]) -> list[int]:
+    """One token for every word, whatever its capitals and spaces."""
+    first: dict[str, int] = {}
+    for token_id, text in words.items():
+        first.setdefault(text.strip().lower(), token_id)
+    return list(first.values())
+
+
+def curve(history: Sequence[Row], max_grad_norm: float, vocab_size: int) -> dict[str, Any]:
+    """The ends of the training curve, and what a model that knows nothing would score."""
+    norms = [row["grad_norm"] for row in history]
+    return {
+        "first": history[0],
+        "last": history[-1],
+        "highest_learning_rate": max(row["learning_rate"] for row in history),
+        "num_clipped": sum(norm > max_grad_norm for norm in norms) if max_grad_norm else None,
+        "num_logged": len(norms),
+        "uniform_loss": math.log(vocab_size),
+    }
+
+
+def samples(lines: Sequence[Row], summary: Row) -> dict[str, Any]:
+    """Completions by prompt, then by setting: [{messages, reference, rows: [{setting, base, tuned}]}]."""
+    prompts: dict[str, Row] = {}
+    for line in lines:
+        entry = {"messages": line["messages"], "reference": line["reference"], "rows": {}}
+        prompt = prompts.setdefault(line["prompt_id"], entry)
+        row = prompt["rows"].setdefault((line["template"], line["setting"]), {})
+        counts: Counter[str] = Counter(line["completions"])
+        row[line["model"]] = [{"text": text, "times": n} for text, n in counts.items()]
+    return {
+        "prompts": [
+            {
+                **prompt,
+                "rows": [
+                    {"setting": setting, "wrong_template": template == "wrong", **models}
+                    for (template, setting), models in prompt["rows"].items()
+                ],
+            }
+            for prompt in prompts.values()
+        ],
+        "settings": summary["settings"],
+        "wrong_template": summary["wrong_template"],
+        "next_token": summary["next_token"],
+    }
+
+
+def decoding(settings: Mapping[str, Row]) -> dict[str, Any]:
+    """Which setting shows what: the first that does just that, or None."""
+    draws = {name: s for name, s in settings.items() if s.get("do_sample")}
+    warmed = [name for name, s in draws.items() if s.get("temperature", 1.0) != 1.0]
+    cut_k = [name for name, s in draws.items() if s.get("top_k")]
+    cut_p = [name for name, s in draws.items() if s.get("top_p", 1.0) < 1.0]
+    plain = [name for name in draws if name not in {*warmed, *cut_k, *cut_p}]
+    return {
+        "greedy": next((name for name in settings if name not in draws), None),
+        "drawn": next(iter([*plain, *draws]), None),
+        "multinomial": next(iter(plain), None),
+        "temperatures": warmed,
+        "top_k": next(iter(cut_k), None),
+        "top_p": next(iter(cut_p), None),
+    }

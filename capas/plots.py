@@ -1,0 +1,183 @@
+"""The report's plots, drawn by matplotlib. Each takes plain rows and returns a Figure.
+
+`words` translates a label; `number` writes a tick as the page's language does.
+"""
+
+from collections.abc import Callable, Mapping, Sequence
+from itertools import groupby, pairwise
+from typing import Any
+
+from matplotlib.figure import Figure
+from matplotlib.ticker import FuncFormatter, MaxNLocator, PercentFormatter
+
+from capas.figure import ACCENT, BASE, FAINT, INK, TUNED, drawing
+
+Row = Mapping[str, Any]
+Words = Callable[[str], str]
+Number = Callable[[float], str]
+MARKERS = {"base": "o", "tuned": "D"}  # a shape besides a colour
+COLOURS = {"base": BASE, "tuned": TUNED}
+
+
+def loss_curves(
+    history: Sequence[Row], validation: Sequence[Row], words: Words, number: Number
+) -> Figure:
+    """Loss on supervised tokens over optimizer steps, on a logarithmic axis."""
+    with drawing():
+        figure, axes = _axes(6.6, 3.0)
+        steps, losses = [row["step"] for row in history], [row["loss"] for row in history]
+        axes.plot(steps, losses, color=BASE, label=words("train"), lw=1.4)
+        if validation:
+            at = [row["step"] for row in validation]
+            seen = [row["loss"] for row in validation]
+            axes.plot(at, seen, color=TUNED, marker="D", ms=4.5, label=words("validation"))
+        axes.set_yscale("log")
+        axes.yaxis.set_major_formatter(FuncFormatter(lambda value, _: number(value)))
+        axes.yaxis.set_minor_formatter(FuncFormatter(lambda value, _: ""))
+        _label(axes, words("step"), words("loss"), number)
+        axes.legend(loc="upper right")
+    return figure
+
+
+def learning_rate(history: Sequence[Row], words: Words, number: Number) -> Figure:
+    """Learning rate, and beneath it the norm of the gradient."""
+    with drawing():
+        figure = Figure(figsize=(6.6, 3.4))
+        axes = figure.subplots(2, 1, sharex=True)
+        steps = [row["step"] for row in history]
+        for part, key, colour in zip(
+            axes, ("learning_rate", "grad_norm"), (ACCENT, INK), strict=True
+        ):
+            part.plot(steps, [row[key] for row in history], color=colour, lw=1.4)
+            part.set_ylim(bottom=0)
+            part.grid(axis="y")
+            part.set_title(words(key), loc="left", color=FAINT, fontsize=9)
+            part.yaxis.set_major_locator(MaxNLocator(3))
+            part.yaxis.set_major_formatter(FuncFormatter(lambda value, _: number(value)))
+        axes[1].set_xlabel(words("step"))
+        axes[1].xaxis.set_major_formatter(FuncFormatter(lambda value, _: number(value)))
+        figure.subplots_adjust(hspace=0.35)
+    return figure
+
+
+def shares(rows: Sequence[Row], words: Words, percent: str) -> Figure:
+    """A share with its interval for every part of the test split, base and tuned.
+
+    Rows: {label, base: (share, low, high), tuned: (share, low, high)}.
+    """
+    with drawing():
+        figure, axes = _axes(6.6, 0.55 + 0.46 * len(rows))
+        for model, shift in (("base", 0.16), ("tuned", -0.16)):
+            y = [len(rows) - i + shift for i in range(len(rows))]
+            values = [row[model][0] for row in rows]
+            below = [row[model][0] - row[model][1] for row in rows]
+            above = [row[model][2] - row[model][0] for row in rows]
+            axes.errorbar(
+                values, y, xerr=[below, above], fmt=MARKERS[model], ms=6.5, color=COLOURS[model],
+                elinewidth=1.6, capsize=3, label=words(model),
+            )  # fmt: skip
+        axes.set_yticks([len(rows) - i for i in range(len(rows))], [row["label"] for row in rows])
+        axes.tick_params(axis="y", length=0, labelcolor=INK, labelsize=10)
+        axes.set_xlim(-0.02, 1.02)
+        axes.set_ylim(0.4, len(rows) + 0.6)
+        axes.xaxis.set_major_formatter(PercentFormatter(1, decimals=0, symbol=percent))
+        axes.grid(axis="x")
+        axes.spines["left"].set_visible(False)
+        axes.legend(loc="lower center", bbox_to_anchor=(0.5, 1.0), ncols=2)
+    return figure
+
+
+def layer_errors(rows: Sequence[Row], words: Words, number: Number) -> Figure:
+    """Relative error of every quantized layer: one line of points for each kind of layer."""
+    parts: dict[str, list[float]] = {}
+    for row in rows:
+        parts.setdefault(_kind_of_layer(row["layer"]), []).append(row["relative_error"])
+    with drawing():
+        figure, axes = _axes(6.6, 0.7 + 0.3 * len(parts))
+        for y, errors in enumerate(reversed(parts.values())):
+            axes.plot(errors, [y] * len(errors), "o", ms=7, color=ACCENT, alpha=0.65, mew=0)
+        axes.set_yticks(range(len(parts)), list(reversed(parts)))
+        axes.tick_params(axis="y", length=0, labelcolor=INK)
+        axes.spines["left"].set_visible(False)
+        axes.margins(y=0.12)
+        axes.set_xlim(left=0)
+        axes.grid(axis="both")
+        axes.xaxis.set_major_formatter(FuncFormatter(lambda value, _: number(value)))
+        axes.set_xlabel(words("relative_error"))
+    return figure
+
+
+def lengths(rows: Sequence[Row], words: Words, number: Number) -> Figure:
+    """How many records have how many tokens, one small histogram for every split."""
+    splits = {split: list(group) for split, group in groupby(rows, key=lambda row: row["split"])}
+    edges = sorted({row["num_tokens"] for row in rows})
+    width = min((b - a for a, b in pairwise(edges)), default=1)
+    with drawing():
+        figure = Figure(figsize=(6.6, 1.9))
+        for axes, (split, bins) in zip(
+            figure.subplots(1, len(splits), sharex=True, squeeze=False)[0],
+            splits.items(),
+            strict=True,
+        ):
+            counts = [row["num_records"] for row in bins]
+            axes.bar(
+                [r["num_tokens"] for r in bins], counts, width=width, align="edge", color=ACCENT
+            )
+            axes.set_title(words(split), loc="left", color=FAINT, fontsize=9)
+            axes.grid(axis="y")
+            _label(axes, words("tokens"), "", number)
+        figure.subplots_adjust(wspace=0.35)
+    return figure
+
+
+def next_token(rows: Sequence[Row], words: Words, percent: str) -> Figure:
+    """Probabilities of the next token under each setting (columns), for each model (rows)."""
+    settings = list(dict.fromkeys(row["setting"] for row in rows))
+    models = list(dict.fromkeys(row["model"] for row in rows))
+    with drawing():
+        figure = Figure(figsize=(1.35 * len(settings) + 1.0, 2.1 * len(models)))
+        grid = figure.subplots(len(models), len(settings), sharex=True, squeeze=False)
+        for line, model in zip(grid, models, strict=True):
+            for i, (axes, setting) in enumerate(zip(line, settings, strict=True)):
+                chosen = [r for r in rows if r["setting"] == setting and r["model"] == model]
+                _probabilities(axes, chosen, COLOURS[model], percent, labelled=i == 0)
+                axes.set_title(setting, loc="left", fontsize=9)
+            line[0].set_ylabel(words(model), color=INK)
+        figure.subplots_adjust(wspace=0.12, hspace=0.42)
+    return figure
+
+
+def _probabilities(axes: Any, rows: list[Row], colour: str, percent: str, labelled: bool) -> None:
+    y = range(len(rows), 0, -1)
+    axes.barh(y, [row["probability"] for row in rows], color=colour, height=0.7)
+    axes.set_yticks(y, [visible(row["token"]) for row in rows] if labelled else [""] * len(rows))
+    axes.tick_params(axis="y", length=0, labelcolor=INK)
+    axes.set_xlim(0, 1)
+    axes.xaxis.set_major_locator(MaxNLocator(2))
+    axes.xaxis.set_major_formatter(PercentFormatter(1, decimals=0, symbol=percent))
+    axes.grid(axis="x")
+
+
+def visible(token: str) -> str:
+    """A token with its spaces and line breaks to be seen."""
+    return token.replace(" ", "␣").replace("\n", "↵").replace("\t", "⇥") or "∅"
+
+
+def _kind_of_layer(name: str) -> str:
+    """'model.layers.3.mlp.up_proj' -> 'mlp.up_proj': a model of any depth fits in one plot."""
+    parts = name.split(".")
+    numbers = [i for i, part in enumerate(parts) if part.isdigit()]
+    return ".".join(parts[numbers[-1] + 1 :]) if numbers else name
+
+
+def _axes(width: float, height: float) -> tuple[Figure, Any]:
+    figure = Figure(figsize=(width, height))
+    return figure, figure.subplots()
+
+
+def _label(axes: Any, x: str, y: str, number: Number) -> None:
+    axes.set_xlabel(x)
+    axes.set_ylabel(y)
+    axes.grid(axis="y")
+    axes.xaxis.set_major_formatter(FuncFormatter(lambda value, _: number(value)))
+    axes.xaxis.set_major_locator(MaxNLocator(6, integer=True))

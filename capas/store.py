@@ -1,0 +1,190 @@
+"""The MLflow store: where it is, one run for each distinct training, points logged once.
+
+A run is found by its tag `train_key`, so no run id is ever written to an output of DVC. mlflow is
+imported here and nowhere else, inside functions: that alone costs seconds.
+"""
+
+import fcntl
+import logging
+import os
+import socket
+import time
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any, NamedTuple
+from urllib.parse import urlsplit
+
+from capas.errors import CapasError
+
+TRAIN_KEY = "train_key"
+_SETTINGS = {  # only where the user has not set them
+    "MLFLOW_DISABLE_TELEMETRY": "true",
+    "MLFLOW_HTTP_REQUEST_MAX_RETRIES": "2",  # the default, 7, tries for minutes
+    "MLFLOW_HTTP_REQUEST_TIMEOUT": "30",
+}
+_MAX_BATCH = 1000  # metrics in one call, MLflow's own limit
+_CONNECT_SECONDS = 5.0
+RETRY = "To retry, once it is there: dvc repro publish"
+
+
+class Point(NamedTuple):
+    """One value of a curve."""
+
+    name: str
+    step: int
+    value: float
+
+
+def home(root: Path) -> Path:
+    """The user's repository: DVC runs queued experiments in a folder of their own and names it here."""
+    return Path(os.environ.get("DVC_ROOT") or root).resolve()
+
+
+def tracking_uri(root: Path) -> str:
+    return os.environ.get("MLFLOW_TRACKING_URI") or f"sqlite:///{home(root) / 'mlflow.db'}"
+
+
+@contextmanager
+def locked(root: Path, name: str, seconds: float) -> Iterator[None]:
+    """One process at a time in this block, on this machine.
+
+    Raises:
+        CapasError: another process holds it for longer than `seconds`.
+    """
+    file = home(root) / ".dvc/tmp" / f"mlflow-{name}.lock"
+    file.parent.mkdir(parents=True, exist_ok=True)
+    deadline = time.monotonic() + seconds
+    with file.open("a") as lock:
+        while True:
+            try:
+                fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+                break
+            except BlockingIOError:
+                if time.monotonic() > deadline:
+                    raise CapasError(
+                        f"another process is writing to the same MLflow run ({file.name}). {RETRY}"
+                    ) from None
+                time.sleep(0.1)
+        yield
+
+
+class Store:
+    """An open MLflow experiment."""
+
+    def __init__(self, client: Any, experiment_id: str, root: Path) -> None:
+        self.client, self.experiment_id, self.root = client, experiment_id, root
+
+    @classmethod
+    def open(cls, root: Path, experiment_name: str) -> "Store":
+        """Create what is missing: the database, its tables, the experiment.
+
+        Raises:
+            CapasError: the server or the database cannot be reached, or the experiment was deleted.
+        """
+        uri = tracking_uri(root)
+        _check_server(uri)
+        for name, value in _SETTINGS.items():
+            os.environ.setdefault(name, value)
+        for noisy in ("alembic", "mlflow.store.db.utils"):
+            logging.getLogger(noisy).setLevel(logging.WARNING)
+        from mlflow import MlflowClient
+
+        # Two processes that create the tables at once break each other.
+        with reachable(uri), locked(root, "store", seconds=60):
+            client = MlflowClient(tracking_uri=uri)
+            return cls(client, _experiment_id(client, experiment_name, uri, root), root)
+
+    def find(self, train_key: str) -> Any | None:
+        """The run of this training, the oldest if somebody made several."""
+        query = f"tags.{TRAIN_KEY} = '{train_key}'"
+        order = ["attributes.start_time ASC"]
+        runs = self.client.search_runs([self.experiment_id], query, max_results=1, order_by=order)
+        return runs[0] if runs else None
+
+    def find_or_create(self, train_key: str, run_name: str) -> Any:
+        """Called under the lock of the training. A new run counts as failed until somebody ends it."""
+        run = self.find(train_key)
+        if run is None:
+            run = self.client.create_run(
+                self.experiment_id, run_name=run_name, tags={TRAIN_KEY: train_key}
+            )
+            self.client.set_terminated(run.info.run_id, "FAILED")
+        return self.client.get_run(run.info.run_id)
+
+    def set_status(self, run_id: str, status: str) -> None:
+        if self.client.get_run(run_id).info.status == status:
+            return  # or its end time would change
+        if status == "RUNNING":
+            self.client.update_run(run_id, status=status)
+        else:
+            self.client.set_terminated(run_id, status)
+
+    def log_points(self, run_id: str, points: Iterable[Point]) -> int:
+        """Log those that the run lacks (a resumed training comes by its steps again); how many."""
+        from mlflow.entities import Metric
+
+        wanted = {(point.name, point.step): point for point in points}
+        known = {
+            (name, metric.step)
+            for name in {name for name, _ in wanted}
+            for metric in self.client.get_metric_history(run_id, name)
+        }
+        now = time.time_ns() // 1_000_000
+        new = [
+            Metric(p.name, p.value, now, p.step) for key, p in wanted.items() if key not in known
+        ]
+        for start in range(0, len(new), _MAX_BATCH):
+            self.client.log_batch(run_id, metrics=new[start : start + _MAX_BATCH])
+        return len(new)
+
+
+@contextmanager
+def reachable(uri: str) -> Iterator[None]:
+    """MLflow's own errors as one that says what to do.
+
+    Raises:
+        CapasError: a call in the block failed.
+    """
+    from mlflow.exceptions import MlflowException
+    from requests import RequestException
+    from sqlalchemy.exc import SQLAlchemyError
+
+    try:
+        yield
+    except (MlflowException, RequestException, SQLAlchemyError) as error:
+        reason = str(error).strip().splitlines()[0][:300] if str(error).strip() else repr(error)
+        raise CapasError(f"MLflow at {_safe(uri)} cannot be used: {reason}\n{RETRY}") from error
+
+
+def _check_server(uri: str) -> None:
+    """Ask for a connection first: MLflow itself tries a dead server for minutes."""
+    parts = urlsplit(uri)
+    if parts.scheme not in ("http", "https") or parts.hostname is None:
+        return
+    port = parts.port or (443 if parts.scheme == "https" else 80)
+    try:
+        socket.create_connection((parts.hostname, port), timeout=_CONNECT_SECONDS).close()
+    except OSError as error:
+        raise CapasError(f"no MLflow server answers at {_safe(uri)}: {error}\n{RETRY}") from None
+
+
+def _safe(uri: str) -> str:
+    """Without a password."""
+    parts = urlsplit(uri)
+    return uri.replace(f":{parts.password}@", ":***@") if parts.password else uri
+
+
+def _experiment_id(client: Any, name: str, uri: str, root: Path) -> str:
+    found = client.get_experiment_by_name(name)
+    if found is None:
+        # With SQLite and no server, artifacts would go to ./mlruns of whoever comes first.
+        local = (home(root) / "mlartifacts").as_uri() if uri.startswith("sqlite") else None
+        return str(client.create_experiment(name, artifact_location=local))
+    if found.lifecycle_stage == "deleted":
+        raise CapasError(
+            f"the MLflow experiment '{name}' was deleted. Bring it back with `mlflow experiments restore "
+            f"-x {found.experiment_id}` (MLFLOW_TRACKING_URI={_safe(uri)}), or set "
+            "tracking.experiment_name to another name"
+        )
+    return str(found.experiment_id)

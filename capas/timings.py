@@ -1,0 +1,37 @@
+"""What each stage cost, as a table: `python -m capas.timings`.
+
+Seconds and memory differ from run to run, so they are no output of DVC: every stage leaves them in
+reports/timings/ when it really runs. A stage that DVC restored keeps those of its last run here.
+"""
+
+import json
+import sys
+from pathlib import Path
+from typing import Any
+
+from capas.dag import read_yaml
+
+FOLDER = Path("reports/timings")
+
+
+def read(root: Path) -> dict[str, dict[str, Any]]:
+    """stage -> {seconds, cpu_seconds, peak_memory_bytes}, in the order of dvc.yaml."""
+    files = {file.stem: file for file in (root / FOLDER).glob("*.json")}
+    stages = read_yaml(root / "dvc.yaml")["stages"]
+    return {name: json.loads(files[name].read_text()) for name in stages if name in files}
+
+
+def table(timings: dict[str, dict[str, Any]]) -> str:
+    """Aligned columns, a line for each stage and one for the whole."""
+    if not timings:
+        return f"No stage has run here yet: {FOLDER} is empty."
+    rows = [(name, t["seconds"], t["peak_memory_bytes"]) for name, t in timings.items()]
+    rows.append(("total", sum(row[1] for row in rows), max(row[2] for row in rows)))
+    width = max(len(row[0]) for row in rows)
+    lines = [f"{'stage':{width}}  {'seconds':>8}  {'peak memory':>11}"]
+    lines += [f"{n:{width}}  {s:8.1f}  {m / 2**20:7,.0f} MiB" for n, s, m in rows]
+    return "\n".join([*lines[:-1], "-" * len(lines[0]), lines[-1]])
+
+
+if __name__ == "__main__":
+    sys.stdout.write(table(read(Path.cwd())) + "\n")

@@ -1,0 +1,157 @@
+"""Send the rows of a running training to MLflow, as they come.
+
+    python -m capas.tracking follow --key TRAIN_KEY --rows FILE
+
+`capas.live` starts it beside a training, which appends its log to FILE, one JSON object a line, the last
+{"event": "end"} or {"event": "failed"}. Standard input is a pipe that closes when the training's process
+is gone, whatever the reason. A tracker that cannot be reached costs a line in the log and nothing more:
+`publish` brings the whole curve later.
+"""
+
+import argparse
+import json
+import logging
+import os
+import select
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+from capas.dag import read_yaml
+from capas.errors import CapasError
+from capas.store import Point, Store, locked, reachable, tracking_uri
+
+log = logging.getLogger("capas")
+# A row of Trainer's log -> a metric of MLflow. `publish` gives the recorded curve the same names.
+CURVES = {
+    "loss": "train/loss",
+    "learning_rate": "train/learning_rate",
+    "grad_norm": "train/grad_norm",
+    "eval_loss": "validation/loss",
+    "eval_token_accuracy": "validation/token_accuracy",
+}
+_SEND_SECONDS, _RETRY_SECONDS = 2.0, 15.0
+_STATUS = {"end": "FINISHED", "failed": "FAILED"}
+
+
+def points_of(row: dict[str, Any]) -> list[Point]:
+    return [
+        Point(CURVES[name], int(row["step"]), float(value))
+        for name, value in row.items()
+        if name in CURVES
+    ]
+
+
+def run_name(train_key: str) -> str:
+    return os.environ.get("DVC_EXP_NAME") or f"train-{train_key[:8]}"
+
+
+class Follower:
+    """Rows read, and what of them MLflow has not got yet."""
+
+    def __init__(self, root: Path, key: str, rows: Path, experiment_name: str) -> None:
+        self.root, self.key, self.rows, self.experiment_name = root, key, rows, experiment_name
+        self.event: str | None = None
+        self._read, self._waiting = 0, list[Point]()
+        self._store: Store | None = None
+        self._run_id = ""
+        self._next = 0.0
+        self._tokens: tuple[float, int] | None = None
+
+    def read(self) -> None:
+        """Take the lines that are complete."""
+        with self.rows.open("rb") as file:
+            file.seek(self._read)
+            lines = file.read()
+        complete = lines[: lines.rfind(b"\n") + 1]
+        self._read += len(complete)
+        for line in complete.splitlines():
+            row = json.loads(line)
+            self.event = row.get("event", self.event)
+            self._waiting += points_of(row) + self._speed(row)
+
+    def send(self, status: str = "RUNNING", now: bool = False) -> None:
+        """Every two seconds what has come since; after a failure every fifteen."""
+        if not now and time.monotonic() < self._next:
+            return
+        try:
+            with reachable(tracking_uri(self.root)):
+                self._send(status)
+            self._next = time.monotonic() + _SEND_SECONDS
+        except (CapasError, OSError) as error:
+            self._store = None
+            self._next = time.monotonic() + _RETRY_SECONDS
+            log.warning("the training goes on without live metrics: %s", error)
+
+    def _send(self, status: str) -> None:
+        if self._store is None:
+            self._store = Store.open(self.root, self.experiment_name)
+            run = self._store.find_or_create(self.key, run_name(self.key))
+            self._run_id = run.info.run_id
+            self._store.set_status(self._run_id, "RUNNING")
+        if self._waiting:
+            self._store.log_points(self._run_id, self._waiting)
+            self._waiting = []
+        if status != "RUNNING":
+            self._store.set_status(self._run_id, status)
+
+    def _speed(self, row: dict[str, Any]) -> list[Point]:
+        """Tokens a second since the row before, and the training's memory now."""
+        if "num_tokens" not in row or "loss" not in row:
+            return []
+        now, before = time.monotonic(), self._tokens
+        self._tokens = now, row["num_tokens"]
+        if before is None or now - before[0] < 0.1:  # a resumed training replays its rows at once
+            return []
+        import psutil  # type: ignore[import-untyped]
+
+        speed = (row["num_tokens"] - before[1]) / (now - before[0])
+        points = [Point("train/tokens_per_second", row["step"], speed)]
+        try:
+            memory = psutil.Process(os.getppid()).memory_info().rss
+        except psutil.NoSuchProcess:
+            return points
+        return [*points, Point("train/memory_bytes", row["step"], float(memory))]
+
+
+def follow(root: Path, key: str, rows: Path, stdin: int) -> str:
+    """Until the training ends; how it ended, as MLflow says it."""
+    follower = Follower(
+        root, key, rows, read_yaml(root / "params.yaml")["tracking"]["experiment_name"]
+    )
+    with locked(root, key, seconds=60):
+        closed = False
+        while follower.event is None and not closed:
+            ready, _, _ = select.select([stdin], [], [], 0.3)
+            closed = bool(ready) and os.read(stdin, 1) == b""
+            follower.read()
+            if follower.event is None and not closed:
+                follower.send()
+        status = _STATUS.get(follower.event or "", "KILLED")
+        follower.send(status, now=True)
+    return status
+
+
+def main(arguments: list[str]) -> None:
+    parser = argparse.ArgumentParser(prog="python -m capas.tracking", description=__doc__)
+    command = parser.add_subparsers(required=True).add_parser("follow")
+    command.add_argument("--key", required=True)
+    command.add_argument("--rows", required=True, type=Path)
+    options = parser.parse_args(arguments)
+    logging.basicConfig(format="tracking: %(message)s", stream=sys.stderr)
+    log.setLevel(logging.INFO)
+    root = Path.cwd()
+    if not read_yaml(root / "params.yaml")["tracking"]["enabled"]:
+        log.info("tracking.enabled is false")
+        return
+    try:
+        log.info(
+            "the training ended: %s", follow(root, options.key, options.rows, sys.stdin.fileno())
+        )
+    except CapasError as error:
+        sys.exit(f"tracking: {error}")
+
+
+if __name__ == "__main__":
+    main(sys.argv[1:])

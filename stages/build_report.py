@@ -1,0 +1,146 @@
+"""Write the HTML page, in English and in Spanish.
+
+Reads   every stage's reports, a few records and the tokenizer, the base model's embedding
+Writes  reports/index.html, reports/index.es.html: self-contained, the same bytes every time
+Params  all of the run, to show them
+
+The travelling record ends here, side by side:
+
+    Could you wake me up at 7:30 on Monday?   base   Okay, at 7:30.
+                                              tuned  {"name": "set_alarm", "arguments": {"time": "07:30"}}
+"""
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+from tokenizers import Tokenizer
+
+from capas import findings, pipeline, plots
+from capas.dag import StageSpec, read_yaml
+from capas.figure import to_svg
+from capas.findings import read_csv, read_json, read_lines
+from capas.language import Language
+from capas.params import Params, flatten
+from capas.stage import Stage, log, run
+
+PAGE = Path("capas/page")
+LANGUAGES = {"en": "reports/index.html", "es": "reports/index.es.html"}
+
+
+def main(params: Params, stage: Stage) -> None:
+    facts = gather(params, stage)
+    specs = {name: StageSpec.read(name, stage.root) for name in facts["stages"]}
+    style = stage.dep("capas/page/style.css").read_text(encoding="utf-8")
+    stage.dep("capas/page/report.html.jinja")
+    for code, page in LANGUAGES.items():
+        folder = stage.dep(f"capas/page/{code}.yaml").parent
+        language = Language(folder, code, facts)
+        figures = draw(facts, specs, language)
+        html = language.render("report.html.jinja", style=style, figures=figures, pages=LANGUAGES)
+        stage.out(page).write_text(html, encoding="utf-8")
+        log.info("%s: %d kB", page, len(html.encode()) // 1000)
+
+
+def gather(params: Params, stage: Stage) -> dict[str, Any]:
+    """All that the page tells, by the names that its texts use."""
+    versions = stage.spec.values(stage.root)["environment.yaml"]
+    return {
+        "params": plain(params),
+        "flat_params": flatten(plain(params)),
+        "versions": versions,
+        "stages": {
+            n: e.get("desc", "") for n, e in read_yaml(stage.root / "dvc.yaml")["stages"].items()
+        },
+        **of_data(params, stage),
+        **of_models(params, stage),
+        **of_results(stage),
+        **findings.decoding(plain(params.generation.settings)),
+    }
+
+
+def plain(params: Params) -> dict[str, Any]:
+    return {
+        key: plain(value) if isinstance(value, Params) else value for key, value in params.items()
+    }
+
+
+def of_data(params: Params, stage: Stage) -> dict[str, Any]:
+    formatted, folder = stage.dep("data/formatted"), stage.dep("data/models/tokenizer")
+    tokenizer = Tokenizer.from_file(str(folder / "tokenizer.json"))
+    records = findings.first_records(formatted / "train.parquet")
+    return {
+        "source": read_json(stage.dep("data/raw") / "source.json"),
+        "chat": read_json(formatted / "chat.json"),
+        "format": read_json(stage.dep("reports/format.json")),
+        "lengths": read_csv(stage.dep("reports/lengths.csv")),
+        "tokens": findings.tokens(tokenizer, read_json(folder / "tokenizer.json"), records),
+        "masks": findings.masks(tokenizer, records),
+        "padding": findings.padding(records, params.trainer.per_device_train_batch_size),
+        "embedding": findings.embedding(stage.dep("data/models/base"), tokenizer, records),
+    }
+
+
+def of_models(params: Params, stage: Stage) -> dict[str, Any]:
+    train, adapter = read_json(stage.dep("reports/train.json")), stage.dep("data/models/adapter")
+    base, history = stage.dep("data/models/base"), read_csv(stage.dep("reports/history.csv"))
+    config = read_json(base / "config.json")
+    return {
+        "config": config,
+        "quantization": read_json(stage.dep("reports/quantization.json")),
+        "layer_errors": read_csv(stage.dep("reports/quantization_error.csv")),
+        "train": train,
+        "used": train["used"],
+        "adapter": read_json(adapter / "adapter_config.json"),
+        "adapter_bytes": (adapter / "adapter_model.safetensors").stat().st_size,
+        "history": history,
+        "validation": read_csv(stage.dep("reports/validation.csv")),
+        "curve": findings.curve(history, params.trainer.max_grad_norm, config["vocab_size"]),
+    }
+
+
+def of_results(stage: Stage) -> dict[str, Any]:
+    base = read_json(stage.dep("reports/evaluation_base.json"))
+    evaluation = read_json(stage.dep("reports/evaluation.json"))
+    base_file = stage.dep("reports/predictions_base.parquet")
+    tuned_file = stage.dep("reports/predictions.parquet")
+    messages = findings.conversations(stage.dep("data/raw") / "test.parquet")
+    lines = read_lines(stage.dep("reports/samples.jsonl"))
+    return {
+        "scores": findings.scores(base, evaluation),
+        "answers": findings.answers(base_file, tuned_file, messages),
+        "samples": findings.samples(lines, read_json(stage.dep("reports/samples.json"))),
+        "probabilities": read_csv(stage.dep("reports/next_token.csv")),
+    }
+
+
+def draw(facts: dict[str, Any], specs: dict[str, StageSpec], language: Language) -> dict[str, str]:
+    """Name -> SVG. A plot that has nothing to show is not there; the page says why in words."""
+    words: Callable[[str], str] = lambda key: str(language.say(f"plots.{key}"))  # noqa: E731
+    number, percent = language.numbers.general, language.numbers.percent
+    kinds = [row for row in facts["scores"]["groups"].get("kind", []) if row["tuned"]]
+    kinds = [{**row, "label": label_of(row["label"], language)} for row in kinds]
+    history, validation = facts["history"], facts["validation"]
+    figures = {
+        "dag": pipeline.draw(specs),
+        "loss": plots.loss_curves(history, validation, words, number),
+        "learning_rate": plots.learning_rate(history, words, number),
+    }
+    if kinds:
+        figures["kinds"] = plots.shares(kinds, words, percent)
+    if facts["layer_errors"]:
+        figures["layer_errors"] = plots.layer_errors(facts["layer_errors"], words, number)
+    if facts["lengths"]:
+        figures["lengths"] = plots.lengths(facts["lengths"], words, number)
+    if facts["probabilities"]:
+        figures["next_token"] = plots.next_token(facts["probabilities"], words, percent)
+    return {name: to_svg(figure, name, words(f"about_{name}")) for name, figure in figures.items()}
+
+
+def label_of(kind: str, language: Language) -> str:
+    key = f"kinds.{kind}"
+    return str(language.say(key)) if language.has(key) else kind
+
+
+if __name__ == "__main__":
+    run("report", main)

@@ -1,0 +1,151 @@
+"""The page: self-contained, escaped, the same bytes every time, in words where there is nothing to show."""
+
+import re
+from collections.abc import Callable
+from html.parser import HTMLParser
+from pathlib import Path
+
+import pytest
+from report_inputs import REPOSITORY, write_inputs
+
+from capas.dag import StageSpec, read_yaml
+from capas.params import Params, flatten, select
+from capas.stage import Stage
+from stages import build_report
+
+PAGE = REPOSITORY / "capas/page"
+VOID = {"meta", "br", "link", "img", "input", "hr"}
+
+
+def build(root: Path) -> dict[str, str]:
+    """The two pages, by language."""
+    spec = StageSpec.read("report", root)
+    values = select(read_yaml(root / "params.yaml"), spec.params["params.yaml"])
+    stage = Stage(spec, root)
+    build_report.main(Params(values), stage)
+    stage.finish()
+    return {code: (root / page).read_text() for code, page in build_report.LANGUAGES.items()}
+
+
+@pytest.fixture(scope="module")
+def pages(tmp_path_factory: pytest.TempPathFactory) -> dict[str, str]:
+    return build(write_inputs(tmp_path_factory.mktemp("report")))
+
+
+@pytest.fixture
+def page_with(tmp_path: Path) -> Callable[..., str]:
+    def make(*overrides: str, **texts: str) -> str:
+        return build(write_inputs(tmp_path, overrides, **texts))["en"]
+
+    return make
+
+
+class Elements(HTMLParser):
+    """Checks nesting, and gathers ids, links and the elements that load something."""
+
+    def __init__(self, html: str) -> None:
+        super().__init__()
+        self.open: list[str] = []
+        self.ids: list[str] = []
+        self.links: list[str] = []
+        self.loads: list[str] = []
+        self.feed(html)
+
+    def handle_starttag(self, tag: str, attrs: list[tuple[str, str | None]]) -> None:
+        found = {name: value or "" for name, value in attrs}
+        if tag not in VOID:
+            self.open.append(tag)
+        self.ids += [found["id"]] if "id" in found else []
+        self.links += [found[n] for n in ("href", "xlink:href") if n in found]
+        self.loads += [tag] if tag in {"script", "iframe", "img", "link"} or "src" in found else []
+
+    def handle_startendtag(self, tag: str, attrs: list[tuple[str, str | None]]) -> None:
+        self.handle_starttag(tag, attrs)
+        if tag not in VOID:
+            self.open.pop()
+
+    def handle_endtag(self, tag: str) -> None:
+        assert self.open and self.open.pop() == tag, f"</{tag}> closes nothing"
+
+
+@pytest.mark.parametrize("code", ["en", "es"])
+def test_a_page_is_well_formed_and_loads_nothing(pages: dict[str, str], code: str) -> None:
+    page = Elements(pages[code])
+    assert page.open == []
+    assert page.loads == []
+    assert not re.search(r"@import|url\((?!#)", pages[code])
+
+
+@pytest.mark.parametrize("code", ["en", "es"])
+def test_every_link_of_a_page_leads_somewhere(pages: dict[str, str], code: str) -> None:
+    page = Elements(pages[code])
+    assert len(page.ids) == len(set(page.ids))
+    inner = {link[1:] for link in page.links if link.startswith("#")}
+    assert len(inner) > 40
+    assert inner <= set(page.ids)
+    assert {link for link in page.links if not link.startswith("#")} == {
+        {"en": "index.es.html", "es": "index.html"}[code]
+    }
+
+
+def test_a_second_build_gives_the_same_bytes(pages: dict[str, str], tmp_path: Path) -> None:
+    assert build(write_inputs(tmp_path)) == pages
+
+
+def test_what_a_model_writes_is_text_and_no_markup(page_with: Callable[..., str]) -> None:
+    hostile = "<script>alert(1)</script> $x_1$ & é"
+    page = page_with(completion=hostile, request=f"{hostile} {{n}}")
+    assert "<script" not in page
+    assert page.count("&lt;script&gt;alert(1)") > 5
+
+
+def test_languages_have_the_same_texts() -> None:
+    english, spanish = (flatten(read_yaml(PAGE / f"{code}.yaml")) for code in ("en", "es"))
+    assert list(english) == list(spanish)
+    assert len(english) > 150
+    assert all(isinstance(text, str) and text for text in [*english.values(), *spanish.values()])
+
+
+def test_every_stage_has_a_description_in_both_languages() -> None:
+    stages = read_yaml(REPOSITORY / "dvc.yaml")["stages"]
+    for code in ("en", "es"):
+        assert read_yaml(PAGE / f"{code}.yaml")["stages"].keys() == stages.keys()
+
+
+def test_the_headline_is_the_score_in_each_language(pages: dict[str, str]) -> None:
+    assert "From 0% to 50.0% exactly right" in pages["en"]
+    assert "50,0\u202f%" in pages["es"]
+    assert "+50.0" in pages["en"]
+    assert "+50,0" in pages["es"]
+
+
+def test_without_completions_the_page_compares_losses(page_with: Callable[..., str]) -> None:
+    page = page_with("evaluation=loss")
+    assert "Test loss from 3.200 to 0.200" in page
+    assert "No answers were generated" in page
+    assert 'id="figure-kinds"' not in page
+
+
+def test_without_quantization_the_page_says_so(page_with: Callable[..., str]) -> None:
+    page = page_with("quantization=none")
+    assert "Nothing was quantized" in page
+    assert 'id="figure-layer_errors"' not in page
+
+
+def test_without_a_wrong_template_the_page_says_so(page_with: Callable[..., str]) -> None:
+    page = page_with("generation.wrong_chat_template=null")
+    assert "No wrong template was tried" in page
+    assert '<tr class="wrong">' not in page
+
+
+def test_a_greedy_grid_needs_no_sampling_setting(page_with: Callable[..., str]) -> None:
+    page = page_with("generation=greedy")
+    assert "No setting draws: every answer is greedy." in page
+    assert page.count("No setting of this run") == 4
+
+
+def test_the_mask_marks_the_answer_and_its_end(pages: dict[str, str]) -> None:
+    mask = re.findall(r'<figure class="mask">.*?</figure>', pages["en"], re.DOTALL)[0]
+    trained = re.findall(r'<span class="token trained[^>]*>([^<]*)</span>', mask)
+    text = "".join(trained).replace("&#34;", '"').replace("&lt;", "<").replace("&gt;", ">")
+    assert text == '{"name": "set_timer", "arguments": {"minutes": 5}}<|im_end|>'
