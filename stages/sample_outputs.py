@@ -26,23 +26,23 @@ from capas.params import Params
 from capas.prompts import Prompt, first_system_message, held_out_prompts, own_prompts
 from capas.records import FORMATTED, RAW, read_records
 from capas.stage import Stage, log, run
+from capas.template import Template, TemplateRefusal, place_system
+from capas.tokenizer import TokenizerFiles
 
 if TYPE_CHECKING:
     import torch
 
 Row = dict[str, Any]
-DATA, TOKENIZER = "data/formatted", "data/models/tokenizer"
+COMPOSED, DATA, TOKENIZER = "data/composed", "data/formatted", "data/models/tokenizer"
 MODELS = ("base", "tuned")
-UNCHANGED = {"unchanged": {"do_sample": True}}  # the model's own next-token distribution
-NUM_TOKENS = 8  # shown of it
+NUM_TOKENS = 8  # of a next-token distribution
 
 
 def main(params: Params, stage: Stage) -> None:
     device = hardware.prepare(params.hardware)  # before torch is imported
     from capas.model import attach_adapter, load_model
 
-    right = load_format("chat_template.jinja", params, stage)
-    check_format(right, stage)
+    right = load_format(params, stage)
     prompts = choose_prompts(params.generation, stage)
     base = load_model(stage.dep("data/models/quantized"), params.model, device)
     model = attach_adapter(base, stage.dep("data/models/adapter"))
@@ -64,27 +64,26 @@ def main(params: Params, stage: Stage) -> None:
     log.info("%d prompts, %d settings", len(prompts), len(params.generation.settings))
 
 
-def load_format(template: str, params: Params, stage: Stage) -> ChatFormat:
-    text = stage.dep(f"data/composed/{template}").read_text(encoding="utf-8")
+def load_format(params: Params, stage: Stage) -> ChatFormat:
+    """The template of this run.
+
+    Raises:
+        CapasError: template and tokenizer encode other ids now than when the records were formatted.
+    """
+    text = stage.dep(f"{COMPOSED}/chat_template.jinja").read_text(encoding="utf-8")
     options = params.chat_template
-    return ChatFormat.load(text, stage.dep(TOKENIZER), options.date_string, options.system)
-
-
-def check_format(right: ChatFormat, stage: Stage) -> None:
-    """Raises CapasError: a test record would be asked in other ids than it was formatted with."""
-    formatted = next(read_records(stage.dep(DATA) / "test.parquet", FORMATTED))
-    raw = read_records(stage.dep("data/raw") / "test.parquet", RAW)
-    prompt = held_out_prompts(raw, [formatted["id"]], 1)[0]
-    if right.prompt_ids(prompt.messages) != formatted["prompt_ids"]:
+    chat_format = ChatFormat.load(text, stage.dep(TOKENIZER), options.date_string, options.system)
+    if chat_format.probes_sha256() != read_chat(stage)["probes_sha256"]:
         raise CapasError(
-            f"test record {prompt.prompt_id} has other ids now than in data/formatted: template and tokenizer are "
-            "not those that it was formatted with. Run `dvc repro`."
+            f"{COMPOSED}/chat_template.jinja and {TOKENIZER} do not encode as they did for {DATA}: the model would "
+            "be asked in another format than it was trained in. Run `dvc repro`."
         )
+    return chat_format
 
 
 def choose_prompts(generation: Params, stage: Stage) -> list[Prompt]:
     """The user's own requests where there are some, else records of the test split."""
-    requests = json.loads(stage.dep("data/composed/prompts.json").read_text(encoding="utf-8"))["prompts"]
+    requests = json.loads(stage.dep(f"{COMPOSED}/prompts.json").read_text(encoding="utf-8"))["prompts"]
     raw = list(read_records(stage.dep("data/raw") / "test.parquet", RAW))
     if requests:
         return own_prompts(requests, first_system_message(raw) if generation.system is None else generation.system)
@@ -129,16 +128,27 @@ def seed_of(seed: int, prompt: Prompt, setting: str) -> int:
 
 def ask_wrongly(model: Any, prompts: list[Prompt], params: Params, stage: Stage) -> Iterator[Row]:
     """The first setting once more, in a template that the model was not trained with."""
-    wrong = stage.dep("data/composed/wrong_chat_template.jinja").read_text(encoding="utf-8")
-    if params.generation.wrong_chat_template is None or not wrong:
+    wrong = stage.dep(f"{COMPOSED}/wrong_chat_template.jinja").read_text(encoding="utf-8")
+    if params.generation.wrong_chat_template is None:
         return
-    chat_format = load_format("wrong_chat_template.jinja", params, stage)
     setting = next(iter(params.generation.settings))
     for prompt in prompts:
-        ids = chat_format.prompt_ids(prompt.messages)
+        ids = encode_wrongly(wrong, prompt, params, stage)
         for which in MODELS:
             row = ask(model, which, prompt, ids, setting, params.generation, stage)
             yield row | {"template": "wrong"}
+
+
+def encode_wrongly(template: str, prompt: Prompt, params: Params, stage: Stage) -> list[int]:
+    """As a server with the wrong template would: control tokens that the tokenizer lacks fall to pieces."""
+    files = TokenizerFiles(stage.dep(TOKENIZER))
+    render = Template(template, files.named, params.chat_template.date_string).render
+    try:
+        text = render(prompt.messages, add_generation_prompt=True)
+    except TemplateRefusal:  # a family without system role
+        text = render(place_system(prompt.messages, "fold"), add_generation_prompt=True)
+    ids: list[int] = files.build(parse_special=True).encode(text, add_special_tokens=False).ids
+    return ids
 
 
 def next_token(

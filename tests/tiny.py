@@ -15,10 +15,11 @@ import yaml
 from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedModel, Qwen2Config, Qwen2ForCausalLM
 
+from capas.chat import ChatFormat
 from capas.composition import composer, dump
 from capas.dag import StageSpec, read_yaml
 from capas.params import Params, select
-from capas.records import FORMATTED, write_records
+from capas.records import FORMATTED, RAW, write_records
 from capas.stage import Stage
 
 REPOSITORY = Path(__file__).resolve().parents[1]
@@ -73,11 +74,11 @@ def write_workspace(root: Path, overrides: Iterable[str] = (), quantized: str = 
         (root / name).symlink_to(REPOSITORY / name)
     with composer(REPOSITORY / "conf") as compose:
         (root / "params.yaml").write_text(dump(compose([*SHRUNK, "quantization=none", *overrides])))
-    tokenizer = write_tokenizer(root / "data/models/tokenizer")
+    write_tokenizer(root / "data/models/tokenizer")
     make_model().save_pretrained(root / "data/models/base")
     shutil.copytree(root / "data/models" / quantized, root / "data/models/quantized")
-    _write_formatted(root / "data/formatted", tokenizer)
-    _record(root)
+    _write_data(root)
+    _write_lock(root)
     return root
 
 
@@ -97,41 +98,48 @@ def read_json(file: Path) -> Any:
     return json.loads(file.read_text(encoding="utf-8"))
 
 
-def messages(number: int) -> list[dict[str, str]]:
-    answer = json.dumps({"minutes": number})
-    return [{"role": "user", "content": f"timer {number}"}, {"role": "assistant", "content": answer}]
-
-
-def _write_formatted(folder: Path, tokenizer: Tokenizer) -> None:
-    folder.mkdir(parents=True)
-    end = tokenizer.token_to_id("<|im_end|>")
-    chat = {"preset": "chatml", "bos_token_id": None, "pad_token_id": 256, "end_token": "<|im_end|>"}
-    (folder / "chat.json").write_text(json.dumps({**chat, "end_token_id": end, "stop_token_ids": [end]}))
-    (folder / "chat_template.jinja").write_text("{{ messages }}")
+def _write_data(root: Path) -> None:
+    """data/composed, data/raw and data/formatted, as compose, fetch and format would write them."""
+    composed, formatted, raw = (root / "data" / name for name in ("composed", "formatted", "raw"))
+    for folder in (composed, formatted, raw):
+        folder.mkdir(parents=True)
+    right, wrong = ((REPOSITORY / f"conf/chat_template/{name}.jinja").read_text() for name in ("chatml", "llama3"))
+    (composed / "prompts.json").write_text('{"prompts": null}')
+    (composed / "wrong_chat_template.jinja").write_text(wrong)
+    for folder in (composed, formatted):
+        (folder / "chat_template.jinja").write_text(right)
+    chat = ChatFormat.load(right, root / "data/models/tokenizer", "26 Jul 2024")
+    names = ("bos_token_id", "pad_token_id", "end_token", "end_token_id", "stop_token_ids")
+    facts = {name: getattr(chat, name) for name in names} | {"probes_sha256": chat.probes_sha256()}
+    (formatted / "chat.json").write_text(json.dumps(facts))
     rng = random.Random(0)
     for split, count in (("train", 40), ("validation", 6), ("test", 10)):
-        rows = [_row(f"{split}-{i}", rng.randrange(10 ** rng.randrange(1, 6)), tokenizer) for i in range(count)]
-        write_records(folder / f"{split}.parquet", FORMATTED, rows)
+        records = [_record(f"{split}-{i}", rng.randrange(10 ** rng.randrange(1, 6))) for i in range(count)]
+        write_records(raw / f"{split}.parquet", RAW, records)
+        write_records(formatted / f"{split}.parquet", FORMATTED, [_format(record, chat) for record in records])
 
 
-def _row(name: str, number: int, tokenizer: Tokenizer) -> dict[str, Any]:
-    (user, assistant), (start, end) = messages(number), (257, 258)
-    prompt = [start, *tokenizer.encode(f"user\n{user['content']}").ids, end, start]
-    prompt += tokenizer.encode("assistant\n").ids
-    answer = [*tokenizer.encode(assistant["content"]).ids, end]
-    kind = KINDS[number % len(KINDS)]
+def _record(name: str, number: int) -> dict[str, Any]:
+    answer = json.dumps({"minutes": number})
+    messages = [{"role": "user", "content": f"timer {number}"}, {"role": "assistant", "content": answer}]
+    facts = {"function": "timer", "kind": KINDS[number % len(KINDS)], "language": "en", "turns": 1}
+    return {"id": name, "messages": messages, "metadata": json.dumps(facts)}
+
+
+def _format(record: dict[str, Any], chat: ChatFormat) -> dict[str, Any]:
+    encoded = chat.encode(record["messages"])
     return {
-        "id": name,
-        "input_ids": prompt + answer,
-        "attention_mask": [1] * len(prompt + answer),
-        "labels": [-100] * len(prompt) + answer,
-        "prompt_ids": prompt,
-        "reference": assistant["content"],
-        "metadata": json.dumps({"function": "timer", "kind": kind, "language": "en", "turns": 1}),
+        "id": record["id"],
+        "input_ids": encoded.input_ids,
+        "attention_mask": [1] * len(encoded.input_ids),
+        "labels": encoded.labels,
+        "prompt_ids": chat.prompt_ids(record["messages"][:-1]),
+        "reference": record["messages"][-1]["content"],
+        "metadata": record["metadata"],
     }
 
 
-def _record(root: Path) -> None:
+def _write_lock(root: Path) -> None:
     """dvc.lock as if the stages before had run: `Stage.key` asks for the hashes of folders."""
     stages = read_yaml(root / "dvc.yaml")["stages"]
     outs = [out if isinstance(out, str) else next(iter(out)) for s in stages.values() for out in s["outs"]]
