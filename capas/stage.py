@@ -42,6 +42,7 @@ class Stage:
     def __init__(self, spec: StageSpec, root: Path, aside: Path | None = None) -> None:
         self.spec, self.root, self._aside = spec, root, aside
         self._pending: dict[Path, Path] = {}
+        self._checkpoints: Path | None = None
 
     @property
     def name(self) -> str:
@@ -83,12 +84,14 @@ class Stage:
         return input_key(self.spec, self.root)
 
     def checkpoints(self) -> Path:
-        """A folder outside DVC for exactly these inputs: an interrupted run resumes, a changed one cannot."""
-        folder = (
-            (self._aside or self.root / ".dvc/tmp") / "checkpoints" / f"{self.name}-{self.key()}"
-        )
-        folder.mkdir(parents=True, exist_ok=True)
-        return folder
+        """A folder outside DVC for exactly these inputs: an interrupted run resumes, a changed one cannot.
+
+        It goes once the outputs are in place, so that a run which is refused at its end loses nothing.
+        """
+        parent = (self._aside or self.root / ".dvc/tmp") / "checkpoints"
+        self._checkpoints = parent / f"{self.name}-{self.key()}"
+        self._checkpoints.mkdir(parents=True, exist_ok=True)
+        return self._checkpoints
 
     def finish(self) -> None:
         """Move all outputs into place.
@@ -103,6 +106,8 @@ class Stage:
         for partial, final in self._pending.items():
             _remove(final)
             partial.rename(final)
+        if self._checkpoints:
+            _remove(self._checkpoints)
 
     def _check_declared(self, path: str, declared: tuple[str, ...], kind: str) -> None:
         if path not in declared:

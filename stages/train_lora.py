@@ -68,7 +68,6 @@ def main(params: Params, stage: Stage) -> None:
     write_json(stage.out("reports/train.json"), facts | {"gradient_check": gradient_check})
     write_curves(trainer.state.log_history, stage)
     save_adapter(trainer.model, params, chat, stage)
-    shutil.rmtree(folder)  # the result is written: nothing is left to resume
 
 
 def add_lora(base: "PreTrainedModel", params: Params) -> Any:

@@ -135,6 +135,18 @@ def test_checkpoints_belong_to_exactly_these_inputs(root: Path) -> None:
     assert Stage(StageSpec.read("copy", root), root).checkpoints() != first
 
 
+def test_checkpoints_go_once_the_outputs_are_in_place(root: Path) -> None:
+    folders: list[Path] = []
+
+    def main(params: Params, stage: Stage) -> None:
+        folders.append(stage.checkpoints())
+        copy(params, stage)
+        assert folders[0].exists()
+
+    run("copy", main)
+    assert not folders[0].exists()
+
+
 def test_params_are_read_only_and_go_straight_through() -> None:
     params = Params({"lora": {"preset": "x", "r": 4}})
     assert dict(**params.lora) == {"preset": "x", "r": 4}
