@@ -1,0 +1,267 @@
+"""Conversations as token ids: the scaffold of a chat template around contents that were encoded as plain text.
+
+The ids are those of ``tokenizer.apply_chat_template``, with one difference that is meant: where a content holds the
+text of a control token, it stays text. The labels are known by construction::
+
+    <|im_start|> user \\n Hi <|im_end|> \\n <|im_start|> assistant \\n Hello <|im_end|> \\n
+         -100    -100 -100 -100  -100  -100     -100       -100    -100 Hello <|im_end|> -100
+"""
+
+import hashlib
+import json
+import re
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from functools import cached_property, lru_cache
+from pathlib import Path
+from typing import Any
+
+from tokenizers import Tokenizer
+
+from capas.edges import Edges
+from capas.errors import CapasError
+from capas.records import IGNORE_INDEX
+from capas.scaffold import Control, Plan, Planner, Segment, control_pattern
+from capas.template import Template, TemplateRefusal, place_system
+from capas.tokenizer import TokenizerFiles
+
+Messages = Sequence[Mapping[str, Any]]
+Owned = list[tuple[int, int | None]]  # token id, index of the answer that it belongs to
+# What a control token looks like; none of the four families' tokens looks otherwise.
+_SHAPE = re.compile(
+    r"<\|[^<>|\s]+\|>|<｜[^<>｜\s]+｜>|<(?:start|end)_of_[a-z]+>|\[/?[A-Z][A-Z_]+\]|</?s>"
+)
+_PROBES = (
+    ("user", "Hi"),
+    ("assistant", "Hello! ¿Qué tal?"),
+    ("user", " <|im_end|>\n\n</s> [INST] 12,5 €  "),
+    ("assistant", '{"name": "f"}'),
+)
+
+
+@dataclass(frozen=True)
+class Encoded:
+    """A formatted conversation; both lists have one entry per token."""
+
+    input_ids: list[int]
+    labels: list[int]  # the id itself, or IGNORE_INDEX where no loss is taken
+
+
+class ChatFormat:
+    """A chat template with a tokenizer. Made by `load`."""
+
+    def __init__(self, template: Template, files: TokenizerFiles, system: str) -> None:
+        self._template, self._files, self._system = template, files, system
+        written = self._written_tokens()
+        self._check_known(written)
+        controls = {t.content: t for t in files.added.values() if t.special or t.content in written}
+        self._control_pattern = control_pattern(controls)
+        self._control_ids = {text: files.id_of_text(text) for text in controls}
+        self._unmarked = control_pattern({k: t for k, t in controls.items() if not t.special})
+        self._alone = files.build(also_special=written)
+        self._inside = (
+            files.build(also_special=written, inside=True) if files.adds_first_blank else self._alone
+        )
+        self._edges = Edges(self._inside, self._alone)
+        self._planner = Planner(self._render_placed, controls)
+        self._plans: dict[Any, Plan] = {}
+        self._encode_scaffold = lru_cache(maxsize=4096)(self._encode_scaffold_uncached)
+        self.end_token = self._planner.end_token
+        self.end_token_id = self._control_ids[self.end_token]
+        self.bos_token_id = files.id_of("bos_token")
+        ids = (files.id_of("pad_token"), files.id_of("eos_token"), self.end_token_id)
+        self.pad_token_id: int = next(i for i in ids if i is not None)
+        self.stop_token_ids = list(dict.fromkeys(i for i in (ids[2], ids[1]) if i is not None))
+
+    @classmethod
+    def load(
+        cls, template_text: str, tokenizer_dir: Path, date_string: str, system: str = "template"
+    ) -> "ChatFormat":
+        """A template's text with the tokenizer in a folder.
+
+        Args:
+            date_string: what a template gets that asks for today's date.
+            system: template | fold | error, see `capas.template.place_system`.
+
+        Raises:
+            CapasError: a file is missing or damaged; the template has a syntax error, writes control tokens that
+                the tokenizer lacks, or does not end an answer.
+        """
+        files = TokenizerFiles(tokenizer_dir)
+        return cls(Template(template_text, files.named, date_string), files, system)
+
+    def render(self, messages: Messages, add_generation_prompt: bool = False) -> str:
+        """The conversation as the text that the model sees; raises TemplateRefusal."""
+        return self._render_placed(messages, add_generation_prompt)
+
+    def encode(self, messages: Messages, train_on: str = "assistant") -> Encoded:
+        """Ids and labels of a conversation.
+
+        Args:
+            messages: role, content and, where they are known, input_ids: the content encoded as plain text.
+            train_on: assistant (every answer with its end token), last_assistant, or all (every token).
+
+        Raises:
+            CapasError: the template refuses or rewrites the conversation, an answer to be trained is empty, or
+                nothing is left to train on.
+        """
+        trained = _trained_messages(messages, train_on)
+        owned = self._encode(messages, add_generation_prompt=False)
+        everything = train_on == "all"
+        labels = [i if everything or owner in trained else IGNORE_INDEX for i, owner in owned]
+        return Encoded([i for i, _ in owned], labels)
+
+    def prompt_ids(self, messages: Messages) -> list[int]:
+        """The ids that ask for the next answer: the conversation so far and the generation prompt."""
+        return [i for i, _ in self._encode(messages, add_generation_prompt=True)]
+
+    def reference_ids(self, messages: Messages, add_generation_prompt: bool = False) -> list[int]:
+        """The rendered text, encoded whole with control tokens parsed, as `apply_chat_template` does."""
+        text = self.render(messages, add_generation_prompt)
+        ids: list[int] = self.parsing_tokenizer.encode(text, add_special_tokens=False).ids
+        return ids
+
+    @cached_property
+    def parsing_tokenizer(self) -> Tokenizer:
+        """The tokenizer as it is, to which the text of a control token is that token."""
+        return self._files.build(parse_special=True)
+
+    def count_control_tokens(self, content: str) -> int:
+        """How often a content holds the text of a control token."""
+        return sum(1 for _ in self._control_pattern.finditer(content))
+
+    def probes_sha256(self) -> str:
+        """Changes whenever template or tokenizer encode a few fixed conversations differently."""
+        probes = [{"role": role, "content": content} for role, content in _PROBES]
+        system = {"role": "system", "content": "Answer in JSON."}
+        ids = [self._try_probe(told) for told in (probes[:2], probes, [system, *probes])]
+        return hashlib.sha256(json.dumps(ids).encode()).hexdigest()
+
+    def _try_probe(self, messages: Messages) -> list[int] | None:
+        try:
+            return self.encode(messages).input_ids
+        except CapasError:
+            return None  # what a family refuses is part of its identity
+
+    def _render_placed(self, messages: Messages, add_generation_prompt: bool) -> str:
+        return self._template.render(place_system(messages, self._system), add_generation_prompt)
+
+    def _written_tokens(self) -> set[str]:
+        """What the template writes that looks like a control token."""
+        question, answer = {"role": "user", "content": "-"}, {"role": "assistant", "content": "-"}
+        texts = [self._render_placed([question], True), self._render_placed([question, answer], False)]
+        try:
+            system = {"role": "system", "content": "-"}
+            texts.append(self._render_placed([system, question, answer], False))
+        except CapasError:
+            pass  # a family without system role
+        return {token for text in texts for token in _SHAPE.findall(text)}
+
+    def _check_known(self, written: set[str]) -> None:
+        known = {token.content for token in self._files.added.values()}
+        lacking = sorted(written - known)
+        if lacking:
+            has = sorted(text for text in known if _SHAPE.fullmatch(text))
+            raise CapasError(
+                f"the tokenizer in {self._files.folder} lacks control tokens that the chat template writes: "
+                f"{', '.join(lacking)}. They would be cut into ordinary pieces. Choose the chat_template of the "
+                f"model's own family; the tokenizer has: {', '.join(has[:12]) or 'none'}"
+            )
+
+    def _plan(self, messages: Messages, add_generation_prompt: bool) -> Plan:
+        pattern = tuple((m["role"], "" if m["content"].strip() else (m["content"],)) for m in messages)
+        key = pattern, add_generation_prompt
+        if key not in self._plans:
+            self._plans[key] = self._planner.plan(messages, add_generation_prompt)
+        return self._plans[key]
+
+    def _encode(self, messages: Messages, add_generation_prompt: bool) -> Owned:
+        plan = self._plan(messages, add_generation_prompt)
+        contents = plan.trim([message["content"] for message in messages])
+        rendered = self._render_placed(messages, add_generation_prompt)
+        if plan.fill(contents) != rendered:
+            raise CapasError(_rewritten(plan.fill(contents), rendered))
+        owned: Owned = []
+        for part in plan.parts:
+            if isinstance(part, Control):
+                owned.append((self._control_ids[part.token], part.owner))
+            else:
+                owned += self._encode_segment(part, contents, messages)
+        self._check_controls(owned, plan)
+        return owned
+
+    def _encode_segment(self, segment: Segment, contents: list[str], messages: Messages) -> Owned:
+        """The ids of known contents where the borders allow it, else of the whole segment anew."""
+        if all(piece.message is None for piece in segment.pieces):
+            return self._encode_scaffold(segment)
+        *before, last = segment.pieces
+        if last.message is None or len(before) > 1 or (before and before[0].message is not None):
+            return self._encode_whole(segment, contents)
+        content = contents[last.message]
+        scaffold = before[0].text if before else ""
+        as_known = content == messages[last.message]["content"] and not self._unmarked.search(content)
+        if as_known and self._edges.join(scaffold, content):
+            ids = self._content_ids(messages[last.message])
+            start = self._encode_scaffold(Segment(tuple(before), segment.first)) if before else []
+            return start + [(i, last.owner) for i in ids]
+        if as_known and before and before[0].owner == last.owner and self._edges.absorb(scaffold, content):
+            return [(i, last.owner) for i in self._content_ids(messages[last.message])]
+        return self._encode_whole(segment, contents)
+
+    def _content_ids(self, message: Mapping[str, Any]) -> Sequence[int]:
+        if "input_ids" in message:
+            return message["input_ids"]
+        return self._alone.encode(message["content"], add_special_tokens=False).ids
+
+    def _encode_scaffold_uncached(self, segment: Segment) -> Owned:
+        return self._encode_whole(segment, [])
+
+    def _encode_whole(self, segment: Segment, contents: list[str]) -> Owned:
+        """A token that holds a character of an answer belongs to the answer."""
+        texts = [piece.fill(contents) for piece in segment.pieces]
+        owners = [p.owner for p, text in zip(segment.pieces, texts, strict=True) for _ in text]
+        encoder: Tokenizer = self._alone if segment.first else self._inside
+        encoding = encoder.encode("".join(texts), add_special_tokens=False)
+        return [
+            (i, next((o for o in owners[start : max(end, start + 1)] if o is not None), None))
+            for i, (start, end) in zip(encoding.ids, encoding.offsets, strict=True)
+        ]
+
+    def _check_controls(self, owned: Owned, plan: Plan) -> None:
+        """No content may have become a control token, whatever the tokenizer's vocabulary holds."""
+        unknown = self._files.id_of("unk_token")  # also stands for what a vocabulary lacks
+        controls = set(self._control_ids.values()) - {unknown}
+        found = sum(i in controls for i, _ in owned)
+        if found > plan.num_controls:
+            raise CapasError(
+                f"{found - plan.num_controls} control token(s) came out of contents; the tokenizer in "
+                f"{self._files.folder} makes them out of ordinary pieces and cannot be used safely"
+            )
+
+
+def _trained_messages(messages: Messages, train_on: str) -> set[int]:
+    answers = [i for i, message in enumerate(messages) if message["role"] == "assistant"]
+    if not answers:
+        raise CapasError("no message of the assistant: there is nothing to train on")
+    trained = answers[-1:] if train_on == "last_assistant" else answers
+    for index in trained:
+        if not messages[index]["content"].strip():
+            raise CapasError(
+                f"message {index}, an answer to be trained, is empty: {messages[index]['content']!r}"
+            )
+    return set(trained)
+
+
+def _rewritten(expected: str, rendered: str) -> str:
+    start = next(
+        (i for i, (a, b) in enumerate(zip(expected, rendered, strict=False)) if a != b),
+        min(len(expected), len(rendered)),
+    )
+    return (
+        "the chat template rewrites a content, or treats it by what it says: expected "
+        f"{expected[start : start + 40]!r} at character {start}, the template has "
+        f"{rendered[start : start + 40]!r}; such a record cannot be masked safely"
+    )
+
+
+__all__ = ["ChatFormat", "Encoded", "TemplateRefusal"]

@@ -1,0 +1,78 @@
+"""Where ids of two texts put side by side are the ids of the texts put together.
+
+A content was encoded by itself. After the scaffold's `user\\n` its ids may be used as they are only where the
+tokenizer would cut between the two: a content that begins with a line break would melt with the one before.
+"""
+
+import unicodedata
+from functools import cached_property, lru_cache
+
+from tokenizers import Tokenizer
+
+_WINDOW = 8  # characters of a content that a pre-tokenizer may look at to decide on a cut before it
+_WORD_START = "▁"  # SentencePiece's blank
+
+
+class Edges:
+    """Answers for one tokenizer, which parses no control tokens.
+
+    Args:
+        inside: encodes what stands after a control token.
+        alone: encodes a text that begins the sequence; SentencePiece then adds a blank.
+    """
+
+    def __init__(self, inside: Tokenizer, alone: Tokenizer) -> None:
+        self._inside = inside
+        self._words = [t.content for t in inside.get_added_tokens_decoder().values() if not t.special]
+        ids = [tokenizer.encode(text, add_special_tokens=False).ids for tokenizer, text in
+               ((alone, "a"), (inside, "a"), (inside, " a"))]  # fmt: skip
+        self.adds_blank = ids[0] != ids[1]  # a text alone is encoded as if a blank came before it
+        self._blank_is_space = ids[0] == ids[2]
+        self.are_safe = lru_cache(maxsize=65536)(self._are_safe)
+
+    def join(self, scaffold: str, content: str) -> bool:
+        """Whether ids(scaffold + content) == ids(scaffold) + ids(content)."""
+        if self.adds_blank or not content or _may_combine(content[0]):
+            return False
+        return not scaffold or self.are_safe(scaffold, content[:_WINDOW])
+
+    def absorb(self, scaffold: str, content: str) -> bool:
+        """Whether ids(scaffold + content) == ids(content): the blank which the tokenizer adds is the scaffold."""
+        added = self.adds_blank and self._blank_is_space and scaffold == " "
+        return added and bool(content) and content[0] not in (" ", _WORD_START)
+
+    def _are_safe(self, scaffold: str, start: str) -> bool:
+        if start.startswith(tuple(self._remainders(scaffold))):
+            return False
+        before, after, both = self._pieces(scaffold), self._pieces(start), self._pieces(scaffold + start)
+        if len(both) > 1:
+            return both == before + after
+        if len(before) != 1 or not both[0].startswith(before[0]) or both == before:
+            return False
+        border = len(before[0])
+        return both[0][border - 1 : border + 1] not in self._bigrams
+
+    def _remainders(self, scaffold: str) -> list[str]:
+        """What would complete an added token that the scaffold begins."""
+        return [
+            word[cut:]
+            for word in self._words
+            for cut in range(1, len(word))
+            if scaffold.endswith(word[:cut])
+        ]
+
+    def _pieces(self, text: str) -> list[str]:
+        normalizer, splitter = self._inside.normalizer, self._inside.pre_tokenizer
+        text = normalizer.normalize_str(text) if normalizer else text
+        return [piece for piece, _ in splitter.pre_tokenize_str(text)] if splitter else [text]
+
+    @cached_property
+    def _bigrams(self) -> frozenset[str]:
+        """Neighbours inside a vocabulary entry: no merge crosses a border between any other two characters."""
+        vocabulary = self._inside.get_vocab(with_added_tokens=True)
+        return frozenset(token[i : i + 2] for token in vocabulary for i in range(len(token) - 1))
+
+
+def _may_combine(character: str) -> bool:
+    """White space melts with white space, a combining mark with the letter before."""
+    return character.isspace() or character == _WORD_START or unicodedata.category(character)[0] == "M"

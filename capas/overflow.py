@@ -1,0 +1,92 @@
+"""What becomes of records that are longer than `dataset.max_length`: an error, dropped, or cut at a turn."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+from capas.chat import ChatFormat, Encoded
+from capas.errors import CapasError
+from capas.records import IGNORE_INDEX, Record
+
+Messages = Sequence[dict[str, Any]]
+
+
+def count_supervised(encoded: Encoded) -> int:
+    return sum(label != IGNORE_INDEX for label in encoded.labels)
+
+
+@dataclass
+class Overflow:
+    """The policy for one split, and what it did.
+
+    Args:
+        policy: error | drop | truncate. To truncate is to keep the turns from the beginning up to the last answer
+            that fits; where not even the first does, the record is dropped.
+        budget_fraction: of the split's records, how many may be dropped or truncated before the stage fails.
+    """
+
+    split: str
+    max_length: int
+    policy: str
+    budget_fraction: float
+    num_records: int = 0
+    truncated: int = 0
+    dropped: int = 0
+    supervised_tokens_lost: int = 0
+    longest: tuple[int, str] = (0, "")
+    too_long: list[str] = field(default_factory=list)
+
+    def fit(
+        self, record: Record, encoded: Encoded, chat: ChatFormat, train_on: str
+    ) -> tuple[Messages, Encoded] | None:
+        """The messages to keep and their ids; None where the record is dropped."""
+        self.num_records += 1
+        messages = record["messages"]
+        self.longest = max(self.longest, (len(encoded.input_ids), record["id"]))
+        if len(encoded.input_ids) <= self.max_length:
+            return messages, encoded
+        self.too_long.append(record["id"])
+        kept = self._truncate(messages, chat, train_on) if self.policy == "truncate" else None
+        left = count_supervised(kept[1]) if kept else 0
+        self.supervised_tokens_lost += count_supervised(encoded) - left
+        self.truncated += kept is not None
+        self.dropped += kept is None
+        return kept
+
+    def _truncate(
+        self, messages: Messages, chat: ChatFormat, train_on: str
+    ) -> tuple[Messages, Encoded] | None:
+        answers = [i for i, message in enumerate(messages) if message["role"] == "assistant"]
+        for last in reversed(answers[:-1]):
+            kept = messages[: last + 1]
+            encoded = chat.encode(kept, train_on)
+            if len(encoded.input_ids) <= self.max_length:
+                return kept, encoded
+        return None
+
+    def check(self) -> None:
+        """Raises CapasError where a record is too long and may not be, or too many are."""
+        count = len(self.too_long)
+        if not count:
+            return
+        longest, identity = self.longest
+        facts = (
+            f"{count} of {self.num_records} {self.split} records are longer than dataset.max_length="
+            f"{self.max_length} tokens; the longest has {longest} (record {identity!r})."
+        )
+        raise_it = f"Set dataset.max_length={longest} or more"
+        if self.policy == "error":
+            raise CapasError(
+                f"{facts} {raise_it}, or dataset.overflow=drop or truncate with a budget "
+                f"(dataset.overflow_budget_fraction={_round_up(count / self.num_records)})."
+            )
+        if count > self.budget_fraction * self.num_records:
+            raise CapasError(
+                f"{facts} dataset.overflow={self.policy} may touch {self.budget_fraction:.4g} of a split. "
+                f"{raise_it}, or dataset.overflow_budget_fraction={_round_up(count / self.num_records)}."
+            )
+
+
+def _round_up(fraction: float) -> float:
+    """To three decimals, so that the value named in a message is enough."""
+    return min(1.0, -(-fraction * 1000 // 1) / 1000)

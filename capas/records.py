@@ -1,0 +1,229 @@
+"""The records of a split as parquet: fixed schemas, so that the same records are the same bytes.
+
+One record grows from stage to stage::
+
+    raw        id, messages [{role, content}], metadata        what fetch got
+    tokenized  id, messages [{role, content, input_ids}], metadata
+    formatted  id, input_ids, attention_mask, labels, prompt_ids, reference, metadata
+
+`metadata` is a JSON object as text, keys sorted: rows of one table may have different keys.
+"""
+
+import hashlib
+import json
+from collections.abc import Iterable, Iterator, Mapping
+from pathlib import Path
+from typing import Any
+
+import pyarrow as pa
+import pyarrow.parquet as pq
+
+from capas.errors import CapasError
+
+SPLITS = ("train", "validation", "test")
+ROLES = ("system", "user", "assistant")
+IGNORE_INDEX = -100  # the label of a token that carries no loss, as torch.nn.CrossEntropyLoss has it
+ROWS_PER_GROUP = 2000  # rows held in memory at once, whatever the size of the split
+
+Message = dict[str, Any]
+Record = dict[str, Any]
+
+
+def _required(*fields: tuple[str, pa.DataType]) -> list[pa.Field]:
+    return [pa.field(name, kind, nullable=False) for name, kind in fields]
+
+
+def _list_of(kind: pa.DataType) -> pa.ListType:
+    return pa.list_(pa.field("element", kind, nullable=False))
+
+
+_TEXT, _IDS = pa.string(), _list_of(pa.int32())
+_SPOKEN = _required(("role", _TEXT), ("content", _TEXT))
+_ENCODED = [*_SPOKEN, *_required(("input_ids", _IDS))]
+
+RAW = pa.schema(
+    _required(("id", _TEXT), ("messages", _list_of(pa.struct(_SPOKEN))), ("metadata", _TEXT))
+)
+TOKENIZED = pa.schema(
+    _required(("id", _TEXT), ("messages", _list_of(pa.struct(_ENCODED))), ("metadata", _TEXT))
+)
+FORMATTED = pa.schema(
+    _required(
+        ("id", _TEXT),
+        ("input_ids", _IDS),
+        ("attention_mask", _list_of(pa.int8())),
+        ("labels", _IDS),
+        ("prompt_ids", _IDS),
+        ("reference", _TEXT),
+        ("metadata", _TEXT),
+    )
+)
+
+
+def write_records(file: Path, schema: pa.Schema, records: Iterable[Record]) -> int:
+    """Write `records` as they come, in groups of rows of a fixed size; returns how many there were."""
+    count = 0
+    with pq.ParquetWriter(file, schema, version="2.6", compression="zstd") as writer:
+        for group in _groups(records):
+            writer.write_table(pa.Table.from_pylist(group, schema=schema))
+            count += len(group)
+    return count
+
+
+def read_records(file: Path, schema: pa.Schema) -> Iterator[Record]:
+    """The records of `file`, in order, few in memory at once.
+
+    Raises:
+        CapasError: the file is no parquet file, or has other columns than `schema`.
+    """
+    try:
+        with pq.ParquetFile(file) as parquet:
+            if not parquet.schema_arrow.equals(schema):
+                raise CapasError(_other_columns(file, parquet.schema_arrow, schema))
+            for batch in parquet.iter_batches(ROWS_PER_GROUP):
+                yield from batch.to_pylist()
+    except pa.ArrowInvalid as error:
+        raise CapasError(
+            f"{file} is no complete parquet file ({error}); `dvc repro` makes it again once it is deleted"
+        ) from None
+
+
+def _other_columns(file: Path, found: pa.Schema, wanted: pa.Schema) -> str:
+    def show(schema: pa.Schema) -> str:
+        return ", ".join(f"{field.name}: {field.type}" for field in schema)
+
+    return (
+        f"{file} has other columns than this version of capas writes; delete it and run `dvc repro`.\n"
+        f"  found    {show(found)}\n  expected {show(wanted)}"
+    )
+
+
+def _groups(records: Iterable[Record]) -> Iterator[list[Record]]:
+    group: list[Record] = []
+    for record in records:
+        group.append(record)
+        if len(group) == ROWS_PER_GROUP:
+            yield group
+            group = []
+    if group:
+        yield group
+
+
+def content_sha256(records: Iterable[Record]) -> str:
+    """Identity of the records themselves, whatever version of pyarrow wrote them."""
+    digest = hashlib.sha256()
+    for record in records:
+        line = json.dumps(record, ensure_ascii=False, sort_keys=True, separators=(",", ":"))
+        digest.update(line.encode() + b"\n")
+    return digest.hexdigest()
+
+
+def to_raw(source: str, split: str, records: Iterable[Mapping[str, Any]]) -> Iterator[Record]:
+    """Check each record and give it the form of `RAW`.
+
+    Args:
+        source: where the records come from, for the messages: a file or a data set.
+
+    Raises:
+        CapasError: naming source, split, index, id, field, the value seen and the way out.
+    """
+    known: dict[str, int] = {}
+    for index, record in enumerate(records):
+        where = f"{source}, {split} record {index}"
+        checked = _check_record(record, where)
+        if checked["id"] in known:
+            raise CapasError(
+                f"{where}: id {checked['id']!r} is that of record {known[checked['id']]} as well; "
+                "give every record of a split an id of its own"
+            )
+        known[checked["id"]] = index
+        yield checked
+
+
+def _check_record(record: Any, where: str) -> Record:
+    if not isinstance(record, Mapping):
+        raise CapasError(f"{where} is {_show(record)}, not an object with id and messages")
+    identity = record.get("id")
+    if not isinstance(identity, str) or not identity:
+        raise CapasError(f"{where}: id is {_show(identity)}; give it a text that is not empty")
+    where = f"{where} (id {identity!r})"
+    _reject_keys(record, {"id", "messages", "metadata"}, where)
+    return {
+        "id": _check_text(identity, f"{where}: id"),
+        "messages": check_messages(record.get("messages"), where),
+        "metadata": _check_metadata(record.get("metadata", {}), where),
+    }
+
+
+def check_messages(messages: Any, where: str) -> list[Message]:
+    """A conversation with something to train on.
+
+    Raises:
+        CapasError: it is no list of {role, content}, a role is unknown, a content is no text, no turn of
+            the assistant is in it, or one is empty.
+    """
+    if isinstance(messages, str):
+        raise CapasError(
+            f"{where}: messages is a text, {_show(messages)}; give the list itself, "
+            "not its JSON inside a string (json.loads it once more)"
+        )
+    if not isinstance(messages, list) or not messages:
+        raise CapasError(
+            f"{where}: messages is {_show(messages)}; give a list of {{role, content}}"
+        )
+    checked = [_check_message(m, f"{where}: messages[{i}]") for i, m in enumerate(messages)]
+    if not any(message["role"] == "assistant" for message in checked):
+        raise CapasError(f"{where}: no message of the assistant: there is nothing to train on")
+    return checked
+
+
+def _check_message(message: Any, where: str) -> Message:
+    if not isinstance(message, Mapping):
+        raise CapasError(f"{where} is {_show(message)}, not an object with role and content")
+    role, content = message.get("role"), message.get("content")
+    if role not in ROLES:
+        raise CapasError(f"{where}: role is {_show(role)}; known roles: {', '.join(ROLES)}")
+    if not isinstance(content, str):
+        raise CapasError(f"{where}: content is {_show(content)}; give it as text")
+    _reject_keys(message, {"role", "content"}, where)
+    if role == "assistant" and not content.strip():
+        raise CapasError(
+            f"{where}: the assistant's content is {_show(content)}: an empty answer would teach the "
+            "model to say nothing; leave the turn or the record out"
+        )
+    return {"role": role, "content": _check_text(content, f"{where}: content")}
+
+
+def _reject_keys(found: Mapping[str, Any], known: set[str], where: str) -> None:
+    extra = sorted(str(key) for key in found.keys() - known)
+    if extra:
+        raise CapasError(
+            f"{where}: unknown key {', '.join(extra)}; known: {', '.join(sorted(known))}. "
+            "What describes the record goes into metadata; tool calls are not supported yet"
+        )
+
+
+def _check_text(text: str, where: str) -> str:
+    try:
+        text.encode()
+    except UnicodeEncodeError as error:
+        raise CapasError(
+            f"{where}: character {error.start} is {text[error.start]!r}, half of a surrogate pair, which no "
+            "UTF-8 text can hold; repair the text where it was cut"
+        ) from None
+    return text
+
+
+def _check_metadata(metadata: Any, where: str) -> str:
+    if not isinstance(metadata, Mapping):
+        raise CapasError(f"{where}: metadata is {_show(metadata)}; give an object, or leave it out")
+    try:
+        text = json.dumps(metadata, ensure_ascii=False, sort_keys=True, allow_nan=False)
+    except (TypeError, ValueError) as error:
+        raise CapasError(f"{where}: metadata is not JSON: {error}") from None
+    return _check_text(text, f"{where}: metadata")
+
+
+def _show(value: Any) -> str:
+    text = repr(value)
+    return text if len(text) <= 80 else f"{text[:77]}..."

@@ -1,0 +1,56 @@
+"""Where a model comes from: the embedded base, a local folder, or a commit on the Hugging Face Hub."""
+
+import re
+from collections.abc import Sequence
+from enum import Enum
+from pathlib import Path
+
+from capas import embedded
+from capas.errors import CapasError
+
+
+class Source(Enum):
+    EMBEDDED = "embedded"
+    FOLDER = "folder"
+    HUB = "hub"
+
+
+def find_source(name: str, root: Path) -> Source:
+    """What `model.model_name_or_path` means; folders are relative to `root`, the repository.
+
+    Raises:
+        CapasError: it is neither a folder nor the id of a model on the Hub.
+    """
+    if name == embedded.FOLDER:
+        return Source.EMBEDDED
+    if (root / name).is_dir():
+        return Source.FOLDER
+    if re.fullmatch(r"[\w.-]+(/[\w.-]+)?", name) and not name.startswith("."):
+        return Source.HUB
+    raise CapasError(
+        f"model.model_name_or_path={name} is neither a folder here nor the id of a model on the Hub (owner/name)"
+    )
+
+
+def snapshot(name: str, revision: str | None, patterns: Sequence[str]) -> Path:
+    """The folder, in the Hub's own cache, with the files of one commit that match `patterns`.
+
+    Raises:
+        CapasError: no commit is named; it is not found, gated or out of reach.
+    """
+    if not re.fullmatch(r"[0-9a-f]{40}", revision or ""):
+        raise CapasError(
+            f"model.revision={revision}: name the commit of {name} (40 hex digits, on its page under 'Files "
+            "and versions'); a branch moves, and the same configuration would mean another model tomorrow"
+        )
+    from httpx import HTTPError
+    from huggingface_hub import snapshot_download
+    from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
+
+    try:
+        return Path(snapshot_download(name, revision=revision, allow_patterns=list(patterns)))
+    except (HfHubHTTPError, HFValidationError, LocalEntryNotFoundError, HTTPError) as error:
+        raise CapasError(
+            f"{name} at {revision} could not be downloaded: {error}\nA gated model needs `hf auth login`; "
+            "without a network use model=embedded, or a folder that somebody downloaded before."
+        ) from None

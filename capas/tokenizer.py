@@ -1,0 +1,146 @@
+"""The files of a tokenizer, and texts encoded as plain text: nobody's content becomes a control token.
+
+Of the tokens added to a vocabulary those marked `special` are control tokens: `<|im_end|>` closes a turn.
+The others (`<tool_call>`, a run of blanks) are words like any other, as the tokenizer's makers meant them.
+"""
+
+import json
+from collections.abc import Collection, Sequence
+from pathlib import Path
+from typing import Any
+
+from tokenizers import AddedToken, Tokenizer
+
+from capas.errors import CapasError
+
+TOKENIZER, CONFIG = "tokenizer.json", "tokenizer_config.json"
+FILES = (TOKENIZER, CONFIG, "special_tokens_map.json", "chat_template.jinja")
+NAMED = ("bos_token", "eos_token", "unk_token", "sep_token", "pad_token", "cls_token", "mask_token")
+
+
+class TokenizerFiles:
+    """tokenizer.json and tokenizer_config.json of a folder, parsed.
+
+    Raises:
+        CapasError: a file is missing or damaged, or a named token is not in the vocabulary.
+    """
+
+    def __init__(self, folder: Path) -> None:
+        self.folder = folder
+        self._spec = _read_json(folder / TOKENIZER)
+        self._config = _read_json(folder / CONFIG)
+        self.added = _added_tokens(self._spec, folder)
+        self.named = self._named_tokens()
+
+    @property
+    def adds_first_blank(self) -> bool:
+        """Whether `build(inside=True)` makes a difference."""
+        pre_tokenizer = self._spec.get("pre_tokenizer")
+        return _without_first_blank(pre_tokenizer) != pre_tokenizer
+
+    def build(
+        self,
+        parse_special: bool = False,
+        also_special: Collection[str] = (),
+        inside: bool = False,
+    ) -> Tokenizer:
+        """A tokenizer that adds, pads and truncates nothing.
+
+        Args:
+            parse_special: whether the text of a control token becomes that token.
+            also_special: added tokens that count as control tokens without being marked so.
+            inside: for texts that do not begin the sequence: SentencePiece puts a blank before the first word
+                of a sequence only.
+        """
+        spec = {**self._spec, "post_processor": None, "truncation": None, "padding": None}
+        spec["added_tokens"] = [
+            {**token, "special": token["special"] or token["content"] in also_special}
+            for token in spec["added_tokens"]
+        ]
+        if inside:
+            spec["pre_tokenizer"] = _without_first_blank(spec.get("pre_tokenizer"))
+        tokenizer = _from_spec(spec, self.folder)
+        tokenizer.encode_special_tokens = not parse_special
+        return tokenizer
+
+    def special(self) -> dict[str, AddedToken]:
+        """Control tokens by their text."""
+        return {token.content: token for token in self.added.values() if token.special}
+
+    def id_of(self, name: str) -> int | None:
+        """The id of `bos_token`, `eos_token`, ...; None where the tokenizer has none."""
+        return self.id_of_text(self.named[name]) if name in self.named else None
+
+    def id_of_text(self, text: str) -> int:
+        return next(i for i, token in self.added.items() if token.content == text)
+
+    def _named_tokens(self) -> dict[str, str]:
+        texts = {token.content for token in self.added.values()}
+        named = {name: _text_of(self._config.get(name)) for name in NAMED}
+        for name, text in named.items():
+            if text is not None and text not in texts:
+                raise CapasError(
+                    f"{self.folder / CONFIG}: {name} is {text!r}, which {TOKENIZER} does not have among its "
+                    "added tokens; the two files belong to different tokenizers"
+                )
+        return {name: text for name, text in named.items() if text is not None}
+
+
+def encode_plain(tokenizer: Tokenizer, texts: Sequence[str]) -> list[list[int]]:
+    """The ids of each text; `tokenizer` comes from `TokenizerFiles.build`."""
+    return [encoding.ids for encoding in tokenizer.encode_batch_fast(texts, add_special_tokens=False)]
+
+
+def _added_tokens(spec: dict[str, Any], folder: Path) -> dict[int, AddedToken]:
+    """By id, as the file lists them."""
+    try:
+        return {
+            token["id"]: AddedToken(
+                token["content"],
+                special=token["special"],
+                lstrip=token["lstrip"],
+                rstrip=token["rstrip"],
+                normalized=token["normalized"],
+            )
+            for token in spec["added_tokens"]
+        }
+    except (KeyError, TypeError) as error:
+        raise CapasError(f"{folder / TOKENIZER} is not a tokenizer: {error!r} in added_tokens") from None
+
+
+def _read_json(file: Path) -> dict[str, Any]:
+    try:
+        content = json.loads(file.read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        raise CapasError(
+            f"{file} is missing; capas needs a fast tokenizer ({TOKENIZER} and {CONFIG}). Make them with "
+            "transformers: AutoTokenizer.from_pretrained(...).save_pretrained(folder)"
+        ) from None
+    except ValueError as error:
+        raise CapasError(f"{file} is damaged: {error}; get it again") from None
+    if not isinstance(content, dict):
+        raise CapasError(f"{file} must hold an object, not {type(content).__name__}")
+    return content
+
+
+def _from_spec(spec: dict[str, Any], folder: Path) -> Tokenizer:
+    try:
+        return Tokenizer.from_str(json.dumps(spec))
+    except Exception as error:  # noqa: BLE001  the library raises nothing narrower
+        raise CapasError(f"{folder / TOKENIZER} is not a tokenizer: {error}") from None
+
+
+def _text_of(token: Any) -> str | None:
+    """A named token is a text, or an object with the text in it."""
+    return token.get("content") if isinstance(token, dict) else token
+
+
+def _without_first_blank(pre_tokenizer: Any) -> Any:
+    if not isinstance(pre_tokenizer, dict):
+        return pre_tokenizer
+    if pre_tokenizer["type"] == "Sequence":
+        parts = [_without_first_blank(part) for part in pre_tokenizer["pretokenizers"]]
+        return {**pre_tokenizer, "pretokenizers": parts}
+    if pre_tokenizer["type"] == "Metaspace" and pre_tokenizer["prepend_scheme"] == "first":
+        return {**pre_tokenizer, "prepend_scheme": "never"}
+    return pre_tokenizer

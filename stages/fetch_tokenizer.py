@@ -1,0 +1,59 @@
+"""Get the tokenizer alone, so that looking at a mask never needs model weights.
+
+Reads   data/embedded, a local folder, or the Hugging Face Hub at a pinned commit: model.model_name_or_path decides
+Writes  data/models/tokenizer: tokenizer.json, tokenizer_config.json and, where the model brings them, its
+        special_tokens_map.json and chat_template.jinja
+Params  model
+"""
+
+import shutil
+from pathlib import Path
+
+from capas import embedded
+from capas.errors import CapasError
+from capas.params import Params
+from capas.sources import Source, find_source, snapshot
+from capas.stage import Stage, log, run
+from capas.tokenizer import CONFIG, FILES, TOKENIZER, TokenizerFiles
+
+
+def main(params: Params, stage: Stage) -> None:
+    name = params.model.model_name_or_path
+    source = find_source(name, stage.root)
+    if source is Source.EMBEDDED:
+        files = [stage.dep(f"{embedded.FOLDER}/{file}") for file in (TOKENIZER, CONFIG)]
+        embedded.verify(stage.dep(embedded.MANIFEST), files)
+        folder = files[0].parent
+    elif source is Source.FOLDER:
+        folder = stage.root / name
+    else:
+        folder = snapshot(name, params.model.revision, FILES)
+
+    copied = copy_files(folder, stage.out("data/models/tokenizer"))
+    log.info("%s: %s", name, ", ".join(copied))
+
+
+def copy_files(folder: Path, target: Path) -> list[str]:
+    """Copies the tokenizer's files and nothing else, then reads them.
+
+    Raises:
+        CapasError: the folder has no fast tokenizer, or a damaged one.
+    """
+    target.mkdir()
+    there = [name for name in FILES if (folder / name).is_file()]
+    if TOKENIZER not in there:
+        slow = [file.name for file in sorted(folder.glob("*.model")) + sorted(folder.glob("vocab.*"))]
+        raise CapasError(
+            f"{folder} has no {TOKENIZER}"
+            + (f" (only {', '.join(slow)}, of a slow tokenizer)" if slow else "")
+            + "; convert it with transformers: AutoTokenizer.from_pretrained(...).save_pretrained(folder), "
+            "then point model.model_name_or_path to that folder"
+        )
+    for name in there:
+        shutil.copyfile(folder / name, target / name)
+    TokenizerFiles(target).build()
+    return there
+
+
+if __name__ == "__main__":
+    run("fetch_tokenizer", main)

@@ -1,0 +1,107 @@
+"""Put the chat template around the messages and mark what is trained.
+
+Reads   data/tokenized, data/models/tokenizer, data/composed/chat_template.jinja
+Writes  data/formatted: ids and labels per record, chat.json (end token, ...) and the template;
+        reports/format.json, reports/lengths.csv; reports/mask.html, to see token by token what is trained
+Params  chat_template, dataset
+
+The travelling record becomes ids; only the answer and its end token keep their label::
+
+    input_ids  <|im_start|> assistant \\n   {"name": "set_timer", "arguments": {"minutes": 99}} <|im_end|> \\n
+    labels             -100      -100 -100  {"name": "set_timer", "arguments": {"minutes": 99}} <|im_end|> -100
+"""
+
+import hashlib
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+from capas.chat import ChatFormat
+from capas.facts import write_csv, write_json
+from capas.formatting import SplitFormatter, histogram
+from capas.maskpage import Sampler, write_mask_page
+from capas.overflow import Overflow
+from capas.params import Params
+from capas.records import FORMATTED, SPLITS, TOKENIZED, Record, read_records, write_records
+from capas.stage import Stage, log, run
+
+TEMPLATE = "data/composed/chat_template.jinja"
+
+
+def main(params: Params, stage: Stage) -> None:
+    chat = load_format(params, stage)
+    folder = stage.out("data/formatted")
+    folder.mkdir()
+    formatters = {split: make_formatter(split, chat, params) for split in SPLITS}
+    samplers = {split: Sampler(chat) for split in SPLITS}
+    for split in SPLITS:
+        records = read_records(stage.dep("data/tokenized") / f"{split}.parquet", TOKENIZED)
+        formatted = sampled(formatters[split].format(records), samplers[split])
+        num_records = write_records(folder / f"{split}.parquet", FORMATTED, formatted)
+        log.info("%s: %d records", split, num_records)
+
+    write_chat(folder, chat, params, stage)
+    facts = summary(formatters, chat, params)
+    write_json(stage.out("reports/format.json"), facts)
+    lengths = {split: formatter.lengths for split, formatter in formatters.items()}
+    columns = ("split", "num_tokens", "num_records")
+    write_csv(stage.out("reports/lengths.csv"), columns, histogram(lengths))
+    samples = {split: sampler.chosen() for split, sampler in samplers.items()}
+    write_mask_page(stage.out("reports/mask.html"), samples, facts, chat)
+
+
+def load_format(params: Params, stage: Stage) -> ChatFormat:
+    return ChatFormat.load(
+        stage.dep(TEMPLATE).read_text(encoding="utf-8"),
+        stage.dep("data/models/tokenizer"),
+        params.chat_template.date_string,
+        params.chat_template.system,
+    )
+
+
+def make_formatter(split: str, chat: ChatFormat, params: Params) -> SplitFormatter:
+    dataset = params.dataset
+    budget = dataset.overflow_budget_fraction
+    overflow = Overflow(split, dataset.max_length, dataset.overflow, budget)
+    return SplitFormatter(split, chat, params.chat_template.train_on, overflow)
+
+
+def sampled(pairs: Iterator[tuple[Record, Record]], sampler: Sampler) -> Iterator[Record]:
+    for formatted, source in pairs:
+        sampler.see(formatted, source)
+        yield formatted
+
+
+def write_chat(folder: Path, chat: ChatFormat, params: Params, stage: Stage) -> None:
+    """What later stages need to know of the format, and the template for the adapter's folder."""
+    template = stage.dep(TEMPLATE).read_bytes()
+    (folder / "chat_template.jinja").write_bytes(template)
+    facts = {
+        "preset": params.chat_template.preset,
+        "template_sha256": hashlib.sha256(template).hexdigest(),
+        "bos_token_id": chat.bos_token_id,
+        "pad_token_id": chat.pad_token_id,
+        "end_token": chat.end_token,
+        "end_token_id": chat.end_token_id,
+        "stop_token_ids": chat.stop_token_ids,
+        "probes_sha256": chat.probes_sha256(),
+    }
+    write_json(folder / "chat.json", facts)
+
+
+def summary(
+    formatters: dict[str, SplitFormatter], chat: ChatFormat, params: Params
+) -> dict[str, Any]:
+    dropped = sum(formatter.overflow.dropped for formatter in formatters.values())
+    return {
+        "splits": {split: formatter.facts() for split, formatter in formatters.items()},
+        "dropped": {"longer than dataset.max_length": dropped} if dropped else {},
+        "end_token": chat.end_token,
+        "chat_template": params.chat_template.preset,
+        "train_on": params.chat_template.train_on,
+        "system": params.chat_template.system,
+    }
+
+
+if __name__ == "__main__":
+    run("format", main)
