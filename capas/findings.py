@@ -104,9 +104,14 @@ def answers(base_file: Path, tuned_file: Path, messages: Mapping[str, list[Row]]
 
 
 def conversations(file: Path) -> dict[str, list[Row]]:
-    """id -> messages without the answer that is asked for."""
+    """id -> messages up to the last answer, which is the one that is asked for."""
     rows = pq.read_table(file, columns=["id", "messages"]).to_pylist()
-    return {row["id"]: row["messages"][:-1] for row in rows}
+    return {row["id"]: _before_last_answer(row["messages"]) for row in rows}
+
+
+def _before_last_answer(messages: list[Row]) -> list[Row]:
+    answers = [i for i, message in enumerate(messages) if message["role"] == "assistant"]
+    return messages[: answers[-1]] if answers else messages
 
 
 def tokens(tokenizer: Tokenizer, tokenizer_json: Row, records: Sequence[Row]) -> dict[str, Any]:
@@ -244,6 +249,17 @@ def samples(lines: Sequence[Row], summary: Row) -> dict[str, Any]:
         "wrong_template": summary["wrong_template"],
         "next_token": summary["next_token"],
     }
+
+
+def favourites(probabilities: Sequence[Row], model: str = "tuned") -> dict[str, Row]:
+    """Per setting: how probable the favourite is, and how many of the shown tokens may come at all."""
+    found: dict[str, Row] = {}
+    for row in probabilities:
+        if row["model"] == model:
+            entry = found.setdefault(row["setting"], {"probability": row["probability"], "kept": 0})
+            entry["kept"] += row["probability"] > 0
+            entry["shown"] = entry.get("shown", 0) + 1
+    return found
 
 
 def decoding(settings: Mapping[str, Row]) -> dict[str, Any]:

@@ -43,18 +43,22 @@ class Numbers:
         if value is None:
             return "–"
         text = f"{value:.{digits}f}"
-        if value and float(text) == 0:
-            text = f"{value:.1e}"
+        return self._written(f"{value:.1e}" if value and float(text) == 0 else text)
+
+    def _written(self, text: str) -> str:
         return text.replace(".", _MARKS[self.code][1]).replace("-", "−")
 
     def general(self, value: float) -> str:
         """As short as it can be written: 0.004, 1.5, 2e-05."""
-        return f"{value:g}".replace(".", _MARKS[self.code][1]).replace("-", "−")
+        return self._written(f"{value:g}")
 
     def pct(self, fraction: float | None, digits: int = 1) -> str:
         if fraction is None:
             return "–"
-        return self.dec(100 * fraction, digits if fraction not in (0, 1) else 0) + self.percent
+        return (
+            self._written(f"{100 * fraction:.{0 if fraction in (0, 1) else digits}f}")
+            + self.percent
+        )
 
     def points(self, fraction: float, digits: int = 1) -> str:
         """A difference of two shares, with its sign."""

@@ -15,6 +15,7 @@ from capas.figure import ACCENT, BASE, FAINT, INK, TUNED, drawing
 Row = Mapping[str, Any]
 Words = Callable[[str], str]
 Number = Callable[[float], str]
+UNCHANGED = "unchanged"  # the setting of reports/next_token.csv that is none
 MARKERS = {"base": "o", "tuned": "D"}  # a shape besides a colour
 COLOURS = {"base": BASE, "tuned": TUNED}
 
@@ -141,7 +142,8 @@ def next_token(rows: Sequence[Row], words: Words, percent: str) -> Figure:
             for i, (axes, setting) in enumerate(zip(line, settings, strict=True)):
                 chosen = [r for r in rows if r["setting"] == setting and r["model"] == model]
                 _probabilities(axes, chosen, COLOURS[model], percent, labelled=i == 0)
-                axes.set_title(setting, loc="left", fontsize=9)
+                title = words(setting) if setting == UNCHANGED else setting
+                axes.set_title(title, loc="left", fontsize=9)
             line[0].set_ylabel(words(model), color=INK)
         figure.subplots_adjust(wspace=0.12, hspace=0.42)
     return figure

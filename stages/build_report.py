@@ -106,11 +106,13 @@ def of_results(stage: Stage) -> dict[str, Any]:
     tuned_file = stage.dep("reports/predictions.parquet")
     messages = findings.conversations(stage.dep("data/raw") / "test.parquet")
     lines = read_lines(stage.dep("reports/samples.jsonl"))
+    probabilities = read_csv(stage.dep("reports/next_token.csv"))
     return {
         "scores": findings.scores(base, evaluation),
         "answers": findings.answers(base_file, tuned_file, messages),
         "samples": findings.samples(lines, read_json(stage.dep("reports/samples.json"))),
-        "probabilities": read_csv(stage.dep("reports/next_token.csv")),
+        "probabilities": probabilities,
+        "favourites": findings.favourites(probabilities),
     }
 
 

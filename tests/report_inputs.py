@@ -339,7 +339,7 @@ def _samples(
             texts = [text] if setting == "greedy" else [text, text, text + " "]
             facts = {"setting": setting, "model": model, "template": template}
             lines.append({**common, **facts, "completions": texts, "num_distinct": len(set(texts))})
-            rate = {"distinct_completion_rate": len(set(texts)) / len(texts), "exact_match": 0.5}
+            rate = {"distinct_completion_rate": len(set(texts)) / 3, "exact_match": 0.5}
             rates.setdefault((setting, template), {})[model] = rate
     jsonl = "".join(json.dumps(line, ensure_ascii=False) + "\n" for line in lines)
     _write(root / "reports/samples.jsonl", jsonl)
@@ -353,7 +353,7 @@ def _samples(
     _json(root / "reports/samples.json", facts)
     rows = [
         (setting, model, token["token"], 1 / 2 ** (i + 1))
-        for setting in settings
+        for setting in ("unchanged", *(name for name in settings if name != "greedy"))
         for model in ("base", "tuned")
         for i, token in enumerate(position["tokens"])
     ]

@@ -1,0 +1,62 @@
+"""Numbers as English and Spanish write them; texts that hold a run's facts."""
+
+from pathlib import Path
+
+import pytest
+
+from capas.errors import CapasError
+from capas.intervals import wilson_interval
+from capas.language import NARROW_SPACE, Language, Numbers
+
+ENGLISH, SPANISH = Numbers("en"), Numbers("es")
+
+
+def test_thousands_and_decimals_follow_the_language() -> None:
+    assert (ENGLISH.num(12345), SPANISH.num(12345)) == ("12,345", f"12{NARROW_SPACE}345")
+    assert (ENGLISH.num(6000), SPANISH.num(6000)) == ("6,000", "6000")
+    assert (ENGLISH.dec(-0.5, 1), SPANISH.dec(-0.5, 1)) == ("−0.5", "−0,5")
+    assert (ENGLISH.pct(0.774), SPANISH.pct(0.774)) == ("77.4%", f"77,4{NARROW_SPACE}%")
+
+
+@pytest.mark.parametrize(
+    ("num_bytes", "text"), [(999, "999 B"), (80_000, "80 kB"), (2.14e6, "2.1 MB"), (8e9, "8.00 GB")]
+)
+def test_sizes_take_the_unit_that_fits(num_bytes: float, text: str) -> None:
+    assert ENGLISH.size(num_bytes).replace(NARROW_SPACE, " ") == text
+
+
+def test_a_small_number_is_not_shown_as_nothing() -> None:
+    assert ENGLISH.dec(0.00002, 2) == "2.0e−05"
+    assert ENGLISH.dec(0.0, 2) == "0.00"
+
+
+def test_a_share_has_decimals_unless_it_is_none_or_all() -> None:
+    assert [ENGLISH.pct(share) for share in (0, 0.0001, 0.5, 1)] == ["0%", "0.0%", "50.0%", "100%"]
+
+
+def test_what_is_unknown_is_a_dash() -> None:
+    assert [ENGLISH.num(None), ENGLISH.dec(None), ENGLISH.pct(None)] == ["–"] * 3
+
+
+def test_a_text_holds_facts_escaped(tmp_path: Path) -> None:
+    (tmp_path / "en.yaml").write_text("a:\n  b: '<em>{{ name }}</em> {{ n|num }}'\n")
+    language = Language(tmp_path, "en", {"name": "<b>", "n": 1000})
+    assert language.say("a.b") == "<em>&lt;b&gt;</em> 1,000"
+
+
+def test_a_missing_text_is_named(tmp_path: Path) -> None:
+    (tmp_path / "en.yaml").write_text("a: {b: c}\n")
+    with pytest.raises(CapasError, match=r"en\.yaml has no text 'a\.x'"):
+        Language(tmp_path, "en", {}).say("a.x")
+
+
+def test_the_wilson_interval_is_that_of_the_literature() -> None:
+    low, high = wilson_interval(81, 263, 0.95)  # Newcombe 1998, table I
+    assert (round(low, 4), round(high, 4)) == (0.2553, 0.3662)
+
+
+@pytest.mark.parametrize("num_right", [0, 10])
+def test_the_wilson_interval_stays_within_a_share(num_right: int) -> None:
+    low, high = wilson_interval(num_right, 10, 0.95)
+    assert 0 <= low < high <= 1
+    assert high - low > 0.2

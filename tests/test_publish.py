@@ -1,0 +1,185 @@
+"""Publishing: one complete run, whatever was there before, and nothing twice."""
+
+import json
+import time
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+import yaml
+from report_inputs import write_inputs
+
+from capas.dag import StageSpec, read_yaml, recorded
+from capas.errors import CapasError
+from capas.params import Params, select
+from capas.stage import Stage
+from capas.store import Store, tracking_uri
+from stages import publish_run
+
+MARKER = "reports/.published"
+
+
+def publish(root: Path) -> None:
+    spec = StageSpec.read("publish", root)
+    values = select(read_yaml(root / "params.yaml"), spec.params["params.yaml"])
+    stage = Stage(spec, root)
+    publish_run.main(Params(values), stage)
+    stage.finish()
+
+
+@pytest.fixture(scope="module")
+def root(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
+    """A result that is published already."""
+    folder = write_inputs(tmp_path_factory.mktemp("publish"))
+    timing = {"seconds": 12.5, "cpu_seconds": 20.0, "peak_memory_bytes": 1000}
+    (folder / "reports/timings").mkdir()
+    (folder / "reports/timings/train.json").write_text(json.dumps(timing))
+    with pytest.MonkeyPatch.context() as patch:
+        for name in ("MLFLOW_TRACKING_URI", "DVC_EXP_NAME", "DVC_ROOT"):
+            patch.delenv(name, raising=False)
+        publish(folder)
+        yield folder
+
+
+def the_run(root: Path) -> tuple[Store, Any]:
+    store = Store.open(root, "capas")
+    (found,) = store.client.search_runs([store.experiment_id])
+    return store, found
+
+
+def table(root: Path, name: str) -> Any:
+    """As MLflow reads what `mlflow.log_table` wrote."""
+    import mlflow
+
+    mlflow.set_tracking_uri(tracking_uri(root))
+    store, found = the_run(root)
+    return store.client.load_table(store.experiment_id, name, [found.info.run_id])
+
+
+def edit(file: Path, **values: Any) -> None:
+    content = json.loads(file.read_text())
+    file.write_text(json.dumps({**content, **values}))
+
+
+def test_the_run_holds_params_metrics_and_where_it_comes_from(root: Path) -> None:
+    _, found = the_run(root)
+    data = found.data
+    assert found.info.status == "FINISHED"
+    assert data.params["lora.r"] == "16"
+    assert data.params["environment.torch"] == "1.2.3"
+    assert data.params["dataset.num_train"] == "6000"
+    assert data.tags["evaluation.batch_size"] == "64"
+    assert data.tags["mlflow.source.git.commit"]
+    assert data.metrics["tuned/exact_match"] == 0.5
+    assert data.metrics["tuned/by/kind/seen/exact_match"] == 0.5
+    assert data.metrics["difference/loss/mean"] == -3.0
+    assert data.metrics["seconds/train"] == 12.5
+
+
+def test_the_curve_is_the_recorded_one(root: Path) -> None:
+    store, found = the_run(root)
+    curve = store.client.get_metric_history(found.info.run_id, "train/loss")
+    assert [(m.step, m.value) for m in curve] == [
+        (s, pytest.approx(3 / s)) for s in range(10, 101, 10)
+    ]
+    assert len(store.client.get_metric_history(found.info.run_id, "validation/loss")) == 2
+
+
+def test_the_datasets_carry_the_md5_of_dvc(root: Path) -> None:
+    _, found = the_run(root)
+    outs = {o["path"]: o["md5"] for e in recorded(root).values() for o in e["outs"]}
+    inputs = {i.dataset.name: i.dataset.digest for i in found.inputs.dataset_inputs}
+    assert inputs == {
+        f"data/formatted/{split}": outs["data/formatted"]
+        for split in ("train", "validation", "test")
+    }
+
+
+def test_adapter_pages_and_tables_are_artifacts(root: Path) -> None:
+    store, found = the_run(root)
+    run_id = found.info.run_id
+    names = {
+        a.path
+        for folder in ("", "adapter", "report")
+        for a in store.client.list_artifacts(run_id, folder)
+    }
+    assert {"adapter/adapter_model.safetensors", "report/index.es.html", "dvc.lock"} <= names
+    predictions = table(root, "predictions.json")
+    assert len(predictions) == 10
+    assert {"reference", "base", "tuned", "kind"} <= set(predictions.columns)
+    assert set(table(root, "samples.json")["template"]) == {"right", "wrong"}
+
+
+def test_a_second_publish_changes_nothing(root: Path) -> None:
+    store, before = the_run(root)
+    publish(root)
+    _, after = the_run(root)
+    assert after.to_dictionary() == before.to_dictionary()
+    for name in ("train/loss", "tuned/exact_match"):
+        history = store.client.get_metric_history(before.info.run_id, name)
+        assert len(history) == len({m.step for m in history})
+
+
+def test_a_new_evaluation_of_the_same_training_lands_on_its_run(root: Path) -> None:
+    evaluation = json.loads((root / "reports/evaluation.json").read_text())
+    edit(root / "reports/evaluation.json", tuned={**evaluation["tuned"], "exact_match": 0.75})
+    lock = read_yaml(root / "dvc.lock")
+    lock["stages"]["evaluate"]["params"]["params.yaml"]["evaluation.batch_size"] = 8
+    lock["stages"]["fetch"]["params"]["params.yaml"]["dataset.licence"] = "mit"
+    lock["stages"]["sample"]["outs"][0]["md5"] = "0" * 32
+    (root / "dvc.lock").write_text(yaml.safe_dump(lock))
+    publish(root)
+    _, found = the_run(root)
+    assert found.data.metrics["tuned/exact_match"] == 0.75
+    assert found.data.tags["now.dataset.licence"] == "mit"
+    assert len(table(root, "predictions.json")) == 10
+
+
+def test_long_values_and_odd_names_never_break_logging() -> None:
+    clipped = publish_run.clipped({"a.b": "x" * 9000, "top k=5": [1, 2], "none": None})
+    assert len(clipped["a.b"]) == publish_run.MAX_TEXT
+    assert clipped["a.b"].endswith("(whole in params.yaml)")
+    assert clipped["top k_5"] == "[1, 2]"
+    assert clipped["none"] == "None"
+
+
+def test_a_failure_leaves_a_failed_run_that_a_retry_completes(
+    root: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def broken(*_: Any) -> None:
+        raise CapasError("the disk is gone")
+
+    edit(root / "reports/train.json", train_key="another")
+    with monkeypatch.context() as patch, pytest.raises(CapasError, match="the disk is gone"):
+        patch.setattr(publish_run, "send_artifacts", broken)
+        publish(root)
+    store = Store.open(root, "capas")
+    assert store.find("another").info.status == "FAILED"
+    publish(root)
+    assert store.find("another").info.status == "FINISHED"
+
+
+def test_an_unreachable_server_is_reported_in_seconds(
+    root: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("MLFLOW_TRACKING_URI", "http://127.0.0.1:9")
+    (root / MARKER).unlink()
+    started = time.monotonic()
+    with pytest.raises(CapasError, match=r"(?s)no MLflow server answers.*dvc repro publish"):
+        publish(root)
+    assert time.monotonic() - started < 10
+    assert not (root / MARKER).exists()
+
+
+def test_tracking_that_is_off_leaves_the_marker_alone(tmp_path: Path) -> None:
+    publish(write_inputs(tmp_path, ["tracking=none"]))
+    assert (tmp_path / MARKER).read_text() == "tracking.enabled is false\n"
+    assert not (tmp_path / "mlflow.db").exists()
+
+
+def test_without_a_recorded_training_there_is_nothing_to_publish(tmp_path: Path) -> None:
+    write_inputs(tmp_path)
+    (tmp_path / "dvc.lock").unlink()
+    with pytest.raises(CapasError, match=r"dvc\.lock records no training yet"):
+        publish(tmp_path)

@@ -1,0 +1,159 @@
+"""Following a training live: one run, no step twice, the right end, and never a training disturbed."""
+
+import json
+import os
+import sqlite3
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from capas import store as stores
+from capas import tracking
+from capas.errors import CapasError
+from capas.store import Point, Store, locked, reachable, tracking_uri
+
+Write = Callable[..., Path]
+
+
+@pytest.fixture(scope="module")
+def root(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
+    folder = tmp_path_factory.mktemp("tracking")
+    (folder / "params.yaml").write_text("tracking: {enabled: true, experiment_name: tests}\n")
+    with pytest.MonkeyPatch.context() as patch:
+        patch.delenv("MLFLOW_TRACKING_URI", raising=False)
+        patch.delenv("DVC_EXP_NAME", raising=False)
+        patch.setenv("DVC_ROOT", str(folder))
+        patch.chdir(folder)
+        yield folder
+
+
+@pytest.fixture
+def write(tmp_path: Path) -> Write:
+    def lines(*steps: int, event: str | None = None) -> Path:
+        rows: list[dict[str, Any]] = [
+            {"step": s, "loss": 1 / s, "learning_rate": 0.1, "epoch": s, "num_tokens": 9 * s}
+            for s in steps
+        ]
+        rows += [{"event": event}] if event else []
+        file = tmp_path / "rows.jsonl"
+        file.write_text("".join(json.dumps(row) + "\n" for row in rows))
+        return file
+
+    return lines
+
+
+def follow(root: Path, key: str, rows: Path) -> str:
+    """With a training that is already gone: its end of the pipe is closed."""
+    stdin, parent = os.pipe()
+    os.close(parent)
+    try:
+        return tracking.follow(root, key, rows, stdin)
+    finally:
+        os.close(stdin)
+
+
+def steps_of(root: Path, key: str) -> list[int]:
+    store = Store.open(root, "tests")
+    run = store.find(key)
+    return [m.step for m in store.client.get_metric_history(run.info.run_id, "train/loss")]
+
+
+def test_a_finished_training_is_one_finished_run(root: Path, write: Write) -> None:
+    assert follow(root, "done", write(1, 2, 3, event="end")) == "FINISHED"
+    run = Store.open(root, "tests").find("done")
+    assert run.info.status == "FINISHED"
+    assert run.data.metrics["train/loss"] == pytest.approx(1 / 3)
+    assert steps_of(root, "done") == [1, 2, 3]
+
+
+@pytest.mark.parametrize(("event", "status"), [(None, "KILLED"), ("failed", "FAILED")])
+def test_a_training_that_died_is_not_left_running(
+    root: Path, write: Write, event: str | None, status: str
+) -> None:
+    assert follow(root, status, write(1, 2, event=event)) == status
+    assert Store.open(root, "tests").find(status).info.status == status
+
+
+def test_a_resumed_training_goes_on_in_its_run(root: Path, write: Write) -> None:
+    follow(root, "resumed", write(1, 2, 3))
+    follow(root, "resumed", write(1, 2, 3, 4, event="end"))
+    assert steps_of(root, "resumed") == [1, 2, 3, 4]
+    store = Store.open(root, "tests")
+    found = store.client.search_runs([store.experiment_id], "tags.train_key = 'resumed'")
+    assert [run.info.status for run in found] == ["FINISHED"]
+
+
+def test_a_line_is_read_when_it_is_complete(root: Path, tmp_path: Path) -> None:
+    rows = tmp_path / "half.jsonl"
+    rows.write_text('{"step": 1, "loss": 2.0}\n{"step": 2, "lo')
+    follower = tracking.Follower(root, "half", rows, "tests")
+    follower.read()
+    with rows.open("a") as file:
+        file.write('ss": 1.0}\n{"event": "end"}\n')
+    follower.read()
+    assert follower.event == "end"
+    assert [point.step for point in follower._waiting] == [1, 2]
+
+
+def test_a_server_that_is_gone_costs_a_warning(
+    root: Path, write: Write, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    monkeypatch.setenv("MLFLOW_TRACKING_URI", "http://name:secret@127.0.0.1:9")
+    assert follow(root, "alone", write(1, event="end")) == "FINISHED"
+    assert "the training goes on without live metrics" in caplog.text
+    assert "secret" not in caplog.text
+
+
+def test_points_that_the_run_has_are_not_logged_again(root: Path) -> None:
+    store = Store.open(root, "tests")
+    run_id = store.find_or_create("points", "points").info.run_id
+    points = [Point("a", step, float(step)) for step in range(1500)]
+    assert store.log_points(run_id, points) == 1500
+    assert store.log_points(run_id, [*points, Point("a", 1500, 0.0)]) == 1
+
+
+def test_a_new_run_counts_as_failed_until_it_is_ended(root: Path) -> None:
+    assert Store.open(root, "tests").find_or_create("new", "new").info.status == "FAILED"
+
+
+@pytest.mark.slow  # MLflow waits for 20 seconds
+def test_a_busy_database_is_reported_with_the_way_out(
+    root: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    store = Store.open(root, "tests")
+    monkeypatch.setattr(stores, "RETRY", "RETRY")
+    with sqlite3.connect(root / "mlflow.db") as other:
+        other.execute("BEGIN EXCLUSIVE")
+        with (
+            pytest.raises(CapasError, match=r"(?s)cannot be used: .*locked.*RETRY"),
+            reachable(tracking_uri(root)),
+        ):
+            store.find_or_create("busy", "busy")
+
+
+def test_a_deleted_experiment_names_the_way_back(root: Path) -> None:
+    store = Store.open(root, "deleted")
+    store.client.delete_experiment(store.experiment_id)
+    with pytest.raises(CapasError, match=f"mlflow experiments restore -x {store.experiment_id}"):
+        Store.open(root, "deleted")
+
+
+def test_two_writers_of_one_run_take_turns(root: Path) -> None:
+    with (
+        locked(root, "turns", seconds=0),
+        pytest.raises(CapasError, match="another process is writing"),
+        locked(root, "turns", seconds=0.2),
+    ):
+        pass
+
+
+def test_nothing_is_followed_where_tracking_is_off(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    (tmp_path / "params.yaml").write_text("tracking: {enabled: false, experiment_name: tests}\n")
+    monkeypatch.chdir(tmp_path)
+    tracking.main(["follow", "--key", "k", "--rows", "none.jsonl"])
+    assert "tracking.enabled is false" in caplog.text
+    assert [path.name for path in tmp_path.iterdir()] == ["params.yaml"]
