@@ -58,6 +58,8 @@ class ChatFormat:
         self._control_pattern = control_pattern(controls)
         self._control_ids = {text: files.id_of_text(text) for text in controls}
         self._unmarked = control_pattern({k: t for k, t in controls.items() if not t.special})
+        # The unknown token is special, yet an ordinary text may hold what a vocabulary lacks.
+        self._forbidden = frozenset(self._control_ids.values()) - {files.id_of("unk_token")}
         self._alone = files.build(also_special=written)
         self._inside = (
             files.build(also_special=written, inside=True) if files.adds_first_blank else self._alone
@@ -229,9 +231,7 @@ class ChatFormat:
 
     def _check_controls(self, owned: Owned, plan: Plan) -> None:
         """No content may have become a control token, whatever the tokenizer's vocabulary holds."""
-        unknown = self._files.id_of("unk_token")  # also stands for what a vocabulary lacks
-        controls = set(self._control_ids.values()) - {unknown}
-        found = sum(i in controls for i, _ in owned)
+        found = len([i for i, _ in owned if i in self._forbidden])
         if found > plan.num_controls:
             raise CapasError(
                 f"{found - plan.num_controls} control token(s) came out of contents; the tokenizer in "

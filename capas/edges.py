@@ -28,21 +28,22 @@ class Edges:
                ((alone, "a"), (inside, "a"), (inside, " a"))]  # fmt: skip
         self.adds_blank = ids[0] != ids[1]  # a text alone is encoded as if a blank came before it
         self._blank_is_space = ids[0] == ids[2]
-        self.are_safe = lru_cache(maxsize=65536)(self._are_safe)
+        self._are_safe = lru_cache(maxsize=65536)(self._look_up)
+        self._remainders = lru_cache(maxsize=1024)(self._find_remainders)
 
     def join(self, scaffold: str, content: str) -> bool:
         """Whether ids(scaffold + content) == ids(scaffold) + ids(content)."""
         if self.adds_blank or not content or _may_combine(content[0]):
             return False
-        return not scaffold or self.are_safe(scaffold, content[:_WINDOW])
+        return not scaffold or self._are_safe(scaffold, content[:_WINDOW])
 
     def absorb(self, scaffold: str, content: str) -> bool:
         """Whether ids(scaffold + content) == ids(content): the blank which the tokenizer adds is the scaffold."""
         added = self.adds_blank and self._blank_is_space and scaffold == " "
         return added and bool(content) and content[0] not in (" ", _WORD_START)
 
-    def _are_safe(self, scaffold: str, start: str) -> bool:
-        if start.startswith(tuple(self._remainders(scaffold))):
+    def _look_up(self, scaffold: str, start: str) -> bool:
+        if start.startswith(self._remainders(scaffold)):
             return False
         before, after, both = self._pieces(scaffold), self._pieces(start), self._pieces(scaffold + start)
         if len(both) > 1:
@@ -52,14 +53,14 @@ class Edges:
         border = len(before[0])
         return both[0][border - 1 : border + 1] not in self._bigrams
 
-    def _remainders(self, scaffold: str) -> list[str]:
+    def _find_remainders(self, scaffold: str) -> tuple[str, ...]:
         """What would complete an added token that the scaffold begins."""
-        return [
+        return tuple(
             word[cut:]
             for word in self._words
             for cut in range(1, len(word))
             if scaffold.endswith(word[:cut])
-        ]
+        )
 
     def _pieces(self, text: str) -> list[str]:
         normalizer, splitter = self._inside.normalizer, self._inside.pre_tokenizer

@@ -1,7 +1,9 @@
 """reports/mask.html: real records, token by token, with what is trained."""
 
-from collections.abc import Mapping, Sequence
+import unicodedata
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
+from itertools import groupby
 from pathlib import Path
 from typing import Any
 
@@ -14,6 +16,7 @@ from capas.records import IGNORE_INDEX, Record
 
 TEMPLATE = Path(__file__).parent / "page" / "mask.html.jinja"
 FIRST_RECORDS = 3
+_SHOWN = {" ": "·", "\n": "↵", "\t": "⇥"}
 
 
 @dataclass
@@ -24,33 +27,33 @@ class Sampler:
     """
 
     chat: ChatFormat
+    _first: list[tuple[Record, Record]] = field(default_factory=list)
     _kept: dict[str, tuple[Record, Record]] = field(default_factory=dict)
-    _count: int = 0
 
     def see(self, formatted: Record, source: Record) -> None:
-        self._count += 1
-        if self._count <= FIRST_RECORDS:
-            self._kept[f"record {self._count}"] = formatted, source
+        """Args: a formatted record, and the tokenized one that it comes from."""
+        if len(self._first) < FIRST_RECORDS:
+            self._first.append((formatted, source))
         self._keep_largest("the longest", formatted, source, lambda f, s: len(f["input_ids"]))
-        self._keep_largest("most turns", formatted, source, lambda f, s: len(s["messages"]))
+        self._keep_largest("most messages", formatted, source, lambda f, s: len(s["messages"]))
         if "control tokens as text" not in self._kept and any(
             self.chat.count_control_tokens(message["content"]) for message in source["messages"]
         ):
             self._kept["control tokens as text"] = formatted, source
 
-    def _keep_largest(self, why: str, formatted: Record, source: Record, size: Any) -> None:
+    def _keep_largest(
+        self, why: str, formatted: Record, source: Record, size: Callable[[Record, Record], int]
+    ) -> None:
         if why not in self._kept or size(formatted, source) > size(*self._kept[why]):
             self._kept[why] = formatted, source
 
     def chosen(self) -> list[tuple[str, Record, Record]]:
-        """(why, formatted, source), no record twice."""
-        seen: set[str] = set()
-        rows = []
-        for why, (formatted, source) in self._kept.items():
-            if formatted["id"] not in seen:
-                seen.add(formatted["id"])
-                rows.append((why, formatted, source))
-        return rows
+        """(why it was chosen, formatted, source), no record twice."""
+        rows: dict[str, tuple[str, Record, Record]] = {}
+        first = {f"record {index + 1}": pair for index, pair in enumerate(self._first)}
+        for why, (formatted, source) in {**first, **self._kept}.items():
+            rows.setdefault(formatted["id"], (why, formatted, source))
+        return list(rows.values())
 
 
 def write_mask_page(
@@ -59,52 +62,111 @@ def write_mask_page(
     facts: Mapping[str, Any],
     chat: ChatFormat,
 ) -> None:
-    """Args: samples, per split: `Sampler.chosen`; facts: reports/format.json."""
+    """One page that needs nothing but itself.
+
+    Args:
+        samples: per split, `Sampler.chosen`.
+        facts: what reports/format.json holds.
+    """
     environment = jinja2.Environment(
         autoescape=True, trim_blocks=True, lstrip_blocks=True, undefined=jinja2.StrictUndefined
     )
-    page = environment.from_string(TEMPLATE.read_text(encoding="utf-8")).render(
-        facts=facts,
-        splits={
-            split: [_view(why, formatted, source, chat) for why, formatted, source in chosen]
-            for split, chosen in samples.items()
-        },
-    )
-    file.write_text(page, encoding="utf-8")
+    splits = {
+        split: [view(why, formatted, source, chat, facts["train_on"]) for why, formatted, source in chosen]
+        for split, chosen in samples.items()
+    }
+    page = environment.from_string(TEMPLATE.read_text(encoding="utf-8"))
+    text = page.render(facts=facts, splits=splits, end_token=chat.end_token)
+    file.write_text(text, encoding="utf-8")
 
 
-def _view(why: str, formatted: Record, source: Record, chat: ChatFormat) -> dict[str, Any]:
-    """A record as the page shows it."""
+def view(
+    why: str, formatted: Record, source: Record, chat: ChatFormat, train_on: str
+) -> dict[str, Any]:
+    """A record as the page shows it: lines of boxes, counts, and whether the mask is what it should be."""
     tokenizer = chat.parsing_tokenizer
-    labels = formatted["labels"]
-    pieces = cut(tokenizer, formatted["input_ids"])
+    ids, labels = formatted["input_ids"], formatted["labels"]
+    boxes = [_box(piece, labels, tokenizer) for piece in cut(tokenizer, ids)]
     return {
         "id": formatted["id"],
         "why": why,
-        "metadata": formatted["metadata"],
-        "num_tokens": len(labels),
-        "num_supervised": sum(label != IGNORE_INDEX for label in labels),
-        "lines": _lines([_box(piece, labels, tokenizer) for piece in pieces]),
+        "num_tokens": len(ids),
+        "num_trained": sum(label != IGNORE_INDEX for label in labels),
+        "num_messages": len(source["messages"]),
+        "lines": [
+            {"boxes": line, "trained": any(b["trained"] for b in line)} for line in _lines(boxes)
+        ],
+        "verdict": _verdict(formatted, source, chat, train_on),
     }
 
 
 def _box(piece: Piece, labels: Sequence[int], tokenizer: Tokenizer) -> dict[str, Any]:
-    trained = [labels[position] != IGNORE_INDEX for position in piece.positions]
-    names = " ".join(f"{i} {tokenizer.id_to_token(i)}" for i in piece.ids)
+    names = " + ".join(f"id {i} {tokenizer.id_to_token(i)}" for i in piece.ids)
     return {
-        "text": piece.text,
-        "trained": any(trained),
+        "runs": list(_runs(piece.text)),
+        "breaks": piece.text.endswith("\n"),
+        "trained": any(labels[position] != IGNORE_INDEX for position in piece.positions),
         "control": piece.control,
-        "num": len(piece.ids),
-        "title": f"position {piece.positions[0]}, id {names}",
+        "ids": " ".join(map(str, piece.ids)),
+        "title": f"position {piece.positions[0]}: {names}",
     }
 
 
-def _lines(boxes: Sequence[dict[str, Any]]) -> list[list[dict[str, Any]]]:
-    """Broken where the text is: after a token that ends with a line break."""
-    lines: list[list[dict[str, Any]]] = [[]]
+def _runs(text: str) -> Iterator[tuple[bool, str]]:
+    """(whether it stands for something invisible, what to show)."""
+    for hidden, characters in groupby(text, _is_hidden):
+        shown = [_SHOWN.get(c, f"U+{ord(c):04X}") if hidden else c for c in characters]
+        yield hidden, "".join(shown)
+
+
+def _is_hidden(character: str) -> bool:
+    return unicodedata.category(character) in ("Cc", "Cf", "Zs", "Zl", "Zp", "Co")
+
+
+def _lines(boxes: Sequence[dict[str, Any]]) -> Iterator[list[dict[str, Any]]]:
+    """Broken after line breaks and where training begins or ends, so that a line is one thing or the other."""
+    line: list[dict[str, Any]] = []
     for box in boxes:
-        lines[-1].append(box)
-        if box["text"].endswith("\n"):
-            lines.append([])
-    return [line for line in lines if line]
+        turns = bool(line) and box["trained"] != line[-1]["trained"]
+        if turns and not (box["breaks"] and line[-1]["trained"] and line[-1]["control"]):
+            yield line
+            line = []
+        line.append(box)
+        if box["breaks"]:
+            yield line
+            line = []
+    if line:
+        yield line
+
+
+def _verdict(formatted: Record, source: Record, chat: ChatFormat, train_on: str) -> str:
+    """all | exact | blanks | different: the trained text against what it should be."""
+    if train_on == "all":
+        return "all"
+    answers = [m["content"] for m in source["messages"] if m["role"] == "assistant"]
+    wanted = answers[-1:] if train_on == "last_assistant" else answers
+    found = trained_texts(formatted, chat)
+    expected = [answer + chat.end_token for answer in wanted]
+    if found == expected:
+        return "exact"
+
+    def bare(text: str) -> str:
+        return text.removesuffix(chat.end_token).strip()
+
+    same = len(found) == len(expected) and all(
+        f.endswith(chat.end_token) and bare(f) == bare(e)
+        for f, e in zip(found, expected, strict=True)
+    )
+    return "blanks" if same else "different"
+
+
+def trained_texts(formatted: Record, chat: ChatFormat) -> list[str]:
+    """The text of every stretch of trained tokens."""
+    pairs = zip(formatted["input_ids"], formatted["labels"], strict=True)
+    stretches = groupby(pairs, lambda pair: pair[1] != IGNORE_INDEX)
+    decode = chat.parsing_tokenizer.decode
+    return [
+        decode([i for i, _ in stretch], skip_special_tokens=False)
+        for is_trained, stretch in stretches
+        if is_trained
+    ]

@@ -1,0 +1,81 @@
+"""What several test files use: a throw-away tokenizer and model, and the kit of real tokenizers."""
+
+import json
+from pathlib import Path
+
+import pytest
+from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers, trainers
+
+REPOSITORY = Path(__file__).resolve().parents[1]
+KIT = REPOSITORY.parent / "shared" / "kit"
+CONTROL_TOKENS = (
+    *("<pad>", "<bos>", "<eos>", "<|im_start|>", "<|im_end|>"),
+    *("<|start_header_id|>", "<|end_header_id|>", "<|eot_id|>"),
+    *("[INST]", "[/INST]", "<start_of_turn>", "<end_of_turn>"),
+)
+NAMED = {"bos_token": "<bos>", "eos_token": "<eos>", "pad_token": "<pad>"}
+TEXTS = (
+    "Turn the request into one function call in JSON.",
+    "system user assistant model",
+    '{"name": "set_timer", "arguments": {"minutes": 12}}',
+    "Set a timer for 12 minutes. ¿Qué tiempo hace mañana en Málaga?",
+)
+
+
+def template_text(preset: str) -> str:
+    return (REPOSITORY / f"conf/chat_template/{preset}.jinja").read_text(encoding="utf-8")
+
+
+def say(*contents: str, system: str | None = None) -> list[dict[str, str]]:
+    """A conversation: user and assistant in turns."""
+    told = [{"role": ("user", "assistant")[i % 2], "content": c} for i, c in enumerate(contents)]
+    return ([{"role": "system", "content": system}] if system is not None else []) + told
+
+
+@pytest.fixture(scope="session")
+def tiny_tokenizer_dir(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A byte-level BPE of some 330 tokens, with the control tokens of all four families."""
+    tokenizer = Tokenizer(models.BPE())
+    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    tokenizer.decoder = decoders.ByteLevel()
+    special = [AddedToken(text, special=True, normalized=False) for text in CONTROL_TOKENS]
+    alphabet = pre_tokenizers.ByteLevel.alphabet()
+    trainer = trainers.BpeTrainer(
+        vocab_size=330, special_tokens=special, initial_alphabet=alphabet, show_progress=False
+    )
+    tokenizer.train_from_iterator(TEXTS * 4, trainer)
+    folder = tmp_path_factory.mktemp("tiny_tokenizer")
+    tokenizer.save(str(folder / "tokenizer.json"))
+    config = {"tokenizer_class": "PreTrainedTokenizerFast", **NAMED}
+    (folder / "tokenizer_config.json").write_text(json.dumps(config))
+    return folder
+
+
+@pytest.fixture(scope="session")
+def tiny_model_dir(tiny_tokenizer_dir: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A random Qwen-2 of 2 layers and width 64 for the throw-away tokenizer."""
+    import torch
+    from transformers import Qwen2Config, Qwen2ForCausalLM
+
+    vocabulary = Tokenizer.from_file(str(tiny_tokenizer_dir / "tokenizer.json")).get_vocab_size()
+    torch.manual_seed(0)
+    config = Qwen2Config(
+        vocab_size=vocabulary,
+        hidden_size=64,
+        intermediate_size=128,
+        num_hidden_layers=2,
+        num_attention_heads=4,
+        num_key_value_heads=2,
+        max_position_embeddings=512,
+    )
+    folder = tmp_path_factory.mktemp("tiny_model")
+    Qwen2ForCausalLM(config).save_pretrained(folder)
+    return folder
+
+
+@pytest.fixture(scope="session")
+def kit() -> Path:
+    """Real tokenizers, templates and records; they are not part of the repository."""
+    if not KIT.is_dir():
+        pytest.skip(f"the kit of real tokenizers is not there: {KIT}")
+    return KIT
