@@ -262,6 +262,17 @@ def favourites(probabilities: Sequence[Row], model: str = "tuned") -> dict[str, 
     return found
 
 
+NEUTRAL = {"temperature": 1.0, "top_k": 0, "top_p": 1.0}  # change nothing
+
+
+def effective(setting: Row) -> Row:
+    """What of a decoding setting has an effect."""
+    if not setting.get("do_sample"):
+        return {"do_sample": False}
+    changed = {k: v for k, v in setting.items() if k != "do_sample" and v != NEUTRAL.get(k)}
+    return changed or {"do_sample": True}
+
+
 def decoding(settings: Mapping[str, Row]) -> dict[str, Any]:
     """Which setting shows what: the first that does just that, or None."""
     draws = {name: s for name, s in settings.items() if s.get("do_sample")}
@@ -270,6 +281,7 @@ def decoding(settings: Mapping[str, Row]) -> dict[str, Any]:
     cut_p = [name for name, s in draws.items() if s.get("top_p", 1.0) < 1.0]
     plain = [name for name in draws if name not in {*warmed, *cut_k, *cut_p}]
     return {
+        "effective": {name: effective(setting) for name, setting in settings.items()},
         "greedy": next((name for name in settings if name not in draws), None),
         "drawn": next(iter([*plain, *draws]), None),
         "multinomial": next(iter(plain), None),

@@ -8,7 +8,13 @@ from itertools import groupby, pairwise
 from typing import Any
 
 from matplotlib.figure import Figure
-from matplotlib.ticker import FuncFormatter, MaxNLocator, PercentFormatter
+from matplotlib.ticker import (
+    FuncFormatter,
+    LogLocator,
+    MaxNLocator,
+    NullLocator,
+    PercentFormatter,
+)
 
 from capas.figure import ACCENT, BASE, FAINT, INK, TUNED, drawing
 
@@ -16,6 +22,8 @@ Row = Mapping[str, Any]
 Words = Callable[[str], str]
 Number = Callable[[float], str]
 UNCHANGED = "unchanged"  # the setting of reports/next_token.csv that is none
+WIDTH = 5.2  # inches: on a phone, text of this figure is as large as the text around it
+LABELS = 1.3  # inches of it that long labels take
 MARKERS = {"base": "o", "tuned": "D"}  # a shape besides a colour
 COLOURS = {"base": BASE, "tuned": TUNED}
 
@@ -25,7 +33,7 @@ def loss_curves(
 ) -> Figure:
     """Loss on supervised tokens over optimizer steps, on a logarithmic axis."""
     with drawing():
-        figure, axes = _axes(6.6, 3.0)
+        figure, axes = _axes(WIDTH, 2.8)
         steps, losses = [row["step"] for row in history], [row["loss"] for row in history]
         axes.plot(steps, losses, color=BASE, label=words("train"), lw=1.4)
         if validation:
@@ -34,7 +42,8 @@ def loss_curves(
             axes.plot(at, seen, color=TUNED, marker="D", ms=4.5, label=words("validation"))
         axes.set_yscale("log")
         axes.yaxis.set_major_formatter(FuncFormatter(lambda value, _: number(value)))
-        axes.yaxis.set_minor_formatter(FuncFormatter(lambda value, _: ""))
+        axes.yaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
+        axes.yaxis.set_minor_locator(NullLocator())
         _label(axes, words("step"), words("loss"), number)
         axes.legend(loc="upper right")
     return figure
@@ -43,7 +52,7 @@ def loss_curves(
 def learning_rate(history: Sequence[Row], words: Words, number: Number) -> Figure:
     """Learning rate, and beneath it the norm of the gradient."""
     with drawing():
-        figure = Figure(figsize=(6.6, 3.4))
+        figure = Figure(figsize=(WIDTH, 3.0))
         axes = figure.subplots(2, 1, sharex=True)
         steps = [row["step"] for row in history]
         for part, key, colour in zip(
@@ -67,7 +76,7 @@ def shares(rows: Sequence[Row], words: Words, percent: str) -> Figure:
     Rows: {label, base: (share, low, high), tuned: (share, low, high)}.
     """
     with drawing():
-        figure, axes = _axes(6.6, 0.55 + 0.46 * len(rows))
+        figure, axes = _axes(WIDTH - LABELS, 0.55 + 0.44 * len(rows))
         for model, shift in (("base", 0.16), ("tuned", -0.16)):
             y = [len(rows) - i + shift for i in range(len(rows))]
             values = [row[model][0] for row in rows]
@@ -94,7 +103,7 @@ def layer_errors(rows: Sequence[Row], words: Words, number: Number) -> Figure:
     for row in rows:
         parts.setdefault(_kind_of_layer(row["layer"]), []).append(row["relative_error"])
     with drawing():
-        figure, axes = _axes(6.6, 0.7 + 0.3 * len(parts))
+        figure, axes = _axes(WIDTH - LABELS, 0.7 + 0.3 * len(parts))
         for y, errors in enumerate(reversed(parts.values())):
             axes.plot(errors, [y] * len(errors), "o", ms=7, color=ACCENT, alpha=0.65, mew=0)
         axes.set_yticks(range(len(parts)), list(reversed(parts)))
@@ -114,7 +123,7 @@ def lengths(rows: Sequence[Row], words: Words, number: Number) -> Figure:
     edges = sorted({row["num_tokens"] for row in rows})
     width = min((b - a for a, b in pairwise(edges)), default=1)
     with drawing():
-        figure = Figure(figsize=(6.6, 1.9))
+        figure = Figure(figsize=(WIDTH, 1.6))
         for axes, (split, bins) in zip(
             figure.subplots(1, len(splits), sharex=True, squeeze=False)[0],
             splits.items(),
@@ -125,9 +134,9 @@ def lengths(rows: Sequence[Row], words: Words, number: Number) -> Figure:
                 [r["num_tokens"] for r in bins], counts, width=width, align="edge", color=ACCENT
             )
             axes.set_title(words(split), loc="left", color=FAINT, fontsize=9)
-            axes.grid(axis="y")
-            _label(axes, words("tokens"), "", number)
-        figure.subplots_adjust(wspace=0.35)
+            axes.yaxis.set_major_locator(MaxNLocator(4, integer=True))
+            _label(axes, words("tokens"), "", number, num_ticks=3)
+        figure.subplots_adjust(wspace=0.45)
     return figure
 
 
@@ -142,10 +151,12 @@ def next_token(rows: Sequence[Row], words: Words, percent: str) -> Figure:
             for i, (axes, setting) in enumerate(zip(line, settings, strict=True)):
                 chosen = [r for r in rows if r["setting"] == setting and r["model"] == model]
                 _probabilities(axes, chosen, COLOURS[model], percent, labelled=i == 0)
-                title = words(setting) if setting == UNCHANGED else setting
-                axes.set_title(title, loc="left", fontsize=9)
+                if model == models[0]:
+                    title = words(setting) if setting == UNCHANGED else setting
+                    short = title if len(title) < 10 else title.replace("_", "_\n")
+                    axes.set_title(short, loc="left", fontsize=9)
             line[0].set_ylabel(words(model), color=INK)
-        figure.subplots_adjust(wspace=0.12, hspace=0.42)
+        figure.subplots_adjust(wspace=0.12, hspace=0.15)
     return figure
 
 
@@ -155,8 +166,7 @@ def _probabilities(axes: Any, rows: list[Row], colour: str, percent: str, labell
     axes.set_yticks(y, [visible(row["token"]) for row in rows] if labelled else [""] * len(rows))
     axes.tick_params(axis="y", length=0, labelcolor=INK)
     axes.set_xlim(0, 1)
-    axes.xaxis.set_major_locator(MaxNLocator(2))
-    axes.xaxis.set_major_formatter(PercentFormatter(1, decimals=0, symbol=percent))
+    axes.set_xticks([0, 0.5, 1], ["", f"50{percent}", ""])
     axes.grid(axis="x")
 
 
@@ -177,9 +187,9 @@ def _axes(width: float, height: float) -> tuple[Figure, Any]:
     return figure, figure.subplots()
 
 
-def _label(axes: Any, x: str, y: str, number: Number) -> None:
+def _label(axes: Any, x: str, y: str, number: Number, num_ticks: int = 6) -> None:
     axes.set_xlabel(x)
     axes.set_ylabel(y)
     axes.grid(axis="y")
     axes.xaxis.set_major_formatter(FuncFormatter(lambda value, _: number(value)))
-    axes.xaxis.set_major_locator(MaxNLocator(6, integer=True))
+    axes.xaxis.set_major_locator(MaxNLocator(num_ticks, integer=True))

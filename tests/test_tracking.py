@@ -3,6 +3,9 @@
 import json
 import os
 import sqlite3
+import subprocess
+import sys
+import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -15,6 +18,7 @@ from capas.errors import CapasError
 from capas.store import Point, Store, locked, reachable, tracking_uri
 
 Write = Callable[..., Path]
+REPOSITORY = Path(__file__).parents[1]
 
 
 @pytest.fixture(scope="module")
@@ -131,6 +135,44 @@ def test_a_busy_database_is_reported_with_the_way_out(
             reachable(tracking_uri(root)),
         ):
             store.find_or_create("busy", "busy")
+
+
+TRAINING = """
+import os, signal, sys, time
+from pathlib import Path
+from capas.live import tracker
+
+with tracker(Path.cwd(), sys.argv[1], enabled=True) as rows:
+    for step in (1, 2):
+        rows.append({"step": step, "loss": 1.0 / step})
+    if sys.argv[2] == "killed":
+        os.kill(os.getpid(), signal.SIGKILL)
+"""
+
+
+@pytest.mark.slow  # mlflow is imported by every follower
+@pytest.mark.parametrize(("end", "status"), [("killed", "KILLED"), ("finished", "FINISHED")])
+def test_the_follower_outlives_the_training_and_ends_its_run(
+    root: Path, end: str, status: str
+) -> None:
+    env = {**os.environ, "PYTHONPATH": str(REPOSITORY)}
+    subprocess.run([sys.executable, "-c", TRAINING, end, end], cwd=root, env=env, check=False)
+    deadline = time.monotonic() + 60
+    while (run := Store.open(root, "tests").find(end)) is None or run.info.status != status:
+        assert time.monotonic() < deadline, (root / f".dvc/tmp/live/{end}.log").read_text()
+        time.sleep(0.5)
+    assert steps_of(root, end) == [1, 2]
+
+
+@pytest.mark.slow
+def test_two_processes_may_create_the_store_at_once(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("DVC_ROOT", str(tmp_path))
+    code = "from pathlib import Path; from capas.store import Store; Store.open(Path('.'), 'a')"
+    both = [subprocess.Popen([sys.executable, "-c", code], cwd=REPOSITORY) for _ in range(2)]
+    assert [process.wait(timeout=120) for process in both] == [0, 0]
+    assert (tmp_path / "mlflow.db").exists()
 
 
 def test_a_deleted_experiment_names_the_way_back(root: Path) -> None:
