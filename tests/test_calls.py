@@ -11,14 +11,13 @@ from capas import phrases
 from capas.calls import (
     COMBINATION_SORTS,
     KINDS,
-    Combination,
     Conversation,
-    draw_arguments,
     generate_conversations,
     generate_records,
     normalise,
     write_call,
 )
+from capas.requests import Combination, draw_arguments
 from capas.values import draw_value, is_held_out
 
 
