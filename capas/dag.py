@@ -2,6 +2,7 @@
 
 import hashlib
 import json
+import re
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -11,8 +12,17 @@ import yaml
 from capas.errors import CapasError
 from capas.params import select
 
-_LOADER = getattr(yaml, "CSafeLoader", yaml.SafeLoader)
 
+
+class _Loader(getattr(yaml, "CSafeLoader", yaml.SafeLoader)):  # type: ignore[misc]
+    """Reads 1e-08 as a number, as YAML 1.2, OmegaConf and DVC do; PyYAML takes it for a string."""
+
+
+_Loader.add_implicit_resolver(
+    "tag:yaml.org,2002:float",
+    re.compile(r"^[-+]?[0-9]+(\.[0-9]*)?[eE][-+]?[0-9]+$"),
+    list("-+0123456789"),
+)
 
 def read_yaml(path: Path) -> dict[str, Any]:
     """A YAML mapping; an empty file is an empty mapping.
@@ -21,7 +31,7 @@ def read_yaml(path: Path) -> dict[str, Any]:
         CapasError: the file is missing, is not YAML, or is not a mapping.
     """
     try:
-        content = yaml.load(path.read_text(encoding="utf-8"), _LOADER)
+        content = yaml.load(path.read_text(encoding="utf-8"), _Loader)
     except FileNotFoundError:
         raise CapasError(
             f"{path} is missing; run `dvc repro` in the repository's top folder"

@@ -8,7 +8,7 @@ import pytest
 import yaml
 from workspace import REPOSITORY
 
-from capas.dag import StageSpec, input_key, recorded_key
+from capas.dag import StageSpec, input_key, recorded, recorded_key
 from capas.errors import CapasError
 
 PIPELINE = yaml.safe_load((REPOSITORY / "dvc.yaml").read_text())["stages"]
@@ -119,16 +119,21 @@ def test_no_script_imports_a_script() -> None:
 
 def test_a_key_before_a_run_is_the_key_that_dvc_records_after_it(tmp_path: Path) -> None:
     (tmp_path / "dvc.yaml").write_text(
-        "stages:\n  one:\n    cmd: x\n    deps: [a.txt]\n    params: [lora.r, seed]\n    outs: [b]\n"
+        "stages:\n  one:\n    cmd: x\n    deps: [a.txt]\n    params: [trainer, seed]\n    outs: [b]\n"
     )
-    (tmp_path / "params.yaml").write_text("lora: {r: 4}\nseed: 1\n")
+    (tmp_path / "params.yaml").write_text("trainer: {adam_epsilon: 1.0e-08}\nseed: 1\n")
     (tmp_path / "a.txt").write_text("hello")
     entry = {
         "cmd": "x",
         "deps": [{"path": "a.txt", "md5": "5d41402abc4b2a76b9719d911017c592"}],
-        "params": {"params.yaml": {"lora.r": 4, "seed": 1}},
+        "params": {"params.yaml": {"trainer": {"adam_epsilon": 1e-8}, "seed": 1}},
     }
     assert input_key(StageSpec.read("one", tmp_path), tmp_path) == recorded_key(entry)
+
+
+def test_dvcs_way_to_write_a_small_number_is_a_number(tmp_path: Path) -> None:
+    (tmp_path / "dvc.lock").write_text("stages: {train: {params: {p: {a: 1e-08, b: 2E+3, c: x1e3}}}}")
+    assert recorded(tmp_path)["train"]["params"]["p"] == {"a": 1e-8, "b": 2000.0, "c": "x1e3"}
 
 
 def test_an_unknown_stage_is_refused_by_name() -> None:
