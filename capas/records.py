@@ -147,6 +147,9 @@ def _check_record(record: Any, where: str) -> Record:
     if not isinstance(identity, str) or not identity:
         raise CapasError(f"{where}: id is {_show(identity)}; give it a text that is not empty")
     where = f"{where} (id {identity!r})"
+    if "messages" not in record:
+        found = ", ".join(sorted(str(key) for key in record))
+        raise CapasError(f"{where}: messages is missing (there is {found}); give a list of {{role, content}}")
     _reject_keys(record, {"id", "messages", "metadata"}, where)
     return {
         "id": _check_text(identity, f"{where}: id"),
