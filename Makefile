@@ -42,9 +42,8 @@ lock: ## resolve pyproject.toml anew into requirements.lock
 	  .venv-lock/bin/pip freeze --exclude capas | sed 's/+[a-z0-9.]*$$//'; } > requirements.lock.new
 	mv requirements.lock.new requirements.lock && rm -rf .venv-lock
 
-clean: ## remove .venv, caches and everything that the pipeline can make again
-	rm -rf .venv .pytest_cache .mypy_cache .ruff_cache capas.egg-info reports/timings reports/.published
-	rm -rf .dvc/tmp .dvc/cache data/raw data/tokenized data/formatted data/models data/composed
+clean: ## remove .venv, tool caches and debug runs; results and DVC's cache stay (see dvc gc)
+	rm -rf .venv .pytest_cache .mypy_cache .ruff_cache capas.egg-info dvc_plots .dvc/tmp/debug
 	find capas stages tests -name __pycache__ -type d -prune -exec rm -rf {} +
 
 $(READY): requirements.lock pyproject.toml
