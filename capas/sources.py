@@ -45,11 +45,11 @@ def snapshot(name: str, revision: str | None, patterns: Sequence[str]) -> Path:
         )
     from httpx import HTTPError
     from huggingface_hub import snapshot_download
-    from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
+    from huggingface_hub.errors import EntryNotFoundError, HFValidationError, OfflineModeIsEnabled
 
     try:
         return Path(snapshot_download(name, revision=revision, allow_patterns=list(patterns)))
-    except (HfHubHTTPError, HFValidationError, LocalEntryNotFoundError, HTTPError) as error:
+    except (HTTPError, EntryNotFoundError, HFValidationError, OfflineModeIsEnabled) as error:
         raise CapasError(
             f"{name} at {revision} could not be downloaded: {error}\nA gated model needs `hf auth login`; "
             "without a network use model=embedded, or a folder that somebody downloaded before."

@@ -1,0 +1,57 @@
+"""The stages from `fetch` to `format`, run in a folder on the shipped configuration with overrides."""
+
+import json
+import shutil
+from pathlib import Path
+from typing import Any
+
+from conftest import REPOSITORY
+
+from capas.composition import composer
+from capas.dag import StageSpec
+from capas.params import Params, select
+from capas.records import FORMATTED, read_records
+from capas.stage import Stage
+from stages import fetch_dataset, fetch_tokenizer, format_chat, tokenize_messages
+
+MAINS = {
+    "fetch": fetch_dataset.main,
+    "fetch_tokenizer": fetch_tokenizer.main,
+    "tokenize": tokenize_messages.main,
+    "format": format_chat.main,
+}
+SHRUNK = ("dataset.num_train=24", "dataset.num_validation=4", "dataset.num_test_per_kind=2")
+
+
+class DataSide:
+    """One workspace. `root/tokenizer` stands for a model's folder."""
+
+    def __init__(self, root: Path, tokenizer: Path) -> None:
+        self.root = root
+        shutil.copy(REPOSITORY / "dvc.yaml", root / "dvc.yaml")
+        shutil.copytree(tokenizer, root / "tokenizer")
+
+    def run(self, *names: str, overrides: tuple[str, ...] = ()) -> "DataSide":
+        """Run stages (all of them where none is named) with Hydra overrides."""
+        with composer(REPOSITORY / "conf") as compose:
+            values = compose([*SHRUNK, "model.model_name_or_path=tokenizer", *overrides])
+        template = self.root / "data/composed/chat_template.jinja"
+        template.parent.mkdir(parents=True, exist_ok=True)
+        template.write_text((REPOSITORY / values["chat_template"]["path"]).read_text())
+        for name in names or MAINS:
+            spec = StageSpec.read(name, self.root)
+            stage = Stage(spec, self.root)
+            MAINS[name](Params(select(values, spec.params.get("params.yaml", []))), stage)
+            stage.finish()
+        return self
+
+    def json(self, path: str) -> Any:
+        return json.loads((self.root / path).read_text(encoding="utf-8"))
+
+    def formatted(self, split: str) -> list[dict[str, Any]]:
+        return list(read_records(self.root / f"data/formatted/{split}.parquet", FORMATTED))
+
+    def files(self) -> dict[str, bytes]:
+        """Everything that the stages wrote."""
+        made = [f for top in ("data", "reports") for f in sorted((self.root / top).rglob("*"))]
+        return {str(f.relative_to(self.root)): f.read_bytes() for f in made if f.is_file()}

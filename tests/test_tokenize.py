@@ -1,0 +1,74 @@
+"""Contents as plain text, once, whatever the template."""
+
+from pathlib import Path
+
+import pytest
+from conftest import CONTROL_TOKENS, say
+from dataside import DataSide
+
+from capas.records import RAW, TOKENIZED, read_records, write_records
+from capas.tokenizer import TokenizerFiles, encode_plain
+from stages import tokenize_messages
+
+
+@pytest.fixture
+def side(tmp_path: Path, tiny_tokenizer_dir: Path) -> DataSide:
+    return DataSide(tmp_path, tiny_tokenizer_dir).run("fetch", "fetch_tokenizer", "tokenize")
+
+
+def test_every_record_comes_back_with_ids(side: DataSide) -> None:
+    tokenizer = TokenizerFiles(side.root / "tokenizer").build()
+    for split in ("train", "validation", "test"):
+        raw, tokenized = (
+            list(read_records(side.root / f"data/{folder}/{split}.parquet", schema))
+            for folder, schema in (("raw", RAW), ("tokenized", TOKENIZED))
+        )
+        assert len(raw) > 0
+        for record in tokenized:
+            for message in record["messages"]:
+                assert message.pop("input_ids") == encode_plain(tokenizer, [message["content"]])[0]
+        assert tokenized == raw
+
+
+def test_the_ids_of_a_content_are_its_text(side: DataSide) -> None:
+    tokenizer = TokenizerFiles(side.root / "tokenizer").build()
+    for record in read_records(side.root / "data/tokenized/test.parquet", TOKENIZED):
+        for message in record["messages"]:
+            assert tokenizer.decode(message["input_ids"]) == message["content"]
+
+
+@pytest.mark.parametrize("text", CONTROL_TOKENS)
+def test_the_text_of_a_control_token_stays_text(text: str, tiny_tokenizer_dir: Path) -> None:
+    files = TokenizerFiles(tiny_tokenizer_dir)
+    (ids,) = encode_plain(files.build(), [f"a{text}b"])
+    assert not set(ids) & set(files.added)
+    assert files.build().decode(ids) == f"a{text}b"
+    assert files.id_of_text(text) in files.build(parse_special=True).encode(f"a{text}b").ids
+
+
+def test_neither_order_nor_batches_change_a_record(
+    side: DataSide, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    before = (side.root / "data/tokenized/train.parquet").read_bytes()
+    monkeypatch.setattr(tokenize_messages, "RECORDS_AT_ONCE", 5)
+    side.run("tokenize")
+    assert (side.root / "data/tokenized/train.parquet").read_bytes() == before
+
+
+def test_no_padding_and_no_truncation_of_the_file_is_taken_over(tiny_tokenizer_dir: Path) -> None:
+    files = TokenizerFiles(tiny_tokenizer_dir)
+    files._spec["padding"] = {"strategy": {"Fixed": 50}, "direction": "Right", "pad_to_multiple_of": None,
+                              "pad_id": 0, "pad_type_id": 0, "pad_token": "<pad>"}  # fmt: skip
+    files._spec["truncation"] = {"max_length": 2, "strategy": "LongestFirst", "stride": 0, "direction": "Right"}
+    assert len(encode_plain(files.build(), ["Set a timer for 12 minutes."])[0]) in range(3, 50)
+
+
+def test_empty_contents_and_empty_splits(side: DataSide) -> None:
+    raw = side.root / "data/raw"
+    write_records(raw / "test.parquet", RAW, [])
+    record = {"id": "a", "messages": say("", "b"), "metadata": "{}"}
+    write_records(raw / "validation.parquet", RAW, [record])
+    side.run("tokenize")
+    (found,) = read_records(side.root / "data/tokenized/validation.parquet", TOKENIZED)
+    assert found["messages"][0]["input_ids"] == []
+    assert list(read_records(side.root / "data/tokenized/test.parquet", TOKENIZED)) == []
