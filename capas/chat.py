@@ -1,7 +1,7 @@
-"""Conversations as token ids: the scaffold of a chat template around contents that were encoded as plain text.
+"""Conversations as token ids: a chat template's scaffold around contents that were encoded as plain text.
 
-The ids are those of ``tokenizer.apply_chat_template``, with one difference that is meant: where a content holds the
-text of a control token, it stays text. The labels are known by construction::
+The ids are those of ``tokenizer.apply_chat_template``, with one difference that is meant: where a content
+holds the text of a control token, it stays text. The labels are known by construction::
 
     <|im_start|> user \\n Hi <|im_end|> \\n <|im_start|> assistant \\n Hello <|im_end|> \\n
          -100    -100 -100 -100  -100  -100     -100       -100    -100 Hello <|im_end|> -100
@@ -22,7 +22,7 @@ from capas.edges import Edges
 from capas.errors import CapasError
 from capas.records import IGNORE_INDEX
 from capas.scaffold import Control, Plan, Planner, Segment, control_pattern
-from capas.template import Template, TemplateRefusal, place_system
+from capas.template import Template, place_system
 from capas.tokenizer import TokenizerFiles
 
 Messages = Sequence[Mapping[str, Any]]
@@ -62,7 +62,9 @@ class ChatFormat:
         self._forbidden = frozenset(self._control_ids.values()) - {files.id_of("unk_token")}
         self._alone = files.build(also_special=written)
         self._inside = (
-            files.build(also_special=written, inside=True) if files.adds_first_blank else self._alone
+            files.build(also_special=written, inside=True)
+            if files.adds_first_blank
+            else self._alone
         )
         self._edges = Edges(self._inside, self._alone)
         self._planner = Planner(self._render_placed, controls)
@@ -86,8 +88,8 @@ class ChatFormat:
             system: template | fold | error, see `capas.template.place_system`.
 
         Raises:
-            CapasError: a file is missing or damaged; the template has a syntax error, writes control tokens that
-                the tokenizer lacks, or does not end an answer.
+            CapasError: a file is missing or damaged; the template has a syntax error, writes control tokens
+                that the tokenizer lacks, or does not end an answer.
         """
         files = TokenizerFiles(tokenizer_dir)
         return cls(Template(template_text, files.named, date_string), files, system)
@@ -104,8 +106,8 @@ class ChatFormat:
             train_on: assistant (every answer with its end token), last_assistant, or all (every token).
 
         Raises:
-            CapasError: the template refuses or rewrites the conversation, an answer to be trained is empty, or
-                nothing is left to train on.
+            CapasError: the template refuses or rewrites the conversation, an answer to be trained is empty,
+                or nothing is left to train on.
         """
         trained = _trained_messages(messages, train_on)
         owned = self._encode(messages, add_generation_prompt=False)
@@ -151,7 +153,10 @@ class ChatFormat:
     def _written_tokens(self) -> set[str]:
         """What the template writes that looks like a control token."""
         question, answer = {"role": "user", "content": "-"}, {"role": "assistant", "content": "-"}
-        texts = [self._render_placed([question], True), self._render_placed([question, answer], False)]
+        texts = [
+            self._render_placed([question], True),
+            self._render_placed([question, answer], False),
+        ]
         try:
             system = {"role": "system", "content": "-"}
             texts.append(self._render_placed([system, question, answer], False))
@@ -166,12 +171,14 @@ class ChatFormat:
             has = sorted(text for text in known if _SHAPE.fullmatch(text))
             raise CapasError(
                 f"the tokenizer in {self._files.folder} lacks control tokens that the chat template writes: "
-                f"{', '.join(lacking)}. They would be cut into ordinary pieces. Choose the chat_template of the "
-                f"model's own family; the tokenizer has: {', '.join(has[:12]) or 'none'}"
+                f"{', '.join(lacking)}. They would be cut into ordinary pieces. Choose the chat_template of "
+                f"the model's own family; the tokenizer has: {', '.join(has[:12]) or 'none'}"
             )
 
     def _plan(self, messages: Messages, add_generation_prompt: bool) -> Plan:
-        pattern = tuple((m["role"], "" if m["content"].strip() else (m["content"],)) for m in messages)
+        pattern = tuple(
+            (m["role"], "" if m["content"].strip() else (m["content"],)) for m in messages
+        )
         key = pattern, add_generation_prompt
         if key not in self._plans:
             self._plans[key] = self._planner.plan(messages, add_generation_prompt)
@@ -201,12 +208,19 @@ class ChatFormat:
             return self._encode_whole(segment, contents)
         content = contents[last.message]
         scaffold = before[0].text if before else ""
-        as_known = content == messages[last.message]["content"] and not self._unmarked.search(content)
+        as_known = content == messages[last.message]["content"] and not self._unmarked.search(
+            content
+        )
         if as_known and self._edges.join(scaffold, content):
             ids = self._content_ids(messages[last.message])
             start = self._encode_scaffold(Segment(tuple(before), segment.first)) if before else []
             return start + [(i, last.owner) for i in ids]
-        if as_known and before and before[0].owner == last.owner and self._edges.absorb(scaffold, content):
+        if (
+            as_known
+            and before
+            and before[0].owner == last.owner
+            and self._edges.absorb(scaffold, content)
+        ):
             return [(i, last.owner) for i in self._content_ids(messages[last.message])]
         return self._encode_whole(segment, contents)
 
@@ -262,6 +276,3 @@ def _rewritten(expected: str, rendered: str) -> str:
         f"{expected[start : start + 40]!r} at character {start}, the template has "
         f"{rendered[start : start + 40]!r}; such a record cannot be masked safely"
     )
-
-
-__all__ = ["ChatFormat", "Encoded", "TemplateRefusal"]

@@ -23,7 +23,9 @@ class Edges:
 
     def __init__(self, inside: Tokenizer, alone: Tokenizer) -> None:
         self._inside = inside
-        self._words = [t.content for t in inside.get_added_tokens_decoder().values() if not t.special]
+        self._words = [
+            t.content for t in inside.get_added_tokens_decoder().values() if not t.special
+        ]
         ids = [tokenizer.encode(text, add_special_tokens=False).ids for tokenizer, text in
                ((alone, "a"), (inside, "a"), (inside, " a"))]  # fmt: skip
         self.adds_blank = ids[0] != ids[1]  # a text alone is encoded as if a blank came before it
@@ -38,14 +40,18 @@ class Edges:
         return not scaffold or self._are_safe(scaffold, content[:_WINDOW])
 
     def absorb(self, scaffold: str, content: str) -> bool:
-        """Whether ids(scaffold + content) == ids(content): the blank which the tokenizer adds is the scaffold."""
+        """Whether ids(scaffold + content) == ids(content): the tokenizer adds the scaffold's blank itself."""
         added = self.adds_blank and self._blank_is_space and scaffold == " "
         return added and bool(content) and content[0] not in (" ", _WORD_START)
 
     def _look_up(self, scaffold: str, start: str) -> bool:
         if start.startswith(self._remainders(scaffold)):
             return False
-        before, after, both = self._pieces(scaffold), self._pieces(start), self._pieces(scaffold + start)
+        before, after, both = (
+            self._pieces(scaffold),
+            self._pieces(start),
+            self._pieces(scaffold + start),
+        )
         if len(both) > 1:
             return both == before + after
         if len(before) != 1 or not both[0].startswith(before[0]) or both == before:
@@ -69,11 +75,13 @@ class Edges:
 
     @cached_property
     def _bigrams(self) -> frozenset[str]:
-        """Neighbours inside a vocabulary entry: no merge crosses a border between any other two characters."""
+        """Neighbours inside a vocabulary entry: no merge crosses a border between two other characters."""
         vocabulary = self._inside.get_vocab(with_added_tokens=True)
         return frozenset(token[i : i + 2] for token in vocabulary for i in range(len(token) - 1))
 
 
 def _may_combine(character: str) -> bool:
     """White space melts with white space, a combining mark with the letter before."""
-    return character.isspace() or character == _WORD_START or unicodedata.category(character)[0] == "M"
+    return (
+        character.isspace() or character == _WORD_START or unicodedata.category(character)[0] == "M"
+    )

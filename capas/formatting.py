@@ -7,12 +7,15 @@ from dataclasses import dataclass, field
 from statistics import median
 from typing import Any
 
-from capas.chat import ChatFormat, Encoded
+from capas.chat import ChatFormat
 from capas.errors import CapasError
 from capas.overflow import Overflow, count_supervised
 from capas.records import Record
 
-CHECKED_FIRST, CHECKED_EVERY = 200, 20  # records whose ids are compared with those of the rendered text
+CHECKED_FIRST, CHECKED_EVERY = (
+    200,
+    20,
+)  # records whose ids are compared with those of the rendered text
 MAX_BINS = 40
 
 
@@ -49,9 +52,13 @@ class SplitFormatter:
 
     def _keep(self, record: Record) -> Record | None:
         """The record as far as it is used, with its ids under `encoded`."""
-        messages = record["messages"] if self.train_on == "all" else _until_last_answer(record["messages"])
+        messages = (
+            record["messages"] if self.train_on == "all" else _until_last_answer(record["messages"])
+        )
         encoded = self.chat.encode(messages, self.train_on)
-        fitting = self.overflow.fit({**record, "messages": messages}, encoded, self.chat, self.train_on)
+        fitting = self.overflow.fit(
+            {**record, "messages": messages}, encoded, self.chat, self.train_on
+        )
         if fitting is None:
             return None
         self.trailing_messages_cut += len(record["messages"]) - len(messages)
@@ -121,8 +128,8 @@ def _difference(found: list[int], expected: list[int], chat: ChatFormat) -> str:
         return " ".join(f"{i}={chat.parsing_tokenizer.id_to_token(i)!r}" for i in near)
 
     return (
-        f"its ids are not those of the rendered text, from token {at} on; the tokenizer does something at the "
-        "borders of messages that capas does not know. Please report it with this record.\n"
+        f"its ids are not those of the rendered text, from token {at} on; the tokenizer does something at "
+        "the borders of messages that capas does not know. Please report it with this record.\n"
         f"  message by message: {show(found)}\n  rendered text:      {show(expected)}"
     )
 

@@ -72,7 +72,10 @@ def write_mask_page(
         autoescape=True, trim_blocks=True, lstrip_blocks=True, undefined=jinja2.StrictUndefined
     )
     splits = {
-        split: [view(why, formatted, source, chat, facts["train_on"]) for why, formatted, source in chosen]
+        split: [
+            view(why, formatted, source, chat, facts["train_on"])
+            for why, formatted, source in chosen
+        ]
         for split, chosen in samples.items()
     }
     page = environment.from_string(TEMPLATE.read_text(encoding="utf-8"))
@@ -86,7 +89,8 @@ def view(
     """A record as the page shows it: lines of boxes, counts, and whether the mask is what it should be."""
     tokenizer = chat.parsing_tokenizer
     ids, labels = formatted["input_ids"], formatted["labels"]
-    boxes = [_box(piece, labels, tokenizer) for piece in cut(tokenizer, ids)]
+    pieces = cut(tokenizer, ids)
+    boxes = [_box(piece, labels, tokenizer) for piece in pieces]
     return {
         "id": formatted["id"],
         "why": why,
@@ -96,7 +100,9 @@ def view(
         "lines": [
             {"boxes": line, "trained": any(b["trained"] for b in line)} for line in _lines(boxes)
         ],
-        "verdict": _verdict(formatted, source, chat, train_on),
+        "verdict": _verdict(
+            _trained_texts(pieces, labels), source["messages"], chat.end_token, train_on
+        ),
     }
 
 
@@ -124,7 +130,7 @@ def _is_hidden(character: str) -> bool:
 
 
 def _lines(boxes: Sequence[dict[str, Any]]) -> Iterator[list[dict[str, Any]]]:
-    """Broken after line breaks and where training begins or ends, so that a line is one thing or the other."""
+    """Broken after line breaks and where training begins or ends: a line is one thing or the other."""
     line: list[dict[str, Any]] = []
     for box in boxes:
         turns = bool(line) and box["trained"] != line[-1]["trained"]
@@ -139,34 +145,22 @@ def _lines(boxes: Sequence[dict[str, Any]]) -> Iterator[list[dict[str, Any]]]:
         yield line
 
 
-def _verdict(formatted: Record, source: Record, chat: ChatFormat, train_on: str) -> str:
-    """all | exact | blanks | different: the trained text against what it should be."""
+def _trained_texts(pieces: Sequence[Piece], labels: Sequence[int]) -> list[str]:
+    """The text of every stretch of trained tokens."""
+    stretches = groupby(pieces, lambda piece: labels[piece.positions[-1]] != IGNORE_INDEX)
+    return ["".join(piece.text for piece in stretch) for trained, stretch in stretches if trained]
+
+
+def _verdict(
+    found: Sequence[str], messages: Sequence[Mapping[str, Any]], end_token: str, train_on: str
+) -> str:
+    """all | exact | blanks | different: the trained text against the answers and their end token."""
     if train_on == "all":
         return "all"
-    answers = [m["content"] for m in source["messages"] if m["role"] == "assistant"]
-    wanted = answers[-1:] if train_on == "last_assistant" else answers
-    found = trained_texts(formatted, chat)
-    expected = [answer + chat.end_token for answer in wanted]
-    if found == expected:
+    answers = [m["content"] for m in messages if m["role"] == "assistant"]
+    wanted = [a + end_token for a in (answers[-1:] if train_on == "last_assistant" else answers)]
+    if list(found) == wanted:
         return "exact"
-
-    def bare(text: str) -> str:
-        return text.removesuffix(chat.end_token).strip()
-
-    same = len(found) == len(expected) and all(
-        f.endswith(chat.end_token) and bare(f) == bare(e)
-        for f, e in zip(found, expected, strict=True)
-    )
-    return "blanks" if same else "different"
-
-
-def trained_texts(formatted: Record, chat: ChatFormat) -> list[str]:
-    """The text of every stretch of trained tokens."""
-    pairs = zip(formatted["input_ids"], formatted["labels"], strict=True)
-    stretches = groupby(pairs, lambda pair: pair[1] != IGNORE_INDEX)
-    decode = chat.parsing_tokenizer.decode
-    return [
-        decode([i for i, _ in stretch], skip_special_tokens=False)
-        for is_trained, stretch in stretches
-        if is_trained
-    ]
+    bare = [[t.removesuffix(end_token).strip() for t in texts] for texts in (found, wanted)]
+    ended = all(text.endswith(end_token) for text in found)
+    return "blanks" if ended and bare[0] == bare[1] else "different"

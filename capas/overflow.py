@@ -20,8 +20,8 @@ class Overflow:
     """The policy for one split, and what it did.
 
     Args:
-        policy: error | drop | truncate. To truncate is to keep the turns from the beginning up to the last answer
-            that fits; where not even the first does, the record is dropped.
+        policy: error | drop | truncate. To truncate is to keep the turns from the beginning up to the last
+            answer that fits; where not even the first does, the record is dropped.
         budget_fraction: of the split's records, how many may be dropped or truncated before the stage fails.
     """
 

@@ -22,7 +22,9 @@ from capas.errors import CapasError
 
 SPLITS = ("train", "validation", "test")
 ROLES = ("system", "user", "assistant")
-IGNORE_INDEX = -100  # the label of a token that carries no loss, as torch.nn.CrossEntropyLoss has it
+IGNORE_INDEX = (
+    -100
+)  # the label of a token that carries no loss, as torch.nn.CrossEntropyLoss has it
 ROWS_PER_GROUP = 2000  # rows held in memory at once, whatever the size of the split
 
 Message = dict[str, Any]
@@ -149,7 +151,9 @@ def _check_record(record: Any, where: str) -> Record:
     where = f"{where} (id {identity!r})"
     if "messages" not in record:
         found = ", ".join(sorted(str(key) for key in record))
-        raise CapasError(f"{where}: messages is missing (there is {found}); give a list of {{role, content}}")
+        raise CapasError(
+            f"{where}: messages is missing (there is {found}); give a list of {{role, content}}"
+        )
     _reject_keys(record, {"id", "messages", "metadata"}, where)
     return {
         "id": _check_text(identity, f"{where}: id"),

@@ -1,6 +1,6 @@
 """What a chat template puts around contents, found by rendering it once per pattern of roles.
 
-The template is rendered with a mark in the place of each content. What comes back is cut at its control tokens::
+The template is rendered with a mark in the place of each content, and the text cut at its control tokens::
 
     <|im_start|>  user\\n MARK0  <|im_end|>  \\n  <|im_start|>  assistant\\n MARK1  <|im_end|>  \\n
 
@@ -62,7 +62,9 @@ class Plan:
     """How conversations of one pattern of roles are put together."""
 
     parts: tuple[Control | Segment, ...]
-    trims: tuple[Callable[[str], str], ...]  # per message: what the template does to the ends of a content
+    trims: tuple[
+        Callable[[str], str], ...
+    ]  # per message: what the template does to the ends of a content
 
     @property
     def num_controls(self) -> int:
@@ -154,7 +156,11 @@ class Planner:
             yield Piece(text[position:], None, owner)
 
     def _end_of_answer(
-        self, text: str, previous: int | None, following: int | None, told: Sequence[Mapping[str, Any]]
+        self,
+        text: str,
+        previous: int | None,
+        following: int | None,
+        told: Sequence[Mapping[str, Any]],
     ) -> int:
         """How much of the scaffold after an answer belongs to it: up to and including the end token."""
         if previous is None or told[previous]["role"] != "assistant":
@@ -165,8 +171,8 @@ class Planner:
         if found is None and following is not None and told[following]["role"] == "assistant":
             return len(text)  # the template makes one turn of two messages
         raise CapasError(
-            f"the chat template does not end message {previous} (assistant) with {self.end_token}, as it does "
-            f"in a conversation of two messages, but goes on with {_readable(text)!r}"
+            f"the chat template does not end message {previous} (assistant) with {self.end_token}, as it "
+            f"does in a conversation of two messages, but goes on with {_readable(text)!r}"
         )
 
     def _lead(self, text: str, following: int | None, told: Sequence[Mapping[str, Any]]) -> str:
@@ -185,9 +191,13 @@ class Planner:
 
 def control_pattern(controls: Mapping[str, AddedToken]) -> re.Pattern[str]:
     """Finds control tokens in a text, the longest first, with the blanks that they swallow."""
-    longest_first = sorted(controls.values(), key=lambda token: (-len(token.content), token.content))
+    longest_first = sorted(
+        controls.values(), key=lambda token: (-len(token.content), token.content)
+    )
     alternatives = [
-        (r"\s*" if token.lstrip else "") + re.escape(token.content) + (r"\s*" if token.rstrip else "")
+        (r"\s*" if token.lstrip else "")
+        + re.escape(token.content)
+        + (r"\s*" if token.rstrip else "")
         for token in longest_first
     ]
     return re.compile("|".join(alternatives) or r"(?!)")

@@ -28,7 +28,8 @@ def find_source(name: str, root: Path) -> Source:
     if re.fullmatch(r"[\w.-]+(/[\w.-]+)?", name) and not name.startswith("."):
         return Source.HUB
     raise CapasError(
-        f"model.model_name_or_path={name} is neither a folder here nor the id of a model on the Hub (owner/name)"
+        f"model.model_name_or_path={name} is neither a folder here nor the id of a model on the Hub "
+        "(owner/name)"
     )
 
 

@@ -18,7 +18,7 @@ from capas.errors import CapasError
 Messages = Sequence[Mapping[str, Any]]
 
 
-class TemplateRefusal(CapasError):
+class TemplateRefusal(CapasError):  # noqa: N818  the field says refusal
     """The template itself refuses a conversation (raise_exception), or fails on it."""
 
 

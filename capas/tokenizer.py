@@ -88,7 +88,9 @@ class TokenizerFiles:
 
 def encode_plain(tokenizer: Tokenizer, texts: Sequence[str]) -> list[list[int]]:
     """The ids of each text; `tokenizer` comes from `TokenizerFiles.build`."""
-    return [encoding.ids for encoding in tokenizer.encode_batch_fast(texts, add_special_tokens=False)]
+    return [
+        encoding.ids for encoding in tokenizer.encode_batch_fast(texts, add_special_tokens=False)
+    ]
 
 
 def _added_tokens(spec: dict[str, Any], folder: Path) -> dict[int, AddedToken]:
@@ -105,7 +107,9 @@ def _added_tokens(spec: dict[str, Any], folder: Path) -> dict[int, AddedToken]:
             for token in spec["added_tokens"]
         }
     except (KeyError, TypeError) as error:
-        raise CapasError(f"{folder / TOKENIZER} is not a tokenizer: {error!r} in added_tokens") from None
+        raise CapasError(
+            f"{folder / TOKENIZER} is not a tokenizer: {error!r} in added_tokens"
+        ) from None
 
 
 def _read_json(file: Path) -> dict[str, Any]:

@@ -9,7 +9,8 @@ The travelling record is born here::
     {"id": "train-00000", "metadata": {"kind": "seen", "language": "en", ...}, "messages": [
       {"role": "system", "content": "Turn the request into one function call in JSON."},
       {"role": "user", "content": "Set a timer for 99 minutes."},
-      {"role": "assistant", "content": "{\\"name\\": \\"set_timer\\", \\"arguments\\": {\\"minutes\\": 99}}"}]}
+      {"role": "assistant",
+       "content": "{\\"name\\": \\"set_timer\\", \\"arguments\\": {\\"minutes\\": 99}}"}]}
 """
 
 from collections.abc import Iterable, Mapping

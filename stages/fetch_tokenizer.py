@@ -1,6 +1,6 @@
 """Get the tokenizer alone, so that looking at a mask never needs model weights.
 
-Reads   data/embedded, a local folder, or the Hugging Face Hub at a pinned commit: model.model_name_or_path decides
+Reads   what model.model_name_or_path names: data/embedded, a local folder, or the Hub at a commit
 Writes  data/models/tokenizer: tokenizer.json, tokenizer_config.json and, where the model brings them, its
         special_tokens_map.json and chat_template.jinja
 Params  model
@@ -42,7 +42,9 @@ def copy_files(folder: Path, target: Path) -> list[str]:
     target.mkdir()
     there = [name for name in FILES if (folder / name).is_file()]
     if TOKENIZER not in there:
-        slow = [file.name for file in sorted(folder.glob("*.model")) + sorted(folder.glob("vocab.*"))]
+        slow = [
+            file.name for file in sorted(folder.glob("*.model")) + sorted(folder.glob("vocab.*"))
+        ]
         raise CapasError(
             f"{folder} has no {TOKENIZER}"
             + (f" (only {', '.join(slow)}, of a slow tokenizer)" if slow else "")

@@ -7,8 +7,8 @@ Params  chat_template, dataset
 
 The travelling record becomes ids; only the answer and its end token keep their label::
 
-    input_ids  <|im_start|> assistant \\n   {"name": "set_timer", "arguments": {"minutes": 99}} <|im_end|> \\n
-    labels             -100      -100 -100  {"name": "set_timer", "arguments": {"minutes": 99}} <|im_end|> -100
+    input_ids  <|im_start|> assistant \\n  {"name": "set_timer", "arguments": {"minutes": 99}} <|im_end|> \\n
+    labels             -100      -100 -100 {"name": "set_timer", "arguments": {"minutes": 99}} <|im_end|> -100
 """
 
 import hashlib

@@ -1,10 +1,14 @@
 """What several test files use: a throw-away tokenizer and model, and the kit of real tokenizers."""
 
 import json
+import os
 from pathlib import Path
 
 import pytest
 from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers, trainers
+
+# What capas.hardware sets before torch is imported; tests import it before any stage does.
+os.environ |= {"ATEN_CPU_CAPABILITY": "avx2", "OMP_WAIT_POLICY": "PASSIVE"}
 
 REPOSITORY = Path(__file__).resolve().parents[1]
 KIT = REPOSITORY.parent / "shared" / "kit"

@@ -17,8 +17,41 @@ PRESETS = ("chatml", "llama3", "mistral", "gemma")
 GOLDEN = sorted((REPOSITORY / "tests" / "golden").iterdir())
 LOOP = "{% for m in messages %}<|im_start|>{{ m.role }}\n{{ m.content }}<|im_end|>\n{% endfor %}"
 ASK = "{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}"
-ALPHABET = ["a", "z", "The", " ", "  ", "\n", "\n\n", "\t", "'", "'s", "ll", "12", "?", "¿", "ñ", "n\u0303", "é",
-            "🦊", "\u200d", "\u0301", "\ufeff", "中", "{", '"', "_", "▁", "\r\n", "\x00", "<", "|", "im_end"]  # fmt: skip
+ALPHABET = [
+    "a",
+    "z",
+    "The",
+    " ",
+    "  ",
+    "\n",
+    "\n\n",
+    "\t",
+    "'",
+    "'s",
+    "ll",
+    "12",
+    "?",
+    "¿",
+    "ñ",
+    "n\u0303",
+    "é",
+]
+ALPHABET += [
+    "🦊",
+    "\u200d",
+    "\u0301",
+    "\ufeff",
+    "中",
+    "{",
+    '"',
+    "_",
+    "▁",
+    "\r\n",
+    "\x00",
+    "<",
+    "|",
+    "im_end",
+]
 
 
 def load(preset: str, folder: Path, system: str = "template") -> ChatFormat:
@@ -29,7 +62,8 @@ def supervised(chat: ChatFormat, messages: Any, train_on: str = "assistant") -> 
     encoded = chat.encode(messages, train_on)
     assert len(encoded.input_ids) == len(encoded.labels)
     assert all(
-        label in (i, IGNORE_INDEX) for i, label in zip(encoded.input_ids, encoded.labels, strict=True)
+        label in (i, IGNORE_INDEX)
+        for i, label in zip(encoded.input_ids, encoded.labels, strict=True)
     )
     return [label for label in encoded.labels if label != IGNORE_INDEX]
 
@@ -41,7 +75,9 @@ def text_of(chat: ChatFormat, ids: list[int]) -> str:
 
 @pytest.fixture(params=PRESETS)
 def chat(request: pytest.FixtureRequest, tiny_tokenizer_dir: Path) -> ChatFormat:
-    return load(request.param, tiny_tokenizer_dir, "fold" if request.param == "gemma" else "template")
+    return load(
+        request.param, tiny_tokenizer_dir, "fold" if request.param == "gemma" else "template"
+    )
 
 
 @pytest.fixture
@@ -68,7 +104,10 @@ def test_mistral_also_trains_the_blank_that_its_prompt_lacks(tiny_tokenizer_dir:
 
 def test_last_assistant_trains_the_last_answer_only(chat: ChatFormat) -> None:
     messages = say("a", "first", "c", "last")
-    assert text_of(chat, supervised(chat, messages, "last_assistant")).strip() == "last" + chat.end_token
+    assert (
+        text_of(chat, supervised(chat, messages, "last_assistant")).strip()
+        == "last" + chat.end_token
+    )
     assert supervised(chat, messages, "all") == chat.encode(messages).input_ids
 
 
@@ -102,12 +141,16 @@ def test_texts_of_control_tokens_are_counted(chatml: ChatFormat) -> None:
 @pytest.mark.parametrize("seed", range(40))
 def test_ids_are_those_of_the_rendered_text(chat: ChatFormat, seed: int) -> None:
     rng = random.Random(seed)
-    contents = ["".join(rng.choices(ALPHABET, k=rng.randint(0, 8))) for _ in range(rng.choice((2, 4, 6)))]
+    contents = [
+        "".join(rng.choices(ALPHABET, k=rng.randint(0, 8))) for _ in range(rng.choice((2, 4, 6)))
+    ]
     contents[1::2] = [text + rng.choice(("x", "x ", "x\n")) for text in contents[1::2]]
     system = rng.choice((None, "", "Be brief.", " \n", " ~ \n"))
     messages = say(*contents, system=system)
     assert chat.encode(messages).input_ids == chat.reference_ids(messages)
-    assert chat.prompt_ids(messages[:-1]) == chat.reference_ids(messages[:-1], add_generation_prompt=True)
+    assert chat.prompt_ids(messages[:-1]) == chat.reference_ids(
+        messages[:-1], add_generation_prompt=True
+    )
 
 
 def test_known_ids_of_contents_change_nothing(chat: ChatFormat, tiny_tokenizer_dir: Path) -> None:
@@ -128,7 +171,9 @@ def test_known_ids_are_used_where_the_borders_allow_it(chatml: ChatFormat) -> No
 def test_a_template_whose_control_tokens_are_lacking_is_refused_by_name(
     preset: str, tmp_path: Path, tiny_tokenizer_dir: Path
 ) -> None:
-    lacking = {"chatml": "<|im_start|>", "llama3": "<|eot_id|>", "mistral": "[INST]", "gemma": "<end_of_turn>"}
+    lacking = dict(
+        zip(PRESETS, ("<|im_start|>", "<|eot_id|>", "[INST]", "<end_of_turn>"), strict=True)
+    )
     spec = json.loads((tiny_tokenizer_dir / "tokenizer.json").read_text())
     spec["added_tokens"] = [t for t in spec["added_tokens"] if t["content"] != lacking[preset]]
     (tmp_path / "tokenizer.json").write_text(json.dumps(spec))
@@ -137,14 +182,22 @@ def test_a_template_whose_control_tokens_are_lacking_is_refused_by_name(
     )
     with pytest.raises(CapasError) as refusal:
         load(preset, tmp_path)
-    assert f"lacks control tokens that the chat template writes: {lacking[preset]}." in str(refusal.value)
+    assert f"lacks control tokens that the chat template writes: {lacking[preset]}." in str(
+        refusal.value
+    )
 
 
 @pytest.mark.parametrize(
     ("text", "message"),
     [
-        ("{% for m in messages %}{{ m.role }}: {{ m.content }}\n{% endfor %}", "never learn to stop"),
-        (LOOP + "{% if add_generation_prompt %}<|im_start|>model\n{% endif %}", "another way than it writes"),
+        (
+            "{% for m in messages %}{{ m.role }}: {{ m.content }}\n{% endfor %}",
+            "never learn to stop",
+        ),
+        (
+            LOOP + "{% if add_generation_prompt %}<|im_start|>model\n{% endif %}",
+            "another way than it writes",
+        ),
         ("{% for m in messages %}\n{{ m.content }\n{% endfor %}", "the chat template, line 2"),
         ("{{ raise_exception('closed today') }}", r"roles: user\): closed today"),
         ("{{ messages[7].content }}", "refuses the conversation"),
@@ -158,7 +211,10 @@ def test_a_bad_template_is_refused(text: str, message: str, tiny_tokenizer_dir: 
 @pytest.mark.parametrize(
     ("text", "message"),
     [
-        ("{% for m in messages if m.role != 'system' %}" + LOOP[23:], r"leaves out message 0 \(system\)"),
+        (
+            "{% for m in messages if m.role != 'system' %}" + LOOP[23:],
+            r"leaves out message 0 \(system\)",
+        ),
         ("{{ messages[0].content if messages|length > 2 }}" + LOOP, "writes 2 times message 0"),
         (LOOP.replace("m.content", "m.content | upper"), "rewrites a content.*expected 'sys"),
         (LOOP.replace("m.content", "m.content.split('b')[-1]"), "rewrites a content"),
@@ -181,9 +237,11 @@ def test_a_template_that_leaves_an_answer_open_is_refused(tiny_tokenizer_dir: Pa
 
 def test_the_template_refusal_of_a_conversation_has_its_words(tiny_tokenizer_dir: Path) -> None:
     chat = load("gemma", tiny_tokenizer_dir)
-    with pytest.raises(CapasError, match="Gemma has no system role; chat_template.system=fold"):
+    with pytest.raises(CapasError, match=r"Gemma has no system role; chat_template\.system=fold"):
         chat.encode(say("a", "b", system="c"))
-    with pytest.raises(CapasError, match=r"roles: user, user, assistant\): Gemma wants user and assistant"):
+    with pytest.raises(
+        CapasError, match=r"roles: user, user, assistant\): Gemma wants user and assistant"
+    ):
         chat.encode([*say("a"), *say("b", "c")])
 
 
@@ -195,7 +253,9 @@ def test_the_clock_is_a_parameter(tiny_tokenizer_dir: Path) -> None:
 
 def test_a_template_has_no_way_out_of_its_sandbox(tiny_tokenizer_dir: Path) -> None:
     with pytest.raises(CapasError, match="refuses"):
-        ChatFormat.load("{{ ''.__class__.__mro__[1].__subclasses__() }}" + LOOP, tiny_tokenizer_dir, "")
+        ChatFormat.load(
+            "{{ ''.__class__.__mro__[1].__subclasses__() }}" + LOOP, tiny_tokenizer_dir, ""
+        )
 
 
 def test_generation_marks_of_other_tools_change_nothing(tiny_tokenizer_dir: Path) -> None:
@@ -229,7 +289,9 @@ def test_fold_refuses_what_it_cannot_fold(tiny_tokenizer_dir: Path) -> None:
 def test_the_policy_error_refuses_system_messages(tiny_tokenizer_dir: Path) -> None:
     chat = load("chatml", tiny_tokenizer_dir, "error")
     assert chat.encode(say("a", "b"))
-    with pytest.raises(CapasError, match="message 0 has the role system, and chat_template.system is error"):
+    with pytest.raises(
+        CapasError, match=r"message 0 has the role system.*chat_template\.system is error"
+    ):
         chat.encode(say("a", "b", system="x"))
 
 
@@ -249,7 +311,10 @@ def test_a_conversation_with_nothing_to_train_on_is_an_error(
 
 
 def test_an_empty_answer_that_is_not_trained_is_context(chatml: ChatFormat) -> None:
-    assert text_of(chatml, supervised(chatml, say("a", "", "c", "d"), "last_assistant")) == "d<|im_end|>"
+    assert (
+        text_of(chatml, supervised(chatml, say("a", "", "c", "d"), "last_assistant"))
+        == "d<|im_end|>"
+    )
 
 
 def test_two_answers_in_a_row_are_one_turn_to_mistral(tiny_tokenizer_dir: Path) -> None:
@@ -262,7 +327,10 @@ def test_named_tokens(chat: ChatFormat, tiny_tokenizer_dir: Path) -> None:
     files = TokenizerFiles(tiny_tokenizer_dir)
     ids = [files.id_of_text(text) for text in (chat.end_token, "<eos>")]
     assert chat.stop_token_ids == list(dict.fromkeys(ids))
-    assert (chat.bos_token_id, chat.pad_token_id) == (files.id_of("bos_token"), files.id_of("pad_token"))
+    assert (chat.bos_token_id, chat.pad_token_id) == (
+        files.id_of("bos_token"),
+        files.id_of("pad_token"),
+    )
 
 
 def test_probes_change_with_template_and_policy(tiny_tokenizer_dir: Path) -> None:
@@ -274,7 +342,9 @@ def test_probes_change_with_template_and_policy(tiny_tokenizer_dir: Path) -> Non
 @pytest.mark.parametrize("case", GOLDEN, ids=lambda case: case.name)
 def test_golden(case: Path, tiny_tokenizer_dir: Path) -> None:
     """conversation.json in; expected.json holds the text and every token with whether it is trained."""
-    given, expected = (json.loads((case / f"{n}.json").read_text()) for n in ("conversation", "expected"))
+    given, expected = (
+        json.loads((case / f"{n}.json").read_text()) for n in ("conversation", "expected")
+    )
     chat = load(given["chat_template"], tiny_tokenizer_dir, given["system"])
     encoded = chat.encode(given["messages"], given["train_on"])
     pairs = zip(encoded.input_ids, encoded.labels, strict=True)

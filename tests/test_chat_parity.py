@@ -25,7 +25,7 @@ from capas.tokenizer import TokenizerFiles, encode_plain
 FAMILIES = {"qwen2.5": "chatml", "llama3": "llama3", "mistral-v3": "mistral", "gemma2": "gemma"}
 SYSTEMS = ("You are terse.", "  Sé breve.\n\n", "¿Qué?\nSegunda línea")
 EVERY = {"quick": 120, "full": 1}  # of the instruction records, every n-th
-NOT_YET = re.compile("tool calls are not supported yet|unknown key|messages is missing|refuses the conversation")
+NOT_YET = re.compile("not supported yet|unknown key|messages is missing|refuses the conversation")
 Messages = list[dict[str, Any]]
 
 
@@ -68,8 +68,13 @@ def family(request: pytest.FixtureRequest, kit: Path) -> Family:
 
     folder = kit / "tok" / request.param
     files = TokenizerFiles(folder)  # parsed once: some are large
-    texts = (folder / "chat_template.jinja").read_text("utf-8"), template_text(FAMILIES[request.param])
-    official, ours = (ChatFormat(Template(text, files.named, ""), files, "template") for text in texts)
+    texts = (
+        (folder / "chat_template.jinja").read_text("utf-8"),
+        template_text(FAMILIES[request.param]),
+    )
+    official, ours = (
+        ChatFormat(Template(text, files.named, ""), files, "template") for text in texts
+    )
     reference = AutoTokenizer.from_pretrained(folder)
     return Family(request.param, files, reference, official, ours, official._alone)
 
@@ -81,14 +86,20 @@ def instructions(kit: Path, every: int) -> Iterator[Messages]:
                 continue
             row = json.loads(line)
             if row["instruction"] and row["output"]:
-                request = f"{row['instruction']}\n\n{row['input']}" if row["input"] else row["instruction"]
+                request = (
+                    f"{row['instruction']}\n\n{row['input']}"
+                    if row["input"]
+                    else row["instruction"]
+                )
                 yield say(request, row["output"])
 
 
 def threads(kit: Path, name: str, every: int) -> Iterator[Messages]:
     for index, line in enumerate((kit / f"data/{name}.jsonl").open(encoding="utf-8")):
         if index % every == 0:
-            yield [{"role": m["role"], "content": m["content"]} for m in json.loads(line)["messages"]]
+            yield [
+                {"role": m["role"], "content": m["content"]} for m in json.loads(line)["messages"]
+            ]
 
 
 @lru_cache(maxsize=1)
@@ -98,7 +109,8 @@ def conversations(kit: Path, tier: str) -> list[Messages]:
     found = [*instructions(kit, EVERY[tier]), *threads(kit, "oasst_threads", few)]
     found += threads(kit, "multiturn_3k", many)
     return [
-        say(system=SYSTEMS[i // 3 % 3]) + told if i % 3 == 0 else told for i, told in enumerate(found)
+        say(system=SYSTEMS[i // 3 % 3]) + told if i % 3 == 0 else told
+        for i, told in enumerate(found)
     ]
 
 
@@ -131,9 +143,12 @@ def test_ids_equal_apply_chat_template_on_all_records(family: Family, kit: Path)
 
 
 def test_edges_of_contents(family: Family) -> None:
-    edges = ("", " ", "\n", "\n\n", "\t", " \n ", "\u00a0", "\u3000", "'s", "ll", "́", "▁", "12", "…", "[", "<")
+    edges = ("", " ", "\n", "\n\n", "\t", " \n ", "\u00a0", "\u3000")
+    edges += ("'s", "ll", "\u0301", "▁", "12", "…", "[", "<")
     told = [say(f"{e}Hola{f}", f"{f or 'x'}Adiós{e}", f"{e}", "x") for e in edges for f in edges]
-    assert check_ids(family, [messages for messages in told if messages[2]["content"].strip()]) >= 100
+    assert (
+        check_ids(family, [messages for messages in told if messages[2]["content"].strip()]) >= 100
+    )
 
 
 def test_labels_are_the_answers(family: Family, kit: Path) -> None:
@@ -156,7 +171,10 @@ def test_our_template_renders_the_official_text(family: Family, kit: Path) -> No
             except TemplateRefusal:
                 continue
             if family.name == "qwen2.5" and messages[0]["role"] != "system":
-                start, rest = "<|im_start|>system\n", "<|im_start|>" + expected.split("<|im_start|>", 2)[2]
+                start, rest = (
+                    "<|im_start|>system\n",
+                    "<|im_start|>" + expected.split("<|im_start|>", 2)[2],
+                )
                 assert expected.startswith(start)  # Qwen's own default, which plain ChatML has not
                 expected = rest
             assert ours.render(messages, add_generation_prompt) == expected
@@ -207,12 +225,18 @@ def test_hostile_records(family: Family, kit: Path) -> None:
         expected = [i for i in family.ours.encode(plain).input_ids if i in special]
         assert [i for i in encoded.input_ids if i in special] == expected, case["id"]
         if case["check"].get("roundtrip") and family.name in ("qwen2.5", "llama3"):
-            text = family.ours.parsing_tokenizer.decode(encoded.input_ids, skip_special_tokens=False)
+            text = family.ours.parsing_tokenizer.decode(
+                encoded.input_ids, skip_special_tokens=False
+            )
             assert text == family.ours.render(messages), case["id"]
 
 
 def test_a_template_of_another_family_is_refused_by_name(family: Family) -> None:
     others = {preset for preset in FAMILIES.values() if preset != FAMILIES[family.name]}
     for preset in others:
-        with pytest.raises(CapasError, match="lacks control tokens that the chat template writes: [<[]"):
-            ChatFormat(Template(template_text(preset), family.files.named, ""), family.files, "template")
+        with pytest.raises(
+            CapasError, match=r"lacks control tokens that the chat template writes: [<\[]"
+        ):
+            ChatFormat(
+                Template(template_text(preset), family.files.named, ""), family.files, "template"
+            )

@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from conftest import CONTROL_TOKENS, REPOSITORY, say
+from conftest import CONTROL_TOKENS, REPOSITORY, say, template_text
 from dataside import DataSide
 
 from capas.chat import ChatFormat
@@ -60,7 +60,9 @@ def texts(side: DataSide, record: dict[str, Any]) -> tuple[str, str, str]:
     tokenizer = TokenizerFiles(side.root / "tokenizer").build(parse_special=True)
     trained = [label for label in record["labels"] if label != IGNORE_INDEX]
     parts = record["input_ids"], trained, record["prompt_ids"]
-    whole, trained_text, prompt = (tokenizer.decode(ids, skip_special_tokens=False) for ids in parts)
+    whole, trained_text, prompt = (
+        tokenizer.decode(ids, skip_special_tokens=False) for ids in parts
+    )
     return whole, trained_text, prompt
 
 
@@ -84,20 +86,27 @@ def test_facts_are_those_of_the_records(made: DataSide) -> None:
         assert found["num_tokens"] == sum(len(r["input_ids"]) for r in records)
         assert found["num_supervised_tokens"] == trained
         assert found["max_tokens"] == max(len(r["input_ids"]) for r in records)
-    assert (facts["dropped"], facts["end_token"], facts["chat_template"]) == ({}, "<|im_end|>", "chatml")
+    assert (facts["dropped"], facts["end_token"], facts["chat_template"]) == (
+        {},
+        "<|im_end|>",
+        "chatml",
+    )
 
 
 def test_lengths_hold_every_record(made: DataSide) -> None:
     rows = list(csv.DictReader((made.root / "reports/lengths.csv").open()))
-    counts = {s: sum(int(r["num_records"]) for r in rows if r["split"] == s) for s in ("train", "test")}
+    counts = {
+        s: sum(int(r["num_records"]) for r in rows if r["split"] == s) for s in ("train", "test")
+    }
     assert counts == {"train": 24, "test": 10}
     assert {tuple(row) for row in rows} == {("split", "num_tokens", "num_records")}
 
 
 def test_chat_json_says_what_later_stages_need(made: DataSide) -> None:
-    chat, text = made.json("data/formatted/chat.json"), (made.root / "data/formatted/chat_template.jinja").read_text()
+    chat = made.json("data/formatted/chat.json")
+    text = (made.root / "data/formatted/chat_template.jinja").read_text()
     files = TokenizerFiles(made.root / "tokenizer")
-    assert text == (REPOSITORY / "conf/chat_template/chatml.jinja").read_text()
+    assert text == template_text("chatml")
     assert chat["template_sha256"] == hashlib.sha256(text.encode()).hexdigest()
     assert chat["end_token_id"] == files.id_of_text("<|im_end|>") == chat["stop_token_ids"][0]
     assert chat["pad_token_id"] == files.id_of_text("<pad>")
@@ -118,8 +127,12 @@ def test_every_preset_works_out_of_the_box(preset: str, made: DataSide, tmp_path
     record = made.formatted("test")[0]
     whole, trained, _ = texts(made, record)
     assert "Turn the request into one function call" in whole
-    assert trained.strip().endswith(record["reference"] + made.json("data/formatted/chat.json")["end_token"])
-    assert made.json("reports/format.json")["system"] == ("fold" if preset == "gemma" else "template")
+    assert trained.strip().endswith(
+        record["reference"] + made.json("data/formatted/chat.json")["end_token"]
+    )
+    assert made.json("reports/format.json")["system"] == (
+        "fold" if preset == "gemma" else "template"
+    )
     made.run("format")
 
 
@@ -127,7 +140,9 @@ def test_last_assistant_and_all(made: DataSide) -> None:
     sizes = {}
     for train_on in ("last_assistant", "assistant", "all"):
         made.run("format", overrides=(f"chat_template.train_on={train_on}",))
-        sizes[train_on] = made.json("reports/format.json")["splits"]["train"]["num_supervised_tokens"]
+        sizes[train_on] = made.json("reports/format.json")["splits"]["train"][
+            "num_supervised_tokens"
+        ]
     assert sizes["last_assistant"] < sizes["assistant"] < sizes["all"]
     assert sizes["all"] == made.json("reports/format.json")["splits"]["train"]["num_tokens"]
     made.run("format")
@@ -183,7 +198,9 @@ def test_truncation_ends_at_an_answer(side: DataSide) -> None:
 
 def test_errors_name_split_and_record(side: DataSide) -> None:
     put(side, say("a", "b"), [*say("a"), *say("b", "c")])
-    with pytest.raises(CapasError, match=r"train record 'r1': the chat template refuses.*user, user"):
+    with pytest.raises(
+        CapasError, match=r"train record 'r1': the chat template refuses.*user, user"
+    ):
         side.run("format", overrides=("chat_template=gemma",))
 
 
@@ -192,7 +209,9 @@ def test_ids_that_are_not_those_of_the_text_stop_the_stage(side: DataSide) -> No
     (record,) = read_records(side.root / "data/tokenized/train.parquet", TOKENIZED)
     record["messages"][0]["input_ids"][0] += 1
     write_records(side.root / "data/tokenized/train.parquet", TOKENIZED, [record])
-    with pytest.raises(CapasError, match=r"train record 'r0': its ids are not those(.|\n)*from token \d+ on"):
+    with pytest.raises(
+        CapasError, match=r"train record 'r0': its ids are not those(.|\n)*from token \d+ on"
+    ):
         side.run("format")
 
 
@@ -271,7 +290,7 @@ def test_the_page_needs_nothing_but_itself_and_escapes_contents(side: DataSide) 
 def test_the_page_says_when_the_mask_is_not_what_it_should_be(side: DataSide) -> None:
     from capas.maskpage import view
 
-    chat = ChatFormat.load((REPOSITORY / "conf/chat_template/chatml.jinja").read_text(), side.root / "tokenizer", "")
+    chat = ChatFormat.load(template_text("chatml"), side.root / "tokenizer", "")
     (record,) = side.run("format").formatted("train")
     source = {"messages": say("Hi", "Hello")}
     assert view("", record, source, chat, "assistant")["verdict"] == "exact"

@@ -59,7 +59,8 @@ def test_no_padding_and_no_truncation_of_the_file_is_taken_over(tiny_tokenizer_d
     files = TokenizerFiles(tiny_tokenizer_dir)
     files._spec["padding"] = {"strategy": {"Fixed": 50}, "direction": "Right", "pad_to_multiple_of": None,
                               "pad_id": 0, "pad_type_id": 0, "pad_token": "<pad>"}  # fmt: skip
-    files._spec["truncation"] = {"max_length": 2, "strategy": "LongestFirst", "stride": 0, "direction": "Right"}
+    truncation = {"max_length": 2, "strategy": "LongestFirst", "stride": 0, "direction": "Right"}
+    files._spec["truncation"] = truncation
     assert len(encode_plain(files.build(), ["Set a timer for 12 minutes."])[0]) in range(3, 50)
 
 
