@@ -19,7 +19,9 @@ def check_causal(config: dict[str, Any], name: str) -> None:
     """
     architectures = config.get("architectures") or []
     if not architectures:
-        raise CapasError(f"{name}: config.json names no architectures; a causal language model is needed")
+        raise CapasError(
+            f"{name}: config.json names no architectures; a causal language model is needed"
+        )
     if config.get("is_encoder_decoder"):
         raise CapasError(
             f"{name} is an encoder-decoder ({architectures[0]}): its prompt and its answer go through "

@@ -6,8 +6,8 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch import nn
 from torch.utils.data import Sampler
+from transformers import PreTrainedModel
 
 from capas.records import FORMATTED, IGNORE_INDEX, read_records
 
@@ -65,11 +65,15 @@ class LengthGroupedSampler(Sampler[int]):
     def __iter__(self) -> Iterator[int]:
         rng = random.Random(f"{self.seed}/{self.epoch}")
         order = rng.sample(range(len(self.lengths)), len(self.lengths))
-        pool = self.batch_size * 16  # a batch's lengths are alike, its records still drawn at random
+        pool = (
+            self.batch_size * 16
+        )  # a batch's lengths are alike, its records still drawn at random
         batches = []
         for start in range(0, len(order), pool):
             alike = sorted(order[start : start + pool], key=lambda i: -self.lengths[i])
-            batches += [alike[i : i + self.batch_size] for i in range(0, len(alike), self.batch_size)]
+            batches += [
+                alike[i : i + self.batch_size] for i in range(0, len(alike), self.batch_size)
+            ]
         last = [batches.pop()] if batches and len(batches[-1]) < self.batch_size else []
         rng.shuffle(batches)
         return (index for batch in batches + last for index in batch)
@@ -91,11 +95,17 @@ def score_tokens(logits: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
     predicted = logits[rows, positions].float()
     loss = torch.nn.functional.cross_entropy(predicted, targets, reduction="none")
     hits = predicted.argmax(dim=-1) == targets
-    values = torch.stack([loss.double(), hits.double(), torch.ones_like(loss, dtype=torch.float64)], dim=1)
-    return torch.zeros(len(labels), 3, dtype=torch.float64, device=logits.device).index_add_(0, rows, values)
+    values = torch.stack(
+        [loss.double(), hits.double(), torch.ones_like(loss, dtype=torch.float64)], dim=1
+    )
+    return torch.zeros(len(labels), 3, dtype=torch.float64, device=logits.device).index_add_(
+        0, rows, values
+    )
 
 
-def score_examples(model: nn.Module, examples: list[Example], collator: Collator, batch_size: int) -> torch.Tensor:
+def score_examples(
+    model: PreTrainedModel, examples: list[Example], collator: Collator, batch_size: int
+) -> torch.Tensor:
     """`score_tokens` of every record, [records, 3]; records of similar length share a batch."""
     order = sorted(range(len(examples)), key=lambda i: len(examples[i]["input_ids"]))
     scores = torch.zeros(len(examples), 3, dtype=torch.float64)
@@ -103,6 +113,8 @@ def score_examples(model: nn.Module, examples: list[Example], collator: Collator
         chosen = order[start : start + batch_size]
         batch = {k: v.to(model.device) for k, v in collator([examples[i] for i in chosen]).items()}
         with torch.inference_mode():
-            logits = model(batch["input_ids"], attention_mask=batch["attention_mask"], use_cache=False).logits
+            logits = model(
+                batch["input_ids"], attention_mask=batch["attention_mask"], use_cache=False
+            ).logits
         scores[chosen] = score_tokens(logits, batch["labels"]).cpu()
     return scores

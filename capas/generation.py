@@ -4,18 +4,21 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
-from torch import nn
 from transformers import (
     GenerationConfig,
     MinPLogitsWarper,
+    PreTrainedModel,
     TemperatureLogitsWarper,
     TopKLogitsWarper,
     TopPLogitsWarper,
     TypicalLogitsWarper,
 )
 
-
-_NEUTRAL = {"temperature": 1.0, "top_k": 0, "top_p": 1.0}  # transformers' own defaults hold a top_k of 50
+_NEUTRAL = {
+    "temperature": 1.0,
+    "top_k": 0,
+    "top_p": 1.0,
+}  # transformers' own defaults hold a top_k of 50
 
 _WARPERS = (
     ("temperature", 1.0, TemperatureLogitsWarper),
@@ -34,7 +37,9 @@ class Completion:
     stopped: bool
 
 
-def generation_config(chat: dict[str, Any], max_new_tokens: int, **settings: Any) -> GenerationConfig:
+def generation_config(
+    chat: dict[str, Any], max_new_tokens: int, **settings: Any
+) -> GenerationConfig:
     """The decoding settings with the template's tokens; nothing comes from a model's own defaults.
 
     Args:
@@ -52,7 +57,7 @@ def generation_config(chat: dict[str, Any], max_new_tokens: int, **settings: Any
 
 
 def complete(
-    model: nn.Module, prompts: list[list[int]], config: GenerationConfig, batch_size: int
+    model: PreTrainedModel, prompts: list[list[int]], config: GenerationConfig, batch_size: int
 ) -> list[list[Completion]]:
     """`config.num_return_sequences` completions of every prompt, in the prompts' order.
 
@@ -97,20 +102,18 @@ def pad_left(prompts: list[list[int]], pad_token_id: int) -> tuple[torch.Tensor,
     return torch.tensor(ids), torch.tensor(mask)
 
 
-def _forget_defaults(model: nn.Module) -> None:
-    """`generate` fills what is not given from the model's own generation_config.json, e.g. with a top_k of 20."""
+def _forget_defaults(model: PreTrainedModel) -> None:
+    """`generate` fills what is not given from the model's own generation_config.json: a top_k of 20."""
     for owner in {model, getattr(model, "get_base_model", lambda: model)()}:
         owner.generation_config = GenerationConfig()
 
 
 def _complete_batch(
-    model: nn.Module, prompts: list[list[int]], config: GenerationConfig
+    model: PreTrainedModel, prompts: list[list[int]], config: GenerationConfig
 ) -> list[list[Completion]]:
     ids, mask = (t.to(model.device) for t in pad_left(prompts, config.pad_token_id))
     with torch.inference_mode():
-        output = model.generate(
-            input_ids=ids, attention_mask=mask, generation_config=config
-        )
+        output = model.generate(input_ids=ids, attention_mask=mask, generation_config=config)
     written = [_until_stop(row, config.eos_token_id) for row in output[:, ids.shape[1] :].tolist()]
     count = config.num_return_sequences or 1
     return [written[i : i + count] for i in range(0, len(written), count)]

@@ -51,12 +51,15 @@ def prepare(hardware: Params) -> "torch.device":
         )
     torch.set_num_threads(hardware.num_threads)
     torch.use_deterministic_algorithms(hardware.cudnn_deterministic)
-    torch.utils.deterministic.fill_uninitialized_memory = False  # a debugging aid that writes every buffer twice
+    # A debugging aid that writes every buffer twice.
+    torch.utils.deterministic.fill_uninitialized_memory = False  # type: ignore[attr-defined]
     torch.backends.cuda.matmul.allow_tf32 = hardware.allow_tf32
     torch.backends.cudnn.allow_tf32 = hardware.allow_tf32
     torch.backends.cudnn.deterministic = hardware.cudnn_deterministic
     torch.backends.cudnn.benchmark = hardware.cudnn_benchmark
-    return torch.device(hardware.device, _local_rank() if hardware.device == "cuda" else None)
+    if hardware.device == "cpu":
+        return torch.device("cpu")
+    return torch.device(hardware.device, int(os.environ.get("LOCAL_RANK", "0")))
 
 
 def environment(hardware: Params) -> dict[str, str]:
@@ -65,6 +68,7 @@ def environment(hardware: Params) -> dict[str, str]:
     variables = {
         "OMP_NUM_THREADS": threads,
         "MKL_NUM_THREADS": threads,
+        "OMP_WAIT_POLICY": "PASSIVE",  # spinning threads make a busy machine ten times slower
         "CUBLAS_WORKSPACE_CONFIG": ":4096:8",  # what cuBLAS needs to be deterministic
         "CUDA_VISIBLE_DEVICES": _visible_devices(hardware.device),
         "HF_HUB_OFFLINE": "1",  # the fetch stages alone reach for a network
@@ -101,10 +105,6 @@ def _visible_devices(device: str) -> str:
     return visible if "LOCAL_RANK" in os.environ else visible.split(",")[0] or "0"
 
 
-def _local_rank() -> int:
-    return int(os.environ.get("LOCAL_RANK", "0"))
-
-
 def _check_instruction_set(instruction_set: str) -> None:
     """An instruction set that the CPU lacks would end the process with SIGILL, without a word."""
     if instruction_set == "default":
@@ -127,11 +127,13 @@ def _check_instruction_set(instruction_set: str) -> None:
 
 
 def cpu_flags(cpuinfo: Path = Path("/proc/cpuinfo")) -> set[str]:
-    """Features of the CPU as Linux names them; elsewhere (macOS on Intel) those of AVX2 are taken for granted."""
+    """Features of the CPU as Linux names them; elsewhere (macOS on Intel) AVX2 is taken for granted."""
     if not cpuinfo.exists():
         return set(_CPU_FLAGS["avx2"])
     lines = cpuinfo.read_text().splitlines()
-    return next((set(line.split(":", 1)[1].split()) for line in lines if line.startswith("flags")), set())
+    return next(
+        (set(line.split(":", 1)[1].split()) for line in lines if line.startswith("flags")), set()
+    )
 
 
 def _check_capability(instruction_set: str, found: str) -> None:

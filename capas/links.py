@@ -7,7 +7,14 @@ import shutil
 from pathlib import Path
 
 _FICLONE = 0x40049409  # ioctl_ficlone(2): both files share their blocks until one is written to
-_UNSUPPORTED = {errno.EOPNOTSUPP, errno.EXDEV, errno.EINVAL, errno.ENOTTY, errno.ENOSYS, errno.EPERM}
+_UNSUPPORTED = {
+    errno.EOPNOTSUPP,
+    errno.EXDEV,
+    errno.EINVAL,
+    errno.ENOTTY,
+    errno.ENOSYS,
+    errno.EPERM,
+}
 
 
 def place(source: Path, target: Path, immutable: bool = False) -> str:

@@ -46,7 +46,7 @@ def distinct_rate(completions: Sequence[str]) -> float:
 def paired_difference(
     before: Sequence[float],
     after: Sequence[float],
-    weights: Sequence[float] | None = None,
+    weights: Sequence[float],
     *,
     resamples: int,
     confidence_fraction: float,
@@ -58,13 +58,13 @@ def paired_difference(
 
     Args:
         before, after: [records], scores of the same records in the same order.
-        weights: [records], e.g. tokens of each record where the scores are means over tokens.
+        weights: [records], 1 each, or the tokens of each record where scores are means over tokens.
 
     Returns:
         mean, low, high.
     """
     difference = np.asarray(after, dtype=np.float64) - np.asarray(before, dtype=np.float64)
-    weight = np.ones_like(difference) if weights is None else np.asarray(weights, dtype=np.float64)
+    weight = np.asarray(weights, dtype=np.float64)
     tail = (1 - confidence_fraction) / 2
     means = np.concatenate(list(_resampled_means(difference * weight, weight, resamples, seed)))
     low, high = np.quantile(means, [tail, 1 - tail])

@@ -50,19 +50,26 @@ def attach_adapter(model: PreTrainedModel, folder: Path) -> nn.Module:
     """
     from peft import PeftModel
 
-    tuned = PeftModel.from_pretrained(model, str(folder), is_trainable=False, low_cpu_mem_usage=False)
-    saved = {name for name in _adapter_names(folder)}
+    try:
+        tuned = PeftModel.from_pretrained(model, str(folder), is_trainable=False)
+    except RuntimeError as error:  # load_state_dict: sizes differ
+        raise CapasError(f"{folder} does not fit the base model: {error}") from None
+    saved = set(_adapter_names(folder))
     expected = {n.replace(".default", "") for n, _ in tuned.named_parameters() if ".lora_" in n}
     if saved != expected:
         odd = sorted(saved ^ expected)
-        raise CapasError(f"{folder} does not fit the base model: {', '.join(odd[:4])} ({len(odd)} in all)")
+        raise CapasError(
+            f"{folder} does not fit the base model: {', '.join(odd[:4])} ({len(odd)} in all)"
+        )
     return tuned.eval()
 
 
-def quantized_linears(model: nn.Module) -> Iterator[tuple[str, nn.Module]]:
+def quantized_linears(model: nn.Module) -> Iterator[tuple[str, Any]]:
     """(name, module) of every bitsandbytes layer."""
     for name, module in model.named_modules():
-        if type(module).__name__ in ("Linear4bit", "Linear8bitLt") and not hasattr(module, "base_layer"):
+        if type(module).__name__ in ("Linear4bit", "Linear8bitLt") and not hasattr(
+            module, "base_layer"
+        ):
             yield name, module
 
 
@@ -75,7 +82,7 @@ def quantization_method(model: nn.Module) -> str:
     return "+".join(sorted(found)) or "none"
 
 
-def dequantize(layer: nn.Module) -> torch.Tensor:
+def dequantize(layer: Any) -> torch.Tensor:
     """The weight that a bitsandbytes layer computes with, float32 [out, in]."""
     import bitsandbytes as bnb
 
@@ -105,7 +112,9 @@ def _check_weights(folder: Path, info: dict[str, Any]) -> None:
 def _check_attention(asked: str | None, model: PreTrainedModel) -> None:
     used = model.config._attn_implementation
     if asked is not None and used != asked:
-        raise CapasError(f"model.attn_implementation={asked}, but {type(model).__name__} uses {used}")
+        raise CapasError(
+            f"model.attn_implementation={asked}, but {type(model).__name__} uses {used}"
+        )
 
 
 def _keep_kernel(model: nn.Module) -> None:

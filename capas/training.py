@@ -14,7 +14,13 @@ from typing import Any
 
 import torch
 import transformers
-from transformers import EvalPrediction, TrainerCallback, TrainerControl, TrainerState, TrainingArguments
+from transformers import (
+    EvalPrediction,
+    TrainerCallback,
+    TrainerControl,
+    TrainerState,
+    TrainingArguments,
+)
 from transformers.trainer_callback import PrinterCallback, ProgressCallback
 
 from capas.batches import LengthGroupedSampler, score_tokens
@@ -26,7 +32,7 @@ _MARK = "complete.json"  # written last into a checkpoint: what was saved, file 
 
 
 class Trainer(transformers.Trainer):
-    """Counts the tokens it trains on, stops at a loss that is no number, and samples so that it can resume."""
+    """Counts its tokens, stops at a loss that is no number, and draws batches so that it can resume."""
 
     def __init__(self, **kwargs: Any) -> None:
         super().__init__(**kwargs)
@@ -37,7 +43,9 @@ class Trainer(transformers.Trainer):
         for added in (Checkpoints(), Progress()):
             self.add_callback(added)
 
-    def training_step(self, model: Any, inputs: dict[str, Any], *args: Any, **kwargs: Any) -> torch.Tensor:
+    def training_step(
+        self, model: Any, inputs: dict[str, Any], *args: Any, **kwargs: Any
+    ) -> torch.Tensor:
         self._seen[0] += inputs["attention_mask"].sum()
         self._seen[1] += (inputs["labels"][:, 1:] != IGNORE_INDEX).sum()
         loss = super().training_step(model, inputs, *args, **kwargs)
@@ -49,8 +57,12 @@ class Trainer(transformers.Trainer):
             )
         return loss
 
+    def floating_point_ops(self, inputs: dict[str, Any]) -> int:
+        """Not counted: Trainer walks over all modules for it, at every step."""
+        return 0
+
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
-        """Adds the tokens trained on so far. A checkpoint holds the log, so the counts survive a resumption."""
+        """Adds the tokens trained on so far: checkpoints hold the log, and with it the counts."""
         counts = ("num_tokens", "num_supervised_tokens")
         before = self.state.log_history[-1] if self.state.log_history else dict.fromkeys(counts, 0)
         for name, seen in zip(counts, self._seen.tolist(), strict=True):
@@ -105,14 +117,16 @@ class Checkpoints(TrainerCallback):
 
 
 def last_checkpoint(folder: Path, resume: bool) -> Path | None:
-    """The newest complete checkpoint; those that a kill left half-written, or all if not `resume`, are removed."""
+    """The newest complete checkpoint. Half-written ones, or all where not `resume`, are removed."""
     found = sorted(folder.glob("checkpoint-*"), key=lambda path: int(path.name.split("-")[1]))
     while found:
         newest = found.pop()
         if resume and _is_complete(newest):
             log.info("going on from %s", newest.name)
             return newest
-        log.info("%s is not used: it was not written to its end, or this is a debug run", newest.name)
+        log.info(
+            "%s is not used: it was not written to its end, or this is a debug run", newest.name
+        )
         shutil.rmtree(newest)
     return None
 
@@ -136,7 +150,11 @@ class LiveRows(TrainerCallback):
     def on_train_begin(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
     ) -> None:
-        self._logged, self._step, self._tokens = time.monotonic(), state.global_step, _last(state, "num_tokens", 0)
+        self._logged, self._step, self._tokens = (
+            time.monotonic(),
+            state.global_step,
+            _last(state, "num_tokens", 0),
+        )
         for row in state.log_history:  # of the run that this one resumes
             self.append(row)
 
@@ -144,7 +162,11 @@ class LiveRows(TrainerCallback):
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
     ) -> None:
         now, (step, tokens) = time.monotonic(), (state.global_step, _last(state, "num_tokens", 0))
-        speed = {"tokens_per_second": (tokens - self._tokens) / (now - self._logged)} if step > self._step else {}
+        speed = (
+            {"tokens_per_second": (tokens - self._tokens) / (now - self._logged)}
+            if step > self._step
+            else {}
+        )
         self._logged, self._step, self._tokens = now, step, tokens
         self.append({**state.log_history[-1], **speed, "memory_bytes": _peak_memory()})
 
@@ -164,7 +186,9 @@ class Progress(TrainerCallback):
         if sys.stderr.isatty():
             from tqdm import tqdm
 
-            self._bar = tqdm(total=state.max_steps, initial=state.global_step, desc="train", unit="step")
+            self._bar = tqdm(
+                total=state.max_steps, initial=state.global_step, desc="train", unit="step"
+            )
 
     def on_step_end(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
@@ -175,6 +199,8 @@ class Progress(TrainerCallback):
     def on_log(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
     ) -> None:
+        if state.global_step == self._first_step:
+            return  # the base's validation loss: nothing was trained yet
         now = time.monotonic()
         facts = self._facts(state, max(now - self._started, 1e-9))
         if self._bar is not None:
@@ -190,7 +216,7 @@ class Progress(TrainerCallback):
             self._bar.close()
 
     def _facts(self, state: TrainerState, elapsed: float) -> str:
-        steps = max(state.global_step - self._first_step, 1)
+        steps = state.global_step - self._first_step
         tokens = (_last(state, "num_tokens", 0) - self._first_tokens) / elapsed
         remaining = (state.max_steps - state.global_step) * elapsed / steps
         validation = _last(state, "eval_loss", math.nan)
@@ -209,7 +235,7 @@ def score_batch(logits: Any, labels: torch.Tensor) -> torch.Tensor:
 def summarize(prediction: EvalPrediction) -> dict[str, float]:
     """`compute_metrics`: the mean over all supervised tokens.
 
-    It replaces Trainer's own eval_loss, a mean over batches, to which a short answer adds as much as a long one.
+    It replaces Trainer's own eval_loss, a mean over batches, where short answers count as much as long ones.
     """
     loss, hits, count = prediction.predictions.sum(axis=0)
     return {"loss": float(loss / count), "token_accuracy": float(hits / count)}

@@ -65,12 +65,22 @@ def check(used: dict[str, Any], params: Params) -> None:
         "optimizer": _OPTIMIZERS[params.trainer.optim],
         "lr_scheduler_type": params.trainer.lr_scheduler_type,
         "gradient_checkpointing": params.trainer.gradient_checkpointing,
-        "mixed_precision": "bf16" if params.trainer.bf16 else "fp16" if params.trainer.fp16 else "no",
+        "mixed_precision": "bf16"
+        if params.trainer.bf16
+        else "fp16"
+        if params.trainer.fp16
+        else "no",
     }
     found = {**used, **used["accelerate"]}
-    wrong = [f"{name} is {found[name]}, not {value}" for name, value in asked.items() if found[name] != value]
+    wrong = [
+        f"{name} is {found[name]}, not {value}"
+        for name, value in asked.items()
+        if found[name] != value
+    ]
     if found["num_gpus_in_process"] > 1:
-        wrong.append(f"{found['num_gpus_in_process']} GPUs in one process, instead of `accelerate launch`")
+        wrong.append(
+            f"{found['num_gpus_in_process']} GPUs in one process, instead of `accelerate launch`"
+        )
     if wrong:
         raise CapasError("the training would not use what was asked for: " + "; ".join(wrong))
 
@@ -99,7 +109,9 @@ def check_gradients(model: nn.Module, batch: dict[str, torch.Tensor]) -> dict[st
 
 def _gradient_norm(model: nn.Module, batch: dict[str, torch.Tensor]) -> float:
     model.train()
-    with torch.random.fork_rng():  # dropout draws the same numbers both times, and none of the training's
+    with (
+        torch.random.fork_rng()
+    ):  # dropout draws the same numbers both times, and none of the training's
         torch.manual_seed(0)
         model(**batch).loss.backward()
     gradients = [p.grad for p in model.parameters() if p.grad is not None]

@@ -9,13 +9,12 @@ Writes  base: reports/evaluation_base.json, reports/predictions_base.parquet
         tuned: reports/evaluation.json, reports/predictions.parquet, reports/before_after.csv
 Params  evaluation, hardware, model.attn_implementation, model.dtype, model.trust_remote_code
 
-A row of predictions: prompt "<|im_start|>user\\nset a timer for 99 minutes<|im_end|>\\n<|im_start|>assistant\\n",
-reference '{"name": "set_timer", "arguments": {"minutes": 99}}', completion, loss, exact_match, ...
+A row of predictions: prompt "<|im_start|>user\\nset a timer for 99 minutes<|im_end|>\\n<|im_start|>assistant
+\\n", reference '{"name": "set_timer", "arguments": {"minutes": 99}}', completion, loss, exact_match, ...
 """
 
 import json
 import sys
-from collections.abc import Iterable
 from functools import partial
 from typing import TYPE_CHECKING, Any, Literal
 
@@ -37,7 +36,11 @@ BASE, QUANTIZED, ADAPTER = "data/models/base", "data/models/quantized", "data/mo
 GROUPS = ("kind", "language", "function", "turns")  # keys of metadata that scores are given by
 PREDICTIONS = pa.schema(
     [(name, pa.string()) for name in ("id", "metadata", "prompt", "reference", "completion")]
-    + [("loss", pa.float64()), ("num_supervised_tokens", pa.int32()), ("token_accuracy", pa.float64())]
+    + [
+        ("loss", pa.float64()),
+        ("num_supervised_tokens", pa.int32()),
+        ("token_accuracy", pa.float64()),
+    ]
     + [(name, pa.bool_()) for name in ("exact_match", "valid_json", "stopped", "empty")]
 )
 
@@ -46,7 +49,10 @@ def main(which: Literal["base", "tuned"], params: Params, stage: Stage) -> None:
     device = hardware.prepare(params.hardware)  # before torch is imported
     from capas.model import attach_adapter, load_model
 
-    records = choose(list(read_records(stage.dep(DATA) / "test.parquet", FORMATTED)), params.evaluation.max_records)
+    records = choose(
+        list(read_records(stage.dep(DATA) / "test.parquet", FORMATTED)),
+        params.evaluation.max_records,
+    )
     model = load_model(stage.dep(QUANTIZED), params.model, device)
     if which == "tuned":
         model = attach_adapter(model, stage.dep(ADAPTER))
@@ -54,7 +60,7 @@ def main(which: Literal["base", "tuned"], params: Params, stage: Stage) -> None:
     if params.evaluation.metrics:
         rows = answer(model, rows, records, params, stage)
     facts = summarize(rows)
-    log.info("%s: loss %.4f, exact match %s, %d records", which, facts["loss"], facts["exact_match"], len(rows))
+    log.info("%s: loss %.4f, exact match %s", which, facts["loss"], facts["exact_match"])
 
     if which == "base":
         whole = score(load_model(stage.dep(BASE), params.model, device), records, params, stage)
@@ -66,8 +72,8 @@ def main(which: Literal["base", "tuned"], params: Params, stage: Stage) -> None:
         write_json(stage.out("reports/evaluation.json"), compare(before, rows, facts, params))
         write_records(stage.out("reports/predictions.parquet"), PREDICTIONS, rows)
         base = json.loads(stage.dep("reports/evaluation_base.json").read_text(encoding="utf-8"))
-        columns = ("kind", "model", "exact_match")
-        write_csv(stage.out("reports/before_after.csv"), columns, before_after({"base": base, "tuned": facts}))
+        bars = before_after({"base": base, "tuned": facts})
+        write_csv(stage.out("reports/before_after.csv"), ("kind", "model", "exact_match"), bars)
 
 
 def choose(records: list[Row], max_records: int | None) -> list[Row]:
@@ -94,7 +100,9 @@ def score(model: "nn.Module", records: list[Row], params: Params, stage: Stage) 
     ]
 
 
-def answer(model: "nn.Module", rows: list[Row], records: list[Row], params: Params, stage: Stage) -> list[Row]:
+def answer(
+    model: "nn.Module", rows: list[Row], records: list[Row], params: Params, stage: Stage
+) -> list[Row]:
     """The rows with a greedy completion each and what it is worth.
 
     Raises:
@@ -111,7 +119,10 @@ def answer(model: "nn.Module", rows: list[Row], records: list[Row], params: Para
     found = [group[0] for group in complete(model, prompts, config, params.evaluation.batch_size)]
     texts = tokenizer.decode_batch([c.input_ids for c in found], skip_special_tokens=False)
     questions = tokenizer.decode_batch(prompts, skip_special_tokens=False)
-    rules = {"exact_match": metrics.exact_match, "valid_json": lambda text, _: metrics.valid_json(text)}
+    rules = {
+        "exact_match": metrics.exact_match,
+        "valid_json": lambda text, _: metrics.valid_json(text),
+    }
     wanted = {name: rules[name] for name in params.evaluation.metrics}
     return [
         {
@@ -131,30 +142,43 @@ def check_prompts(records: list[Row]) -> None:
         prompt = record["prompt_ids"]
         if record["input_ids"][: len(prompt)] != prompt:
             raise CapasError(
-                f"data/formatted/test.parquet, record {record['id']}: prompt_ids is not how input_ids begins; the "
-                "model would be asked in another format than it was trained in. Run `dvc repro -f format`."
+                f"data/formatted/test.parquet, record {record['id']}: prompt_ids is not how input_ids "
+                "begins; the model would be asked in another format than it was trained in. "
+                "Run `dvc repro -f format`."
             )
 
 
 def summarize(rows: list[Row]) -> dict[str, Any]:
-    """Means over tokens for loss and token accuracy, over records for the rest; None for what was not asked."""
+    """Loss and token accuracy are means over tokens, the rest over records; None was not asked for."""
     tokens = sum(row["num_supervised_tokens"] for row in rows)
     loss, accuracy = (
-        sum(row[name] * row["num_supervised_tokens"] for row in rows) / tokens for name in ("loss", "token_accuracy")
+        sum(row[name] * row["num_supervised_tokens"] for row in rows) / tokens
+        for name in ("loss", "token_accuracy")
     )
-    shares = {"exact_match": "exact_match", "valid_json": "valid_json", "stopped": "stop_rate", "empty": "empty_rate"}
+    shares = {
+        "exact_match": "exact_match",
+        "valid_json": "valid_json",
+        "stopped": "stop_rate",
+        "empty": "empty_rate",
+    }
     return {
         "num_records": len(rows),
         "loss": loss,
         "perplexity": metrics.perplexity(loss),
         "token_accuracy": accuracy,
         **{name: share(rows, column) for column, name in shares.items()},
-        "by": {name: by_group(rows, name) for name in GROUPS if all(name in metadata(row) for row in rows)},
+        "by": {
+            name: by_group(rows, name)
+            for name in GROUPS
+            if all(name in metadata(row) for row in rows)
+        },
     }
 
 
 def share(rows: list[Row], column: str) -> float | None:
-    return sum(row[column] for row in rows) / len(rows) if all(column in row for row in rows) else None
+    return (
+        sum(row[column] for row in rows) / len(rows) if all(column in row for row in rows) else None
+    )
 
 
 def by_group(rows: list[Row], name: str) -> dict[str, Any]:
@@ -169,40 +193,49 @@ def by_group(rows: list[Row], name: str) -> dict[str, Any]:
     }
 
 
-def compare(before: list[Row], after: list[Row], tuned: dict[str, Any], params: Params) -> dict[str, Any]:
+def compare(
+    before: list[Row], after: list[Row], tuned: dict[str, Any], params: Params
+) -> dict[str, Any]:
     """The tuned model's scores and what it gained, with a paired bootstrap interval.
 
     Raises:
         CapasError: base and tuned model were not scored on the same records.
     """
     if [row["id"] for row in before] != [row["id"] for row in after]:
-        raise CapasError("reports/predictions_base.parquet holds other records; run `dvc repro evaluate_base`")
-    options = params.evaluation.without(
-        "preset", "metrics", "max_records", "batch_size", "max_new_tokens", "bootstrap_resamples"
-    )
-    difference = partial(
-        metrics.paired_difference, resamples=params.evaluation.bootstrap_resamples, **options
-    )
+        raise CapasError(
+            "reports/predictions_base.parquet holds other records; run `dvc repro evaluate_base`"
+        )
+
+    def difference(column: str, weights: list[int] | None = None) -> dict[str, float]:
+        return metrics.paired_difference(
+            [float(row[column]) for row in before],
+            [float(row[column]) for row in after],
+            weights or [1] * len(after),
+            resamples=params.evaluation.bootstrap_resamples,
+            confidence_fraction=params.evaluation.confidence_fraction,
+            seed=params.evaluation.seed,
+        )
+
     tokens = [row["num_supervised_tokens"] for row in after]
-    gains = {
-        name: difference([float(row[name]) for row in before], [float(row[name]) for row in after])
-        for name in params.evaluation.metrics
-    }
-    losses = difference([row["loss"] for row in before], [row["loss"] for row in after], tokens)
+    gains = {name: difference(name) for name in params.evaluation.metrics}
     return {
         "tuned": tuned,
-        "difference": {**gains, "loss": losses},
+        "difference": gains | {"loss": difference("loss", tokens)},
         "confidence_fraction": params.evaluation.confidence_fraction,
         "bootstrap_resamples": params.evaluation.bootstrap_resamples,
     }
 
 
-def before_after(facts: dict[str, dict[str, Any]]) -> Iterable[Row]:
+def before_after(facts: dict[str, dict[str, Any]]) -> list[Row]:
     """A row for all records and for each kind of them, base before tuned."""
-    for kind in ["all", *facts["tuned"]["by"].get("kind", {})]:
-        for model, scores in facts.items():
-            found = scores if kind == "all" else scores["by"]["kind"][kind]
-            yield {"kind": kind, "model": model, "exact_match": found["exact_match"]}
+    scores = {
+        model: {"all": found, **found["by"].get("kind", {})} for model, found in facts.items()
+    }
+    return [
+        {"kind": kind, "model": model, "exact_match": scores[model][kind]["exact_match"]}
+        for kind in scores["tuned"]
+        for model in scores
+    ]
 
 
 def metadata(row: Row) -> dict[str, Any]:
@@ -216,7 +249,10 @@ def read_chat(stage: Stage) -> dict[str, Any]:
 
 
 if __name__ == "__main__":
-    which, *overrides = sys.argv[1:] or ["(nothing)"]
-    if which not in ("base", "tuned"):
-        sys.exit(f"evaluate_model.py {which}: expected base or tuned")
-    run("evaluate_base" if which == "base" else "evaluate", partial(main, which), overrides)
+    match sys.argv[1:]:
+        case ["base", *overrides]:
+            run("evaluate_base", partial(main, "base"), overrides)
+        case ["tuned", *overrides]:
+            run("evaluate", partial(main, "tuned"), overrides)
+        case found:
+            sys.exit(f"evaluate_model.py {' '.join(found)}: the first argument is base or tuned")

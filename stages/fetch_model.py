@@ -19,7 +19,12 @@ from capas.params import Params
 from capas.stage import Stage, log, run
 
 EMBEDDED_FILES = ["config.json", "generation_config.json", "model.safetensors"]
-WANTED = ["model*.safetensors", "model.safetensors.index.json", "config.json", "generation_config.json"]
+WANTED = [
+    "model*.safetensors",
+    "model.safetensors.index.json",
+    "config.json",
+    "generation_config.json",
+]
 PICKLES = (".bin", ".pt", ".pth", ".ckpt", ".pkl", ".h5", ".msgpack")
 
 
@@ -55,11 +60,13 @@ def download(name: str, revision: str | None, patterns: list[str]) -> list[Path]
         CapasError: not a Hub id, no commit named, not found, no access, no network, or pickles only.
     """
     if not re.fullmatch(r"[\w.-]+(/[\w.-]+)?", name):
-        raise CapasError(f"model.model_name_or_path={name} is neither a folder nor the id of a model on the Hub")
+        raise CapasError(
+            f"model.model_name_or_path={name} is neither a folder nor the id of a model on the Hub"
+        )
     if not re.fullmatch(r"[0-9a-f]{40}", revision or ""):
         raise CapasError(
-            f"model.revision={revision}: name the commit of {name} (40 hex digits, on its page under 'Files and "
-            "versions'); a branch moves, and the same configuration would mean another model tomorrow"
+            f"model.revision={revision}: name the commit of {name} (40 hex digits, on its page under "
+            "'Files and versions'); a branch moves: the same configuration would mean another model tomorrow"
         )
     from httpx import HTTPError
     from huggingface_hub import list_repo_files, snapshot_download
@@ -102,11 +109,15 @@ def check_files(found: list[Path], name: str) -> None:
     check_causal(config, name)
     if "quantization_config" in config:
         method = config["quantization_config"].get("quant_method", "unknown")
-        raise CapasError(f"{name} is quantized already ({method}): start from the full-precision model")
+        raise CapasError(
+            f"{name} is quantized already ({method}): start from the full-precision model"
+        )
     if index := files.get("model.safetensors.index.json"):
         shards = set(json.loads(index.read_text(encoding="utf-8"))["weight_map"].values())
         if missing := sorted(shards - set(files)):
-            raise CapasError(f"{name}: model.safetensors.index.json names {', '.join(missing)}: not there")
+            raise CapasError(
+                f"{name}: model.safetensors.index.json names {', '.join(missing)}: not there"
+            )
 
 
 if __name__ == "__main__":

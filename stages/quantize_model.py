@@ -37,7 +37,10 @@ def main(params: Params, stage: Stage) -> None:
     asked, base = params.quantization.without("preset"), stage.dep(BASE)
     quantize = asked["load_in_4bit"] or asked["load_in_8bit"]
     model = load_model(
-        base, params.model, device, quantization_config=BitsAndBytesConfig(**asked) if quantize else None
+        base,
+        params.model,
+        device,
+        quantization_config=BitsAndBytesConfig(**asked) if quantize else None,
     )
     folder = stage.out(QUANTIZED)
     save(model, base, folder)
@@ -50,14 +53,18 @@ def main(params: Params, stage: Stage) -> None:
         "skipped_modules": skipped_modules(model),
     }
     write_json(stage.out("reports/quantization.json"), facts)
-    write_csv(stage.out("reports/quantization_error.csv"), ("layer", "relative_error", "bits"), errors)
+    write_csv(
+        stage.out("reports/quantization_error.csv"), ("layer", "relative_error", "bits"), errors
+    )
     log.info("%s: %d -> %d bytes", facts["method"], facts["bytes_before"], facts["bytes_after"])
 
 
 def save(model: "PreTrainedModel", base: Path, folder: Path) -> None:
     """As safetensors. A base that is neither quantized nor converted is not written a second time."""
     stored = json.loads((base / "config.json").read_text(encoding="utf-8")).get("dtype")
-    if getattr(model, "quantization_method", None) is None and f"torch.{stored}" == str(model.dtype):
+    if getattr(model, "quantization_method", None) is None and f"torch.{stored}" == str(
+        model.dtype
+    ):
         folder.mkdir()
         for file in sorted(base.iterdir()):
             place(file, folder / file.name)
@@ -68,7 +75,7 @@ def save(model: "PreTrainedModel", base: Path, folder: Path) -> None:
 
 
 def layer_errors(model: "PreTrainedModel", base: Path, params: Params) -> Iterator[dict[str, Any]]:
-    """Per layer: Frobenius norm of (quantized - original) over that of the original, and bits a weight takes."""
+    """Per layer: Frobenius norm of quantized - original over that of the original; bits a weight takes."""
     import torch
 
     from capas.model import dequantize, load_model, quantized_linears
@@ -78,7 +85,9 @@ def layer_errors(model: "PreTrainedModel", base: Path, params: Params) -> Iterat
     for name, layer in quantized_linears(model):
         original = original_weight(originals.get_submodule(name)).float()
         difference = dequantize(layer).cpu() - original
-        num_bytes = sum(v.nbytes for k, v in state.items() if k.startswith(f"{name}.") and k != f"{name}.bias")
+        num_bytes = sum(
+            v.nbytes for k, v in state.items() if k.startswith(f"{name}.") and k != f"{name}.bias"
+        )
         yield {
             "layer": name,
             "relative_error": (difference.norm() / original.norm()).item(),
@@ -96,7 +105,9 @@ def sizes(model: "PreTrainedModel", base: Path, folder: Path) -> dict[str, int]:
 
     return {
         "num_parameters": model.num_parameters(),
-        "num_quantized_parameters": sum(m.in_features * m.out_features for _, m in quantized_linears(model)),
+        "num_quantized_parameters": sum(
+            m.in_features * m.out_features for _, m in quantized_linears(model)
+        ),
         "bytes_before": weight_bytes(base),
         "bytes_after": weight_bytes(folder),
     }

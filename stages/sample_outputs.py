@@ -1,19 +1,22 @@
 """Let base and tuned model answer the same prompts over a grid of decoding settings.
 
-Reads   data/composed (templates, prompts), data/formatted, data/models/{adapter,quantized,tokenizer}, data/raw (test)
+Reads   data/composed, data/formatted, data/models/adapter, data/models/quantized, data/models/tokenizer,
+        data/raw (test)
 Writes  reports/samples.jsonl, reports/samples.md, reports/samples.json, reports/next_token.csv
 Params  chat_template, generation, hardware, model
 
 The travelling record at its end, in samples.jsonl:
 
-    {"prompt_id": "test-7", "setting": "greedy", "model": "base", "completions": ["Okay, 99 minutes from now."], ...}
-    {"prompt_id": "test-7", "setting": "greedy", "model": "tuned", "completions": ["{\\"name\\": \\"set_timer\\", ...}"], ...}
+    {"prompt_id": ..., "setting": "greedy", "model": "base", "completions": ["Okay, 99 minutes from now."]}
+    {"prompt_id": ..., "setting": "greedy", "model": "tuned", "completions": ["{\\"name\\": ...}"]}
 """
 
 import hashlib
 import json
+import re
 from collections.abc import Iterator
-from contextlib import nullcontext
+from contextlib import AbstractContextManager, nullcontext
+from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 from tokenizers import Tokenizer
@@ -21,7 +24,7 @@ from tokenizers import Tokenizer
 from capas import hardware, metrics
 from capas.chat import ChatFormat
 from capas.errors import CapasError
-from capas.facts import rounded, write_csv, write_json
+from capas.facts import write_csv, write_json
 from capas.params import Params
 from capas.prompts import Prompt, first_system_message, held_out_prompts, own_prompts
 from capas.records import FORMATTED, RAW, read_records
@@ -35,6 +38,7 @@ if TYPE_CHECKING:
 Row = dict[str, Any]
 COMPOSED, DATA, TOKENIZER = "data/composed", "data/formatted", "data/models/tokenizer"
 MODELS = ("base", "tuned")
+COLUMNS = ("setting", "model", "token", "probability")  # of reports/next_token.csv
 NUM_TOKENS = 8  # of a next-token distribution
 
 
@@ -46,22 +50,119 @@ def main(params: Params, stage: Stage) -> None:
     prompts = choose_prompts(params.generation, stage)
     base = load_model(stage.dep("data/models/quantized"), params.model, device)
     model = attach_adapter(base, stage.dep("data/models/adapter"))
+    models = Models(model, read_chat(stage), load_tokenizer(stage), params.generation)
 
     rows = [
-        ask(model, which, prompt, right.prompt_ids(prompt.messages), setting, params.generation, stage)
+        models.ask(which, prompt, right.prompt_ids(prompt.messages), setting)
         for prompt in prompts
         for setting in params.generation.settings
         for which in MODELS
     ]
-    wrong_rows = list(ask_wrongly(model, prompts, params, stage))
-    position, probabilities = next_token(model, prompts[0], right, params.generation, stage)
+    wrong_rows = list(ask_wrongly(models, prompts, params, stage))
+    place, probabilities = models.look_inside(prompts[0], right.prompt_ids(prompts[0].messages))
 
     write_lines(rows + wrong_rows, stage)
-    write_json(stage.out("reports/samples.json"), summarize(rows, wrong_rows, position, params.generation))
-    columns = ("setting", "model", "token", "probability")
-    write_csv(stage.out("reports/next_token.csv"), columns, probabilities)
-    stage.out("reports/samples.md").write_text(to_markdown(prompts, rows + wrong_rows), encoding="utf-8")
+    write_json(
+        stage.out("reports/samples.json"), summarize(rows, wrong_rows, place, params.generation)
+    )
+    write_csv(stage.out("reports/next_token.csv"), COLUMNS, probabilities)
+    stage.out("reports/samples.md").write_text(
+        to_markdown(prompts, rows + wrong_rows), encoding="utf-8"
+    )
     log.info("%d prompts, %d settings", len(prompts), len(params.generation.settings))
+
+
+@dataclass(frozen=True)
+class Models:
+    """The tuned model, which is the base while its adapter is switched off, and how it is asked."""
+
+    model: Any
+    chat: dict[str, Any]
+    tokenizer: Tokenizer
+    generation: Params
+
+    def ask(self, which: str, prompt: Prompt, ids: list[int], setting: str) -> Row:
+        """Completions under one setting. The seed is the prompt's own: no other prompt moves them."""
+        import torch
+
+        settings = self.generation.settings[setting].without()
+        count = self.generation.num_return_sequences if settings["do_sample"] else 1
+        torch.manual_seed(seed_of(self.generation.seed, prompt, setting))
+        found = self._complete(which, ids, **settings, num_return_sequences=count)
+        texts = [self._decode(completion) for completion in found]
+        return {
+            "prompt_id": prompt.prompt_id,
+            "messages": prompt.messages,
+            "reference": prompt.reference,
+            "setting": setting,
+            "model": which,
+            "template": "right",
+            "completions": texts,
+            "num_distinct": len(set(texts)),
+        }
+
+    def look_inside(self, prompt: Prompt, ids: list[int]) -> tuple[Row, list[Row]]:
+        """The place in the tuned model's greedy answer where it wavers most, and what it may write there.
+
+        Returns:
+            The place (reports/samples.json), and the rows of reports/next_token.csv: the most probable tokens
+            of each model, with their probabilities before and after every setting that samples.
+        """
+        answer = self._complete("tuned", ids)[0]
+        own = self._logits("tuned", ids, answer).log_softmax(dim=-1)
+        position = int((-(own.exp() * own).sum(dim=-1)).argmax())  # entropy
+        rows = [
+            {"model": which} | row
+            for which in MODELS
+            for row in self._probabilities(self._logits(which, ids, answer)[position])
+        ]
+        place = {
+            "prompt_id": prompt.prompt_id,
+            "position": position,
+            "text_before": self._decode(answer[:position]),
+            "tokens": [row["token"] for row in rows[-NUM_TOKENS:]],
+        }
+        return place, rows
+
+    def _complete(self, which: str, ids: list[int], **settings: Any) -> list[list[int]]:
+        from capas.generation import complete, generation_config
+
+        config = generation_config(self.chat, self.generation.max_new_tokens, **settings)
+        with self._as(which):
+            return [
+                completion.input_ids for completion in complete(self.model, [ids], config, 1)[0]
+            ]
+
+    def _logits(self, which: str, ids: list[int], answer: list[int]) -> "torch.Tensor":
+        """[answer + 1, vocabulary]: what the model expects for each token of the answer, and after it."""
+        import torch
+
+        inputs = torch.tensor([ids + answer], device=self.model.device)
+        with torch.inference_mode(), self._as(which):
+            return self.model(inputs).logits[0, len(ids) - 1 :].float().cpu()
+
+    def _probabilities(self, logits: "torch.Tensor") -> Iterator[Row]:
+        from capas.generation import next_token_probabilities
+
+        top = logits.topk(NUM_TOKENS).indices.tolist()
+        settings = {
+            name: s.without() for name, s in self.generation.settings.items() if s.do_sample
+        }
+        for name, setting in {"unchanged": {}, **settings}.items():
+            found = next_token_probabilities(logits, setting)
+            for token in top:
+                yield {
+                    "setting": name,
+                    "token": self._decode([token]),
+                    "probability": float(found[token]),
+                }
+
+    def _as(self, which: str) -> AbstractContextManager[Any]:
+        return self.model.disable_adapter() if which == "base" else nullcontext()
+
+    def _decode(self, ids: list[int]) -> str:
+        text: str = self.tokenizer.decode(ids, skip_special_tokens=False)
+        return text
 
 
 def load_format(params: Params, stage: Stage) -> ChatFormat:
@@ -75,49 +176,24 @@ def load_format(params: Params, stage: Stage) -> ChatFormat:
     chat_format = ChatFormat.load(text, stage.dep(TOKENIZER), options.date_string, options.system)
     if chat_format.probes_sha256() != read_chat(stage)["probes_sha256"]:
         raise CapasError(
-            f"{COMPOSED}/chat_template.jinja and {TOKENIZER} do not encode as they did for {DATA}: the model would "
-            "be asked in another format than it was trained in. Run `dvc repro`."
+            f"{COMPOSED}/chat_template.jinja and {TOKENIZER} do not encode as they did for {DATA}: the "
+            "model would be asked in another format than it was trained in. Run `dvc repro`."
         )
     return chat_format
 
 
 def choose_prompts(generation: Params, stage: Stage) -> list[Prompt]:
     """The user's own requests where there are some, else records of the test split."""
-    requests = json.loads(stage.dep(f"{COMPOSED}/prompts.json").read_text(encoding="utf-8"))["prompts"]
+    requests = json.loads(stage.dep(f"{COMPOSED}/prompts.json").read_text(encoding="utf-8"))[
+        "prompts"
+    ]
     raw = list(read_records(stage.dep("data/raw") / "test.parquet", RAW))
     if requests:
-        return own_prompts(requests, first_system_message(raw) if generation.system is None else generation.system)
+        return own_prompts(
+            requests, first_system_message(raw) if generation.system is None else generation.system
+        )
     ids = [record["id"] for record in read_records(stage.dep(DATA) / "test.parquet", FORMATTED)]
     return held_out_prompts(raw, ids, generation.num_prompts)
-
-
-def ask(
-    model: Any, which: str, prompt: Prompt, ids: list[int], setting: str, generation: Params, stage: Stage
-) -> Row:
-    """The completions of one prompt under one setting. Its seed is its own: no other prompt moves them."""
-    import torch
-
-    from capas.generation import complete, generation_config
-
-    settings = generation.settings[setting].without()
-    count = generation.num_return_sequences if settings["do_sample"] else 1
-    config = generation_config(
-        read_chat(stage), generation.max_new_tokens, num_return_sequences=count, **settings
-    )
-    torch.manual_seed(seed_of(generation.seed, prompt, setting))
-    with model.disable_adapter() if which == "base" else nullcontext():
-        found = complete(model, [ids], config, batch_size=1)[0]
-    texts = decode([completion.input_ids for completion in found], stage)
-    return {
-        "prompt_id": prompt.prompt_id,
-        "messages": prompt.messages,
-        "reference": prompt.reference,
-        "setting": setting,
-        "model": which,
-        "template": "right",
-        "completions": texts,
-        "num_distinct": len(set(texts)),
-    }
 
 
 def seed_of(seed: int, prompt: Prompt, setting: str) -> int:
@@ -126,7 +202,9 @@ def seed_of(seed: int, prompt: Prompt, setting: str) -> int:
     return int.from_bytes(hashlib.sha256(text.encode()).digest()[:8], "big") >> 1
 
 
-def ask_wrongly(model: Any, prompts: list[Prompt], params: Params, stage: Stage) -> Iterator[Row]:
+def ask_wrongly(
+    models: Models, prompts: list[Prompt], params: Params, stage: Stage
+) -> Iterator[Row]:
     """The first setting once more, in a template that the model was not trained with."""
     wrong = stage.dep(f"{COMPOSED}/wrong_chat_template.jinja").read_text(encoding="utf-8")
     if params.generation.wrong_chat_template is None:
@@ -135,8 +213,7 @@ def ask_wrongly(model: Any, prompts: list[Prompt], params: Params, stage: Stage)
     for prompt in prompts:
         ids = encode_wrongly(wrong, prompt, params, stage)
         for which in MODELS:
-            row = ask(model, which, prompt, ids, setting, params.generation, stage)
-            yield row | {"template": "wrong"}
+            yield models.ask(which, prompt, ids, setting) | {"template": "wrong"}
 
 
 def encode_wrongly(template: str, prompt: Prompt, params: Params, stage: Stage) -> list[int]:
@@ -151,52 +228,8 @@ def encode_wrongly(template: str, prompt: Prompt, params: Params, stage: Stage) 
     return ids
 
 
-def next_token(
-    model: Any, prompt: Prompt, right: ChatFormat, generation: Params, stage: Stage
-) -> tuple[Row, list[Row]]:
-    """The place in the tuned model's greedy answer where it wavers most, and its distribution there.
-
-    Returns:
-        The place (reports/samples.json), and rows of reports/next_token.csv: for each model its most probable
-        tokens, with their probabilities before and after every setting that samples.
-    """
-    from capas.generation import complete, generation_config, next_token_probabilities
-
-    ids = right.prompt_ids(prompt.messages)
-    config = generation_config(read_chat(stage), generation.max_new_tokens)
-    answer = complete(model, [ids], config, batch_size=1)[0][0].input_ids
-    logits = {which: last_logits(model, which, ids + answer, len(answer) + 1) for which in MODELS}
-    own = logits["tuned"].float().log_softmax(dim=-1)
-    position = int((-(own.exp() * own).sum(dim=-1)).argmax())
-    sampled = {name: s for name, s in generation.settings.items() if s.do_sample}
-    rows = [
-        {"setting": name, "model": which, "token": show(token, stage), "probability": float(probability[token])}
-        for which in MODELS
-        for top in [next_token_probabilities(logits[which][position], {}).topk(NUM_TOKENS).indices.tolist()]
-        for name, settings in [("unchanged", {}), *((n, s.without()) for n, s in sampled.items())]
-        for probability in [next_token_probabilities(logits[which][position], settings)]
-        for token in top
-    ]
-    place = {
-        "prompt_id": prompt.prompt_id,
-        "position": position,
-        "text_before": decode([answer[:position]], stage)[0],
-        "tokens": [row["token"] for row in rows[-NUM_TOKENS:]],
-    }
-    return place, rows
-
-
-def last_logits(model: Any, which: str, ids: list[int], count: int) -> "torch.Tensor":
-    """[count, vocabulary]: what the model expects after each of the last `count` tokens."""
-    import torch
-
-    with torch.inference_mode(), model.disable_adapter() if which == "base" else nullcontext():
-        logits: torch.Tensor = model(torch.tensor([ids], device=model.device)).logits[0, -count:].cpu()
-    return logits
-
-
-def summarize(rows: list[Row], wrong_rows: list[Row], position: Row, generation: Params) -> Row:
-    """How often answers differ (1 / num_return_sequences where they never do), and how often they are right."""
+def summarize(rows: list[Row], wrong_rows: list[Row], place: Row, generation: Params) -> Row:
+    """How often answers differ (1 / num_return_sequences: never), and how often they are right."""
     count = generation.num_return_sequences
 
     def scores(chosen: list[Row]) -> Row:
@@ -204,7 +237,8 @@ def summarize(rows: list[Row], wrong_rows: list[Row], position: Row, generation:
         answers = [(text, row["reference"]) for row in asked for text in row["completions"]]
         right = [metrics.exact_match(*answer) for answer in answers]
         return {
-            "distinct_completion_rate": sum(row["num_distinct"] / count for row in chosen) / len(chosen),
+            "distinct_completion_rate": sum(row["num_distinct"] / count for row in chosen)
+            / len(chosen),
             "exact_match": sum(right) / len(right) if right else None,
         }
 
@@ -214,9 +248,11 @@ def summarize(rows: list[Row], wrong_rows: list[Row], position: Row, generation:
     return {
         "num_prompts": len({row["prompt_id"] for row in rows}),
         "num_return_sequences": count,
-        "settings": {name: both([r for r in rows if r["setting"] == name]) for name in generation.settings},
+        "settings": {
+            name: both([r for r in rows if r["setting"] == name]) for name in generation.settings
+        },
         "wrong_template": both(wrong_rows) if wrong_rows else None,
-        "next_token": position,
+        "next_token": place,
     }
 
 
@@ -230,10 +266,18 @@ def to_markdown(prompts: list[Prompt], rows: list[Row]) -> str:
     parts = ["# Samples\n"]
     for prompt in prompts:
         parts.append(f"## {prompt.prompt_id}\n")
-        parts += [f"- {message['role']}: {as_code(message['content'])}" for message in prompt.messages]
-        parts += [f"- expected: {as_code(prompt.reference)}"] if prompt.reference is not None else []
+        parts += [
+            f"- {message['role']}: {as_code(message['content'])}" for message in prompt.messages
+        ]
+        parts += (
+            [f"- expected: {as_code(prompt.reference)}"] if prompt.reference is not None else []
+        )
         parts += ["\n| setting | base | tuned |", "|---|---|---|"]
-        found = {(r["setting"], r["template"], r["model"]): r for r in rows if r["prompt_id"] == prompt.prompt_id}
+        found = {
+            (r["setting"], r["template"], r["model"]): r
+            for r in rows
+            if r["prompt_id"] == prompt.prompt_id
+        }
         for setting, template in dict.fromkeys((s, t) for s, t, _ in found):
             cells = (as_cell(found[setting, template, which]["completions"]) for which in MODELS)
             name = setting if template == "right" else f"{setting}, wrong template"
@@ -250,18 +294,13 @@ def as_cell(completions: list[str]) -> str:
 def as_code(text: str) -> str:
     """As inline code; whatever a model wrote, it stays inside its cell."""
     fence = "``" if "`" in text else "`"
-    inner = text.replace("|", "\\|").replace("\r", "␍").replace("\n", "⏎").replace("``", "` `")
+    inner = text.replace("|", "\\|").replace("\r", "␍").replace("\n", "⏎")
+    inner = re.sub("`(?=`)", "` ", inner)  # two in a row would close it
     return f"{fence} {inner} {fence}" if inner.strip() else "(empty)"
 
 
-def decode(ids: list[list[int]], stage: Stage) -> list[str]:
-    tokenizer = Tokenizer.from_file(str(stage.dep(TOKENIZER) / "tokenizer.json"))
-    texts: list[str] = tokenizer.decode_batch(ids, skip_special_tokens=False)
-    return texts
-
-
-def show(token: int, stage: Stage) -> str:
-    return decode([[token]], stage)[0]
+def load_tokenizer(stage: Stage) -> Tokenizer:
+    return Tokenizer.from_file(str(stage.dep(TOKENIZER) / "tokenizer.json"))
 
 
 def read_chat(stage: Stage) -> dict[str, Any]:

@@ -6,10 +6,10 @@ Params  hardware, lora, model, trainer
 
 The travelling record is a row of ids; only labels other than -100 carry loss:
 
-    input_ids  <|im_start|> assistant \\n   {"name": "set_timer", "arguments": {"minutes": 99}} <|im_end|> \\n
-    labels             -100      -100 -100  {"name": "set_timer", "arguments": {"minutes": 99}} <|im_end|> -100
+    input_ids  <|im_start|> assistant \\n   {"name": "set_timer", "arguments": ...} <|im_end|> \\n
+    labels             -100      -100 -100  {"name": "set_timer", "arguments": ...} <|im_end|> -100
 
-Before, the model goes on as it did in pretraining ("Okay, 99 minutes from now."); afterwards, with the call.
+Before, the model goes on as in pretraining ("Okay, 99 minutes from now."); afterwards, with the call.
 """
 
 import json
@@ -22,10 +22,9 @@ from capas import hardware, live
 from capas.errors import CapasError
 from capas.facts import write_csv, write_json
 from capas.params import Params
-from capas.stage import Stage, log, run
+from capas.stage import Stage, run
 
 if TYPE_CHECKING:
-    import torch
     from transformers import PreTrainedModel, TrainingArguments
 
     from capas.training import Trainer
@@ -77,10 +76,33 @@ def add_lora(base: "PreTrainedModel", params: Params) -> Any:
 
     from capas.model import quantization_method
 
+    check_target_modules(base, params.lora.target_modules)
     set_seed(params.trainer.seed)  # A is drawn at random
     if quantization_method(base) != "none":
         base = prepare_model_for_kbit_training(base, use_gradient_checkpointing=False)
     return get_peft_model(base, LoraConfig(task_type="CAUSAL_LM", **params.lora.without("preset")))
+
+
+def check_target_modules(base: "PreTrainedModel", target_modules: list[str] | str) -> None:
+    """PEFT passes over a name that no layer has, as long as another one fits.
+
+    Raises:
+        CapasError: with the names that there are.
+    """
+    from torch import nn
+
+    layers = [name for name, module in base.named_modules() if isinstance(module, nn.Linear)]
+    asked = (
+        [] if isinstance(target_modules, str) else target_modules
+    )  # "all-linear", or a regular expression
+    unknown = [
+        name for name in asked if not any(f".{layer}".endswith(f".{name}") for layer in layers)
+    ]
+    if unknown:
+        known = dict.fromkeys(layer.rpartition(".")[2] for layer in layers)
+        raise CapasError(
+            f"lora.target_modules: no layer is called {', '.join(unknown)}; there are: {', '.join(known)}"
+        )
 
 
 def training_arguments(params: Params, folder: Path, resumed: bool) -> "TrainingArguments":
@@ -93,9 +115,13 @@ def training_arguments(params: Params, folder: Path, resumed: bool) -> "Training
 
     on_cpu = params.hardware.device == "cpu"
     if on_cpu and params.trainer.optim.startswith("paged_"):
-        raise CapasError(f"trainer.optim={params.trainer.optim} pages to a GPU's unified memory: hardware=gpu")
+        raise CapasError(
+            f"trainer.optim={params.trainer.optim} pages to a GPU's unified memory: hardware=gpu"
+        )
     if on_cpu and params.trainer.fp16:
-        raise CapasError("trainer.fp16 needs a GPU: trainer.fp16=false; trainer.bf16=true works on a CPU")
+        raise CapasError(
+            "trainer.fp16 needs a GPU: trainer.fp16=false; trainer.bf16=true works on a CPU"
+        )
     try:
         return TrainingArguments(
             **params.trainer.without("preset"),
@@ -138,14 +164,22 @@ def summary(trainer: "Trainer") -> dict[str, Any]:
 def mean_loss(history: list[dict[str, Any]]) -> float:
     """Over all steps; a row's loss is the mean since the row before."""
     rows = [row for row in history if "loss" in row]
-    steps = [row["step"] - before for row, before in zip(rows, [0, *(r["step"] for r in rows)], strict=False)]
+    steps = [
+        row["step"] - before
+        for row, before in zip(rows, [0, *(r["step"] for r in rows)], strict=False)
+    ]
     return sum(row["loss"] * n for row, n in zip(rows, steps, strict=True)) / sum(steps)
 
 
 def write_curves(history: list[dict[str, Any]], stage: Stage) -> None:
     write_csv(stage.out("reports/history.csv"), HISTORY, [row for row in history if "loss" in row])
     validation = [
-        {"step": r["step"], "epoch": r["epoch"], "loss": r["eval_loss"], "token_accuracy": r["eval_token_accuracy"]}
+        {
+            "step": r["step"],
+            "epoch": r["epoch"],
+            "loss": r["eval_loss"],
+            "token_accuracy": r["eval_token_accuracy"],
+        }
         for r in history
         if "eval_loss" in r
     ]
@@ -153,7 +187,7 @@ def write_curves(history: list[dict[str, Any]], stage: Stage) -> None:
 
 
 def save_adapter(model: Any, params: Params, chat: dict[str, Any], stage: Stage) -> None:
-    """A folder that PEFT, transformers and inference servers load: weights, tokenizer, template, end tokens."""
+    """A folder that PEFT and inference servers load: weights, tokenizer, template, end tokens."""
     from transformers import GenerationConfig
 
     folder = stage.out("data/models/adapter")
@@ -167,14 +201,19 @@ def save_adapter(model: Any, params: Params, chat: dict[str, Any], stage: Stage)
         shutil.copyfile(file, folder / file.name)
     shutil.copyfile(stage.dep(FORMATTED) / "chat_template.jinja", folder / "chat_template.jinja")
     GenerationConfig(
-        bos_token_id=chat["bos_token_id"], eos_token_id=chat["stop_token_ids"], pad_token_id=chat["pad_token_id"]
+        bos_token_id=chat["bos_token_id"],
+        eos_token_id=chat["stop_token_ids"],
+        pad_token_id=chat["pad_token_id"],
     ).save_pretrained(folder)
 
 
 def sort_target_modules(file: Path) -> None:
     """PEFT writes a set: its order follows PYTHONHASHSEED."""
     config = json.loads(file.read_text(encoding="utf-8"))
-    ordered = {k: sorted(v) if k == "target_modules" and isinstance(v, list) else v for k, v in config.items()}
+    ordered = {
+        k: sorted(v) if k == "target_modules" and isinstance(v, list) else v
+        for k, v in config.items()
+    }
     file.write_text(json.dumps(ordered, indent=2, sort_keys=True) + "\n", encoding="utf-8")
 
 

@@ -37,7 +37,9 @@ def test_unquantized_base_is_the_full_precision_base(evaluated: Path) -> None:
 
 
 def test_training_shows_in_the_difference(evaluated: Path) -> None:
-    base, tuned = (read_json(evaluated / f"reports/{name}.json") for name in ("evaluation_base", "evaluation"))
+    base, tuned = (
+        read_json(evaluated / f"reports/{name}.json") for name in ("evaluation_base", "evaluation")
+    )
     loss = tuned["difference"]["loss"]
     assert loss["mean"] == pytest.approx(tuned["tuned"]["loss"] - base["loss"], rel=1e-3)
     assert loss["low"] <= loss["mean"] <= loss["high"] < 0
@@ -74,4 +76,6 @@ def test_loss_alone_generates_nothing(tmp_path: Path) -> None:
     run_stage("evaluate_base", partial(evaluate_model.main, "base"), root)
     facts = read_json(root / "reports/evaluation_base.json")
     assert facts["loss"] > 0
-    assert [facts[name] for name in ("exact_match", "valid_json", "stop_rate", "empty_rate")] == [None] * 4
+    assert [facts[name] for name in ("exact_match", "valid_json", "stop_rate", "empty_rate")] == [
+        None
+    ] * 4

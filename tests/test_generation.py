@@ -23,7 +23,9 @@ def test_batched_equals_one_by_one(attention: str) -> None:
     batched = complete(model, prompts(), config, batch_size=5)
     alone = [complete(model, [prompt], config, batch_size=1)[0] for prompt in prompts()]
     assert batched == alone
-    assert len({tuple(found[0].input_ids) for found in batched}) > 6, "the model answers prompts differently"
+    assert len({tuple(found[0].input_ids) for found in batched}) > 6, (
+        "the model answers prompts differently"
+    )
 
 
 def test_pad_token_may_be_a_token_of_the_prompt() -> None:
@@ -50,7 +52,9 @@ def test_completion_ends_before_the_stop_token() -> None:
 
 def test_sequences_are_grouped_by_prompt() -> None:
     torch.manual_seed(0)
-    config = generation_config(CHAT, 5, do_sample=True, temperature=1.5, top_k=0, num_return_sequences=3)
+    config = generation_config(
+        CHAT, 5, do_sample=True, temperature=1.5, top_k=0, num_return_sequences=3
+    )
     found = complete(make_model().eval(), prompts(4), config, batch_size=2)
     assert [len(group) for group in found] == [3, 3, 3, 3]
     assert len({tuple(c.input_ids) for c in found[0]}) > 1
@@ -60,5 +64,7 @@ def test_settings_reach_the_sampler() -> None:
     """top_k=1 leaves one token to draw from: sampling is then greedy."""
     model = make_model(initializer_range=0.3).eval()
     greedy = complete(model, prompts(), generation_config(CHAT, 6), batch_size=4)
-    drawn = complete(model, prompts(), generation_config(CHAT, 6, do_sample=True, top_k=1), batch_size=4)
+    drawn = complete(
+        model, prompts(), generation_config(CHAT, 6, do_sample=True, top_k=1), batch_size=4
+    )
     assert drawn == greedy

@@ -32,8 +32,18 @@ def test_exact_match(completion: str, reference: str, equal: bool) -> None:
 
 @pytest.mark.parametrize(
     ("completion", "valid"),
-    [(CALL, True), ("[]", True), (f" {CALL}\n", True), ("99", False), ('"timer"', False)]
-    + [("{'a': 1}", False), ('{"a": NaN}', False), (CALL[:-1], False), ("", False), ("[" * 100_000, False)],
+    [
+        (CALL, True),
+        ("[]", True),
+        (f" {CALL}\n", True),
+        ("99", False),
+        ('"timer"', False),
+        ("{'a': 1}", False),
+        ('{"a": NaN}', False),
+        (CALL[:-1], False),
+        ("", False),
+        ("[" * 100_000, False),
+    ],
 )
 def test_valid_json(completion: str, valid: bool) -> None:
     assert valid_json(completion) is valid
@@ -51,6 +61,7 @@ def test_distinct_rate() -> None:
 
 def difference(before: list[float], after: list[float], **kwargs: object) -> dict[str, float]:
     options = {"resamples": 2000, "confidence_fraction": 0.95, "seed": 0, **kwargs}
+    options = {"weights": [1] * len(before), **options}
     return paired_difference(before, after, **options)  # type: ignore[arg-type]
 
 

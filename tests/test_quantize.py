@@ -5,9 +5,9 @@ from pathlib import Path
 
 import pytest
 import torch
-from tiny import make_model, read_json, run_stage, write_workspace
+from tiny import read_json, run_stage, write_workspace
 
-from capas.model import dequantize, load_model, quantization_method, quantized_linears
+from capas.model import load_model, quantization_method
 from capas.params import Params
 from stages import quantize_model
 
@@ -17,8 +17,12 @@ CPU = torch.device("cpu")
 
 
 @pytest.fixture(scope="module", params=METHODS)
-def quantized(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> tuple[str, Path]:
-    root = write_workspace(tmp_path_factory.mktemp(request.param), [f"quantization={request.param}"])
+def quantized(
+    request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory
+) -> tuple[str, Path]:
+    root = write_workspace(
+        tmp_path_factory.mktemp(request.param), [f"quantization={request.param}"]
+    )
     run_stage("quantize", quantize_model.main, root)
     return request.param, root
 

@@ -1,31 +1,362 @@
-"""Training on a tiny random model: what is trained, what is not, and that the same inputs give the same bytes."""
+"""Training a tiny random model: what is trained, what is not, and that equal inputs give equal bytes."""
 
-import json
-import shutil
+import csv
+import math
+import os
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+from functools import partial
 from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
 
 import pytest
 import torch
-import yaml
 from safetensors.torch import load_file
-from tiny import read_json, run_stage, write_workspace
+from tiny import REPOSITORY, make_model, read_json, read_params, run_stage, write_workspace
 
-from stages import train_lora
+from capas.batches import (
+    Collator,
+    LengthGroupedSampler,
+    read_examples,
+    score_examples,
+    score_tokens,
+)
+from capas.errors import CapasError
+from capas.model import attach_adapter, load_model
+from capas.params import Params
+from capas.training import Checkpoints, last_checkpoint
+from stages import quantize_model, train_lora
 
 ADAPTER = "data/models/adapter/adapter_model.safetensors"
+RESULTS = (ADAPTER, "data/models/adapter/adapter_config.json")
+RESULTS += tuple(f"reports/{name}" for name in ("train.json", "history.csv", "validation.csv"))
+PLAIN, CPU = Params({"dtype": "float32"}), torch.device("cpu")
 
 
-def train(root: Path, *overrides: str) -> Path:
+def train(root: Path, *overrides: str, quantize: bool = False) -> Path:
     root.mkdir(parents=True, exist_ok=True)
-    run_stage("train", train_lora.main, write_workspace(root, overrides))
+    write_workspace(root, overrides)
+    if quantize:
+        run_stage("quantize", quantize_model.main, root)
+    run_stage("train", train_lora.main, root)
     return root
+
+
+def history(root: Path, name: str = "history") -> list[dict[str, float]]:
+    with (root / f"reports/{name}.csv").open() as lines:
+        return [{k: float(v) for k, v in row.items()} for row in csv.DictReader(lines)]
+
+
+def results(root: Path) -> dict[str, bytes]:
+    return {name: (root / name).read_bytes() for name in RESULTS}
 
 
 @pytest.fixture(scope="module")
 def trained(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return train(tmp_path_factory.mktemp("trained"))
+    return train(tmp_path_factory.mktemp("trained"), "quantization=nf4", quantize=True)
 
 
-def test_base_is_untouched_and_b_is_not_zero(trained: Path) -> None:
+def test_b_is_zero_at_first_and_not_in_the_end(trained: Path) -> None:
+    params = read_params("train", trained)
+    base = load_model(trained / "data/models/quantized", params.model, CPU)
+    ids = torch.arange(40).view(2, 20)
+    with torch.inference_mode():
+        before = base(ids).logits
+        untrained = train_lora.add_lora(base, params).eval()
+        assert torch.equal(untrained(ids).logits, before)
     weights = load_file(trained / ADAPTER)
-    assert weights and all(w.abs().max() > 0 for name, w in weights.items() if "lora_B" in name)
+    assert all(w.abs().max() > 0 for name, w in weights.items() if "lora_B" in name)
+
+
+def test_training_leaves_the_base_bit_identical(tmp_path: Path) -> None:
+    """The weights that live in the model after the last step, not those on disk."""
+    kept: dict[str, Any] = {}
+    original = train_lora.save_adapter
+
+    def keep(model: Any, *args: Any) -> None:
+        kept.update({k: v.clone() for k, v in model.state_dict().items() if "lora_" not in k})
+        original(model, *args)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(train_lora, "save_adapter", keep)
+        train(tmp_path, "quantization=nf4", quantize=True)
+    fresh = train_lora.add_lora(
+        load_model(tmp_path / "data/models/quantized", PLAIN, CPU), read_params("train", tmp_path)
+    ).state_dict()
+    assert kept and all(torch.equal(kept[name], fresh[name]) for name in kept)
+
+
+def test_facts_are_those_of_the_run(trained: Path) -> None:
+    facts = read_json(trained / "reports/train.json")
+    used = facts["used"]
+    assert (used["device"], used["quantization"], used["attn_implementation"]) == (
+        "cpu",
+        "nf4",
+        "sdpa",
+    )
+    assert used["linear_kernel"] == "bitsandbytes.matmul_4bit"
+    assert used["accelerate"]["distributed_type"] == "NO"
+    assert facts["validation_perplexity"] == pytest.approx(
+        math.exp(facts["validation_loss"]), rel=1e-5
+    )
+    assert facts["num_steps"] == 6
+    assert facts["num_trainable_parameters"] == sum(
+        w.numel() for w in load_file(trained / ADAPTER).values()
+    )
+
+
+def test_curves_begin_with_the_base_and_end_with_the_last_step(trained: Path) -> None:
+    assert [row["step"] for row in history(trained)] == [2, 4, 6]
+    validation = history(trained, "validation")
+    assert [row["step"] for row in validation] == [0, 4, 6]
+    assert validation[-1]["loss"] < validation[0]["loss"]
+    facts = read_json(trained / "reports/train.json")
+    assert facts["train_loss"] == pytest.approx(
+        sum(row["loss"] for row in history(trained)) / 3, rel=1e-5
+    )
+
+
+def test_validation_loss_is_the_mean_over_supervised_tokens(trained: Path) -> None:
+    base = load_model(trained / "data/models/quantized", PLAIN, CPU)
+    tuned = attach_adapter(base, trained / "data/models/adapter")
+    examples = read_examples(trained / "data/formatted/validation.parquet")
+    loss, hits, count = (
+        score_examples(tuned, examples, Collator(256), batch_size=1).sum(dim=0).tolist()
+    )
+    last = history(trained, "validation")[-1]
+    assert last["loss"] == pytest.approx(loss / count, rel=1e-5)
+    assert last["token_accuracy"] == pytest.approx(hits / count, rel=1e-5)
+
+
+def test_adapter_is_portable(trained: Path) -> None:
+    folder = trained / "data/models/adapter"
+    config = read_json(folder / "adapter_config.json")
+    assert config["base_model_name_or_path"] == "data/embedded"
+    assert config["target_modules"] == sorted(config["target_modules"])
+    assert read_json(folder / "generation_config.json")["eos_token_id"] == [258]
+    assert {file.name for file in folder.iterdir()} == {
+        "adapter_config.json", "adapter_model.safetensors", "chat_template.jinja",
+        "generation_config.json", "tokenizer.json", "tokenizer_config.json",
+    }  # fmt: skip
+
+
+def test_adapter_folder_speaks_the_chat_format(trained: Path) -> None:
+    from transformers import PreTrainedTokenizerFast
+
+    tokenizer = PreTrainedTokenizerFast.from_pretrained(trained / "data/models/adapter")
+    text = tokenizer.apply_chat_template([{"role": "user", "content": "hi"}], tokenize=False)
+    assert text == "<|im_start|>user\nhi<|im_end|>\n"
+
+
+@pytest.mark.parametrize("other", [{"num_hidden_layers": 1}, {"intermediate_size": 96}])
+def test_adapter_of_another_base_is_refused(
+    trained: Path, tmp_path: Path, other: dict[str, int]
+) -> None:
+    make_model(**other).save_pretrained(tmp_path)
+    with pytest.raises(CapasError, match="does not fit the base model"):
+        attach_adapter(load_model(tmp_path, PLAIN, CPU), trained / "data/models/adapter")
+
+
+def test_second_run_gives_the_same_bytes(trained: Path, tmp_path: Path) -> None:
+    assert results(train(tmp_path, "quantization=nf4", quantize=True)) == results(trained)
+
+
+def test_seed_moves_the_adapter(trained: Path, tmp_path: Path) -> None:
+    other = train(tmp_path, "quantization=nf4", "seed=1", quantize=True)
+    assert (other / ADAPTER).read_bytes() != (trained / ADAPTER).read_bytes()
+
+
+@pytest.mark.parametrize(
+    "override",
+    ["trainer.gradient_accumulation_steps=2", "trainer.gradient_checkpointing=true"],
+)
+def test_how_a_batch_is_computed_does_not_matter(
+    trained: Path, tmp_path: Path, override: str
+) -> None:
+    """2 x 2 records are the 1 x 4 of the other run; checkpointed activations are computed twice, equally."""
+    size = 2 if "accumulation" in override else 4
+    other = train(
+        tmp_path,
+        "quantization=nf4",
+        override,
+        f"trainer.per_device_train_batch_size={size}",
+        quantize=True,
+    )
+    losses = [[row["loss"] for row in history(root)] for root in (trained, other)]
+    assert losses[1] == pytest.approx(losses[0], abs=1e-4)
+
+
+def test_names_of_optimizers_and_schedules_go_through(tmp_path: Path) -> None:
+    options = (
+        "optim=adamw_8bit",
+        "lr_scheduler_type=cosine_with_min_lr",
+        "lr_scheduler_kwargs={min_lr: 1.0e-3}",
+    )
+    root = train(tmp_path, *(f"+trainer.{o}" if "kwargs" in o else f"trainer.{o}" for o in options))
+    used = read_json(root / "reports/train.json")["used"]
+    assert used["optimizer"] == "bitsandbytes.optim.adamw.AdamW"
+    assert used["lr_scheduler_type"] == "cosine_with_min_lr"
+    assert history(root)[-1]["learning_rate"] >= 1e-3
+
+
+@pytest.mark.parametrize(
+    ("override", "message"),
+    [
+        ("trainer.optim=paged_adamw_8bit", "unified memory"),
+        ("trainer.fp16=true", "fp16 needs a GPU"),
+        ("trainer.learning_rate=1.0e+30", "the loss is nan at step"),
+        (
+            "lora.target_modules=[q_proj,query]",
+            "no layer is called query; there are: q_proj, k_proj",
+        ),
+    ],
+)
+def test_what_cannot_be_trained_is_refused(tmp_path: Path, override: str, message: str) -> None:
+    with pytest.raises(CapasError, match=message):
+        train(tmp_path, override)
+
+
+def test_bf16_is_used_where_it_is_asked_for(tmp_path: Path) -> None:
+    root = train(tmp_path, "trainer.bf16=true", "trainer.max_steps=2")
+    assert read_json(root / "reports/train.json")["used"]["accelerate"]["mixed_precision"] == "bf16"
+
+
+def run_in_process(root: Path, **env: str) -> "subprocess.Popen[str]":
+    """The stage as DVC runs it."""
+    return subprocess.Popen(
+        [sys.executable, "stages/train_lora.py"],
+        cwd=root,
+        env={**os.environ, "PYTHONPATH": str(REPOSITORY), **env},
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        text=True,
+    )
+
+
+def wait_for(condition: Callable[[], bool], process: "subprocess.Popen[str]") -> None:
+    deadline = time.monotonic() + 120
+    while not condition():
+        assert process.poll() is None, process.communicate()[0]
+        assert time.monotonic() < deadline
+        time.sleep(0.002)
+
+
+@pytest.mark.slow
+def test_killed_in_a_step_and_in_a_save_it_ends_the_same(tmp_path: Path) -> None:
+    """Killed twice: the first time in the middle of writing a checkpoint, the second one between two."""
+    options = ("trainer.max_steps=40", "trainer.save_steps=3", "lora.lora_dropout=0.1")
+    undisturbed = train(tmp_path / "undisturbed", *options)
+    root = tmp_path / "killed"
+    root.mkdir()
+    write_workspace(root, options)
+
+    def saving(step: int) -> bool:
+        return any(
+            (root / ".dvc/tmp/checkpoints").glob(f"*/checkpoint-{step}/adapter_model.safetensors")
+        )
+
+    def saved(step: int) -> bool:
+        return any((root / ".dvc/tmp/checkpoints").glob(f"*/checkpoint-{step}/complete.json"))
+
+    for condition in (partial(saving, 9), partial(saved, 24)):
+        process = run_in_process(root)
+        wait_for(condition, process)
+        process.send_signal(signal.SIGKILL)
+        process.communicate()
+    last = run_in_process(root, PYTHONHASHSEED="7")
+    assert "going on from checkpoint-" in last.communicate()[0]
+    assert last.returncode == 0
+    assert results(root) == results(undisturbed)
+
+
+@pytest.mark.parametrize("strategy", ["random", "group_by_length"])
+def test_resumed_in_the_second_epoch_it_sees_the_same_batches(
+    tmp_path: Path, strategy: str
+) -> None:
+    """10 steps an epoch: checkpoint 15 stands in the middle of the second."""
+    options = (
+        f"trainer.train_sampling_strategy={strategy}",
+        "trainer.max_steps=24",
+        "trainer.save_steps=15",
+    )
+    undisturbed = train(tmp_path / "undisturbed", *options)
+    root = tmp_path / "stopped"
+    root.mkdir()
+    write_workspace(root, options)
+    with pytest.MonkeyPatch.context() as patch, pytest.raises(KeyboardInterrupt):
+        patch.setattr("capas.training.LiveRows.on_log", stop_after(18))
+        run_stage("train", train_lora.main, root)
+    run_stage("train", train_lora.main, root)
+    assert results(root) == results(undisturbed)
+
+
+def test_half_written_checkpoint_is_passed_over(tmp_path: Path) -> None:
+    """A file that is missing, cut short, or not yet accounted for."""
+    for step in (5, 10, 15, 20):
+        folder = tmp_path / f"checkpoint-{step}"
+        folder.mkdir()
+        (folder / "optimizer.pt").write_bytes(b"state")
+        Checkpoints().on_save(
+            SimpleNamespace(output_dir=tmp_path),
+            SimpleNamespace(global_step=step, is_world_process_zero=True),
+            None,
+        )  # type: ignore[arg-type]
+    (tmp_path / "checkpoint-20/complete.json").unlink()
+    (tmp_path / "checkpoint-15/optimizer.pt").write_bytes(b"sta")
+    (tmp_path / "checkpoint-10/optimizer.pt").unlink()
+    assert last_checkpoint(tmp_path, resume=True) == tmp_path / "checkpoint-5"
+    assert [folder.name for folder in tmp_path.iterdir()] == ["checkpoint-5"]
+    assert last_checkpoint(tmp_path, resume=False) is None
+
+
+def stop_after(step: int) -> Callable[..., None]:
+    def on_log(self: Any, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        if state.global_step >= step:
+            raise KeyboardInterrupt
+
+    return on_log
+
+
+def test_padding_carries_no_loss_and_is_masked_by_position() -> None:
+    examples = [
+        {"input_ids": torch.tensor(ids), "labels": torch.tensor(ids)} for ids in ([5, 0, 7], [0])
+    ]
+    batch = Collator(pad_token_id=0)(examples)
+    assert batch["input_ids"].tolist() == [[5, 0, 7], [0, 0, 0]]
+    assert batch["attention_mask"].tolist() == [[1, 1, 1], [1, 0, 0]]
+    assert batch["labels"].tolist() == [[5, 0, 7], [0, -100, -100]]
+
+
+def test_token_scores_by_hand() -> None:
+    """Two tokens, p = 3/4 and 1/4: the second record's only supervised token is the improbable one."""
+    logits = torch.tensor([math.log(3), 0.0]).expand(2, 3, 2)
+    labels = torch.tensor([[-100, 0, 0], [-100, -100, 1]])
+    expected = [[2 * math.log(4 / 3), 2, 2], [math.log(4), 0, 1]]
+    torch.testing.assert_close(
+        score_tokens(logits, labels), torch.tensor(expected, dtype=torch.float64)
+    )
+
+
+def test_batches_are_alike_in_length_and_all_records_are_seen() -> None:
+    lengths = [(37 * i) % 101 for i in range(500)]
+    order = list(LengthGroupedSampler(lengths, batch_size=10, seed=0))
+    spreads = [
+        max(lengths[i] for i in b) - min(lengths[i] for i in b)
+        for b in zip(*[iter(order)] * 10, strict=True)
+    ]
+    assert sorted(order) == list(range(500))
+    assert sum(spreads) / len(spreads) < 15, "a random batch spreads over about 80"
+
+
+def test_order_is_a_function_of_seed_and_epoch() -> None:
+    def order(seed: int, epoch: int) -> list[int]:
+        sampler = LengthGroupedSampler(list(range(40)), 4, seed)
+        sampler.set_epoch(epoch)
+        return list(sampler)
+
+    assert order(0, 1) == order(0, 1)
+    assert len({tuple(order(seed, epoch)) for seed in (0, 1) for epoch in (0, 1)}) == 4

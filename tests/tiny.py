@@ -1,4 +1,4 @@
-"""A workspace with a tiny random model in it, as it stands before `quantize`, `train`, `evaluate` or `sample`.
+"""A workspace with a tiny random model in it, as it stands before quantize, train, evaluate or sample.
 
 The configuration is the shipped one, composed with a few overrides.
 """
@@ -13,7 +13,13 @@ from typing import Any
 import torch
 import yaml
 from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers
-from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedModel, Qwen2Config, Qwen2ForCausalLM
+from transformers import (
+    LlamaConfig,
+    LlamaForCausalLM,
+    PreTrainedModel,
+    Qwen2Config,
+    Qwen2ForCausalLM,
+)
 
 from capas.chat import ChatFormat
 from capas.composition import composer, dump
@@ -23,8 +29,16 @@ from capas.records import FORMATTED, RAW, write_records
 from capas.stage import Stage
 
 REPOSITORY = Path(__file__).resolve().parents[1]
-CONTROLS = ["<pad>", "<|im_start|>", "<|im_end|>", "<|start_header_id|>", "<|end_header_id|>", "<|eot_id|>"]
+CONTROLS = [
+    "<pad>",
+    "<|im_start|>",
+    "<|im_end|>",
+    "<|start_header_id|>",
+    "<|end_header_id|>",
+    "<|eot_id|>",
+]
 SHRUNK = (
+    "hardware.num_threads=1",
     "trainer.max_steps=6",
     "trainer.logging_steps=2",
     "trainer.eval_steps=4",
@@ -45,13 +59,21 @@ KINDS = ("seen", "values")
 def write_tokenizer(folder: Path) -> Tokenizer:
     """Byte-level, without merges: any text, 256 tokens and the control tokens."""
     alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
-    tokenizer = Tokenizer(models.BPE(vocab={token: i for i, token in enumerate(alphabet)}, merges=[]))
+    tokenizer = Tokenizer(
+        models.BPE(vocab={token: i for i, token in enumerate(alphabet)}, merges=[])
+    )
     tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
     tokenizer.decoder = decoders.ByteLevel()
-    tokenizer.add_special_tokens([AddedToken(token, special=True, normalized=False) for token in CONTROLS])
+    tokenizer.add_special_tokens(
+        [AddedToken(token, special=True, normalized=False) for token in CONTROLS]
+    )
     folder.mkdir(parents=True)
     tokenizer.save(str(folder / "tokenizer.json"))
-    config = {"tokenizer_class": "PreTrainedTokenizerFast", "pad_token": "<pad>", "eos_token": "<|im_end|>"}
+    config = {
+        "tokenizer_class": "PreTrainedTokenizerFast",
+        "pad_token": "<pad>",
+        "eos_token": "<|im_end|>",
+    }
     (folder / "tokenizer_config.json").write_text(json.dumps(config))
     return tokenizer
 
@@ -63,7 +85,9 @@ def make_model(family: str = "qwen2", seed: int = 0, **config: Any) -> PreTraine
     make_config, make = kinds[family]
     sizes = {"vocab_size": 262, "hidden_size": 64, "intermediate_size": 128, "num_hidden_layers": 2}
     heads = {"num_attention_heads": 4, "num_key_value_heads": 2, "max_position_embeddings": 512}
-    return make(make_config(**{**sizes, **heads, "tie_word_embeddings": True, "use_cache": True, **config}))
+    return make(
+        make_config(**{**sizes, **heads, "tie_word_embeddings": True, "use_cache": True, **config})
+    )
 
 
 def write_workspace(root: Path, overrides: Iterable[str] = (), quantized: str = "base") -> Path:
@@ -103,7 +127,10 @@ def _write_data(root: Path) -> None:
     composed, formatted, raw = (root / "data" / name for name in ("composed", "formatted", "raw"))
     for folder in (composed, formatted, raw):
         folder.mkdir(parents=True)
-    right, wrong = ((REPOSITORY / f"conf/chat_template/{name}.jinja").read_text() for name in ("chatml", "llama3"))
+    right, wrong = (
+        (REPOSITORY / f"conf/chat_template/{name}.jinja").read_text()
+        for name in ("chatml", "llama3")
+    )
     (composed / "prompts.json").write_text('{"prompts": null}')
     (composed / "wrong_chat_template.jinja").write_text(wrong)
     for folder in (composed, formatted):
@@ -114,14 +141,21 @@ def _write_data(root: Path) -> None:
     (formatted / "chat.json").write_text(json.dumps(facts))
     rng = random.Random(0)
     for split, count in (("train", 40), ("validation", 6), ("test", 10)):
-        records = [_record(f"{split}-{i}", rng.randrange(10 ** rng.randrange(1, 6))) for i in range(count)]
+        records = [
+            _record(f"{split}-{i}", rng.randrange(10 ** rng.randrange(1, 6))) for i in range(count)
+        ]
         write_records(raw / f"{split}.parquet", RAW, records)
-        write_records(formatted / f"{split}.parquet", FORMATTED, [_format(record, chat) for record in records])
+        write_records(
+            formatted / f"{split}.parquet", FORMATTED, [_format(record, chat) for record in records]
+        )
 
 
 def _record(name: str, number: int) -> dict[str, Any]:
     answer = json.dumps({"minutes": number})
-    messages = [{"role": "user", "content": f"timer {number}"}, {"role": "assistant", "content": answer}]
+    messages = [
+        {"role": "user", "content": f"timer {number}"},
+        {"role": "assistant", "content": answer},
+    ]
     facts = {"function": "timer", "kind": KINDS[number % len(KINDS)], "language": "en", "turns": 1}
     return {"id": name, "messages": messages, "metadata": json.dumps(facts)}
 
@@ -142,6 +176,10 @@ def _format(record: dict[str, Any], chat: ChatFormat) -> dict[str, Any]:
 def _write_lock(root: Path) -> None:
     """dvc.lock as if the stages before had run: `Stage.key` asks for the hashes of folders."""
     stages = read_yaml(root / "dvc.yaml")["stages"]
-    outs = [out if isinstance(out, str) else next(iter(out)) for s in stages.values() for out in s["outs"]]
+    outs = [
+        out if isinstance(out, str) else next(iter(out))
+        for s in stages.values()
+        for out in s["outs"]
+    ]
     lock = {"stages": {"earlier": {"outs": [{"path": out, "md5": "0" * 32} for out in outs]}}}
     (root / "dvc.lock").write_text(yaml.safe_dump(lock))
