@@ -8,6 +8,7 @@ import unicodedata
 from functools import cached_property, lru_cache
 
 from tokenizers import Tokenizer
+from tokenizers.models import BPE
 
 _WINDOW = 8  # characters of a content that a pre-tokenizer may look at to decide on a cut before it
 _WORD_START = "▁"  # SentencePiece's blank
@@ -23,11 +24,11 @@ class Edges:
 
     def __init__(self, inside: Tokenizer, alone: Tokenizer) -> None:
         self._inside = inside
-        self._words = [
-            t.content for t in inside.get_added_tokens_decoder().values() if not t.special
-        ]
-        ids = [tokenizer.encode(text, add_special_tokens=False).ids for tokenizer, text in
-               ((alone, "a"), (inside, "a"), (inside, " a"))]  # fmt: skip
+        added = inside.get_added_tokens_decoder().values()
+        self._words = [token for token in added if not token.special]
+        self._merges = isinstance(inside.model, BPE)
+        probes = (alone, "a"), (inside, "a"), (inside, " a")
+        ids = [tokenizer.encode(text, add_special_tokens=False).ids for tokenizer, text in probes]
         self.adds_blank = ids[0] != ids[1]  # a text alone is encoded as if a blank came before it
         self._blank_is_space = ids[0] == ids[2]
         self._are_safe = lru_cache(maxsize=65536)(self._look_up)
@@ -37,36 +38,41 @@ class Edges:
         """Whether ids(scaffold + content) == ids(scaffold) + ids(content)."""
         if self.adds_blank or not content or _may_combine(content[0]):
             return False
+        if content.startswith(self._remainders(scaffold)):
+            return False
         return not scaffold or self._are_safe(scaffold, content[:_WINDOW])
 
     def absorb(self, scaffold: str, content: str) -> bool:
         """Whether ids(scaffold + content) == ids(content): the tokenizer adds the scaffold's blank itself."""
-        added = self.adds_blank and self._blank_is_space and scaffold == " "
-        return added and bool(content) and content[0] not in (" ", _WORD_START)
+        if not (self.adds_blank and self._blank_is_space and scaffold == " "):
+            return False
+        return bool(content) and not content.startswith(self._get_no_blank)
 
     def _look_up(self, scaffold: str, start: str) -> bool:
-        if start.startswith(self._remainders(scaffold)):
+        before, after = self._pieces(scaffold), self._pieces(start)
+        both = self._pieces(scaffold + start)
+        if both == before + after:
+            return True
+        uncut = self._merges and len(before) == len(after) == len(both) == 1
+        if not uncut or both[0] != before[0] + after[0]:
             return False
-        before, after, both = (
-            self._pieces(scaffold),
-            self._pieces(start),
-            self._pieces(scaffold + start),
-        )
-        if len(both) > 1:
-            return both == before + after
-        if len(before) != 1 or not both[0].startswith(before[0]) or both == before:
-            return False
-        border = len(before[0])
-        return both[0][border - 1 : border + 1] not in self._bigrams
+        return before[0][-1:] + after[0][:1] not in self._bigrams
 
     def _find_remainders(self, scaffold: str) -> tuple[str, ...]:
-        """What would complete an added token that the scaffold begins."""
-        return tuple(
-            word[cut:]
-            for word in self._words
-            for cut in range(1, len(word))
-            if scaffold.endswith(word[:cut])
-        )
+        """Beginnings of a content that an added token joins to the scaffold, e.g. by completing it."""
+        completing = [
+            token.content[cut:]
+            for token in self._words
+            for cut in range(1, len(token.content))
+            if scaffold.endswith(token.content[:cut])
+        ]
+        swallows_blanks = [t.content for t in self._words if t.lstrip and scaffold[-1:].isspace()]
+        return tuple(completing + swallows_blanks)
+
+    @cached_property
+    def _get_no_blank(self) -> tuple[str, ...]:
+        words = [token.content for token in self._words]
+        return (" ", _WORD_START, *words, *self._remainders(" "))
 
     def _pieces(self, text: str) -> list[str]:
         normalizer, splitter = self._inside.normalizer, self._inside.pre_tokenizer
