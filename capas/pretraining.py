@@ -56,7 +56,7 @@ class Recipe:
     max_position_embeddings: int = 1024
     row_tokens: int = 128
     batch_rows: int = 16
-    num_steps: int = 500
+    num_steps: int = 5000
     warmup_steps: int = 30
     repeat_steps: int = 150  # steps of nothing but repeating rows
     repeat_rows: int = 1  # such rows in every later batch
