@@ -13,16 +13,12 @@ from typing import Any
 
 import pyarrow.csv as pa_csv
 import pyarrow.parquet as pq
-from tokenizers import Tokenizer
 
 from capas.intervals import wilson_interval
-from capas.neighbours import Embedding
-from capas.pieces import Piece, cut
+from capas.neighbours import read_header
 
 Row = dict[str, Any]
-IGNORE_INDEX = -100
-NUM_LOOKED_AT = 2000  # records: enough for a frequency, not the whole of a large dataset
-MIN_NEIGHBOUR_COUNT = 2  # a token that the data hardly uses says nothing as a neighbour
+NUM_WRONG = 6  # answers shown
 
 
 def read_json(file: Path) -> dict[str, Any]:
@@ -38,12 +34,6 @@ def read_csv(file: Path) -> list[Row]:
 
 def read_lines(file: Path) -> list[Row]:
     return [json.loads(line) for line in file.read_text(encoding="utf-8").splitlines()]
-
-
-def first_records(file: Path, num_records: int = NUM_LOOKED_AT) -> list[Row]:
-    with pq.ParquetFile(file) as table:
-        batch = next(table.iter_batches(batch_size=num_records), None)
-    return batch.to_pylist() if batch is not None else []
 
 
 def scores(base: Row, evaluation: Row) -> dict[str, Any]:
@@ -84,7 +74,7 @@ def _share(part: Row, confidence: float) -> tuple[float, float, float] | None:
 
 
 def answers(base_file: Path, tuned_file: Path, messages: Mapping[str, list[Row]]) -> dict[str, Any]:
-    """The first test record that the tuned model gets right, and the first few that it gets wrong."""
+    """The first test record that the tuned model gets right, and one that it gets wrong of each kind."""
     base = {row["id"]: row["completion"] for row in pq.read_table(base_file).to_pylist()}
     rows = [
         {
@@ -100,7 +90,11 @@ def answers(base_file: Path, tuned_file: Path, messages: Mapping[str, list[Row]]
     ]
     example = next((row for row in rows if row["right"]), rows[0] if rows else None)
     wrong = [row for row in rows if row["right"] is False]
-    return {"example": example, "wrong": wrong[:4], "num_wrong": len(wrong)}
+    first: dict[Any, Row] = {}
+    for row in wrong:
+        first.setdefault(row.get("kind"), row)
+    shown = list(first.values()) if len(first) > 1 else wrong[:NUM_WRONG]
+    return {"example": example, "wrong": shown[:NUM_WRONG], "num_wrong": len(wrong)}
 
 
 def conversations(file: Path) -> dict[str, list[Row]]:
@@ -114,102 +108,11 @@ def _before_last_answer(messages: list[Row]) -> list[Row]:
     return messages[: answers[-1]] if answers else messages
 
 
-def tokens(tokenizer: Tokenizer, tokenizer_json: Row, records: Sequence[Row]) -> dict[str, Any]:
-    """What the tokenizer is, and how it cuts the first answer of the training split."""
-    reference = records[0]["reference"]
-    ids = tokenizer.encode(reference, add_special_tokens=False).ids
-    pieces = cut(tokenizer, ids)
-    return {
-        "algorithm": tokenizer_json["model"].get("type") or "BPE",
-        "byte_level": "ByteLevel" in json.dumps(tokenizer_json.get("pre_tokenizer")),
-        "vocab_size": tokenizer.get_vocab_size(),
-        "control": [t.content for t in tokenizer.get_added_tokens_decoder().values() if t.special],
-        "reference": reference,
-        "pieces": pieces,
-        "num_tokens": len(ids),
-        "characters_per_token": len(reference) / max(1, len(ids)),
-    }
-
-
-def masks(tokenizer: Tokenizer, records: Sequence[Row], num_records: int = 3) -> list[Row]:
-    """Token by token, what is trained, for the first records and the first with several turns."""
-    chosen = list(records[:num_records])
-    longer = next((r for r in records if _num_turns(r) > 1), None)
-    if longer is not None and longer not in chosen:
-        chosen[-1] = longer
-    return [_mask(tokenizer, record) for record in chosen]
-
-
-def _num_turns(record: Row) -> int:
-    """Runs of supervised tokens."""
-    trained = [label != IGNORE_INDEX for label in record["labels"]]
-    return sum(now and not before for before, now in zip([False, *trained], trained, strict=False))
-
-
-def _mask(tokenizer: Tokenizer, record: Row) -> Row:
-    labels = record["labels"]
-    pieces = cut(tokenizer, record["input_ids"])
-    shown = [_shown(piece, labels[piece.positions[-1]] != IGNORE_INDEX) for piece in pieces]
-    return {
-        "id": record["id"],
-        "pieces": shown,
-        "num_tokens": len(labels),
-        "num_supervised": sum(label != IGNORE_INDEX for label in labels),
-        "num_control": sum(piece.control for piece in pieces),
-    }
-
-
-def _shown(piece: Piece, trained: bool) -> Row:
-    return {"text": piece.text, "ids": piece.ids, "trained": trained, "control": piece.control}
-
-
-def padding(records: Sequence[Row], batch_size: int) -> dict[str, Any]:
-    """What padding the first `batch_size` records to the longest of them would cost."""
-    lengths = [len(record["input_ids"]) for record in records[:batch_size]]
-    positions = max(lengths) * len(lengths)
-    return {
-        "num_records": len(lengths),
-        "shortest": min(lengths),
-        "longest": max(lengths),
-        "num_pads": positions - sum(lengths),
-        "fraction": 1 - sum(lengths) / positions,
-    }
-
-
-def embedding(folder: Path, tokenizer: Tokenizer, records: Sequence[Row]) -> Row | None:
-    """Nearest neighbours of the words that the training split uses most, among the words it uses."""
-    table = Embedding.find(folder)
-    if table is None:
-        return None
-    counts = Counter(token_id for record in records for token_id in record["input_ids"])
-    words = _words(tokenizer, counts)
-    common = [token_id for token_id in words if counts[token_id] >= MIN_NEIGHBOUR_COUNT]
-    shown = [
-        {
-            "token": words[token_id],
-            "count": counts[token_id],
-            "neighbours": [(words[n], c) for n, c in table.neighbours(token_id, common, 4)],
-        }
-        for token_id in _different(words)[:6]
-        if len(common) > 1
-    ]
-    rows, width = table.shape
-    return {"rows": rows, "width": width, "num_parameters": rows * width, "words": shown}
-
-
-def _words(tokenizer: Tokenizer, counts: Counter[int]) -> dict[int, str]:
-    """Tokens that are words of three letters or more, the most frequent first."""
-    order = sorted(counts, key=lambda token_id: (-counts[token_id], token_id))
-    texts = {token_id: tokenizer.decode([token_id]) for token_id in order}
-    return {i: t for i, t in texts.items() if len(t.strip()) >= 3 and t.strip().isalpha()}
-
-
-def _different(words: Mapping[int, str]) -> list[int]:
-    """One token for every word, whatever its capitals and spaces."""
-    first: dict[str, int] = {}
-    for token_id, text in words.items():
-        first.setdefault(text.strip().lower(), token_id)
-    return list(first.values())
+def adapted(adapter_file: Path) -> dict[str, Any]:
+    """How many layers the adapter stands beside, and of what kinds."""
+    tensors, _ = read_header(adapter_file)
+    layers = {name.split(".lora_")[0] for name in tensors if ".lora_" in name}
+    return {"num_layers": len(layers), "kinds": sorted({layer.split(".")[-1] for layer in layers})}
 
 
 def curve(history: Sequence[Row], max_grad_norm: float, vocab_size: int) -> dict[str, Any]:

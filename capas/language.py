@@ -48,6 +48,10 @@ class Numbers:
     def _written(self, text: str) -> str:
         return text.replace(".", _MARKS[self.code][1]).replace("-", "−")
 
+    def sig(self, value: float | None) -> str:
+        """Three significant digits: 267, 4.85, 0.200, 0.000211."""
+        return "–" if value is None else self._written(f"{value:#.3g}".rstrip("."))
+
     def general(self, value: float) -> str:
         """As short as it can be written: 0.004, 1.5, 2e-05."""
         return self._written(f"{value:g}")
@@ -90,7 +94,7 @@ class Language:
             trim_blocks=True,
             lstrip_blocks=True,
         )
-        for name in ("num", "dec", "general", "pct", "points", "size"):
+        for name in ("num", "dec", "sig", "general", "pct", "points", "size"):
             self._environment.filters[name] = getattr(self.numbers, name)
         self._environment.filters["json"] = partial(json.dumps, ensure_ascii=False)
         self._environment.globals.update(facts, say=self.say, has_text=self.has, lang=code)

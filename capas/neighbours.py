@@ -34,7 +34,7 @@ class Embedding:
         """The first tensor of shape (vocab_size, ...) that is an input embedding; None if there is none."""
         vocab_size = json.loads((folder / "config.json").read_text()).get("vocab_size")
         for file in sorted(folder.glob("*.safetensors")):
-            header, start = _header(file)
+            header, start = read_header(file)
             for name, entry in sorted(header.items()):
                 is_table = len(entry["shape"]) == 2 and entry["shape"][0] == vocab_size
                 if is_table and "lm_head" not in name and entry["dtype"] in _DTYPES:
@@ -59,7 +59,8 @@ class Embedding:
         return [(int(candidates[i]), float(cosines[i])) for i in best]
 
 
-def _header(file: Path) -> tuple[dict[str, Any], int]:
+def read_header(file: Path) -> tuple[dict[str, Any], int]:
+    """{tensor: {dtype, shape, data_offsets}} of a safetensors file, and where its numbers begin."""
     with file.open("rb") as stream:
         length = int.from_bytes(stream.read(8), "little")
         header: dict[str, Any] = json.loads(stream.read(length))

@@ -65,6 +65,7 @@ def learning_rate(history: Sequence[Row], words: Words, number: Number) -> Figur
             part.yaxis.set_major_locator(MaxNLocator(3))
             part.yaxis.set_major_formatter(FuncFormatter(lambda value, _: number(value)))
         axes[1].set_xlabel(words("step"))
+        axes[1].xaxis.set_major_locator(MaxNLocator(6, integer=True))
         axes[1].xaxis.set_major_formatter(FuncFormatter(lambda value, _: number(value)))
         figure.subplots_adjust(hspace=0.35)
     return figure
@@ -110,7 +111,7 @@ def layer_errors(rows: Sequence[Row], words: Words, number: Number) -> Figure:
         axes.tick_params(axis="y", length=0, labelcolor=INK)
         axes.spines["left"].set_visible(False)
         axes.margins(y=0.12)
-        axes.set_xlim(left=0)
+        axes.set_xlim(0, 1.06 * max(row["relative_error"] for row in rows))
         axes.grid(axis="both")
         axes.xaxis.set_major_formatter(FuncFormatter(lambda value, _: number(value)))
         axes.set_xlabel(words("relative_error"))

@@ -23,6 +23,7 @@ _SETTINGS = {  # only where the user has not set them
     "MLFLOW_HTTP_REQUEST_MAX_RETRIES": "2",  # the default, 7, tries for minutes
     "MLFLOW_HTTP_REQUEST_TIMEOUT": "30",
 }
+_KIND = {"mlflow.experimentKind": "custom_model_development"}  # the UI opens its view of trainings
 _MAX_BATCH = 1000  # metrics in one call, MLflow's own limit
 _CONNECT_SECONDS = 5.0
 RETRY = "To retry, once it is there: dvc repro publish"
@@ -180,7 +181,7 @@ def _experiment_id(client: Any, name: str, uri: str, root: Path) -> str:
     if found is None:
         # With SQLite and no server, artifacts would go to ./mlruns of whoever comes first.
         local = (home(root) / "mlartifacts").as_uri() if uri.startswith("sqlite") else None
-        return str(client.create_experiment(name, artifact_location=local))
+        return str(client.create_experiment(name, artifact_location=local, tags=_KIND))
     if found.lifecycle_stage == "deleted":
         raise CapasError(
             f"the MLflow experiment '{name}' was deleted. Bring it back with `mlflow experiments restore "

@@ -97,12 +97,14 @@ class Follower:
             self._store.set_status(self._run_id, status)
 
     def _speed(self, row: dict[str, Any]) -> list[Point]:
-        """Tokens a second since the row before, and the training's memory now."""
+        """Tokens a second in the last seconds, and the training's memory now."""
         if "num_tokens" not in row or "loss" not in row:
             return []
         now, before = time.monotonic(), self._tokens
+        if before is not None and now - before[0] < _SEND_SECONDS:
+            return []  # rows are seen when they are read: too coarse for less
         self._tokens = now, row["num_tokens"]
-        if before is None or now - before[0] < 0.1:  # a resumed training replays its rows at once
+        if before is None:
             return []
         import psutil  # type: ignore[import-untyped]
 

@@ -16,7 +16,7 @@ from typing import Any
 
 from tokenizers import Tokenizer
 
-from capas import findings, pipeline, plots
+from capas import findings, pipeline, plots, tokens
 from capas.dag import StageSpec, read_yaml
 from capas.figure import to_svg
 from capas.findings import read_csv, read_json, read_lines
@@ -68,16 +68,16 @@ def plain(params: Params) -> dict[str, Any]:
 def of_data(params: Params, stage: Stage) -> dict[str, Any]:
     formatted, folder = stage.dep("data/formatted"), stage.dep("data/models/tokenizer")
     tokenizer = Tokenizer.from_file(str(folder / "tokenizer.json"))
-    records = findings.first_records(formatted / "train.parquet")
+    records = tokens.first_records(formatted / "train.parquet")
     return {
         "source": read_json(stage.dep("data/raw") / "source.json"),
         "chat": read_json(formatted / "chat.json"),
         "format": read_json(stage.dep("reports/format.json")),
         "lengths": read_csv(stage.dep("reports/lengths.csv")),
-        "tokens": findings.tokens(tokenizer, read_json(folder / "tokenizer.json"), records),
-        "masks": findings.masks(tokenizer, records),
-        "padding": findings.padding(records, params.trainer.per_device_train_batch_size),
-        "embedding": findings.embedding(stage.dep("data/models/base"), tokenizer, records),
+        "tokens": tokens.describe(tokenizer, read_json(folder / "tokenizer.json"), records),
+        "masks": tokens.masks(tokenizer, records),
+        "padding": tokens.padding(records, params.trainer.per_device_train_batch_size),
+        "embedding": tokens.embedding(stage.dep("data/models/base"), tokenizer, records),
     }
 
 
@@ -92,6 +92,7 @@ def of_models(params: Params, stage: Stage) -> dict[str, Any]:
         "train": train,
         "used": train["used"],
         "adapter": read_json(adapter / "adapter_config.json"),
+        "adapted": findings.adapted(adapter / "adapter_model.safetensors"),
         "adapter_bytes": (adapter / "adapter_model.safetensors").stat().st_size,
         "history": history,
         "validation": read_csv(stage.dep("reports/validation.csv")),

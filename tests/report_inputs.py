@@ -185,7 +185,8 @@ def _models(root: Path, tokenizer: Tokenizer) -> None:
     config = {"architectures": ["Qwen2ForCausalLM"], "hidden_size": 8, "num_hidden_layers": 2}
     config |= {"num_attention_heads": 2, "num_key_value_heads": 2, "tie_word_embeddings": True}
     _json(base / "config.json", {**config, "vocab_size": tokenizer.get_vocab_size()})
-    save_file({"lora_A": embedding[:2]}, adapter / "adapter_model.safetensors")
+    names = [f"base_model.model.{layer}.lora_{ab}.weight" for layer in LAYERS for ab in "AB"]
+    save_file(dict.fromkeys(names, embedding[:2]), adapter / "adapter_model.safetensors")
     targets = ["down_proj", "q_proj", "up_proj", "v_proj"]
     _json(adapter / "adapter_config.json", {"r": 16, "lora_alpha": 32, "target_modules": targets})
 

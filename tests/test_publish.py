@@ -10,6 +10,7 @@ import pytest
 import yaml
 from report_inputs import write_inputs
 
+from capas import result
 from capas.dag import StageSpec, read_yaml, recorded
 from capas.errors import CapasError
 from capas.params import Params, select
@@ -70,9 +71,10 @@ def test_the_run_holds_params_metrics_and_where_it_comes_from(root: Path) -> Non
     assert data.params["environment.torch"] == "1.2.3"
     assert data.params["dataset.num_train"] == "6000"
     assert data.tags["evaluation.batch_size"] == "64"
+    assert data.tags["generation.settings.greedy"] == "{'do_sample': False}"
     assert data.tags["mlflow.source.git.commit"]
     assert data.metrics["tuned/exact_match"] == 0.5
-    assert data.metrics["tuned/by/kind/seen/exact_match"] == 0.5
+    assert data.metrics["tuned/exact_match by kind/seen"] == 0.5
     assert data.metrics["difference/loss/mean"] == -3.0
     assert data.metrics["seconds/train"] == 12.5
 
@@ -137,8 +139,8 @@ def test_a_new_evaluation_of_the_same_training_lands_on_its_run(root: Path) -> N
 
 
 def test_long_values_and_odd_names_never_break_logging() -> None:
-    clipped = publish_run.clipped({"a.b": "x" * 9000, "top k=5": [1, 2], "none": None})
-    assert len(clipped["a.b"]) == publish_run.MAX_TEXT
+    clipped = result.clipped({"a.b": "x" * 9000, "top k=5": [1, 2], "none": None})
+    assert len(clipped["a.b"]) == result.MAX_TEXT
     assert clipped["a.b"].endswith("(whole in params.yaml)")
     assert clipped["top k_5"] == "[1, 2]"
     assert clipped["none"] == "None"

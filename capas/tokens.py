@@ -1,0 +1,129 @@
+"""What a learner sees of tokens: how text is cut, what is trained, what padding costs, neighbours."""
+
+import json
+from collections import Counter
+from collections.abc import Iterator, Mapping, Sequence
+from itertools import pairwise
+from pathlib import Path
+from typing import Any
+
+import pyarrow.parquet as pq
+from tokenizers import Tokenizer
+
+from capas.neighbours import Embedding
+from capas.pieces import Piece, cut
+
+Row = dict[str, Any]
+IGNORE_INDEX = -100
+NUM_LOOKED_AT = 1000  # records: enough for a frequency, not the whole of a large dataset
+NUM_WORDS = 6  # in the table of neighbours
+MIN_NEIGHBOUR_COUNT = 2  # a token that the data hardly uses says nothing as a neighbour
+
+
+def first_records(file: Path, num_records: int = NUM_LOOKED_AT) -> list[Row]:
+    with pq.ParquetFile(file) as table:
+        batch = next(table.iter_batches(batch_size=num_records), None)
+    return batch.to_pylist() if batch is not None else []
+
+
+def describe(tokenizer: Tokenizer, tokenizer_json: Row, records: Sequence[Row]) -> dict[str, Any]:
+    """What the tokenizer is, and how it cuts the first answer of the training split."""
+    reference = records[0]["reference"]
+    ids = tokenizer.encode(reference, add_special_tokens=False).ids
+    pieces = cut(tokenizer, ids)
+    return {
+        "algorithm": tokenizer_json["model"].get("type") or "BPE",
+        "byte_level": "ByteLevel" in json.dumps(tokenizer_json.get("pre_tokenizer")),
+        "vocab_size": tokenizer.get_vocab_size(),
+        "control": [t.content for t in tokenizer.get_added_tokens_decoder().values() if t.special],
+        "reference": reference,
+        "pieces": pieces,
+        "num_tokens": len(ids),
+        "characters_per_token": len(reference) / max(1, len(ids)),
+    }
+
+
+def masks(tokenizer: Tokenizer, records: Sequence[Row], num_records: int = 3) -> list[Row]:
+    """Token by token, what is trained, for the first records and the first with several turns."""
+    chosen = list(records[:num_records])
+    longer = next((r for r in records if _num_turns(r) > 1), None)
+    if longer is not None and longer not in chosen:
+        chosen[-1] = longer
+    return [_mask(tokenizer, record) for record in chosen]
+
+
+def _num_turns(record: Row) -> int:
+    """Runs of supervised tokens."""
+    trained = [label != IGNORE_INDEX for label in record["labels"]]
+    return sum(now and not before for before, now in zip([False, *trained], trained, strict=False))
+
+
+def _mask(tokenizer: Tokenizer, record: Row) -> Row:
+    labels = record["labels"]
+    pieces = cut(tokenizer, record["input_ids"])
+    shown = [_shown(piece, labels[piece.positions[-1]] != IGNORE_INDEX) for piece in pieces]
+    return {
+        "id": record["id"],
+        "pieces": shown,
+        "num_tokens": len(labels),
+        "num_supervised": sum(label != IGNORE_INDEX for label in labels),
+        "num_control": sum(piece.control for piece in pieces),
+    }
+
+
+def _shown(piece: Piece, trained: bool) -> Row:
+    return {"text": piece.text, "ids": piece.ids, "trained": trained, "control": piece.control}
+
+
+def padding(records: Sequence[Row], batch_size: int) -> dict[str, Any]:
+    """What padding the first `batch_size` records to the longest of them would cost."""
+    lengths = [len(record["input_ids"]) for record in records[:batch_size]]
+    positions = max(lengths) * len(lengths)
+    return {
+        "num_records": len(lengths),
+        "shortest": min(lengths),
+        "longest": max(lengths),
+        "num_pads": positions - sum(lengths),
+        "fraction": 1 - sum(lengths) / positions,
+    }
+
+
+def embedding(folder: Path, tokenizer: Tokenizer, records: Sequence[Row]) -> Row | None:
+    """Nearest neighbours of the words that the training split uses most, among the words it uses.
+
+    Only words of one token: a piece of a word says little.
+    """
+    table = Embedding.find(folder)
+    if table is None:
+        return None
+    counts = Counter(word for record in records for word in _words(tokenizer, record))
+    words = {i: text for (i, text), n in counts.most_common() if n >= MIN_NEIGHBOUR_COUNT}
+    shown = [
+        {
+            "token": words[i],
+            "count": counts[i, words[i]],
+            "neighbours": [(words[n], cosine) for n, cosine in table.neighbours(i, list(words), 4)],
+        }
+        for i in _different(words)[:NUM_WORDS]
+        if len(words) > 1
+    ]
+    rows, width = table.shape
+    return {"rows": rows, "width": width, "num_parameters": rows * width, "words": shown}
+
+
+def _words(tokenizer: Tokenizer, record: Row) -> Iterator[tuple[int, str]]:
+    """Tokens that are whole words of three letters or more in the middle of a sentence."""
+    pieces = cut(tokenizer, record["input_ids"])
+    for piece, following in pairwise(pieces):
+        word = piece.text.removeprefix(" ")
+        is_word = word != piece.text and len(word) >= 3 and word.isalpha()
+        if is_word and len(piece.ids) == 1 and not following.text[:1].isalpha():
+            yield piece.ids[0], word
+
+
+def _different(words: Mapping[int, str]) -> list[int]:
+    """One token for every word, whatever its capitals."""
+    first: dict[str, int] = {}
+    for token_id, text in words.items():
+        first.setdefault(text.lower(), token_id)
+    return list(first.values())
