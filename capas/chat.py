@@ -10,23 +10,21 @@ holds the text of a control token, it stays text. The labels are known by constr
 import hashlib
 import json
 import re
-from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from functools import cached_property, lru_cache
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
 from tokenizers import Tokenizer
 
-from capas.edges import Edges
 from capas.errors import CapasError
+from capas.plan import Plan
 from capas.records import IGNORE_INDEX
-from capas.scaffold import Control, Plan, Planner, Segment, control_pattern
+from capas.scaffold import Planner, control_pattern
+from capas.segments import Messages, Owned, SegmentEncoder
 from capas.template import Template, place_system
 from capas.tokenizer import TokenizerFiles
 
-Messages = Sequence[Mapping[str, Any]]
-Owned = list[tuple[int, int | None]]  # token id, index of the answer that it belongs to
 # What a control token looks like; none of the four families' tokens looks otherwise.
 _SHAPE = re.compile(
     r"<\|[^<>|\s]+\|>|<｜[^<>｜\s]+｜>|<(?:start|end)_of_[a-z]+>|\[/?[A-Z][A-Z_]+\]|</?s>"
@@ -56,22 +54,11 @@ class ChatFormat:
         self._check_known(written)
         controls = {t.content: t for t in files.added.values() if t.special or t.content in written}
         self._control_pattern = control_pattern(controls)
-        self._control_ids = {text: files.id_of_text(text) for text in controls}
-        self._unmarked = control_pattern({k: t for k, t in controls.items() if not t.special})
-        # The unknown token is special, yet an ordinary text may hold what a vocabulary lacks.
-        self._forbidden = frozenset(self._control_ids.values()) - {files.id_of("unk_token")}
-        self._alone = files.build(also_special=written)
-        self._inside = (
-            files.build(also_special=written, inside=True)
-            if files.adds_first_blank
-            else self._alone
-        )
-        self._edges = Edges(self._inside, self._alone)
+        self._segments = SegmentEncoder(files, controls)
         self._planner = Planner(self._render_placed, controls)
         self._plans: dict[Any, Plan] = {}
-        self._encode_scaffold = lru_cache(maxsize=4096)(self._encode_scaffold_uncached)
         self.end_token = self._planner.end_token
-        self.end_token_id = self._control_ids[self.end_token]
+        self.end_token_id = self._segments.control_ids[self.end_token]
         self.bos_token_id = files.id_of("bos_token")
         ids = (files.id_of("pad_token"), files.id_of("eos_token"), self.end_token_id)
         self.pad_token_id: int = next(i for i in ids if i is not None)
@@ -190,67 +177,7 @@ class ChatFormat:
         rendered = self._render_placed(messages, add_generation_prompt)
         if plan.fill(contents) != rendered:
             raise CapasError(_rewritten(plan.fill(contents), rendered))
-        owned: Owned = []
-        for part in plan.parts:
-            if isinstance(part, Control):
-                owned.append((self._control_ids[part.token], part.owner))
-            else:
-                owned += self._encode_segment(part, contents, messages)
-        self._check_controls(owned, plan)
-        return owned
-
-    def _encode_segment(self, segment: Segment, contents: list[str], messages: Messages) -> Owned:
-        """The ids of known contents where the borders allow it, else of the whole segment anew."""
-        if all(piece.message is None for piece in segment.pieces):
-            return self._encode_scaffold(segment)
-        *before, last = segment.pieces
-        if last.message is None or len(before) > 1 or (before and before[0].message is not None):
-            return self._encode_whole(segment, contents)
-        content = contents[last.message]
-        scaffold = before[0].text if before else ""
-        as_known = content == messages[last.message]["content"] and not self._unmarked.search(
-            content
-        )
-        if as_known and self._edges.join(scaffold, content):
-            ids = self._content_ids(messages[last.message])
-            start = self._encode_scaffold(Segment(tuple(before), segment.first)) if before else []
-            return start + [(i, last.owner) for i in ids]
-        if (
-            as_known
-            and before
-            and before[0].owner == last.owner
-            and self._edges.absorb(scaffold, content)
-        ):
-            return [(i, last.owner) for i in self._content_ids(messages[last.message])]
-        return self._encode_whole(segment, contents)
-
-    def _content_ids(self, message: Mapping[str, Any]) -> Sequence[int]:
-        if "input_ids" in message:
-            return message["input_ids"]
-        return self._alone.encode(message["content"], add_special_tokens=False).ids
-
-    def _encode_scaffold_uncached(self, segment: Segment) -> Owned:
-        return self._encode_whole(segment, [])
-
-    def _encode_whole(self, segment: Segment, contents: list[str]) -> Owned:
-        """A token that holds a character of an answer belongs to the answer."""
-        texts = [piece.fill(contents) for piece in segment.pieces]
-        owners = [p.owner for p, text in zip(segment.pieces, texts, strict=True) for _ in text]
-        encoder: Tokenizer = self._alone if segment.first else self._inside
-        encoding = encoder.encode("".join(texts), add_special_tokens=False)
-        return [
-            (i, next((o for o in owners[start : max(end, start + 1)] if o is not None), None))
-            for i, (start, end) in zip(encoding.ids, encoding.offsets, strict=True)
-        ]
-
-    def _check_controls(self, owned: Owned, plan: Plan) -> None:
-        """No content may have become a control token, whatever the tokenizer's vocabulary holds."""
-        found = len([i for i, _ in owned if i in self._forbidden])
-        if found > plan.num_controls:
-            raise CapasError(
-                f"{found - plan.num_controls} control token(s) came out of contents; the tokenizer in "
-                f"{self._files.folder} makes them out of ordinary pieces and cannot be used safely"
-            )
+        return self._segments.encode(plan, contents, messages)
 
 
 def _trained_messages(messages: Messages, train_on: str) -> set[int]:

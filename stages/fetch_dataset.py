@@ -20,8 +20,9 @@ from capas.calls import generate_records
 from capas.errors import CapasError
 from capas.facts import write_json
 from capas.params import Params
-from capas.records import RAW, SPLITS, content_sha256, to_raw, write_records
+from capas.records import RAW, SPLITS, content_sha256, write_records
 from capas.stage import Stage, log, run
+from capas.validation import to_raw
 
 EMBEDDED = "embedded"
 

@@ -18,9 +18,10 @@ from tokenizers import Tokenizer
 
 from capas.chat import ChatFormat
 from capas.errors import CapasError
-from capas.records import IGNORE_INDEX, to_raw
+from capas.records import IGNORE_INDEX
 from capas.template import Template, TemplateRefusal
 from capas.tokenizer import TokenizerFiles, encode_plain
+from capas.validation import to_raw
 
 FAMILIES = {"qwen2.5": "chatml", "llama3": "llama3", "mistral-v3": "mistral", "gemma2": "gemma"}
 SYSTEMS = ("You are terse.", "  Sé breve.\n\n", "¿Qué?\nSegunda línea")
@@ -76,7 +77,7 @@ def family(request: pytest.FixtureRequest, kit: Path) -> Family:
         ChatFormat(Template(text, files.named, ""), files, "template") for text in texts
     )
     reference = AutoTokenizer.from_pretrained(folder)
-    return Family(request.param, files, reference, official, ours, official._alone)
+    return Family(request.param, files, reference, official, ours, official._segments._alone)
 
 
 def instructions(kit: Path, every: int) -> Iterator[Messages]:

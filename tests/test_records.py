@@ -15,9 +15,9 @@ from capas.records import (
     TOKENIZED,
     content_sha256,
     read_records,
-    to_raw,
     write_records,
 )
+from capas.validation import to_raw
 
 HELLO = [{"role": "user", "content": "Hi"}, {"role": "assistant", "content": "Hello"}]
 
