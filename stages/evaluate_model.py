@@ -34,6 +34,7 @@ Row = dict[str, Any]
 DATA, TOKENIZER = "data/formatted", "data/models/tokenizer"
 BASE, QUANTIZED, ADAPTER = "data/models/base", "data/models/quantized", "data/models/adapter"
 GROUPS = ("kind", "language", "function", "turns")  # keys of metadata that scores are given by
+HEADLINE = ("loss", "perplexity", "token_accuracy", "exact_match", "valid_json", "stop_rate")
 PREDICTIONS = pa.schema(
     [(name, pa.string()) for name in ("id", "metadata", "prompt", "reference", "completion")]
     + [
@@ -66,14 +67,19 @@ def main(which: Literal["base", "tuned"], params: Params, stage: Stage) -> None:
         whole = score(load_model(stage.dep(BASE), params.model, device), records, params, stage)
         facts["full_precision"] = {name: summarize(whole)[name] for name in ("loss", "perplexity")}
         write_json(stage.out("reports/evaluation_base.json"), facts)
+        write_json(stage.out("reports/metrics/base.json"), headline(facts))
         write_records(stage.out("reports/predictions_base.parquet"), PREDICTIONS, rows)
     else:
         before = list(read_records(stage.dep("reports/predictions_base.parquet"), PREDICTIONS))
-        write_json(stage.out("reports/evaluation.json"), compare(before, rows, facts, params))
+        report = compare(before, rows, facts, params)
+        write_json(stage.out("reports/evaluation.json"), report)
+        write_json(stage.out("reports/metrics/tuned.json"), headline(facts) | gains(report))
         write_records(stage.out("reports/predictions.parquet"), PREDICTIONS, rows)
         base = json.loads(stage.dep("reports/evaluation_base.json").read_text(encoding="utf-8"))
         bars = before_after({"base": base, "tuned": facts})
-        write_csv(stage.out("reports/before_after.csv"), ("kind", "model", "exact_match"), bars)
+        write_csv(
+            stage.out("reports/before_after.csv"), ("kind", "model", "bar", "exact_match"), bars
+        )
 
 
 def choose(records: list[Row], max_records: int | None) -> list[Row]:
@@ -226,13 +232,31 @@ def compare(
     }
 
 
+def headline(facts: dict[str, Any]) -> dict[str, Any]:
+    """What `dvc metrics show` puts side by side for base and tuned model."""
+    return {name: facts[name] for name in HEADLINE}
+
+
+def gains(report: dict[str, Any]) -> dict[str, float]:
+    """The interval of each score's difference, flat."""
+    return {
+        f"{score}_gain{suffix}": interval[name]
+        for score, interval in report["difference"].items()
+        if score == "exact_match"
+        for name, suffix in (("mean", ""), ("low", "_low"), ("high", "_high"))
+    }
+
+
 def before_after(facts: dict[str, dict[str, Any]]) -> list[Row]:
     """A row for all records and for each kind of them, base before tuned."""
     scores = {
         model: {"all": found, **found["by"].get("kind", {})} for model, found in facts.items()
     }
     return [
-        {"kind": kind, "model": model, "exact_match": scores[model][kind]["exact_match"]}
+        {
+            **{"kind": kind, "model": model, "bar": f"{kind}, {model}"},
+            "exact_match": scores[model][kind]["exact_match"],
+        }
         for kind in scores["tuned"]
         for model in scores
     ]

@@ -43,11 +43,23 @@ def main(params: Params, stage: Stage) -> None:
     write_chat(folder, chat, params, stage)
     facts = summary(formatters, chat, params)
     write_json(stage.out("reports/format.json"), facts)
+    write_json(stage.out("reports/metrics/format.json"), headline(facts))
     lengths = {split: formatter.lengths for split, formatter in formatters.items()}
     columns = ("split", "num_tokens", "num_records")
     write_csv(stage.out("reports/lengths.csv"), columns, histogram(lengths))
     samples = {split: sampler.chosen() for split, sampler in samplers.items()}
     write_mask_page(stage.out("reports/mask.html"), samples, facts, chat)
+
+
+def headline(facts: dict[str, Any]) -> dict[str, Any]:
+    """What `dvc metrics show` shows: the training split, and what was lost in any."""
+    splits = facts["splits"]
+    return {
+        "num_train_tokens": splits["train"]["num_tokens"],
+        "supervised_fraction": splits["train"]["supervised_fraction"],
+        "num_truncated": sum(split["truncated"] for split in splits.values()),
+        "num_dropped": sum(split["dropped"] for split in splits.values()),
+    }
 
 
 def load_format(params: Params, stage: Stage) -> ChatFormat:

@@ -26,6 +26,7 @@ if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
 BASE, QUANTIZED = "data/models/base", "data/models/quantized"
+HEADLINE = ("bytes_before", "bytes_after", "relative_error_mean")
 
 
 def main(params: Params, stage: Stage) -> None:
@@ -53,6 +54,7 @@ def main(params: Params, stage: Stage) -> None:
         "skipped_modules": skipped_modules(model),
     }
     write_json(stage.out("reports/quantization.json"), facts)
+    write_json(stage.out("reports/metrics/quantize.json"), {name: facts[name] for name in HEADLINE})
     write_csv(
         stage.out("reports/quantization_error.csv"), ("layer", "relative_error", "bits"), errors
     )

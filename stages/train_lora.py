@@ -31,6 +31,7 @@ if TYPE_CHECKING:
 
 FORMATTED, QUANTIZED, TOKENIZER = "data/formatted", "data/models/quantized", "data/models/tokenizer"
 HISTORY = ("step", "epoch", "loss", "learning_rate", "grad_norm")
+HEADLINE = ("num_steps", "train_loss", "validation_loss", "validation_token_accuracy")
 VALIDATION = ("step", "epoch", "loss", "token_accuracy")
 
 
@@ -65,6 +66,7 @@ def main(params: Params, stage: Stage) -> None:
 
     facts = {"train_key": stage.key(), **summary(trainer), "used": usage.describe(trainer)}
     write_json(stage.out("reports/train.json"), facts | {"gradient_check": gradient_check})
+    write_json(stage.out("reports/metrics/train.json"), {name: facts[name] for name in HEADLINE})
     write_curves(trainer.state.log_history, stage)
     save_adapter(trainer.model, params, chat, stage)
 

@@ -3,55 +3,63 @@
 `python tests/test_readme.py` writes the tables anew.
 """
 
+import csv
 import json
 import re
 from pathlib import Path
-from typing import Any
 
 import pytest
 
 ROOT = Path(__file__).resolve().parents[1]
-START, END = "<!-- results: checked by tests/test_readme.py against reports/ -->", "<!-- /results -->"
+METRICS = ROOT / "reports/metrics"
+START, END = (
+    "<!-- results: checked by tests/test_readme.py against reports/ -->",
+    "<!-- /results -->",
+)
 TEXTS = {
     "README.md": {
-        "head": "| test records | base | tuned |",
+        "head": "| exact match on test records with | base | tuned |",
         "seen": "seen phrasings and values, new requests",
         "values": "values that training never had",
         "phrasings": "phrasings that training never had",
         "combinations": "combinations that training never had",
         "both": "new values in new phrasings",
-        "all": "all {n}: exact match",
-        "valid_json": "valid JSON",
+        "all": "all of them",
+        "valid_json": "valid JSON, all records",
         "difference": "The difference is {mean} points, 95 % interval {low} to {high}.",
     },
     "README.es.md": {
-        "head": "| registros de prueba | base | ajustado |",
+        "head": "| coincidencia exacta en registros de prueba con | base | ajustado |",
         "seen": "frases y valores vistos, peticiones nuevas",
         "values": "valores que el entrenamiento no tuvo",
         "phrasings": "frases que el entrenamiento no tuvo",
         "combinations": "combinaciones que el entrenamiento no tuvo",
         "both": "valores nuevos en frases nuevas",
-        "all": "los {n}: coincidencia exacta",
-        "valid_json": "JSON válido",
+        "all": "todos",
+        "valid_json": "JSON válido, todos los registros",
         "difference": "La diferencia es de {mean} puntos, intervalo del 95 % de {low} a {high}.",
     },
 }
 
 
 def results(texts: dict[str, str]) -> str:
-    base, report = read("evaluation_base.json"), read("evaluation.json")
-    tuned, difference = report["tuned"], report["difference"]["exact_match"]
-    rows = [(texts[kind], base["by"]["kind"][kind], part) for kind, part in tuned["by"]["kind"].items()]
-    rows.append((texts["all"].format(n=tuned["num_records"]), base, tuned))
+    base, tuned = (json.loads((METRICS / f"{m}.json").read_text()) for m in ("base", "tuned"))
+    shares: dict[str, dict[str, float]] = {}
+    for row in csv.DictReader((ROOT / "reports/before_after.csv").open()):
+        shares.setdefault(row["kind"], {})[row["model"]] = float(row["exact_match"])
+    shares["valid_json"] = {"base": base["valid_json"], "tuned": tuned["valid_json"]}
+    order = [*(kind for kind in shares if kind not in ("all", "valid_json")), "all", "valid_json"]
     lines = [texts["head"], "|---|---:|---:|"]
-    lines += [f"| {t} | {percent(b['exact_match'])} | {percent(a['exact_match'])} |" for t, b, a in rows]
-    lines.append(f"| {texts['valid_json']} | {percent(base['valid_json'])} | {percent(tuned['valid_json'])} |")
-    points = {name: f"{100 * value:.1f}" for name, value in difference.items()}
+    for kind in order:
+        before, after = shares[kind]["base"], shares[kind]["tuned"]
+        lines.append(f"| {texts[kind]} | {percent(before)} | {percent(after)} |")
+    gain = {
+        "mean": "exact_match_gain",
+        "low": "exact_match_gain_low",
+        "high": "exact_match_gain_high",
+    }
+    points = {name: f"{100 * tuned[key]:.1f}" for name, key in gain.items()}
     return "\n".join([*lines, "", texts["difference"].format(**points)])
-
-
-def read(name: str) -> Any:
-    return json.loads((ROOT / "reports" / name).read_text())
 
 
 def percent(share: float) -> str:
@@ -72,7 +80,7 @@ def test_the_table_is_what_the_reports_say(name: str) -> None:
 def test_files_that_are_named_exist(name: str) -> None:
     text = (ROOT / name).read_text(encoding="utf-8")
     named = set(re.findall(r"`((?:conf|stages|tests|capas|benchmarks)/[\w/.]+\.\w+)`", text))
-    named |= {target for target in re.findall(r"\]\(([\w./-]+)\)", text)}
+    named |= set(re.findall(r"\]\(([\w./-]+)\)", text))
     missing = [n for n in sorted(named) if "NAME" not in n and not (ROOT / n).exists()]
     assert named
     assert missing in ([], ["stages/verb_noun.py"])
@@ -91,4 +99,6 @@ if __name__ == "__main__":
         head, rest = text.split(START)
         kept = block(text).split("\n\n", 2)[2:]  # the prompt and its answers, written by hand
         body = "\n\n".join([results(texts), *kept])
-        (ROOT / name).write_text(f"{head}{START}\n{body}\n{END}{rest.split(END)[1]}", encoding="utf-8")
+        (ROOT / name).write_text(
+            f"{head}{START}\n{body}\n{END}{rest.split(END)[1]}", encoding="utf-8"
+        )
