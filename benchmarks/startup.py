@@ -61,11 +61,16 @@ def empty_pipeline(root: Path) -> Path:
     small = {}
     for name, entry in stages.items():
         outs = [o if isinstance(o, str) else next(iter(o)) for o in entry.get("outs", [])]
-        made |= {out: f"{name}.txt" for out in outs}
+        made |= dict.fromkeys(outs, f"{name}.txt")
         deps = sorted({made[dep] for dep in entry.get("deps", []) if dep in made})
         small[name] = {"cmd": f"echo {name} > {name}.txt", "deps": deps, "outs": [f"{name}.txt"]}
     (root / "dvc.yaml").write_text(yaml.safe_dump({"stages": small}))
-    for command in ("git init -q", "dvc init -q", "dvc config core.analytics false", "dvc repro -q"):
+    for command in (
+        "git init -q",
+        "dvc init -q",
+        "dvc config core.analytics false",
+        "dvc repro -q",
+    ):
         subprocess.run(command.split(), cwd=root, check=True, capture_output=True)
     return root
 

@@ -13,7 +13,6 @@ from capas.errors import CapasError
 from capas.params import select
 
 
-
 class _Loader(getattr(yaml, "CSafeLoader", yaml.SafeLoader)):  # type: ignore[misc]
     """Reads 1e-08 as a number, as YAML 1.2, OmegaConf and DVC do; PyYAML takes it for a string."""
 
@@ -23,6 +22,7 @@ _Loader.add_implicit_resolver(
     re.compile(r"^[-+]?[0-9]+(\.[0-9]*)?[eE][-+]?[0-9]+$"),
     list("-+0123456789"),
 )
+
 
 def read_yaml(path: Path) -> dict[str, Any]:
     """A YAML mapping; an empty file is an empty mapping.

@@ -132,7 +132,9 @@ def test_a_key_before_a_run_is_the_key_that_dvc_records_after_it(tmp_path: Path)
 
 
 def test_dvcs_way_to_write_a_small_number_is_a_number(tmp_path: Path) -> None:
-    (tmp_path / "dvc.lock").write_text("stages: {train: {params: {p: {a: 1e-08, b: 2E+3, c: x1e3}}}}")
+    (tmp_path / "dvc.lock").write_text(
+        "stages: {train: {params: {p: {a: 1e-08, b: 2E+3, c: x1e3}}}}"
+    )
     assert recorded(tmp_path)["train"]["params"]["p"] == {"a": 1e-8, "b": 2000.0, "c": "x1e3"}
 
 
