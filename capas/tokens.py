@@ -2,8 +2,7 @@
 
 import json
 from collections import Counter
-from collections.abc import Iterator, Mapping, Sequence
-from itertools import pairwise
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -14,6 +13,7 @@ from capas.neighbours import Embedding
 from capas.pieces import Piece, cut
 
 Row = dict[str, Any]
+Word = tuple[int, str]  # a token id and its text
 IGNORE_INDEX = -100
 NUM_LOOKED_AT = 1000  # records: enough for a frequency, not the whole of a large dataset
 NUM_WORDS = 6  # in the table of neighbours
@@ -91,39 +91,45 @@ def padding(records: Sequence[Row], batch_size: int) -> dict[str, Any]:
 def embedding(folder: Path, tokenizer: Tokenizer, records: Sequence[Row]) -> Row | None:
     """Nearest neighbours of the words that the training split uses most, among the words it uses.
 
-    Only words of one token: a piece of a word says little.
+    Only words of one token (a piece of a word says little), and none that most records have: those
+    belong to the system message.
     """
     table = Embedding.find(folder)
     if table is None:
         return None
-    counts = Counter(word for record in records for word in _words(tokenizer, record))
-    words = {i: text for (i, text), n in counts.most_common() if n >= MIN_NEIGHBOUR_COUNT}
+    in_records = [Counter(_words(tokenizer, record)) for record in records]
+    counts = sum(in_records, Counter[Word]())
+    spread = Counter(word for found in in_records for word in found)
+    common = [word for word, n in counts.most_common() if n >= MIN_NEIGHBOUR_COUNT]
+    words = dict(common)
+    asked = [word for word in common if spread[word] <= len(records) / 2]
     shown = [
         {
-            "token": words[i],
-            "count": counts[i, words[i]],
+            "token": text,
+            "count": counts[i, text],
             "neighbours": [(words[n], cosine) for n, cosine in table.neighbours(i, list(words), 4)],
         }
-        for i in _different(words)[:NUM_WORDS]
+        for i, text in _different(asked)[:NUM_WORDS]
         if len(words) > 1
     ]
     rows, width = table.shape
     return {"rows": rows, "width": width, "num_parameters": rows * width, "words": shown}
 
 
-def _words(tokenizer: Tokenizer, record: Row) -> Iterator[tuple[int, str]]:
-    """Tokens that are whole words of three letters or more in the middle of a sentence."""
+def _words(tokenizer: Tokenizer, record: Row) -> Iterator[Word]:
+    """Tokens that are whole words of three letters or more; roles, which follow a control token, are none."""
     pieces = cut(tokenizer, record["input_ids"])
-    for piece, following in pairwise(pieces):
+    for before, piece, following in zip(pieces, pieces[1:], pieces[2:], strict=False):
         word = piece.text.removeprefix(" ")
-        is_word = word != piece.text and len(word) >= 3 and word.isalpha()
-        if is_word and len(piece.ids) == 1 and not following.text[:1].isalpha():
+        begins = word != piece.text or not (before.control or before.text[-1:].isalpha())
+        whole = begins and not following.text[:1].isalpha()
+        if whole and len(word) >= 3 and word.isalpha() and len(piece.ids) == 1:
             yield piece.ids[0], word
 
 
-def _different(words: Mapping[int, str]) -> list[int]:
+def _different(words: Sequence[Word]) -> list[Word]:
     """One token for every word, whatever its capitals."""
-    first: dict[str, int] = {}
-    for token_id, text in words.items():
-        first.setdefault(text.lower(), token_id)
+    first: dict[str, Word] = {}
+    for token_id, text in words:
+        first.setdefault(text.lower(), (token_id, text))
     return list(first.values())
