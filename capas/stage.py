@@ -30,6 +30,8 @@ from capas.errors import CapasError
 from capas.params import Params, select
 
 log = logging.getLogger("capas")
+# How safetensors and torch.save say that the disk is full; neither raises an OSError.
+_FULL_DISK = ("No space left on device", "PytorchStreamWriter failed writing", ". unexpected pos ")
 PARAMS, ENVIRONMENT = "params.yaml", "environment.yaml"
 _HASHED_BYTES = (
     2**20
@@ -137,6 +139,12 @@ def run(
         where = f" ({error.filename})" if error.filename else ""
         sys.exit(
             f"{name}: {error.strerror}{where}. Nothing was recorded; mend it and run `dvc repro` again."
+        )
+    except Exception as error:
+        if not any(sign in str(error) for sign in _FULL_DISK):
+            raise
+        sys.exit(
+            f"{name}: No space left on device ({error}). Nothing was recorded; mend it and run `dvc repro` again."
         )
 
 

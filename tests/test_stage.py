@@ -121,6 +121,20 @@ def test_a_full_disk_and_a_missing_permission_are_messages(root: Path, number: i
     )
 
 
+@pytest.mark.parametrize(
+    "error",
+    [
+        "[enforce fail at inline_container.cc:672] . unexpected pos 576 vs 534",
+        "Error while serializing: I/O error: No space left on device (os error 28)",
+    ],
+)
+def test_a_full_disk_as_torch_and_safetensors_report_it(root: Path, error: str) -> None:
+    def fail(params: Params, stage: Stage) -> None:
+        raise RuntimeError(error)
+
+    assert failure(fail).startswith("copy: No space left on device")
+
+
 def test_a_programming_error_keeps_its_traceback(root: Path) -> None:
     def main(params: Params, stage: Stage) -> None:
         raise ZeroDivisionError
