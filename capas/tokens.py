@@ -91,6 +91,8 @@ def padding(records: Sequence[Row], batch_size: int) -> dict[str, Any]:
 def embedding(folder: Path, tokenizer: Tokenizer, records: Sequence[Row]) -> Row | None:
     """Nearest neighbours of the words that the training split uses most, among the words it uses.
 
+    `closest` is the nearest pair of them: (neighbour, cosine, word).
+
     Only words of one token (a piece of a word says little), and none that most records have: those
     belong to the system message.
     """
@@ -103,7 +105,7 @@ def embedding(folder: Path, tokenizer: Tokenizer, records: Sequence[Row]) -> Row
     common = [word for word, n in counts.most_common() if n >= MIN_NEIGHBOUR_COUNT]
     words = dict(common)
     asked = [word for word in common if spread[word] <= len(records) / 2]
-    shown = [
+    shown: list[Row] = [
         {
             "token": text,
             "count": counts[i, text],
@@ -112,8 +114,15 @@ def embedding(folder: Path, tokenizer: Tokenizer, records: Sequence[Row]) -> Row
         for i, text in _different(asked)[:NUM_WORDS]
         if len(words) > 1
     ]
+    pairs = [(*word["neighbours"][0], word["token"]) for word in shown]
     rows, width = table.shape
-    return {"rows": rows, "width": width, "num_parameters": rows * width, "words": shown}
+    return {
+        "rows": rows,
+        "width": width,
+        "num_parameters": rows * width,
+        "words": shown,
+        "closest": max(pairs, key=lambda pair: pair[1], default=None),
+    }
 
 
 def _words(tokenizer: Tokenizer, record: Row) -> Iterator[Word]:

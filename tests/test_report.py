@@ -1,9 +1,11 @@
 """The page: self-contained, escaped, the same bytes every time, in words where there is nothing to show."""
 
+import json
 import re
 from collections.abc import Callable
 from html.parser import HTMLParser
 from pathlib import Path
+from typing import Any
 
 import pytest
 from report_inputs import REPOSITORY, write_inputs
@@ -143,6 +145,43 @@ def test_a_greedy_grid_needs_no_sampling_setting(page_with: Callable[..., str]) 
     page = page_with("generation=greedy")
     assert "No setting draws: every answer is greedy." in page
     assert page.count("No setting of this run") == 4
+
+
+def edit(file: Path, change: Callable[[dict[str, Any]], None]) -> None:
+    content = json.loads(file.read_text())
+    change(content)
+    file.write_text(json.dumps(content))
+
+
+def test_a_gpu_run_names_its_card_and_its_libraries(tmp_path: Path) -> None:
+    root = write_inputs(tmp_path)
+    facts = {"device": "cuda", "gpu": "NVIDIA A1", "cuda": "12.8", "cudnn": 91002, "tf32": True}
+    edit(root / "reports/train.json", lambda train: train["used"].update(facts))
+    page = build(root)["en"]
+    assert "NVIDIA A1, CUDA 12.8, cuDNN 91002; TF32" in page
+    assert "No GPU and so no CUDA" not in page
+
+
+def test_records_without_metadata_are_scored_as_a_whole(tmp_path: Path) -> None:
+    root = write_inputs(tmp_path)
+    edit(root / "reports/evaluation.json", lambda scores: scores["tuned"].update(by={}))
+    page = build(root)["en"]
+    assert "From 0% to 50.0% exactly right" in page
+    assert 'id="figure-kinds"' not in page
+
+
+def test_own_prompts_have_no_expected_answer(tmp_path: Path) -> None:
+    root = write_inputs(tmp_path)
+    samples = root / "reports/samples.jsonl"
+    lines = [json.loads(line) | {"reference": None} for line in samples.read_text().splitlines()]
+    samples.write_text("".join(json.dumps(line) + "\n" for line in lines))
+    edit(
+        root / "reports/samples.json",
+        lambda s: s["settings"]["greedy"]["tuned"].update(exact_match=None),
+    )
+    page = build(root)["en"]
+    assert "Expected:" not in page
+    assert '<tr><th scope="row"><code>greedy</code></th>' in page
 
 
 def test_the_mask_marks_the_answer_and_its_end(pages: dict[str, str]) -> None:
