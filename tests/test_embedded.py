@@ -14,8 +14,10 @@ from capas.pretraining import (
     Recipe,
     build_model,
     draw_repeating_rows,
+    pretrain,
     train_tokenizer,
 )
+from stages import pretrain_embedded
 
 FOLDER = Path(__file__).resolve().parents[1] / "data" / "embedded"
 MANIFEST = json.loads((FOLDER / "manifest.json").read_text())
@@ -122,3 +124,41 @@ def test_the_tokenizer_is_a_function_of_its_texts():
     texts = ["call Ana", "llama a Ana", "call Luis at 7:30"] * 20
     first, second = (train_tokenizer(texts, 320).to_str() for _ in range(2))
     assert first == second
+
+
+def test_pretraining_repeats_its_weights_and_learns():
+    recipe = Recipe(num_steps=12, batch_rows=4, repeat_steps=0, warmup_steps=2)
+    rows = draw_repeating_rows(1, recipe, torch.Generator().manual_seed(1)).repeat(48, 1)
+    models, losses = [build_model(recipe), build_model(recipe)], []
+    for model in models:
+        pretrain(model, rows, recipe, lambda step, loss: losses.append(loss))
+    assert losses[:12] == losses[12:] and losses[11] < losses[0] - 1
+    first, second = (model.state_dict() for model in models)
+    assert all(torch.equal(first[name], second[name]) for name in first)
+
+
+def write_build(folder: Path, content: str) -> Path:
+    folder.mkdir()
+    (folder / "model.safetensors").write_text(content)
+    (folder / "manifest.json").write_text(json.dumps({"files": {"model.safetensors": {}}}))
+    return folder
+
+
+def test_a_rebuild_is_compared_and_replaces_nothing_by_itself(tmp_path):
+    shipped, equal = write_build(tmp_path / "shipped", "a"), write_build(tmp_path / "equal", "a")
+    different = write_build(tmp_path / "different", "b")
+    assert pretrain_embedded.compare(equal, shipped) == []
+    assert pretrain_embedded.compare(different, shipped) == ["model.safetensors"]
+    assert (shipped / "model.safetensors").read_text() == "a"
+    pretrain_embedded.replace(different, shipped)
+    assert (shipped / "model.safetensors").read_text() == "b"
+
+
+def test_a_file_that_is_no_longer_built_goes(tmp_path):
+    shipped, built = write_build(tmp_path / "shipped", "a"), write_build(tmp_path / "built", "a")
+    (shipped / "old.bin").write_text("old")
+    files = {"files": {"model.safetensors": {}, "old.bin": {}}}
+    (shipped / "manifest.json").write_text(json.dumps(files))
+    assert pretrain_embedded.compare(built, shipped) == ["old.bin"]
+    pretrain_embedded.replace(built, shipped)
+    assert not (shipped / "old.bin").exists()
