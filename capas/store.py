@@ -20,8 +20,8 @@ from capas.errors import CapasError
 TRAIN_KEY = "train_key"
 _SETTINGS = {  # only where the user has not set them
     "MLFLOW_DISABLE_TELEMETRY": "true",
-    "MLFLOW_HTTP_REQUEST_MAX_RETRIES": "2",  # the default, 7, tries for minutes
-    "MLFLOW_HTTP_REQUEST_TIMEOUT": "30",
+    "MLFLOW_HTTP_REQUEST_MAX_RETRIES": "1",  # the default, 7, tries for minutes
+    "MLFLOW_HTTP_REQUEST_TIMEOUT": "20",
 }
 _KIND = {"mlflow.experimentKind": "custom_model_development"}  # the UI opens its view of trainings
 _MAX_BATCH = 1000  # metrics in one call, MLflow's own limit
