@@ -44,8 +44,9 @@ def generation_config(
 
     Args:
         chat: data/formatted/chat.json.
-        settings: keys of GenerationConfig. Not given means not applied: no sampling, no cut-off.
+        settings: keys of GenerationConfig. Not given, or None, means not applied: no sampling, no cut-off.
     """
+    settings = {name: value for name, value in settings.items() if value is not None}
     neutral = _NEUTRAL if settings.get("do_sample") else {"do_sample": False}
     return GenerationConfig(
         bos_token_id=chat["bos_token_id"],
@@ -89,7 +90,7 @@ def next_token_probabilities(logits: torch.Tensor, settings: dict[str, Any]) -> 
     """
     scores = logits[None].float()
     for name, neutral, warper in _WARPERS:
-        if settings.get(name, neutral) != neutral:
+        if settings.get(name) not in (None, neutral):
             scores = warper(settings[name])(None, scores)
     return scores.softmax(dim=-1)[0]
 

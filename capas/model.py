@@ -1,6 +1,7 @@
 """Models as the stages load them: the base in full precision or quantized, with or without an adapter."""
 
 import json
+import logging
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -15,6 +16,8 @@ from capas.errors import CapasError
 from capas.params import Params
 
 transformers_logging.disable_progress_bar()
+# LLM.int8() computes its activations in float16, as it should: it says so at every call of every layer.
+logging.getLogger("bitsandbytes.autograd._functions").setLevel(logging.ERROR)
 
 
 def load_model(folder: Path, model: Params, device: torch.device, **kwargs: Any) -> PreTrainedModel:

@@ -144,7 +144,8 @@ def run(
         if not any(sign in str(error) for sign in _FULL_DISK):
             raise
         sys.exit(
-            f"{name}: No space left on device ({error}). Nothing was recorded; mend it and run `dvc repro` again."
+            f"{name}: No space left on device ({error}). Nothing was recorded; mend it and run "
+            "`dvc repro` again."
         )
 
 

@@ -4,7 +4,6 @@ from typing import Any
 
 import torch
 import transformers
-from torch import nn
 
 from capas import hardware
 from capas.errors import CapasError
@@ -85,7 +84,7 @@ def check(used: dict[str, Any], params: Params) -> None:
         raise CapasError("the training would not use what was asked for: " + "; ".join(wrong))
 
 
-def check_gradients(model: nn.Module, batch: dict[str, torch.Tensor]) -> dict[str, float]:
+def check_gradients(model: Any, batch: dict[str, torch.Tensor]) -> dict[str, float]:
     """Prove that an evaluation leaves the gradients as they are (`capas.model` says why that may fail).
 
     Returns:
@@ -94,6 +93,7 @@ def check_gradients(model: nn.Module, batch: dict[str, torch.Tensor]) -> dict[st
     Raises:
         CapasError: they differ.
     """
+    batch = {name: tensor.to(model.device) for name, tensor in batch.items()}
     before = _gradient_norm(model, batch)
     model.eval()
     with torch.inference_mode():
@@ -107,7 +107,7 @@ def check_gradients(model: nn.Module, batch: dict[str, torch.Tensor]) -> dict[st
     return {"gradient_norm_before_evaluation": before, "gradient_norm_after_evaluation": after}
 
 
-def _gradient_norm(model: nn.Module, batch: dict[str, torch.Tensor]) -> float:
+def _gradient_norm(model: Any, batch: dict[str, torch.Tensor]) -> float:
     model.train()
     with (
         torch.random.fork_rng()

@@ -60,6 +60,16 @@ def test_sequences_are_grouped_by_prompt() -> None:
     assert len({tuple(c.input_ids) for c in found[0]}) > 1
 
 
+def test_what_is_not_given_is_not_applied() -> None:
+    """transformers would fill in a top_k of 50, and a model's own generation_config.json anything."""
+    model = make_model().eval()
+    model.generation_config.repetition_penalty = 9.0
+    config = generation_config(CHAT, 1, do_sample=True, temperature=None)
+    assert (config.temperature, config.top_k, config.top_p) == (1.0, 0, 1.0)
+    before = complete(make_model().eval(), prompts(), generation_config(CHAT, 9), batch_size=4)
+    assert complete(model, prompts(), generation_config(CHAT, 9), batch_size=4) == before
+
+
 def test_settings_reach_the_sampler() -> None:
     """top_k=1 leaves one token to draw from: sampling is then greedy."""
     model = make_model(initializer_range=0.3).eval()

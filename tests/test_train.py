@@ -203,6 +203,14 @@ def test_names_of_optimizers_and_schedules_go_through(tmp_path: Path) -> None:
     assert history(root)[-1]["learning_rate"] >= 1e-3
 
 
+@pytest.mark.parametrize("preset", ["int8", "fp4"])
+def test_other_quantizations_train(tmp_path: Path, preset: str) -> None:
+    root = train(tmp_path, f"quantization={preset}", quantize=True)
+    assert read_json(root / "reports/train.json")["used"]["quantization"] == preset
+    losses = [row["loss"] for row in history(root, "validation")]
+    assert losses == sorted(losses, reverse=True)
+
+
 @pytest.mark.parametrize(
     ("override", "message"),
     [
