@@ -116,12 +116,14 @@ def adapted(adapter_file: Path) -> dict[str, Any]:
 
 
 def curve(history: Sequence[Row], max_grad_norm: float, vocab_size: int) -> dict[str, Any]:
-    """The ends of the training curve, and what a model that knows nothing would score."""
+    """The ends of the training curve, and what a model that knows nothing would score.
+
+    A training shorter than logging_steps has no row, and then no ends.
+    """
     norms = [row["grad_norm"] for row in history]
     return {
-        "first": history[0],
-        "last": history[-1],
-        "highest_learning_rate": max(row["learning_rate"] for row in history),
+        "first": history[0] if history else None,
+        "last": history[-1] if history else None,
         "num_clipped": sum(norm > max_grad_norm for norm in norms) if max_grad_norm else None,
         "num_logged": len(norms),
         "uniform_loss": math.log(vocab_size),

@@ -127,8 +127,9 @@ def draw(facts: dict[str, Any], specs: dict[str, StageSpec], language: Language)
     figures = {
         "dag": pipeline.draw(specs),
         "loss": plots.loss_curves(history, validation, words, number),
-        "learning_rate": plots.learning_rate(history, words, number),
     }
+    if history:
+        figures["learning_rate"] = plots.learning_rate(history, words, number)
     if kinds:
         figures["kinds"] = plots.shares(kinds, words, percent)
     if facts["layer_errors"]:
