@@ -16,12 +16,12 @@ The travelling record is born here::
 from collections.abc import Iterable, Mapping
 from typing import Any
 
-from capas.calls import generate_records
 from capas.errors import CapasError
 from capas.facts import write_json
 from capas.params import Params
 from capas.records import RAW, SPLITS, content_sha256, write_records
 from capas.stage import Stage, log, run
+from capas.task.calls import generate_records
 from capas.validation import to_raw
 
 EMBEDDED = "embedded"

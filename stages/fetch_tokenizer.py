@@ -10,11 +10,11 @@ import shutil
 from pathlib import Path
 
 from capas import embedded
+from capas.chat.tokenizer import CONFIG, FILES, TOKENIZER, TokenizerFiles
 from capas.errors import CapasError
 from capas.params import Params
 from capas.sources import Source, find_source, snapshot
 from capas.stage import Stage, log, run
-from capas.tokenizer import CONFIG, FILES, TOKENIZER, TokenizerFiles
 
 
 def main(params: Params, stage: Stage) -> None:

@@ -16,11 +16,11 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-from capas.chat import ChatFormat
+from capas.chat.format import ChatFormat
+from capas.chat.formatting import SplitFormatter, histogram
+from capas.chat.overflow import Overflow
 from capas.facts import write_csv, write_json
-from capas.formatting import SplitFormatter, histogram
-from capas.maskpage import Sampler, write_mask_page
-from capas.overflow import Overflow
+from capas.page.maskpage import Sampler, write_mask_page
 from capas.params import Params
 from capas.records import FORMATTED, SPLITS, TOKENIZED, Record, read_records, write_records
 from capas.stage import Stage, log, run

@@ -25,13 +25,13 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from capas import hardware
-from capas.corpus import generate_corpus
 from capas.params import Params
+from capas.task.corpus import generate_corpus
 
 if TYPE_CHECKING:
     from tokenizers import Tokenizer
 
-    from capas.pretraining import Recipe
+    from capas.task.pretraining import Recipe
 
 FOLDER = Path(__file__).resolve().parents[1] / "data" / "embedded"
 # Fixed here, not read from conf/: the shipped bytes must not depend on anybody's configuration.
@@ -59,7 +59,7 @@ def main(arguments: list[str] | None = None) -> int:
     parser.add_argument("--num-threads", type=int, default=HARDWARE["num_threads"])
     options = parser.parse_args(arguments)
     hardware.prepare(Params({**HARDWARE, "num_threads": options.num_threads}))
-    from capas.pretraining import Recipe  # imports torch, whose environment is now set
+    from capas.task.pretraining import Recipe  # imports torch, whose environment is now set
 
     with tempfile.TemporaryDirectory(prefix="embedded-") as aside:
         build(Path(aside), Recipe())
@@ -74,7 +74,7 @@ def main(arguments: list[str] | None = None) -> int:
 
 def build(folder: Path, recipe: "Recipe") -> None:
     """Write all files of the embedded base, the manifest last."""
-    from capas import pretraining
+    from capas.task import pretraining
 
     started = time.monotonic()
     texts = (document.render() for document in generate_corpus(recipe.seed, TOKENIZER_DOCUMENTS))
@@ -110,7 +110,7 @@ def save_tokenizer(tokenizer: "Tokenizer", folder: Path, max_length: int) -> Non
     """tokenizer.json and tokenizer_config.json, with ChatML as the template of the base."""
     from transformers import PreTrainedTokenizerFast
 
-    from capas.pretraining import BOS, CHAT_TEMPLATE, EOS, PAD
+    from capas.task.pretraining import BOS, CHAT_TEMPLATE, EOS, PAD
 
     fast = PreTrainedTokenizerFast(
         tokenizer_object=tokenizer,

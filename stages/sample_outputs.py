@@ -22,15 +22,15 @@ from typing import TYPE_CHECKING, Any
 from tokenizers import Tokenizer
 
 from capas import hardware, metrics
-from capas.chat import ChatFormat
+from capas.chat.format import ChatFormat
+from capas.chat.template import Template, TemplateRefusal, place_system
+from capas.chat.tokenizer import TokenizerFiles
 from capas.errors import CapasError
 from capas.facts import write_csv, write_json
 from capas.params import Params
 from capas.prompts import Prompt, first_system_message, held_out_prompts, own_prompts
 from capas.records import FORMATTED, RAW, read_records
 from capas.stage import Stage, log, run
-from capas.template import Template, TemplateRefusal, place_system
-from capas.tokenizer import TokenizerFiles
 
 if TYPE_CHECKING:
     import torch

@@ -16,10 +16,10 @@ from itertools import islice
 
 from tokenizers import Tokenizer
 
+from capas.chat.tokenizer import TokenizerFiles, encode_plain
 from capas.params import Params
 from capas.records import RAW, SPLITS, TOKENIZED, Record, read_records, write_records
 from capas.stage import Stage, log, run
-from capas.tokenizer import TokenizerFiles, encode_plain
 
 RECORDS_AT_ONCE = 1000
 

@@ -7,8 +7,8 @@ from random import Random
 
 import pytest
 
-from capas import phrases
-from capas.calls import (
+from capas.task import phrases
+from capas.task.calls import (
     COMBINATION_SORTS,
     KINDS,
     Conversation,
@@ -17,8 +17,8 @@ from capas.calls import (
     normalise,
     write_call,
 )
-from capas.requests import Combination, draw_arguments
-from capas.values import draw_value, is_held_out
+from capas.task.requests import Combination, draw_arguments
+from capas.task.values import draw_value, is_held_out
 
 
 @pytest.fixture

@@ -8,10 +8,10 @@ from typing import Any
 import pytest
 from conftest import REPOSITORY, say, template_text
 
-from capas.chat import ChatFormat
+from capas.chat.format import ChatFormat
+from capas.chat.tokenizer import TokenizerFiles, encode_plain
 from capas.errors import CapasError
 from capas.records import IGNORE_INDEX
-from capas.tokenizer import TokenizerFiles, encode_plain
 
 PRESETS = ("chatml", "llama3", "mistral", "gemma")
 GOLDEN = sorted((REPOSITORY / "tests" / "golden").iterdir())

@@ -16,11 +16,11 @@ import pytest
 from conftest import say, template_text
 from tokenizers import Tokenizer
 
-from capas.chat import ChatFormat
+from capas.chat.format import ChatFormat
+from capas.chat.template import Template, TemplateRefusal
+from capas.chat.tokenizer import TokenizerFiles, encode_plain
 from capas.errors import CapasError
 from capas.records import IGNORE_INDEX
-from capas.template import Template, TemplateRefusal
-from capas.tokenizer import TokenizerFiles, encode_plain
 from capas.validation import to_raw
 
 FAMILIES = {"qwen2.5": "chatml", "llama3": "llama3", "mistral-v3": "mistral", "gemma2": "gemma"}

@@ -4,12 +4,12 @@ import json
 import re
 from functools import cache
 
-from capas import phrases
-from capas.calls import generate_conversations, generate_records
-from capas.corpus import CHAT_SHARES, DOCUMENT_SHARES, Document, generate_corpus, render_chat
-from capas.pretraining import SPECIAL_TOKENS
-from capas.values import is_held_out
-from capas.words import WORDS
+from capas.task import phrases
+from capas.task.calls import generate_conversations, generate_records
+from capas.task.corpus import CHAT_SHARES, DOCUMENT_SHARES, Document, generate_corpus, render_chat
+from capas.task.pretraining import SPECIAL_TOKENS
+from capas.task.values import is_held_out
+from capas.task.words import WORDS
 
 SPOKEN = r"[\w:]*\w"  # a word, a number, a time
 

@@ -111,6 +111,13 @@ def test_the_mask_needs_no_weights() -> None:
     assert seen == {"format", "tokenize", "fetch", "fetch_tokenizer", "compose"}
 
 
+def test_packages_hold_nothing_but_a_docstring() -> None:
+    """An import of `capas.chat.format` runs `capas/chat/__init__.py`, which is no dep of any stage."""
+    packages = sorted((REPOSITORY / "capas").rglob("__init__.py"))
+    assert len(packages) == 4
+    assert all(len(ast.parse(file.read_text()).body) == 1 for file in packages)
+
+
 def test_no_script_imports_a_script() -> None:
     files = sorted((REPOSITORY / "stages").glob("*.py"))
     assert len(files) >= 13

@@ -9,9 +9,9 @@ import pytest
 from conftest import CONTROL_TOKENS, NAMED, TEXTS, say, template_text
 from tokenizers import AddedToken, Tokenizer, models, normalizers, pre_tokenizers, trainers
 
-from capas.chat import ChatFormat
-from capas.edges import Edges
-from capas.tokenizer import TokenizerFiles
+from capas.chat.edges import Edges
+from capas.chat.format import ChatFormat
+from capas.chat.tokenizer import TokenizerFiles
 
 WORDS = [
     "Set",

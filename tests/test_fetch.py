@@ -10,10 +10,10 @@ from conftest import REPOSITORY
 from dataside import DataSide
 
 from capas import embedded
+from capas.chat.tokenizer import TokenizerFiles
 from capas.errors import CapasError
 from capas.records import RAW, SPLITS, content_sha256, read_records
 from capas.sources import Source, find_source, snapshot
-from capas.tokenizer import TokenizerFiles
 
 EMBEDDED = ("tokenizer.json", "tokenizer_config.json")
 COMMIT = "0123456789abcdef0123456789abcdef01234567"

@@ -5,9 +5,9 @@ from pathlib import Path
 
 import pytest
 
-from capas import pipeline, plots
 from capas.dag import StageSpec, read_yaml
-from capas.figure import COLOURS, to_svg
+from capas.page import pipeline, plots
+from capas.page.figure import COLOURS, to_svg
 
 REPOSITORY = Path(__file__).parents[1]
 

@@ -13,11 +13,11 @@ import pytest
 from conftest import CONTROL_TOKENS, REPOSITORY, say, template_text
 from dataside import DataSide
 
-from capas.chat import ChatFormat
+from capas.chat.format import ChatFormat
+from capas.chat.formatting import histogram
+from capas.chat.tokenizer import TokenizerFiles, encode_plain
 from capas.errors import CapasError
-from capas.formatting import histogram
 from capas.records import IGNORE_INDEX, TOKENIZED, read_records, write_records
-from capas.tokenizer import TokenizerFiles, encode_plain
 
 PRESETS = ("chatml", "llama3", "mistral", "gemma")
 LONG = ("dataset.overflow=truncate", "dataset.overflow_budget_fraction=1.0")
@@ -288,7 +288,7 @@ def test_the_page_needs_nothing_but_itself_and_escapes_contents(side: DataSide) 
 
 
 def test_the_page_says_when_the_mask_is_not_what_it_should_be(side: DataSide) -> None:
-    from capas.maskpage import view
+    from capas.page.maskpage import view
 
     chat = ChatFormat.load(template_text("chatml"), side.root / "tokenizer", "")
     (record,) = side.run("format").formatted("train")

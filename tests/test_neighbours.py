@@ -8,8 +8,8 @@ import pytest
 from safetensors.numpy import save_file
 from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers
 
-from capas.neighbours import Embedding
-from capas.pieces import cut
+from capas.page.neighbours import Embedding
+from capas.page.pieces import cut
 
 NAME = "model.embed_tokens.weight"
 

@@ -6,8 +6,8 @@ import pytest
 from conftest import CONTROL_TOKENS, say
 from dataside import DataSide
 
+from capas.chat.tokenizer import TokenizerFiles, encode_plain
 from capas.records import RAW, TOKENIZED, read_records, write_records
-from capas.tokenizer import TokenizerFiles, encode_plain
 from stages import tokenize_messages
 
 

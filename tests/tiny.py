@@ -21,7 +21,7 @@ from transformers import (
     Qwen2ForCausalLM,
 )
 
-from capas.chat import ChatFormat
+from capas.chat.format import ChatFormat
 from capas.composition import composer, dump
 from capas.dag import StageSpec, read_yaml
 from capas.params import Params, select

@@ -4,7 +4,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
-from capas.chat import ChatFormat, Encoded
+from capas.chat.format import ChatFormat, Encoded
 from capas.errors import CapasError
 from capas.records import IGNORE_INDEX, Record
 

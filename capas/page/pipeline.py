@@ -8,7 +8,7 @@ from matplotlib.figure import Figure
 from matplotlib.patches import FancyBboxPatch
 
 from capas.dag import StageSpec
-from capas.figure import ACCENT, FAINT, INK, PANEL, drawing
+from capas.page.figure import ACCENT, FAINT, INK, PANEL, drawing
 
 _BOX = (118, 34)  # width, height; points
 _GAP = (22, 30)

@@ -7,11 +7,11 @@ from typing import Any
 
 from tokenizers import AddedToken, Tokenizer
 
-from capas.edges import Edges
+from capas.chat.edges import Edges
+from capas.chat.plan import Control, Plan, Segment
+from capas.chat.scaffold import control_pattern
+from capas.chat.tokenizer import TokenizerFiles
 from capas.errors import CapasError
-from capas.plan import Control, Plan, Segment
-from capas.scaffold import control_pattern
-from capas.tokenizer import TokenizerFiles
 
 Messages = Sequence[Mapping[str, Any]]
 Owned = list[tuple[int, int | None]]  # token id, index of the answer that it belongs to

@@ -9,8 +9,8 @@ from typing import Any
 import pyarrow.parquet as pq
 from tokenizers import Tokenizer
 
-from capas.neighbours import Embedding
-from capas.pieces import Piece, cut
+from capas.page.neighbours import Embedding
+from capas.page.pieces import Piece, cut
 
 Row = dict[str, Any]
 Word = tuple[int, str]  # a token id and its text

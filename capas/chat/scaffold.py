@@ -15,9 +15,9 @@ from typing import Any
 
 from tokenizers import AddedToken
 
+from capas.chat.plan import Control, Piece, Plan, Segment
+from capas.chat.template import TemplateRefusal
 from capas.errors import CapasError
-from capas.plan import Control, Piece, Plan, Segment
-from capas.template import TemplateRefusal
 
 Render = Callable[[Sequence[Mapping[str, Any]], bool], str]  # (messages, add_generation_prompt)
 _OPEN, _CLOSE = "\ue0f0", "\ue0f1"  # private-use characters that no template writes

@@ -1,6 +1,6 @@
 """Tables of the embedded task: the real words its values are made of, the frames that hold them."""
 
-from capas.phrases import LANGUAGES
+from capas.task.phrases import LANGUAGES
 
 # Kind of atom -> language -> words. Names of people and places are the same in both languages.
 _NAMES = (

@@ -16,7 +16,7 @@ from matplotlib.ticker import (
     PercentFormatter,
 )
 
-from capas.figure import ACCENT, BASE, FAINT, INK, TUNED, drawing
+from capas.page.figure import ACCENT, BASE, FAINT, INK, TUNED, drawing
 
 Row = Mapping[str, Any]
 Words = Callable[[str], str]

@@ -7,9 +7,9 @@ from dataclasses import dataclass, field
 from statistics import median
 from typing import Any
 
-from capas.chat import ChatFormat
+from capas.chat.format import ChatFormat
+from capas.chat.overflow import Overflow, count_supervised
 from capas.errors import CapasError
-from capas.overflow import Overflow, count_supervised
 from capas.records import Record
 
 CHECKED_FIRST, CHECKED_EVERY = (

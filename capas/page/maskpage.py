@@ -10,11 +10,11 @@ from typing import Any
 import jinja2
 from tokenizers import Tokenizer
 
-from capas.chat import ChatFormat
-from capas.pieces import Piece, cut
+from capas.chat.format import ChatFormat
+from capas.page.pieces import Piece, cut
 from capas.records import IGNORE_INDEX, Record
 
-TEMPLATE = Path(__file__).parent / "page" / "mask.html.jinja"
+TEMPLATE = Path(__file__).parent / "mask.html.jinja"
 FIRST_RECORDS = 3
 _SHOWN = {" ": "·", "\n": "↵", "\t": "⇥"}
 

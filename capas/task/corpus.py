@@ -12,8 +12,8 @@ from dataclasses import dataclass, field
 from itertools import count
 from random import Random
 
-from capas import phrases
-from capas.prose import (
+from capas.task import phrases
+from capas.task.prose import (
     FACTS,
     NUMBER_FACTS,
     RECORD_SYSTEMS,
@@ -22,7 +22,7 @@ from capas.prose import (
     SUBJECTS,
     SYSTEMS,
 )
-from capas.requests import (
+from capas.task.requests import (
     Arguments,
     closed_slot,
     contract_articles,
@@ -33,7 +33,7 @@ from capas.requests import (
     list_phrasings,
     say_value,
 )
-from capas.values import draw, draw_number, draw_time, draw_value, invent_word
+from capas.task.values import draw, draw_number, draw_time, draw_value, invent_word
 
 Message = dict[str, str]
 OTHER = {"en": "es", "es": "en"}

@@ -9,8 +9,8 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from random import Random
 
-from capas import phrases
-from capas.values import is_held_out
+from capas.task import phrases
+from capas.task.values import is_held_out
 
 PLAIN_SHARE = 0.2  # of the requests, typed without capitals and full stop
 OPTIONAL_SHARE = 0.6  # of the requests that could name a day do

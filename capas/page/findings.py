@@ -14,8 +14,8 @@ from typing import Any
 import pyarrow.csv as pa_csv
 import pyarrow.parquet as pq
 
-from capas.intervals import wilson_interval
-from capas.neighbours import read_header
+from capas.page.intervals import wilson_interval
+from capas.page.neighbours import read_header
 
 Row = dict[str, Any]
 NUM_WRONG = 6  # answers shown

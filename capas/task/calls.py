@@ -28,8 +28,8 @@ from functools import partial
 from random import Random
 from typing import Any
 
-from capas import phrases
-from capas.requests import (
+from capas.task import phrases
+from capas.task.requests import (
     Arguments,
     Combination,
     ValueSource,
@@ -38,7 +38,7 @@ from capas.requests import (
     draw_fix,
     draw_request,
 )
-from capas.values import draw_value
+from capas.task.values import draw_value
 
 KINDS = ("seen", "values", "phrasings", "combinations", "both")
 TURNS = ("single", "ask", "fix")

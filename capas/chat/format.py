@@ -17,13 +17,13 @@ from typing import Any
 
 from tokenizers import Tokenizer
 
+from capas.chat.plan import Plan
+from capas.chat.scaffold import Planner, control_pattern
+from capas.chat.segments import Messages, Owned, SegmentEncoder
+from capas.chat.template import Template, place_system
+from capas.chat.tokenizer import TokenizerFiles
 from capas.errors import CapasError
-from capas.plan import Plan
 from capas.records import IGNORE_INDEX
-from capas.scaffold import Planner, control_pattern
-from capas.segments import Messages, Owned, SegmentEncoder
-from capas.template import Template, place_system
-from capas.tokenizer import TokenizerFiles
 
 # What a control token looks like; none of the four families' tokens looks otherwise.
 _SHAPE = re.compile(
@@ -72,7 +72,7 @@ class ChatFormat:
 
         Args:
             date_string: what a template gets that asks for today's date.
-            system: template | fold | error, see `capas.template.place_system`.
+            system: template | fold | error, see `capas.chat.template.place_system`.
 
         Raises:
             CapasError: a file is missing or damaged; the template has a syntax error, writes control tokens

@@ -12,7 +12,7 @@ from functools import cache
 from random import Random
 from string import Formatter
 
-from capas.words import FRAMES, NUMBER_RANGES, WORDS
+from capas.task.words import FRAMES, NUMBER_RANGES, WORDS
 
 HELD_OUT_SHARE = 4  # one atom in so many is held out
 INVENTED_SHARE = 0.6  # of the names of people and places

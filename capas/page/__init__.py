@@ -1,0 +1,1 @@
+"""The pages in reports/: numbers, words, plots and templates."""

@@ -1,0 +1,1 @@
+"""The embedded task and the corpus of its base model."""
