@@ -71,6 +71,7 @@ def environment(hardware: Params) -> dict[str, str]:
         "OMP_WAIT_POLICY": "PASSIVE",  # spinning threads make a busy machine ten times slower
         "CUBLAS_WORKSPACE_CONFIG": ":4096:8",  # what cuBLAS needs to be deterministic
         "CUDA_VISIBLE_DEVICES": _visible_devices(hardware.device),
+        "TORCHDYNAMO_DISABLE": "1",  # bitsandbytes would compile kernels where it finds a C compiler
         "HF_HUB_OFFLINE": "1",  # the fetch stages alone reach for a network
         "TOKENIZERS_PARALLELISM": "false",
     }
