@@ -63,6 +63,8 @@ class Stage:
         """
         self._check_declared(path, self.spec.deps, "dep")
         found = self.root / path
+        if self._aside and (self._aside / path).exists() and path.startswith("data/composed/"):
+            return self._aside / path  # what the overrides of a debug run compose to
         if not found.exists():
             raise CapasError(f"{path} is missing; the stage that makes it has not run: `dvc repro`")
         return found
@@ -158,7 +160,7 @@ def _run(name: str, main: Callable[[Params, Stage], None], overrides: list[str])
         aside = root / ".dvc/tmp/debug" / name if overrides else None
         stage = Stage(spec, root, aside)
         started = time.perf_counter()
-        main(Params(_overridden(spec, root, overrides)), stage)
+        main(Params(_overridden(spec, root, overrides, aside)), stage)
         seconds = time.perf_counter() - started
         _check_unchanged(before, _state(spec, root))
         stage.finish()
@@ -171,12 +173,18 @@ def _run(name: str, main: Callable[[Params, Stage], None], overrides: list[str])
             _write_timing(name, root, seconds)
 
 
-def _overridden(spec: StageSpec, root: Path, overrides: list[str]) -> dict[str, Any]:
-    """The declared values of params.yaml, or those that conf/ composes to with Hydra overrides."""
+def _overridden(
+    spec: StageSpec, root: Path, overrides: list[str], aside: Path | None
+) -> dict[str, Any]:
+    """The declared values of params.yaml, or those that conf/ composes to with Hydra overrides.
+
+    The files that the overrides name, such as a chat template, are written below `aside`.
+    """
     keys = spec.params.get(PARAMS, [])
-    if not overrides:
+    if aside is None:
         return select(read_yaml(root / PARAMS), keys) if keys else {}
-    command = [sys.executable, "stages/compose_params.py", "--print", *overrides]
+    script = [sys.executable, "stages/compose_params.py"]
+    command = [*script, "--print", "--files", str(aside), *overrides]
     composed = subprocess.run(command, cwd=root, stdout=subprocess.PIPE, text=True, check=False)
     if composed.returncode:
         raise CapasError("the overrides do not compose")

@@ -60,6 +60,8 @@ def main(options: argparse.Namespace) -> None:
         target = compose(options.overrides)
     if options.print:
         validate(target)
+        if options.files:
+            write_all({options.files / path: text for path, text in resolved_files(target).items()})
         sys.stdout.write(json.dumps(target) + "\n")
         return None
     if options.check:
@@ -70,8 +72,7 @@ def main(options: argparse.Namespace) -> None:
     outputs = {PARAMS: dump(target), ENVIRONMENT: environment(), **resolved_files(target)}
     for note in in_force():
         log.info("conf/overrides.yaml sets %s", note)
-    for path, text in outputs.items():
-        write(path, text)
+    write_all(outputs)
     log.info("params.yaml written")
     return None
 
@@ -179,6 +180,11 @@ def prompts(setting: Any) -> list[str] | None:
     return [line for line in lines if line]
 
 
+def write_all(files: dict[Path, str]) -> None:
+    for path, text in files.items():
+        write(path, text)
+
+
 def write(path: Path, text: str) -> None:
     """Whole or not at all; an unchanged file is left alone."""
     if path.exists() and not path.is_symlink() and path.read_text(encoding="utf-8") == text:
@@ -210,6 +216,9 @@ def parse_options() -> argparse.Namespace:
         "--keep", action="store_true", help="params.yaml is right: record its values"
     )
     parser.add_argument("--schema", action="store_true", help="write the JSON Schemas for editors")
+    parser.add_argument(
+        "--files", type=Path, help="with --print: write the files it names below here"
+    )
     parser.add_argument("overrides", nargs="*", help="with --print: Hydra overrides, lora.r=8")
     options = parser.parse_args()
     if options.overrides and not options.print:
