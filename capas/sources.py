@@ -1,7 +1,8 @@
 """Where a model comes from: the embedded base, a local folder, or a commit on the Hugging Face Hub."""
 
 import re
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from enum import Enum
 from pathlib import Path
 
@@ -44,12 +45,31 @@ def snapshot(name: str, revision: str | None, patterns: Sequence[str]) -> Path:
             f"model.revision={revision}: name the commit of {name} (40 hex digits, on its page under 'Files "
             "and versions'); a branch moves, and the same configuration would mean another model tomorrow"
         )
-    from httpx import HTTPError
     from huggingface_hub import snapshot_download
+
+    with _reached(name, revision):
+        return Path(snapshot_download(name, revision=revision, allow_patterns=list(patterns)))
+
+
+def file_names(name: str, revision: str | None) -> list[str]:
+    """All files of that commit on the Hub, those that were not downloaded included.
+
+    Raises:
+        CapasError: as `snapshot`.
+    """
+    from huggingface_hub import list_repo_files
+
+    with _reached(name, revision):
+        return list_repo_files(name, revision=revision)
+
+
+@contextmanager
+def _reached(name: str, revision: str | None) -> Iterator[None]:
+    from httpx import HTTPError
     from huggingface_hub.errors import EntryNotFoundError, HFValidationError, OfflineModeIsEnabled
 
     try:
-        return Path(snapshot_download(name, revision=revision, allow_patterns=list(patterns)))
+        yield
     except (HTTPError, EntryNotFoundError, HFValidationError, OfflineModeIsEnabled) as error:
         raise CapasError(
             f"{name} at {revision} could not be downloaded: {error}\nA gated model needs `hf auth login`; "

@@ -8,7 +8,7 @@ The tokenizer is fetched apart (fetch_tokenizer): looking at a mask needs no wei
 """
 
 import json
-import re
+from collections.abc import Callable
 from pathlib import Path
 
 from capas.architecture import check_causal
@@ -16,6 +16,7 @@ from capas.embedded import FOLDER, MANIFEST, verify
 from capas.errors import CapasError
 from capas.links import place
 from capas.params import Params
+from capas.sources import Source, file_names, find_source, snapshot
 from capas.stage import Stage, log, run
 
 EMBEDDED_FILES = ["config.json", "generation_config.json", "model.safetensors"]
@@ -29,22 +30,23 @@ PICKLES = (".bin", ".pt", ".pth", ".ckpt", ".pkl", ".h5", ".msgpack")
 
 
 def main(params: Params, stage: Stage) -> None:
-    name = params.model.model_name_or_path
+    name, revision = params.model.model_name_or_path, params.model.revision
     patterns = [*WANTED, "*.py"] if params.model.trust_remote_code else WANTED
-    immutable = False
-    if name == FOLDER:
+    source = find_source(name, stage.root)
+    if source is Source.EMBEDDED:
         found = [stage.dep(f"{FOLDER}/{file}") for file in EMBEDDED_FILES]
         verify(stage.dep(MANIFEST), found)
-    elif (stage.root / name).is_dir():
+    elif source is Source.FOLDER:
         found = matching(stage.root / name, patterns)
-        refuse_pickles(name, found, [file.name for file in (stage.root / name).iterdir()])
+        refuse_pickles(name, found, lambda: [file.name for file in (stage.root / name).iterdir()])
     else:
-        found = download(name, params.model.revision, patterns)
-        immutable = True  # the Hub's cache is addressed by content: nobody edits a file in it
+        found = matching(snapshot(name, revision, patterns), patterns)
+        refuse_pickles(name, found, lambda: file_names(name, revision))
     check_files(found, name)
 
     folder = stage.out("data/models/base")
     folder.mkdir()
+    immutable = source is Source.HUB  # its cache is addressed by content: nobody edits a file in it
     ways = {place(file, folder / file.name, immutable) for file in found}
     log.info("%s: %d files (%s)", name, len(found), ", ".join(sorted(ways)))
 
@@ -53,43 +55,11 @@ def matching(folder: Path, patterns: list[str]) -> list[Path]:
     return sorted({file for pattern in patterns for file in folder.glob(pattern)})
 
 
-def download(name: str, revision: str | None, patterns: list[str]) -> list[Path]:
-    """The wanted files of a commit on the Hub, in its own cache.
-
-    Raises:
-        CapasError: not a Hub id, no commit named, not found, no access, no network, or pickles only.
-    """
-    if not re.fullmatch(r"[\w.-]+(/[\w.-]+)?", name):
-        raise CapasError(
-            f"model.model_name_or_path={name} is neither a folder nor the id of a model on the Hub"
-        )
-    if not re.fullmatch(r"[0-9a-f]{40}", revision or ""):
-        raise CapasError(
-            f"model.revision={revision}: name the commit of {name} (40 hex digits, on its page under "
-            "'Files and versions'); a branch moves: the same configuration would mean another model tomorrow"
-        )
-    from httpx import HTTPError
-    from huggingface_hub import list_repo_files, snapshot_download
-    from huggingface_hub.errors import EntryNotFoundError, OfflineModeIsEnabled
-
-    try:
-        folder = Path(snapshot_download(name, revision=revision, allow_patterns=patterns))
-        found = matching(folder, patterns)
-        if not any(file.suffix == ".safetensors" for file in found):
-            refuse_pickles(name, found, list_repo_files(name, revision=revision))
-    except (HTTPError, EntryNotFoundError, OfflineModeIsEnabled) as error:
-        raise CapasError(
-            f"{name} at {revision} could not be downloaded: {error}\nA gated model needs `hf auth login`; "
-            "without a network use model=embedded."
-        ) from None
-    return found
-
-
-def refuse_pickles(name: str, found: list[Path], all_names: list[str]) -> None:
+def refuse_pickles(name: str, found: list[Path], all_names: Callable[[], list[str]]) -> None:
     """Raises CapasError: no safetensors were found, out of all the names that there are."""
     if any(file.suffix == ".safetensors" for file in found):
         return
-    pickles = sorted(other for other in all_names if Path(other).suffix in PICKLES)
+    pickles = sorted(other for other in all_names() if Path(other).suffix in PICKLES)
     if not pickles:
         raise CapasError(f"{name} holds no model*.safetensors: it is not a model's folder")
     raise CapasError(

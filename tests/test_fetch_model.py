@@ -119,7 +119,7 @@ def test_revision_that_may_move_is_refused(root: Path, revision: str | None) -> 
 
 
 def test_path_that_is_not_there_is_no_hub_id(root: Path) -> None:
-    with pytest.raises(CapasError, match="neither a folder nor the id"):
+    with pytest.raises(CapasError, match="neither a folder here nor the id"):
         fetch(root, "./models/missing")
 
 
