@@ -9,6 +9,7 @@ import sys
 import time
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import yaml
 
@@ -62,6 +63,11 @@ class Workspace:
             os.kill(int(self.read(f".dvc/tmp/stage-{stage}.lock")), signal.SIGKILL)
             assert dvc.wait() != 0
         return log.read_text()
+
+    def recorded(self, stage: str) -> dict[str, Any]:
+        """The stage's entry in dvc.lock."""
+        entry: dict[str, Any] = yaml.safe_load(self.read("dvc.lock"))["stages"][stage]
+        return entry
 
     def outputs(self) -> dict[str, str]:
         """{path: md5} of all outputs that dvc.lock records."""
