@@ -11,10 +11,10 @@ from tokenizers import Tokenizer
 
 from capas.page.neighbours import Embedding
 from capas.page.pieces import Piece, cut
+from capas.records import IGNORE_INDEX
 
 Row = dict[str, Any]
 Word = tuple[int, str]  # a token id and its text
-IGNORE_INDEX = -100
 NUM_LOOKED_AT = 1000  # records: enough for a frequency, not the whole of a large dataset
 NUM_WORDS = 6  # in the table of neighbours
 MIN_NEIGHBOUR_COUNT = 2  # a token that the data hardly uses says nothing as a neighbour
