@@ -1,6 +1,9 @@
 # Each target sets up .venv when needed and does nothing more when it is up to date.
 PORT ?= 5000
+PYTHON ?= python3
 READY := .venv/.ready
+PIP := .venv/bin/python -m pip install --disable-pip-version-check --progress-bar off
+SHELL := bash# for pipefail; and make 3.81 (macOS) passes the exported PATH to commands only through a shell
 export PATH := $(CURDIR)/.venv/bin:$(PATH)
 export PYTHONNOUSERSITE := 1
 
@@ -36,9 +39,9 @@ embedded: $(READY) ## make the embedded base model again and compare it with dat
 	python stages/pretrain_embedded.py
 
 lock: ## resolve pyproject.toml anew into requirements.lock
-	rm -rf .venv-lock && python3 -m venv .venv-lock
+	rm -rf .venv-lock && $(PYTHON) -m venv .venv-lock
 	.venv-lock/bin/pip install --quiet '.[sweep,dev]'
-	{ sed -n '1,/^[^#]/{/^#/p}' requirements.lock; \
+	set -o pipefail; { sed -n '1,/^[^#]/{/^#/p;}' requirements.lock; \
 	  .venv-lock/bin/pip freeze --exclude capas | sed 's/+[a-z0-9.]*$$//'; } > requirements.lock.new
 	mv requirements.lock.new requirements.lock && rm -rf .venv-lock
 
@@ -47,10 +50,13 @@ clean: ## remove .venv, tool caches and debug runs; results and DVC's cache stay
 	find capas stages tests -name __pycache__ -type d -prune -exec rm -rf {} +
 
 $(READY): requirements.lock pyproject.toml
-	@python3 -c 'import sys; sys.exit(sys.version_info < (3, 11))' \
-	  || { echo "capas needs Python 3.11 or newer; python3 is $$(python3 --version)"; exit 1; }
+	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' || { exit=$$?; \
+	  echo "capas needs Python 3.11 or newer, and $(PYTHON) is $$($(PYTHON) --version 2>&1)."; \
+	  echo "Name another: make PYTHON=python3.12"; exit $$exit; }
 	@echo "Setting up .venv: about 2 GB, a few minutes."
-	test -x .venv/bin/python || python3 -m venv .venv
-	.venv/bin/python -m pip install --quiet --disable-pip-version-check -r requirements.lock
-	.venv/bin/python -m pip install --quiet --disable-pip-version-check --no-deps -e .
+	@.venv/bin/python -m pip --version > /dev/null 2>&1 || { rm -rf .venv; $(PYTHON) -m venv .venv; }
+	@set -o pipefail; $(PIP) -r requirements.lock | awk -v all=$$(grep -c == requirements.lock) ' \
+	  /^(Collecting|Processing) / && ++n % 30 == 0 { print "  " n " of " all " packages"; fflush() } \
+	  /^Installing collected/ { print "  all there; unpacking them takes a minute"; fflush() }'
+	@$(PIP) --quiet --no-deps -e .
 	@touch $(READY)

@@ -12,6 +12,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
+from capas.dag import read_yaml
 from capas.errors import CapasError
 
 CONF, PARAMS, OVERRIDES = Path("conf"), Path("params.yaml"), Path("conf/overrides.yaml")
@@ -30,11 +31,9 @@ def digest(values: Values) -> str:
 
 def read(path: Path) -> tuple[Values, str | None]:
     """The values of a params.yaml and the digest in its first line (None: capas did not write it)."""
-    from omegaconf import OmegaConf
-
-    text = path.read_text(encoding="utf-8")
-    stamp = _STAMP.search(text)
-    return to_values(OmegaConf.create(text) if text.strip() else {}), stamp and stamp["digest"]
+    values = read_yaml(path)
+    stamp = _STAMP.search(path.read_text(encoding="utf-8"))
+    return values, stamp and stamp["digest"]
 
 
 def edited_by_hand(path: Path) -> bool:
@@ -54,7 +53,7 @@ def to_values(config: Any) -> Values:
     """A composed configuration as plain values, all interpolations resolved."""
     from omegaconf import OmegaConf
 
-    return dict(OmegaConf.to_container(config, resolve=True) or {}) if config else {}
+    return dict(OmegaConf.to_container(config, resolve=True) or {})
 
 
 @contextmanager
@@ -77,7 +76,7 @@ def composer(conf: Path) -> Iterator[Compose]:
             if missing:
                 raise CapasError(f"conf/ leaves mandatory values unset: {', '.join(missing)}")
             return to_values(config)
-        except (HydraException, OmegaConfBaseException, YAMLError) as error:
+        except (HydraException, OmegaConfBaseException, YAMLError, UnicodeDecodeError) as error:
             raise CapasError(f"conf/ does not compose: {_reasons(error)}") from None
 
     with initialize_config_dir(str(conf.resolve()), version_base="1.3"):

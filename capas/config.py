@@ -70,6 +70,7 @@ class ChatTemplate(Group):
     path: Annotated[str, Field(min_length=1)]
     train_on: Literal["assistant", "last_assistant", "all"]
     system: Literal["template", "fold", "error"]
+    contrast: str
     date_string: str
 
 
@@ -103,7 +104,7 @@ class Trainer(Group):
         "linear", "cosine", "cosine_with_restarts", "polynomial", "constant",
         "constant_with_warmup", "inverse_sqrt", "cosine_with_min_lr", "warmup_stable_decay",
     ]  # fmt: skip
-    lr_scheduler_kwargs: dict[str, Any]
+    lr_scheduler_kwargs: dict[str, int | float | str]
     warmup_steps: Annotated[float, Field(ge=0)]
     num_train_epochs: Annotated[float, Field(gt=0)]
     max_steps: Annotated[int, Field(ge=-1)]
@@ -126,7 +127,9 @@ class Trainer(Group):
     logging_steps: Count
     eval_steps: Count
     save_steps: Count
-    save_total_limit: Count
+    save_total_limit: Annotated[
+        int, Field(ge=2)
+    ]  # the last may be half-written when a run is killed
     seed: Seed
     data_seed: Seed
     full_determinism: bool
@@ -143,7 +146,7 @@ class Evaluation(Group):
 
 
 class Decoding(BaseModel):
-    """Keys of `transformers.GenerationConfig`, all but the first optional: None stands for not given."""
+    """Keys of `transformers.GenerationConfig`, all but the first optional: null stands for not given."""
 
     model_config = ConfigDict(extra="forbid", strict=True)
 
@@ -157,7 +160,8 @@ class Decoding(BaseModel):
 
     @model_validator(mode="after")
     def _greedy_has_no_sampling_keys(self) -> "Decoding":
-        useless = self.model_fields_set - {"do_sample", "repetition_penalty"}
+        given = {name for name in self.model_fields_set if getattr(self, name) is not None}
+        useless = given - {"do_sample", "repetition_penalty"}
         if not self.do_sample and useless:
             raise ValueError(f"{', '.join(sorted(useless))} only where do_sample is true")
         return self
@@ -206,6 +210,23 @@ GROUPS: dict[str, type[Group]] = {
     name: field.annotation
     for name, field in Config.model_fields.items()
     if isinstance(field.annotation, type) and issubclass(field.annotation, Group)
+}
+
+
+# The arguments of each schedule in transformers.optimization, those that Trainer gives it left out.
+_SCHEDULE_KWARGS: dict[str, set[str]] = {
+    "linear": set(),
+    "constant": set(),
+    "constant_with_warmup": set(),
+    "cosine": {"num_cycles"},
+    "cosine_with_restarts": {"num_cycles"},
+    "cosine_with_min_lr": {"num_cycles", "min_lr", "min_lr_rate"},
+    "polynomial": {"lr_end", "power"},
+    "inverse_sqrt": {"timescale"},
+    "warmup_stable_decay": {
+        *("num_decay_steps", "num_stable_steps", "warmup_type", "decay_type", "min_lr_ratio"),
+        "num_cycles",
+    },
 }
 
 
@@ -264,6 +285,60 @@ RULES = (
         lambda instruction_set, device: instruction_set == "default" or device == "cpu",
         "default where the device is not a CPU",
     ),
+    Rule(
+        ("hardware.cudnn_benchmark", "hardware.cudnn_deterministic"),
+        lambda benchmark, deterministic: not (benchmark and deterministic),
+        "one of the two at most: what cuDNN's benchmark chooses differs from run to run",
+    ),
+    Rule(
+        ("trainer.full_determinism", "hardware.cudnn_deterministic"),
+        lambda full, deterministic: not full or deterministic,
+        "full_determinism switches deterministic algorithms on: both, or trainer.full_determinism=false",
+    ),
+    Rule(
+        ("model.model_name_or_path", "model.revision"),
+        lambda name, revision: name != "data/embedded" or revision is None,
+        "null: the embedded base ships with the repository and has no other revision",
+    ),
+    Rule(
+        ("dataset.path", "dataset.name", "dataset.revision", "dataset.split", "dataset.data_files"),
+        lambda path, *others: path != "embedded" or all(other is None for other in others),
+        "null but for the path: the embedded records are generated",
+    ),
+    Rule(
+        ("lora.bias",),
+        lambda bias: bias == "none",
+        "none: the model without its adapter would no longer be the base, which the tuned one is compared "
+        "with",
+    ),
+    Rule(
+        ("trainer.lr_scheduler_type", "trainer.lr_scheduler_kwargs"),
+        lambda kind, kwargs: set(kwargs) <= _SCHEDULE_KWARGS[kind],
+        "keys of that schedule: "
+        + "; ".join(f"{k}: {', '.join(sorted(v)) or 'none'}" for k, v in _SCHEDULE_KWARGS.items()),
+    ),
+    Rule(
+        ("trainer.lr_scheduler_type", "trainer.lr_scheduler_kwargs"),
+        lambda kind, kwargs: (
+            kind != "cosine_with_min_lr" or ("min_lr" in kwargs) != ("min_lr_rate" in kwargs)
+        ),
+        "exactly one of min_lr and min_lr_rate in lr_scheduler_kwargs",
+    ),
+    Rule(
+        ("trainer.lr_scheduler_type", "trainer.lr_scheduler_kwargs"),
+        lambda kind, kwargs: kind != "warmup_stable_decay" or "num_decay_steps" in kwargs,
+        "num_decay_steps in lr_scheduler_kwargs",
+    ),
+    Rule(
+        ("trainer.lr_scheduler_type", "trainer.warmup_steps"),
+        lambda kind, steps: kind != "constant" or steps == 0,
+        "no warm-up in a constant schedule: warmup_steps=0, or lr_scheduler_type=constant_with_warmup",
+    ),
+    Rule(
+        ("generation.wrong_chat_template", "chat_template.preset"),
+        lambda wrong, right: wrong != right,
+        "another template than the right one, or null",
+    ),
     Rule(("trainer.max_steps",), lambda steps: steps != 0, "-1 (epochs decide) or at least 1"),
     Rule(
         ("trainer.warmup_steps",),
@@ -292,7 +367,7 @@ def validate(values: dict[str, Any]) -> None:
         clean = not any(p == k or p.startswith(k + ".") for p in problems for k in rule.keys)
         if clean and all(f is not _ABSENT for f in found) and not rule.holds(*found):
             given = ", ".join(f"{k}={_show(f)}" for k, f in zip(rule.keys, found, strict=True))
-            problems[" + ".join(rule.keys)] = f"{given}: expected {rule.expected}"
+            problems[f"{given} {rule.expected}"] = f"{given}: expected {rule.expected}"
     if problems:
         lines = "\n".join(f"  {text}" for text in problems.values())
         raise CapasError(f"conf/ has {len(problems)} problem(s); no stage was run:\n{lines}")

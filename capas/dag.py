@@ -36,7 +36,7 @@ def read_yaml(path: Path) -> dict[str, Any]:
         raise CapasError(
             f"{path} is missing; run `dvc repro` in the repository's top folder"
         ) from None
-    except yaml.YAMLError as error:
+    except (yaml.YAMLError, UnicodeDecodeError) as error:
         raise CapasError(f"{path} is not valid YAML: {error}") from None
     if content is not None and not isinstance(content, dict):
         raise CapasError(f"{path} must hold a mapping, not {type(content).__name__}")

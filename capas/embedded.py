@@ -1,15 +1,16 @@
 """The files of data/embedded/, which ship with the repository, checked before they are used."""
 
 import hashlib
-import json
 from pathlib import Path
 
 from capas.errors import CapasError
+from capas.facts import read_json
 
 FOLDER = "data/embedded"
 MANIFEST = f"{FOLDER}/manifest.json"
 _WAY_OUT = (
-    "Get it back with `git checkout data/embedded`, or make all of them again with `make embedded`."
+    "Get it back with `git checkout data/embedded`, or make all of them again with "
+    "`python stages/pretrain_embedded.py --replace`."
 )
 
 
@@ -42,11 +43,9 @@ def _verify_file(file: Path, expected: str) -> None:
 
 def _read_manifest(manifest: Path) -> dict[str, dict[str, str]]:
     try:
-        files = json.loads(manifest.read_text(encoding="utf-8"))["files"]
-    except FileNotFoundError:
-        raise CapasError(f"{manifest} is missing. {_WAY_OUT}") from None
-    except (ValueError, KeyError, TypeError) as error:
-        raise CapasError(f"{manifest} is damaged ({error!r}). {_WAY_OUT}") from None
+        files = read_json(manifest).get("files")
+    except CapasError as error:
+        raise CapasError(f"{error}. {_WAY_OUT}") from None
     if not isinstance(files, dict):
         raise CapasError(f"{manifest} is damaged: 'files' is no object. {_WAY_OUT}")
     return files

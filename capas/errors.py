@@ -1,5 +1,40 @@
 """The errors that a user can act on: their message is printed without a traceback."""
 
+import errno
+import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+_OF_THE_MACHINE = (errno.ENOSPC, errno.EDQUOT, errno.EACCES, errno.EPERM, errno.EROFS)
+# How safetensors and torch.save say that the disk is full; neither raises an OSError.
+_FULL_DISK = ("No space left on device", "PytorchStreamWriter failed writing", ". unexpected pos ")
+
 
 class CapasError(Exception):
     """Bad input or a state that the user must mend; the message says what, where and how."""
+
+
+@contextmanager
+def told(name: str) -> Iterator[None]:
+    """Ends the script with exit code 1 and one message where the user, or the machine's disk, is at fault.
+
+    Any other exception is a defect of the program and keeps its traceback.
+    """
+    try:
+        yield
+    except CapasError as error:
+        sys.exit(f"{name}: {error}")
+    except Exception as error:
+        reason = _reason(error)
+        if reason is None:
+            raise
+        sys.exit(f"{name}: {reason}. Nothing was recorded; mend it and run `dvc repro` again.")
+
+
+def _reason(error: Exception) -> str | None:
+    """A full disk or a missing permission, in words."""
+    if isinstance(error, OSError) and error.errno in _OF_THE_MACHINE:
+        return f"{error.strerror} ({error.filename})" if error.filename else error.strerror
+    if any(sign in str(error) for sign in _FULL_DISK):
+        return f"No space left on device ({error})"
+    return None

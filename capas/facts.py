@@ -6,6 +6,25 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from capas.errors import CapasError
+
+
+def read_json(file: Path) -> dict[str, Any]:
+    """A JSON object.
+
+    Raises:
+        CapasError: the file is missing, damaged, or holds something else.
+    """
+    try:
+        content = json.loads(file.read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        raise CapasError(f"{file} is missing") from None
+    except ValueError as error:
+        raise CapasError(f"{file} is damaged: {error}; get it again") from None
+    if not isinstance(content, dict):
+        raise CapasError(f"{file} must hold an object, not {type(content).__name__}")
+    return content
+
 
 def write_json(file: Path, facts: Mapping[str, Any]) -> None:
     """Indented, in the order given, floats rounded to 6 significant digits."""

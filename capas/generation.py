@@ -8,6 +8,7 @@ from transformers import (
     GenerationConfig,
     MinPLogitsWarper,
     PreTrainedModel,
+    RepetitionPenaltyLogitsProcessor,
     TemperatureLogitsWarper,
     TopKLogitsWarper,
     TopPLogitsWarper,
@@ -21,6 +22,7 @@ _NEUTRAL = {
 }  # transformers' own defaults hold a top_k of 50
 
 _WARPERS = (
+    ("repetition_penalty", 1.0, RepetitionPenaltyLogitsProcessor),
     ("temperature", 1.0, TemperatureLogitsWarper),
     ("top_k", 0, TopKLogitsWarper),
     ("top_p", 1.0, TopPLogitsWarper),
@@ -78,20 +80,23 @@ def complete(
     return [completions[i] for i in range(len(prompts))]
 
 
-def next_token_probabilities(logits: torch.Tensor, settings: dict[str, Any]) -> torch.Tensor:
+def next_token_probabilities(
+    logits: torch.Tensor, input_ids: list[int], settings: dict[str, Any]
+) -> torch.Tensor:
     """What a sampling setting makes of the model's distribution, in the order in which `generate` does it.
 
     Args:
         logits: [vocabulary].
-        settings: temperature, top_k, top_p, min_p, typical_p; each may be left out.
+        input_ids: all tokens so far, prompt included: repetition_penalty lowers theirs.
+        settings: keys of `_WARPERS`; each may be left out or None.
 
     Returns:
         [vocabulary], sums to 1.
     """
-    scores = logits[None].float()
+    scores, so_far = logits[None].float(), torch.tensor([input_ids])
     for name, neutral, warper in _WARPERS:
         if settings.get(name) not in (None, neutral):
-            scores = warper(settings[name])(None, scores)
+            scores = warper(settings[name])(so_far, scores)
     return scores.softmax(dim=-1)[0]
 
 

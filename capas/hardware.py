@@ -19,6 +19,10 @@ if TYPE_CHECKING:
     import torch
 
 log = logging.getLogger("capas")
+# LLM.int8() says at every call of every layer that it computes activations in float16, as it should; and on
+# CPUs with AVX512-BF16 bitsandbytes misses a kernel that capas.model would switch off anyway.
+for _talkative in ("bitsandbytes.autograd._functions", "bitsandbytes.backends.cpu.ops"):
+    logging.getLogger(_talkative).setLevel(logging.ERROR)
 
 # ATen's, MKL's and oneDNN's names of one instruction set, and the flags that /proc/cpuinfo shows for it.
 _KERNELS = {
@@ -32,12 +36,13 @@ _CAPABILITY = {"avx2": "AVX2", "avx512": "AVX512"}  # of torch.backends.cpu
 def prepare(hardware: Params) -> "torch.device":
     """Set the environment, import torch and set its flags; the device that the stage computes on.
 
-    `accelerate launch` gives each of its processes a GPU of its own (LOCAL_RANK); otherwise one process
-    sees one GPU, so that nothing can fall back to DataParallel. On a CPU no GPU is visible at all.
+    One process sees one GPU, so that nothing can fall back to DataParallel. On a CPU no GPU is visible.
 
     Raises:
-        CapasError: the machine lacks the device or the instruction set, or torch was imported before.
+        CapasError: the machine lacks the device or the instruction set, torch was imported before, or
+            several processes were launched.
     """
+    _check_alone(int(os.environ.get("WORLD_SIZE", "1")))
     _check_instruction_set(hardware.instruction_set)
     os.environ.update(environment(hardware))
     import torch
@@ -57,9 +62,7 @@ def prepare(hardware: Params) -> "torch.device":
     torch.backends.cudnn.allow_tf32 = hardware.allow_tf32
     torch.backends.cudnn.deterministic = hardware.cudnn_deterministic
     torch.backends.cudnn.benchmark = hardware.cudnn_benchmark
-    if hardware.device == "cpu":
-        return torch.device("cpu")
-    return torch.device(hardware.device, int(os.environ.get("LOCAL_RANK", "0")))
+    return torch.device("cpu") if hardware.device == "cpu" else torch.device(hardware.device, 0)
 
 
 def environment(hardware: Params) -> dict[str, str]:
@@ -100,10 +103,16 @@ def facts(device: "torch.device") -> dict[str, object]:
 
 
 def _visible_devices(device: str) -> str:
-    visible = os.environ.get("CUDA_VISIBLE_DEVICES", "")
-    if device == "cpu":
-        return ""
-    return visible if "LOCAL_RANK" in os.environ else visible.split(",")[0] or "0"
+    visible = os.environ.get("CUDA_VISIBLE_DEVICES", "0")  # empty: somebody hides them all
+    return "" if device == "cpu" else visible.split(",")[0]
+
+
+def _check_alone(num_processes: int) -> None:
+    if num_processes > 1:
+        raise CapasError(
+            f"{num_processes} processes were launched (WORLD_SIZE): a stage is one process on one device. "
+            "Start it by itself: dvc repro"
+        )
 
 
 def _check_instruction_set(instruction_set: str) -> None:

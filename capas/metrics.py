@@ -2,6 +2,7 @@
 
 import json
 import math
+import sys
 from collections.abc import Iterator, Sequence
 from typing import Any
 
@@ -33,14 +34,12 @@ def valid_json(completion: str) -> bool:
         return False
 
 
-def perplexity(loss: float) -> float:
-    """exp of the mean loss in nats a token: the number of tokens that the model wavers between."""
-    return math.exp(loss)
+def perplexity(loss: float) -> float | None:
+    """exp of the mean loss in nats a token: the number of tokens that the model wavers between.
 
-
-def distinct_rate(completions: Sequence[str]) -> float:
-    """Different completions, as a share of all: 1 / n where all are the same."""
-    return len(set(completions)) / len(completions)
+    None where that is larger than a float can be.
+    """
+    return math.exp(loss) if loss < math.log(sys.float_info.max) else None
 
 
 def paired_difference(

@@ -1,23 +1,23 @@
 """Models as the stages load them: the base in full precision or quantized, with or without an adapter."""
 
-import json
 import logging
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import torch
+from safetensors import SafetensorError
 from torch import nn
 from transformers import AutoModelForCausalLM, PreTrainedModel
 from transformers.utils import logging as transformers_logging
 
 from capas.architecture import check_causal
 from capas.errors import CapasError
+from capas.facts import read_json
 from capas.params import Params
 
 transformers_logging.disable_progress_bar()
-# LLM.int8() computes its activations in float16, as it should: it says so at every call of every layer.
-logging.getLogger("bitsandbytes.autograd._functions").setLevel(logging.ERROR)
+log = logging.getLogger("capas")
 
 
 def load_model(folder: Path, model: Params, device: torch.device, **kwargs: Any) -> PreTrainedModel:
@@ -29,18 +29,20 @@ def load_model(folder: Path, model: Params, device: torch.device, **kwargs: Any)
         kwargs: passed on, e.g. `quantization_config`.
 
     Raises:
-        CapasError: not a causal language model, weights missing, or another attention implementation.
+        CapasError: not a causal language model, weights missing or damaged, or not loaded as asked.
     """
-    check_causal(json.loads((folder / "config.json").read_text(encoding="utf-8")), str(folder))
+    check_causal(read_json(folder / "config.json"), str(folder))
     asked = model.without("model_name_or_path", "revision")
     try:
         loaded, info = AutoModelForCausalLM.from_pretrained(
             folder, device_map={"": device}, output_loading_info=True, **asked, **kwargs
         )
-    except ImportError as error:  # flash_attention_2 without its package, or bitsandbytes missing
+    except (ImportError, ValueError, OSError, SafetensorError) as error:
+        if getattr(error, "errno", None):  # the machine's, not the model's
+            raise
         raise CapasError(f"{folder} cannot be loaded as asked ({asked}): {error}") from None
     _check_weights(folder, info)
-    _check_attention(asked.get("attn_implementation"), loaded)
+    _check_loaded(asked, loaded)
     _keep_kernel(loaded)
     return loaded.eval()
 
@@ -51,14 +53,16 @@ def attach_adapter(model: PreTrainedModel, folder: Path) -> nn.Module:
     Raises:
         CapasError: the adapter holds weights that the model has no place for, or the other way round.
     """
-    from peft import PeftModel
+    from peft import PeftModel, get_peft_model_state_dict
 
     try:
         tuned = PeftModel.from_pretrained(model, str(folder), is_trainable=False)
     except RuntimeError as error:  # load_state_dict: sizes differ
         raise CapasError(f"{folder} does not fit the base model: {error}") from None
-    saved = set(_adapter_names(folder))
-    expected = {n.replace(".default", "") for n, _ in tuned.named_parameters() if ".lora_" in n}
+    saved, expected = (
+        set(_adapter_names(folder)),
+        set(get_peft_model_state_dict(tuned, save_embedding_layers=False)),
+    )
     if saved != expected:
         odd = sorted(saved ^ expected)
         raise CapasError(
@@ -110,14 +114,21 @@ def _check_weights(folder: Path, info: dict[str, Any]) -> None:
             raise CapasError(
                 f"the weights in {folder} are not those of its config.json: {kind.replace('_', ' ')}: {names}"
             )
+    if unused := sorted(str(key) for key in info.get("unexpected_keys") or ()):
+        log.warning(
+            "%s holds %d weights that its config.json has no place for, e.g. %s: they are not used",
+            folder, len(unused), ", ".join(unused[:3]),
+        )  # fmt: skip
 
 
-def _check_attention(asked: str | None, model: PreTrainedModel) -> None:
-    used = model.config._attn_implementation
-    if asked is not None and used != asked:
-        raise CapasError(
-            f"model.attn_implementation={asked}, but {type(model).__name__} uses {used}"
-        )
+def _check_loaded(asked: dict[str, Any], model: PreTrainedModel) -> None:
+    used = {
+        "attn_implementation": model.config._attn_implementation,
+        "dtype": str(model.dtype).removeprefix("torch."),
+    }
+    for name, value in used.items():
+        if asked.get(name, value) != value:
+            raise CapasError(f"model.{name}={asked[name]}, but {type(model).__name__} uses {value}")
 
 
 def _keep_kernel(model: nn.Module) -> None:

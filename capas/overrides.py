@@ -57,23 +57,32 @@ def in_force(conf: Path = CONF) -> list[str]:
 
 
 def _express(values: Values, compose: Compose, file: Path) -> str:
-    """The shortest of three texts that composes to `values`: choices, choices + values, all values."""
+    """The shortest text that composes to `values`: group choices, then what these do not explain.
+
+    A leaf that conf/ derives from another is left to it where that is enough, and set otherwise.
+    """
     file.write_text(NOTHING_OVERRIDDEN, encoding="utf-8")
     base = compose([])
-    gone = sorted(flatten(base).keys() - flatten(values).keys())
+    kept = flatten(values)
+    gone = sorted(
+        k for k in flatten(base) if not any(v == k or v.startswith(f"{k}.") for v in kept)
+    )
     choices = _choices(values, base)
     if gone and not choices:
         raise CapasError(
             f"params.yaml lacks {', '.join(gone)}, which conf/ sets; remove it in conf/ instead"
         )
     file.write_text(_render(choices, {}), encoding="utf-8")
-    changed = difference(values, compose([]))
-    derived = _interpolated()
-    for leaves in ({k: v for k, v in changed.items() if k not in derived}, changed):
+    derived, left = _interpolated(), difference(values, compose([]))
+    leaves = {key: value for key, value in left.items() if key not in derived}
+    for _ in range(3):
         text = _render(choices, leaves)
         file.write_text(text, encoding="utf-8")
-        if not (left := {**difference(values, compose([])), **difference(compose([]), values)}):
+        found = compose([])
+        left = {**difference(values, found), **difference(found, values)}
+        if not left:
             return text
+        leaves |= {key: kept[key] for key in left if key in kept}
     raise CapasError(
         f"params.yaml cannot be expressed as overrides of conf/: {', '.join(left)}; "
         "make the change in conf/ by hand, then `python stages/compose_params.py --force`"
@@ -113,8 +122,15 @@ def _render(choices: dict[str, str], leaves: dict[str, Any]) -> str:
         node = tree
         for group in groups:
             node = node.setdefault(group, {})
-        node[leaf] = value
+        node[leaf] = _literal(value)
     return _HEADER + OmegaConf.to_yaml(OmegaConf.create(tree))
+
+
+def _literal(value: Any) -> Any:
+    """A text that looks like an interpolation stays a text."""
+    if isinstance(value, list):
+        return [_literal(item) for item in value]
+    return value.replace("${", "\\${") if isinstance(value, str) else value
 
 
 def _same(one: Any, other: Any) -> bool:

@@ -5,6 +5,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from capas.errors import CapasError
+from capas.records import evenly_spaced
 
 
 @dataclass(frozen=True)
@@ -26,14 +27,13 @@ def own_prompts(requests: list[str], system: str | None) -> list[Prompt]:
 
 
 def held_out_prompts(raw: Iterable[dict[str, Any]], ids: list[str], count: int) -> list[Prompt]:
-    """`count` of the test records named in `ids`, evenly spaced: kinds of records stand one after the other.
+    """`count` of the test records named in `ids`, evenly spaced.
 
     Args:
         raw: records of data/raw/test.parquet.
         ids: those that the format stage kept.
     """
-    count = min(count, len(ids))
-    chosen = [ids[i * len(ids) // count] for i in range(count)]
+    chosen = evenly_spaced(ids, count)
     messages = {record["id"]: record["messages"] for record in raw if record["id"] in set(chosen)}
     return [Prompt(name, *_split(messages[name], name)) for name in chosen]
 

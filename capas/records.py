@@ -11,9 +11,9 @@ One record grows from stage to stage::
 
 import hashlib
 import json
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import pyarrow as pa
 import pyarrow.parquet as pq
@@ -25,6 +25,7 @@ IGNORE_INDEX = -100  # the label of a token without loss, the default of torch.n
 ROWS_PER_GROUP = 2000  # rows held in memory at once, whatever the size of the split
 
 Record = dict[str, Any]
+T = TypeVar("T")
 
 
 def _required(*fields: tuple[str, pa.DataType]) -> list[pa.Field]:
@@ -84,6 +85,12 @@ def read_records(file: Path, schema: pa.Schema) -> Iterator[Record]:
         raise CapasError(
             f"{file} is no complete parquet file ({error}); `dvc repro` makes it again once it is deleted"
         ) from None
+
+
+def evenly_spaced(items: Sequence[T], count: int) -> list[T]:
+    """At most `count` of them from the whole range: kinds of records stand one after the other in a split."""
+    count = min(count, len(items))
+    return [items[i * len(items) // count] for i in range(count)]
 
 
 def _other_columns(file: Path, found: pa.Schema, wanted: pa.Schema) -> str:

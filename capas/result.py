@@ -11,6 +11,8 @@ from pathlib import Path
 from typing import Any
 
 from capas import timings
+from capas.dag import recorded, recorded_key
+from capas.facts import read_json
 from capas.params import flatten
 from capas.stage import Stage
 from capas.store import Point
@@ -94,8 +96,8 @@ def git(root: Path, *arguments: str) -> str | None:
 def headline(stage: Stage) -> dict[str, str]:
     """The note that MLflow shows above a run."""
     base, tuned = (
-        read_json(stage, "reports/evaluation_base.json"),
-        read_json(stage, "reports/evaluation.json")["tuned"],
+        read_json(stage.dep("reports/evaluation_base.json")),
+        read_json(stage.dep("reports/evaluation.json"))["tuned"],
     )
     rows = [
         f"| {name} | {base[name]:.4g} | {tuned[name]:.4g} |"
@@ -113,16 +115,19 @@ def metrics(stage: Stage) -> dict[str, float]:
 
     Scores by kind are there, by language and function not: those are in the table of predictions.
     """
-    evaluation = read_json(stage, "reports/evaluation.json")
+    evaluation = read_json(stage.dep("reports/evaluation.json"))
     facts: dict[str, Any] = {
-        "base": _scores(read_json(stage, "reports/evaluation_base.json")),
+        "base": _scores(read_json(stage.dep("reports/evaluation_base.json"))),
         "tuned": _scores(evaluation["tuned"]),
         "difference": evaluation["difference"],
-        "data": read_json(stage, "reports/format.json")["splits"],
-        "quantization": read_json(stage, "reports/quantization.json"),
-        "training": read_json(stage, "reports/train.json"),
+        "data": read_json(stage.dep("reports/format.json"))["splits"],
+        "quantization": read_json(stage.dep("reports/quantization.json")),
+        "training": read_json(stage.dep("reports/train.json")),
     }
+    lock = recorded(stage.root)
     for name, cost in timings.read(stage.root).items():
+        if name not in lock or recorded_key(lock[name]) != cost["key"]:
+            continue  # restored from DVC's cache: this was the cost of other inputs
         for measure in ("seconds", "peak_memory_bytes"):
             facts.setdefault(measure, {})[name] = cost[measure]
     return {_NOT_IN_A_NAME.sub("_", key): float(value) for key, value in _numbers(facts)}
@@ -209,8 +214,3 @@ def samples(stage: Stage) -> list[dict[str, Any]]:
         for line in map(json.loads, lines)
         for completion in line["completions"]
     ]
-
-
-def read_json(stage: Stage, file: str) -> dict[str, Any]:
-    content: dict[str, Any] = json.loads(stage.dep(file).read_text(encoding="utf-8"))
-    return content

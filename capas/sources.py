@@ -1,13 +1,29 @@
 """Where a model comes from: the embedded base, a local folder, or a commit on the Hugging Face Hub."""
 
+import hashlib
 import re
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from enum import Enum
 from pathlib import Path
+from typing import Literal
 
 from capas import embedded
 from capas.errors import CapasError
+
+TOKENIZER_FILES = (
+    "tokenizer.json",
+    "tokenizer_config.json",
+    "special_tokens_map.json",
+    "chat_template.jinja",
+)
+MODEL_FILES = (
+    "model*.safetensors",
+    "model.safetensors.index.json",
+    "config.json",
+    "generation_config.json",
+)
+CODE_FILES = ("*.py",)  # taken along where model.trust_remote_code allows it
 
 
 class Source(Enum):
@@ -32,6 +48,49 @@ def find_source(name: str, root: Path) -> Source:
         f"model.model_name_or_path={name} is neither a folder here nor the id of a model on the Hub "
         "(owner/name)"
     )
+
+
+def matching(folder: Path, patterns: Sequence[str]) -> list[Path]:
+    return sorted({file for pattern in patterns for file in folder.glob(pattern)})
+
+
+def check_folder(
+    folder: Path, name: str, revision: str | None, part: Literal["tokenizer", "model"]
+) -> None:
+    """Compare a local folder with `model.revision`: DVC does not see an edit in it.
+
+    Args:
+        revision: of `folder_revision`. A stage checks its own part: a mask needs no weights.
+
+    Raises:
+        CapasError: no revision is given, or that of another content; with the one that fits.
+    """
+    index, patterns = _PARTS[part]
+    given = (revision or "").split("-")
+    if given[index:][:1] != [_digest(matching(folder, patterns))]:
+        raise CapasError(
+            f"model.revision={revision or 'null'}: {name} is a folder, and the same configuration would mean "
+            "another model when its files change. What is in it now is "
+            f"model.revision={folder_revision(folder)}"
+        )
+
+
+def folder_revision(folder: Path) -> str:
+    """Stands for the content of a model's folder: 16 hex digits for its tokenizer, 16 for the model."""
+    return "-".join(_digest(matching(folder, patterns)) for _, patterns in _PARTS.values())
+
+
+_PARTS = {"tokenizer": (0, TOKENIZER_FILES), "model": (1, (*MODEL_FILES, *CODE_FILES))}
+
+
+def _digest(files: Sequence[Path]) -> str:
+    digest = hashlib.sha256()
+    for file in files:
+        with file.open("rb") as content:
+            digest.update(
+                f"{file.name} {hashlib.file_digest(content, 'sha256').hexdigest()}\n".encode()
+            )
+    return digest.hexdigest()[:16]
 
 
 def snapshot(name: str, revision: str | None, patterns: Sequence[str]) -> Path:

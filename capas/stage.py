@@ -8,7 +8,6 @@
 - The installed packages must be those that environment.yaml records for the stage.
 """
 
-import errno
 import fcntl
 import hashlib
 import json
@@ -25,14 +24,13 @@ from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
 
-from capas.dag import StageSpec, input_key, read_yaml
-from capas.errors import CapasError
+from capas.dag import StageSpec, input_key, read_yaml, recorded, recorded_key
+from capas.errors import CapasError, told
 from capas.params import Params, select
 
 log = logging.getLogger("capas")
-# How safetensors and torch.save say that the disk is full; neither raises an OSError.
-_FULL_DISK = ("No space left on device", "PytorchStreamWriter failed writing", ". unexpected pos ")
 PARAMS, ENVIRONMENT = "params.yaml", "environment.yaml"
+CHECKPOINTS, FINISHED = ".dvc/tmp/checkpoints", "finished"
 _HASHED_BYTES = (
     2**20
 )  # larger inputs are compared by size and mtime: hashing 16 GB twice is not plumbing
@@ -90,9 +88,9 @@ class Stage:
     def checkpoints(self) -> Path:
         """A folder outside DVC for exactly these inputs: an interrupted run resumes, a changed one cannot.
 
-        It goes once the outputs are in place, so that a run which is refused at its end loses nothing.
+        It goes once DVC has recorded the outputs, so that a run which dies before that loses nothing.
         """
-        parent = (self._aside or self.root / ".dvc/tmp") / "checkpoints"
+        parent = self._aside / "checkpoints" if self._aside else self.root / CHECKPOINTS
         self._checkpoints = parent / f"{self.name}-{self.key()}"
         self._checkpoints.mkdir(parents=True, exist_ok=True)
         return self._checkpoints
@@ -110,8 +108,10 @@ class Stage:
         for partial, final in self._pending.items():
             _remove(final)
             partial.rename(final)
-        if self._checkpoints:
+        if self._checkpoints and self._aside:
             _remove(self._checkpoints)
+        elif self._checkpoints:
+            (self._checkpoints / FINISHED).touch()
 
     def _check_declared(self, path: str, declared: tuple[str, ...], kind: str) -> None:
         if path not in declared:
@@ -131,30 +131,15 @@ def run(
     """
     logging.basicConfig(format=f"{name}: %(message)s", stream=sys.stderr)
     log.setLevel(logging.INFO)
-    try:
+    with told(name):
         _run(name, main, sys.argv[1:] if overrides is None else overrides)
-    except CapasError as error:
-        sys.exit(f"{name}: {error}")
-    except OSError as error:
-        if error.errno not in (errno.ENOSPC, errno.EDQUOT, errno.EACCES, errno.EPERM, errno.EROFS):
-            raise
-        where = f" ({error.filename})" if error.filename else ""
-        sys.exit(
-            f"{name}: {error.strerror}{where}. Nothing was recorded; mend it and run `dvc repro` again."
-        )
-    except Exception as error:
-        if not any(sign in str(error) for sign in _FULL_DISK):
-            raise
-        sys.exit(
-            f"{name}: No space left on device ({error}). Nothing was recorded; mend it and run "
-            "`dvc repro` again."
-        )
 
 
 def _run(name: str, main: Callable[[Params, Stage], None], overrides: list[str]) -> None:
     root = Path.cwd()
     spec = StageSpec.read(name, root)
     with _only_one(name, root):
+        _drop_recorded_checkpoints(root)
         _check_environment(spec, root)
         before = _state(spec, root)
         aside = root / ".dvc/tmp/debug" / name if overrides else None
@@ -163,14 +148,14 @@ def _run(name: str, main: Callable[[Params, Stage], None], overrides: list[str])
         main(Params(_overridden(spec, root, overrides, aside)), stage)
         seconds = time.perf_counter() - started
         _check_unchanged(before, _state(spec, root))
+        if not aside:
+            _write_timing(stage, seconds)
         stage.finish()
         if aside:
             log.info(
                 "debug run: the result is in %s; nothing that DVC tracks was written",
                 aside.relative_to(root),
             )
-        else:
-            _write_timing(name, root, seconds)
 
 
 def _overridden(
@@ -208,6 +193,15 @@ def _only_one(name: str, root: Path) -> Iterator[None]:
         lock.write(str(os.getpid()))
         lock.flush()
         yield
+
+
+def _drop_recorded_checkpoints(root: Path) -> None:
+    """Those of finished runs that DVC has recorded since; a forced run of the same inputs starts afresh."""
+    entries = recorded(root)
+    for mark in (root / CHECKPOINTS).glob(f"*/{FINISHED}"):
+        name, _, key = mark.parent.name.rpartition("-")
+        if name in entries and recorded_key(entries[name]) == key:
+            _remove(mark.parent)
 
 
 def _check_environment(spec: StageSpec, root: Path) -> None:
@@ -265,17 +259,24 @@ def _check_unchanged(before: dict[str, Any], after: dict[str, Any]) -> None:
         )
 
 
-def _write_timing(name: str, root: Path, seconds: float) -> None:
-    """Seconds and peak memory vary from run to run: they are no output of the stage."""
+def _write_timing(stage: Stage, seconds: float) -> None:
+    """Seconds and peak memory vary from run to run: they are no output of the stage.
+
+    `key` says of which inputs: a stage that DVC restores for others did not cost this.
+    """
     kib = 1024 if sys.platform != "darwin" else 1  # ru_maxrss is KiB on Linux and bytes on macOS
-    facts = {
-        "seconds": round(seconds, 2),
-        "cpu_seconds": round(time.process_time(), 2),
-        "peak_memory_bytes": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * kib,
-    }
-    folder = root / "reports/timings"
-    folder.mkdir(parents=True, exist_ok=True)
-    (folder / f"{name}.json").write_text(json.dumps(facts) + "\n")
+    folder = stage.root / "reports/timings"
+    try:
+        facts = {
+            "key": stage.key(),
+            "seconds": round(seconds, 2),
+            "cpu_seconds": round(time.process_time(), 2),
+            "peak_memory_bytes": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * kib,
+        }
+        folder.mkdir(parents=True, exist_ok=True)
+        (folder / f"{stage.name}.json").write_text(json.dumps(facts) + "\n")
+    except (OSError, CapasError) as error:  # a finished training is worth more than its timing
+        log.warning("reports/timings is not written: %s", error)
 
 
 def _remove(path: Path) -> None:

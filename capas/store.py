@@ -71,10 +71,11 @@ def locked(root: Path, name: str, seconds: float) -> Iterator[None]:
 
 
 class Store:
-    """An open MLflow experiment."""
+    """An open MLflow experiment. Under the lock of a run nobody else writes to that run: see `locked`."""
 
     def __init__(self, client: Any, experiment_id: str, root: Path) -> None:
         self.client, self.experiment_id, self.root = client, experiment_id, root
+        self._steps: dict[tuple[str, str], set[int]] = {}  # of each curve of a run
 
     @classmethod
     def open(cls, root: Path, experiment_name: str) -> "Store":
@@ -126,17 +127,17 @@ class Store:
         from mlflow.entities import Metric
 
         wanted = {(point.name, point.step): point for point in points}
-        known = {
-            (name, metric.step)
-            for name in {name for name, _ in wanted}
-            for metric in self.client.get_metric_history(run_id, name)
-        }
+        for name in {name for name, _ in wanted if (run_id, name) not in self._steps}:
+            history = self.client.get_metric_history(run_id, name)
+            self._steps[run_id, name] = {metric.step for metric in history}
         now = time.time_ns() // 1_000_000
-        new = [
-            Metric(p.name, p.value, now, p.step) for key, p in wanted.items() if key not in known
-        ]
+        new = [p for (name, step), p in wanted.items() if step not in self._steps[run_id, name]]
         for start in range(0, len(new), _MAX_BATCH):
-            self.client.log_batch(run_id, metrics=new[start : start + _MAX_BATCH])
+            batch = new[start : start + _MAX_BATCH]
+            metrics = [Metric(p.name, p.value, now, p.step) for p in batch]
+            self.client.log_batch(run_id, metrics=metrics)
+            for point in batch:
+                self._steps[run_id, point.name].add(point.step)
         return len(new)
 
 

@@ -15,7 +15,7 @@ FOLDER = Path("reports/timings")
 
 
 def read(root: Path) -> dict[str, dict[str, Any]]:
-    """stage -> {seconds, cpu_seconds, peak_memory_bytes}, in the order of dvc.yaml."""
+    """stage -> {key, seconds, cpu_seconds, peak_memory_bytes}, in the order of dvc.yaml."""
     files = {file.stem: file for file in (root / FOLDER).glob("*.json")}
     stages = read_yaml(root / "dvc.yaml")["stages"]
     return {name: json.loads(files[name].read_text()) for name in stages if name in files}

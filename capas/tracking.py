@@ -30,6 +30,8 @@ CURVES = {
     "grad_norm": "train/grad_norm",
     "eval_loss": "validation/loss",
     "eval_token_accuracy": "validation/token_accuracy",
+    "tokens_per_second": "train/tokens_per_second",
+    "memory_bytes": "train/memory_bytes",
 }
 _SEND_SECONDS, _RETRY_SECONDS = 2.0, 15.0
 _STATUS = {"end": "FINISHED", "failed": "FAILED"}
@@ -57,7 +59,6 @@ class Follower:
         self._store: Store | None = None
         self._run_id = ""
         self._next = 0.0
-        self._tokens: tuple[float, int] | None = None
 
     def read(self) -> None:
         """Take the lines that are complete."""
@@ -69,7 +70,7 @@ class Follower:
         for line in complete.splitlines():
             row = json.loads(line)
             self.event = row.get("event", self.event)
-            self._waiting += points_of(row) + self._speed(row)
+            self._waiting += points_of(row)
 
     def send(self, status: str = "RUNNING", now: bool = False) -> None:
         """Every two seconds what has come since; after a failure every fifteen."""
@@ -95,26 +96,6 @@ class Follower:
             self._waiting = []
         if status != "RUNNING":
             self._store.set_status(self._run_id, status)
-
-    def _speed(self, row: dict[str, Any]) -> list[Point]:
-        """Tokens a second in the last seconds, and the training's memory now."""
-        if "num_tokens" not in row or "loss" not in row:
-            return []
-        now, before = time.monotonic(), self._tokens
-        if before is not None and now - before[0] < _SEND_SECONDS:
-            return []  # rows are seen when they are read: too coarse for less
-        self._tokens = now, row["num_tokens"]
-        if before is None:
-            return []
-        import psutil  # type: ignore[import-untyped]
-
-        speed = (row["num_tokens"] - before[1]) / (now - before[0])
-        points = [Point("train/tokens_per_second", row["step"], speed)]
-        try:
-            memory = psutil.Process(os.getppid()).memory_info().rss
-        except psutil.NoSuchProcess:
-            return points
-        return [*points, Point("train/memory_bytes", row["step"], float(memory))]
 
 
 def follow(root: Path, key: str, rows: Path, stdin: int) -> str:

@@ -219,8 +219,8 @@ class Progress(TrainerCallback):
         steps = state.global_step - self._first_step
         tokens = (_last(state, "num_tokens", 0) - self._first_tokens) / elapsed
         remaining = (state.max_steps - state.global_step) * elapsed / steps
-        validation = _last(state, "eval_loss", math.nan)
-        shown = "" if math.isnan(validation) else f", validation {validation:.4f}"
+        scored = [row for row in state.log_history if "eval_loss" in row and row["step"] > 0]
+        shown = f", validation {scored[-1]['eval_loss']:.4f}" if scored else ""
         return (
             f"loss {_last(state, 'loss', math.nan):.4f}{shown}, {tokens:.0f} tokens/s, "
             f"{int(remaining // 60)}:{int(remaining % 60):02d} left"
@@ -236,8 +236,15 @@ def summarize(prediction: EvalPrediction) -> dict[str, float]:
     """`compute_metrics`: the mean over all supervised tokens.
 
     It replaces Trainer's own eval_loss, a mean over batches, where short answers count as much as long ones.
+
+    Raises:
+        CapasError: the loss is no number.
     """
     loss, hits, count = prediction.predictions.sum(axis=0)
+    if not math.isfinite(loss):
+        raise CapasError(
+            f"the validation loss is {loss}: the training diverged. Try a smaller trainer.learning_rate"
+        )
     return {"loss": float(loss / count), "token_accuracy": float(hits / count)}
 
 

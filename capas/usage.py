@@ -11,6 +11,7 @@ from capas.model import quantization_method, quantized_linears
 from capas.params import Params
 
 _KERNELS = {"Linear4bit": "bitsandbytes.matmul_4bit", "Linear8bitLt": "bitsandbytes.matmul"}
+_BITSANDBYTES = "bitsandbytes.optim.adamw.AdamW"
 _OPTIMIZERS = {
     "adamw_torch": "torch.optim.adamw.AdamW",
     "adamw_torch_fused": "torch.optim.adamw.AdamW",
@@ -18,10 +19,10 @@ _OPTIMIZERS = {
     "adagrad": "torch.optim.adagrad.Adagrad",
     "rmsprop": "torch.optim.rmsprop.RMSprop",
     "adafactor": "transformers.optimization.Adafactor",
-    "adamw_8bit": "bitsandbytes.optim.adamw.AdamW",
-    "adamw_bnb_8bit": "bitsandbytes.optim.adamw.AdamW",
-    "paged_adamw_8bit": "bitsandbytes.optim.adamw.AdamW",
-    "paged_adamw_32bit": "bitsandbytes.optim.adamw.AdamW",
+    "adamw_8bit": _BITSANDBYTES,
+    "adamw_bnb_8bit": _BITSANDBYTES,
+    "paged_adamw_8bit": _BITSANDBYTES,
+    "paged_adamw_32bit": _BITSANDBYTES,
 }
 
 
@@ -57,19 +58,23 @@ def check(used: dict[str, Any], params: Params) -> None:
     Raises:
         CapasError: naming each fact that differs.
     """
+    settings, machine = params.trainer, params.hardware
+    mixed = [name for name in ("bf16", "fp16") if settings[name]]
     asked = {
-        "device": params.hardware.device,
-        "num_threads": params.hardware.num_threads,
+        "device": machine.device,
+        "num_threads": machine.num_threads,
+        "deterministic_algorithms": machine.cudnn_deterministic or settings.full_determinism,
         "attn_implementation": params.model.attn_implementation,
-        "optimizer": _OPTIMIZERS[params.trainer.optim],
-        "lr_scheduler_type": params.trainer.lr_scheduler_type,
-        "gradient_checkpointing": params.trainer.gradient_checkpointing,
-        "mixed_precision": "bf16"
-        if params.trainer.bf16
-        else "fp16"
-        if params.trainer.fp16
-        else "no",
+        "optimizer": _OPTIMIZERS[settings.optim],
+        "optimizer_fused": settings.optim.endswith("_fused"),
+        "optimizer_paged": settings.optim.startswith("paged_"),
+        "optimizer_bits": 8 if "8bit" in settings.optim else 32,
+        "lr_scheduler_type": settings.lr_scheduler_type,
+        "gradient_checkpointing": settings.gradient_checkpointing,
+        "mixed_precision": mixed[0] if mixed else "no",
     }
+    if machine.device == "cuda":
+        asked["tf32"] = machine.allow_tf32
     found = {**used, **used["accelerate"]}
     wrong = [
         f"{name} is {found[name]}, not {value}"
@@ -84,16 +89,18 @@ def check(used: dict[str, Any], params: Params) -> None:
         raise CapasError("the training would not use what was asked for: " + "; ".join(wrong))
 
 
-def check_gradients(model: Any, batch: dict[str, torch.Tensor]) -> dict[str, float]:
+def check_gradients(model: Any, batch: dict[str, torch.Tensor]) -> dict[str, float] | None:
     """Prove that an evaluation leaves the gradients as they are (`capas.model` says why that may fail).
 
     Returns:
-        Norm of all gradients of the adapter on `batch`, before and after an eval-mode forward.
+        Norm of all gradients of the adapter on `batch`, before and after an eval-mode forward. None where
+        nothing can go wrong, on a GPU or without quantized layers.
 
     Raises:
         CapasError: they differ.
     """
-    batch = {name: tensor.to(model.device) for name, tensor in batch.items()}
+    if model.device.type != "cpu" or not any(quantized_linears(model)):
+        return None
     before = _gradient_norm(model, batch)
     model.eval()
     with torch.inference_mode():
@@ -126,6 +133,8 @@ def _describe_optimizer(optimizer: Any) -> dict[str, Any]:
     return {
         "optimizer": f"{type(inner).__module__}.{type(inner).__name__}",
         "optimizer_fused": bool(inner.defaults.get("fused")),
+        "optimizer_paged": bool(getattr(inner, "is_paged", False)),
+        "optimizer_bits": inner.args.optim_bits if hasattr(inner, "args") else 32,
         "optimizer_state_dtypes": sorted({_dtype(v.dtype) for v in states if v.numel() > 1}),
     }
 

@@ -17,9 +17,10 @@ from typing import Any
 from tokenizers import Tokenizer
 
 from capas.dag import StageSpec, read_yaml
+from capas.facts import read_json
 from capas.page import findings, pipeline, plots, tokens
 from capas.page.figure import to_svg
-from capas.page.findings import read_csv, read_json, read_lines
+from capas.page.findings import read_csv, read_lines
 from capas.page.language import Language
 from capas.params import Params, flatten
 from capas.stage import Stage, log, run

@@ -15,6 +15,7 @@ A leaf before and after: `trainer: {seed: ${seed}}` in conf/trainer/_base.yaml, 
 """
 
 import argparse
+import hashlib
 import json
 import logging
 import os
@@ -35,7 +36,7 @@ from capas.composition import (
     read,
 )  # fmt: skip
 from capas.config import GROUPS, group_schema, validate
-from capas.errors import CapasError
+from capas.errors import CapasError, told
 from capas.overrides import absorb, difference, in_force
 
 log = logging.getLogger("capas")
@@ -56,6 +57,7 @@ def main(options: argparse.Namespace) -> None:
     if options.schema:
         return write_schemas()
     ensure_overrides(reset=options.reset)
+    before = inputs()
     with composer(CONF) as compose:
         target = compose(options.overrides)
     if options.print:
@@ -65,13 +67,17 @@ def main(options: argparse.Namespace) -> None:
         sys.stdout.write(json.dumps(target) + "\n")
         return None
     if options.check:
-        return show_changes(target)
+        return show_changes(target, options)
     if came_from_outside(target, options):
         target = adopt(read(PARAMS)[0], options.keep)
     validate(target)
     outputs = {PARAMS: dump(target), ENVIRONMENT: environment(), **resolved_files(target)}
     for note in in_force():
         log.info("conf/overrides.yaml sets %s", note)
+    if inputs() != before:
+        raise CapasError(
+            "conf/, params.yaml or requirements.lock was edited while it was composed; run `dvc repro` again"
+        )
     write_all(outputs)
     log.info("params.yaml written")
     return None
@@ -82,12 +88,23 @@ def ensure_overrides(reset: bool) -> None:
         OVERRIDES.write_text(NOTHING_OVERRIDDEN, encoding="utf-8")
 
 
-def show_changes(target: Values) -> None:
+def inputs() -> dict[str, str]:
+    """What compose reads: DVC hashes it after the command ran. It writes conf/overrides.yaml itself."""
+    files = [path for path in CONF.rglob("*") if path.is_file() and path != OVERRIDES]
+    files += [path for path in (PARAMS, LOCK) if path.exists()]
+    return {str(path): hashlib.sha256(path.read_bytes()).hexdigest() for path in files}
+
+
+def show_changes(target: Values, options: argparse.Namespace) -> None:
     old = read(PARAMS)[0] if PARAMS.exists() else {}
-    for key, value in difference(target, old).items():
-        was = difference(old, target).get(key)
-        log.info("%s: %s -> %s", key, was, value)
-    for key in difference(old, target).keys() - difference(target, old).keys():
+    if came_from_outside(target, options):
+        for key, value in difference(old, target).items():
+            log.info("%s=%s is not from conf/: it would move to conf/overrides.yaml", key, value)
+        return
+    was, becomes = difference(old, target), difference(target, old)
+    for key, value in becomes.items():
+        log.info("%s: %s -> %s", key, was.get(key), value)
+    for key in was.keys() - becomes.keys():
         log.info("%s: goes away", key)
 
 
@@ -109,8 +126,13 @@ def came_from_outside(target: Values, options: argparse.Namespace) -> bool:
     if written_by_dvc or conf_unchanged or options.keep:
         return True
     keys = ", ".join({**difference(old, target), **difference(target, old)})
+    what = (
+        "params.yaml was left by an unfinished `dvc exp run` and is not what conf/ composes to"
+        if stamp is None
+        else "params.yaml was edited and conf/ changed as well"
+    )
     raise CapasError(
-        f"params.yaml was edited and conf/ changed as well; they differ in: {keys}\n"
+        f"{what}; they differ in: {keys}\n"
         "conf/ is right: python stages/compose_params.py --force\n"
         "params.yaml is right: python stages/compose_params.py --keep"
     )
@@ -119,6 +141,7 @@ def came_from_outside(target: Values, options: argparse.Namespace) -> bool:
 def adopt(values: Values, keep: bool) -> Values:
     """Validate first: a wrong value must not reach conf/overrides.yaml."""
     validate(values)
+    resolved_files(values)
     absorb(values)
     with composer(CONF) as compose:
         target = compose([])
@@ -149,7 +172,7 @@ def resolved_files(values: Values) -> dict[Path, str]:
             "chat_template.path", values["chat_template"]["path"]
         ),
         COMPOSED / "wrong_chat_template.jinja": (
-            in_conf("generation.wrong_chat_template", other) if wrong else "{# none #}\n"
+            in_conf("generation.wrong_chat_template", other, wrong) if wrong else "{# none #}\n"
         ),
         COMPOSED / "prompts.json": json.dumps(
             {"prompts": prompts(values["generation"]["prompts"])}, indent=2, ensure_ascii=False
@@ -158,16 +181,16 @@ def resolved_files(values: Values) -> dict[Path, str]:
     }
 
 
-def in_conf(key: str, name: str) -> str:
-    """The text of a file in conf/, where compose sees every edit of it."""
-    path = Path(name)
+def in_conf(key: str, name: str, value: str | None = None) -> str:
+    """The text of a file in conf/, where compose sees every edit of it; `value` is what names it."""
+    path, given = Path(name), f"{key}={value or name!r}"
     if not path.resolve().is_relative_to(CONF.resolve()):
         raise CapasError(
-            f"{key}={name!r}: keep the file in conf/, so that an edit of it reruns the stages"
+            f"{given}: keep the file in conf/, so that an edit of it reruns the stages"
         )
     if not path.is_file():
         there = ", ".join(str(p) for p in sorted(path.parent.glob(f"*{path.suffix}"))) or "nothing"
-        raise CapasError(f"{key}={name!r}: no such file; there is: {there}")
+        raise CapasError(f"{given}: there is no {path}; there is: {there}")
     return path.read_text(encoding="utf-8")
 
 
@@ -204,18 +227,16 @@ def write_schemas() -> None:
 def parse_options() -> argparse.Namespace:
     description = (__doc__ or "").splitlines()[0]
     parser = argparse.ArgumentParser(description=description)
-    parser.add_argument(
-        "--check", action="store_true", help="show what would change, change nothing"
-    )
-    parser.add_argument("--print", action="store_true", help="print the composed values as JSON")
-    parser.add_argument("--reset", action="store_true", help="empty conf/overrides.yaml first")
-    parser.add_argument(
-        "--force", action="store_true", help="conf/ is right: drop edits of params.yaml"
-    )
-    parser.add_argument(
-        "--keep", action="store_true", help="params.yaml is right: record its values"
-    )
-    parser.add_argument("--schema", action="store_true", help="write the JSON Schemas for editors")
+    ways = parser.add_mutually_exclusive_group()
+    for name, text in {
+        "--check": "show what would change, change nothing",
+        "--print": "print the composed values as JSON",
+        "--reset": "empty conf/overrides.yaml first",
+        "--force": "conf/ is right: drop edits of params.yaml",
+        "--keep": "params.yaml is right: record its values",
+        "--schema": "write the JSON Schemas for editors",
+    }.items():
+        ways.add_argument(name, action="store_true", help=text)
     parser.add_argument(
         "--files", type=Path, help="with --print: write the files it names below here"
     )
@@ -229,7 +250,5 @@ def parse_options() -> argparse.Namespace:
 if __name__ == "__main__":
     logging.basicConfig(format="compose: %(message)s", level=logging.WARNING)
     log.setLevel(logging.INFO)
-    try:
+    with told("compose"):
         main(parse_options())
-    except CapasError as problem:
-        sys.exit(f"compose: {problem}")

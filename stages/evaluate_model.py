@@ -14,6 +14,7 @@ A row of predictions: prompt "<|im_start|>user\\nset a timer for 99 minutes<|im_
 """
 
 import json
+import math
 import sys
 from functools import partial
 from typing import TYPE_CHECKING, Any, Literal
@@ -22,9 +23,9 @@ import pyarrow as pa
 
 from capas import hardware, metrics
 from capas.errors import CapasError
-from capas.facts import write_csv, write_json
+from capas.facts import read_json, write_csv, write_json
 from capas.params import Params
-from capas.records import FORMATTED, read_records, write_records
+from capas.records import FORMATTED, evenly_spaced, read_records, write_records
 from capas.stage import Stage, log, run
 
 if TYPE_CHECKING:
@@ -48,7 +49,7 @@ PREDICTIONS = pa.schema(
 
 def main(which: Literal["base", "tuned"], params: Params, stage: Stage) -> None:
     device = hardware.prepare(params.hardware)  # before torch is imported
-    from capas.model import attach_adapter, load_model
+    from capas.model import attach_adapter, load_model, quantization_method
 
     records = choose(
         list(read_records(stage.dep(DATA) / "test.parquet", FORMATTED)),
@@ -64,8 +65,12 @@ def main(which: Literal["base", "tuned"], params: Params, stage: Stage) -> None:
     log.info("%s: loss %.4f, exact match %s", which, facts["loss"], facts["exact_match"])
 
     if which == "base":
-        whole = score(load_model(stage.dep(BASE), params.model, device), records, params, stage)
-        facts["full_precision"] = {name: summarize(whole)[name] for name in ("loss", "perplexity")}
+        whole = facts
+        if quantization_method(model) != "none":
+            del model  # one model in memory at a time
+            model = load_model(stage.dep(BASE), params.model, device)
+            whole = summarize(score(model, records, params, stage))
+        facts["full_precision"] = {name: whole[name] for name in ("loss", "perplexity")}
         write_json(stage.out("reports/evaluation_base.json"), facts)
         write_json(stage.out("reports/metrics/base.json"), headline(facts))
         write_records(stage.out("reports/predictions_base.parquet"), PREDICTIONS, rows)
@@ -75,7 +80,7 @@ def main(which: Literal["base", "tuned"], params: Params, stage: Stage) -> None:
         write_json(stage.out("reports/evaluation.json"), report)
         write_json(stage.out("reports/metrics/tuned.json"), headline(facts) | gains(report))
         write_records(stage.out("reports/predictions.parquet"), PREDICTIONS, rows)
-        base = json.loads(stage.dep("reports/evaluation_base.json").read_text(encoding="utf-8"))
+        base = read_json(stage.dep("reports/evaluation_base.json"))
         bars = before_after({"base": base, "tuned": facts})
         write_csv(
             stage.out("reports/before_after.csv"), ("kind", "model", "bar", "exact_match"), bars
@@ -83,18 +88,26 @@ def main(which: Literal["base", "tuned"], params: Params, stage: Stage) -> None:
 
 
 def choose(records: list[Row], max_records: int | None) -> list[Row]:
-    """At most `max_records`, evenly spaced over the split: its kinds stand one after the other."""
-    count = min(max_records or len(records), len(records))
-    return [records[i * len(records) // count] for i in range(count)]
+    """At most `max_records` of the split."""
+    return records if max_records is None else evenly_spaced(records, max_records)
 
 
 def score(model: "nn.Module", records: list[Row], params: Params, stage: Stage) -> list[Row]:
-    """Loss in nats a supervised token, and how many of them the model would have chosen itself."""
+    """Loss in nats a supervised token, and how many of them the model would have chosen itself.
+
+    Raises:
+        CapasError: a loss is no number.
+    """
     from capas.batches import Collator, make_example, score_examples
 
     collator = Collator(read_chat(stage)["pad_token_id"])
     examples = [make_example(record) for record in records]
     found = score_examples(model, examples, collator, params.evaluation.batch_size).tolist()
+    for record, (loss, _, _) in zip(records, found, strict=True):
+        if not math.isfinite(loss):
+            raise CapasError(
+                f"the loss of test record {record['id']} is {loss}: the model is broken"
+            )
     return [
         {
             **{name: record[name] for name in ("id", "metadata", "reference")},
@@ -268,8 +281,7 @@ def metadata(row: Row) -> dict[str, Any]:
 
 
 def read_chat(stage: Stage) -> dict[str, Any]:
-    chat: dict[str, Any] = json.loads((stage.dep(DATA) / "chat.json").read_text(encoding="utf-8"))
-    return chat
+    return read_json(stage.dep(DATA) / "chat.json")
 
 
 if __name__ == "__main__":

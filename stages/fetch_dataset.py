@@ -55,12 +55,6 @@ def check_source(dataset: Params) -> None:
             f"dataset.path is {dataset.path!r}; this version reads no files and no hub data sets yet, a "
             f"later one will. Choose dataset.path={EMBEDDED} (the preset dataset=embedded)"
         )
-    given = [key for key in ("name", "revision", "split", "data_files") if dataset[key] is not None]
-    if given:
-        raise CapasError(
-            f"dataset.{', dataset.'.join(given)} means nothing to dataset.path={EMBEDDED}, whose records are "
-            "generated; set it to null"
-        )
 
 
 def write_split(records: Iterable[Mapping[str, Any]], split: str, folder: Any) -> dict[str, Any]:

@@ -7,31 +7,34 @@ Params  model.model_name_or_path, model.revision, model.trust_remote_code
 The tokenizer is fetched apart (fetch_tokenizer): looking at a mask needs no weights.
 """
 
-import json
 from collections.abc import Callable
 from pathlib import Path
 
 from capas.architecture import check_causal
 from capas.embedded import FOLDER, MANIFEST, verify
 from capas.errors import CapasError
+from capas.facts import read_json
 from capas.links import place
 from capas.params import Params
-from capas.sources import Source, file_names, find_source, snapshot
+from capas.sources import (
+    CODE_FILES,
+    MODEL_FILES,
+    Source,
+    check_folder,
+    file_names,
+    find_source,
+    matching,
+    snapshot,
+)
 from capas.stage import Stage, log, run
 
 EMBEDDED_FILES = ["config.json", "generation_config.json", "model.safetensors"]
-WANTED = [
-    "model*.safetensors",
-    "model.safetensors.index.json",
-    "config.json",
-    "generation_config.json",
-]
 PICKLES = (".bin", ".pt", ".pth", ".ckpt", ".pkl", ".h5", ".msgpack")
 
 
 def main(params: Params, stage: Stage) -> None:
     name, revision = params.model.model_name_or_path, params.model.revision
-    patterns = [*WANTED, "*.py"] if params.model.trust_remote_code else WANTED
+    patterns = (*MODEL_FILES, *(CODE_FILES if params.model.trust_remote_code else ()))
     source = find_source(name, stage.root)
     if source is Source.EMBEDDED:
         found = [stage.dep(f"{FOLDER}/{file}") for file in EMBEDDED_FILES]
@@ -43,16 +46,14 @@ def main(params: Params, stage: Stage) -> None:
         found = matching(snapshot(name, revision, patterns), patterns)
         refuse_pickles(name, found, lambda: file_names(name, revision))
     check_files(found, name)
+    if source is Source.FOLDER:
+        check_folder(stage.root / name, name, revision, "model")
 
     folder = stage.out("data/models/base")
     folder.mkdir()
     immutable = source is Source.HUB  # its cache is addressed by content: nobody edits a file in it
     ways = {place(file, folder / file.name, immutable) for file in found}
     log.info("%s: %d files (%s)", name, len(found), ", ".join(sorted(ways)))
-
-
-def matching(folder: Path, patterns: list[str]) -> list[Path]:
-    return sorted({file for pattern in patterns for file in folder.glob(pattern)})
 
 
 def refuse_pickles(name: str, found: list[Path], all_names: Callable[[], list[str]]) -> None:
@@ -75,7 +76,7 @@ def check_files(found: list[Path], name: str) -> None:
     files = {file.name: file for file in found}
     if "config.json" not in files:
         raise CapasError(f"{name} holds no config.json")
-    config = json.loads(files["config.json"].read_text(encoding="utf-8"))
+    config = read_json(files["config.json"])
     check_causal(config, name)
     if "quantization_config" in config:
         method = config["quantization_config"].get("quant_method", "unknown")
@@ -83,7 +84,7 @@ def check_files(found: list[Path], name: str) -> None:
             f"{name} is quantized already ({method}): start from the full-precision model"
         )
     if index := files.get("model.safetensors.index.json"):
-        shards = set(json.loads(index.read_text(encoding="utf-8"))["weight_map"].values())
+        shards = set(read_json(index)["weight_map"].values())
         if missing := sorted(shards - set(files)):
             raise CapasError(
                 f"{name}: model.safetensors.index.json names {', '.join(missing)}: not there"

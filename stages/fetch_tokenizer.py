@@ -10,10 +10,10 @@ import shutil
 from pathlib import Path
 
 from capas import embedded
-from capas.chat.tokenizer import CONFIG, FILES, TOKENIZER, TokenizerFiles
+from capas.chat.tokenizer import CONFIG, TOKENIZER, TokenizerFiles
 from capas.errors import CapasError
 from capas.params import Params
-from capas.sources import Source, find_source, snapshot
+from capas.sources import TOKENIZER_FILES, Source, check_folder, find_source, snapshot
 from capas.stage import Stage, log, run
 
 
@@ -27,9 +27,11 @@ def main(params: Params, stage: Stage) -> None:
     elif source is Source.FOLDER:
         folder = stage.root / name
     else:
-        folder = snapshot(name, params.model.revision, FILES)
+        folder = snapshot(name, params.model.revision, TOKENIZER_FILES)
 
     copied = copy_files(folder, stage.out("data/models/tokenizer"))
+    if source is Source.FOLDER:
+        check_folder(folder, name, params.model.revision, "tokenizer")
     log.info("%s: %s", name, ", ".join(copied))
 
 
@@ -40,7 +42,7 @@ def copy_files(folder: Path, target: Path) -> list[str]:
         CapasError: the folder has no fast tokenizer, or a damaged one.
     """
     target.mkdir()
-    there = [name for name in FILES if (folder / name).is_file()]
+    there = [name for name in TOKENIZER_FILES if (folder / name).is_file()]
     if TOKENIZER not in there:
         slow = [
             file.name for file in sorted(folder.glob("*.model")) + sorted(folder.glob("vocab.*"))

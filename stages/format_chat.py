@@ -19,6 +19,7 @@ from typing import Any
 from capas.chat.format import ChatFormat
 from capas.chat.formatting import SplitFormatter, histogram
 from capas.chat.overflow import Overflow
+from capas.errors import CapasError
 from capas.facts import write_csv, write_json
 from capas.page.maskpage import Sampler, write_mask_page
 from capas.params import Params
@@ -38,6 +39,10 @@ def main(params: Params, stage: Stage) -> None:
         records = read_records(stage.dep("data/tokenized") / f"{split}.parquet", TOKENIZED)
         formatted = sampled(formatters[split].format(records), samplers[split])
         num_records = write_records(folder / f"{split}.parquet", FORMATTED, formatted)
+        if not num_records:
+            raise CapasError(
+                f"no {split} record is left: see dataset.max_length and dataset.overflow"
+            )
         log.info("%s: %d records", split, num_records)
 
     write_chat(folder, chat, params, stage)

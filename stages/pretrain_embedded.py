@@ -25,6 +25,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from capas import hardware
+from capas.errors import CapasError, told
+from capas.facts import read_json
 from capas.params import Params
 from capas.task.corpus import generate_corpus
 
@@ -124,7 +126,7 @@ def save_tokenizer(tokenizer: "Tokenizer", folder: Path, max_length: int) -> Non
     )
     fast.save_pretrained(folder, save_jinja_files=False)
     path = folder / "tokenizer_config.json"
-    config = json.loads(path.read_text())
+    config = read_json(path)
     config["tokenizer_class"] = "PreTrainedTokenizerFast"  # the name that every version knows
     path.write_text(json.dumps(config, indent=2, ensure_ascii=False, sort_keys=True) + "\n")
 
@@ -169,9 +171,11 @@ def hash_file(path: Path) -> str:
 
 def list_files(folder: Path) -> dict[str, str]:
     """Name -> sha256 of the files that a rebuild must repeat (the manifest tells the seconds)."""
-    if not (folder / MANIFEST).exists():
+    try:
+        names = read_json(folder / MANIFEST)["files"]
+    except (CapasError, KeyError) as error:
+        log.info("%s tells nothing: %s", folder / MANIFEST, error)
         return {}
-    names = json.loads((folder / MANIFEST).read_text())["files"]
     return {name: hash_file(folder / name) for name in names if (folder / name).exists()}
 
 
@@ -198,4 +202,5 @@ def replace(built: Path, shipped: Path) -> None:
 
 if __name__ == "__main__":
     logging.basicConfig(level=logging.INFO, format="%(message)s")
-    sys.exit(main())
+    with told("pretrain_embedded"):
+        sys.exit(main())

@@ -18,6 +18,7 @@ from typing import Any
 from capas import result
 from capas.dag import recorded, recorded_key
 from capas.errors import CapasError
+from capas.facts import read_json
 from capas.params import Params
 from capas.stage import Stage, log, run
 from capas.store import Store, locked, reachable, tracking_uri
@@ -61,7 +62,7 @@ def train_key(stage: Stage, lock: Mapping[str, Any]) -> str:
     """
     if "train" not in lock:
         raise CapasError("dvc.lock records no training yet; run `dvc repro`")
-    key: str = result.read_json(stage, "reports/train.json")["train_key"]
+    key: str = read_json(stage.dep("reports/train.json"))["train_key"]
     if key != recorded_key(lock["train"]):
         log.info(
             "the training was accepted with `dvc commit`: it stays in its run, train_key %s", key
@@ -94,8 +95,10 @@ def send_params(store: Store, run_id: str, have: Any, of_training: dict[str, Any
     from mlflow.entities import Param
 
     texts = result.clipped(of_training)
-    changed = {k: v for k, v in texts.items() if k in have.params and have.params[k] != v}
-    send_tags(store, run_id, have, {f"now.{key}": value for key, value in changed.items()})
+    changed = {f"now.{k}": v for k, v in texts.items() if k in have.params and have.params[k] != v}
+    for tag in [tag for tag in have.tags if tag.startswith("now.") and tag not in changed]:
+        store.client.delete_tag(run_id, tag)
+    send_tags(store, run_id, have, changed)
     new = [Param(key, value) for key, value in texts.items() if key not in have.params]
     for start in range(0, len(new), 100):  # MLflow's own limit
         store.client.log_batch(run_id, params=new[start : start + 100])
@@ -125,7 +128,7 @@ def datasets(lock: Mapping[str, Any], stage: Stage) -> list[Any]:
     outs = {out["path"]: out["md5"] for entry in lock.values() for out in entry.get("outs", [])}
     digest = outs["data/formatted"]
     inputs = []
-    for split, facts in result.read_json(stage, "reports/format.json")["splits"].items():
+    for split, facts in read_json(stage.dep("reports/format.json"))["splits"].items():
         source = json.dumps({"uri": f"data/formatted/{split}.parquet"})
         profile = json.dumps({"num_rows": facts["num_records"], "num_tokens": facts["num_tokens"]})
         dataset = Dataset(f"data/formatted/{split}", digest, "local", source, profile=profile)

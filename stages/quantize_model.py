@@ -10,13 +10,12 @@ Embeddings, norms and the head stay as they are; every other linear layer keeps 
     after   the same weight, NF4: one of 16 levels each, times the largest of its block of 64 weights
 """
 
-import json
 from collections.abc import Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from capas import hardware
-from capas.facts import write_csv, write_json
+from capas.facts import read_json, write_csv, write_json
 from capas.links import place
 from capas.params import Params
 from capas.stage import Stage, log, run
@@ -63,7 +62,8 @@ def main(params: Params, stage: Stage) -> None:
 
 def save(model: "PreTrainedModel", base: Path, folder: Path) -> None:
     """As safetensors. A base that is neither quantized nor converted is not written a second time."""
-    stored = json.loads((base / "config.json").read_text(encoding="utf-8")).get("dtype")
+    config = read_json(base / "config.json")
+    stored = config.get("dtype") or config.get("torch_dtype")  # the older name
     if getattr(model, "quantization_method", None) is None and f"torch.{stored}" == str(
         model.dtype
     ):

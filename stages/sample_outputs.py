@@ -26,7 +26,7 @@ from capas.chat.format import ChatFormat
 from capas.chat.template import Template, TemplateRefusal, place_system
 from capas.chat.tokenizer import TokenizerFiles
 from capas.errors import CapasError
-from capas.facts import write_csv, write_json
+from capas.facts import read_json, write_csv, write_json
 from capas.params import Params
 from capas.prompts import Prompt, first_system_message, held_out_prompts, own_prompts
 from capas.records import FORMATTED, RAW, read_records
@@ -114,7 +114,9 @@ class Models:
         rows = [
             {"model": which} | row
             for which in MODELS
-            for row in self._probabilities(self._logits(which, ids, answer)[position])
+            for row in self._probabilities(
+                self._logits(which, ids, answer)[position], ids + answer[:position]
+            )
         ]
         place = {
             "prompt_id": prompt.prompt_id,
@@ -141,7 +143,7 @@ class Models:
         with torch.inference_mode(), self._as(which):
             return self.model(inputs).logits[0, len(ids) - 1 :].float().cpu()
 
-    def _probabilities(self, logits: "torch.Tensor") -> Iterator[Row]:
+    def _probabilities(self, logits: "torch.Tensor", input_ids: list[int]) -> Iterator[Row]:
         from capas.generation import next_token_probabilities
 
         top = logits.topk(NUM_TOKENS).indices.tolist()
@@ -149,7 +151,7 @@ class Models:
             name: s.without() for name, s in self.generation.settings.items() if s.do_sample
         }
         for name, setting in {"unchanged": {}, **settings}.items():
-            found = next_token_probabilities(logits, setting)
+            found = next_token_probabilities(logits, input_ids, setting)
             for token in top:
                 yield {
                     "setting": name,
@@ -184,9 +186,7 @@ def load_format(params: Params, stage: Stage) -> ChatFormat:
 
 def choose_prompts(generation: Params, stage: Stage) -> list[Prompt]:
     """The user's own requests where there are some, else records of the test split."""
-    requests = json.loads(stage.dep(f"{COMPOSED}/prompts.json").read_text(encoding="utf-8"))[
-        "prompts"
-    ]
+    requests = read_json(stage.dep(f"{COMPOSED}/prompts.json"))["prompts"]
     raw = list(read_records(stage.dep("data/raw") / "test.parquet", RAW))
     if requests:
         return own_prompts(
@@ -206,24 +206,33 @@ def ask_wrongly(
     models: Models, prompts: list[Prompt], params: Params, stage: Stage
 ) -> Iterator[Row]:
     """The first setting once more, in a template that the model was not trained with."""
-    wrong = stage.dep(f"{COMPOSED}/wrong_chat_template.jinja").read_text(encoding="utf-8")
+    text = stage.dep(f"{COMPOSED}/wrong_chat_template.jinja").read_text(encoding="utf-8")
     if params.generation.wrong_chat_template is None:
         return
+    files = TokenizerFiles(stage.dep(TOKENIZER))
+    wrong = Template(text, files.named, params.chat_template.date_string)
     setting = next(iter(params.generation.settings))
     for prompt in prompts:
-        ids = encode_wrongly(wrong, prompt, params, stage)
+        try:
+            ids = encode_wrongly(wrong, prompt, files)
+        except CapasError as refusal:  # the row is an illustration, no reason to stop
+            log.info("%s is not asked in the wrong template: %s", prompt.prompt_id, refusal)
+            continue
         for which in MODELS:
             yield models.ask(which, prompt, ids, setting) | {"template": "wrong"}
 
 
-def encode_wrongly(template: str, prompt: Prompt, params: Params, stage: Stage) -> list[int]:
-    """As a server with the wrong template would: control tokens that the tokenizer lacks fall to pieces."""
-    files = TokenizerFiles(stage.dep(TOKENIZER))
-    render = Template(template, files.named, params.chat_template.date_string).render
+def encode_wrongly(template: Template, prompt: Prompt, files: TokenizerFiles) -> list[int]:
+    """As a server with the wrong template would: control tokens that the tokenizer lacks fall to pieces.
+
+    Raises:
+        CapasError: the template refuses the conversation, its system message folded or not.
+    """
     try:
-        text = render(prompt.messages, add_generation_prompt=True)
+        text = template.render(prompt.messages, add_generation_prompt=True)
     except TemplateRefusal:  # a family without system role
-        text = render(place_system(prompt.messages, "fold"), add_generation_prompt=True)
+        folded = place_system(prompt.messages, "fold")
+        text = template.render(folded, add_generation_prompt=True)
     ids: list[int] = files.build(parse_special=True).encode(text, add_special_tokens=False).ids
     return ids
 
@@ -304,8 +313,7 @@ def load_tokenizer(stage: Stage) -> Tokenizer:
 
 
 def read_chat(stage: Stage) -> dict[str, Any]:
-    chat: dict[str, Any] = json.loads((stage.dep(DATA) / "chat.json").read_text(encoding="utf-8"))
-    return chat
+    return read_json(stage.dep(DATA) / "chat.json")
 
 
 if __name__ == "__main__":

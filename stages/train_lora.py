@@ -13,14 +13,14 @@ Before, the model goes on as in pretraining ("Okay, 99 minutes from now."); afte
 """
 
 import json
-import math
+import re
 import shutil
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from capas import hardware, live
 from capas.errors import CapasError
-from capas.facts import write_csv, write_json
+from capas.facts import read_json, write_csv, write_json
 from capas.params import Params
 from capas.stage import Stage, run
 
@@ -41,11 +41,13 @@ def main(params: Params, stage: Stage) -> None:
     from capas.batches import Collator, read_examples
     from capas.model import load_model
 
-    chat = json.loads((stage.dep(FORMATTED) / "chat.json").read_text(encoding="utf-8"))
+    chat = read_json(stage.dep(FORMATTED) / "chat.json")
     train = read_examples(stage.dep(FORMATTED) / "train.parquet")
     validation = read_examples(stage.dep(FORMATTED) / "validation.parquet")
     collator = Collator(chat["pad_token_id"])
-    model = add_lora(load_model(stage.dep(QUANTIZED), params.model, device), params)
+    base = load_model(stage.dep(QUANTIZED), params.model, device)
+    check_lengths(base, [len(example["input_ids"]) for example in [*train, *validation]])
+    model = add_lora(base, params)
     gradient_check = usage.check_gradients(model, collator(validation[:2]))
 
     folder = stage.checkpoints()
@@ -82,7 +84,21 @@ def add_lora(base: "PreTrainedModel", params: Params) -> Any:
     set_seed(params.trainer.seed)  # A is drawn at random
     if quantization_method(base) != "none":
         base = prepare_model_for_kbit_training(base, use_gradient_checkpointing=False)
-    return get_peft_model(base, LoraConfig(task_type="CAUSAL_LM", **params.lora.without("preset")))
+    config = LoraConfig(task_type="CAUSAL_LM", **params.lora.without("preset"))
+    try:
+        return get_peft_model(base, config)
+    except (ValueError, re.error) as error:  # a regular expression that fits no layer, or is none
+        raise CapasError(f"PEFT refuses the lora group: {error}") from None
+
+
+def check_lengths(base: "PreTrainedModel", lengths: list[int]) -> None:
+    """Raises CapasError: a record is longer than what the model was made for."""
+    limit = getattr(base.config.get_text_config(), "max_position_embeddings", None)
+    if limit is not None and max(lengths) > limit:
+        raise CapasError(
+            f"the longest record has {max(lengths)} tokens, and the model has positions for {limit}: set "
+            f"dataset.max_length={limit}, with dataset.overflow=drop or truncate"
+        )
 
 
 def check_target_modules(base: "PreTrainedModel", target_modules: list[str] | str) -> None:
@@ -92,8 +108,10 @@ def check_target_modules(base: "PreTrainedModel", target_modules: list[str] | st
         CapasError: with the names that there are.
     """
     from torch import nn
+    from transformers.pytorch_utils import Conv1D  # the linear layer of GPT-2
 
-    layers = [name for name, module in base.named_modules() if isinstance(module, nn.Linear)]
+    kinds = (nn.Linear, Conv1D)
+    layers = [name for name, module in base.named_modules() if isinstance(module, kinds)]
     asked = (
         [] if isinstance(target_modules, str) else target_modules
     )  # "all-linear", or a regular expression
@@ -116,14 +134,6 @@ def training_arguments(params: Params, folder: Path, resumed: bool) -> "Training
     from transformers import TrainingArguments
 
     on_cpu = params.hardware.device == "cpu"
-    if on_cpu and params.trainer.optim.startswith("paged_"):
-        raise CapasError(
-            f"trainer.optim={params.trainer.optim} pages to a GPU's unified memory: hardware=gpu"
-        )
-    if on_cpu and params.trainer.fp16:
-        raise CapasError(
-            "trainer.fp16 needs a GPU: trainer.fp16=false; trainer.bf16=true works on a CPU"
-        )
     try:
         return TrainingArguments(
             **params.trainer.without("preset"),
@@ -157,7 +167,6 @@ def summary(trainer: "Trainer") -> dict[str, Any]:
         "num_parameters": num_parameters,
         "train_loss": mean_loss(history),
         "validation_loss": last["eval_loss"],
-        "validation_perplexity": math.exp(last["eval_loss"]),
         "validation_token_accuracy": last["eval_token_accuracy"],
         "learning_rate": trainer.args.learning_rate,
     }
@@ -195,7 +204,7 @@ def save_adapter(model: Any, params: Params, chat: dict[str, Any], stage: Stage)
     folder = stage.out("data/models/adapter")
     config = model.peft_config["default"]
     config.base_model_name_or_path = params.model.model_name_or_path
-    config.revision = params.model.revision
+    config.revision = commit_of(params.model.revision)
     model.save_pretrained(folder, save_embedding_layers=False)
     (folder / "README.md").unlink()  # a model card that PEFT fills with guesses
     sort_target_modules(folder / "adapter_config.json")
@@ -209,9 +218,14 @@ def save_adapter(model: Any, params: Params, chat: dict[str, Any], stage: Stage)
     ).save_pretrained(folder)
 
 
+def commit_of(revision: str | None) -> str | None:
+    """A commit on the Hub. What pins a local folder means nothing to whoever loads the adapter."""
+    return revision if re.fullmatch(r"[0-9a-f]{40}", revision or "") else None
+
+
 def sort_target_modules(file: Path) -> None:
     """PEFT writes a set: its order follows PYTHONHASHSEED."""
-    config = json.loads(file.read_text(encoding="utf-8"))
+    config = read_json(file)
     ordered = {
         k: sorted(v) if k == "target_modules" and isinstance(v, list) else v
         for k, v in config.items()

@@ -11,6 +11,7 @@ from capas.composition import composer
 from capas.dag import StageSpec
 from capas.params import Params, select
 from capas.records import FORMATTED, read_records
+from capas.sources import folder_revision
 from capas.stage import Stage
 from stages import fetch_dataset, fetch_tokenizer, format_chat, tokenize_messages
 
@@ -34,7 +35,8 @@ class DataSide:
     def run(self, *names: str, overrides: tuple[str, ...] = ()) -> "DataSide":
         """Run stages (all of them where none is named) with Hydra overrides."""
         with composer(REPOSITORY / "conf") as compose:
-            values = compose([*SHRUNK, "model.model_name_or_path=tokenizer", *overrides])
+            local = f"model.revision={folder_revision(self.root / 'tokenizer')}"
+            values = compose([*SHRUNK, "model.model_name_or_path=tokenizer", local, *overrides])
         template = self.root / "data/composed/chat_template.jinja"
         template.parent.mkdir(parents=True, exist_ok=True)
         template.write_text((REPOSITORY / values["chat_template"]["path"]).read_text())

@@ -246,7 +246,6 @@ def _train(key: str) -> dict[str, Any]:
         "num_parameters": 20000,
         "train_loss": 0.3,
         "validation_loss": 0.2,
-        "validation_perplexity": 1.221403,
         "validation_token_accuracy": 0.9,
         "learning_rate": 0.0,
         "used": {

@@ -144,3 +144,66 @@ def test_a_git_conflict_stops_dvc_itself(workspace: Workspace) -> None:
     workspace.edit("params.yaml", "seed: 0\n", conflict)
     assert "params.yaml" in workspace.repro(check=False)
     assert conflict in workspace.read("params.yaml")
+
+
+def set_by_hand(workspace: Workspace, old: str, new: str) -> tuple[str, str]:
+    """An edit of params.yaml, composed; what then stands in params.yaml and in conf/overrides.yaml."""
+    workspace.edit("params.yaml", old, new)
+    workspace.run(*COMPOSE)
+    return workspace.read("params.yaml"), workspace.read("conf/overrides.yaml")
+
+
+def test_a_value_that_others_are_derived_from_can_be_set_alone(workspace: Workspace) -> None:
+    params, overrides = set_by_hand(workspace, "\nseed: 0\n", "\nseed: 1\n")
+    assert "  seed: 0\n  data_seed: 0\n" in params
+    assert "  seed: 0\n  data_seed: 0\n" in overrides
+
+
+def test_a_mapping_in_the_place_of_an_empty_one(workspace: Workspace) -> None:
+    old = "lr_scheduler_type: linear\n  lr_scheduler_kwargs: {}"
+    new = "lr_scheduler_type: cosine\n  lr_scheduler_kwargs: {num_cycles: 2}"
+    assert "num_cycles: 2" in set_by_hand(workspace, old, new)[0]
+
+
+def test_a_text_that_looks_like_an_interpolation_stays_a_text(workspace: Workspace) -> None:
+    params, overrides = set_by_hand(workspace, "prompts: null", "prompts: ['It costs ${5}.']")
+    assert "It costs ${5}." in params
+    assert "It costs \\${5}." in overrides
+    workspace.run(*COMPOSE)
+    assert '"It costs ${5}."' in workspace.read("data/composed/prompts.json")
+
+
+def test_a_file_that_is_not_there_stops_before_it_reaches_conf(workspace: Workspace) -> None:
+    workspace.edit("params.yaml", "wrong_chat_template: llama3", "wrong_chat_template: lama3")
+    log = workspace.repro("compose", check=False)
+    assert "generation.wrong_chat_template='lama3': there is no conf/chat_template/lama3" in log
+    assert workspace.read("conf/overrides.yaml") == "# Nothing overridden.\n"
+
+
+def test_experiments_in_the_workspace_build_on_one_another(workspace: Workspace) -> None:
+    for override in ("trainer.learning_rate=1e-3", "lora.r=8"):
+        log = workspace.run("dvc", "exp", "run", "-S", override, "compose")
+    assert "conf/overrides.yaml sets trainer.learning_rate=0.001" in log
+    workspace.run(*COMPOSE, "--reset")
+    assert "learning_rate: 0.004\n" in workspace.read("params.yaml")
+
+
+def test_an_experiment_that_was_refused_leaves_no_riddle(workspace: Workspace) -> None:
+    log = workspace.run("dvc", "exp", "run", "-S", "lora.r=-3", "compose", check=False)
+    assert "lora.r=-3: input should be greater than 0" in log
+    assert "left by an unfinished `dvc exp run`" in workspace.repro("compose", check=False)
+    workspace.run(*COMPOSE, "--force")
+    assert "  r: 16\n" in workspace.read("params.yaml")
+
+
+def test_a_check_tells_what_would_become_of_a_hand_edit(workspace: Workspace) -> None:
+    workspace.edit("params.yaml", "  r: 16", "  r: 4")
+    assert "lora.r=4 is not from conf/" in workspace.run(*COMPOSE, "--check")
+    assert "not allowed with" in workspace.run(*COMPOSE, "--check", "--reset", check=False)
+
+
+def test_a_broken_params_yaml_is_a_message(workspace: Workspace) -> None:
+    workspace.edit("params.yaml", "seed: 0\n", "<<<<<<< HEAD\nseed: 0\n")
+    log = workspace.run(*COMPOSE, check=False)
+    assert "compose: params.yaml is not valid YAML" in log
+    assert "Traceback" not in log

@@ -1,5 +1,6 @@
 """The shipped configuration: every option composes, every key is checked, every problem is reported."""
 
+import inspect
 import json
 from collections.abc import Callable
 from typing import Any
@@ -9,7 +10,7 @@ import yaml
 from workspace import REPOSITORY
 
 from capas.composition import composer, digest, dump
-from capas.config import GROUPS, group_schema, known_keys, validate
+from capas.config import _SCHEDULE_KWARGS, GROUPS, group_schema, known_keys, validate
 from capas.errors import CapasError
 from capas.params import flatten
 
@@ -40,8 +41,7 @@ def test_there_are_as_many_options_as_we_think() -> None:
 def test_every_option_composes_is_valid_and_names_itself(
     compose: Callable[[list[str]], Any], group: str, option: str
 ) -> None:
-    needed = {("hardware", "gpu"): [], ("tracking", "none"): []}.get((group, option), [])
-    values = compose([f"{group}={option}", *needed])
+    values = compose([f"{group}={option}"])
     validate(values)
     assert values[group]["preset"] == option
 
@@ -105,6 +105,17 @@ def test_all_problems_are_reported_at_once(compose: Callable[[list[str]], Any]) 
         (["model.attn_implementation=flash_attention_2", "hardware=gpu"], "bfloat16 or float16"),
         (["hardware.allow_tf32=true"], "TF32"),
         (["hardware.device=cuda"], "default where the device is not a CPU"),
+        (["hardware.cudnn_benchmark=true"], "differs from run to run"),
+        (["hardware.cudnn_deterministic=false"], "full_determinism switches"),
+        (["model.revision=main"], "the embedded base ships with the repository"),
+        (["dataset.split=train"], "the embedded records are generated"),
+        (["lora.bias=all"], "would no longer be the base"),
+        (["+trainer.lr_scheduler_kwargs.power=2"], "linear: none; "),
+        (["trainer.lr_scheduler_type=cosine_with_min_lr"], "exactly one of min_lr and min_lr_rate"),
+        (["trainer.lr_scheduler_type=warmup_stable_decay"], "num_decay_steps in"),
+        (["trainer.lr_scheduler_type=constant"], "no warm-up in a constant schedule"),
+        (["trainer.save_total_limit=1"], "greater than or equal to 2"),
+        (["generation.wrong_chat_template=chatml"], "another template than the right one"),
         (["trainer.max_steps=0"], "-1 (epochs decide) or at least 1"),
         (["trainer.warmup_steps=1.5"], "a whole number of steps"),
         (["dataset.overflow_budget_fraction=0.1"], "overflow: error allows no record"),
@@ -117,6 +128,33 @@ def test_contradictions_and_ranges(
     compose: Callable[[list[str]], Any], overrides: list[str], expected: str
 ) -> None:
     assert expected in problems(compose(overrides))
+
+
+def test_what_is_null_counts_as_not_given(compose: Callable[[list[str]], Any]) -> None:
+    validate(
+        compose(["+generation.settings.greedy.top_k=null", "generation.settings.top_p.top_k=null"])
+    )
+
+
+@pytest.mark.parametrize("preset", ["chatml", "llama3", "mistral", "gemma"])
+def test_every_template_has_another_to_be_compared_with(
+    compose: Callable[[list[str]], Any], preset: str
+) -> None:
+    values = compose([f"chat_template={preset}"])
+    validate(values)
+    assert values["generation"]["wrong_chat_template"] != preset
+
+
+def test_schedules_have_the_arguments_that_transformers_gives_them() -> None:
+    """The table in capas/config.py against the installed version."""
+    from transformers.optimization import TYPE_TO_SCHEDULER_FUNCTION
+
+    given = {"optimizer", "num_warmup_steps", "num_training_steps", "last_epoch"}
+    fixed = ("constant", "constant_with_warmup")  # get_scheduler passes nothing on to them
+    for kind, function in TYPE_TO_SCHEDULER_FUNCTION.items():
+        if kind.value in _SCHEDULE_KWARGS and kind.value not in fixed:
+            known = set(inspect.signature(function).parameters) - given
+            assert known == _SCHEDULE_KWARGS[kind.value], kind.value
 
 
 def test_a_value_that_hydra_cannot_compose_is_a_clear_error(

@@ -1,6 +1,7 @@
 """dvc.yaml against the code: files, imports, params, environment."""
 
 import ast
+import re
 from pathlib import Path
 from typing import Any
 
@@ -66,10 +67,14 @@ def covers(one: str, other: str) -> bool:
     return one == other or other.startswith(one + ".")
 
 
-def test_the_stages_are_those_of_the_readme() -> None:
-    assert list(PIPELINE) != []
+@pytest.mark.parametrize("readme", ["README.md", "README.es.md"])
+def test_the_stages_are_those_of_the_readme(readme: str) -> None:
     assert sorted(PIPELINE) == sorted(NAMES)
     assert all(len(entry["desc"]) > 20 for entry in PIPELINE.values())
+    rows = re.findall(r"^\| (`.*?`) \|", (REPOSITORY / readme).read_text(), re.MULTILINE)
+    assert sorted(re.findall(r"`(\w+)`", " ".join(r for r in rows if "/" not in r))) == sorted(
+        NAMES
+    )
 
 
 @pytest.mark.parametrize("name", NAMES)
@@ -86,12 +91,39 @@ def test_a_stage_reads_the_params_that_it_declares(name: str) -> None:
     assert read - {r for r in read for d in declared if covers(d, r) or covers(r, d)} == set()
 
 
-def test_every_configuration_key_is_declared_by_a_stage() -> None:
-    declared = {key for name in NAMES for key in spec(name).params.get("params.yaml", [])}
+def test_every_configuration_key_is_declared_by_a_stage_that_computes() -> None:
+    """The report shows all of them, which does not count; a few are read by compose alone."""
+    computing = [name for name in NAMES if name != "report"]
+    declared = {key for name in computing for key in spec(name).params.get("params.yaml", [])}
     params: dict[str, Any] = yaml.safe_load((REPOSITORY / "params.yaml").read_text())
-    params.pop("experiment")  # an overlay: it has no values of its own
-    leaves = {f"{g}.{k}" for g, v in params.items() if isinstance(v, dict) for k in v}
-    assert {key for key in leaves if not any(covers(d, key) for d in declared)} == set()
+    leaves = {f"{g}.{k}" for g, v in params.items() if isinstance(v, dict) for k in v} | {"seed"}
+    unread = {key for key in leaves if not any(covers(d, key) for d in declared)}
+    presets = {f"{group}.preset" for group in ("dataset", "experiment", "model")}
+    shown = {"model.licence"}
+    composed = {"seed", "chat_template.path", "chat_template.contrast"}
+    assert unread == presets | shown | composed
+
+
+@pytest.mark.parametrize("name", [n for n in NAMES if n not in ("compose", "report")])
+def test_the_packages_that_a_stage_imports_decide_its_bytes(name: str) -> None:
+    """`report` declares all; publish writes no byte that DVC keeps. Imported is not yet used."""
+    unused = {"fetch_tokenizer": {"tokenizers"}, "quantize": {"peft"}, "evaluate_base": {"peft"}}
+    recorded_packages = set(yaml.safe_load((REPOSITORY / "environment.yaml").read_text()))
+    imported = {
+        module
+        for file in imported_modules(script(name))
+        for node in ast.walk(ast.parse((REPOSITORY / file).read_text(encoding="utf-8")))
+        for module in _packages_of(node)
+    }
+    needed = imported & recorded_packages if name != "publish" else set()
+    declared = set(spec(name).params.get("environment.yaml", []))
+    assert needed - declared == unused.get(name, set())
+
+
+def _packages_of(node: ast.AST) -> list[str]:
+    if isinstance(node, ast.ImportFrom) and node.module:
+        return [node.module.split(".")[0]]
+    return [a.name.split(".")[0] for a in node.names] if isinstance(node, ast.Import) else []
 
 
 def test_every_dep_is_a_file_or_an_output() -> None:

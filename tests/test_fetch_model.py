@@ -10,6 +10,7 @@ from tiny import REPOSITORY, make_model, run_stage
 
 from capas.errors import CapasError
 from capas.links import place
+from capas.sources import folder_revision
 from stages import fetch_model
 
 COMMIT = "0123456789" * 4
@@ -32,6 +33,7 @@ def digest(file: Path) -> str:
 
 
 def fetch(root: Path, name: str, revision: str | None = None) -> list[str]:
+    revision = folder_revision(root / name) if name == "local" and revision is None else revision
     model = {"model_name_or_path": name, "revision": revision, "trust_remote_code": False}
     lines = [f"model: {json.dumps(model)}"]
     (root / "params.yaml").write_text("\n".join(lines))
@@ -144,3 +146,20 @@ def test_placing_never_lets_an_edit_through(tmp_path: Path) -> None:
     source.chmod(0o444)
     assert place(source, tmp_path / "second") in ("reflink", "hardlink")
     assert (tmp_path / "second").read_bytes() == b"changed"
+
+
+def test_a_folder_is_pinned_to_what_is_in_it(root: Path) -> None:
+    pinned = folder_revision(root / "local")
+    (root / "local/notes.txt").write_text("no file of the model")
+    fetch(root, "local", pinned)
+    (root / "local/generation_config.json").write_text("{}")
+    with pytest.raises(CapasError, match=f"revision={pinned}: local is a folder") as refusal:
+        fetch(root, "local", pinned)
+    fetch(root, "local", str(refusal.value).rpartition("=")[2])
+
+
+def test_the_tokenizer_of_a_folder_is_pinned_apart_from_its_weights(root: Path) -> None:
+    before = folder_revision(root / "local").split("-")
+    (root / "local/model.safetensors").write_bytes(b"")
+    after = folder_revision(root / "local").split("-")
+    assert (before[0] == after[0], before[1] == after[1]) == (True, False)

@@ -173,6 +173,13 @@ def test_a_record_that_is_too_long_stops_the_stage(side: DataSide) -> None:
     assert side.run("format", overrides=(f"dataset.max_length={needed}",)).formatted("train")
 
 
+def test_a_split_of_which_nothing_is_left_is_refused(side: DataSide) -> None:
+    put(side, say("Hi", "Hello"))
+    everything = ("dataset.overflow=drop", "dataset.overflow_budget_fraction=1.0")
+    with pytest.raises(CapasError, match="no train record is left"):
+        side.run("format", overrides=("dataset.max_length=8", *everything))
+
+
 def test_too_long_records_are_dropped_within_the_budget(side: DataSide) -> None:
     put(side, say("Hi", "Hello"), say("x" * 60, "y"))
     drop = ("dataset.max_length=50", "dataset.overflow=drop")

@@ -37,6 +37,7 @@ EXPECTED: dict[str, list[str]] = {
     "dataset.overflow_budget_fraction": ["format", "report"],
     "chat_template": ["format", "sample", "report"],
     "chat_template.path": ["report"],  # the text itself is data/composed/chat_template.jinja
+    "chat_template.contrast": ["report"],  # generation.wrong_chat_template has its value
     "chat_template.train_on": ["format", "report"],
     "quantization": ["quantize", "report"],
     "lora": ["train", "report"],
@@ -46,6 +47,51 @@ EXPECTED: dict[str, list[str]] = {
     "tracking": ["publish"],
     "experiment": [],
     "seed": ["report"],
+}
+
+# Every dep that is no code: what has to be computed again when it is another.
+FILES: dict[str, list[str]] = {
+    "requirements.lock": ["compose"],
+    "conf": ["compose"],
+    "data/composed/chat_template.jinja": ["format", "sample"],
+    "data/composed/prompts.json": ["sample"],
+    "data/composed/wrong_chat_template.jinja": ["sample"],
+    "data/embedded/manifest.json": FETCH_MODEL,
+    "data/embedded/tokenizer.json": ["fetch_tokenizer"],
+    "data/embedded/tokenizer_config.json": ["fetch_tokenizer"],
+    "data/embedded/config.json": ["fetch_model"],
+    "data/embedded/generation_config.json": ["fetch_model"],
+    "data/embedded/model.safetensors": ["fetch_model"],
+    "data/raw": ["tokenize", "sample", "report"],
+    "data/models/tokenizer": ["tokenize", "format", *READ_MODEL, "report"],
+    "data/tokenized": ["format"],
+    "data/formatted": [*READ_MODEL, "report"],
+    "data/models/base": ["quantize", "evaluate_base", "report"],
+    "data/models/quantized": READ_MODEL,
+    "data/models/adapter": ["evaluate", "sample", "report", "publish"],
+    "reports/evaluation_base.json": ["evaluate", "report", "publish"],
+    "reports/predictions_base.parquet": ["evaluate", "report", "publish"],
+    "reports/evaluation.json": ["report", "publish"],
+    "reports/format.json": ["report", "publish"],
+    "reports/history.csv": ["report", "publish"],
+    "reports/predictions.parquet": ["report", "publish"],
+    "reports/quantization.json": ["report", "publish"],
+    "reports/samples.jsonl": ["report", "publish"],
+    "reports/train.json": ["report", "publish"],
+    "reports/validation.csv": ["report", "publish"],
+    "reports/lengths.csv": ["report"],
+    "reports/next_token.csv": ["report"],
+    "reports/quantization_error.csv": ["report"],
+    "reports/samples.json": ["report"],
+    "reports/samples.md": ["publish"],
+    "reports/mask.html": ["publish"],
+    "reports/index.html": ["publish"],
+    "reports/index.es.html": ["publish"],
+    "capas/page/mask.html.jinja": ["format"],
+    "capas/page/report.html.jinja": ["report"],
+    "capas/page/style.css": ["report"],
+    "capas/page/en.yaml": ["report"],
+    "capas/page/es.yaml": ["report"],
 }
 
 
@@ -152,14 +198,28 @@ def test_every_file_of_the_code_reruns_the_stages_that_import_it(
     assert len(users) > 20
 
 
-def test_an_edit_of_conf_is_seen_by_compose_alone(workspace: Workspace, pipeline: Any) -> None:
-    edited = workspace.root / "conf/trainer/_base.yaml"
-    assert touched_by_edit(edited, "conf", pipeline) == {"compose"}
+def test_every_other_dep_reruns_exactly_the_stages_of_the_table(
+    workspace: Workspace, pipeline: Any
+) -> None:
+    declared = {dep for name in NAMES for dep in spec(name).deps if not dep.endswith(".py")}
+    assert declared == set(FILES)
+    wrong = {}
+    for dep, stages in FILES.items():
+        edited = "conf/trainer/_base.yaml" if dep == "conf" else dep
+        found = touched_by_edit(workspace.root / edited, dep, pipeline)
+        if found != set(stages):
+            wrong[dep] = sorted(found)
+    assert wrong == {}
 
 
 def touched_by_edit(path: Path, dep: str, pipeline: Any) -> set[str]:
-    original = path.read_bytes()
-    path.write_bytes(original + b"\n# a comment\n")
+    """Outputs of stages are not there in a fresh clone: one is made, of another content than recorded."""
+    original = path.read_bytes() if path.exists() else None
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_bytes((original or b"") + b"\n# a comment\n")
     found = touched(pipeline, dep)
-    path.write_bytes(original)
+    if original is None:
+        path.unlink()
+    else:
+        path.write_bytes(original)
     return found

@@ -4,7 +4,7 @@ import math
 
 import pytest
 
-from capas.metrics import distinct_rate, exact_match, paired_difference, perplexity, valid_json
+from capas.metrics import exact_match, paired_difference, perplexity, valid_json
 
 CALL = '{"name": "set_timer", "arguments": {"minutes": 99}}'
 
@@ -54,11 +54,6 @@ def test_perplexity_is_the_exponential_of_the_loss() -> None:
     assert perplexity(math.log(8)) == pytest.approx(8)
 
 
-def test_distinct_rate() -> None:
-    assert distinct_rate(["a", "a", "a", "a"]) == 0.25
-    assert distinct_rate(["a", "b"]) == 1.0
-
-
 def difference(before: list[float], after: list[float], **kwargs: object) -> dict[str, float]:
     options = {"resamples": 2000, "confidence_fraction": 0.95, "seed": 0, **kwargs}
     options = {"weights": [1] * len(before), **options}
@@ -90,3 +85,8 @@ def test_seed_decides() -> None:
     scores = [0.0] * 10, [math.sin(i) for i in range(10)]
     assert difference(*scores) == difference(*scores)
     assert difference(*scores, seed=1) != difference(*scores)
+
+
+def test_a_perplexity_beyond_all_floats_is_none() -> None:
+    assert perplexity(709.0) == math.exp(709.0)
+    assert perplexity(710.0) is None

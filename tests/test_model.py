@@ -51,9 +51,9 @@ def test_no_layer_repacks_its_weights(tmp_path: Path) -> None:
     assert not any(layer.support_avx512bf16_for_cpu for layer in layers)
 
 
-def test_gradient_that_an_evaluation_changes_stops_the_training() -> None:
+def test_gradient_that_an_evaluation_changes_stops_the_training(tmp_path: Path) -> None:
     """A layer as bitsandbytes has them: from the first evaluation on, half of its gradient is lost."""
-    model = add_lora(make_model(), LORA)
+    model = add_lora(quantize(tmp_path, "llama", load_in_4bit=True), LORA)
     layer = model.get_base_model().model.layers[1].mlp.up_proj
 
     def spoil(module: torch.nn.Module, inputs: Any) -> None:
@@ -63,6 +63,10 @@ def test_gradient_that_an_evaluation_changes_stops_the_training() -> None:
     layer.register_forward_pre_hook(spoil)
     with pytest.raises(CapasError, match="an evaluation changes the gradients"):
         check_gradients(model, BATCH)
+
+
+def test_without_quantized_layers_no_gradient_can_change() -> None:
+    assert check_gradients(add_lora(make_model(), LORA), BATCH) is None
 
 
 def test_quantized_in_memory_and_reloaded_are_equal(tmp_path: Path) -> None:

@@ -1,5 +1,6 @@
 """The whole pipeline with `experiment: quick`, in a throw-away clone: what a user sees."""
 
+import json
 from pathlib import Path
 
 import pytest
@@ -63,7 +64,7 @@ def test_a_killed_training_ends_in_the_same_bytes(workspace: Workspace, when: st
     pattern = "train-*/checkpoint-10" + ("/complete.json" if when == "between steps" else "")
     workspace.repro_killed("train", lambda: any(folder.glob(pattern)))
     assert not (workspace.root / "data/models/adapter").exists()
-    workspace.repro()
+    assert "train: going on from checkpoint-" in workspace.repro()
     assert workspace.outputs() == expected
 
 
@@ -130,9 +131,13 @@ def test_another_clone_records_the_same_lock(workspace: Workspace, tmp_path: Pat
 @pytest.mark.slow
 @pytest.mark.parametrize("num_threads", [1, 4])
 def test_threads_do_not_change_a_byte(workspace: Workspace, num_threads: int) -> None:
-    expected = workspace.outputs()
+    expected, before = workspace.outputs(), json.loads(workspace.read("reports/train.json"))
     workspace.edit("conf/hardware/cpu.yaml", "num_threads: 2", f"num_threads: {num_threads}")
     workspace.repro()
-    shown = {"params.yaml", "reports/index.html", "reports/index.es.html"}  # they show the number
+    shown = {"params.yaml", "reports/index.html", "reports/index.es.html", "reports/train.json"}
     found = workspace.outputs()
     assert {p for p in found if found[p] != expected[p]} - {"reports/.published"} <= shown
+    after = json.loads(workspace.read("reports/train.json"))
+    assert after["used"].pop("num_threads") == num_threads
+    assert before["used"].pop("num_threads") == 2
+    assert {**after, "train_key": None} == {**before, "train_key": None}

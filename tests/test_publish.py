@@ -11,7 +11,7 @@ import yaml
 from report_inputs import write_inputs
 
 from capas import result
-from capas.dag import StageSpec, read_yaml, recorded
+from capas.dag import StageSpec, read_yaml, recorded, recorded_key
 from capas.errors import CapasError
 from capas.params import Params, select
 from capas.stage import Stage
@@ -33,9 +33,11 @@ def publish(root: Path) -> None:
 def root(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
     """A result that is published already."""
     folder = write_inputs(tmp_path_factory.mktemp("publish"))
-    timing = {"seconds": 12.5, "cpu_seconds": 20.0, "peak_memory_bytes": 1000}
+    lock = recorded(folder)
     (folder / "reports/timings").mkdir()
-    (folder / "reports/timings/train.json").write_text(json.dumps(timing))
+    for name, key in {"train": recorded_key(lock["train"]), "format": "of other inputs"}.items():
+        timing = {"key": key, "seconds": 12.5, "cpu_seconds": 20.0, "peak_memory_bytes": 1000}
+        (folder / f"reports/timings/{name}.json").write_text(json.dumps(timing))
     with pytest.MonkeyPatch.context() as patch:
         for name in ("MLFLOW_TRACKING_URI", "DVC_EXP_NAME", "DVC_ROOT"):
             patch.delenv(name, raising=False)
@@ -77,6 +79,9 @@ def test_the_run_holds_params_metrics_and_where_it_comes_from(root: Path) -> Non
     assert data.metrics["tuned/exact_match by kind/seen"] == 0.5
     assert data.metrics["difference/loss/mean"] == -3.0
     assert data.metrics["seconds/train"] == 12.5
+    assert (
+        "seconds/format" not in data.metrics
+    )  # DVC restored it: that was the cost of other inputs
 
 
 def test_the_curve_is_the_recorded_one(root: Path) -> None:
@@ -136,6 +141,11 @@ def test_a_new_evaluation_of_the_same_training_lands_on_its_run(root: Path) -> N
     assert found.data.metrics["tuned/exact_match"] == 0.75
     assert found.data.tags["now.dataset.licence"] == "mit"
     assert len(table(root, "predictions.json")) == 10
+
+    lock["stages"]["fetch"]["params"]["params.yaml"]["dataset.licence"] = "apache-2.0"
+    (root / "dvc.lock").write_text(yaml.safe_dump(lock))
+    publish(root)
+    assert "now.dataset.licence" not in the_run(root)[1].data.tags
 
 
 def test_long_values_and_odd_names_never_break_logging() -> None:

@@ -92,6 +92,7 @@ def test_seed_belongs_to_prompt_and_setting() -> None:
         {"top_k": 5},
         {"top_p": 0.5},
         {"temperature": 1.5, "top_k": 9, "top_p": 0.7},
+        {"repetition_penalty": 1.3, "top_k": None},
     ],
 )
 def test_probabilities_are_those_that_generate_draws_from(settings: dict[str, float]) -> None:
@@ -103,7 +104,7 @@ def test_probabilities_are_those_that_generate_draws_from(settings: dict[str, fl
         input_ids=ids, attention_mask=torch.ones_like(ids), generation_config=config
     ).scores[0][0]
     with torch.inference_mode():
-        mine = next_token_probabilities(model(ids).logits[0, -1], settings)
+        mine = next_token_probabilities(model(ids).logits[0, -1], ids[0].tolist(), settings)
     torch.testing.assert_close(mine, scores.softmax(dim=-1))
 
 

@@ -1,12 +1,15 @@
 """The plumbing round a stage: nothing half-written, nothing undeclared, nothing raced."""
 
 import errno
+import hashlib
+import json
 import os
 import sys
 from collections.abc import Callable
 from pathlib import Path
 
 import pytest
+import yaml
 
 from capas.dag import StageSpec
 from capas.errors import CapasError
@@ -149,16 +152,36 @@ def test_checkpoints_belong_to_exactly_these_inputs(root: Path) -> None:
     assert Stage(StageSpec.read("copy", root), root).checkpoints() != first
 
 
-def test_checkpoints_go_once_the_outputs_are_in_place(root: Path) -> None:
+def test_checkpoints_go_once_dvc_has_recorded_the_outputs(root: Path) -> None:
     folders: list[Path] = []
 
     def main(params: Params, stage: Stage) -> None:
         folders.append(stage.checkpoints())
         copy(params, stage)
-        assert folders[0].exists()
 
     run("copy", main)
+    run("copy", copy)
+    assert folders[0].exists()  # DVC may have died before it recorded anything
+    deps = [{"path": "in.txt", "md5": hashlib.md5(b"hello").hexdigest()}]
+    entry = {"cmd": "python copy.py", "deps": deps, "params": {"params.yaml": {"lora.r": 4}}}
+    (root / "dvc.lock").write_text(yaml.safe_dump({"stages": {"copy": entry}}))
+    run("copy", copy)
     assert not folders[0].exists()
+    failure(lambda params, stage: stage.checkpoints() and params.lora.bias)
+    run("copy", copy)
+    assert folders[
+        0
+    ].exists()  # of a forced run that was interrupted: the next one goes on from there
+
+
+def test_a_timing_names_its_inputs_and_costs_no_result(root: Path) -> None:
+    run("copy", copy)
+    timing = json.loads((root / "reports/timings/copy.json").read_text())
+    assert timing["key"] == Stage(StageSpec.read("copy", root), root).key()
+    (root / "reports/timings/copy.json").unlink()
+    (root / "reports/timings/copy.json").mkdir()
+    run("copy", copy)
+    assert (root / "out/a.txt").exists()
 
 
 def test_params_are_read_only_and_go_straight_through() -> None:

@@ -10,6 +10,7 @@ holds the text of a control token, it stays text. The labels are known by constr
 import hashlib
 import json
 import re
+from contextlib import suppress
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
@@ -20,7 +21,7 @@ from tokenizers import Tokenizer
 from capas.chat.plan import Plan
 from capas.chat.scaffold import Planner, control_pattern
 from capas.chat.segments import Messages, Owned, SegmentEncoder
-from capas.chat.template import Template, place_system
+from capas.chat.template import Template, TemplateRefusal, place_system
 from capas.chat.tokenizer import TokenizerFiles
 from capas.errors import CapasError
 from capas.records import IGNORE_INDEX
@@ -144,11 +145,10 @@ class ChatFormat:
             self._render_placed([question], True),
             self._render_placed([question, answer], False),
         ]
-        try:
-            system = {"role": "system", "content": "-"}
-            texts.append(self._render_placed([system, question, answer], False))
-        except CapasError:
-            pass  # a family without system role
+        if self._system != "error":
+            with suppress(TemplateRefusal):  # a family without system role
+                system = {"role": "system", "content": "-"}
+                texts.append(self._render_placed([system, question, answer], False))
         return {token for text in texts for token in _SHAPE.findall(text)}
 
     def _check_known(self, written: set[str]) -> None:

@@ -52,9 +52,7 @@ class SplitFormatter:
 
     def _keep(self, record: Record) -> Record | None:
         """The record as far as it is used, with its ids under `encoded`."""
-        messages = (
-            record["messages"] if self.train_on == "all" else _until_last_answer(record["messages"])
-        )
+        messages = _until_last_answer(record["messages"])
         encoded = self.chat.encode(messages, self.train_on)
         fitting = self.overflow.fit(
             {**record, "messages": messages}, encoded, self.chat, self.train_on
@@ -108,7 +106,7 @@ class SplitFormatter:
 
 
 def _until_last_answer(messages: Sequence[Mapping[str, Any]]) -> Sequence[Mapping[str, Any]]:
-    """What follows the last answer carries no loss and would only cost tokens."""
+    """What follows the last answer is no part of any answer's context; it is cut and counted."""
     answers = [i for i, message in enumerate(messages) if message["role"] == "assistant"]
     return messages[: answers[-1] + 1] if answers else messages
 

@@ -12,9 +12,9 @@ from typing import Any
 from tokenizers import AddedToken, Tokenizer
 
 from capas.errors import CapasError
+from capas.facts import read_json
 
 TOKENIZER, CONFIG = "tokenizer.json", "tokenizer_config.json"
-FILES = (TOKENIZER, CONFIG, "special_tokens_map.json", "chat_template.jinja")
 NAMED = ("bos_token", "eos_token", "unk_token", "sep_token", "pad_token", "cls_token", "mask_token")
 
 
@@ -27,8 +27,13 @@ class TokenizerFiles:
 
     def __init__(self, folder: Path) -> None:
         self.folder = folder
-        self._spec = _read_json(folder / TOKENIZER)
-        self._config = _read_json(folder / CONFIG)
+        if missing := [name for name in (TOKENIZER, CONFIG) if not (folder / name).is_file()]:
+            raise CapasError(
+                f"{folder} has no {' and no '.join(missing)}; capas needs a fast tokenizer. Make both with "
+                "transformers: AutoTokenizer.from_pretrained(...).save_pretrained(folder)"
+            )
+        self._spec = read_json(folder / TOKENIZER)
+        self._config = read_json(folder / CONFIG)
         self.added = _added_tokens(self._spec, folder)
         self.named = self._named_tokens()
 
@@ -62,10 +67,6 @@ class TokenizerFiles:
         tokenizer = _from_spec(spec, self.folder)
         tokenizer.encode_special_tokens = not parse_special
         return tokenizer
-
-    def special(self) -> dict[str, AddedToken]:
-        """Control tokens by their text."""
-        return {token.content: token for token in self.added.values() if token.special}
 
     def id_of(self, name: str) -> int | None:
         """The id of `bos_token`, `eos_token`, ...; None where the tokenizer has none."""
@@ -110,21 +111,6 @@ def _added_tokens(spec: dict[str, Any], folder: Path) -> dict[int, AddedToken]:
         raise CapasError(
             f"{folder / TOKENIZER} is not a tokenizer: {error!r} in added_tokens"
         ) from None
-
-
-def _read_json(file: Path) -> dict[str, Any]:
-    try:
-        content = json.loads(file.read_text(encoding="utf-8"))
-    except FileNotFoundError:
-        raise CapasError(
-            f"{file} is missing; capas needs a fast tokenizer ({TOKENIZER} and {CONFIG}). Make them with "
-            "transformers: AutoTokenizer.from_pretrained(...).save_pretrained(folder)"
-        ) from None
-    except ValueError as error:
-        raise CapasError(f"{file} is damaged: {error}; get it again") from None
-    if not isinstance(content, dict):
-        raise CapasError(f"{file} must hold an object, not {type(content).__name__}")
-    return content
 
 
 def _from_spec(spec: dict[str, Any], folder: Path) -> Tokenizer:

@@ -21,11 +21,6 @@ Row = dict[str, Any]
 NUM_WRONG = 6  # answers shown
 
 
-def read_json(file: Path) -> dict[str, Any]:
-    content: dict[str, Any] = json.loads(file.read_text(encoding="utf-8"))
-    return content
-
-
 def read_csv(file: Path) -> list[Row]:
     """Rows; a file with nothing but its header has none."""
     rows: list[Row] = pa_csv.read_csv(file).to_pylist()
@@ -171,19 +166,21 @@ NEUTRAL = {"temperature": 1.0, "top_k": 0, "top_p": 1.0}  # change nothing
 
 
 def effective(setting: Row) -> Row:
-    """What of a decoding setting has an effect."""
+    """What of a decoding setting has an effect; null stands for not given."""
     if not setting.get("do_sample"):
         return {"do_sample": False}
-    changed = {k: v for k, v in setting.items() if k != "do_sample" and v != NEUTRAL.get(k)}
+    changed = {
+        k: v for k, v in setting.items() if k != "do_sample" and v not in (None, NEUTRAL.get(k))
+    }
     return changed or {"do_sample": True}
 
 
 def decoding(settings: Mapping[str, Row]) -> dict[str, Any]:
     """Which setting shows what: the first that does just that, or None."""
-    draws = {name: s for name, s in settings.items() if s.get("do_sample")}
-    warmed = [name for name, s in draws.items() if s.get("temperature", 1.0) != 1.0]
-    cut_k = [name for name, s in draws.items() if s.get("top_k")]
-    cut_p = [name for name, s in draws.items() if s.get("top_p", 1.0) < 1.0]
+    draws = {name: effective(s) for name, s in settings.items() if s.get("do_sample")}
+    warmed = [name for name, s in draws.items() if "temperature" in s]
+    cut_k = [name for name, s in draws.items() if "top_k" in s]
+    cut_p = [name for name, s in draws.items() if "top_p" in s]
     plain = [name for name in draws if name not in {*warmed, *cut_k, *cut_p}]
     return {
         "effective": {name: effective(setting) for name, setting in settings.items()},

@@ -12,6 +12,8 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
+from capas.facts import read_json
+
 _DTYPES = {"F32": "<f4", "F16": "<f2", "BF16": "<u2"}
 _CHUNK_ROWS = 8192
 
@@ -32,7 +34,7 @@ class Embedding:
     @classmethod
     def find(cls, folder: Path) -> "Embedding | None":
         """The first tensor of shape (vocab_size, ...) that is an input embedding; None if there is none."""
-        vocab_size = json.loads((folder / "config.json").read_text()).get("vocab_size")
+        vocab_size = read_json(folder / "config.json").get("vocab_size")
         for file in sorted(folder.glob("*.safetensors")):
             header, start = read_header(file)
             for name, entry in sorted(header.items()):
@@ -55,7 +57,8 @@ class Embedding:
         chunks = range(0, len(candidates), _CHUNK_ROWS)
         parts = [_unit(self.rows(candidates[c : c + _CHUNK_ROWS])) @ query for c in chunks]
         cosines = np.concatenate(parts)
-        best = np.lexsort((candidates, -np.round(cosines, 6)))[:k]  # ties: the smaller id first
+        cosines = np.round(cosines, 6)  # the last bits depend on the CPU
+        best = np.lexsort((candidates, -cosines))[:k]  # ties: the smaller id first
         return [(int(candidates[i]), float(cosines[i])) for i in best]
 
 
