@@ -3,7 +3,8 @@
     python benchmarks/seeds.py 0 1 2      minutes a seed; prints a JSON object
 
 Each seed is a `dvc exp run -S seed=N` in a folder of its own that shares DVC's cache: the workspace is left
-as it is, and only train and what follows it run. Scores are those of the test split, `mean` over the seeds.
+as it is, and only train and what follows it run. Scores are those of the test split. The experiments stay,
+named benchmark-seed-N: `dvc exp remove` drops them.
 """
 
 import csv
@@ -22,7 +23,8 @@ SCORES = ("exact_match", "valid_json", "stop_rate", "loss")
 
 def main(seeds: list[str]) -> None:
     for seed in seeds:
-        run("dvc", "exp", "run", "--temp", "--force", "-n", name(seed), "-S", f"seed={seed}")
+        subprocess.run(["dvc", "exp", "remove", "-q", name(seed)], cwd=ROOT, check=False)
+        run("dvc", "exp", "run", "--temp", "-n", name(seed), "-S", f"seed={seed}")
     results = {seed: scores(seed) for seed in seeds}
     kinds = next(iter(results.values()))
     mean = {

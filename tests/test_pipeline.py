@@ -1,18 +1,22 @@
-"""The whole pipeline with `experiment: quick`, in a throw-away clone: what a user sees."""
+"""The whole pipeline in a throw-away clone: what a user sees.
+
+With `experiment: quick` by default; in the slow tier with the shipped configuration, too.
+"""
 
 import json
 from pathlib import Path
 
 import pytest
+import yaml
 from workspace import Workspace, make_workspace, stages_run
 
 AFTER_TRAIN = {"train", "evaluate", "sample", "report", "publish"}
 
 
-@pytest.fixture(scope="module")
-def finished(tmp_path_factory: pytest.TempPathFactory) -> Workspace:
+@pytest.fixture(scope="module", params=["quick", pytest.param("none", marks=pytest.mark.slow)])
+def finished(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Workspace:
     workspace = make_workspace(tmp_path_factory.mktemp("pipeline"))
-    workspace.edit("conf/config.yaml", "experiment: none", "experiment: quick")
+    workspace.edit("conf/config.yaml", "experiment: none", f"experiment: {request.param}")
     workspace.repro()
     workspace.commit()
     return workspace
@@ -61,7 +65,8 @@ def test_a_killed_training_ends_in_the_same_bytes(workspace: Workspace, when: st
     expected = workspace.outputs()
     forget(workspace, "train")
     folder = workspace.root / ".dvc/tmp/checkpoints"
-    pattern = "train-*/checkpoint-10" + ("/complete.json" if when == "between steps" else "")
+    second = 2 * yaml.safe_load(workspace.read("params.yaml"))["trainer"]["save_steps"]
+    pattern = f"train-*/checkpoint-{second}" + ("/complete.json" if when == "between steps" else "")
     workspace.repro_killed("train", lambda: any(folder.glob(pattern)))
     assert not (workspace.root / "data/models/adapter").exists()
     assert "train: going on from checkpoint-" in workspace.repro()
@@ -100,7 +105,6 @@ print([(run.info.status, "tuned/loss" in run.data.metrics) for run in runs])
 """
 
 
-@pytest.mark.slow
 def test_exp_run_apply_and_a_later_edit(workspace: Workspace) -> None:
     log = workspace.run("dvc", "exp", "run", "-n", "slower", "-S", "trainer.learning_rate=1e-3")
     assert set(stages_run(log)) > AFTER_TRAIN
@@ -112,14 +116,12 @@ def test_exp_run_apply_and_a_later_edit(workspace: Workspace) -> None:
     assert "learning_rate: 0.001\n" in workspace.read("params.yaml")
 
 
-@pytest.mark.slow
 def test_forced_again_every_stage_writes_the_same_bytes(workspace: Workspace) -> None:
     before = workspace.read("dvc.lock")
     workspace.repro("--force")
     assert workspace.read("dvc.lock") == before
 
 
-@pytest.mark.slow
 def test_another_clone_records_the_same_lock(workspace: Workspace, tmp_path: Path) -> None:
     workspace.run("git", "clone", "-q", ".", str(tmp_path / "clone"))
     clone = Workspace(tmp_path / "clone")
@@ -128,7 +130,6 @@ def test_another_clone_records_the_same_lock(workspace: Workspace, tmp_path: Pat
     assert clone.run("git", "status", "--porcelain") == ""
 
 
-@pytest.mark.slow
 @pytest.mark.parametrize("num_threads", [1, 4])
 def test_threads_do_not_change_a_byte(workspace: Workspace, num_threads: int) -> None:
     expected, before = workspace.outputs(), json.loads(workspace.read("reports/train.json"))

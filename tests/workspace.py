@@ -48,7 +48,7 @@ class Workspace:
     def repro(self, *targets: str, check: bool = True, **env: str) -> str:
         return self.run("dvc", "repro", *targets, check=check, **env)
 
-    def repro_killed(self, stage: str, when: Callable[[], bool], seconds: float = 120) -> str:
+    def repro_killed(self, stage: str, when: Callable[[], bool], seconds: float = 600) -> str:
         """`dvc repro`, with SIGKILL to the stage's process as soon as `when()` is true."""
         log = self.root / ".dvc/tmp/killed.log"
         with log.open("w") as out:
