@@ -207,7 +207,10 @@ def test_a_record_beyond_the_models_positions_is_refused() -> None:
 
 def test_the_linear_layers_of_gpt2_are_found() -> None:
     sizes = {"vocab_size": 9, "n_embd": 8, "n_layer": 1, "n_head": 2, "n_positions": 8}
-    check_target_modules(GPT2LMHeadModel(GPT2Config(**sizes)), ["c_attn"])
+    model = GPT2LMHeadModel(GPT2Config(**sizes))
+    check_target_modules(model, ["c_attn"])
+    with pytest.raises(CapasError, match="no layer is called q_proj; there are: c_attn, c_proj"):
+        check_target_modules(model, ["q_proj"])
 
 
 def asked(*overrides: str) -> Params:
