@@ -22,6 +22,10 @@ def told(name: str) -> Iterator[None]:
     """
     try:
         yield
+    except KeyboardInterrupt:
+        sys.exit(
+            f"{name}: stopped. `dvc repro` runs it again; a training goes on from its last checkpoint."
+        )
     except CapasError as error:
         sys.exit(f"{name}: {error}")
     except Exception as error:

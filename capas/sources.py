@@ -69,9 +69,9 @@ def check_folder(
     given = (revision or "").split("-")
     if given[index:][:1] != [_digest(matching(folder, patterns))]:
         raise CapasError(
-            f"model.revision={revision or 'null'}: {name} is a folder, and the same configuration would mean "
-            "another model when its files change. What is in it now is "
-            f"model.revision={folder_revision(folder)}"
+            f"model.revision={revision or 'null'}: {name} is a folder, whose files may change; the revision "
+            "stands for what is in it. To use it as it is now, set in the model's file in conf/model/ "
+            f"revision: {folder_revision(folder)}"
         )
 
 
@@ -101,8 +101,9 @@ def snapshot(name: str, revision: str | None, patterns: Sequence[str]) -> Path:
     """
     if not re.fullmatch(r"[0-9a-f]{40}", revision or ""):
         raise CapasError(
-            f"model.revision={revision}: name the commit of {name} (40 hex digits, on its page under 'Files "
-            "and versions'); a branch moves, and the same configuration would mean another model tomorrow"
+            f"model.revision={revision or 'null'}: name the commit of {name} (40 hex digits, on its page "
+            "under 'Files and versions'); a branch moves, and the same configuration would mean another "
+            f"model tomorrow. (If {name} is meant to be a folder: there is none of that name here.)"
         )
     from huggingface_hub import snapshot_download
 

@@ -26,7 +26,7 @@ from typing import Any
 
 from capas.dag import StageSpec, input_key, read_yaml, recorded, recorded_key
 from capas.errors import CapasError, told
-from capas.params import Params, select
+from capas.params import Params, flatten, select
 
 log = logging.getLogger("capas")
 PARAMS, ENVIRONMENT = "params.yaml", "environment.yaml"
@@ -131,8 +131,12 @@ def run(
     """
     logging.basicConfig(format=f"{name}: %(message)s", stream=sys.stderr)
     log.setLevel(logging.INFO)
+    overrides = sys.argv[1:] if overrides is None else overrides
+    if {"-h", "--help"} & set(overrides):
+        sys.stdout.write(f"{sys.modules['__main__'].__doc__}\n{run.__doc__}\n")
+        return
     with told(name):
-        _run(name, main, sys.argv[1:] if overrides is None else overrides)
+        _run(name, main, overrides)
 
 
 def _run(name: str, main: Callable[[Params, Stage], None], overrides: list[str]) -> None:
@@ -173,7 +177,23 @@ def _overridden(
     composed = subprocess.run(command, cwd=root, stdout=subprocess.PIPE, text=True, check=False)
     if composed.returncode:
         raise CapasError("the overrides do not compose")
-    return select(json.loads(composed.stdout), keys)
+    values = json.loads(composed.stdout)
+    _check_read(values, read_yaml(root / PARAMS), keys)
+    return select(values, keys)
+
+
+def _check_read(values: dict[str, Any], before: dict[str, Any], keys: list[str]) -> None:
+    """An override that the stage does not read has no effect: the inputs are those of the last repro."""
+    old, new = flatten(before), flatten(values)
+    changed = [key for key in new if old.get(key) != new[key]]
+    unread = [k for k in changed if not any(k == d or k.startswith(f"{d}.") for d in keys)]
+    if unread and unread == changed:
+        raise CapasError(
+            f"this stage does not read {', '.join(unread)}. A debug run has the inputs that the last "
+            "`dvc repro` left; to run with other ones: dvc exp run -S ..."
+        )
+    if unread:
+        log.warning("without effect, for this stage does not read it: %s", ", ".join(unread))
 
 
 @contextmanager

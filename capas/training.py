@@ -214,6 +214,9 @@ class Progress(TrainerCallback):
     ) -> None:
         if self._bar is not None:
             self._bar.close()
+        elif state.global_step > self._first_step:
+            elapsed = max(time.monotonic() - self._started, 1e-9)
+            log.info("%d steps done, %s", state.global_step, self._facts(state, elapsed))
 
     def _facts(self, state: TrainerState, elapsed: float) -> str:
         steps = state.global_step - self._first_step

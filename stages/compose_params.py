@@ -80,6 +80,8 @@ def main(options: argparse.Namespace) -> None:
         )
     write_all(outputs)
     log.info("params.yaml written")
+    if options.reset:
+        log.info("now `dvc repro` brings the results back, from the cache where it has them")
     return None
 
 
@@ -133,8 +135,8 @@ def came_from_outside(target: Values, options: argparse.Namespace) -> bool:
     )
     raise CapasError(
         f"{what}; they differ in: {keys}\n"
-        "conf/ is right: python stages/compose_params.py --force\n"
-        "params.yaml is right: python stages/compose_params.py --keep"
+        "If conf/ is right, run: python stages/compose_params.py --force\n"
+        "If params.yaml is right: python stages/compose_params.py --keep"
     )
 
 
@@ -197,6 +199,11 @@ def in_conf(key: str, name: str, value: str | None = None) -> str:
 def prompts(setting: Any) -> list[str] | None:
     if not isinstance(setting, str):
         return setting
+    if not Path(setting).is_file():
+        raise CapasError(
+            f"generation.prompts={setting!r}: there is no such file. A file is named from the top folder, "
+            "conf/generation/NAME.txt; requests stand in brackets, quoted: ['Set a timer for 5 minutes.']"
+        )
     lines = [line.strip() for line in in_conf("generation.prompts", setting).splitlines()]
     if not any(lines):
         raise CapasError(f"generation.prompts={setting!r}: the file has no prompt; one a line")

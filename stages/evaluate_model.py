@@ -62,7 +62,8 @@ def main(which: Literal["base", "tuned"], params: Params, stage: Stage) -> None:
     if params.evaluation.metrics:
         rows = answer(model, rows, records, params, stage)
     facts = summarize(rows)
-    log.info("%s: loss %.4f, exact match %s", which, facts["loss"], facts["exact_match"])
+    shown = {name: facts[name] for name in ("loss", *params.evaluation.metrics)}
+    log.info("%s: %s", which, ", ".join(f"{name} {value:.4f}" for name, value in shown.items()))
 
     if which == "base":
         whole = facts
@@ -291,4 +292,4 @@ if __name__ == "__main__":
         case ["tuned", *overrides]:
             run("evaluate", partial(main, "tuned"), overrides)
         case found:
-            sys.exit(f"evaluate_model.py {' '.join(found)}: the first argument is base or tuned")
+            sys.exit(f"evaluate_model.py: the first argument is base or tuned, not {found[:1]}")

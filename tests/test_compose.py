@@ -137,6 +137,7 @@ def test_prompts_of_ones_own_come_from_a_file(workspace: Workspace) -> None:
     workspace.repro("compose")
     assert '"Call Ana.",\n    "Pon música."' in workspace.read("data/composed/prompts.json")
     (workspace.root / "conf/generation/mine.txt").unlink()
+    assert "there is no such file" in workspace.repro("compose", check=False)
 
 
 def test_a_git_conflict_stops_dvc_itself(workspace: Workspace) -> None:

@@ -18,6 +18,7 @@ START, END = (
 )
 TEXTS = {
     "README.md": {
+        "decimal": ".",
         "head": "| exact match on test records with | base | tuned |",
         "seen": "seen phrasings and values, new requests",
         "values": "values that training never had",
@@ -30,6 +31,7 @@ TEXTS = {
         "Three seeds of training: {seeds} % on average\n(`python benchmarks/seeds.py 0 1 2`).",
     },
     "README.es.md": {
+        "decimal": ",",
         "head": "| coincidencia exacta en registros de prueba con | base | ajustado |",
         "seen": "frases y valores vistos, peticiones nuevas",
         "values": "valores que el entrenamiento no tuvo",
@@ -63,7 +65,8 @@ def results(texts: dict[str, str]) -> str:
     points = {name: f"{100 * tuned[key]:.1f}" for name, key in gain.items()}
     seeds = json.loads((ROOT / "benchmarks/results/seeds.json").read_text())["mean"]
     points["seeds"] = f"{100 * seeds['exact_match']:.1f}"
-    return "\n".join([*lines, "", texts["difference"].format(**points)])
+    text = "\n".join([*lines, "", texts["difference"].format(**points)])
+    return re.sub(r"(\d)\.(\d)", rf"\1{texts['decimal']}\2", text)
 
 
 def percent(share: float) -> str:

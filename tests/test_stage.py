@@ -14,7 +14,7 @@ import yaml
 from capas.dag import StageSpec
 from capas.errors import CapasError
 from capas.params import Params
-from capas.stage import Stage, run
+from capas.stage import Stage, _check_read, run
 
 DVC_YAML = """\
 stages:
@@ -190,3 +190,27 @@ def test_params_are_read_only_and_go_straight_through() -> None:
     assert params.lora.without("preset") == {"r": 4}
     with pytest.raises(TypeError):
         params["lora"] = 1  # type: ignore[index]
+
+
+def test_an_interrupt_is_a_message(root: Path) -> None:
+    def interrupt(params: Params, stage: Stage) -> None:
+        raise KeyboardInterrupt
+
+    assert failure(interrupt).startswith("copy: stopped. `dvc repro` runs it again")
+
+
+def test_an_override_that_the_stage_does_not_read_is_refused(
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    before = {"lora": {"r": 4}, "seed": 1}
+    _check_read({"lora": {"r": 8}, "seed": 1}, before, ["lora.r"])
+    assert caplog.text == ""
+    _check_read({"lora": {"r": 8}, "seed": 2}, before, ["lora"])
+    assert "without effect, for this stage does not read it: seed" in caplog.text
+    with pytest.raises(CapasError, match="this stage does not read seed"):
+        _check_read({"lora": {"r": 4}, "seed": 2}, before, ["lora"])
+
+
+def test_help_is_answered(root: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    run("copy", copy, ["--help"])
+    assert "Arguments on the command line are Hydra overrides" in capsys.readouterr().out
