@@ -2,11 +2,12 @@
 
 One record grows from stage to stage::
 
-    raw        id, messages [{role, content}], metadata        what fetch got
-    tokenized  id, messages [{role, content, input_ids}], metadata
+    raw        id, messages [{role, content, extra, train}], tools, metadata        what fetch got
+    tokenized  id, messages [{role, content, extra, train, input_ids}], tools, metadata
     formatted  id, input_ids, attention_mask, labels, prompt_ids, reference, metadata
 
-`metadata` is a JSON object as text, keys sorted: rows of one table may have different keys.
+`extra` (tool_calls, tool_call_id, ... of a message), `tools` and `metadata` are JSON as text, keys sorted, ""
+where there are none: Arrow gives each row the keys of all. `train: false` keeps an answer out of the loss.
 """
 
 import hashlib
@@ -37,15 +38,18 @@ def _list_of(kind: pa.DataType) -> pa.ListType:
 
 
 _TEXT, _IDS = pa.string(), _list_of(pa.int32())
-_SPOKEN = _required(("role", _TEXT), ("content", _TEXT))
+_SPOKEN = _required(("role", _TEXT), ("content", _TEXT), ("extra", _TEXT), ("train", pa.bool_()))
 _ENCODED = [*_SPOKEN, *_required(("input_ids", _IDS))]
 
-RAW = pa.schema(
-    _required(("id", _TEXT), ("messages", _list_of(pa.struct(_SPOKEN))), ("metadata", _TEXT))
-)
-TOKENIZED = pa.schema(
-    _required(("id", _TEXT), ("messages", _list_of(pa.struct(_ENCODED))), ("metadata", _TEXT))
-)
+
+def _conversations(message: list[pa.Field]) -> pa.Schema:
+    messages = _list_of(pa.struct(message))
+    return pa.schema(
+        _required(("id", _TEXT), ("messages", messages), ("tools", _TEXT), ("metadata", _TEXT))
+    )
+
+
+RAW, TOKENIZED = _conversations(_SPOKEN), _conversations(_ENCODED)
 FORMATTED = pa.schema(
     _required(
         ("id", _TEXT),

@@ -8,7 +8,7 @@ from capas.errors import CapasError
 from capas.records import Record
 
 ROLES = ("system", "user", "assistant")
-Message = dict[str, str]
+Message = dict[str, Any]
 
 
 def to_raw(source: str, split: str, records: Iterable[Mapping[str, Any]]) -> Iterator[Record]:
@@ -49,6 +49,7 @@ def _check_record(record: Any, where: str) -> Record:
     return {
         "id": _check_text(identity, f"{where}: id"),
         "messages": check_messages(record.get("messages"), where),
+        "tools": "",
         "metadata": _check_metadata(record.get("metadata", {}), where),
     }
 
@@ -89,7 +90,8 @@ def _check_message(message: Any, where: str) -> Message:
             f"{where}: the assistant's content is {_show(content)}: an empty answer would teach the "
             "model to say nothing; leave the turn or the record out"
         )
-    return {"role": role, "content": _check_text(content, f"{where}: content")}
+    content = _check_text(content, f"{where}: content")
+    return {"role": role, "content": content, "extra": "", "train": True}
 
 
 def _reject_keys(found: Mapping[str, Any], known: set[str], where: str) -> None:

@@ -3,6 +3,7 @@
 import json
 import os
 from pathlib import Path
+from typing import Any
 
 import pytest
 from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers, trainers
@@ -38,6 +39,12 @@ def say(*contents: str, system: str | None = None) -> list[dict[str, str]]:
     """A conversation: user and assistant in turns."""
     told = [{"role": ("user", "assistant")[i % 2], "content": c} for i, c in enumerate(contents)]
     return ([{"role": "system", "content": system}] if system is not None else []) + told
+
+
+def stored(record: dict[str, Any]) -> dict[str, Any]:
+    """A record with the columns that most records leave empty."""
+    messages = [{"extra": "", "train": True, **message} for message in record["messages"]]
+    return {"tools": "", **record, "messages": messages}
 
 
 @pytest.fixture(scope="session")

@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from conftest import CONTROL_TOKENS, REPOSITORY, say, template_text
+from conftest import CONTROL_TOKENS, REPOSITORY, say, stored, template_text
 from dataside import DataSide
 
 from capas.chat.format import ChatFormat
@@ -40,16 +40,10 @@ def side(tmp_path: Path, tiny_tokenizer_dir: Path) -> DataSide:
 def put(side: DataSide, *conversations: list[dict[str, str]]) -> DataSide:
     """These conversations, tokenized, as every split."""
     tokenizer = TokenizerFiles(side.root / "tokenizer").build()
-    records = [
-        {
-            "id": f"r{i}",
-            "messages": [
-                {**m, "input_ids": encode_plain(tokenizer, [m["content"]])[0]} for m in messages
-            ],
-            "metadata": "{}",
-        }
-        for i, messages in enumerate(conversations)
-    ]
+    records = []
+    for i, messages in enumerate(conversations):
+        told = [{**m, "input_ids": encode_plain(tokenizer, [m["content"]])[0]} for m in messages]
+        records.append(stored({"id": f"r{i}", "messages": told, "metadata": "{}"}))
     for split in ("train", "validation", "test"):
         write_records(side.root / f"data/tokenized/{split}.parquet", TOKENIZED, records)
     return side

@@ -3,7 +3,7 @@
 from pathlib import Path
 
 import pytest
-from conftest import CONTROL_TOKENS, say
+from conftest import CONTROL_TOKENS, say, stored
 from dataside import DataSide
 
 from capas.chat.tokenizer import TokenizerFiles, encode_plain
@@ -67,7 +67,7 @@ def test_no_padding_and_no_truncation_of_the_file_is_taken_over(tiny_tokenizer_d
 def test_empty_contents_and_empty_splits(side: DataSide) -> None:
     raw = side.root / "data/raw"
     write_records(raw / "test.parquet", RAW, [])
-    record = {"id": "a", "messages": say("", "b"), "metadata": "{}"}
+    record = stored({"id": "a", "messages": say("", "b"), "metadata": "{}"})
     write_records(raw / "validation.parquet", RAW, [record])
     side.run("tokenize")
     (found,) = read_records(side.root / "data/tokenized/validation.parquet", TOKENIZED)

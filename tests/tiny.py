@@ -12,6 +12,7 @@ from typing import Any
 
 import torch
 import yaml
+from conftest import stored
 from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers
 from transformers import (
     LlamaConfig,
@@ -157,7 +158,7 @@ def _record(name: str, number: int) -> dict[str, Any]:
         {"role": "assistant", "content": answer},
     ]
     facts = {"function": "timer", "kind": KINDS[number % len(KINDS)], "language": "en", "turns": 1}
-    return {"id": name, "messages": messages, "metadata": json.dumps(facts)}
+    return stored({"id": name, "messages": messages, "metadata": json.dumps(facts)})
 
 
 def _format(record: dict[str, Any], chat: ChatFormat) -> dict[str, Any]:
