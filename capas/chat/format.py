@@ -9,7 +9,7 @@ holds the text of a control token, it stays text. The labels are known by constr
 
 import hashlib
 import json
-import re
+from collections.abc import Collection, Mapping
 from contextlib import suppress
 from dataclasses import dataclass
 from functools import cached_property
@@ -18,18 +18,23 @@ from typing import Any
 
 from tokenizers import Tokenizer
 
+from capas.chat.messages import (
+    TEXT,
+    Hider,
+    Messages,
+    Tools,
+    has_own_scaffold,
+    reveal,
+    split_thought,
+)
 from capas.chat.plan import Plan
 from capas.chat.scaffold import Planner, control_pattern
-from capas.chat.segments import Messages, Owned, SegmentEncoder
+from capas.chat.segments import Owned, SegmentEncoder
 from capas.chat.template import Template, TemplateRefusal, place_system
-from capas.chat.tokenizer import TokenizerFiles
+from capas.chat.tokenizer import SHAPE, TokenizerFiles
 from capas.errors import CapasError
 from capas.records import IGNORE_INDEX
 
-# What a control token looks like; none of the four families' tokens looks otherwise.
-_SHAPE = re.compile(
-    r"<\|[^<>|\s]+\|>|<｜[^<>｜\s]+｜>|<(?:start|end)_of_[a-z]+>|\[/?[A-Z][A-Z_]+\]|</?s>"
-)
 _PROBES = (
     ("user", "Hi"),
     ("assistant", "Hello! ¿Qué tal?"),
@@ -56,6 +61,7 @@ class ChatFormat:
         controls = {t.content: t for t in files.added.values() if t.special or t.content in written}
         self._control_pattern = control_pattern(controls)
         self._segments = SegmentEncoder(files, controls)
+        self._hider = Hider(self._control_pattern)
         self._planner = Planner(self._render_placed, controls)
         self._plans: dict[Any, Plan] = {}
         self.end_token = self._planner.end_token
@@ -67,60 +73,83 @@ class ChatFormat:
 
     @classmethod
     def load(
-        cls, template_text: str, tokenizer_dir: Path, date_string: str, system: str = "template"
+        cls,
+        template_text: str | None,
+        tokenizer_dir: Path,
+        date_string: str,
+        system: str = "template",
+        allowed_tokens: Collection[str] = (),
     ) -> "ChatFormat":
         """A template's text with the tokenizer in a folder.
 
         Args:
+            template_text: None stands for the template that the tokenizer brings.
             date_string: what a template gets that asks for today's date.
             system: template | fold | error, see `capas.chat.template.place_system`.
+            allowed_tokens: control tokens that a content may hold.
 
         Raises:
             CapasError: a file is missing or damaged; the template has a syntax error, writes control tokens
                 that the tokenizer lacks, or does not end an answer.
         """
-        files = TokenizerFiles(tokenizer_dir)
-        return cls(Template(template_text, files.named, date_string), files, system)
+        files = TokenizerFiles(tokenizer_dir, allowed_tokens)
+        text = files.chat_template if template_text is None else template_text
+        return cls(Template(text, files.named, date_string), files, system)
 
-    def render(self, messages: Messages, add_generation_prompt: bool = False) -> str:
+    def render(
+        self, messages: Messages, add_generation_prompt: bool = False, tools: Tools = None
+    ) -> str:
         """The conversation as the text that the model sees; raises TemplateRefusal."""
-        return self._render_placed(messages, add_generation_prompt)
+        return self._render_placed(messages, add_generation_prompt, tools)
 
-    def encode(self, messages: Messages, train_on: str = "assistant") -> Encoded:
+    def encode(
+        self, messages: Messages, train_on: str = "assistant", tools: Tools = None
+    ) -> Encoded:
         """Ids and labels of a conversation.
 
         Args:
-            messages: role, content and, where they are known, input_ids: the content encoded as plain text.
+            messages: role, content and, where they are known, input_ids: the content encoded as plain text;
+                train: false keeps an answer out of the loss. A single message with the role text is encoded
+                without a template, between the beginning and the end of a text, and all of it is trained.
             train_on: assistant (every answer with its end token), last_assistant, or all (every token).
+            tools: schemas of the tools that the model may call.
 
         Raises:
             CapasError: the template refuses or rewrites the conversation, an answer to be trained is empty,
                 or nothing is left to train on.
         """
+        if messages[0]["role"] == TEXT:
+            return self._encode_text(messages[0])
         trained = _trained_messages(messages, train_on)
-        owned = self._encode(messages, add_generation_prompt=False)
+        owned = self._encode(messages, False, tools)
         everything = train_on == "all"
         labels = [i if everything or owner in trained else IGNORE_INDEX for i, owner in owned]
         return Encoded([i for i, _ in owned], labels)
 
-    def prompt_ids(self, messages: Messages) -> list[int]:
+    def prompt_ids(self, messages: Messages, tools: Tools = None) -> list[int]:
         """The ids that ask for the next answer: the conversation so far and the generation prompt."""
-        return [i for i, _ in self._encode(messages, add_generation_prompt=True)]
+        return [i for i, _ in self._encode(messages, True, tools)]
 
-    def reference_ids(self, messages: Messages, add_generation_prompt: bool = False) -> list[int]:
+    def reference_ids(
+        self, messages: Messages, add_generation_prompt: bool = False, tools: Tools = None
+    ) -> list[int]:
         """The rendered text, encoded whole with control tokens parsed, as `apply_chat_template` does."""
-        text = self.render(messages, add_generation_prompt)
+        text = self.render(messages, add_generation_prompt, tools)
         ids: list[int] = self.parsing_tokenizer.encode(text, add_special_tokens=False).ids
         return ids
+
+    @property
+    def template_text(self) -> str:
+        return self._template.text
 
     @cached_property
     def parsing_tokenizer(self) -> Tokenizer:
         """The tokenizer as it is, to which the text of a control token is that token."""
         return self._files.build(parse_special=True)
 
-    def count_control_tokens(self, content: str) -> int:
-        """How often a content holds the text of a control token."""
-        return sum(1 for _ in self._control_pattern.finditer(content))
+    def count_control_tokens(self, text: str) -> int:
+        """How often a text holds that of a control token."""
+        return sum(1 for _ in self._control_pattern.finditer(text))
 
     def probes_sha256(self) -> str:
         """Changes whenever template or tokenizer encode a few fixed conversations differently."""
@@ -135,8 +164,11 @@ class ChatFormat:
         except CapasError:
             return None  # what a family refuses is part of its identity
 
-    def _render_placed(self, messages: Messages, add_generation_prompt: bool) -> str:
-        return self._template.render(place_system(messages, self._system), add_generation_prompt)
+    def _render_placed(
+        self, messages: Messages, add_generation_prompt: bool, tools: Tools = None
+    ) -> str:
+        placed = place_system(messages, self._system)
+        return self._template.render(placed, add_generation_prompt, tools)
 
     def _written_tokens(self) -> set[str]:
         """What the template writes that looks like a control token."""
@@ -149,20 +181,21 @@ class ChatFormat:
             with suppress(TemplateRefusal):  # a family without system role
                 system = {"role": "system", "content": "-"}
                 texts.append(self._render_placed([system, question, answer], False))
-        return {token for text in texts for token in _SHAPE.findall(text)}
+        return {token for text in texts for token in SHAPE.findall(text)}
 
     def _check_known(self, written: set[str]) -> None:
         known = {token.content for token in self._files.added.values()}
         lacking = sorted(written - known)
         if lacking:
-            has = sorted(text for text in known if _SHAPE.fullmatch(text))
+            has = sorted(text for text in known if SHAPE.fullmatch(text))
             raise CapasError(
                 f"the tokenizer in {self._files.folder} lacks control tokens that the chat template writes: "
                 f"{', '.join(lacking)}. They would be cut into ordinary pieces. Choose the chat_template of "
                 f"the model's own family; the tokenizer has: {', '.join(has[:12]) or 'none'}"
             )
 
-    def _plan(self, messages: Messages, add_generation_prompt: bool) -> Plan:
+    def plan(self, messages: Messages, add_generation_prompt: bool) -> Plan:
+        """How conversations like this one are put together; made once per pattern of roles."""
         pattern = tuple(
             (m["role"], "" if m["content"].strip() else (m["content"],)) for m in messages
         )
@@ -171,22 +204,43 @@ class ChatFormat:
             self._plans[key] = self._planner.plan(messages, add_generation_prompt)
         return self._plans[key]
 
-    def _encode(self, messages: Messages, add_generation_prompt: bool) -> Owned:
-        plan = self._plan(messages, add_generation_prompt)
-        contents = plan.trim([message["content"] for message in messages])
-        rendered = self._render_placed(messages, add_generation_prompt)
-        if plan.fill(contents) != rendered:
-            raise CapasError(_rewritten(plan.fill(contents), rendered))
+    def _encode(self, messages: Messages, add_generation_prompt: bool, tools: Tools) -> Owned:
+        safe: Messages = messages
+        if has_own_scaffold(messages, tools):
+            safe = [self._hider.protect(message) for message in messages]
+            tools = self._hider.hide(tools)
+            plan = self._planner.plan(safe, add_generation_prompt, tools)
+        else:
+            plan = self.plan(messages, add_generation_prompt)
+        contents = plan.trim([split_thought(message)[1] for message in messages])
+        rendered = self._render_placed(safe, add_generation_prompt, tools)
+        if tools and rendered == self._render_placed(safe, add_generation_prompt):
+            raise CapasError(
+                "the chat template leaves out the tools; this family has no place for them"
+            )
+        if (filled := reveal(plan.fill(contents))) != reveal(rendered):
+            raise CapasError(_rewritten(filled, reveal(rendered)))
         return self._segments.encode(plan, contents, messages)
+
+    def _encode_text(self, message: Mapping[str, Any]) -> Encoded:
+        end = self._files.id_of("eos_token")
+        if end is None:
+            raise CapasError("the tokenizer names no eos_token, with which a plain text has to end")
+        start = [] if self.bos_token_id is None else [self.bos_token_id]
+        ids = [*self._segments.known_ids(message), end]
+        return Encoded([*start, *ids], [IGNORE_INDEX] * len(start) + ids)
 
 
 def _trained_messages(messages: Messages, train_on: str) -> set[int]:
     answers = [i for i, message in enumerate(messages) if message["role"] == "assistant"]
     if not answers:
         raise CapasError("no message of the assistant: there is nothing to train on")
-    trained = answers[-1:] if train_on == "last_assistant" else answers
+    answers = answers[-1:] if train_on == "last_assistant" else answers
+    trained = [i for i in answers if messages[i].get("train", True)]
+    if not trained and train_on != "all":
+        raise CapasError("every answer has train: false: there is nothing to train on")
     for index in trained:
-        if not messages[index]["content"].strip():
+        if not split_thought(messages[index])[1].strip() and "tool_calls" not in messages[index]:
             raise CapasError(
                 f"message {index}, an answer to be trained, is empty: {messages[index]['content']!r}"
             )

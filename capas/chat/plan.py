@@ -3,8 +3,11 @@
 <|im_start|>  user\\n CONTENT 0  <|im_end|>  \\n  <|im_start|>  assistant\\n CONTENT 1  <|im_end|>  \\n
 """
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
+
+Trim = tuple[str | None, str | None]  # arguments of lstrip and rstrip: None stands for all blanks
+NO_TRIM: Trim = ("", "")
 
 
 @dataclass(frozen=True)
@@ -44,16 +47,17 @@ class Plan:
     """How conversations of one pattern of roles are put together."""
 
     parts: tuple[Control | Segment, ...]
-    trims: tuple[
-        Callable[[str], str], ...
-    ]  # per message: what the template does to the ends of a content
+    trims: tuple[Trim, ...]  # per message: what the template does to the ends of a content
 
     @property
     def num_controls(self) -> int:
         return sum(isinstance(part, Control) for part in self.parts)
 
     def trim(self, contents: Sequence[str]) -> list[str]:
-        return [trim(content) for trim, content in zip(self.trims, contents, strict=True)]
+        return [
+            content.lstrip(left).rstrip(right)
+            for (left, right), content in zip(self.trims, contents, strict=True)
+        ]
 
     def fill(self, contents: Sequence[str]) -> str:
         """The conversation as text; `contents` are trimmed already."""

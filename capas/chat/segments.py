@@ -8,12 +8,12 @@ from typing import Any
 from tokenizers import AddedToken, Tokenizer
 
 from capas.chat.edges import Edges
+from capas.chat.messages import Messages
 from capas.chat.plan import Control, Plan, Segment
 from capas.chat.scaffold import control_pattern
 from capas.chat.tokenizer import TokenizerFiles
 from capas.errors import CapasError
 
-Messages = Sequence[Mapping[str, Any]]
 Owned = list[tuple[int, int | None]]  # token id, index of the answer that it belongs to
 
 
@@ -67,13 +67,14 @@ class SegmentEncoder:
         scaffold = before[0].text if before else ""
         if self._edges.join(scaffold, content):
             start = self._encode_scaffold(Segment(tuple(before), segment.first)) if before else []
-            return start + [(i, last.owner) for i in self._ids(message)]
+            return start + [(i, last.owner) for i in self.known_ids(message)]
         one_owner = bool(before) and before[0].owner == last.owner
         if one_owner and self._edges.absorb(scaffold, content):
-            return [(i, last.owner) for i in self._ids(message)]
+            return [(i, last.owner) for i in self.known_ids(message)]
         return self._encode_whole(segment, contents)
 
-    def _ids(self, message: Mapping[str, Any]) -> Sequence[int]:
+    def known_ids(self, message: Mapping[str, Any]) -> Sequence[int]:
+        """The ids of a content as plain text."""
         if "input_ids" in message:
             known: Sequence[int] = message["input_ids"]
             return known

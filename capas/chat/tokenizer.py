@@ -1,10 +1,12 @@
 """The files of a tokenizer, and texts encoded as plain text: nobody's content becomes a control token.
 
-Of the tokens added to a vocabulary those marked `special` are control tokens: `<|im_end|>` closes a turn.
-The others (`<tool_call>`, a run of blanks) are words like any other, as the tokenizer's makers meant them.
+Of the tokens added to a vocabulary those that are marked `special`, or look as control tokens do, are control
+tokens: `<|im_end|>` closes a turn. `chat_template.allowed_tokens` names those whose text in a content is meant
+(`<think>`). The others (a run of blanks, `<h1>`) are words, as the tokenizer's makers meant them.
 """
 
 import json
+import re
 from collections.abc import Collection, Sequence
 from pathlib import Path
 from typing import Any
@@ -15,18 +17,26 @@ from capas.errors import CapasError
 from capas.facts import read_json
 
 TOKENIZER, CONFIG = "tokenizer.json", "tokenizer_config.json"
+TEMPLATE = "chat_template.jinja"
+# What a control token looks like; none of the four families' tokens looks otherwise.
+SHAPE = re.compile(
+    r"<\|[^<>|\s]+\|>|<｜[^<>｜\s]+｜>|<(?:start|end)_of_[a-z]+>|<unused\d+>|\[/?[A-Z][A-Z_]+\]|</?s>"
+)
 NAMED = ("bos_token", "eos_token", "unk_token", "sep_token", "pad_token", "cls_token", "mask_token")
 
 
 class TokenizerFiles:
     """tokenizer.json and tokenizer_config.json of a folder, parsed.
 
+    Args:
+        allowed: control tokens whose text in a content stands for the token.
+
     Raises:
         CapasError: a file is missing or damaged, or a named token is not in the vocabulary.
     """
 
-    def __init__(self, folder: Path) -> None:
-        self.folder = folder
+    def __init__(self, folder: Path, allowed: Collection[str] = ()) -> None:
+        self.folder, self.allowed = folder, frozenset(allowed)
         if missing := [name for name in (TOKENIZER, CONFIG) if not (folder / name).is_file()]:
             raise CapasError(
                 f"{folder} has no {' and no '.join(missing)}; capas needs a fast tokenizer. Make both with "
@@ -34,8 +44,31 @@ class TokenizerFiles:
             )
         self._spec = read_json(folder / TOKENIZER)
         self._config = read_json(folder / CONFIG)
+        _added_tokens(self._spec, folder)
+        for token in self._spec["added_tokens"]:
+            looks_so = bool(SHAPE.fullmatch(token["content"]))
+            token["special"] = (token["special"] or looks_so) and token["content"] not in allowed
         self.added = _added_tokens(self._spec, folder)
         self.named = self._named_tokens()
+
+    @property
+    def chat_template(self) -> str:
+        """The template that the tokenizer brings: the one called default where it has several.
+
+        Raises:
+            CapasError: it brings none.
+        """
+        file, template = self.folder / TEMPLATE, self._config.get("chat_template")
+        if file.is_file():
+            return file.read_text(encoding="utf-8")
+        if isinstance(template, list):
+            template = {item["name"]: item["template"] for item in template}.get("default")
+        if not isinstance(template, str):
+            raise CapasError(
+                f"chat_template.path=model: the tokenizer in {self.folder} brings no chat template (a base "
+                "model, perhaps); choose one: chat_template=chatml, llama3, mistral, gemma or a file in conf/"
+            )
+        return template
 
     @property
     def adds_first_blank(self) -> bool:
