@@ -77,7 +77,7 @@ def family(request: pytest.FixtureRequest, kit: Path) -> Family:
         ChatFormat(Template(text, files.named, ""), files, "template") for text in texts
     )
     reference = AutoTokenizer.from_pretrained(folder)
-    return Family(request.param, files, reference, official, ours, official._segments._alone)
+    return Family(request.param, files, reference, official, ours, official.segments._alone)
 
 
 def instructions(kit: Path, every: int) -> Iterator[Messages]:

@@ -1,7 +1,7 @@
 """Whether a chat template only copies contents, read off its syntax tree.
 
-Where contents are only trimmed and put together, what one conversation of a pattern renders to is known of all.
-Where a template compares, splits or measures them, each record has to be rendered to be sure. The answer errs on
+Where contents are only trimmed and put together, one conversation of a pattern tells about all of it.
+Where a template compares, splits or measures them, each record has to be rendered. The answer errs on
 the safe side: whatever is not known here counts as looking into contents.
 """
 

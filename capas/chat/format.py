@@ -60,12 +60,12 @@ class ChatFormat:
         self._check_known(written)
         controls = {t.content: t for t in files.added.values() if t.special or t.content in written}
         self._control_pattern = control_pattern(controls)
-        self._segments = SegmentEncoder(files, controls)
+        self.segments = SegmentEncoder(files, controls)
         self._hider = Hider(self._control_pattern)
         self._planner = Planner(self._render_placed, controls)
         self._plans: dict[Any, Plan] = {}
         self.end_token = self._planner.end_token
-        self.end_token_id = self._segments.control_ids[self.end_token]
+        self.end_token_id = self.segments.control_ids[self.end_token]
         self.bos_token_id = files.id_of("bos_token")
         ids = (files.id_of("pad_token"), files.id_of("eos_token"), self.end_token_id)
         self.pad_token_id: int = next(i for i in ids if i is not None)
@@ -220,14 +220,14 @@ class ChatFormat:
             )
         if (filled := reveal(plan.fill(contents))) != reveal(rendered):
             raise CapasError(_rewritten(filled, reveal(rendered)))
-        return self._segments.encode(plan, contents, messages)
+        return self.segments.encode(plan, contents, messages)
 
     def _encode_text(self, message: Mapping[str, Any]) -> Encoded:
         end = self._files.id_of("eos_token")
         if end is None:
             raise CapasError("the tokenizer names no eos_token, with which a plain text has to end")
         start = [] if self.bos_token_id is None else [self.bos_token_id]
-        ids = [*self._segments.known_ids(message), end]
+        ids = [*self.segments.known_ids(message), end]
         return Encoded([*start, *ids], [IGNORE_INDEX] * len(start) + ids)
 
 

@@ -42,6 +42,13 @@ class Segment:
         return "".join(piece.fill(contents) for piece in self.pieces)
 
 
+def scaffold_before(segment: Segment) -> tuple[str, bool]:
+    """The text before a segment's last piece, and whether there is some of the same owner as that piece."""
+    *before, last = segment.pieces
+    one_owner = bool(before) and all(piece.owner == last.owner for piece in before)
+    return "".join([piece.text for piece in before]), one_owner
+
+
 @dataclass(frozen=True)
 class Plan:
     """How conversations of one pattern of roles are put together."""

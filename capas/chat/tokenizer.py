@@ -1,7 +1,7 @@
 """The files of a tokenizer, and texts encoded as plain text: nobody's content becomes a control token.
 
 Of the tokens added to a vocabulary those that are marked `special`, or look as control tokens do, are control
-tokens: `<|im_end|>` closes a turn. `chat_template.allowed_tokens` names those whose text in a content is meant
+tokens: `<|im_end|>` closes a turn. `chat_template.allowed_tokens` has those whose text in a content is meant
 (`<think>`). The others (a run of blanks, `<h1>`) are words, as the tokenizer's makers meant them.
 """
 
@@ -22,6 +22,7 @@ TEMPLATE = "chat_template.jinja"
 SHAPE = re.compile(
     r"<\|[^<>|\s]+\|>|<｜[^<>｜\s]+｜>|<(?:start|end)_of_[a-z]+>|<unused\d+>|\[/?[A-Z][A-Z_]+\]|</?s>"
 )
+_BARE = {"post_processor": None, "truncation": None, "padding": None}
 NAMED = ("bos_token", "eos_token", "unk_token", "sep_token", "pad_token", "cls_token", "mask_token")
 
 
@@ -90,7 +91,7 @@ class TokenizerFiles:
             inside: for texts that do not begin the sequence: SentencePiece puts a blank before the first word
                 of a sequence only.
         """
-        spec = {**self._spec, "post_processor": None, "truncation": None, "padding": None}
+        spec = {**self._spec, **_BARE}
         spec["added_tokens"] = [
             {**token, "special": token["special"] or token["content"] in also_special}
             for token in spec["added_tokens"]
@@ -100,6 +101,11 @@ class TokenizerFiles:
         tokenizer = _from_spec(spec, self.folder)
         tokenizer.encode_special_tokens = not parse_special
         return tokenizer
+
+    def plain_json(self) -> str:
+        """tokenizer.json without control tokens, and with nothing that adds, pads or truncates."""
+        words = [token for token in self._spec["added_tokens"] if not token["special"]]
+        return json.dumps({**self._spec, **_BARE, "added_tokens": words})
 
     def id_of(self, name: str) -> int | None:
         """The id of `bos_token`, `eos_token`, ...; None where the tokenizer has none."""
