@@ -70,6 +70,9 @@ class ChatTemplate(Group):
     path: Annotated[str, Field(min_length=1)]
     train_on: Literal["assistant", "last_assistant", "all"]
     system: Literal["template", "fold", "error"]
+    refused: Literal["error", "drop"]
+    refused_budget_fraction: Fraction
+    allowed_tokens: list[str]
     contrast: str
     date_string: str
 
@@ -344,6 +347,11 @@ RULES = (
         ("trainer.warmup_steps",),
         lambda steps: steps < 1 or float(steps).is_integer(),
         "a fraction below 1, or a whole number of steps",
+    ),
+    Rule(
+        ("chat_template.refused", "chat_template.refused_budget_fraction"),
+        lambda refused, budget: refused == "drop" or budget == 0,
+        "refused: error allows none: a budget of 0.0, or refused=drop",
     ),
     Rule(
         ("dataset.overflow", "dataset.overflow_budget_fraction"),

@@ -4,7 +4,7 @@ One record grows from stage to stage::
 
     raw        id, messages [{role, content, extra, train}], tools, metadata        what fetch got
     tokenized  id, messages [{role, content, extra, train, input_ids}], tools, metadata
-    formatted  id, input_ids, attention_mask, labels, prompt_ids, reference, metadata
+    formatted  id, input_ids, labels, prompt_ids, reference, metadata
 
 `extra` (tool_calls, tool_call_id, ... of a message), `tools` and `metadata` are JSON as text, keys sorted, ""
 where there are none: Arrow gives each row the keys of all. `train: false` keeps an answer out of the loss.
@@ -13,6 +13,7 @@ where there are none: Arrow gives each row the keys of all. `train: false` keeps
 import hashlib
 import json
 from collections.abc import Iterable, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -54,7 +55,6 @@ FORMATTED = pa.schema(
     _required(
         ("id", _TEXT),
         ("input_ids", _IDS),
-        ("attention_mask", _list_of(pa.int8())),
         ("labels", _IDS),
         ("prompt_ids", _IDS),
         ("reference", _TEXT),
@@ -65,16 +65,39 @@ FORMATTED = pa.schema(
 
 def write_records(file: Path, schema: pa.Schema, records: Iterable[Record]) -> int:
     """Write `records` as they come, in groups of rows of a fixed size; returns how many there were."""
+    tables = (pa.Table.from_pylist(group, schema=schema) for group in _groups(records))
+    return write_batches(file, schema, (batch for t in tables for batch in t.to_batches()))
+
+
+def write_batches(file: Path, schema: pa.Schema, batches: Iterable[pa.RecordBatch]) -> int:
+    """Write batches as they come, one group of rows each; returns how many rows there were.
+
+    A batch is written while the next one is made.
+    """
     count = 0
-    with pq.ParquetWriter(file, schema, version="2.6", compression="zstd") as writer:
-        for group in _groups(records):
-            writer.write_table(pa.Table.from_pylist(group, schema=schema))
-            count += len(group)
+    with (
+        pq.ParquetWriter(file, schema, version="2.6", compression="zstd") as writer,
+        ThreadPoolExecutor(1) as beside,
+    ):
+        writing = None
+        for batch in batches:
+            if writing:
+                writing.result()
+            writing = beside.submit(writer.write_batch, batch)
+            count += batch.num_rows
+        if writing:
+            writing.result()
     return count
 
 
 def read_records(file: Path, schema: pa.Schema) -> Iterator[Record]:
-    """The records of `file`, in order, few in memory at once.
+    """The records of `file`, in order, few in memory at once; raises as `read_batches`."""
+    for batch in read_batches(file, schema):
+        yield from batch.to_pylist()
+
+
+def read_batches(file: Path, schema: pa.Schema) -> Iterator[pa.RecordBatch]:
+    """The records of `file`, in order, `ROWS_PER_GROUP` at once.
 
     Raises:
         CapasError: the file is no parquet file, or has other columns than `schema`.
@@ -83,8 +106,7 @@ def read_records(file: Path, schema: pa.Schema) -> Iterator[Record]:
         with pq.ParquetFile(file) as parquet:
             if not parquet.schema_arrow.equals(schema):
                 raise CapasError(_other_columns(file, parquet.schema_arrow, schema))
-            for batch in parquet.iter_batches(ROWS_PER_GROUP):
-                yield from batch.to_pylist()
+            yield from parquet.iter_batches(ROWS_PER_GROUP)
     except pa.ArrowInvalid as error:
         raise CapasError(
             f"{file} is no complete parquet file ({error}); `dvc repro` makes it again once it is deleted"

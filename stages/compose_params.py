@@ -167,11 +167,11 @@ def environment() -> str:
 
 def resolved_files(values: Values) -> dict[Path, str]:
     """Files that the configuration names, copied where stages can depend on exactly the chosen one."""
-    wrong = values["generation"]["wrong_chat_template"]
+    wrong, path = values["generation"]["wrong_chat_template"], values["chat_template"]["path"]
     other = f"conf/chat_template/{wrong}.jinja"
     return {
-        COMPOSED / "chat_template.jinja": in_conf(
-            "chat_template.path", values["chat_template"]["path"]
+        COMPOSED / "chat_template.jinja": (
+            in_conf("chat_template.path", path) if path != "model" else "{# the model's own #}\n"
         ),
         COMPOSED / "wrong_chat_template.jinja": (
             in_conf("generation.wrong_chat_template", other, wrong) if wrong else "{# none #}\n"

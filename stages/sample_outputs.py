@@ -3,7 +3,7 @@
 Reads   data/composed, data/formatted, data/models/adapter, data/models/quantized, data/models/tokenizer,
         data/raw (test)
 Writes  reports/samples.jsonl, reports/samples.md, reports/samples.json, reports/next_token.csv
-Params  chat_template, generation, hardware, model
+Params  generation, hardware, model
 
 The travelling record at its end, in samples.jsonl:
 
@@ -173,12 +173,14 @@ def load_format(params: Params, stage: Stage) -> ChatFormat:
     Raises:
         CapasError: template and tokenizer encode other ids now than when the records were formatted.
     """
-    text = stage.dep(f"{COMPOSED}/chat_template.jinja").read_text(encoding="utf-8")
-    options = params.chat_template
-    chat_format = ChatFormat.load(text, stage.dep(TOKENIZER), options.date_string, options.system)
-    if chat_format.probes_sha256() != read_chat(stage)["probes_sha256"]:
+    text = (stage.dep(DATA) / "chat_template.jinja").read_text(encoding="utf-8")
+    chat = read_chat(stage)
+    chat_format = ChatFormat.load(
+        text, stage.dep(TOKENIZER), chat["date_string"], chat["system"], chat["allowed_tokens"]
+    )
+    if chat_format.probes_sha256() != chat["probes_sha256"]:
         raise CapasError(
-            f"{COMPOSED}/chat_template.jinja and {TOKENIZER} do not encode as they did for {DATA}: the "
+            f"{DATA}/chat_template.jinja and {TOKENIZER} do not encode as they did for {DATA}: the "
             "model would be asked in another format than it was trained in. Run `dvc repro`."
         )
     return chat_format
@@ -210,7 +212,7 @@ def ask_wrongly(
     if params.generation.wrong_chat_template is None:
         return
     files = TokenizerFiles(stage.dep(TOKENIZER))
-    wrong = Template(text, files.named, params.chat_template.date_string)
+    wrong = Template(text, files.named, read_chat(stage)["date_string"])
     setting = next(iter(params.generation.settings))
     for prompt in prompts:
         try:
@@ -233,8 +235,7 @@ def encode_wrongly(template: Template, prompt: Prompt, files: TokenizerFiles) ->
     except TemplateRefusal:  # a family without system role
         folded = place_system(prompt.messages, "fold")
         text = template.render(folded, add_generation_prompt=True)
-    ids: list[int] = files.build(parse_special=True).encode(text, add_special_tokens=False).ids
-    return ids
+    return files.encode_parsing([text])[0]
 
 
 def summarize(rows: list[Row], wrong_rows: list[Row], place: Row, generation: Params) -> Row:

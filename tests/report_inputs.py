@@ -167,7 +167,6 @@ def _encode(tokenizer: Tokenizer, record: dict[str, Any]) -> dict[str, Any]:
     return {
         "id": record["id"],
         "input_ids": input_ids,
-        "attention_mask": [1] * len(input_ids),
         "labels": [-100] * len(prompt) + trained + [-100] * len(rest),
         "prompt_ids": prompt,
         "reference": answer["content"],

@@ -100,7 +100,7 @@ def test_every_configuration_key_is_declared_by_a_stage_that_computes() -> None:
     unread = {key for key in leaves if not any(covers(d, key) for d in declared)}
     presets = {f"{group}.preset" for group in ("dataset", "experiment", "model")}
     shown = {"model.licence"}
-    composed = {"seed", "chat_template.path", "chat_template.contrast"}
+    composed = {"seed", "chat_template.contrast"}
     assert unread == presets | shown | composed
 
 

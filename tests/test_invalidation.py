@@ -35,8 +35,8 @@ EXPECTED: dict[str, list[str]] = {
     "dataset.max_length": ["format", "report"],
     "dataset.overflow": ["format", "report"],
     "dataset.overflow_budget_fraction": ["format", "report"],
-    "chat_template": ["format", "sample", "report"],
-    "chat_template.path": ["report"],  # the text itself is data/composed/chat_template.jinja
+    "chat_template": ["format", "report"],
+    "chat_template.allowed_tokens": ["tokenize", "format", "report"],
     "chat_template.contrast": ["report"],  # generation.wrong_chat_template has its value
     "chat_template.train_on": ["format", "report"],
     "quantization": ["quantize", "report"],
@@ -53,7 +53,7 @@ EXPECTED: dict[str, list[str]] = {
 FILES: dict[str, list[str]] = {
     "requirements.lock": ["compose"],
     "conf": ["compose"],
-    "data/composed/chat_template.jinja": ["format", "sample"],
+    "data/composed/chat_template.jinja": ["format"],
     "data/composed/prompts.json": ["sample"],
     "data/composed/wrong_chat_template.jinja": ["sample"],
     "data/embedded/manifest.json": FETCH_MODEL,

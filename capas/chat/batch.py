@@ -1,13 +1,16 @@
 """Tokenized records and formatted conversations as columns: lists of texts, flat arrays of ids."""
 
-from collections.abc import Sequence
+import json
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from functools import cached_property
 from typing import Any
 
 import numpy as np
 import pyarrow as pa
 
-from capas.chat.messages import TEXT, THOUGHT_END, Message
+from capas.chat.format import Encoded
+from capas.chat.messages import TEXT, THOUGHT_END, Message, Tools
 from capas.ragged import Array, Ragged, concatenate
 
 Key = tuple[Any, ...]
@@ -72,10 +75,13 @@ class Columns:
     ids: Ragged
     trained: Ragged
     prompts: Ragged
+    trimmed: Array  # [conversations], contents of which the template cuts blanks off
 
     def take(self, places: Array) -> "Columns":
-        parts = (ragged.take(places) for ragged in (self.ids, self.trained, self.prompts))
-        return Columns(self.rows[places], *parts)
+        ids, trained, prompts = (
+            ragged.take(places) for ragged in (self.ids, self.trained, self.prompts)
+        )
+        return Columns(self.rows[places], ids, trained, prompts, self.trimmed[places])
 
 
 def merge(parts: Sequence[Columns]) -> Columns:
@@ -86,5 +92,51 @@ def merge(parts: Sequence[Columns]) -> Columns:
         concatenate(part.ids for part in parts),
         concatenate(part.trained for part in parts),
         concatenate(part.prompts for part in parts),
+        np.concatenate([part.trimmed for part in parts]),
     )
     return together if np.all(np.diff(rows) > 0) else together.take(np.argsort(rows, kind="stable"))
+
+
+@dataclass(frozen=True)
+class Single:
+    """A conversation that was encoded by itself."""
+
+    row: int
+    messages: list[Message]  # as far as they were kept
+    encoded: Encoded
+    prompt_ids: list[int]
+    reference: str
+
+
+@dataclass(frozen=True)
+class Formatted:
+    """A batch of formatted records, and where each comes from."""
+
+    records: pa.RecordBatch
+    source: Batch
+    columns: Columns
+    singles: Mapping[int, Single]  # by row
+    held: Array  # [records] bool: whether a content holds the text of a control token
+
+    @cached_property
+    def num_messages(self) -> Array:
+        """[records], as far as they were kept."""
+        rows, source = self.columns.rows, self.source
+        counts = np.array(source.last_answers)[rows] + 1 - source.first[rows]
+        for place, row in enumerate(rows.tolist()):
+            if row in self.singles:
+                counts[place] = len(self.singles[row].messages)
+        return counts
+
+    def identity(self, place: int) -> str:
+        identity: str = self.records.column("id")[place].as_py()
+        return identity
+
+    def tools(self, place: int) -> Tools:
+        text = self.source.tools[int(self.columns.rows[place])]
+        return json.loads(text) if text else None
+
+    def messages(self, place: int) -> list[Message]:
+        """Those of a formatted record, as far as they were kept."""
+        row = int(self.columns.rows[place])
+        return self.singles[row].messages if row in self.singles else self.source.messages(row)

@@ -54,7 +54,8 @@ class ColumnEncoder:
     def _gather(self, parts: list["_Part"], pool: "_Pool") -> Columns:
         if not parts:
             nothing = Ragged(np.zeros(0, np.int32), np.zeros(1, np.int64))
-            return Columns(np.zeros(0, np.int64), nothing, nothing, nothing)
+            none = np.zeros(0, np.int64)
+            return Columns(none, nothing, nothing, nothing, none)
         ids, trained = pool.arrays()
         at = ranges(*(np.concatenate([part.ranges[i] for part in parts]) for i in (0, 1)))
         lengths = np.concatenate([part.lengths for part in parts])
@@ -62,7 +63,8 @@ class ColumnEncoder:
         found = Ragged(ids[at], offsets)
         prompts = gather(found.values, found.starts, np.concatenate([p.prompts for p in parts]))
         rows = np.concatenate([part.rows for part in parts])
-        columns = Columns(rows, found, Ragged(trained[at], offsets), prompts)
+        trimmed = np.concatenate([part.trimmed for part in parts])
+        columns = Columns(rows, found, Ragged(trained[at], offsets), prompts, trimmed)
         return self._sure(columns, np.concatenate([part.num_controls for part in parts]))
 
     def _sure(self, columns: Columns, num_controls: Array) -> Columns:
@@ -100,9 +102,16 @@ class _Pool:
 class _Part:
     """Conversations of one pattern as ranges of a pool; ranges are row by row."""
 
-    def __init__(self, rows: Array, columns: list[Ranges], prompts: Array, controls: int) -> None:
+    def __init__(
+        self,
+        rows: Array,
+        columns: list[Ranges],
+        prompts: Array,
+        trimmed: Array,
+        controls: int,
+    ) -> None:
         starts, lengths = (np.stack([column[i] for column in columns], axis=1) for i in (0, 1))
-        self.rows, self.prompts = rows, prompts
+        self.rows, self.prompts, self.trimmed = rows, prompts, trimmed
         self.ranges = starts.ravel(), lengths.ravel()
         self.lengths = lengths.sum(axis=1)
         self.num_controls = np.full(len(rows), controls)
@@ -118,6 +127,7 @@ class _Group:
         self._rows = np.array(rows)
         self._first = batch.first[self._rows]
         self._trained: set[int] = set()
+        self._trimmed = np.zeros(len(rows), np.int64)
 
     def put_together(self, train_on: str) -> _Part:
         layout, prompt = self._layout, self._layout.prompt
@@ -130,14 +140,13 @@ class _Group:
             if isinstance(column, Constant):
                 filled = [self._constant(column, np.ones(len(self._rows), bool))]
             else:
-                ways = self._ways(column)
-                filled = self._slot(column, ways)
+                *filled, begins = self._slot(column, self._ways(column))
                 if index == prompt.num_columns and prompt.num_lead:
-                    sure &= ways == Way.JOIN  # where lead and answer melt, so do prompt and answer
+                    sure = begins  # where lead and answer melt, so do prompt and answer
             if index < prompt.num_columns:
                 prompts += sum(lengths for _, lengths in filled)
             columns += filled
-        part = _Part(self._rows, columns, prompts, layout.plan.num_controls)
+        part = _Part(self._rows, columns, prompts, self._trimmed, layout.plan.num_controls)
         return part if sure.all() else _keep(part, sure, len(columns))
 
     def _find_trained(self, train_on: str) -> set[int]:
@@ -168,15 +177,18 @@ class _Group:
         if message is None:
             return np.full(len(self._rows), Way.WHOLE)
         (left, right), contents = self._layout.plan.trims[message], self._batch.contents
-        ways = []
+        ways, cut = [], []
         for index in (self._first + message).tolist():
             content = contents[index]
             trimmed = content.lstrip(left).rstrip(right)
+            cut.append(len(trimmed) < len(content))
             ways.append(self._segments.way(slot.scaffold, slot.one_owner, trimmed, content))
+        self._trimmed += cut
         return np.array(ways)
 
-    def _slot(self, slot: Slot, ways: Array) -> list[Ranges]:
-        """The lead, and the content or the whole segment."""
+    def _slot(self, slot: Slot, ways: Array) -> tuple[Ranges, Ranges, Array]:
+        """The lead; the content or the whole segment; and whether it begins with the lead's ids."""
+        begins = ways == Way.JOIN
         lead = self._constant(slot.lead, ways == Way.JOIN)
         starts, lengths = np.zeros(len(ways), np.int64), np.zeros(len(ways), np.int64)
         known = ways != Way.WHOLE
@@ -187,20 +199,27 @@ class _Group:
             if slot.owner in self._trained or -1 in self._trained:
                 self._pool.train(ranges(starts[known], lengths[known]))
         for place in np.flatnonzero(~known).tolist():
-            starts[place], lengths[place] = self._whole(slot, place)
-        return [lead, (starts, lengths)]
+            starts[place], lengths[place], begins[place] = self._whole(slot, place)
+        return lead, (starts, lengths), begins
 
-    def _whole(self, slot: Slot, place: int) -> tuple[int, int]:
+    def _whole(self, slot: Slot, place: int) -> tuple[int, int, bool]:
         first = int(self._first[place])
         told = self._batch.contents[first : first + self._layout.last_answer + 1]
-        owned = self._segments.encode_whole(slot.segment, self._layout.plan.trim(told))
+        contents = self._layout.plan.trim(told)
+        if slot.message is None:  # else `_ways` counted it
+            inside = [p.message for p in slot.segment.pieces if p.message is not None]
+            self._trimmed[place] += sum(len(contents[m]) < len(told[m]) for m in inside)
+        owned = self._segments.encode_whole(slot.segment, contents)
         owners = np.array([-1 if owner is None else owner for _, owner in owned], np.int64)
         ids = np.array([i for i, _ in owned], np.int32)
-        return self._pool.add(ids, self._is_trained(owners)), len(ids)
+        count = len(slot.lead.ids)
+        begins = np.array_equal(ids[:count], slot.lead.ids)
+        begins = begins and np.array_equal(owners[:count], slot.lead.owners)
+        return self._pool.add(ids, self._is_trained(owners)), len(ids), begins
 
 
 def _keep(part: _Part, sure: Array, num_columns: int) -> _Part:
     starts, lengths = (values.reshape(-1, num_columns)[sure] for values in part.ranges)
     columns = [(starts[:, i], lengths[:, i]) for i in range(num_columns)]
     controls = int(part.num_controls[0])
-    return _Part(part.rows[sure], columns, part.prompts[sure], controls)
+    return _Part(part.rows[sure], columns, part.prompts[sure], part.trimmed[sure], controls)

@@ -9,10 +9,9 @@ holds the text of a control token, it stays text. The labels are known by constr
 
 import hashlib
 import json
-from collections.abc import Collection, Mapping
+from collections.abc import Collection, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
-from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -30,7 +29,7 @@ from capas.chat.messages import (
 from capas.chat.plan import Plan
 from capas.chat.scaffold import Planner, control_pattern
 from capas.chat.segments import Owned, SegmentEncoder
-from capas.chat.template import Template, TemplateRefusal, place_system
+from capas.chat.template import RecordRefusal, Template, TemplateRefusal, place_system
 from capas.chat.tokenizer import SHAPE, TokenizerFiles
 from capas.errors import CapasError
 from capas.records import IGNORE_INDEX
@@ -49,6 +48,8 @@ class Encoded:
 
     input_ids: list[int]
     labels: list[int]  # the id itself, or IGNORE_INDEX where no loss is taken
+    num_trimmed: int = 0  # contents of which the template cuts blanks off
+    num_thoughts_dropped: int = 0  # thoughts of earlier answers that the template leaves out
 
 
 class ChatFormat:
@@ -60,6 +61,7 @@ class ChatFormat:
         self._check_known(written)
         controls = {t.content: t for t in files.added.values() if t.special or t.content in written}
         self._control_pattern = control_pattern(controls)
+        self._control_starts = "".join(sorted({text[0] for text in controls}))
         self.segments = SegmentEncoder(files, controls)
         self._hider = Hider(self._control_pattern)
         self._planner = Planner(self._render_placed, controls)
@@ -121,35 +123,64 @@ class ChatFormat:
         if messages[0]["role"] == TEXT:
             return self._encode_text(messages[0])
         trained = _trained_messages(messages, train_on)
-        owned = self._encode(messages, False, tools)
+        owned, *lost = self._encode(messages, False, tools)
         everything = train_on == "all"
         labels = [i if everything or owner in trained else IGNORE_INDEX for i, owner in owned]
-        return Encoded([i for i, _ in owned], labels)
+        return Encoded([i for i, _ in owned], labels, *lost)
 
     def prompt_ids(self, messages: Messages, tools: Tools = None) -> list[int]:
         """The ids that ask for the next answer: the conversation so far and the generation prompt."""
-        return [i for i, _ in self._encode(messages, True, tools)]
+        owned, *_ = self._encode(messages, True, tools)
+        return [i for i, _ in owned]
 
     def reference_ids(
         self, messages: Messages, add_generation_prompt: bool = False, tools: Tools = None
     ) -> list[int]:
         """The rendered text, encoded whole with control tokens parsed, as `apply_chat_template` does."""
         text = self.render(messages, add_generation_prompt, tools)
-        ids: list[int] = self.parsing_tokenizer.encode(text, add_special_tokens=False).ids
-        return ids
+        return self.encode_rendered([text])[0]
+
+    def encode_rendered(self, texts: Sequence[str]) -> list[list[int]]:
+        """Rendered texts encoded whole, as `apply_chat_template` does."""
+        return self._files.encode_parsing(texts)
+
+    def encode_plain(self, text: str) -> list[int]:
+        return list(self.segments.known_ids({"content": text}))
+
+    def decode(self, ids: Sequence[int]) -> str:
+        text: str = self.tokenizer.decode(ids, skip_special_tokens=False)
+        return text
 
     @property
     def template_text(self) -> str:
         return self._template.text
 
-    @cached_property
-    def parsing_tokenizer(self) -> Tokenizer:
-        """The tokenizer as it is, to which the text of a control token is that token."""
-        return self._files.build(parse_special=True)
+    @property
+    def tokenizer(self) -> Tokenizer:
+        """To decode with, and for the names of tokens; to it the text of a control token is text."""
+        return self._files.build()
 
     def count_control_tokens(self, text: str) -> int:
         """How often a text holds that of a control token."""
         return sum(1 for _ in self._control_pattern.finditer(text))
+
+    def holds_control(self, text: str) -> bool:
+        """Whether a text holds that of a control token."""
+        for character in self._control_starts:  # most texts hold none of these
+            if character in text:
+                return self._control_pattern.search(text) is not None
+        return False
+
+    @property
+    def copies_contents(self) -> bool:
+        """Whether the template only copies contents: see `capas.chat.copying`."""
+        return self._template.copies_contents
+
+    def is_copied(self, messages: Messages) -> bool:
+        """Whether the template copies these contents as it copies others of their pattern."""
+        plan = self.plan(messages, add_generation_prompt=False)
+        contents = plan.trim([message["content"] for message in messages])
+        return plan.fill(contents) == self._render_placed(messages, False)
 
     def probes_sha256(self) -> str:
         """Changes whenever template or tokenizer encode a few fixed conversations differently."""
@@ -204,7 +235,10 @@ class ChatFormat:
             self._plans[key] = self._planner.plan(messages, add_generation_prompt)
         return self._plans[key]
 
-    def _encode(self, messages: Messages, add_generation_prompt: bool, tools: Tools) -> Owned:
+    def _encode(
+        self, messages: Messages, add_generation_prompt: bool, tools: Tools
+    ) -> tuple[Owned, int, int]:
+        """The ids with their owners, and how many contents were trimmed and thoughts left out."""
         safe: Messages = messages
         if has_own_scaffold(messages, tools):
             safe = [self._hider.protect(message) for message in messages]
@@ -212,15 +246,18 @@ class ChatFormat:
             plan = self._planner.plan(safe, add_generation_prompt, tools)
         else:
             plan = self.plan(messages, add_generation_prompt)
-        contents = plan.trim([split_thought(message)[1] for message in messages])
+        thoughts, answers = zip(*(split_thought(message) for message in messages), strict=True)
+        contents = plan.trim(answers)
         rendered = self._render_placed(safe, add_generation_prompt, tools)
         if tools and rendered == self._render_placed(safe, add_generation_prompt):
-            raise CapasError(
+            raise RecordRefusal(
                 "the chat template leaves out the tools; this family has no place for them"
             )
         if (filled := reveal(plan.fill(contents))) != reveal(rendered):
-            raise CapasError(_rewritten(filled, reveal(rendered)))
-        return self.segments.encode(plan, contents, messages)
+            raise RecordRefusal(_rewritten(filled, reveal(rendered)))
+        num_trimmed = sum(a != b for a, b in zip(contents, answers, strict=True))
+        missing = [thought for thought in thoughts if thought.strip() not in reveal(rendered)]
+        return self.segments.encode(plan, contents, messages), num_trimmed, len(missing)
 
     def _encode_text(self, message: Mapping[str, Any]) -> Encoded:
         end = self._files.id_of("eos_token")
@@ -234,14 +271,14 @@ class ChatFormat:
 def _trained_messages(messages: Messages, train_on: str) -> set[int]:
     answers = [i for i, message in enumerate(messages) if message["role"] == "assistant"]
     if not answers:
-        raise CapasError("no message of the assistant: there is nothing to train on")
+        raise RecordRefusal("no message of the assistant: there is nothing to train on")
     answers = answers[-1:] if train_on == "last_assistant" else answers
     trained = [i for i in answers if messages[i].get("train", True)]
     if not trained and train_on != "all":
-        raise CapasError("every answer has train: false: there is nothing to train on")
+        raise RecordRefusal("every answer has train: false: there is nothing to train on")
     for index in trained:
         if not split_thought(messages[index])[1].strip() and "tool_calls" not in messages[index]:
-            raise CapasError(
+            raise RecordRefusal(
                 f"message {index}, an answer to be trained, is empty: {messages[index]['content']!r}"
             )
     return set(trained)

@@ -1,11 +1,12 @@
 """Texts as ids, many at a time: by `fastokens` where it knows the tokenizer, else by `tokenizers`.
 
-fastokens is many times faster and refuses tokenizers that it does not know (SentencePiece). It is trusted as far
-as it is checked: a sample of every batch is encoded by tokenizers too.
+fastokens is many times faster and refuses tokenizers that it does not know (SentencePiece). It is trusted as
+far as it is checked: of every batch a sample is encoded by tokenizers too.
 """
 
 import logging
 from collections.abc import Sequence
+from concurrent.futures import ThreadPoolExecutor
 from itertools import chain
 from typing import Any
 
@@ -15,7 +16,7 @@ from capas.chat.tokenizer import TokenizerFiles
 from capas.errors import CapasError
 from capas.ragged import Ragged
 
-CHECKED_FIRST, CHECKED_EVERY = 50, 100  # texts of a batch that both libraries encode
+CHECKED_FIRST, CHECKED_EVERY = 20, 100  # texts of a batch that both libraries encode
 log = logging.getLogger("capas")
 
 
@@ -28,8 +29,10 @@ class PlainEncoder:
 
     def __init__(self, files: TokenizerFiles, fast: bool = True) -> None:
         self._folder = files.folder
-        self._sure = files.build()
-        self._fast = _fast_encoder(files) if fast else None
+        with ThreadPoolExecutor(1) as beside:  # both take about a second
+            building = beside.submit(_fast_encoder, files) if fast else None
+            self._sure = files.build()
+            self._fast = building.result() if building else None
 
     @property
     def backend(self) -> str:

@@ -18,7 +18,7 @@ from tokenizers import AddedToken
 
 from capas.chat.messages import Message, Messages, Tools, reveal
 from capas.chat.plan import NO_TRIM, Control, Piece, Plan, Segment, Trim
-from capas.chat.template import TemplateRefusal
+from capas.chat.template import RecordRefusal, TemplateRefusal
 from capas.errors import CapasError
 
 Render = Callable[[Messages, bool, Tools], str]  # (messages, add_generation_prompt, tools)
@@ -127,7 +127,7 @@ class Planner:
             return found.end()
         if found is None and following is not None and told[following]["role"] == "assistant":
             return len(text)  # the template makes one turn of two messages
-        raise CapasError(
+        raise RecordRefusal(
             f"the chat template does not end message {previous} (assistant) with {self.end_token}, as it "
             f"does in a conversation of two messages, but goes on with {_readable(text)!r}"
         )
@@ -199,12 +199,12 @@ def _check_each_once(order: Sequence[int], told: Messages) -> None:
         count = order.count(index)
         if count != 1 and _MARK.search(message["content"]):
             how = "leaves out" if count == 0 else f"writes {count} times"
-            raise CapasError(
+            raise RecordRefusal(
                 f"the chat template {how} message {index} ({message['role']}); every message must appear "
                 "once (chat_template.system=fold keeps system text where a template has no place for it)"
             )
         if message.get("tool_calls") and order.count(index + len(told)) != 1:
-            raise CapasError(
+            raise RecordRefusal(
                 f"the chat template leaves out the tool calls of message {index}; this family has no place "
                 "for them: choose a model whose template knows tools, or leave such records out"
             )

@@ -18,7 +18,11 @@ from capas.chat.messages import Messages, Tools, spoken
 from capas.errors import CapasError
 
 
-class TemplateRefusal(CapasError):  # noqa: N818  the field says refusal
+class RecordRefusal(CapasError):  # noqa: N818
+    """A conversation that this template cannot show, or not safely; others it may."""
+
+
+class TemplateRefusal(RecordRefusal):
     """The template itself refuses a conversation (raise_exception), or fails on it."""
 
 
@@ -72,25 +76,25 @@ def place_system(messages: Messages, policy: str) -> list[dict[str, Any]]:
             line after it, before the first user turn (for families without a system role); `error` refuses.
 
     Raises:
-        CapasError: `error` and there is one; `fold` and no user turn follows, or one stands further on.
+        RecordRefusal: `error` and there is one; `fold` and no user turn follows, or one stands further on.
     """
     told = [dict(message) for message in messages]
     positions = [i for i, m in enumerate(told) if m["role"] == "system"]
     if policy == "template" or not positions:
         return told
     if policy == "error":
-        raise CapasError(
+        raise RecordRefusal(
             f"message {positions[0]} has the role system, and chat_template.system is error; "
             "chat_template.system=template or fold would keep it"
         )
     leading = len(positions)
     if positions != list(range(leading)):
-        raise CapasError(
+        raise RecordRefusal(
             f"message {positions[-1]} has the role system in the middle of the conversation, and "
             "chat_template.system=fold folds only what comes before the first user turn"
         )
     if leading == len(told) or told[leading]["role"] != "user":
-        raise CapasError(
+        raise RecordRefusal(
             "chat_template.system=fold finds no user turn after the system message to fold it into"
         )
     texts = [m["content"] for m in told[: leading + 1]]
