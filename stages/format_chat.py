@@ -123,11 +123,13 @@ def summary(
 ) -> dict[str, Any]:
     too_long = sum(formatter.overflow.dropped for formatter in formatters.values())
     refused = sum(formatter.refused.count for formatter in formatters.values())
+    example = chat.example()
     dropped = {"longer than dataset.max_length": too_long, "refused by the template": refused}
     return {
         "splits": {split: formatter.facts() for split, formatter in formatters.items()},
         "dropped": {why: count for why, count in dropped.items() if count},
         "refused": [e for formatter in formatters.values() for e in formatter.refused.examples],
+        "example": {"input_ids": example.input_ids, "labels": example.labels},
         "end_token": chat.end_token,
         "chat_template": params.chat_template.preset,
         "train_on": params.chat_template.train_on,

@@ -274,8 +274,9 @@ def _format() -> dict[str, Any]:
         "control_tokens_in_content": 0,
     }
     splits = {name: dict(split) for name in ("train", "validation", "test")}
-    facts = {"splits": splits, "dropped": {}, "end_token": "<|im_end|>"}
-    return {**facts, "chat_template": "chatml"}
+    example = {"input_ids": [5, 6, 7], "labels": [-100, 6, 7]}
+    facts = {"splits": splits, "dropped": {}, "end_token": "<|im_end|>", "refused": []}
+    return {**facts, "chat_template": "chatml", "example": example}
 
 
 def _quantization(reports: Path, method: str) -> None:

@@ -40,6 +40,13 @@ _PROBES = (
     ("user", " <|im_end|>\n\n</s> [INST] 12,5 €  "),
     ("assistant", '{"name": "f"}'),
 )
+_EXAMPLE = (
+    ("system", "Be brief."),
+    ("user", "Hi"),
+    ("assistant", "Hello."),
+    ("user", "Two and two?"),
+    ("assistant", "Four."),
+)
 
 
 @dataclass(frozen=True)
@@ -130,6 +137,8 @@ class ChatFormat:
 
     def prompt_ids(self, messages: Messages, tools: Tools = None) -> list[int]:
         """The ids that ask for the next answer: the conversation so far and the generation prompt."""
+        if messages[0]["role"] == TEXT:
+            return self._encode_text(messages[0]).input_ids[:-1]
         owned, *_ = self._encode(messages, True, tools)
         return [i for i, _ in owned]
 
@@ -188,6 +197,14 @@ class ChatFormat:
         system = {"role": "system", "content": "Answer in JSON."}
         ids = [self._try_probe(told) for told in (probes[:2], probes, [system, *probes])]
         return hashlib.sha256(json.dumps(ids).encode()).hexdigest()
+
+    def example(self) -> Encoded:
+        """A short conversation, with a system message where the template has a place for one."""
+        told = [{"role": role, "content": content} for role, content in _EXAMPLE]
+        try:
+            return self.encode(told)
+        except RecordRefusal:
+            return self.encode(told[1:])
 
     def _try_probe(self, messages: Messages) -> list[int] | None:
         try:
