@@ -122,7 +122,10 @@ class Planner:
             return 0
         if previous == following:
             return len(text)  # between what an answer says and its calls
-        found = self._pattern.search(text)
+        controls = list(self._pattern.finditer(text))
+        if told[previous].get("tool_calls"):  # calls may have control tokens inside
+            controls = [found for found in controls if self._name(found) == self.end_token]
+        found = controls[0] if controls else None
         if found is not None and self._name(found) == self.end_token:
             return found.end()
         if found is None and following is not None and told[following]["role"] == "assistant":
