@@ -31,7 +31,7 @@ MAIN = "main"
 _FILE = re.compile(r".*\.(jsonl?|ndjson|csv|tsv|parquet|txt|arrow)(\.(gz|zst|bz2|xz))?")
 _PINNED = re.compile(r"[0-9a-f]{40}|[0-9a-f]{16}-[0-9a-f]{16}")
 _HEADER = """\
-# What a branch or tag on the Hub, or a folder, stood for when it was first used. Written by compose; commit it.
+# What a branch or tag on the Hub, or a folder, stood for when first used. Compose writes it; commit it.
 # To take what it stands for today: python stages/compose_params.py --update-revisions
 """
 
@@ -53,9 +53,12 @@ class Place:
     repository: Repository | None  # None: a folder
 
     @property
+    def revision(self) -> str | None:
+        return self.node.get("revision")  # a source of a mixture may leave it out
+
+    @property
     def entry(self) -> str:
-        revision = self.node["revision"] or MAIN
-        return f"{self.name}@{revision}" if self.repository else self.name
+        return f"{self.name}@{self.revision or MAIN}" if self.repository else self.name
 
 
 class Pins:
@@ -100,7 +103,7 @@ class Pins:
         Raises:
             CapasError: as `resolve`.
         """
-        for place in self._places(values, strict=True):
+        for place in self._places(copy.deepcopy(values), strict=True):
             old, new = self._recorded(place), self._ask(place)
             log.info(
                 "%s: %s", place.entry, f"{old} -> {new}" if old != new else f"{old}, unchanged"
@@ -126,7 +129,8 @@ class Pins:
                 pin = self._ask(place)
                 log.info("%s is %s, from now on: conf/revisions.yaml", place.entry, pin)
                 self._record(place, pin)
-            place.node["revision"] = pin or place.node["revision"]
+            if pin is not None:
+                place.node["revision"] = pin
         return values
 
     def _recorded(self, place: Place) -> str | None:
@@ -138,22 +142,21 @@ class Pins:
     def _ask(self, place: Place) -> str:
         if place.repository is None:
             return folder_revision(self.root / place.name)
-        revision = place.node["revision"] or MAIN
         try:
-            return place.repository.commit(revision)
+            return place.repository.commit(place.revision or MAIN)
         except CapasError as error:
             raise CapasError(
-                f"{error}\n{place.key}={place.node['revision'] or 'null'} is not pinned yet. Give the commit as "
-                f"revision (40 hex digits, on {place.repository.page} under 'Files and versions'), or run "
+                f"{error}\n{place.key}={place.revision or 'null'} is not pinned yet. Give the commit "
+                f"as revision (40 hex digits, on {place.repository.page}, 'Files and versions'), or run "
                 "`dvc repro compose` where there is a network and take conf/revisions.yaml from there."
             ) from None
 
     def _places(self, values: Values, strict: bool) -> Iterator[Place]:
         """Where a revision that may move stands; a commit that conf/ gives is no such place."""
         for place in (*self._model(values, strict), *self._datasets(values)):
-            if place.repository is None and place.node["revision"] is not None:
+            if place.repository is None and place.revision is not None:
                 continue  # the stages compare it with the folder
-            if not is_commit(place.node["revision"]):
+            if not is_commit(place.revision):
                 yield place
 
     def _model(self, values: Values, strict: bool) -> Iterator[Place]:
@@ -185,6 +188,6 @@ class Pins:
 
 def _named(node: Any, key: str) -> dict[str, Any] | None:
     """The node, if its name and revision have the right types; the schema reports what is wrong."""
-    if not isinstance(node, dict) or not isinstance(node.get(key), str) or "revision" not in node:
+    if not isinstance(node, dict) or not isinstance(node.get(key), str):
         return None
-    return node if isinstance(node["revision"], str | None) else None
+    return node if isinstance(node.get("revision"), str | None) else None

@@ -121,7 +121,7 @@ def _commit(name: str, revision: str | None) -> str:
         raise CapasError(
             f"model.revision={revision or 'null'} does not name the commit of {name}; a branch moves, and "
             "the same configuration would mean another model tomorrow. `dvc repro compose` asks the Hub once "
-            f"and records it in conf/revisions.yaml. (If {name} is meant to be a folder: there is none of that "
-            "name here.)"
+            f"and records it in conf/revisions.yaml. (If {name} is meant to be a folder: there is none of "
+            "that name here.)"
         )
     return revision

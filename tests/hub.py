@@ -16,13 +16,15 @@ from dataclasses import dataclass, field
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 from typing import Any
-from urllib.parse import parse_qs, quote, unquote, urlsplit
+from urllib.parse import parse_qs, quote, unquote, urlencode, urlsplit
+
+import pytest
 
 PAGE = 3  # entries of a listing in one answer; the real one has a thousand
 LARGE = (".safetensors", ".parquet", ".bin", ".gz")
 _ID = r"(?P<id>[\w.-]+/[\w.-]+)"
 _API = re.compile(
-    rf"/api/(?P<kind>models|datasets)/{_ID}(?:/(?P<what>revision|tree|paths-info)/(?P<rev>[^/]+))?/?$"
+    rf"/api/(?P<kind>models|datasets)/{_ID}(?:/(?P<what>revision|tree|paths-info)/(?P<rev>[^/]+)(?P<below>/.*)?)?$"
 )
 _RESOLVE = re.compile(rf"/(?:(?P<kind>datasets)/)?{_ID}/resolve/(?P<rev>[^/]+)/(?P<file>.+)$")
 _CDN = re.compile(r"/cdn/(?P<sha>[0-9a-f]{64})$")
@@ -38,7 +40,7 @@ class Repo:
 
 @dataclass
 class Fault:
-    """What happens to the next `times` requests whose 'METHOD path' matches; after `skip` of them went well."""
+    """What happens to the next `times` requests that match (METHOD path), but for the first `skip`."""
 
     pattern: str
     status: int = 0
@@ -75,7 +77,7 @@ class Hub:
         self.url = f"http://127.0.0.1:{self.port}"
 
     def __enter__(self) -> "Hub":
-        threading.Thread(target=self._server.serve_forever, daemon=True).start()
+        threading.Thread(target=self._server.serve_forever, args=(0.01,), daemon=True).start()
         return self
 
     def __exit__(self, *_: object) -> None:
@@ -101,7 +103,12 @@ class Hub:
 
     def files_sent(self) -> list[str]:
         """The names of the files whose content was sent, in full or in part."""
-        names = {sha256(b): n for r in self.repos.values() for f in r.commits.values() for n, b in f.items()}
+        names = {
+            sha256(b): n
+            for r in self.repos.values()
+            for f in r.commits.values()
+            for n, b in f.items()
+        }
         sent = []
         for asked in self.asked:
             at_cdn, here = _CDN.match(asked.path), _RESOLVE.match(asked.path)
@@ -147,13 +154,13 @@ class _Handler(BaseHTTPRequestHandler):
     def log_message(self, *_: object) -> None:
         pass
 
-    def do_GET(self) -> None:  # noqa: N802
+    def do_GET(self) -> None:
         self._answer()
 
-    def do_HEAD(self) -> None:  # noqa: N802
+    def do_HEAD(self) -> None:
         self._answer()
 
-    def do_POST(self) -> None:  # noqa: N802
+    def do_POST(self) -> None:
         self._answer(self.rfile.read(int(self.headers["Content-Length"])).decode())
 
     def _answer(self, form: str = "") -> None:
@@ -174,7 +181,7 @@ class _Handler(BaseHTTPRequestHandler):
         return self._refuse(404, "RepoNotFound")
 
     def _repo(self, kind: str, name: str, token: str | None) -> Repo | None:
-        """The repository, if the token may know that it exists; the real Hub tells strangers 401 for all others."""
+        """The repository, if the token may know of it; strangers are told 401 for all others."""
         repo = self.hub.repos.get(f"{kind}/{name}")
         if repo is not None and not (repo.private and token not in self.hub.tokens):
             return repo
@@ -199,9 +206,11 @@ class _Handler(BaseHTTPRequestHandler):
             return None
         files = repo.commits[sha]
         if found["what"] == "tree":
-            return self._tree(files, int(query.get("cursor", ["0"])[0]), found[0])
+            return self._tree(files, found, query)
         if found["what"] == "paths-info":
-            return self._json([_entry(n, files[n]) for n in form["paths"] if n in files])
+            folders = {str(p) for n in files for p in Path(n).parents}
+            there = [n for n in form["paths"] if n in files or n in folders]
+            return self._json([_entry(n, files[n]) if n in files else _folder(n) for n in there])
         return self._json(
             {
                 **{"_id": "0", "id": found["id"], "sha": sha, "private": repo.private, "tags": []},
@@ -210,16 +219,23 @@ class _Handler(BaseHTTPRequestHandler):
             }
         )
 
-    def _tree(self, files: dict[str, bytes], start: int, path: str) -> None:
-        folders = {str(p) for n in files for p in Path(n).parents if str(p) != "."}
-        entries = [_entry(name, files[name]) for name in sorted(files)]
-        entries += [
-            {"type": "directory", "path": f, "oid": git_blob(f.encode()), "size": 0}
-            for f in sorted(folders)
-        ]
-        link = f'<{self.hub.url}{path}?recursive=true&cursor={start + PAGE}>; rel="next"'
+    def _tree(self, files: dict[str, bytes], found: re.Match[str], query: Any) -> None:
+        """Files and folders below a folder, in pages; without `recursive` those directly in it."""
+        below = unquote(found["below"] or "/").strip("/")
+        inside = {n: b for n, b in files.items() if not below or n.startswith(f"{below}/")}
+        if not inside and below:
+            return self._refuse(404, "EntryNotFound", f"{below} does not exist")
+        folders = {str(p) for n in inside for p in Path(n).parents if str(p) not in (".", below)}
+        entries = [_entry(name, inside[name]) for name in sorted(inside)]
+        entries += [_folder(name) for name in sorted(folders)]
+        if query.get("recursive", ["false"])[0].lower() != "true":
+            depth = below.count("/") + 1 if below else 0
+            entries = [entry for entry in entries if entry["path"].count("/") == depth]
+        start = int(query.get("cursor", ["0"])[0])
+        flat = {name: values[0] for name, values in query.items()} | {"cursor": start + PAGE}
+        link = f'<{self.hub.url}{found[0]}?{urlencode(flat)}>; rel="next"'
         more = {"Link": link} if start + PAGE < len(entries) else {}
-        self._json(entries[start : start + PAGE], more)
+        return self._json(entries[start : start + PAGE], more)
 
     def _resolve(self, found: re.Match[str], token: str | None) -> None:
         repo = self._repo(found["kind"] or "models", found["id"], token)
@@ -283,3 +299,33 @@ def _entry(name: str, body: bytes) -> dict[str, Any]:
     if name.endswith(LARGE):
         entry["lfs"] = {"oid": sha256(body), "size": len(body), "pointerSize": 130}
     return entry
+
+
+def _folder(name: str) -> dict[str, Any]:
+    return {"type": "directory", "path": name, "oid": git_blob(name.encode()), "size": 0}
+
+
+def use(hub: Hub, home: Path, patch: pytest.MonkeyPatch, token: str | None = None) -> None:
+    """Point the real client of this process to the hub; it read the environment when it was imported."""
+    import huggingface_hub
+    from huggingface_hub import constants
+    from huggingface_hub.utils import _cache_assets
+
+    template = hub.url + "/{repo_id}/resolve/{revision}/{filename}"
+    patch.setattr(constants, "ENDPOINT", hub.url)
+    patch.setattr(constants, "HUGGINGFACE_CO_URL_TEMPLATE", template)
+    patch.setattr(constants, "HF_HUB_CACHE", str(home / "hub"))
+    patch.setattr(constants, "HF_TOKEN_PATH", str(home / "token"))
+    patch.setattr(constants, "HF_HUB_OFFLINE", False)
+    patch.setattr(_cache_assets, "HF_ASSETS_CACHE", str(home / "assets"))
+    patch.setattr(huggingface_hub.hf_api.api, "endpoint", hub.url)
+    for name in ("HF_TOKEN", "HUGGING_FACE_HUB_TOKEN"):
+        patch.delenv(name, raising=False)
+    if token:
+        patch.setenv("HF_TOKEN", token)
+
+
+def go_offline(patch: pytest.MonkeyPatch) -> None:
+    from huggingface_hub import constants
+
+    patch.setattr(constants, "HF_HUB_OFFLINE", True)
