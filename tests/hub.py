@@ -307,8 +307,7 @@ def _folder(name: str) -> dict[str, Any]:
 
 def use(hub: Hub, home: Path, patch: pytest.MonkeyPatch, token: str | None = None) -> None:
     """Point the real client of this process to the hub; it read the environment when it was imported."""
-    import huggingface_hub
-    from huggingface_hub import constants
+    from huggingface_hub import constants, hf_api
     from huggingface_hub.utils import _cache_assets
 
     template = hub.url + "/{repo_id}/resolve/{revision}/{filename}"
@@ -318,7 +317,7 @@ def use(hub: Hub, home: Path, patch: pytest.MonkeyPatch, token: str | None = Non
     patch.setattr(constants, "HF_TOKEN_PATH", str(home / "token"))
     patch.setattr(constants, "HF_HUB_OFFLINE", False)
     patch.setattr(_cache_assets, "HF_ASSETS_CACHE", str(home / "assets"))
-    patch.setattr(huggingface_hub.hf_api.api, "endpoint", hub.url)
+    patch.setattr(hf_api.api, "endpoint", hub.url)
     for name in ("HF_TOKEN", "HUGGING_FACE_HUB_TOKEN"):
         patch.delenv(name, raising=False)
     if token:

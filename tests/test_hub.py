@@ -11,14 +11,17 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 from hub import Fault, Hub, go_offline, use
+from report_inputs import write_inputs
+from test_publish import publish
 from tiny import REPOSITORY, run_stage
+from workspace import make_workspace
 
 from capas import hub as client
 from capas.dataset.hub import read_split
 from capas.errors import CapasError
 from stages import fetch_model, fetch_tokenizer
 
-SECRET = "hf_aSecretThatNobodyMayRead"
+SECRET = "hf_" + "Secret" * 5  # not as it stands here: the tests look for it in all files
 MODEL, DATASET = "org/tiny", "org/questions"
 ROWS = [{"question": f"q{i}", "answer": f"a{i}", "facts": {"number": i}} for i in range(10)]
 README = b"""---
@@ -346,3 +349,41 @@ def test_a_gated_data_set_names_its_page(hub: Hub) -> None:
     commit = hub.commit(f"datasets/{DATASET}", QUESTIONS, gated=True)
     with pytest.raises(CapasError, match=r"gated.*\n.*huggingface.co/datasets/org/questions"):
         next(read_split(DATASET, "main", commit, "train", "dataset.mix[1]"))
+
+
+def files_with(folder: Path, text: str) -> list[str]:
+    found = [f for f in folder.rglob("*") if f.is_file() and text.encode() in f.read_bytes()]
+    return [str(file.relative_to(folder)) for file in found]
+
+
+def test_the_token_and_the_address_reach_no_file_and_no_line(
+    tmp_path: Path, files: dict[str, bytes]
+) -> None:
+    """A private model through `dvc repro`, then once more without a network."""
+    workspace = make_workspace(tmp_path / "workspace")
+    with Hub(tokens=(SECRET,)) as hub:
+        commit = hub.commit(f"models/{MODEL}", files, private=True)
+        env = {"HF_ENDPOINT": hub.url, "HF_HOME": str(tmp_path / "home"), "HF_TOKEN": SECRET}
+        workspace.edit("conf/model/embedded.yaml", ": data/embedded", f": {MODEL}")
+        log = workspace.repro("fetch_tokenizer", "fetch_model", **env, HF_HUB_OFFLINE="0")
+        assert f"{MODEL}@main is {commit}" in log
+        assert weights(workspace.root) == files["model.safetensors"]
+        hub.asked.clear()
+        log += workspace.repro("-f", "-s", "fetch_model", HF_HOME=env["HF_HOME"])
+        assert (hub.asked, weights(workspace.root)) == ([], files["model.safetensors"])
+    assert files_with(workspace.root, commit) != []
+    assert files_with(workspace.root, SECRET) == files_with(workspace.root, hub.url) == []
+    assert SECRET not in log
+
+
+def test_the_token_reaches_no_run_in_mlflow(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for name in ("HF_TOKEN", "HUGGING_FACE_HUB_TOKEN"):
+        monkeypatch.setenv(name, SECRET)
+    monkeypatch.delenv("MLFLOW_TRACKING_URI", raising=False)
+    root = write_inputs(tmp_path)
+    publish(root)
+    assert files_with(root, "lora.r") != []
+    assert (root / "mlflow.db").exists()
+    assert files_with(root, SECRET) == []
