@@ -1,8 +1,12 @@
 """Models, tokenizers and data sets from the Hub, through the real clients, against a hub on loopback."""
 
+import gzip
 import io
 import json
+import os
 import shutil
+import subprocess
+import sys
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -32,6 +36,26 @@ configs:
   data_files: [{split: train, path: hard/*}]
 ---
 """
+
+
+SEMICOLON = b"""---
+configs:
+- config_name: default
+  sep: ";"
+  data_files: [{split: train, path: "*.csv"}]
+---
+"""
+LABEL = b"""---
+dataset_info:
+  features:
+  - name: kind
+    dtype: {class_label: {names: {"0": call, "1": talk}}}
+---
+"""
+
+
+def jsonl(rows: list[dict[str, Any]]) -> bytes:
+    return "".join(json.dumps(row) + "\n" for row in rows).encode()
 
 
 def parquet(rows: list[dict[str, Any]]) -> bytes:
@@ -387,3 +411,78 @@ def test_the_token_reaches_no_run_in_mlflow(
     assert files_with(root, "lora.r") != []
     assert (root / "mlflow.db").exists()
     assert files_with(root, SECRET) == []
+
+
+CASES = {
+    "org/configs": (QUESTIONS, "main", "train"),
+    "org/json": ({"train.jsonl": jsonl(ROWS), "test.jsonl": jsonl(ROWS[:2])}, None, "test"),
+    "org/zipped": ({"data/train.jsonl.gz": gzip.compress(jsonl(ROWS))}, None, "train"),
+    "org/shards": (
+        {f"data/validation-0000{i}-of-00002.parquet": parquet(ROWS[i::2]) for i in range(2)},
+        None,
+        "validation",
+    ),
+    "org/csv": ({"README.md": SEMICOLON, "d.csv": b"question;answer\n1;x\n2;y\n"}, None, "train"),
+    "org/label": (
+        {"README.md": LABEL, "train.jsonl": b'{"kind": 1}\n{"kind": 0}\n'},
+        None,
+        "train",
+    ),
+}
+COMPARE = """
+import json, sys
+from datasets import load_dataset
+from capas.dataset.hub import read_split
+for path, commit, name, split in json.loads(sys.argv[1]):
+    theirs = list(load_dataset(path, name, revision=commit, split=split, streaming=True))
+    print(len(theirs), path, list(read_split(path, name, commit, split)) == theirs)
+"""
+
+
+def test_rows_are_those_that_load_dataset_gives(tmp_path: Path) -> None:
+    with Hub() as hub:
+        asked = [
+            (path, hub.commit(f"datasets/{path}", files), name, split)
+            for path, (files, name, split) in CASES.items()
+        ]
+        found = in_python(COMPARE, json.dumps(asked), HF_ENDPOINT=hub.url, HF_HOME=str(tmp_path))
+    counts = dict(zip(CASES, (10, 2, 10, 10, 2, 2), strict=True))
+    assert found.split("\n")[:-1] == [f"{n} {path} True" for path, n in counts.items()]
+
+
+def in_python(code: str, *arguments: str, **env: str) -> str:
+    """What a fresh process prints."""
+    done = subprocess.run(
+        [sys.executable, "-c", code, *arguments],
+        cwd=REPOSITORY,
+        env={**os.environ, "PYTHONPATH": str(REPOSITORY), "HF_HUB_OFFLINE": "0", **env},
+        stdout=subprocess.PIPE,
+        text=True,
+        check=True,
+    )
+    return done.stdout
+
+
+PEAK = """
+import sys
+from capas.dataset.hub import read_split
+num_rows = sum(1 for row in read_split("org/big", None, sys.argv[1], "train"))
+print(num_rows, open("/proc/self/status").read().split("VmHWM:")[1].split()[0])
+"""
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(sys.platform != "linux", reason="the peak is read from /proc")
+def test_memory_does_not_grow_with_the_data_set(tmp_path: Path) -> None:
+    """Not even where a file is one row group of 200 MB."""
+    sizes, peaks = (20_000, 400_000), []
+    with Hub() as hub:
+        for num_rows in sizes:
+            rows = pa.table({"text": [f"{i:0500}" for i in range(num_rows)]})
+            buffer = io.BytesIO()
+            pq.write_table(rows, buffer, row_group_size=num_rows, compression="none")
+            commit = hub.commit("datasets/org/big", {"train.parquet": buffer.getvalue()})
+            found = in_python(PEAK, commit, HF_ENDPOINT=hub.url, HF_HOME=str(tmp_path)).split()
+            assert int(found[0]) == num_rows
+            peaks.append(int(found[1]) * 1024)
+    assert peaks[1] - peaks[0] < 40e6
