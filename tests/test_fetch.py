@@ -189,7 +189,7 @@ def test_the_name_of_a_model_says_where_it_is(side: DataSide) -> None:
 @pytest.mark.parametrize("revision", [None, "main", "0123abc"])
 def test_a_hub_model_needs_a_pinned_commit(side: DataSide, revision: str | None) -> None:
     overrides = ("model.model_name_or_path=owner/name", f"model.revision={revision or 'null'}")
-    with pytest.raises(CapasError, match=r"name the commit of owner/name.*a branch moves"):
+    with pytest.raises(CapasError, match=r"name the commit of owner/name; a branch moves.*compose"):
         side.run("fetch_tokenizer", overrides=overrides)
 
 
@@ -222,4 +222,5 @@ def test_a_hub_snapshot_asks_for_the_files_of_the_tokenizer_only(
         "special_tokens_map.json",
         "chat_template.jinja",
     ]
-    assert asked == {"name": "o/n", "revision": COMMIT, "allow_patterns": patterns}
+    one = {"name": "o/n", "repo_type": "model", "revision": COMMIT}
+    assert asked == {**one, "allow_patterns": patterns}
