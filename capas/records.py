@@ -7,8 +7,8 @@ One record grows from stage to stage::
     formatted  id, input_ids, attention_mask, labels, prompt_ids, reference, metadata
 
 `extra` (tool_calls, tool_call_id, ... of a message), `tools` and `metadata` are JSON as text, "" where there
-are none: Arrow gives each row the keys of all. Calls and tools keep the order of their keys, which is trained on.
-`train: false` keeps an answer out of the loss. A plain text is one message of the role `text`.
+are none: Arrow gives each row the keys of all. Calls and tools keep the order of their keys, which is
+trained on. `train: false` keeps an answer out of the loss. A plain text is one message of the role `text`.
 """
 
 from collections.abc import Iterable, Iterator, Sequence

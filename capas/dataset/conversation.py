@@ -2,8 +2,8 @@
 
 Contents are kept as they are: white space, control characters and NUL included. What templates may use of a
 message beside role and content goes into `extra`: tool_calls (arguments given as JSON text become the object
-itself), tool_call_id, name (of a tool's message), reasoning_content. The keys of a call keep their order: it is
-what a model is trained on.
+itself), tool_call_id, name (of a tool's message), reasoning_content. The keys of a call keep their
+order: it is what a model is trained on.
 """
 
 import json

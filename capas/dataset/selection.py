@@ -114,8 +114,8 @@ def _leaks(selection: Selection, policy: str, budget_fraction: float) -> None:
     if policy == DROP and num_leaks > budget_fraction * num_judged:
         raise CapasError(
             f"{num_leaks} of {num_judged} records of train and validation have the prompt of a record in "
-            f"test or validation, more than dataset.leak_budget_fraction={budget_fraction:g} allows to drop; the "
-            f"first: {pool.location(int(marks.argmax()))}. Raise the budget to at least "
+            f"test or validation, more than dataset.leak_budget_fraction={budget_fraction:g} allows to drop; "
+            f"the first: {pool.location(int(marks.argmax()))}. Raise the budget to at least "
             f"{num_leaks / num_judged:.6g}"
         )
     _apply(selection, policy, LEAK, marks, lambda i: pool["prompt"] == pool["prompt"][i])
