@@ -266,9 +266,7 @@ def test_files_in_memory_are_found_by_a_pattern(tmp_path: Path) -> None:
     assert url_revision("memory://pool/a.jsonl") != pin
 
 
-def test_s3_is_read_through_a_local_server(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_s3_is_read_through_a_local_server(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     server = pytest.importorskip("moto.server").ThreadedMotoServer(port=0, verbose=False)
     pytest.importorskip("s3fs")
     server.start()

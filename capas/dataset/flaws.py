@@ -34,6 +34,10 @@ def show(value: Any) -> str:
     return text if len(text) <= 80 else f"{text[:77]}..."
 
 
+def _seen(field: str, value: str) -> str:
+    return f"{field} is {value}" if field else value
+
+
 class Flaws:
     """The policies of `dataset.flaws`, and what they did so far."""
 
@@ -65,7 +69,7 @@ class Flaws:
         Raises:
             CapasError: the policy is not to drop: file, line or record, id, field, value, the way out.
         """
-        found = f"{flaw.field} is {show(flaw.value)}" if flaw.field else show(flaw.value)
+        found = _seen(flaw.field, show(flaw.value))
         if self._policies[flaw.kind] != DROP:
             named = f" (id {identity!r})" if identity else ""
             raise CapasError(
@@ -85,7 +89,7 @@ class Flaws:
         if num_dropped > self._budget * self.num_read:
             counts = ", ".join(f"{kind} {count}" for kind, count in sorted(self.dropped.items()))
             first = [
-                f"  {kind}: {location(e)}: {e['field']} is {e['value']}: {e['why']}"
+                f"  {kind}: {location(e)}: {_seen(e['field'], e['value'])}: {e['why']}"
                 for kind, shown in sorted(self.examples.items())
                 for e in shown[:3]
             ]

@@ -83,7 +83,7 @@ class Pool:
     def _checked(self, row: Row, part: Part) -> Record | None:
         """The record of `RAW` with its own id or none; None where it is dropped."""
         self._flaws.num_read += 1
-        found: Mapping[str, Any] = {}
+        found: Mapping[str, Any] = row.value if isinstance(row.value, Mapping) else {}
         try:
             found = convert(row.value, part.shape, part.columns)
             record = check_record(found, self._flaws)

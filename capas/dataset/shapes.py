@@ -61,7 +61,7 @@ def convert(value: Any, shape: str, columns: Columns) -> Found:
     if isinstance(value, Flaw):
         raise value
     if not isinstance(value, Mapping):
-        raise Flaw(MALFORMED, "", value, "the row is no object with columns")
+        raise Flaw(MALFORMED, "record", value, "give an object with the columns of a record")
     shape = recognise(value) if shape == "auto" else shape
     if shape == "columns":
         return _mapped(value, columns)
@@ -70,6 +70,10 @@ def convert(value: Any, shape: str, columns: Columns) -> Found:
         advice = f"missing; the shape {shape} has the columns {', '.join(_SIGNS[shape])}"
         raise Flaw(MALFORMED, missing[0], sorted(map(str, value)), advice)
     return _CONVERTERS[shape](dict(value))
+
+
+def _told(messages: list[Any], rest: Found) -> Found:
+    return {**rest, "messages": messages}
 
 
 def _messages(row: Found) -> Found:
@@ -82,7 +86,7 @@ def _messages(row: Found) -> Found:
 
 def _sharegpt(row: Found) -> Found:
     turns, system = row.pop("conversations"), row.pop("system", None)
-    return {**row, "messages": [*_system(system), *_listed(turns, "conversations")]}
+    return _told([*_system(system), *_listed(turns, "conversations")], row)
 
 
 def _turn(turn: Any, at: str) -> Found:
@@ -110,7 +114,7 @@ def _json_calls(text: Any, at: str) -> list[Any]:
 def _alpaca(row: Found) -> Found:
     asked = _joined([row.pop("instruction"), row.pop("input", "")], "instruction")
     messages = [*_system(row.pop("system", None)), *_history(row.pop("history", None))]
-    return {**row, "messages": [*messages, *_pair(asked, row.pop("output"))]}
+    return _told([*messages, *_pair(asked, row.pop("output"))], row)
 
 
 def _history(history: Any) -> list[Found]:
@@ -127,16 +131,16 @@ def _history(history: Any) -> list[Found]:
 def _prompt_completion(row: Found) -> Found:
     prompt, completion = row.pop("prompt"), row.pop("completion")
     if isinstance(prompt, list) and isinstance(completion, list):
-        return {**row, "messages": [*prompt, *completion]}
-    return {**row, "messages": _pair(prompt, completion)}
+        return _told([*prompt, *completion], row)
+    return _told(_pair(prompt, completion), row)
 
 
 def _question_answer(row: Found) -> Found:
-    return {**row, "messages": _pair(row.pop("question"), row.pop("answer"))}
+    return _told(_pair(row.pop("question"), row.pop("answer")), row)
 
 
 def _plain(row: Found) -> Found:
-    return {**row, "messages": [{"role": TEXT, "content": row.pop("text")}]}
+    return _told([{"role": TEXT, "content": row.pop("text")}], row)
 
 
 def _oasst(row: Found) -> Found:
@@ -203,11 +207,10 @@ def _mapped(row: Mapping[str, Any], columns: Columns) -> Found:
 
 def _listed(messages: Any, column: str) -> list[Any]:
     """A column of messages, as OpenAI or as ShareGPT writes them."""
-    if not isinstance(messages, list) or not messages:
-        raise Flaw(
-            MALFORMED, column, messages, "give a list of messages, not its JSON inside a string"
-        )
-    if not (isinstance(messages[0], Mapping) and "from" in messages[0]):
+    if not isinstance(messages, list):
+        advice = "give a list of messages, not its JSON inside a string"
+        raise Flaw(MALFORMED, column, messages, advice)
+    if not (messages and isinstance(messages[0], Mapping) and "from" in messages[0]):
         return messages
     return [_turn(turn, f"{column}[{i}]") for i, turn in enumerate(messages)]
 
