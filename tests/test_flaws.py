@@ -15,8 +15,8 @@ ASKED, ANSWERED = {"role": "user", "content": "Hi"}, {"role": "assistant", "cont
 SYSTEM = {"role": "system", "content": "Be brief."}
 CALLS = [{"function": {"name": "f", "arguments": {}}}]
 CALLING = {"role": "assistant", "tool_calls": CALLS}
-# Records of the kit whose treatment is a policy: its kind, and the messages left under each. Without a kind they
-# are kept exactly and a later stage decides (format cuts what ends with the user; overflow).
+# Records of the kit whose treatment is a policy: its kind, and the messages left under each. Without a kind
+# they are kept exactly and a later stage decides (format cuts what ends with the user; overflow).
 POLICIES: dict[str, dict[str, dict[str, int]]] = {
     "st-user-user": {"consecutive_roles": {"merge": 2, "keep": 3, "drop": 0}},
     "st-assistant-assistant": {"consecutive_roles": {"merge": 2, "keep": 3, "drop": 0}},
