@@ -287,17 +287,9 @@ class Rule:
     expected: str
 
 
-_OF_SOURCE = tuple(name for name in Source.model_fields if name not in ("weight", "licence"))
-
-
-def _entries(*own: Any) -> list[dict[str, Any]]:
-    """The source of `dataset` and those of its mix."""
-    *values, mix = own
-    return [dict(zip(_OF_SOURCE, values, strict=True)), *mix]
-
-
-def _every(holds: Callable[[dict[str, Any]], bool]) -> Callable[..., bool]:
-    return lambda *own: all(holds(entry) for entry in _entries(*own))
+def _every(names: tuple[str, ...], holds: Callable[[dict[str, Any]], bool]) -> Callable[..., bool]:
+    """Whether a rule holds for the source of `dataset`, whose values are given, and for all of its mix."""
+    return lambda *values: all(map(holds, [dict(zip(names, values, strict=False)), *values[-1]]))
 
 
 def _is_hub(source: dict[str, Any]) -> bool:
@@ -314,30 +306,28 @@ def _columns_fit(source: dict[str, Any]) -> bool:
     )
 
 
-# Of every source: (what must hold, what is expected where it does not).
-_SOURCE_RULES: tuple[tuple[Callable[[dict[str, Any]], bool], str], ...] = (
+_GENERATED = ("name", "revision", "split", "data_files", "columns", "system")  # all null
+# Of every source: (its keys, what must hold of them, what is expected where it does not).
+_SOURCE_RULES: tuple[tuple[tuple[str, ...], Callable[[dict[str, Any]], bool], str], ...] = (
     (
-        lambda s: (
-            s["path"] != "embedded"
-            or all(s[k] is None for k in _OF_SOURCE if k not in ("path", "shape"))
-        ),
-        "null but for path and shape: the embedded records are generated",
+        ("path", "name", "revision", "split", "data_files", "columns", "system"),
+        lambda s: s["path"] != "embedded" or all(s[key] is None for key in _GENERATED),
+        "null but for path: the embedded records are generated",
     ),
     (
+        ("path", "data_files"),
         lambda s: (
             (s["data_files"] is not None) == (s["path"] in ("json", "csv", "parquet", "text"))
         ),
         "data_files with path json, csv, parquet or text, and null with any other",
     ),
     (
+        ("path", "name", "split"),
         lambda s: (s["split"] is not None) == _is_hub(s) and (s["name"] is None or _is_hub(s)),
         "split with a data set of the Hub (owner/name), and with no other; name only there",
     ),
     (
-        lambda s: not (_is_hub(s) and s["revision"] is None),
-        "a revision of the Hub's data set: main",
-    ),
-    (
+        ("shape", "columns"),
         _columns_fit,
         "columns with shape columns and with no other: {user, assistant} and perhaps system, or "
         "{messages}, or {text}; id and tools beside them",
@@ -346,9 +336,9 @@ _SOURCE_RULES: tuple[tuple[Callable[[dict[str, Any]], bool], str], ...] = (
 
 
 def _of_dataset() -> Iterator[Rule]:
-    keys = tuple(f"dataset.{name}" for name in (*_OF_SOURCE, "mix"))
-    for holds, expected in _SOURCE_RULES:
-        yield Rule(keys, _every(holds), expected)
+    for names, holds, expected in _SOURCE_RULES:
+        keys = tuple(f"dataset.{name}" for name in (*names, "mix"))
+        yield Rule(keys, _every(names, holds), expected)
     yield Rule(
         ("dataset.path", "dataset.mix"),
         lambda path, mix: not (mix and "embedded" in (path, *(source["path"] for source in mix))),

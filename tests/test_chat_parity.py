@@ -26,7 +26,7 @@ from capas.records import IGNORE_INDEX
 FAMILIES = {"qwen2.5": "chatml", "llama3": "llama3", "mistral-v3": "mistral", "gemma2": "gemma"}
 SYSTEMS = ("You are terse.", "  Sé breve.\n\n", "¿Qué?\nSegunda línea")
 EVERY = {"quick": 120, "full": 1}  # of the instruction records, every n-th
-NOT_YET = re.compile("refuses the conversation")
+NOT_YET = re.compile("refuses the conversation|an answer to be trained, is empty")
 Messages = list[dict[str, Any]]
 
 

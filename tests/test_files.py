@@ -89,6 +89,13 @@ def test_parquet_gives_the_same_rows_and_is_not_packed_twice(own: Path, tmp_path
         read(tmp_path, "parquet", put(own, "y.parquet.gz", gzip.compress(as_parquet(ROWS))))
 
 
+def test_keys_that_arrow_took_from_other_rows_are_left_out(own: Path, tmp_path: Path) -> None:
+    rows = [{"call": {"city": "Paris"}, "x": None}, {"call": {"zip": "1"}, "x": "y"}]
+    name = put(own, "x.parquet", as_parquet(rows))
+    assert pq.read_table(own / "x.parquet")["call"][0].as_py() == {"city": "Paris", "zip": None}
+    assert [row.value for row in read(tmp_path, "parquet", name)] == rows
+
+
 def test_a_row_is_placed_by_its_first_line(own: Path, tmp_path: Path) -> None:
     rows = read(tmp_path, "csv", put(own, "x.csv", 'a,b\n"1\n2",3\n\n4,5\n'))
     assert [row.place["at"] for row in rows] == ["line 2", "line 5"]

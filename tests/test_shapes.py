@@ -83,7 +83,7 @@ def test_columns_that_nothing_uses_are_counted() -> None:
     row = {"question": "Q", "answer": "A", "source": "web", "score": None}
     check(row, row, counts=counts)
     check({"messages": [{**ASKED, "name": "Ana"}, ANSWERED]}, counts=counts)
-    assert counts.left_out == {"source": 2, "score": 2, "messages[].name (user)": 1}
+    assert counts.left_out == {"source": 2, "messages[].name (user)": 1}
 
 
 def test_calls_and_tools_are_kept_in_their_order() -> None:
@@ -150,7 +150,7 @@ def test_thoughts_are_kept_and_other_ends_stay() -> None:
         ({"conversations": [{"from": "gpt", "value": 1}]}, "messages[0].content is 1"),
         ({"instruction": "", "output": "x"}, "instruction is '': nothing is asked"),
         ({"instruction": "x", "output": "y", "history": [["a"]]}, "history is [['a']]"),
-        ({"message_id": "a", "parent_id": None, "text": "x"}, "set dataset.shape=oasst"),
+        ({"message_id": "a", "role": "prompter", "text": "x"}, "set dataset.shape=oasst"),
     ],
 )
 def test_what_has_no_known_shape_is_refused(row: Any, message: str) -> None:
@@ -180,6 +180,7 @@ def test_the_best_ranked_thread_of_each_tree_is_taken() -> None:
         node("c", "b2", "prompter", None),
         node("a", None, "prompter", None),
         node("gone", "a", "assistant", 0, deleted=True),
+        node("below", "gone", "prompter", None),
         node("lone", None, "prompter", None),
         node("lost", "nowhere", "assistant", 0),
     ]

@@ -29,7 +29,7 @@ from capas.records import Record
 ROLES = ("system", "user", "assistant", "tool")
 TEXT = "text"  # the one role of a record that is plain text, all of it trained
 _KEPT = {"assistant": ("reasoning_content", "tool_calls"), "tool": ("name", "tool_call_id")}
-_PLAIN = {"role", "content", "train", "weight"}
+_PLAIN = ("role", "content", "train", "weight")
 _SURROGATE = re.compile("[\ud800-\udfff]")
 Message = dict[str, Any]
 
@@ -43,8 +43,9 @@ def check_record(found: Mapping[str, Any], flaws: Flaws) -> Record:
     Raises:
         Flaw: it is not as it must be, and the policy of that flaw is no repair.
     """
-    for key in found.keys() - {"id", "messages", "tools", "metadata"}:
-        flaws.leave_out(str(key))
+    for key, value in found.items():
+        if key not in ("id", "messages", "tools", "metadata") and value is not None:
+            flaws.leave_out(str(key))
     return {
         "id": _identity(found.get("id"), flaws),
         "messages": check_messages(found.get("messages"), flaws),
@@ -99,7 +100,7 @@ def _message(message: Any, at: str, flaws: Flaws) -> Message:
 def _extra(role: str, message: Mapping[str, Any], at: str, flaws: Flaws) -> dict[str, Any]:
     """The keys that templates use, in a fixed order; all others are counted."""
     kept = _KEPT.get(role, ())
-    for key in message.keys() - _PLAIN - set(kept):
+    for key in [k for k, v in message.items() if k not in (*_PLAIN, *kept) and v is not None]:
         flaws.leave_out(f"messages[].{key} ({role})")
     extra = {key: message[key] for key in kept if message.get(key) not in (None, [])}
     for key, value in extra.items():

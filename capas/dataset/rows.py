@@ -244,14 +244,18 @@ def _parquet(content: BinaryIO, name: str) -> Iterator[Row]:
         for batch in parquet.iter_batches(_ROWS_AT_ONCE):
             for value in batch.to_pylist():
                 number += 1
-                yield Row(name, "record", number, without_nulls(value))
+                yield Row(name, "record", number, without_nulls_of_others(value))
 
 
-def without_nulls(value: Any) -> Any:
-    """Arrow gives each struct the keys of all rows: those that are null are of others."""
+def without_nulls_of_others(row: dict[str, Any]) -> dict[str, Any]:
+    """Arrow gives each struct the keys of all rows: within a column, those that are null are of others."""
+    return {column: _without_nulls(value) for column, value in row.items()}
+
+
+def _without_nulls(value: Any) -> Any:
     if isinstance(value, dict):
-        return {key: without_nulls(item) for key, item in value.items() if item is not None}
-    return [without_nulls(item) for item in value] if isinstance(value, list) else value
+        return {key: _without_nulls(item) for key, item in value.items() if item is not None}
+    return [_without_nulls(item) for item in value] if isinstance(value, list) else value
 
 
 _READERS: dict[str, Callable[[BinaryIO, str], Iterator[Row]]] = {

@@ -1,13 +1,15 @@
-"""The shapes that records of the world have, and the conversation in each of them.
+"""The shapes that records of the world have, and the conversation in each of them::
 
-messages           {"messages": [{"role": "user", "content": "Hi"}, ...], "tools": [...]}     OpenAI
-sharegpt           {"conversations": [{"from": "human", "value": "Hi"}, ...], "system": "..."}
-alpaca             {"instruction": "...", "input": "...", "output": "..."}, with history and system too
-prompt_completion  {"prompt": "...", "completion": "..."}: two texts, or two lists of messages
-question_answer    {"question": "...", "answer": "..."}
-text               {"text": "..."}: all of it is trained
-oasst              one row for each message of a tree: message_id, parent_id, role, text, rank
-columns            whatever `dataset.columns` maps
+    messages           {"messages": [{"role": "user", "content": "Hi"}, ...], "tools": [...]}     OpenAI
+    sharegpt           {"conversations": [{"from": "human", "value": "Hi"}, ...], "system": "..."}
+    alpaca             {"instruction": "...", "input": "...", "output": "..."}, with history and system too
+    prompt_completion  {"prompt": "...", "completion": "..."}: two texts, or two lists of messages
+    question_answer    {"question": "...", "answer": "..."}
+    text               {"text": "..."}: all of it is trained
+    oasst              one row for each message of a tree: message_id, parent_id, role, text, rank
+    columns            whatever `dataset.columns` maps
+
+All rows of oasst are held in memory until the trees are put together; no other shape holds any.
 """
 
 import json
@@ -22,10 +24,10 @@ from capas.dataset.rows import Row
 Found = dict[str, Any]
 Columns = Mapping[str, str | list[str]]
 # The columns by which a shape is recognised, the most specific first.
-_SIGNS: dict[str, tuple[str, ...]] = {
+SIGNS: dict[str, tuple[str, ...]] = {
     "messages": ("messages",),
     "sharegpt": ("conversations",),
-    "oasst": ("message_id", "parent_id", "text"),
+    "oasst": ("message_id", "role", "text"),
     "alpaca": ("instruction", "output"),
     "prompt_completion": ("prompt", "completion"),
     "question_answer": ("question", "answer"),
@@ -41,10 +43,10 @@ _SPEAKERS = {
 
 def recognise(value: Mapping[str, Any]) -> str:
     """Raises Flaw where the columns are those of no known shape."""
-    for shape, columns in _SIGNS.items():
+    for shape, columns in SIGNS.items():
         if all(column in value for column in columns):
             return shape
-    known = "; ".join(f"{shape}: {', '.join(columns)}" for shape, columns in _SIGNS.items())
+    known = "; ".join(f"{shape}: {', '.join(columns)}" for shape, columns in SIGNS.items())
     advice = (
         f"no known shape has these columns ({known}); name yours in dataset.columns, as "
         "{user: pregunta, assistant: respuesta}, with dataset.shape=columns"
@@ -65,9 +67,9 @@ def convert(value: Any, shape: str, columns: Columns) -> Found:
     shape = recognise(value) if shape == "auto" else shape
     if shape == "columns":
         return _mapped(value, columns)
-    missing = [column for column in _SIGNS[shape] if column not in value]
+    missing = [column for column in SIGNS[shape] if column not in value]
     if missing:
-        advice = f"missing; the shape {shape} has the columns {', '.join(_SIGNS[shape])}"
+        advice = f"missing; the shape {shape} has the columns {', '.join(SIGNS[shape])}"
         raise Flaw(MALFORMED, missing[0], sorted(map(str, value)), advice)
     return _CONVERTERS[shape](dict(value))
 
@@ -244,11 +246,12 @@ def threads(rows: Iterable[Row]) -> Iterator[Row]:
         value = row.value
         if not isinstance(value, Mapping) or not isinstance(value.get("message_id"), str):
             broken.append(row)
-        elif not value.get("deleted"):
+            continue
+        known.add(value["message_id"])
+        if not value.get("deleted"):  # what hangs below a deleted message goes with it
             children.setdefault(value.get("parent_id"), []).append((row, value))
-            known.add(value["message_id"])
     yield from broken
-    for parent in children.keys() - known - {None}:
+    for parent in [p for p in children if p is not None and p not in known]:
         for row, value in children[parent]:
             advice = "no row has this message_id"
             yield replace(row, value=Flaw(MALFORMED, "parent_id", value["parent_id"], advice))
@@ -261,7 +264,7 @@ def threads(rows: Iterable[Row]) -> Iterator[Row]:
 def _best_thread(root: Mapping[str, Any], children: Mapping[Any, Any]) -> list[Found]:
     told, current = [], root
     while True:
-        role = {"prompter": "user"}.get(current.get("role"), current.get("role"))
+        role = "user" if current.get("role") == "prompter" else current.get("role")
         told.append({"role": role, "content": current.get("text")})
         replies = [value for _, value in children.get(str(current["message_id"]), [])]
         if not replies:

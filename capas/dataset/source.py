@@ -7,8 +7,8 @@ from pathlib import Path
 from typing import Any
 
 from capas.dataset.files import DataFiles, File, by_split, expand, is_url, url_revision
-from capas.dataset.rows import Row, read_rows, without_nulls
-from capas.dataset.shapes import threads
+from capas.dataset.rows import Row, read_rows, without_nulls_of_others
+from capas.dataset.shapes import SIGNS, threads
 from capas.errors import CapasError
 from capas.params import Params
 
@@ -76,7 +76,7 @@ class Source:
 
         rows = read_split(self.path, self.name, self.revision, theirs)
         for number, value in enumerate(rows, 1):
-            yield Row(f"{self.path} ({theirs})", "record", number, without_nulls(value))
+            yield Row(f"{self.path} ({theirs})", "record", number, without_nulls_of_others(value))
 
     def _threaded(self, rows: Iterator[Row]) -> Iterator[Row]:
         """Trees of messages as conversations, where the rows are messages."""
@@ -84,8 +84,7 @@ class Source:
         if first is None:
             return iter(())
         rows = itertools.chain([first], rows)
-        sign = {"message_id", "parent_id", "text"}
-        found = isinstance(first.value, Mapping) and sign <= set(first.value)
+        found = isinstance(first.value, Mapping) and {*SIGNS["oasst"]} <= set(first.value)
         return threads(rows) if self.shape == "oasst" or (self.shape == "auto" and found) else rows
 
     def facts(self) -> dict[str, Any]:
