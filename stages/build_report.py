@@ -71,7 +71,7 @@ def of_data(params: Params, stage: Stage) -> dict[str, Any]:
     tokenizer = Tokenizer.from_file(str(folder / "tokenizer.json"))
     records = tokens.first_records(formatted / "train.parquet")
     return {
-        "source": read_json(stage.dep("data/raw") / "source.json"),
+        "source": findings.origin(read_json(stage.dep("data/raw") / "source.json")),
         "chat": read_json(formatted / "chat.json"),
         "format": read_json(stage.dep("reports/format.json")),
         "lengths": read_csv(stage.dep("reports/lengths.csv")),

@@ -98,7 +98,10 @@ def describe(
         "num_read": flaws.num_read,
         "splits": splits,
         "dropped": {**flawed, **selection.facts()},
-        "repaired": dict(sorted(flaws.repaired.items())),
+        "repaired": {
+            kind: {"count": count, "policy": flaws.policy(kind)}
+            for kind, count in sorted(flaws.repaired.items())
+        },
         "kept": selection.kept,
         "left_out": dict(sorted(flaws.left_out.items())),
     }

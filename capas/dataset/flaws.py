@@ -56,7 +56,7 @@ class Flaws:
         """Whether the policy of this kind is one of `repairs`, which is counted; otherwise raises `flaw`."""
         if self._policies[flaw.kind] not in repairs:
             raise flaw
-        self.repaired[f"{flaw.kind}: {self._policies[flaw.kind]}"] += 1
+        self.repaired[flaw.kind] += 1
         return True
 
     def leave_out(self, key: str) -> None:
