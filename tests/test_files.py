@@ -190,6 +190,8 @@ def test_a_file_that_cannot_be_read_is_refused_by_name(
         ("/etc/passwd", "lies outside data/own.*ln -s"),
         ("data/own/../x.jsonl", "lies outside data/own"),
         ("mine.jsonl", "lies outside data/own"),
+        ("data/own/linked/x.jsonl", "data/own/linked is a link to a folder"),
+        ("data/own/*/x.jsonl", "data/own/linked is a link to a folder"),
         ("data/own/folder", "is a folder; name its files"),
         ("data/own/x.csv", "dataset.path=json, but data/own/x.csv.*set dataset.path=csv"),
         ("data/own/x.docx", r"named .docx; known: .json, .jsonl"),
@@ -201,6 +203,9 @@ def test_a_file_that_is_not_there_or_not_meant_is_refused(
     own: Path, tmp_path: Path, pattern: str, message: str
 ) -> None:
     (own / "folder").mkdir()
+    (tmp_path / "elsewhere").mkdir()
+    put(tmp_path / "elsewhere", "x.jsonl", "{}")
+    (own / "linked").symlink_to(tmp_path / "elsewhere")
     for name in ("x.csv", "x.docx"):
         put(own, name, "a,b\n")
     with pytest.raises(CapasError, match=message) as refusal:

@@ -99,6 +99,8 @@ def expand(patterns: Sequence[str], path: str, root: Path) -> list[File]:
         CapasError: a pattern matches nothing, lies outside data/own, or is of another format.
     """
     names = {name: None for pattern in patterns for name in sorted(_matching(pattern, root))}
+    for name in names:
+        _check_seen(name, root)
     files = [File(name, root) for name in names]
     for file in files:
         if file.suffix not in _FORMATS[path]:
@@ -144,6 +146,17 @@ def _matching_here(pattern: str, root: Path) -> list[str]:
     if (root / pattern).is_file():  # a name may hold the letters of a pattern
         return [pattern]
     return [f.relative_to(root).as_posix() for f in root.glob(pattern) if f.is_file()]
+
+
+def _check_seen(name: str, root: Path) -> None:
+    """DVC follows a link to a file, not one to a folder."""
+    folders = [] if is_url(name) else list(PurePosixPath(name).parents)[:-3]
+    linked = [folder for folder in folders if (root / folder).is_symlink()]
+    if linked:
+        raise CapasError(
+            f"dataset.data_files: {linked[0]} is a link to a folder, in which DVC would not see an edit; "
+            "make it a folder and link the files in it"
+        )
 
 
 def _matching_urls(url: str) -> list[str]:

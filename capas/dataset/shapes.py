@@ -33,6 +33,7 @@ SIGNS: dict[str, tuple[str, ...]] = {
     "question_answer": ("question", "answer"),
     "text": ("text",),
 }
+_WANTED = {shape: frozenset(columns) for shape, columns in SIGNS.items()}
 # As https://github.com/hiyouga/LLaMA-Factory reads them, and the names of the first ShareGPT dumps.
 _SPEAKERS = {
     **{"human": "user", "user": "user", "gpt": "assistant", "assistant": "assistant"},
@@ -43,8 +44,8 @@ _SPEAKERS = {
 
 def recognise(value: Mapping[str, Any]) -> str:
     """Raises Flaw where the columns are those of no known shape."""
-    for shape, columns in SIGNS.items():
-        if all(column in value for column in columns):
+    for shape, wanted in _WANTED.items():
+        if wanted <= value.keys():
             return shape
     known = "; ".join(f"{shape}: {', '.join(columns)}" for shape, columns in SIGNS.items())
     advice = (

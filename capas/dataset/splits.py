@@ -41,11 +41,9 @@ def normalised(text: str) -> str:
 
 
 def digest(*texts: str) -> int:
-    """64 bits of the sha256 of the texts, each with its length."""
-    whole = hashlib.sha256()
-    for text in texts:
-        encoded = text.encode()
-        whole.update(len(encoded).to_bytes(8, "big") + encoded)
+    """64 bits of the sha256 of the texts behind their lengths."""
+    lengths = ",".join([str(len(text)) for text in texts])
+    whole = hashlib.sha256(f"{lengths}\n{''.join(texts)}".encode())
     return int.from_bytes(whole.digest()[:8], "big")
 
 
