@@ -6,12 +6,11 @@ One record grows from stage to stage::
     tokenized  id, messages [{role, content, extra, train, input_ids}], tools, metadata
     formatted  id, input_ids, labels, prompt_ids, reference, metadata
 
-`extra` (tool_calls, tool_call_id, ... of a message), `tools` and `metadata` are JSON as text, keys sorted, ""
-where there are none: Arrow gives each row the keys of all. `train: false` keeps an answer out of the loss.
+`extra` (tool_calls, tool_call_id, ... of a message), `tools` and `metadata` are JSON as text, "" where there
+are none: Arrow gives each row the keys of all. Calls and tools keep the order of their keys, which is
+trained on. `train: false` keeps an answer out of the loss. A plain text is one message of the role `text`.
 """
 
-import hashlib
-import json
 from collections.abc import Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -65,26 +64,23 @@ FORMATTED = pa.schema(
 
 def write_records(file: Path, schema: pa.Schema, records: Iterable[Record]) -> int:
     """Write `records` as they come, in groups of rows of a fixed size; returns how many there were."""
-    tables = (pa.Table.from_pylist(group, schema=schema) for group in _groups(records))
-    return write_batches(file, schema, (batch for t in tables for batch in t.to_batches()))
+    groups = (pa.Table.from_pylist(group, schema=schema) for group in _groups(records))
+    return write_tables(file, schema, groups)
 
 
-def write_batches(file: Path, schema: pa.Schema, batches: Iterable[pa.RecordBatch]) -> int:
-    """Write batches as they come, one group of rows each; returns how many rows there were.
-
-    A batch is written while the next one is made.
-    """
+def write_tables(file: Path, schema: pa.Schema, tables: Iterable[pa.Table]) -> int:
+    """As `write_records`, from tables of any length. One group is written while the next is made."""
     count = 0
     with (
         pq.ParquetWriter(file, schema, version="2.6", compression="zstd") as writer,
         ThreadPoolExecutor(1) as beside,
     ):
         writing = None
-        for batch in batches:
+        for table in _regrouped(tables):
             if writing:
                 writing.result()
-            writing = beside.submit(writer.write_batch, batch)
-            count += batch.num_rows
+            writing = beside.submit(writer.write_table, table)
+            count += len(table)
         if writing:
             writing.result()
     return count
@@ -129,6 +125,20 @@ def _other_columns(file: Path, found: pa.Schema, wanted: pa.Schema) -> str:
     )
 
 
+def _regrouped(tables: Iterable[pa.Table]) -> Iterator[pa.Table]:
+    """The same rows in tables of ROWS_PER_GROUP, the last one shorter."""
+    pending: list[pa.Table] = []
+    for table in tables:
+        pending.append(table)
+        if sum(map(len, pending)) >= ROWS_PER_GROUP:
+            whole = pa.concat_tables(pending)
+            for start in range(0, len(whole) - ROWS_PER_GROUP + 1, ROWS_PER_GROUP):
+                yield whole.slice(start, ROWS_PER_GROUP).combine_chunks()
+            pending = [whole.slice(len(whole) - len(whole) % ROWS_PER_GROUP)]
+    if sum(map(len, pending)):
+        yield pa.concat_tables(pending).combine_chunks()
+
+
 def _groups(records: Iterable[Record]) -> Iterator[list[Record]]:
     group: list[Record] = []
     for record in records:
@@ -138,12 +148,3 @@ def _groups(records: Iterable[Record]) -> Iterator[list[Record]]:
             group = []
     if group:
         yield group
-
-
-def content_sha256(records: Iterable[Record]) -> str:
-    """Identity of the records themselves, whatever version of pyarrow wrote them."""
-    digest = hashlib.sha256()
-    for record in records:
-        line = json.dumps(record, ensure_ascii=False, sort_keys=True, separators=(",", ":"))
-        digest.update(line.encode() + b"\n")
-    return digest.hexdigest()

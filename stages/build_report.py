@@ -72,7 +72,7 @@ def of_data(params: Params, stage: Stage) -> dict[str, Any]:
     records = tokens.first_records(formatted / "train.parquet")
     facts = read_json(stage.dep("reports/format.json"))
     return {
-        "source": read_json(stage.dep("data/raw") / "source.json"),
+        "source": findings.origin(read_json(stage.dep("data/raw") / "source.json")),
         "chat": read_json(formatted / "chat.json"),
         "format": facts,
         "example": tokens.example(tokenizer, facts["example"]),

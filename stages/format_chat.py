@@ -26,7 +26,7 @@ from capas.errors import CapasError
 from capas.facts import write_csv, write_json
 from capas.page.maskpage import Sampler, write_mask_page
 from capas.params import Params
-from capas.records import FORMATTED, SPLITS, TOKENIZED, read_batches, write_batches
+from capas.records import FORMATTED, SPLITS, TOKENIZED, read_batches, write_tables
 from capas.stage import Stage, log, run
 
 TEMPLATE = "data/composed/chat_template.jinja"
@@ -42,7 +42,7 @@ def main(params: Params, stage: Stage) -> None:
     for split in SPLITS:
         batches = read_batches(stage.dep("data/tokenized") / f"{split}.parquet", TOKENIZED)
         formatted = sampled(formatters[split].format(batches), samplers[split])
-        num_records = write_batches(folder / f"{split}.parquet", FORMATTED, formatted)
+        num_records = write_tables(folder / f"{split}.parquet", FORMATTED, formatted)
         if not num_records:
             raise CapasError(
                 f"no {split} record is left: see dataset.max_length, dataset.overflow and "
@@ -92,10 +92,10 @@ def make_formatter(split: str, chat: ChatFormat, params: Params) -> SplitFormatt
     return SplitFormatter(split, chat, options.train_on, overflow, refused)
 
 
-def sampled(batches: Iterable[Formatted], sampler: Sampler) -> Iterator[pa.RecordBatch]:
+def sampled(batches: Iterable[Formatted], sampler: Sampler) -> Iterator[pa.Table]:
     for formatted in batches:
         sampler.look(formatted)
-        yield formatted.records
+        yield pa.Table.from_batches([formatted.records])
 
 
 def write_chat(folder: Path, chat: ChatFormat, params: Params, stage: Stage) -> None:

@@ -16,7 +16,7 @@ import pyarrow as pa
 from capas.chat.plain import PlainEncoder
 from capas.chat.tokenizer import TokenizerFiles
 from capas.params import Params
-from capas.records import RAW, SPLITS, TOKENIZED, read_batches, write_batches
+from capas.records import RAW, SPLITS, TOKENIZED, read_batches, write_tables
 from capas.stage import Stage, log, run
 
 _MESSAGES = TOKENIZED.field("messages").type
@@ -31,11 +31,11 @@ def main(params: Params, stage: Stage) -> None:
     for split in SPLITS:
         batches = read_batches(raw / f"{split}.parquet", RAW)
         tokenized = (tokenize(batch, encoder) for batch in batches)
-        num_records = write_batches(folder / f"{split}.parquet", TOKENIZED, tokenized)
+        num_records = write_tables(folder / f"{split}.parquet", TOKENIZED, tokenized)
         log.info("%s: %d records", split, num_records)
 
 
-def tokenize(batch: pa.RecordBatch, encoder: PlainEncoder) -> pa.RecordBatch:
+def tokenize(batch: pa.RecordBatch, encoder: PlainEncoder) -> pa.Table:
     """The records with input_ids in every message."""
     messages = batch.column("messages")
     told = messages.flatten()
@@ -46,7 +46,7 @@ def tokenize(batch: pa.RecordBatch, encoder: PlainEncoder) -> pa.RecordBatch:
     offsets = pa.array(messages.offsets.to_numpy() - messages.offsets[0].as_py())
     with_ids = pa.ListArray.from_arrays(offsets, spoken, type=_MESSAGES)
     others = {name: batch.column(name) for name in ("id", "tools", "metadata")}
-    return pa.RecordBatch.from_arrays(
+    return pa.Table.from_arrays(
         [others["id"], with_ids, others["tools"], others["metadata"]], schema=TOKENIZED
     )
 

@@ -24,6 +24,26 @@ REPOSITORY = Path(__file__).parents[1]
 KINDS = ("seen", "values", "phrasings", "combinations", "both")
 CONTROL = ("<|endoftext|>", "<|im_start|>", "<|im_end|>")
 SYSTEM = "Turn the request into one function call in JSON."
+SOURCE: dict[str, Any] = {
+    "path": "embedded",
+    "revision": None,
+    "licence": "apache-2.0",
+    "sources": [
+        {
+            "path": "embedded",
+            "name": None,
+            "revision": None,
+            "licence": "apache-2.0",
+            "weight": None,
+        }
+        | {"files": [], "num_records": 25}
+    ],
+    "num_read": 25,
+    "dropped": {},
+    "repaired": {},
+    "kept": {},
+    "left_out": {},
+}
 LAYERS = [
     f"model.layers.{i}.{part}"
     for i in range(2)
@@ -133,8 +153,7 @@ def _raw(root: Path, records: list[dict[str, Any]]) -> None:
     facts = {
         split: {"num_records": len(rows), "sha256": "0" * 64} for split, rows in splits.items()
     }
-    source = {"path": "embedded", "revision": None, "licence": "apache-2.0"}
-    _json(root / "data/raw/source.json", {**source, "splits": facts, "dropped": {}})
+    _json(root / "data/raw/source.json", {**SOURCE, "splits": facts})
 
 
 def _chat(messages: list[dict[str, str]]) -> str:

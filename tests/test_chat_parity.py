@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from checking import check
 from conftest import say, template_text
 from tokenizers import Tokenizer
 
@@ -21,12 +22,11 @@ from capas.chat.template import Template, TemplateRefusal
 from capas.chat.tokenizer import TokenizerFiles, encode_plain
 from capas.errors import CapasError
 from capas.records import IGNORE_INDEX
-from capas.validation import to_raw
 
 FAMILIES = {"qwen2.5": "qwen", "llama3": "llama3", "mistral-v3": "mistral", "gemma2": "gemma"}
 SYSTEMS = ("You are terse.", "  Sé breve.\n\n", "¿Qué?\nSegunda línea")
 EVERY = {"quick": 120, "full": 1}  # of the instruction records, every n-th
-NOT_YET = re.compile("not supported yet|unknown key|messages is missing|refuses the conversation")
+NOT_YET = re.compile("refuses the conversation|an answer to be trained, is empty")
 Messages = list[dict[str, Any]]
 
 
@@ -208,7 +208,7 @@ def test_hostile_records(family: Family, kit: Path) -> None:
         row = case["rec"]
         try:
             row = {"id": case["id"], **row} if isinstance(row, dict) else row
-            (record,) = to_raw("hostile", "train", [row])
+            (record,) = check(row)
             messages = record["messages"]
             encoded = family.ours.encode(family.with_ids(messages))
         except CapasError as refusal:

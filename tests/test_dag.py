@@ -170,6 +170,21 @@ def test_a_key_before_a_run_is_the_key_that_dvc_records_after_it(tmp_path: Path)
     assert input_key(StageSpec.read("one", tmp_path), tmp_path) == recorded_key(entry)
 
 
+def test_a_folder_that_no_stage_makes_has_the_hash_that_dvc_gives_it(tmp_path: Path) -> None:
+    (tmp_path / "dvc.yaml").write_text(
+        "stages:\n  one: {cmd: x, deps: [own], outs: [b]}\n  two: {cmd: y, deps: [b], outs: [c]}\n"
+    )
+    (tmp_path / "own/Z").mkdir(parents=True)
+    (tmp_path / "b").mkdir()
+    for name, content in {"a.jsonl": "{}", "Z/ñ b.jsonl": "x", "Z.x": "y"}.items():
+        (tmp_path / "own" / name).write_text(content)
+    md5 = "15713809b671d3961e79800d32c444e8.dir"  # as `dvc add` computed it
+    entry = {"cmd": "x", "deps": [{"path": "own", "md5": md5}]}
+    assert input_key(StageSpec.read("one", tmp_path), tmp_path) == recorded_key(entry)
+    with pytest.raises(CapasError, match=r"b is not in dvc.lock: an earlier stage has not run"):
+        input_key(StageSpec.read("two", tmp_path), tmp_path)
+
+
 def test_dvcs_way_to_write_a_small_number_is_a_number(tmp_path: Path) -> None:
     (tmp_path / "dvc.lock").write_text(
         "stages: {train: {params: {p: {a: 1e-08, b: 2E+3, c: x1e3}}}}"

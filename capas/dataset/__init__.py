@@ -1,1 +1,1 @@
-"""Records from where they are: files, and data sets on the Hugging Face Hub."""
+"""Records from files, URLs and the Hub: read, recognised, checked, split, mixed."""
