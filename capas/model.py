@@ -11,7 +11,7 @@ from torch import nn
 from transformers import AutoModelForCausalLM, PreTrainedModel
 from transformers.utils import logging as transformers_logging
 
-from capas.architecture import check_causal
+from capas.architecture import check_causal, stored_quantization
 from capas.errors import CapasError
 from capas.facts import read_json
 from capas.params import Params
@@ -31,7 +31,9 @@ def load_model(folder: Path, model: Params, device: torch.device, **kwargs: Any)
     Raises:
         CapasError: not a causal language model, weights missing or damaged, or not loaded as asked.
     """
-    check_causal(read_json(folder / "config.json"), str(folder))
+    config = read_json(folder / "config.json")
+    check_causal(config, str(folder))
+    stored_quantization(config, str(folder))
     asked = model.without("model_name_or_path", "revision")
     try:
         loaded, info = AutoModelForCausalLM.from_pretrained(
@@ -122,6 +124,13 @@ def _check_weights(folder: Path, info: dict[str, Any]) -> None:
 
 
 def _check_loaded(asked: dict[str, Any], model: PreTrainedModel) -> None:
+    """transformers leaves the soft-capping of attention logits (Gemma 2) out where sdpa computes them."""
+    capped = getattr(model.config.get_text_config(), "attn_logit_softcapping", None)
+    if capped is not None and asked.get("attn_implementation") == "sdpa":
+        raise CapasError(
+            f"model.attn_implementation=sdpa: {type(model).__name__} caps the logits of its attention at "
+            f"{capped:g}, which sdpa leaves out; choose eager, or flash_attention_2 on a GPU"
+        )
     used = {
         "attn_implementation": model.config._attn_implementation,
         "dtype": str(model.dtype).removeprefix("torch."),
