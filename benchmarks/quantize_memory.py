@@ -2,10 +2,10 @@
 
     python benchmarks/quantize_memory.py           about five minutes, 3 GB of disk; prints a JSON object
 
-A random Llama in shards of 200 MB goes through the stage `quantize` as DVC runs it, for each method and dtype,
-beside a tiny one, whose peak is what Python and its imports take. `ratio`: peak of the process less that, over
-the bytes of the weights. `anonymous_ratio`: the same without pages of mapped files, which the system takes back
-when it needs them: this is what the machine must have.
+A random Llama in shards of 200 MB goes through the stage `quantize` as DVC runs it, for each method and
+dtype, beside a tiny one, whose peak is what Python and its imports take. `ratio`: peak of the process less
+that, over the bytes of the weights. `anonymous_ratio`: the same without pages of mapped files, which the
+system takes back when it needs them: this is what the machine must have.
 """
 
 import json

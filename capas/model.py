@@ -45,6 +45,7 @@ def load_model(folder: Path, model: Params, device: torch.device, **kwargs: Any)
         raise CapasError(f"{folder} cannot be loaded as asked ({asked}): {error}") from None
     _check_weights(folder, info)
     _check_loaded(asked, loaded)
+    _check_blocks(loaded)
     _keep_kernel(loaded)
     return loaded.eval()
 
@@ -138,6 +139,21 @@ def _check_loaded(asked: dict[str, Any], model: PreTrainedModel) -> None:
     for name, value in used.items():
         if asked.get(name, value) != value:
             raise CapasError(f"model.{name}={asked[name]}, but {type(model).__name__} uses {value}")
+
+
+def _check_blocks(model: nn.Module) -> None:
+    """bitsandbytes quantizes a weight in blocks that run over the ends of its rows.
+
+    Its CPU kernels take it that a block ends with the row, and compute something else where it does not: a layer
+    is then 25 % off instead of 9 (measured, bitsandbytes 0.50).
+    """
+    for name, layer in quantized_linears(model):
+        state = getattr(layer.weight, "quant_state", None)
+        if state and layer.weight.device.type == "cpu" and layer.in_features % state.blocksize:
+            raise CapasError(
+                f"{name} has {layer.in_features} inputs, no multiple of {state.blocksize}: bitsandbytes computes "
+                "4-bit layers of that width wrongly on a CPU. Choose quantization=int8 or none, or hardware=gpu"
+            )
 
 
 def _keep_kernel(model: nn.Module) -> None:

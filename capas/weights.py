@@ -22,8 +22,8 @@ def read_weights(folder: Path, modules: list[str]) -> Iterator[tuple[str, "torch
     """(module, its weight as stored) shard by shard, so that no two weights are in memory at once.
 
     A module's path may begin otherwise than its weight's name: `model.layers.0.mlp.up_proj` may be stored as
-    `layers.0.mlp.up_proj.weight`. The longest common ending decides, where only one weight has it. A module whose
-    weight is not found so is left out.
+    `layers.0.mlp.up_proj.weight`. The longest common ending decides, where only one weight has it. A module
+    whose weight is not found so is left out.
     """
     files = sorted(folder.glob("*.safetensors"))
     stored = {name: file for file in files for name in _names(file)}

@@ -93,7 +93,7 @@ def layer_errors(model: "PreTrainedModel", base: Path, params: Params) -> list[d
     layers, state, found = dict(quantized_linears(model)), model.state_dict(), {}
     for name, original in originals(layers, base, params):
         weight = original_weight(original, layers[name]).float()
-        difference = dequantize(layers[name]).cpu() - weight
+        difference = dequantize(layers[name]).cpu().sub_(weight)
         num_bytes = sum(
             v.nbytes for k, v in state.items() if k.startswith(f"{name}.") and k != f"{name}.bias"
         )

@@ -34,7 +34,12 @@ def digest(file: Path) -> str:
 
 def fetch(root: Path, name: str, revision: str | None = None) -> list[str]:
     revision = folder_revision(root / name) if name == "local" and revision is None else revision
-    model = {"model_name_or_path": name, "revision": revision, "trust_remote_code": False}
+    model = {
+        "model_name_or_path": name,
+        "revision": revision,
+        "trust_remote_code": False,
+        "gated": name.startswith("gated/"),
+    }
     lines = [f"model: {json.dumps(model)}"]
     (root / "params.yaml").write_text("\n".join(lines))
     run_stage("fetch_model", fetch_model.main, root)
