@@ -144,15 +144,15 @@ def _check_loaded(asked: dict[str, Any], model: PreTrainedModel) -> None:
 def _check_blocks(model: nn.Module) -> None:
     """bitsandbytes quantizes a weight in blocks that run over the ends of its rows.
 
-    Its CPU kernels take it that a block ends with the row, and compute something else where it does not: a layer
-    is then 25 % off instead of 9 (measured, bitsandbytes 0.50).
+    Its CPU kernels take it that a block ends with the row, and compute something else where it does not: a
+    layer is then 25 % off instead of 9 (measured, bitsandbytes 0.50).
     """
     for name, layer in quantized_linears(model):
         state = getattr(layer.weight, "quant_state", None)
         if state and layer.weight.device.type == "cpu" and layer.in_features % state.blocksize:
             raise CapasError(
-                f"{name} has {layer.in_features} inputs, no multiple of {state.blocksize}: bitsandbytes computes "
-                "4-bit layers of that width wrongly on a CPU. Choose quantization=int8 or none, or hardware=gpu"
+                f"{name} has {layer.in_features} inputs, no multiple of {state.blocksize}: on a CPU "
+                "bitsandbytes computes such 4-bit layers wrongly. Choose quantization=int8 or none, or a GPU"
             )
 
 

@@ -196,7 +196,7 @@ def test_a_preset_is_called_as_its_model_on_the_hub() -> None:
 
 def test_a_pad_token_that_the_tokenizer_lacks_is_refused(tmp_path: Path) -> None:
     preset = "qwen2.5_0.5b_instruct"
-    write_preset(preset, tmp_path, "model.pad_token=<|nope|>")
+    write_preset(preset, tmp_path, "model.pad_token='<|nope|>'")
     for name in ("fetch_tokenizer", "tokenize"):
         run_stage(name, STAGES[name], tmp_path)
     with pytest.raises(
