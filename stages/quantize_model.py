@@ -46,12 +46,8 @@ def main(params: Params, stage: Stage) -> None:
     if stored:
         check_stored_quantization(stored, asked, BASE)
     quantize = not stored and (asked["load_in_4bit"] or asked["load_in_8bit"])
-    model = load_model(
-        base,
-        params.model,
-        device,
-        quantization_config=BitsAndBytesConfig(**asked) if quantize else None,
-    )
+    how = {"quantization_config": BitsAndBytesConfig(**asked)} if quantize else {}
+    model = load_model(base, params.model, device, **how)
     folder = stage.out(QUANTIZED)
     save(model, base, folder, as_it_is=stored is not None)
 
