@@ -33,7 +33,7 @@ def load_model(folder: Path, model: Params, device: torch.device, **kwargs: Any)
     """
     config = read_json(folder / "config.json")
     check_causal(config, str(folder))
-    stored_quantization(config, str(folder))
+    stored = stored_quantization(config, str(folder))
     asked = model.without("model_name_or_path", "revision")
     try:
         loaded, info = AutoModelForCausalLM.from_pretrained(
@@ -45,6 +45,8 @@ def load_model(folder: Path, model: Params, device: torch.device, **kwargs: Any)
         raise CapasError(f"{folder} cannot be loaded as asked ({asked}): {error}") from None
     _check_weights(folder, info)
     _check_loaded(asked, loaded)
+    if stored and quantization_method(loaded) == "none":
+        raise CapasError(f"{folder} holds quantized weights, which were loaded as if they were not")
     _check_blocks(loaded)
     _keep_kernel(loaded)
     return loaded.eval()

@@ -2,6 +2,7 @@
 
 import csv
 import json
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -16,7 +17,7 @@ from capas.errors import CapasError
 from capas.model import load_model, quantization_method
 from capas.params import Params
 from capas.weights import read_weights
-from stages import quantize_model
+from stages import evaluate_model, quantize_model, train_lora
 
 METHODS = ("nf4", "fp4", "int8")
 PLAIN = Params({"dtype": "float32"})
@@ -135,6 +136,10 @@ def test_what_came_quantized_by_bitsandbytes_is_passed_on(tmp_path: Path, method
     assert (root / "reports/quantization_error.csv").read_text() == "layer,relative_error,bits\n"
     quantized = root / "data/models/quantized"
     assert {file.name: file.read_bytes() for file in quantized.iterdir()} == files
+    run_stage("evaluate_base", partial(evaluate_model.main, "base"), root)
+    assert read_json(root / "reports/evaluation_base.json")["full_precision"] is None
+    run_stage("train", train_lora.main, root)
+    assert read_json(root / "reports/train.json")["used"]["quantization"] == method
 
 
 @pytest.mark.parametrize(
