@@ -33,7 +33,7 @@ def problems(values: dict[str, Any]) -> str:
 
 
 def test_there_are_as_many_options_as_we_think() -> None:
-    assert len(OPTIONS) == 34
+    assert len(OPTIONS) == 35
     assert {group for group, _ in OPTIONS} == set(GROUPS)
 
 

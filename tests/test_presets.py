@@ -101,7 +101,7 @@ def write_preset(preset: str, root: Path, *overrides: str) -> dict[str, Any]:
     tokenizer = write_tokenizer(local, family.controls, family.named)
     (local / "chat_template.jinja").write_text(template_text(family.template))
     write_small(preset, tokenizer.get_vocab_size(), local)
-    chosen = [f"model={preset}", "model.model_name_or_path=local"]
+    chosen = [f"model={preset}", "trainer=qlora", "model.model_name_or_path=local"]
     chosen += [f"model.revision={folder_revision(local)}", "trainer.max_steps=2"]
     with composer(REPOSITORY / "conf") as compose:
         values = compose([*SHRUNK, *chosen, *overrides])
