@@ -1,10 +1,23 @@
-"""Which models capas can fine-tune, told from a model's config.json alone."""
+"""Which models capas can fine-tune, and how their weights are stored, told from config.json alone."""
 
 from typing import Any
 
 from capas.errors import CapasError
 
 _CAUSAL = ("ForCausalLM", "LMHeadModel", "ForConditionalGeneration")
+_FULL_PRECISION = (
+    "Choose the model in full precision that it was made from; capas quantizes it itself."
+)
+# What transformers 5 says of training through layers of that kind.
+_REFUSED = {
+    "gptq": "it computes with the packages optimum and gptqmodel, which capas does not use",
+    "awq": "it computes with the package gptqmodel, which capas does not use",
+    "compressed-tensors": "it computes with the package compressed-tensors, which capas does not use",
+    "fp8": "its kernels have no backward pass, so that no gradient goes through it",
+    "fbgemm_fp8": "its kernels have no backward pass, so that no gradient goes through it",
+    "mxfp4": "its kernels have no backward pass, so that no gradient goes through it",
+}
+_4BIT = ("bnb_4bit_quant_type", "bnb_4bit_compute_dtype", "bnb_4bit_use_double_quant")
 
 
 def check_causal(config: dict[str, Any], name: str) -> None:
@@ -32,4 +45,50 @@ def check_causal(config: dict[str, Any], name: str) -> None:
             f"{name} is an encoder-only model ({architectures[0]}): each of its tokens sees the tokens after "
             "it, so it cannot write an answer token by token. Choose a causal language model, "
             "e.g. Llama, Qwen, Mistral or Gemma."
+        )
+
+
+def stored_quantization(config: dict[str, Any], name: str) -> dict[str, Any] | None:
+    """The quantization group's keys, as they are of weights that bitsandbytes quantized before they came.
+
+    Args:
+        config, name: as in `check_causal`.
+
+    Returns:
+        None where the weights are in full precision. Of 8-bit weights load_in_4bit and load_in_8bit alone.
+
+    Raises:
+        CapasError: quantized in a way that capas cannot train through, or in one that is not named.
+    """
+    stored = config.get("quantization_config")
+    if stored is None:
+        return None
+    bits = {key: bool(stored.get(key)) for key in ("load_in_4bit", "load_in_8bit")}
+    method = stored.get("quant_method") or ("bitsandbytes" if any(bits.values()) else "unnamed")
+    if method != "bitsandbytes" or not any(bits.values()):
+        reason = _REFUSED.get(method, "capas does not know this kind")
+        raise CapasError(
+            f"model.model_name_or_path={name} cannot be trained: its config.json says "
+            f"quantization_config.quant_method={method}, and {reason}. {_FULL_PRECISION}"
+        )
+    return bits | ({key: stored[key] for key in _4BIT} if bits["load_in_4bit"] else {})
+
+
+def check_stored_quantization(stored: dict[str, Any], asked: dict[str, Any], name: str) -> None:
+    """Weights that are quantized already stay as they are, so what is asked for must be what they are.
+
+    Raises:
+        CapasError: with the overrides that describe them.
+    """
+    wrong = [key for key, value in stored.items() if asked[key] != value]
+    if wrong:
+        method = stored.get("bnb_4bit_quant_type", "int8")
+        options = [f"quantization={method}"]
+        options += [
+            f"quantization.{k}={str(v).lower()}" for k, v in stored.items() if k in _4BIT[1:]
+        ]
+        given = ", ".join(f"quantization.{key}={str(asked[key]).lower()}" for key in wrong)
+        raise CapasError(
+            f"{given}, but bitsandbytes quantized the weights of {name} before they came, and they cannot be "
+            f"quantized again. To train on them as they are: {', '.join(options)}. {_FULL_PRECISION}"
         )

@@ -38,13 +38,15 @@ class Hardware(Group):
 
 
 class Model(Group):
-    """`AutoModelForCausalLM.from_pretrained`; `licence` is capas' own."""
+    """`AutoModelForCausalLM.from_pretrained`; pad_token, gated and licence are capas' own."""
 
     model_name_or_path: Annotated[str, Field(min_length=1)]
     revision: str | None
     dtype: Literal["float32", "bfloat16", "float16"]
     attn_implementation: Literal["eager", "sdpa", "flash_attention_2"]
     trust_remote_code: bool
+    pad_token: Annotated[str, Field(min_length=1)] | None
+    gated: bool
     licence: str
 
 

@@ -74,12 +74,11 @@ def _express(
     gone = sorted(
         k for k in flatten(base) if not any(v == k or v.startswith(f"{k}.") for v in kept)
     )
-    choices = _choices(values, base)
+    choices = _choices(values, base, compose, file)
     if gone and not choices:
         raise CapasError(
             f"params.yaml lacks {', '.join(gone)}, which conf/ sets; remove it in conf/ instead"
         )
-    file.write_text(_render(choices, {}), encoding="utf-8")
     wanted = pinned(values)
     derived, left = _interpolated() | KEYS, difference(wanted, pinned(compose([])))
     leaves = {key: value for key, value in left.items() if key not in derived}
@@ -97,13 +96,26 @@ def _express(
     )
 
 
-def _choices(values: Values, base: Values) -> dict[str, str]:
-    """Groups whose option differs, read back from their `preset`."""
-    return {
-        group: values[group]["preset"]
+def _choices(values: Values, base: Values, compose: Compose, file: Path) -> dict[str, str]:
+    """Groups whose option differs, read back from their `preset`; `file` is left with them.
+
+    One after the other: a model brings its chat template, which is then no choice of its own. Written down it
+    would stay, whatever model is chosen next.
+    """
+    choices: dict[str, str] = {}
+    while new := [g for g in _differing(values, base) if g not in choices]:
+        choices[new[0]] = values[new[0]]["preset"]
+        file.write_text(_render(choices, {}), encoding="utf-8")
+        base = compose([])
+    return choices
+
+
+def _differing(values: Values, base: Values) -> list[str]:
+    return [
+        group
         for group, node in base.items()
         if isinstance(node, dict) and values.get(group, {}).get("preset") != node.get("preset")
-    }
+    ]
 
 
 def _interpolated() -> set[str]:

@@ -66,12 +66,13 @@ def main(which: Literal["base", "tuned"], params: Params, stage: Stage) -> None:
     log.info("%s: %s", which, ", ".join(f"{name} {value:.4f}" for name, value in shown.items()))
 
     if which == "base":
-        whole = facts
+        whole: dict[str, Any] | None = facts
         if quantization_method(model) != "none":
             del model  # one model in memory at a time
             model = load_model(stage.dep(BASE), params.model, device)
-            whole = summarize(score(model, records, params, stage))
-        facts["full_precision"] = {name: whole[name] for name in ("loss", "perplexity")}
+            came_quantized = quantization_method(model) != "none"
+            whole = None if came_quantized else summarize(score(model, records, params, stage))
+        facts["full_precision"] = whole and {name: whole[name] for name in ("loss", "perplexity")}
         write_json(stage.out("reports/evaluation_base.json"), facts)
         write_json(stage.out("reports/metrics/base.json"), headline(facts))
         write_records(stage.out("reports/predictions_base.parquet"), PREDICTIONS, rows)

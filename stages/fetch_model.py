@@ -2,7 +2,7 @@
 
 Reads   data/embedded (where the model is the embedded one)
 Writes  data/models/base: config.json, generation_config.json, model*.safetensors
-Params  model.model_name_or_path, model.revision, model.trust_remote_code
+Params  model.gated, model.model_name_or_path, model.revision, model.trust_remote_code
 
 The tokenizer is fetched apart (fetch_tokenizer): looking at a mask needs no weights.
 """
@@ -10,10 +10,11 @@ The tokenizer is fetched apart (fetch_tokenizer): looking at a mask needs no wei
 from collections.abc import Callable
 from pathlib import Path
 
-from capas.architecture import check_causal
+from capas.architecture import check_causal, stored_quantization
 from capas.embedded import FOLDER, MANIFEST, verify
 from capas.errors import CapasError
 from capas.facts import read_json
+from capas.gate import gate
 from capas.links import place
 from capas.params import Params
 from capas.sources import (
@@ -43,7 +44,9 @@ def main(params: Params, stage: Stage) -> None:
         found = matching(stage.root / name, patterns)
         refuse_pickles(name, found, lambda: [file.name for file in (stage.root / name).iterdir()])
     else:
-        found = matching(snapshot(name, revision, patterns), patterns)
+        with gate(name, params.model.gated):
+            check_config(snapshot(name, revision, ("config.json",)), name)  # before gigabytes come
+            found = matching(snapshot(name, revision, patterns), patterns)
         refuse_pickles(name, found, lambda: file_names(name, revision))
     check_files(found, name)
     if source is Source.FOLDER:
@@ -71,18 +74,19 @@ def refuse_pickles(name: str, found: list[Path], all_names: Callable[[], list[st
     )
 
 
-def check_files(found: list[Path], name: str) -> None:
-    """Raises CapasError: no config.json, a shard is missing, already quantized, or not a causal model."""
-    files = {file.name: file for file in found}
-    if "config.json" not in files:
+def check_config(folder: Path, name: str) -> None:
+    """Raises CapasError: no config.json, not a causal model, or quantized in a way that cannot be trained."""
+    if not (folder / "config.json").is_file():
         raise CapasError(f"{name} holds no config.json")
-    config = read_json(files["config.json"])
+    config = read_json(folder / "config.json")
     check_causal(config, name)
-    if "quantization_config" in config:
-        method = config["quantization_config"].get("quant_method", "unknown")
-        raise CapasError(
-            f"{name} is quantized already ({method}): start from the full-precision model"
-        )
+    stored_quantization(config, name)
+
+
+def check_files(found: list[Path], name: str) -> None:
+    """Raises CapasError: as `check_config`, or a shard is missing."""
+    files = {file.name: file for file in found}
+    check_config(found[0].parent, name)
     if index := files.get("model.safetensors.index.json"):
         shards = set(read_json(index)["weight_map"].values())
         if missing := sorted(shards - set(files)):

@@ -3,7 +3,7 @@
 Reads   data/tokenized, data/models/tokenizer, data/composed/chat_template.jinja
 Writes  data/formatted: ids and labels per record, chat.json (end token, ...) and the template;
         reports/format.json, reports/lengths.csv; reports/mask.html, to see token by token what is trained
-Params  chat_template, dataset
+Params  chat_template, dataset, model.pad_token
 
 The travelling record becomes ids; only the answer and its end token keep their label::
 
@@ -109,13 +109,30 @@ def write_chat(folder: Path, chat: ChatFormat, params: Params, stage: Stage) -> 
         "allowed_tokens": options.allowed_tokens,
         "template_sha256": hashlib.sha256(template).hexdigest(),
         "bos_token_id": chat.bos_token_id,
-        "pad_token_id": chat.pad_token_id,
+        "pad_token_id": pad_token_id(chat, params.model.pad_token),
         "end_token": chat.end_token,
         "end_token_id": chat.end_token_id,
         "stop_token_ids": chat.stop_token_ids,
         "probes_sha256": chat.probes_sha256(),
     }
     write_json(folder / "chat.json", facts)
+
+
+def pad_token_id(chat: ChatFormat, pad_token: str | None) -> int:
+    """The id of `model.pad_token`; where it is null, of the tokenizer's own, else of its end token.
+
+    Raises:
+        CapasError: the tokenizer has no such token.
+    """
+    if pad_token is None:
+        return chat.pad_token_id
+    found: int | None = chat.tokenizer.token_to_id(pad_token)
+    if found is None:
+        raise CapasError(
+            f"model.pad_token={pad_token!r}: the tokenizer has no such token. Padding is masked by position: "
+            "model.pad_token=null, which takes one that it has, is as good"
+        )
+    return found
 
 
 def summary(

@@ -4,10 +4,14 @@ Reads   data/models/base
 Writes  data/models/quantized, reports/quantization.json, reports/quantization_error.csv
 Params  hardware, model.dtype, model.trust_remote_code, quantization
 
-Embeddings, norms and the head stay as they are; every other linear layer keeps 4 or 8 bits a weight:
+Embeddings, norms and the head (lm_head, tied to the embeddings or not) stay as they are; every other linear
+layer keeps 4 or 8 bits a weight:
 
     before  model.layers.0.mlp.up_proj.weight  float32 [320, 128]  -0.0213 0.0874 ...
     after   the same weight, NF4: one of 16 levels each, times the largest of its block of 64 weights
+
+Weights are read one at a time: beside what is quantized there is never a whole model in full precision. One
+that came quantized by bitsandbytes is passed on as it is.
 """
 
 from collections.abc import Iterator
@@ -15,16 +19,19 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from capas import hardware
+from capas.architecture import check_stored_quantization, stored_quantization
 from capas.facts import read_json, write_csv, write_json
 from capas.links import place
 from capas.params import Params
 from capas.stage import Stage, log, run
+from capas.weights import num_shards, read_weights, weight_bytes
 
 if TYPE_CHECKING:
-    from torch import nn
+    import torch
     from transformers import PreTrainedModel
 
 BASE, QUANTIZED = "data/models/base", "data/models/quantized"
+MAX_SHARD_SIZE = "2GB"  # a shard is copied before it is written
 HEADLINE = ("bytes_before", "bytes_after", "relative_error_mean")
 
 
@@ -35,22 +42,22 @@ def main(params: Params, stage: Stage) -> None:
     from capas.model import load_model, quantization_method
 
     asked, base = params.quantization.without("preset"), stage.dep(BASE)
-    quantize = asked["load_in_4bit"] or asked["load_in_8bit"]
-    model = load_model(
-        base,
-        params.model,
-        device,
-        quantization_config=BitsAndBytesConfig(**asked) if quantize else None,
-    )
+    stored = stored_quantization(read_json(base / "config.json"), BASE)
+    if stored:
+        check_stored_quantization(stored, asked, BASE)
+    quantize = not stored and (asked["load_in_4bit"] or asked["load_in_8bit"])
+    how = {"quantization_config": BitsAndBytesConfig(**asked)} if quantize else {}
+    model = load_model(base, params.model, device, **how)
     folder = stage.out(QUANTIZED)
-    save(model, base, folder)
+    save(model, base, folder, as_it_is=stored is not None)
 
-    errors = list(layer_errors(model, base, params)) if quantize else []
+    errors = layer_errors(model, base, params) if quantize else []
     facts = {
         "method": quantization_method(model),
+        "came_quantized": stored is not None,
         **sizes(model, base, folder),
         **spread([row["relative_error"] for row in errors]),
-        "skipped_modules": skipped_modules(model),
+        **full_precision(model),
     }
     write_json(stage.out("reports/quantization.json"), facts)
     write_json(stage.out("reports/metrics/quantize.json"), {name: facts[name] for name in HEADLINE})
@@ -60,46 +67,61 @@ def main(params: Params, stage: Stage) -> None:
     log.info("%s: %d -> %d bytes", facts["method"], facts["bytes_before"], facts["bytes_after"])
 
 
-def save(model: "PreTrainedModel", base: Path, folder: Path) -> None:
-    """As safetensors. A base that is neither quantized nor converted is not written a second time."""
+def save(model: "PreTrainedModel", base: Path, folder: Path, as_it_is: bool) -> None:
+    """As safetensors. A base that is neither quantized here nor converted is not written a second time."""
     config = read_json(base / "config.json")
     stored = config.get("dtype") or config.get("torch_dtype")  # the older name
-    if getattr(model, "quantization_method", None) is None and f"torch.{stored}" == str(
-        model.dtype
-    ):
+    quantized = getattr(model, "quantization_method", None) is not None
+    if as_it_is or (not quantized and f"torch.{stored}" == str(model.dtype)):
         folder.mkdir()
         for file in sorted(base.iterdir()):
             place(file, folder / file.name)
     else:
-        model.save_pretrained(folder)
+        model.save_pretrained(folder, max_shard_size=MAX_SHARD_SIZE)
         for file in folder.iterdir():
             file.chmod(0o644)  # safetensors writes files that only their owner can read
 
 
-def layer_errors(model: "PreTrainedModel", base: Path, params: Params) -> Iterator[dict[str, Any]]:
+def layer_errors(model: "PreTrainedModel", base: Path, params: Params) -> list[dict[str, Any]]:
     """Per layer: Frobenius norm of quantized - original over that of the original; bits a weight takes."""
-    import torch
+    from capas.model import dequantize, quantized_linears
 
-    from capas.model import dequantize, load_model, quantized_linears
-
-    originals = load_model(base, params.model, torch.device("cpu"))
-    state = model.state_dict()
-    for name, layer in quantized_linears(model):
-        original = original_weight(originals.get_submodule(name)).float()
-        difference = dequantize(layer).cpu() - original
+    layers, state, found = dict(quantized_linears(model)), model.state_dict(), {}
+    for name, original in originals(layers, base, params):
+        weight = original_weight(original, layers[name]).float()
+        difference = dequantize(layers[name]).cpu().sub_(weight)
         num_bytes = sum(
             v.nbytes for k, v in state.items() if k.startswith(f"{name}.") and k != f"{name}.bias"
         )
-        yield {
+        found[name] = {
             "layer": name,
-            "relative_error": (difference.norm() / original.norm()).item(),
-            "bits": 8 * num_bytes / original.numel(),
+            "relative_error": (difference.norm() / weight.norm()).item(),
+            "bits": 8 * num_bytes / weight.numel(),
         }
+    return [found[name] for name in layers]
 
 
-def original_weight(layer: "nn.Module") -> Any:
+def originals(
+    layers: dict[str, Any], base: Path, params: Params
+) -> Iterator[tuple[str, "torch.Tensor"]]:
+    """(name, weight before) of every layer; where one has another name on disk, the model is loaded."""
+    import torch
+
+    from capas.model import load_model
+
+    read = set()
+    for name, weight in read_weights(base, list(layers)):
+        read.add(name)
+        yield name, weight
+    if left := [name for name in layers if name not in read]:
+        log.info("%d weights have other names on disk: the model is loaded once more", len(left))
+        model = load_model(base, params.model, torch.device("cpu"))
+        yield from ((name, model.get_submodule(name).weight) for name in left)
+
+
+def original_weight(weight: "torch.Tensor", layer: Any) -> "torch.Tensor":
     """[out, in]; GPT-2's Conv1D keeps its weight the other way round."""
-    return layer.weight.T if type(layer).__name__ == "Conv1D" else layer.weight
+    return weight.T if layer.source_cls.__name__ == "Conv1D" else weight
 
 
 def sizes(model: "PreTrainedModel", base: Path, folder: Path) -> dict[str, int]:
@@ -112,11 +134,9 @@ def sizes(model: "PreTrainedModel", base: Path, folder: Path) -> dict[str, int]:
         ),
         "bytes_before": weight_bytes(base),
         "bytes_after": weight_bytes(folder),
+        "num_shards_before": num_shards(base),
+        "num_shards_after": num_shards(folder),
     }
-
-
-def weight_bytes(folder: Path) -> int:
-    return sum(file.stat().st_size for file in folder.glob("*.safetensors"))
 
 
 def spread(errors: list[float]) -> dict[str, float]:
@@ -125,14 +145,21 @@ def spread(errors: list[float]) -> dict[str, float]:
     return {"relative_error_mean": mean, "relative_error_max": max(errors, default=0.0)}
 
 
-def skipped_modules(model: "PreTrainedModel") -> list[str]:
-    """Linear layers left in full precision; the embeddings always are."""
+def full_precision(model: "PreTrainedModel") -> dict[str, Any]:
+    """What keeps its precision: linear layers by name, and whether head and embeddings are one weight."""
     from torch import nn
 
     from capas.model import quantized_linears
 
     quantized = {name for name, _ in quantized_linears(model)}
-    return [n for n, m in model.named_modules() if isinstance(m, nn.Linear) and n not in quantized]
+    linears = [n for n, m in model.named_modules() if isinstance(m, nn.Linear)]
+    embeddings, head = model.get_input_embeddings().weight, model.get_output_embeddings().weight
+    return {
+        "skipped_modules": [name for name in linears if name not in quantized],
+        "embeddings_dtype": str(embeddings.dtype).removeprefix("torch."),
+        "head_dtype": str(head.dtype).removeprefix("torch."),
+        "tied_embeddings": head is embeddings,
+    }
 
 
 if __name__ == "__main__":

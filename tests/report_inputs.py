@@ -302,6 +302,7 @@ def _quantization(reports: Path, method: str) -> None:
     none = method == "none"
     facts = {
         "method": method,
+        "came_quantized": False,
         "num_parameters": 20000,
         "num_quantized_parameters": 0 if none else 12000,
         "bytes_before": 80000,

@@ -118,6 +118,16 @@ def test_exp_run_takes_a_group_choice(workspace: Workspace) -> None:
     assert "override /experiment: quick" in workspace.read("conf/overrides.yaml")
 
 
+def test_a_model_that_was_tried_brings_its_template_and_pins_none(workspace: Workspace) -> None:
+    model, commit = "model=gemma_2_2b_it", f"model.revision={'0' * 40}"
+    workspace.run("dvc", "exp", "run", "-S", model, "-S", commit, "compose")
+    assert "preset: gemma\n" in workspace.read("params.yaml")
+    assert "override /chat_template" not in workspace.read("conf/overrides.yaml")
+    other = "chat_template=chatml"
+    workspace.run("dvc", "exp", "run", "-S", model, "-S", commit, "-S", other, "compose")
+    assert "override /chat_template: chatml" in workspace.read("conf/overrides.yaml")
+
+
 def test_exp_run_refuses_to_drop_a_hand_edit(workspace: Workspace) -> None:
     workspace.edit("params.yaml", "  r: 16", "  r: 4")
     log = workspace.run("dvc", "exp", "run", "-S", "seed=3", "compose", check=False)

@@ -39,7 +39,7 @@ def problems(values: dict[str, Any]) -> str:
 
 
 def test_there_are_as_many_options_as_we_think() -> None:
-    assert len(OPTIONS) == 34
+    assert len(OPTIONS) == 45
     assert {group for group, _ in OPTIONS} == set(GROUPS)
 
 
@@ -195,3 +195,15 @@ def test_one_seed_moves_training_and_nothing_else(compose: Callable[[list[str]],
     before, after = flatten(compose([])), flatten(compose(["seed=7"]))
     moved = {key for key in before if before[key] != after[key]}
     assert moved == {"seed", "trainer.seed", "trainer.data_seed"}
+
+
+@pytest.mark.parametrize(
+    ("model", "template"),
+    [("embedded", "chatml"), ("qwen2.5_0.5b", "chatml"), ("gemma_2_2b_it", "gemma")],
+)
+def test_a_model_brings_its_template_and_leaves_it_to_be_overridden(
+    compose: Callable[[list[str]], Any], model: str, template: str
+) -> None:
+    assert compose([f"model={model}"])["chat_template"]["preset"] == template
+    other = compose([f"model={model}", "chat_template=llama3", "chat_template.train_on=all"])
+    assert (other["chat_template"]["preset"], other["model"]["preset"]) == ("llama3", model)

@@ -34,7 +34,12 @@ def digest(file: Path) -> str:
 
 def fetch(root: Path, name: str, revision: str | None = None) -> list[str]:
     revision = folder_revision(root / name) if name == "local" and revision is None else revision
-    model = {"model_name_or_path": name, "revision": revision, "trust_remote_code": False}
+    model = {
+        "model_name_or_path": name,
+        "revision": revision,
+        "trust_remote_code": False,
+        "gated": name.startswith("gated/"),
+    }
     lines = [f"model: {json.dumps(model)}"]
     (root / "params.yaml").write_text("\n".join(lines))
     run_stage("fetch_model", fetch_model.main, root)
@@ -75,7 +80,8 @@ def test_missing_shard_is_refused(root: Path) -> None:
     ("change", "message"),
     [
         ({"architectures": ["BertForMaskedLM"]}, "encoder-only"),
-        ({"quantization_config": {"quant_method": "gptq"}}, r"quantized already \(gptq\)"),
+        ({"quantization_config": {"quant_method": "gptq"}}, r"quant_method=gptq, and .* gptqmodel"),
+        ({"architectures": ["T5Model"], "is_encoder_decoder": True}, "encoder-decoder"),
     ],
 )
 def test_model_that_cannot_be_tuned_is_refused(
@@ -112,6 +118,50 @@ def test_pickles_on_the_hub_are_refused_by_name(
     )
     with pytest.raises(CapasError, match=r"org/name has its weights as pytorch_model.bin only"):
         fetch(root, "org/name", COMMIT)
+
+
+def test_what_cannot_be_trained_is_refused_before_its_weights_come(
+    root: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    asked: list[list[str]] = []
+
+    def snapshot_download(name: str, **options: Any) -> str:
+        asked.append(options["allow_patterns"])
+        return str(root / "local")
+
+    monkeypatch.setattr("huggingface_hub.snapshot_download", snapshot_download)
+    file = root / "local/config.json"
+    quantized = {"quantization_config": {"quant_method": "awq"}}
+    file.write_text(json.dumps(json.loads(file.read_text()) | quantized))
+    with pytest.raises(CapasError, match=r"org/name cannot be trained.*quant_method=awq"):
+        fetch(root, "org/name", COMMIT)
+    assert asked == [["config.json"]]
+
+
+def test_a_bitsandbytes_model_is_fetched(root: Path) -> None:
+    file = root / "local/config.json"
+    stored = {"quant_method": "bitsandbytes", "load_in_8bit": True, "load_in_4bit": False}
+    file.write_text(json.dumps(json.loads(file.read_text()) | {"quantization_config": stored}))
+    assert "model.safetensors" in fetch(root, "local")
+
+
+@pytest.mark.parametrize(("status", "hint"), [(401, True), (403, True), (404, False)])
+@pytest.mark.parametrize("name", ["gated/name", "org/name"])
+def test_the_way_into_a_gated_model_is_told(
+    root: Path, monkeypatch: pytest.MonkeyPatch, name: str, status: int, hint: bool
+) -> None:
+    import httpx
+    from huggingface_hub.errors import HfHubHTTPError
+
+    def refuse(*args: Any, **kwargs: Any) -> None:
+        request = httpx.Request("GET", "http://127.0.0.1")
+        raise HfHubHTTPError("refused", response=httpx.Response(status, request=request))
+
+    monkeypatch.setattr("huggingface_hub.snapshot_download", refuse)
+    with pytest.raises(CapasError, match="could not be downloaded") as refusal:
+        fetch(root, name, COMMIT)
+    told = "gated/name is gated: sign in at https://huggingface.co/gated/name" in str(refusal.value)
+    assert told is (hint and name == "gated/name")
 
 
 @pytest.mark.parametrize("revision", [None, "main", "0123456"])

@@ -144,6 +144,16 @@ def test_without_quantization_the_page_says_so(page_with: Callable[..., str]) ->
     assert 'id="figure-layer_errors"' not in page
 
 
+def test_a_model_that_came_quantized_is_told_so(tmp_path: Path) -> None:
+    root = write_inputs(tmp_path)
+    file = root / "reports/quantization.json"
+    file.write_text(json.dumps(json.loads(file.read_text()) | {"came_quantized": True}))
+    (root / "reports/quantization_error.csv").write_text("layer,relative_error,bits\n")
+    page = build_words(root)
+    assert "The model came quantized (nf4) and was taken as it is" in page
+    assert "Error of each quantized layer" not in page
+
+
 def test_without_a_wrong_template_the_page_says_so(page_with: Callable[..., str]) -> None:
     page = page_with("generation.wrong_chat_template=null")
     assert "No wrong template was tried" in page

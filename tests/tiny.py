@@ -38,6 +38,7 @@ CONTROLS = [
     "<|end_header_id|>",
     "<|eot_id|>",
 ]
+NAMED = {"pad_token": "<pad>", "eos_token": "<|im_end|>"}
 SHRUNK = (
     "hardware.num_threads=1",
     "trainer.max_steps=6",
@@ -57,7 +58,9 @@ SHRUNK = (
 KINDS = ("seen", "values")
 
 
-def write_tokenizer(folder: Path) -> Tokenizer:
+def write_tokenizer(
+    folder: Path, controls: Iterable[str] = CONTROLS, named: dict[str, str] = NAMED
+) -> Tokenizer:
     """Byte-level, without merges: any text, 256 tokens and the control tokens."""
     alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
     tokenizer = Tokenizer(
@@ -66,15 +69,11 @@ def write_tokenizer(folder: Path) -> Tokenizer:
     tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
     tokenizer.decoder = decoders.ByteLevel()
     tokenizer.add_special_tokens(
-        [AddedToken(token, special=True, normalized=False) for token in CONTROLS]
+        [AddedToken(token, special=True, normalized=False) for token in controls]
     )
     folder.mkdir(parents=True)
     tokenizer.save(str(folder / "tokenizer.json"))
-    config = {
-        "tokenizer_class": "PreTrainedTokenizerFast",
-        "pad_token": "<pad>",
-        "eos_token": "<|im_end|>",
-    }
+    config = {"tokenizer_class": "PreTrainedTokenizerFast", **named}
     (folder / "tokenizer_config.json").write_text(json.dumps(config))
     return tokenizer
 
@@ -93,18 +92,23 @@ def make_model(family: str = "qwen2", seed: int = 0, **config: Any) -> PreTraine
 
 def write_workspace(root: Path, overrides: Iterable[str] = (), quantized: str = "base") -> Path:
     """dvc.yaml, params.yaml, records and models; data/models/quantized is a copy of data/models/base."""
-    for name in ("dvc.yaml", "environment.yaml"):
-        shutil.copy(REPOSITORY / name, root / name)
-    for name in ("capas", "stages"):  # deps: they are hashed into the key of the checkpoints
-        (root / name).symlink_to(REPOSITORY / name)
+    link_code(root)
     with composer(REPOSITORY / "conf") as compose:
         (root / "params.yaml").write_text(dump(compose([*SHRUNK, "quantization=none", *overrides])))
     write_tokenizer(root / "data/models/tokenizer")
     make_model().save_pretrained(root / "data/models/base")
     shutil.copytree(root / "data/models" / quantized, root / "data/models/quantized")
     _write_data(root)
-    _write_lock(root)
+    write_lock(root)
     return root
+
+
+def link_code(root: Path) -> None:
+    """dvc.yaml, environment.yaml and the code, which is hashed into the key of the checkpoints."""
+    for name in ("dvc.yaml", "environment.yaml"):
+        shutil.copy(REPOSITORY / name, root / name)
+    for name in ("capas", "stages"):
+        (root / name).symlink_to(REPOSITORY / name)
 
 
 def run_stage(name: str, main: Callable[[Params, Stage], None], root: Path) -> None:
@@ -115,7 +119,7 @@ def run_stage(name: str, main: Callable[[Params, Stage], None], root: Path) -> N
 
 
 def read_params(name: str, root: Path) -> Params:
-    keys = StageSpec.read(name, root).params["params.yaml"]
+    keys = StageSpec.read(name, root).params.get("params.yaml", [])
     return Params(select(read_yaml(root / "params.yaml"), keys))
 
 
@@ -125,8 +129,8 @@ def read_json(file: Path) -> Any:
 
 def _write_data(root: Path) -> None:
     """data/composed, data/raw and data/formatted, as compose, fetch and format would write them."""
-    composed, formatted, raw = (root / "data" / name for name in ("composed", "formatted", "raw"))
-    for folder in (composed, formatted, raw):
+    composed, formatted = root / "data/composed", root / "data/formatted"
+    for folder in (composed, formatted):
         folder.mkdir(parents=True)
     right, wrong = (
         (REPOSITORY / f"conf/chat_template/{name}.jinja").read_text()
@@ -141,15 +145,21 @@ def _write_data(root: Path) -> None:
     facts = {name: getattr(chat, name) for name in names} | {"probes_sha256": chat.probes_sha256()}
     facts |= {"date_string": "26 Jul 2024", "system": "template", "allowed_tokens": []}
     (formatted / "chat.json").write_text(json.dumps(facts))
-    rng = random.Random(0)
-    for split, count in (("train", 40), ("validation", 6), ("test", 10)):
-        records = [
-            _record(f"{split}-{i}", rng.randrange(10 ** rng.randrange(1, 6))) for i in range(count)
-        ]
-        write_records(raw / f"{split}.parquet", RAW, records)
+    for split, records in write_raw(root, {"train": 40, "validation": 6, "test": 10}).items():
         write_records(
             formatted / f"{split}.parquet", FORMATTED, [_format(record, chat) for record in records]
         )
+
+
+def write_raw(root: Path, counts: dict[str, int]) -> dict[str, list[dict[str, Any]]]:
+    """data/raw with that many records a split."""
+    rng, written = random.Random(0), {}
+    (root / "data/raw").mkdir(parents=True)
+    for split, count in counts.items():
+        numbers = [rng.randrange(10 ** rng.randrange(1, 6)) for _ in range(count)]
+        written[split] = [_record(f"{split}-{i}", number) for i, number in enumerate(numbers)]
+        write_records(root / f"data/raw/{split}.parquet", RAW, written[split])
+    return written
 
 
 def _record(name: str, number: int) -> dict[str, Any]:
@@ -174,7 +184,7 @@ def _format(record: dict[str, Any], chat: ChatFormat) -> dict[str, Any]:
     }
 
 
-def _write_lock(root: Path) -> None:
+def write_lock(root: Path) -> None:
     """dvc.lock as if the stages before had run: `Stage.key` asks for the hashes of folders."""
     stages = read_yaml(root / "dvc.yaml")["stages"]
     outs = [

@@ -1,0 +1,56 @@
+"""The weights of a model's folder, read from its safetensors one tensor at a time."""
+
+from collections.abc import Iterator
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from safetensors import safe_open
+
+if TYPE_CHECKING:
+    import torch
+
+
+def weight_bytes(folder: Path) -> int:
+    return sum(file.stat().st_size for file in folder.glob("*.safetensors"))
+
+
+def num_shards(folder: Path) -> int:
+    return len(list(folder.glob("*.safetensors")))
+
+
+def read_weights(folder: Path, modules: list[str]) -> Iterator[tuple[str, "torch.Tensor"]]:
+    """(module, its weight as stored) shard by shard, so that no two weights are in memory at once.
+
+    A module's path may begin otherwise than its weight's name: `model.layers.0.mlp.up_proj` may be stored as
+    `layers.0.mlp.up_proj.weight`. The longest common ending decides, where only one weight has it. A module
+    whose weight is not found so is left out.
+    """
+    files = sorted(folder.glob("*.safetensors"))
+    stored = {name: file for file in files for name in _names(file)}
+    found = {module: name for module in modules if (name := _find(f"{module}.weight", stored))}
+    for file in files:
+        with safe_open(
+            file, "pt", backend="pread"
+        ) as weights:  # a mapped file would stay in memory
+            for module, name in found.items():
+                if stored[name] == file:
+                    yield module, weights.get_tensor(name)
+
+
+def _names(file: Path) -> list[str]:
+    with safe_open(file, "pt") as weights:
+        return list(weights.keys())
+
+
+def _find(wanted: str, stored: dict[str, Any]) -> str | None:
+    """The only name with which `wanted` shares the longest ending, at least from the layer's number on."""
+    if wanted in stored:
+        return wanted
+    parts = wanted.split(".")
+    first = next((i for i, part in enumerate(parts) if part.isdigit()), len(parts))
+    for start in range(max(first, 1)):
+        ending = ".".join(parts[start:])
+        fitting = [name for name in stored if name == ending or name.endswith(f".{ending}")]
+        if fitting:
+            return fitting[0] if len(fitting) == 1 else None
+    return None
