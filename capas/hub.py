@@ -3,6 +3,7 @@
 `huggingface_hub` does the work: HF_ENDPOINT, HF_TOKEN, HF_HOME and HF_HUB_OFFLINE mean what they mean there,
 and none of them is kept anywhere. What it leaves open is closed here: it does not ask again where the first
 request of a listing is answered with 429 or 5xx, and it compares sizes of downloaded files, not contents.
+A cut connection goes on in steps of 10 MiB; a killed process keeps the files that were complete.
 """
 
 import hashlib
@@ -12,6 +13,7 @@ import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from fnmatch import fnmatch
+from json import JSONDecodeError
 from pathlib import Path
 from typing import Any, Literal, TypeVar
 
@@ -92,51 +94,35 @@ class Repository:
     def _check_content(self, folder: Path, patterns: Sequence[str]) -> None:
         """A file in the cache is a link to one that is named by the hash of its content.
 
-        A mirror may name it otherwise, and a file system without links has no such name: nothing to check.
+        That one may be a link itself, into a store of other names. A mirror may name files otherwise, and a
+        file system without links has no such names: nothing to check there.
         """
         for file in sorted(folder.rglob("*")):
             name = file.relative_to(folder).as_posix()
             if not file.is_symlink() or not any(fnmatch(name, pattern) for pattern in patterns):
                 continue
-            blob = file.resolve()
+            blob = file.parent / file.readlink()
             if _is_damaged(blob):
                 raise CapasError(
                     f"{self.key}={self.name}: {name} was damaged, on the way or on this disk: its content "
-                    f"does not have the hash that the Hub names. Delete it and run again: rm {blob}"
+                    f"does not have the hash that the Hub names. Delete it and run again: rm {file.resolve()}"
                 )
 
     def _asked(self, revision: str, ask: Callable[[], Answer]) -> Answer:
         """The answer; asked again where the Hub is busy, and its refusals in words."""
-        from httpx import HTTPError
-        from huggingface_hub.errors import (
-            EntryNotFoundError,
-            HfHubHTTPError,
-            HFValidationError,
-            OfflineModeIsEnabled,
-        )
-
-        for wait in (*WAITS_SECONDS, None):
+        waits = iter(WAITS_SECONDS)
+        while True:
             try:
                 return ask()
-            except (
-                HTTPError,
-                EntryNotFoundError,
-                HFValidationError,
-                OfflineModeIsEnabled,
-            ) as error:
-                busy = isinstance(error, HfHubHTTPError) and _status(error) in _ASK_AGAIN
-                if not busy or wait is None:
+            except _refusals() as error:
+                seconds = next(waits, None) if _status(error) in _ASK_AGAIN else None
+                if seconds is None:
                     raise CapasError(self._in_words(revision, error)) from None
-                seconds = min(_wait_asked_for(error) or wait, LONGEST_WAIT_SECONDS)
-                log.info("the Hub is busy (%s): again in %.0f s", _status(error), seconds)
-                time.sleep(seconds)
-            except (
-                OSError
-            ) as error:  # the disk's errors pass; this one has neither a class nor a number
+                _wait(error, seconds)
+            except OSError as error:  # the disk's pass; this one has neither a class nor a number
                 if "Consistency check failed" not in str(error):
                     raise
                 raise CapasError(self._in_words(revision, error)) from None
-        raise AssertionError
 
     def _in_words(self, revision: str, error: Exception) -> str:
         reason, way_out = self._diagnose(revision, error)
@@ -170,10 +156,30 @@ class Repository:
             )
         if isinstance(error, HfHubHTTPError) and _status(error) == 401:
             return "the Hub does not accept your token", f"Make a new one and {log_in}."
+        if isinstance(error, JSONDecodeError):
+            return "what answers is no Hub", "Look at HF_ENDPOINT; a proxy may ask you to log in."
         return str(error), (
             f"Without a network, what was downloaded before can be used, or {self.kind}=embedded"
             + (", or a folder that somebody downloaded." if self.kind == "model" else ".")
         )
+
+
+def _refusals() -> tuple[type[Exception], ...]:
+    """What the client raises where the Hub, the network or the name is at fault."""
+    from httpx import HTTPError
+    from huggingface_hub.errors import (
+        EntryNotFoundError,
+        HFValidationError,
+        OfflineModeIsEnabled,
+    )
+
+    return HTTPError, EntryNotFoundError, HFValidationError, OfflineModeIsEnabled, JSONDecodeError
+
+
+def _wait(error: Any, seconds: float) -> None:
+    seconds = min(_wait_asked_for(error) or seconds, LONGEST_WAIT_SECONDS)
+    log.info("the Hub is busy (%s): again in %.0f s", _status(error), seconds)
+    time.sleep(seconds)
 
 
 def _status(error: Any) -> int:

@@ -11,8 +11,9 @@ until `python stages/compose_params.py --update-revisions`. One entry of the fil
 import copy
 import logging
 import re
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -44,21 +45,33 @@ def is_hub_dataset(path: str, root: Path) -> bool:
 
 @dataclass(frozen=True)
 class Place:
-    """A mapping of the configuration with a `revision` that may move."""
+    """A mapping of the configuration whose `revision` may move."""
 
     node: dict[str, Any]
     key: str  # of the revision, dotted
     section: str  # of conf/revisions.yaml
-    name: str
-    repository: Repository | None  # None: a folder
+    entry: str  # in that section
+    ask: Callable[[], str]  # what it stands for now
 
-    @property
-    def revision(self) -> str | None:
-        return self.node.get("revision")  # a source of a mixture may leave it out
 
-    @property
-    def entry(self) -> str:
-        return f"{self.name}@{self.revision or MAIN}" if self.repository else self.name
+def _of_hub(node: dict[str, Any], key: str, repository: Repository) -> Iterator[Place]:
+    """None where conf/ gives the commit itself."""
+    revision = node.get("revision")  # a source of a mixture may leave it out
+    if is_commit(revision):
+        return
+
+    def ask() -> str:
+        try:
+            return repository.commit(revision or MAIN)
+        except CapasError as error:
+            raise CapasError(
+                f"{error}\n{key}={revision or 'null'} is not pinned yet. Give the commit as revision (40 hex "
+                f"digits, on {repository.page}, 'Files and versions'), or run `dvc repro compose` where "
+                "there is a network and take conf/revisions.yaml from there."
+            ) from None
+
+    entry = f"{repository.name}@{revision or MAIN}"
+    yield Place(node, key, f"{repository.kind}s", entry, ask)
 
 
 class Pins:
@@ -104,7 +117,7 @@ class Pins:
             CapasError: as `resolve`.
         """
         for place in self._places(copy.deepcopy(values), strict=True):
-            old, new = self._recorded(place), self._ask(place)
+            old, new = self._recorded(place), place.ask()
             log.info(
                 "%s: %s", place.entry, f"{old} -> {new}" if old != new else f"{old}, unchanged"
             )
@@ -126,7 +139,7 @@ class Pins:
         for place in self._places(values, strict=ask):
             pin = self._recorded(place)
             if pin is None and ask:
-                pin = self._ask(place)
+                pin = place.ask()
                 log.info("%s is %s, from now on: conf/revisions.yaml", place.entry, pin)
                 self._record(place, pin)
             if pin is not None:
@@ -139,28 +152,13 @@ class Pins:
     def _record(self, place: Place, pin: str) -> None:
         self.entries.setdefault(place.section, {})[place.entry] = pin
 
-    def _ask(self, place: Place) -> str:
-        if place.repository is None:
-            return folder_revision(self.root / place.name)
-        try:
-            return place.repository.commit(place.revision or MAIN)
-        except CapasError as error:
-            raise CapasError(
-                f"{error}\n{place.key}={place.revision or 'null'} is not pinned yet. Give the commit "
-                f"as revision (40 hex digits, on {place.repository.page}, 'Files and versions'), or run "
-                "`dvc repro compose` where there is a network and take conf/revisions.yaml from there."
-            ) from None
-
     def _places(self, values: Values, strict: bool) -> Iterator[Place]:
-        """Where a revision that may move stands; a commit that conf/ gives is no such place."""
-        for place in (*self._model(values, strict), *self._datasets(values)):
-            if place.repository is None and place.revision is not None:
-                continue  # the stages compare it with the folder
-            if not is_commit(place.revision):
-                yield place
+        """Where a revision that may move stands; `strict` minds a name that means nothing."""
+        yield from self._model(values, strict)
+        yield from self._datasets(values)
 
     def _model(self, values: Values, strict: bool) -> Iterator[Place]:
-        node = _named(values.get("model"), "model_name_or_path")
+        node, key = _named(values.get("model"), "model_name_or_path"), "model.revision"
         if node is None:
             return
         name = node["model_name_or_path"]
@@ -170,9 +168,12 @@ class Pins:
             if strict:
                 raise
             return
-        if source is not Source.EMBEDDED:
-            repository = on_hub(name) if source is Source.HUB else None
-            yield Place(node, "model.revision", "models", name, repository)
+        if source is Source.HUB:
+            yield from _of_hub(node, key, on_hub(name))
+        elif (
+            source is Source.FOLDER and node.get("revision") is None
+        ):  # a given one the stages compare
+            yield Place(node, key, "models", name, partial(folder_revision, self.root / name))
 
     def _datasets(self, values: Values) -> Iterator[Place]:
         dataset = values.get("dataset")
@@ -183,7 +184,7 @@ class Pins:
             node = _named(found, "path")
             if node is not None and is_hub_dataset(node["path"], self.root):
                 repository = Repository("dataset", node["path"], f"{key}.path")
-                yield Place(node, f"{key}.revision", "datasets", node["path"], repository)
+                yield from _of_hub(node, f"{key}.revision", repository)
 
 
 def _named(node: Any, key: str) -> dict[str, Any] | None:

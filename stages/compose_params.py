@@ -80,9 +80,8 @@ def main(options: argparse.Namespace) -> None:
         target = adopt(read(PARAMS)[0], pins, options.keep)
     validate(target)
     target = pins.resolve(target)
-    outputs = {PARAMS: dump(target), ENVIRONMENT: environment(), **resolved_files(target)}
-    if pins.changed:
-        outputs[REVISIONS] = pins.dump()
+    outputs = {REVISIONS: pins.dump()} if pins.changed else {}
+    outputs |= {PARAMS: dump(target), ENVIRONMENT: environment(), **resolved_files(target)}
     for note in in_force():
         log.info("conf/overrides.yaml sets %s", note)
     if inputs() != before:

@@ -160,6 +160,24 @@ def test_the_hub_says_how_long_to_wait(hub: Hub, monkeypatch: pytest.MonkeyPatch
     assert slept == [7.0, 42.0, client.LONGEST_WAIT_SECONDS]
 
 
+def test_the_client_alone_does_not_ask_again(hub: Hub) -> None:
+    """Where it does one day, capas.hub can do with less."""
+    from huggingface_hub import HfApi
+    from huggingface_hub.errors import HfHubHTTPError
+
+    commit = hub.commit(f"models/{MODEL}", {"config.json": b"{}"})
+    hub.faults = [Fault("GET /api", status=429, times=2)]
+    for ask in (HfApi().repo_info, HfApi().list_repo_files):
+        with pytest.raises(HfHubHTTPError, match="429"):
+            ask(MODEL, revision=commit)
+
+
+def test_what_is_no_hub_is_said(hub: Hub, root: Path) -> None:
+    hub.faults = [Fault("GET /api", status=200)]  # as a hotel's page to log in
+    with pytest.raises(CapasError, match=r"org/tiny.*what answers is no Hub\nLook at HF_ENDPOINT"):
+        fetch(root, "0" * 40)
+
+
 def test_a_hub_that_stays_busy_is_an_error(hub: Hub, root: Path) -> None:
     commit = hub.commit(f"models/{MODEL}", {"config.json": b"{}"})
     hub.faults = [Fault("GET /api", status=503, times=9)]
@@ -248,6 +266,24 @@ def test_a_file_that_came_damaged_is_refused(
         fetch(root, commit, "fetch_model")
     Path(str(refusal.value).rpartition(" ")[2]).unlink()
     fetch(root, commit, "fetch_model")
+    assert weights(root) == files["model.safetensors"]
+
+
+def test_a_cache_may_keep_its_files_elsewhere(
+    hub: Hub, root: Path, files: dict[str, bytes], tmp_path: Path
+) -> None:
+    """Under names that are other hashes: what counts is the name that the Hub gave."""
+    commit = hub.commit(f"models/{MODEL}", files)
+    fetch(root, commit, "fetch_model")
+    store = tmp_path / "store"
+    store.mkdir()
+    blobs = list((tmp_path / "home/hub").rglob("blobs/*"))
+    for i, blob in enumerate(blobs):
+        blob.rename(store / f"{i:064}")
+        blob.symlink_to(store / f"{i:064}")
+    shutil.rmtree(root / "data")
+    fetch(root, commit, "fetch_model")
+    assert len(blobs) == 3
     assert weights(root) == files["model.safetensors"]
 
 

@@ -157,6 +157,8 @@ def test_owner_and_name_is_a_data_set_on_the_hub(tmp_path: Path, path: str, is_o
 def test_values_of_a_wrong_type_are_left_to_the_schema(tmp_path: Path, wrong: Any) -> None:
     for given in (values(name=wrong), values(revision=3), values("./none", path=wrong, mix=wrong)):
         assert Pins({}, tmp_path).known(given) == given
+    for given in ({}, {"model": wrong}, {"model": {"model_name_or_path": "."}, "dataset": wrong}):
+        assert Pins({}, tmp_path).known(given) == given
 
 
 @pytest.mark.parametrize(

@@ -45,7 +45,8 @@ def read_split(
     if revision is None or not is_commit(revision):
         raise CapasError(
             f"{key}.revision={revision or 'null'} does not name a commit of {path}; a branch moves. "
-            "`dvc repro compose` asks the Hub once and records the commit in conf/revisions.yaml"
+            "`dvc repro compose` asks the Hub once and records the commit in conf/revisions.yaml. (A file is "
+            "named in data_files.)"
         )
     repository = Repository("dataset", path, f"{key}.path")
     names = _file_names(repository, revision)
