@@ -165,7 +165,8 @@ def _matching_urls(url: str) -> list[str]:
             "dataset.data_files: a URL holds a password, which would stand in every report; give it to the "
             "machine instead (~/.netrc, AWS_PROFILE, ...)"
         )
-    if not re.search(r"[*\[]", url.split("?")[0]):
+    path = url.split("://")[1].partition("/")[2].split("?")[0]
+    if not re.search(r"[*\[]", path):
         return [url]
     with _reached(url):
         fs, path = _filesystem(url)

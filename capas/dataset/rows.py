@@ -16,7 +16,7 @@ from typing import Any, BinaryIO
 import pyarrow.parquet as pq
 
 from capas.dataset.files import File
-from capas.dataset.flaws import MALFORMED, Flaw, show
+from capas.dataset.flaws import MALFORMED, Flaw, printable, show
 from capas.errors import CapasError
 
 _CHUNK_CHARS = 2**20
@@ -203,6 +203,8 @@ def _header(reader: Iterable[list[str]], name: str) -> list[str]:
     header = [cell.strip() for cell in next(iter(reader), [])]
     if not header:
         raise CapasError(f"{name} is empty; its first line must name the columns")
+    if any(printable(column) != column for column in header):
+        raise CapasError(f"{name}, line 1: {show(header)} is not UTF-8; save the file as UTF-8")
     twice = {column for column in header if header.count(column) > 1 or not column}
     if twice:
         raise CapasError(
