@@ -76,6 +76,7 @@ def test_source_json_says_what_was_read(side: DataSide) -> None:
     assert facts["dropped"]["duplicate"]["count"] == 1
     assert (duplicate["file"], duplicate["at"]) == ("data/own/mine.jsonl", "line 61")
     assert duplicate["value"] == "'Question 1?'"
+    assert duplicate["why"] == "like data/own/mine.jsonl, line 2"
 
 
 def test_an_own_id_is_kept_for_the_first_with_it(side: DataSide) -> None:
@@ -114,6 +115,8 @@ def test_leaks_between_given_splits_are_dropped_from_train(side: DataSide) -> No
     assert facts["dropped"]["leak"]["count"] == 2
     places = [(e["at"], e["value"]) for e in facts["dropped"]["leak"]["examples"]]
     assert places == [("line 11", "'Question 10?'"), ("line 51", "'Question 10!?'")]
+    whys = {example["why"] for example in facts["dropped"]["leak"]["examples"]}
+    assert whys == {"like data/own/t.jsonl, line 10"}
     counts = {split: len(records) for split, records in side.raw().items()}
     assert counts == {"train": 49, "validation": 10, "test": 10}
 
