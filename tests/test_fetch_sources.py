@@ -201,8 +201,8 @@ def test_a_url_needs_the_pin_of_its_content(side: DataSide) -> None:
 def test_rows_of_the_hub_go_the_same_way(side: DataSide, monkeypatch: pytest.MonkeyPatch) -> None:
     called = []
 
-    def read_split(path: str, name: str | None, revision: str, split: str) -> Any:
-        called.append((path, name, revision, split))
+    def read_split(path: str, name: str | None, revision: str, split: str, key: str) -> Any:
+        called.append((path, name, revision, split, key))
         return iter([asked(f"{split} {n}", score=None) for n in range(60)])
 
     hub: Any = types.ModuleType("capas.dataset.hub")
@@ -210,7 +210,7 @@ def test_rows_of_the_hub_go_the_same_way(side: DataSide, monkeypatch: pytest.Mon
     monkeypatch.setitem(sys.modules, "capas.dataset.hub", hub)
     side.run("fetch", overrides=("dataset=gsm8k", "dataset.test_fraction=0.05"))
     found = side.json("data/raw/source.json")
-    assert called == [("openai/gsm8k", "main", "main", split) for split in ("train", "test")]
+    assert called == [("openai/gsm8k", "main", "main", s, "dataset") for s in ("train", "test")]
     assert found["splits"]["test"]["num_records"] == 60
     assert found["left_out"] == {}
 
