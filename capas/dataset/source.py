@@ -63,8 +63,8 @@ class Source:
         if found != self.revision:
             raise CapasError(
                 f"{self.key}.revision={self.revision or 'null'}, but what {', '.join(names)} holds now has "
-                f"the revision {found or 'null'} (a URL is pinned by its content; a file in data/own needs no "
-                f"pin). To use it as it is now, set revision: {found or 'null'}"
+                f"the revision {found or 'null'} (a URL is pinned by its content; a file in data/own has "
+                f"no pin). To use it as it is now, set revision: {found or 'null'}"
             )
 
     def _of_hub(self) -> Iterator[tuple[str, Iterator[Row]]]:
