@@ -246,7 +246,7 @@ def threads(rows: Iterable[Row]) -> Iterator[Row]:
     for row in rows:
         value = row.value
         if not isinstance(value, Mapping) or not isinstance(value.get("message_id"), str):
-            broken.append(row)
+            broken.append(replace(row, value=_no_message(value)))
             continue
         known.add(value["message_id"])
         if not value.get("deleted"):  # what hangs below a deleted message goes with it
@@ -260,6 +260,12 @@ def threads(rows: Iterable[Row]) -> Iterator[Row]:
         yield replace(
             row, value={"id": root["message_id"], "messages": _best_thread(root, children)}
         )
+
+
+def _no_message(value: Any) -> Flaw:
+    if isinstance(value, Flaw):
+        return value
+    return Flaw(MALFORMED, "record", value, "a row of a tree has a message_id, which is a text")
 
 
 def _best_thread(root: Mapping[str, Any], children: Mapping[Any, Any]) -> list[Found]:

@@ -37,6 +37,11 @@ class Source:
     key: str
     files: list[File] = field(default_factory=list)
 
+    @property
+    def shape_of_rows(self) -> str:
+        """Trees have become conversations by then."""
+        return "messages" if self.shape == "oasst" else self.shape
+
     def splits(self) -> Iterator[tuple[str, Iterator[Row]]]:
         """(split, its rows) for each split that the source gives.
 
