@@ -1,4 +1,4 @@
-"""The presets of hub data sets, each on a repository with the columns of the real one, by the real clients."""
+"""The presets of hub data sets, each on a repository with the columns of the real one."""
 
 import io
 import json
