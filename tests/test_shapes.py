@@ -8,7 +8,7 @@ import pytest
 from checking import check, flaws
 
 from capas.dataset.rows import Row
-from capas.dataset.shapes import threads
+from capas.dataset.trees import threads
 from capas.errors import CapasError
 
 ASKED, ANSWERED = {"role": "user", "content": "Hi"}, {"role": "assistant", "content": "Hello"}

@@ -8,7 +8,8 @@ from typing import Any
 
 from capas.dataset.files import DataFiles, File, by_split, expand, is_url, url_revision
 from capas.dataset.rows import Row, read_rows, without_nulls_of_others
-from capas.dataset.shapes import SIGNS, threads
+from capas.dataset.shapes import SIGNS
+from capas.dataset.trees import threads
 from capas.errors import CapasError
 from capas.params import Params
 
