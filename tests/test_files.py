@@ -124,7 +124,7 @@ def test_the_hash_is_of_the_whole_packed_file(own: Path, tmp_path: Path) -> None
 def test_an_array_larger_than_the_buffer_is_read_in_pieces(
     own: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("capas.dataset.rows._CHUNK_CHARS", 7)
+    monkeypatch.setattr("capas.dataset.arrays._CHUNK_CHARS", 7)
     name = put(own, "x.json", json.dumps(ROWS, ensure_ascii=False))
     assert [row.value for row in read(tmp_path, "json", name)] == ROWS
 
