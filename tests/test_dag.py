@@ -181,7 +181,7 @@ def test_a_folder_that_no_stage_makes_has_the_hash_that_dvc_gives_it(tmp_path: P
     md5 = "15713809b671d3961e79800d32c444e8.dir"  # as `dvc add` computed it
     entry = {"cmd": "x", "deps": [{"path": "own", "md5": md5}]}
     assert input_key(StageSpec.read("one", tmp_path), tmp_path) == recorded_key(entry)
-    with pytest.raises(CapasError, match=r"b is not in dvc.lock: an earlier stage has not run"):
+    with pytest.raises(CapasError, match=r"b is not in dvc\.lock: an earlier stage has not run"):
         input_key(StageSpec.read("two", tmp_path), tmp_path)
 
 

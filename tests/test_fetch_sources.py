@@ -76,6 +76,7 @@ def test_source_json_says_what_was_read(side: DataSide) -> None:
     assert facts["dropped"]["duplicate"]["count"] == 1
     assert (duplicate["file"], duplicate["at"]) == ("data/own/mine.jsonl", "line 61")
     assert duplicate["value"] == "'Question 1?'"
+    assert duplicate["why"] == "like data/own/mine.jsonl, line 2"
 
 
 def test_an_own_id_is_kept_for_the_first_with_it(side: DataSide) -> None:
@@ -114,6 +115,8 @@ def test_leaks_between_given_splits_are_dropped_from_train(side: DataSide) -> No
     assert facts["dropped"]["leak"]["count"] == 2
     places = [(e["at"], e["value"]) for e in facts["dropped"]["leak"]["examples"]]
     assert places == [("line 11", "'Question 10?'"), ("line 51", "'Question 10!?'")]
+    whys = {example["why"] for example in facts["dropped"]["leak"]["examples"]}
+    assert whys == {"like data/own/t.jsonl, line 10"}
     counts = {split: len(records) for split, records in side.raw().items()}
     assert counts == {"train": 49, "validation": 10, "test": 10}
 
@@ -198,8 +201,8 @@ def test_a_url_needs_the_pin_of_its_content(side: DataSide) -> None:
 def test_rows_of_the_hub_go_the_same_way(side: DataSide, monkeypatch: pytest.MonkeyPatch) -> None:
     called = []
 
-    def read_split(path: str, name: str | None, revision: str, split: str) -> Any:
-        called.append((path, name, revision, split))
+    def read_split(path: str, name: str | None, revision: str, split: str, key: str) -> Any:
+        called.append((path, name, revision, split, key))
         return iter([asked(f"{split} {n}", score=None) for n in range(60)])
 
     hub: Any = types.ModuleType("capas.dataset.hub")
@@ -207,7 +210,7 @@ def test_rows_of_the_hub_go_the_same_way(side: DataSide, monkeypatch: pytest.Mon
     monkeypatch.setitem(sys.modules, "capas.dataset.hub", hub)
     side.run("fetch", overrides=("dataset=gsm8k", "dataset.test_fraction=0.05"))
     found = side.json("data/raw/source.json")
-    assert called == [("openai/gsm8k", "main", "main", split) for split in ("train", "test")]
+    assert called == [("openai/gsm8k", "main", "main", s, "dataset") for s in ("train", "test")]
     assert found["splits"]["test"]["num_records"] == 60
     assert found["left_out"] == {}
 

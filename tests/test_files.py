@@ -124,7 +124,7 @@ def test_the_hash_is_of_the_whole_packed_file(own: Path, tmp_path: Path) -> None
 def test_an_array_larger_than_the_buffer_is_read_in_pieces(
     own: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("capas.dataset.rows._CHUNK_CHARS", 7)
+    monkeypatch.setattr("capas.dataset.arrays._CHUNK_CHARS", 7)
     name = put(own, "x.json", json.dumps(ROWS, ensure_ascii=False))
     assert [row.value for row in read(tmp_path, "json", name)] == ROWS
 
@@ -168,6 +168,7 @@ def test_a_broken_row_is_a_flaw_with_its_place(
         ("x.json", '[{"a": 1}] x', "goes on after its array: 'x'"),
         ("x.csv", "", "is empty; its first line must name the columns"),
         ("x.csv", "a,b,a\n", "line 1: the columns must have names of their own.*'a'"),
+        ("x.csv", "año,b\n1,2\n".encode("latin-1"), "line 1: .* is not UTF-8; save the file"),
         ("x.csv", "a,b\n1,2\n".encode("utf-16"), "is UTF-16; save it as UTF-8"),
         ("x.jsonl.gz", gzip.compress(b'{"a": 1}\n' * 99)[:-12], "cannot be read"),
         ("x.jsonl.zst", b"not zstd", "cannot be read"),

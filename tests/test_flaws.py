@@ -172,6 +172,20 @@ def test_what_is_dropped_is_counted_with_examples_within_a_budget() -> None:
         counts.check_budget()
 
 
+def test_deep_and_broken_values_are_shown_and_counted_as_text() -> None:
+    deep: Any = []
+    for _ in range(900):
+        deep = [deep]
+    counts = flaws(malformed="drop", invalid_text="drop")
+    messages = [ASKED, ANSWERED]
+    odd = {"messages": messages, "id": "a\ud83d"}
+    check(deep, {"messages": messages, "\ud83d": 1}, odd, counts=counts)
+    assert counts.dropped == {"malformed": 1, "invalid_text": 1}
+    assert counts.examples["malformed"][0]["value"] == "[[[[[...]]]]]"
+    assert counts.examples["invalid_text"][0]["id"] == "a\\ud83d"
+    assert counts.left_out == {"\\ud83d": 1}
+
+
 def test_an_empty_user_message_is_kept() -> None:
     [record] = check({"messages": [{"role": "user", "content": ""}, ANSWERED]})
     assert record["messages"][0]["content"] == ""

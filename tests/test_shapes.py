@@ -8,7 +8,7 @@ import pytest
 from checking import check, flaws
 
 from capas.dataset.rows import Row
-from capas.dataset.shapes import threads
+from capas.dataset.trees import threads
 from capas.errors import CapasError
 
 ASKED, ANSWERED = {"role": "user", "content": "Hi"}, {"role": "assistant", "content": "Hello"}
@@ -183,10 +183,11 @@ def test_the_best_ranked_thread_of_each_tree_is_taken() -> None:
         node("below", "gone", "prompter", None),
         node("lone", None, "prompter", None),
         node("lost", "nowhere", "assistant", 0),
+        {"text": "no message_id"},
     ]
     found = threads(Row("x", "record", n, row) for n, row in enumerate(rows, 1))
     counts = flaws(malformed="drop", no_answer="drop")
-    [record] = check(*(row.value for row in found), counts=counts)
+    [record] = check(*(row.value for row in found), shape="messages", counts=counts)
     assert told(record) == [("user", "a"), ("assistant", "b2")]
     assert record["id"] == "a"
-    assert counts.dropped == {"malformed": 1, "no_answer": 1}
+    assert counts.dropped == {"malformed": 2, "no_answer": 1}

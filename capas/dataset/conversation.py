@@ -11,6 +11,7 @@ import re
 from collections.abc import Mapping
 from typing import Any
 
+from capas.dataset.calls import check_calls
 from capas.dataset.flaws import (
     CONSECUTIVE,
     EMPTY_ANSWER,
@@ -105,37 +106,10 @@ def _extra(role: str, message: Mapping[str, Any], at: str, flaws: Flaws) -> dict
     extra = {key: message[key] for key in kept if message.get(key) not in (None, [])}
     for key, value in extra.items():
         if key == "tool_calls":
-            extra[key] = _calls(value, f"{at}.tool_calls")
+            extra[key] = check_calls(value, f"{at}.tool_calls")
         elif not isinstance(value, str):
             raise Flaw(MALFORMED, f"{at}.{key}", value, "give it as text")
     return extra
-
-
-def _calls(calls: Any, at: str) -> list[dict[str, Any]]:
-    if not isinstance(calls, list):
-        raise Flaw(MALFORMED, at, calls, "give a list of {type, function: {name, arguments}}")
-    return [_call(call, f"{at}[{i}]") for i, call in enumerate(calls)]
-
-
-def _call(call: Any, at: str) -> dict[str, Any]:
-    wrapped = {"type": "function", "function": call} if _is_function(call) else call
-    function = wrapped.get("function") if isinstance(wrapped, Mapping) else None
-    if not isinstance(function, Mapping) or not _is_function(function):
-        raise Flaw(MALFORMED, at, call, "give {type, function: {name, arguments}}")
-    arguments = function.get("arguments", {})
-    if isinstance(arguments, str):
-        try:
-            arguments = json.loads(arguments)
-        except (ValueError, RecursionError) as error:
-            advice = f"arguments given as text must be JSON: {error}"
-            raise Flaw(MALFORMED, f"{at}.function.arguments", arguments, advice) from None
-    if not isinstance(arguments, Mapping):
-        raise Flaw(MALFORMED, f"{at}.function.arguments", arguments, "give an object {name: value}")
-    return {**wrapped, "function": {**function, "arguments": arguments}}
-
-
-def _is_function(value: Any) -> bool:
-    return isinstance(value, Mapping) and isinstance(value.get("name"), str) and bool(value["name"])
 
 
 def _trained(message: Mapping[str, Any], at: str) -> bool:

@@ -16,6 +16,7 @@ from typing import Any, BinaryIO
 
 import pyarrow as pa
 
+from capas.dataset.streams import BUFFER_BYTES, Hashing, unpacked
 from capas.errors import CapasError
 
 OWN = "data/own"
@@ -26,7 +27,6 @@ _FORMATS = {
     "parquet": (".parquet",),
     "text": (".txt",),
 }
-_BUFFER_BYTES = 2**20
 # What of fsspec's info() stands for the content of a file; where there is none, the content itself is hashed.
 _MARKS = ("ETag", "etag", "Content-MD5", "md5Hash", "content_md5", "checksum")
 
@@ -60,8 +60,8 @@ class File:
             CapasError: it is missing, unreachable or damaged.
         """
         with _reached(self.name), _open(self.name, self.root) as raw:
-            hashing = _Hashing(raw)
-            with io.BufferedReader(_unpacked(hashing, self.compression), _BUFFER_BYTES) as content:
+            hashing = Hashing(raw)
+            with io.BufferedReader(unpacked(hashing, self.compression), BUFFER_BYTES) as content:
                 _check_utf16(content, self)
                 yield content
                 hashing.drain()
@@ -73,7 +73,7 @@ class File:
         if self.compression:
             raise CapasError(f"{self.name}: parquet compresses by itself; unpack the file first")
         with self.open() as content:
-            while content.read(_BUFFER_BYTES):
+            while content.read(BUFFER_BYTES):
                 pass
         with _reached(self.name), _open(self.name, self.root) as raw:
             yield raw
@@ -165,7 +165,8 @@ def _matching_urls(url: str) -> list[str]:
             "dataset.data_files: a URL holds a password, which would stand in every report; give it to the "
             "machine instead (~/.netrc, AWS_PROFILE, ...)"
         )
-    if not re.search(r"[*\[]", url.split("?")[0]):
+    path = url.split("://")[1].partition("/")[2].split("?")[0]
+    if not re.search(r"[*\[]", path):
         return [url]
     with _reached(url):
         fs, path = _filesystem(url)
@@ -190,48 +191,6 @@ def _filesystem(url: str) -> tuple[Any, str]:
     except (ValueError, ImportError) as error:  # no such scheme, or its package is not installed
         raise CapasError(f"dataset.data_files: {url} cannot be opened: {error}") from None
     return fs, path
-
-
-class _Hashing(io.RawIOBase):
-    """Reads through, hashing every byte once, in order."""
-
-    def __init__(self, raw: BinaryIO) -> None:
-        self._raw, self.digest, self.num_bytes = raw, hashlib.sha256(), 0
-
-    def readable(self) -> bool:
-        return True
-
-    def readinto(self, buffer: Any) -> int:
-        content = self._raw.read(len(buffer))
-        buffer[: len(content)] = content
-        self.digest.update(content)
-        self.num_bytes += len(content)
-        return len(content)
-
-    def drain(self) -> None:
-        """What a decompressor leaves unread at the end belongs to the file too."""
-        while content := self._raw.read(_BUFFER_BYTES):
-            self.digest.update(content)
-            self.num_bytes += len(content)
-
-
-class _Unpacked(io.RawIOBase):
-    """A stream of pyarrow's as one of Python's."""
-
-    def __init__(self, raw: Any, compression: str) -> None:
-        self._stream = pa.CompressedInputStream(pa.PythonFile(raw, "r"), compression)
-
-    def readable(self) -> bool:
-        return True
-
-    def readinto(self, buffer: Any) -> int:
-        content = self._stream.read(len(buffer))
-        buffer[: len(content)] = content
-        return len(content)
-
-
-def _unpacked(raw: _Hashing, compression: str | None) -> io.RawIOBase:
-    return _Unpacked(io.BufferedReader(raw, _BUFFER_BYTES), compression) if compression else raw
 
 
 def _check_utf16(content: "io.BufferedReader[Any]", file: File) -> None:
@@ -267,7 +226,7 @@ def _mark(url: str) -> str:
         return f"{info.get('size')} {' '.join(known)}"
     file = File(url, Path())
     with file.open() as content:
-        while content.read(_BUFFER_BYTES):
+        while content.read(BUFFER_BYTES):
             pass
     return file.sha256
 

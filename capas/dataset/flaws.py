@@ -1,5 +1,6 @@
 """What may be wrong with a record, and what is done about it: an error, or a policy that is counted."""
 
+import reprlib
 from collections import Counter
 from collections.abc import Mapping
 from typing import Any
@@ -18,6 +19,8 @@ WAYS_OUT = {
     SYSTEM: "keep or drop",
 }
 NUM_EXAMPLES = 20  # shown of each reason
+_SHORT = reprlib.Repr()
+_SHORT.maxlevel, _SHORT.maxstring, _SHORT.maxlong, _SHORT.maxother = 4, 80, 80, 80
 
 
 class Flaw(Exception):  # noqa: N818 (it stands as a value, too, where a row cannot be read)
@@ -29,9 +32,14 @@ class Flaw(Exception):  # noqa: N818 (it stands as a value, too, where a row can
 
 
 def show(value: Any) -> str:
-    """The value as Python writes it, shortened."""
-    text = repr(value[:200] if isinstance(value, str | bytes) else value)
+    """The value as Python writes it, shortened; however deep or long it is."""
+    text = repr(value[:200]) if isinstance(value, str | bytes) else _SHORT.repr(value)
     return text if len(text) <= 80 else f"{text[:77]}..."
+
+
+def printable(text: str) -> str:
+    """Halves of surrogate pairs as backslash escapes: no file could hold them."""
+    return text.encode("utf-8", "backslashreplace").decode()
 
 
 def _seen(field: str, value: str) -> str:
@@ -61,7 +69,7 @@ class Flaws:
 
     def leave_out(self, key: str) -> None:
         """Count a key that no stage uses; `key` is of the record, or 'messages[].key' of a message."""
-        self.left_out[key] += 1
+        self.left_out[printable(key)] += 1
 
     def drop(self, flaw: Flaw, place: Mapping[str, Any], identity: str) -> None:
         """Leave the record at `place` out.
@@ -80,7 +88,7 @@ class Flaws:
         self.dropped[flaw.kind] += 1
         shown = self.examples.setdefault(flaw.kind, [])
         if len(shown) < NUM_EXAMPLES:
-            about = {"id": identity, "field": flaw.field, "value": show(flaw.value)}
+            about = {"id": printable(identity), "field": flaw.field, "value": show(flaw.value)}
             shown.append({**place, **about, "why": flaw.text})
 
     def check_budget(self) -> None:

@@ -120,20 +120,18 @@ class Pool:
         file, unit = list(self._places)[self["place"][index]]
         return {"file": file, "at": f"{unit} {self['line'][index]}"}
 
-    def examples(self, indices: Iterable[int]) -> list[dict[str, Any]]:
-        """Where these records stand, and what they ask."""
-        wanted, shown = set(map(int, indices)), []
-        if not wanted:
-            return []
+    def examples(self, whys: Mapping[int, str]) -> list[dict[str, Any]]:
+        """Where these records stand and what they ask; `whys` says of each what is the matter."""
+        shown: list[dict[str, Any]] = []
         start = 0
-        for batch in self._batches():
-            for index in sorted(i for i in wanted if start <= i < start + len(batch)):
+        for batch in self._batches() if whys else ():
+            for index in sorted(i for i in whys if start <= i < start + len(batch)):
                 record = batch.slice(index - start, 1).to_pylist()[0]
-                asked: dict[str, Any] = next(
-                    (m for m in record["messages"] if m["role"] != "system"), {}
+                asked = next(
+                    (m["content"] for m in record["messages"] if m["role"] != "system"), ""
                 )
-                about = {"id": record["id"], "field": "", "value": show(asked.get("content"))}
-                shown.append({**self._place(index), **about, "why": ""})
+                about = {"id": record["id"], "field": "", "value": show(asked), "why": whys[index]}
+                shown.append({**self._place(index), **about})
             start += len(batch)
         return shown
 

@@ -4,26 +4,20 @@ Own readers: Arrow, and so `datasets`, gives every struct the keys of all rows (
 those of other calls), and its errors name no line.
 """
 
-import codecs
 import csv
 import json
-import re
-import sys
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from typing import Any, BinaryIO
 
 import pyarrow.parquet as pq
 
+from capas.dataset.arrays import LENIENT, read_objects, reason
 from capas.dataset.files import File
-from capas.dataset.flaws import MALFORMED, Flaw, show
+from capas.dataset.flaws import MALFORMED, Flaw, printable, show
 from capas.errors import CapasError
 
-_CHUNK_CHARS = 2**20
 _ROWS_AT_ONCE = 1000
-_BETWEEN = re.compile(r"[\s,]*")
-# A byte that is no UTF-8 becomes a lone surrogate, and with it a flaw of its record, field and value named.
-_LENIENT = "surrogateescape"
 
 
 @dataclass(frozen=True)
@@ -56,7 +50,7 @@ def read_rows(file: File) -> Iterator[Row]:
 
 def _json_lines(content: BinaryIO, name: str) -> Iterator[Row]:
     for number, line in enumerate(content, 1):
-        text = line.decode("utf-8-sig" if number == 1 else "utf-8", _LENIENT)
+        text = line.decode("utf-8-sig" if number == 1 else "utf-8", LENIENT)
         if not text.isspace():
             yield Row(name, "line", number, _parsed(text))
 
@@ -70,88 +64,12 @@ def _parsed(text: str) -> Any:
             if isinstance(error, json.JSONDecodeError)
             else text[:40]
         )
-        return Flaw(MALFORMED, "", near.rstrip("\n"), f"the line is not JSON: {_of_json(error)}")
-
-
-def _of_json(error: Exception) -> str:
-    if isinstance(error, json.JSONDecodeError):
-        return f"{error.msg} at character {error.pos + 1}"
-    return "it is nested too deeply" if isinstance(error, RecursionError) else str(error)
+        return Flaw(MALFORMED, "", near.rstrip("\n"), f"the line is not JSON: {reason(error)}")
 
 
 def _json(content: BinaryIO, name: str) -> Iterator[Row]:
-    """An array of objects, or objects one after the other, decoded while it is read."""
-    text = _Text(content)
-    text.skip_white()
-    if text.ends:
-        raise CapasError(f"{name} is empty")
-    array = text.buffer.startswith("[", text.position)
-    text.position += array
-    for number in range(1, sys.maxsize):
-        text.skip_separators()
-        if text.ends or (array and text.buffer[text.position] == "]"):
-            break
-        yield Row(name, "record", number, text.decode(f"{name}, record {number}"))
-    if array and text.ends:
-        raise CapasError(
-            f"{name} ends within its array, after record {number - 1}: it is cut off; get it again"
-        )
-    text.position += array
-    text.skip_white()
-    if not text.ends:
-        raise CapasError(
-            f"{name} goes on after its array: {show(text.buffer[text.position :][:40])}"
-        )
-
-
-class _Text:
-    """A window on a text that is too large for memory."""
-
-    def __init__(self, content: BinaryIO) -> None:
-        self._reader = codecs.getreader("utf-8-sig")(content, _LENIENT)
-        self._decoder = json.JSONDecoder()
-        self.buffer, self.position, self._complete = "", 0, False
-
-    @property
-    def ends(self) -> bool:
-        return self._complete and self.position >= len(self.buffer)
-
-    def more(self) -> None:
-        kept = self.buffer[self.position :]
-        added = self._reader.read(max(_CHUNK_CHARS, len(kept)))
-        self.buffer, self.position, self._complete = kept + added, 0, not added
-
-    def skip_white(self) -> None:
-        self._skip(re.compile(r"\s*"))
-
-    def skip_separators(self) -> None:
-        self._skip(_BETWEEN)
-
-    def _skip(self, pattern: re.Pattern[str]) -> None:
-        while True:
-            self.position = pattern.match(self.buffer, self.position).end()  # type: ignore[union-attr]
-            if self.position < len(self.buffer) or self._complete:
-                return
-            self.more()
-
-    def decode(self, where: str) -> Any:
-        """The next value; what is broken in an array has no end, so that nothing behind it can be read."""
-        while True:
-            try:
-                value, end = self._decoder.raw_decode(self.buffer, self.position)
-            except (ValueError, RecursionError) as error:
-                if not self._complete and not isinstance(error, RecursionError):
-                    self.more()
-                    continue
-                near = show(self.buffer[self.position : self.position + 60])
-                raise CapasError(
-                    f"{where} is not JSON: {_of_json(error)} of it; it begins with {near}. Mend the file: "
-                    "what stands behind it cannot be found"
-                ) from None
-            if end < len(self.buffer) or self._complete:
-                self.position = end
-                return value
-            self.more()
+    for number, value in enumerate(read_objects(content, name), 1):
+        yield Row(name, "record", number, value)
 
 
 def _csv(content: BinaryIO, name: str) -> Iterator[Row]:
@@ -181,7 +99,7 @@ class _Lines:
 
     def __init__(self, content: BinaryIO) -> None:
         self._content, self.last = content, ""
-        self._first: str | None = content.readline().decode("utf-8-sig", _LENIENT)
+        self._first: str | None = content.readline().decode("utf-8-sig", LENIENT)
 
     def peek(self) -> str:
         return self._first or ""
@@ -193,7 +111,7 @@ class _Lines:
         if self._first is not None:
             self.last, self._first = self._first, None
         else:
-            self.last = self._content.readline().decode("utf-8", _LENIENT)
+            self.last = self._content.readline().decode("utf-8", LENIENT)
         if not self.last:
             raise StopIteration
         return self.last
@@ -203,6 +121,8 @@ def _header(reader: Iterable[list[str]], name: str) -> list[str]:
     header = [cell.strip() for cell in next(iter(reader), [])]
     if not header:
         raise CapasError(f"{name} is empty; its first line must name the columns")
+    if any(printable(column) != column for column in header):
+        raise CapasError(f"{name}, line 1: {show(header)} is not UTF-8; save the file as UTF-8")
     twice = {column for column in header if header.count(column) > 1 or not column}
     if twice:
         raise CapasError(

@@ -37,6 +37,7 @@ class Selection:
     stays: Marks
     dropped: dict[str, Marks] = field(default_factory=dict)
     kept: dict[str, int] = field(default_factory=dict)
+    twins: dict[str, Callable[[int], Marks]] = field(default_factory=dict)
 
     def of(self, split: str) -> Marks:
         return self.stays & (self.split == SPLITS.index(split))
@@ -51,18 +52,20 @@ class Selection:
 
     def facts(self) -> dict[str, Any]:
         """{reason: count and examples}; a subset and a mixture need no examples."""
-        named = {
-            reason: marks for reason, marks in self.dropped.items() if reason in (DUPLICATE, LEAK)
-        }
         return {
-            reason: {
-                "count": int(marks.sum()),
-                "examples": self.pool.examples(np.flatnonzero(marks)[:NUM_EXAMPLES])
-                if reason in named
-                else [],
-            }
+            reason: {"count": int(marks.sum()), "examples": self._examples(reason, marks)}
             for reason, marks in self.dropped.items()
         }
+
+    def _examples(self, reason: str, marks: Marks) -> list[dict[str, Any]]:
+        if reason not in self.twins:
+            return []
+        first = [int(index) for index in np.flatnonzero(marks)[:NUM_EXAMPLES]]
+        return self.pool.examples({index: f"like {self.twin(reason, index)}" for index in first})
+
+    def twin(self, reason: str, index: int) -> str:
+        """Where the record stands that this one is a copy of, or whose prompt it has."""
+        return self.pool.location(int(self.twins[reason](index).argmax()))
 
 
 def select_records(
@@ -99,43 +102,45 @@ def _made(pool: Pool, dataset: Params, given: Sequence[set[str]]) -> NDArray[np.
 
 def _duplicates(selection: Selection, policy: str) -> None:
     """Exact copies within a split, the first of them stays; a copy in another split is a leak."""
-    pool, marks = selection.pool, np.zeros(len(selection.pool), bool)
-    for split in range(len(SPLITS)):
-        mine = selection.split == split
-        marks[mine] = ordinals(pool["content"][mine]) > 0
-    _apply(selection, policy, DUPLICATE, marks, lambda i: pool["content"] == pool["content"][i])
+    content, split = selection.pool["content"], selection.split
+    marks = np.zeros(len(content), bool)
+    for number in range(len(SPLITS)):
+        mine = split == number
+        marks[mine] = ordinals(content[mine]) > 0
+    selection.twins[DUPLICATE] = lambda i: (content == content[i]) & (split == split[i])
+    _apply(selection, policy, DUPLICATE, marks)
 
 
 def _leaks(selection: Selection, policy: str, budget_fraction: float) -> None:
-    pool, stays = selection.pool, selection.stays
-    marks = np.zeros(len(pool), bool)
-    marks[stays] = leaks(pool["prompt"][stays], selection.split[stays])
-    num_leaks, num_judged = int(marks.sum()), int((stays & (selection.split != TEST)).sum())
+    prompt, split, stays = selection.pool["prompt"], selection.split, selection.stays
+    marks = np.zeros(len(prompt), bool)
+    marks[stays] = leaks(prompt[stays], split[stays])
+    selection.twins[LEAK] = lambda i: (prompt == prompt[i]) & (split > split[i]) & stays
+    num_leaks, num_judged = int(marks.sum()), int((stays & (split != TEST)).sum())
     if policy == DROP and num_leaks > budget_fraction * num_judged:
         raise CapasError(
             f"{num_leaks} of {num_judged} records of train and validation have the prompt of a record in "
             f"test or validation, more than dataset.leak_budget_fraction={budget_fraction:g} allows to drop; "
-            f"the first: {pool.location(int(marks.argmax()))}. Raise the budget to at least "
-            f"{num_leaks / num_judged:.6g}"
+            f"{_first(selection, LEAK, marks)}. Raise the budget to at least {num_leaks / num_judged:.6g}"
         )
-    _apply(selection, policy, LEAK, marks, lambda i: pool["prompt"] == pool["prompt"][i])
+    _apply(selection, policy, LEAK, marks)
 
 
-def _apply(
-    selection: Selection, policy: str, reason: str, marks: Marks, like: Callable[[int], Marks]
-) -> None:
+def _apply(selection: Selection, policy: str, reason: str, marks: Marks) -> None:
     if policy == ERROR and marks.any():
-        index = int(marks.argmax())
-        others = np.flatnonzero(like(index) & selection.stays)
-        other = int(next(i for i in others if i != index))
         raise CapasError(
-            f"{int(marks.sum())} records are a {reason}, the first: {selection.pool.location(index)} is like "
-            f"{selection.pool.location(other)}. Take it out, or set dataset.{reason}s to drop or keep"
+            f"{int(marks.sum())} records are a {reason}, {_first(selection, reason, marks)}. Take it out, or "
+            f"set dataset.{reason}s to drop or keep"
         )
     if policy == KEEP and marks.any():
         selection.kept[reason] = int(marks.sum())
     if policy == DROP:
         selection.drop(reason, marks)
+
+
+def _first(selection: Selection, reason: str, marks: Marks) -> str:
+    index = int(marks.argmax())
+    return f"the first: {selection.pool.location(index)} is like {selection.twin(reason, index)}"
 
 
 def _mixture(selection: Selection, weights: Sequence[float], seed: int) -> None:

@@ -13,13 +13,11 @@ All rows of oasst are held in memory until the trees are put together; no other 
 """
 
 import json
-from collections.abc import Iterable, Iterator, Mapping
-from dataclasses import replace
+from collections.abc import Mapping
 from typing import Any
 
 from capas.dataset.conversation import TEXT
 from capas.dataset.flaws import MALFORMED, Flaw
-from capas.dataset.rows import Row
 
 Found = dict[str, Any]
 Columns = Mapping[str, str | list[str]]
@@ -233,49 +231,3 @@ def _cell(row: Mapping[str, Any], name: str) -> Any:
             raise Flaw(MALFORMED, "columns", sorted(map(str, row)), advice)
         value = value[part]
     return value
-
-
-def threads(rows: Iterable[Row]) -> Iterator[Row]:
-    """One conversation for each tree of Open Assistant: from its root along the best ranked replies.
-
-    It ends with the last answer. The trees are put together in memory: their rows stand in no order.
-    """
-    children: dict[Any, list[tuple[Row, Mapping[str, Any]]]] = {}
-    broken: list[Row] = []
-    known: set[str] = set()
-    for row in rows:
-        value = row.value
-        if not isinstance(value, Mapping) or not isinstance(value.get("message_id"), str):
-            broken.append(row)
-            continue
-        known.add(value["message_id"])
-        if not value.get("deleted"):  # what hangs below a deleted message goes with it
-            children.setdefault(value.get("parent_id"), []).append((row, value))
-    yield from broken
-    for parent in [p for p in children if p is not None and p not in known]:
-        for row, value in children[parent]:
-            advice = "no row has this message_id"
-            yield replace(row, value=Flaw(MALFORMED, "parent_id", value["parent_id"], advice))
-    for row, root in children.get(None, []):
-        yield replace(
-            row, value={"id": root["message_id"], "messages": _best_thread(root, children)}
-        )
-
-
-def _best_thread(root: Mapping[str, Any], children: Mapping[Any, Any]) -> list[Found]:
-    told, current = [], root
-    while True:
-        role = "user" if current.get("role") == "prompter" else current.get("role")
-        told.append({"role": role, "content": current.get("text")})
-        replies = [value for _, value in children.get(str(current["message_id"]), [])]
-        if not replies:
-            break
-        current = min(replies, key=_rank)
-    answers = [i for i, message in enumerate(told) if message["role"] == "assistant"]
-    return told[: answers[-1] + 1] if answers else told
-
-
-def _rank(reply: Mapping[str, Any]) -> tuple[bool, float]:
-    """0 is the best; replies without a rank come last, in the order of the file."""
-    rank = reply.get("rank")
-    return (rank is None, rank or 0)

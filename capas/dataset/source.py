@@ -8,7 +8,8 @@ from typing import Any
 
 from capas.dataset.files import DataFiles, File, by_split, expand, is_url, url_revision
 from capas.dataset.rows import Row, read_rows, without_nulls_of_others
-from capas.dataset.shapes import SIGNS, threads
+from capas.dataset.shapes import SIGNS
+from capas.dataset.trees import threads
 from capas.errors import CapasError
 from capas.params import Params
 
@@ -21,7 +22,7 @@ KEYS = (
 
 @dataclass
 class Source:
-    """One source of `dataset`, or one entry of `dataset.mix`."""
+    """The source of `dataset`, or an entry of `dataset.mix`; `key` says which, for messages."""
 
     path: str
     name: str | None
@@ -34,7 +35,13 @@ class Source:
     weight: float | None
     licence: str
     root: Path
+    key: str
     files: list[File] = field(default_factory=list)
+
+    @property
+    def shape_of_rows(self) -> str:
+        """Trees have become conversations by then."""
+        return "messages" if self.shape == "oasst" else self.shape
 
     def splits(self) -> Iterator[tuple[str, Iterator[Row]]]:
         """(split, its rows) for each split that the source gives.
@@ -61,9 +68,9 @@ class Source:
         found = url_revision(self.data_files) if any(map(is_url, names)) else None
         if found != self.revision:
             raise CapasError(
-                f"dataset.revision={self.revision or 'null'}, but what {', '.join(names)} holds now has the "
-                f"revision {found or 'null'} (a URL is pinned by its content; a file in data/own needs no "
-                f"pin). To use it as it is now, set revision: {found or 'null'}"
+                f"{self.key}.revision={self.revision or 'null'}, but what {', '.join(names)} holds now has "
+                f"the revision {found or 'null'} (a URL is pinned by its content; a file in data/own has "
+                f"no pin). To use it as it is now, set revision: {found or 'null'}"
             )
 
     def _of_hub(self) -> Iterator[tuple[str, Iterator[Row]]]:
@@ -74,7 +81,7 @@ class Source:
     def _hub_rows(self, theirs: str) -> Iterator[Row]:
         from capas.dataset.hub import read_split
 
-        rows = read_split(self.path, self.name, self.revision, theirs)
+        rows = read_split(self.path, self.name, self.revision, theirs, self.key)
         for number, value in enumerate(rows, 1):
             yield Row(f"{self.path} ({theirs})", "record", number, without_nulls_of_others(value))
 
@@ -98,4 +105,6 @@ class Source:
 def sources_of(dataset: Params, root: Path) -> list[Source]:
     """The source of `dataset` itself, and those of its mix."""
     own: dict[str, Any] = {key: dataset[key] for key in KEYS}
-    return [Source(**entry, root=root) for entry in (own, *dataset.mix)]
+    keys = ["dataset", *(f"dataset.mix[{i}]" for i in range(len(dataset.mix)))]
+    entries = zip((own, *dataset.mix), keys, strict=True)
+    return [Source(**entry, root=root, key=key) for entry, key in entries]

@@ -1,0 +1,60 @@
+"""Trees of messages, as Open Assistant publishes them, as conversations."""
+
+from collections.abc import Iterable, Iterator, Mapping
+from dataclasses import replace
+from typing import Any
+
+from capas.dataset.flaws import MALFORMED, Flaw
+from capas.dataset.rows import Row
+
+
+def threads(rows: Iterable[Row]) -> Iterator[Row]:
+    """One conversation for each tree of Open Assistant: from its root along the best ranked replies.
+
+    It ends with the last answer. The trees are put together in memory: their rows stand in no order.
+    """
+    children: dict[Any, list[tuple[Row, Mapping[str, Any]]]] = {}
+    broken: list[Row] = []
+    known: set[str] = set()
+    for row in rows:
+        value = row.value
+        if not isinstance(value, Mapping) or not isinstance(value.get("message_id"), str):
+            broken.append(replace(row, value=_no_message(value)))
+            continue
+        known.add(value["message_id"])
+        if not value.get("deleted"):  # what hangs below a deleted message goes with it
+            children.setdefault(value.get("parent_id"), []).append((row, value))
+    yield from broken
+    for parent in [p for p in children if p is not None and p not in known]:
+        for row, value in children[parent]:
+            advice = "no row has this message_id"
+            yield replace(row, value=Flaw(MALFORMED, "parent_id", value["parent_id"], advice))
+    for row, root in children.get(None, []):
+        yield replace(
+            row, value={"id": root["message_id"], "messages": _best_thread(root, children)}
+        )
+
+
+def _no_message(value: Any) -> Flaw:
+    if isinstance(value, Flaw):
+        return value
+    return Flaw(MALFORMED, "record", value, "a row of a tree has a message_id, which is a text")
+
+
+def _best_thread(root: Mapping[str, Any], children: Mapping[Any, Any]) -> list[dict[str, Any]]:
+    told, current = [], root
+    while True:
+        role = "user" if current.get("role") == "prompter" else current.get("role")
+        told.append({"role": role, "content": current.get("text")})
+        replies = [value for _, value in children.get(str(current["message_id"]), [])]
+        if not replies:
+            break
+        current = min(replies, key=_rank)
+    answers = [i for i, message in enumerate(told) if message["role"] == "assistant"]
+    return told[: answers[-1] + 1] if answers else told
+
+
+def _rank(reply: Mapping[str, Any]) -> tuple[bool, float]:
+    """0 is the best; replies without a rank come last, in the order of the file."""
+    rank = reply.get("rank")
+    return (rank is None, rank or 0)
