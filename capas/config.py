@@ -38,7 +38,7 @@ class Hardware(Group):
 
 
 class Model(Group):
-    """`AutoModelForCausalLM.from_pretrained`; pad_token, gated and licence are capas' own."""
+    """`AutoModelForCausalLM.from_pretrained`; pad_token and licence are capas' own."""
 
     model_name_or_path: Annotated[str, Field(min_length=1)]
     revision: str | None
@@ -46,32 +46,82 @@ class Model(Group):
     attn_implementation: Literal["eager", "sdpa", "flash_attention_2"]
     trust_remote_code: bool
     pad_token: Annotated[str, Field(min_length=1)] | None
-    gated: bool
     licence: str
 
 
-class Dataset(Group):
-    """`datasets.load_dataset`; the rest says how records are made, measured and refused."""
+class Flaws(BaseModel):
+    """What is done about each kind of flaw of a record."""
 
-    path: Annotated[str, Field(min_length=1)]
+    model_config = ConfigDict(extra="forbid", strict=True)
+
+    malformed: Literal["error", "drop"]
+    no_answer: Literal["error", "drop"]
+    empty_answer: Literal["error", "drop"]
+    invalid_text: Literal["error", "drop", "replace"]
+    consecutive_roles: Literal["error", "drop", "merge", "keep"]
+    system_in_the_middle: Literal["error", "drop", "keep"]
+
+
+Split = Literal["train", "validation", "test"]
+Column = str | Annotated[list[str], Field(min_length=1)]
+
+
+class Source(BaseModel):
+    """Where records come from, and their shape. A path with a / is a data set on the Hub."""
+
+    model_config = ConfigDict(extra="forbid", strict=True)
+
+    path: Annotated[str, Field(pattern=r"^(embedded|json|csv|parquet|text|[\w.-]+/[\w.-]+)$")]
     name: str | None
     revision: str | None
-    split: str | None
-    data_files: str | list[str] | dict[str, str] | None
+    split: str | Annotated[dict[Split, str], Field(min_length=1)] | None
+    data_files: (
+        str
+        | Annotated[list[str], Field(min_length=1)]
+        | Annotated[dict[Split, str | list[str]], Field(min_length=1)]
+        | None
+    )
+    shape: Literal[
+        "auto", "messages", "sharegpt", "alpaca", "prompt_completion", "question_answer",
+        "text", "oasst", "columns",
+    ]  # fmt: skip
+    columns: (
+        dict[Literal["messages", "text", "system", "user", "assistant", "id", "tools"], Column]
+        | None
+    )
+    system: str | None
+    weight: Annotated[float, Field(gt=0)] | None
+    licence: str
+
+
+class Dataset(Group, Source):
+    """`datasets.load_dataset`; the rest says how records are made, measured and refused."""
+
+    mix: list[Source]
+    max_records: Annotated[int, Field(ge=3)] | None
+    validation_fraction: Annotated[float, Field(ge=0, lt=1)]
+    test_fraction: Annotated[float, Field(ge=0, lt=1)]
     seed: Seed
-    num_train: Count
-    num_validation: Count
-    num_test_per_kind: Count
+    duplicates: Literal["drop", "keep", "error"]
+    leaks: Literal["drop", "keep", "error"]
+    leak_budget_fraction: Fraction
+    flaws: Flaws
+    flaw_budget_fraction: Fraction
+    num_train: Count | None
+    num_validation: Count | None
+    num_test_per_kind: Count | None
     max_length: Annotated[int, Field(ge=8)]
     overflow: Literal["error", "drop", "truncate"]
     overflow_budget_fraction: Fraction
-    licence: str
 
 
 class ChatTemplate(Group):
     path: Annotated[str, Field(min_length=1)]
     train_on: Literal["assistant", "last_assistant", "all"]
     system: Literal["template", "fold", "error"]
+    refused: Literal["error", "drop"]
+    refused_budget_fraction: Fraction
+    allowed_tokens: list[str]
     contrast: str
     date_string: str
 
@@ -241,6 +291,95 @@ class Rule:
     expected: str
 
 
+def _every(names: tuple[str, ...], holds: Callable[[dict[str, Any]], bool]) -> Callable[..., bool]:
+    """Whether a rule holds for the source of `dataset`, whose values are given, and for all of its mix."""
+    return lambda *values: all(map(holds, [dict(zip(names, values, strict=False)), *values[-1]]))
+
+
+def _is_hub(source: dict[str, Any]) -> bool:
+    return "/" in source["path"]
+
+
+def _columns_fit(source: dict[str, Any]) -> bool:
+    columns = set(source["columns"] or {})
+    if source["shape"] != "columns":
+        return not columns
+    content = columns & {"messages", "text", "user", "assistant"}
+    return content in ({"messages"}, {"text"}, {"user", "assistant"}) and (
+        "text" not in columns or "system" not in columns
+    )
+
+
+_GENERATED = ("name", "revision", "split", "data_files", "columns", "system")  # all null
+# Of every source: (its keys, what must hold of them, what is expected where it does not).
+_SOURCE_RULES: tuple[tuple[tuple[str, ...], Callable[[dict[str, Any]], bool], str], ...] = (
+    (
+        ("path", "name", "revision", "split", "data_files", "columns", "system"),
+        lambda s: s["path"] != "embedded" or all(s[key] is None for key in _GENERATED),
+        "null but for path: the embedded records are generated",
+    ),
+    (
+        ("path", "data_files"),
+        lambda s: (
+            (s["data_files"] is not None) == (s["path"] in ("json", "csv", "parquet", "text"))
+        ),
+        "data_files with path json, csv, parquet or text, and null with any other",
+    ),
+    (
+        ("path", "name", "split"),
+        lambda s: (s["split"] is not None) == _is_hub(s) and (s["name"] is None or _is_hub(s)),
+        "split with a data set of the Hub (owner/name), and with no other; name only there",
+    ),
+    (
+        ("shape", "columns"),
+        _columns_fit,
+        "columns with shape columns and with no other: {user, assistant} and perhaps system, or "
+        "{messages}, or {text}; id and tools beside them",
+    ),
+)
+
+
+def _of_dataset() -> Iterator[Rule]:
+    for names, holds, expected in _SOURCE_RULES:
+        keys = tuple(f"dataset.{name}" for name in (*names, "mix"))
+        yield Rule(keys, _every(names, holds), expected)
+    yield Rule(
+        ("dataset.path", "dataset.mix"),
+        lambda path, mix: not (mix and "embedded" in (path, *(source["path"] for source in mix))),
+        "no mixture with the embedded records",
+    )
+    yield Rule(
+        (
+            "dataset.path",
+            "dataset.num_train",
+            "dataset.num_validation",
+            "dataset.num_test_per_kind",
+        ),
+        lambda path, *numbers: all((n is not None) == (path == "embedded") for n in numbers),
+        "numbers for path embedded, and null for any other (dataset.max_records makes a subset)",
+    )
+    yield Rule(
+        ("dataset.weight", "dataset.mix"),
+        lambda weight, mix: len({w is None for w in (weight, *(s["weight"] for s in mix))}) == 1,
+        "a weight for all sources or for none",
+    )
+    yield Rule(
+        ("dataset.validation_fraction", "dataset.test_fraction"),
+        lambda validation, test: validation + test < 1,
+        "together less than 1: something must be left to train on",
+    )
+    yield Rule(
+        ("dataset.leaks", "dataset.leak_budget_fraction"),
+        lambda leaks, budget: leaks == "drop" or budget == 0,
+        "a budget of 0.0 where leaks are not dropped",
+    )
+    yield Rule(
+        ("dataset.flaws", "dataset.flaw_budget_fraction"),
+        lambda flaws, budget: "drop" in flaws.values() or budget == 0,
+        "a budget of 0.0 where no flaw is dropped",
+    )
+
+
 RULES = (
     Rule(
         ("quantization.load_in_4bit", "quantization.load_in_8bit"),
@@ -302,11 +441,7 @@ RULES = (
         lambda name, revision: name != "data/embedded" or revision is None,
         "null: the embedded base ships with the repository and has no other revision",
     ),
-    Rule(
-        ("dataset.path", "dataset.name", "dataset.revision", "dataset.split", "dataset.data_files"),
-        lambda path, *others: path != "embedded" or all(other is None for other in others),
-        "null but for the path: the embedded records are generated",
-    ),
+    *_of_dataset(),
     Rule(
         ("lora.bias",),
         lambda bias: bias == "none",
@@ -346,6 +481,11 @@ RULES = (
         ("trainer.warmup_steps",),
         lambda steps: steps < 1 or float(steps).is_integer(),
         "a fraction below 1, or a whole number of steps",
+    ),
+    Rule(
+        ("chat_template.refused", "chat_template.refused_budget_fraction"),
+        lambda refused, budget: refused == "drop" or budget == 0,
+        "refused: error allows none: a budget of 0.0, or refused=drop",
     ),
     Rule(
         ("dataset.overflow", "dataset.overflow_budget_fraction"),

@@ -2,7 +2,9 @@
 
 import hashlib
 import json
+import os
 import re
+from collections.abc import Collection
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -60,12 +62,11 @@ class StageSpec:
         if name not in stages:
             raise CapasError(f"dvc.yaml has no stage '{name}'; it has: {', '.join(stages)}")
         entry = stages[name]
-        outs = [out for kind in ("outs", "metrics", "plots") for out in entry.get(kind, [])]
         return cls(
             name=name,
             cmd=entry["cmd"],
             deps=tuple(entry.get("deps", [])),
-            outs=tuple(out if isinstance(out, str) else next(iter(out)) for out in outs),
+            outs=tuple(_declared_outs(entry)),
             params=_declared_params(entry.get("params", [])),
         )
 
@@ -75,6 +76,11 @@ class StageSpec:
             file: select(read_yaml(root / file), keys, file) if keys else read_yaml(root / file)
             for file, keys in self.params.items()
         }
+
+
+def _declared_outs(entry: dict[str, Any]) -> list[str]:
+    outs = [out for kind in ("outs", "metrics", "plots") for out in entry.get(kind, [])]
+    return [out if isinstance(out, str) else next(iter(out)) for out in outs]
 
 
 def _declared_params(entries: list[Any]) -> dict[str, list[str]]:
@@ -106,7 +112,9 @@ def input_key(spec: StageSpec, root: Path) -> str:
         for entry in recorded(root).values()
         for out in entry.get("outs", [])
     }
-    deps = {dep: known[dep] if dep in known else _md5(root / dep) for dep in spec.deps}
+    entries = read_yaml(root / "dvc.yaml")["stages"].values()
+    made = {out for entry in entries for out in _declared_outs(entry)}
+    deps = {dep: known[dep] if dep in known else _md5(root / dep, made) for dep in spec.deps}
     params = {
         file: _leaves(values, spec.params[file]) for file, values in spec.values(root).items()
     }
@@ -130,10 +138,31 @@ def _leaves(values: dict[str, Any], keys: list[str]) -> dict[str, Any]:
     return leaves
 
 
-def _md5(path: Path) -> str:
+def _md5(path: Path, made: Collection[str] = ()) -> str:
+    """Of a file, or of a folder that no stage makes (data/own), as DVC has it."""
     if path.is_file():
-        return hashlib.md5(path.read_bytes(), usedforsecurity=False).hexdigest()
-    raise CapasError(f"{path} is not in dvc.lock: an earlier stage has not run; run `dvc repro`")
+        with path.open("rb") as content:
+            return hashlib.file_digest(content, _plain_md5).hexdigest()
+    if not path.is_dir() or any(path.match(out) for out in made):
+        raise CapasError(
+            f"{path} is not in dvc.lock: an earlier stage has not run; run `dvc repro`"
+        )
+    entries = [{"md5": _md5(path / name), "relpath": name} for name in sorted(_files_below(path))]
+    listed = json.dumps(entries, sort_keys=True).encode()
+    return f"{hashlib.md5(listed, usedforsecurity=False).hexdigest()}.dir"
+
+
+def _plain_md5() -> Any:
+    return hashlib.md5(usedforsecurity=False)
+
+
+def _files_below(folder: Path) -> list[str]:
+    """Their paths in it; DVC does not follow links to folders."""
+    return [
+        (Path(parent) / name).relative_to(folder).as_posix()
+        for parent, _, names in os.walk(folder)
+        for name in names
+    ]
 
 
 def _digest(*parts: Any) -> str:

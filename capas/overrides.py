@@ -6,6 +6,7 @@ so that conf/ composes to exactly params.yaml and a later edit of another key do
 """
 
 import shutil
+from collections.abc import Callable
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any
@@ -13,6 +14,7 @@ from typing import Any
 from capas.composition import CONF, NOTHING_OVERRIDDEN, OVERRIDES, Compose, Values, composer
 from capas.errors import CapasError
 from capas.params import flatten
+from capas.pins import KEYS
 
 _HEADER = """\
 # Set by `dvc exp run -S`, by a sweep, or by an edit of params.yaml. Wins over the rest of conf/.
@@ -26,10 +28,13 @@ def difference(values: Values, base: Values) -> dict[str, Any]:
     return {k: v for k, v in flatten(values).items() if k not in have or not _same(have[k], v)}
 
 
-def absorb(values: Values, conf: Path = CONF) -> None:
+def absorb(values: Values, pinned: Callable[[Values], Values], conf: Path = CONF) -> None:
     """Write the overrides with which `conf` composes to exactly `values`.
 
     It is tried on a copy of conf/, so that a killed process never leaves a half-tried file.
+
+    Args:
+        pinned: puts the commits of conf/revisions.yaml into values: a pin is no override.
 
     Raises:
         CapasError: params.yaml lacks a key that conf/ sets, or cannot be expressed over conf/.
@@ -37,7 +42,7 @@ def absorb(values: Values, conf: Path = CONF) -> None:
     with TemporaryDirectory() as folder:
         trial = Path(shutil.copytree(conf, Path(folder) / "conf"))
         with composer(trial) as compose:
-            text = _express(values, compose, trial / OVERRIDES.name)
+            text = _express(values, compose, pinned, trial / OVERRIDES.name)
     target = conf / OVERRIDES.name
     partial = target.with_name(f".{target.name}.partial")
     partial.write_text(text, encoding="utf-8")
@@ -56,7 +61,9 @@ def in_force(conf: Path = CONF) -> list[str]:
     return named + [f"{key}={value}" for key, value in flatten(tree).items()]
 
 
-def _express(values: Values, compose: Compose, file: Path) -> str:
+def _express(
+    values: Values, compose: Compose, pinned: Callable[[Values], Values], file: Path
+) -> str:
     """The shortest text that composes to `values`: group choices, then what these do not explain.
 
     A leaf that conf/ derives from another is left to it where that is enough, and set otherwise.
@@ -72,13 +79,14 @@ def _express(values: Values, compose: Compose, file: Path) -> str:
         raise CapasError(
             f"params.yaml lacks {', '.join(gone)}, which conf/ sets; remove it in conf/ instead"
         )
-    derived, left = _interpolated(), difference(values, compose([]))
+    wanted = pinned(values)
+    derived, left = _interpolated() | KEYS, difference(wanted, pinned(compose([])))
     leaves = {key: value for key, value in left.items() if key not in derived}
     for _ in range(3):
         text = _render(choices, leaves)
         file.write_text(text, encoding="utf-8")
-        found = compose([])
-        left = {**difference(values, found), **difference(found, values)}
+        found = pinned(compose([]))
+        left = {**difference(wanted, found), **difference(found, wanted)}
         if not left:
             return text
         leaves |= {key: kept[key] for key in left if key in kept}

@@ -2,31 +2,34 @@
 
 from collections.abc import Iterable
 from dataclasses import dataclass
-from typing import Any
 
+from capas.chat.messages import TEXT, Message, Tools, conversation, spoken
 from capas.errors import CapasError
-from capas.records import evenly_spaced
+from capas.records import Record, evenly_spaced
+
+TEXT_PROMPT_WORDS = 16  # of a plain text, which the model goes on from
 
 
 @dataclass(frozen=True)
 class Prompt:
-    """A conversation that ends with the user; `reference` is the answer of a test record."""
+    """A conversation that ends with the user, or the beginning of a text; `reference` is what came after."""
 
     prompt_id: str
-    messages: list[dict[str, str]]
+    messages: list[Message]
     reference: str | None
+    tools: Tools = None
 
 
-def own_prompts(requests: list[str], system: str | None) -> list[Prompt]:
-    """Each request after the system message, if there is one."""
-    before = [] if system is None else [{"role": "system", "content": system}]
+def own_prompts(requests: list[str], system: str | None, role: str = "user") -> list[Prompt]:
+    """Each request after the system message, if there is one; with the role text as beginnings of texts."""
+    before = [] if system is None or role == TEXT else [{"role": "system", "content": system}]
     return [
-        Prompt(f"own-{i}", [*before, {"role": "user", "content": request}], None)
+        Prompt(f"own-{i}", [*before, {"role": role, "content": request}], None)
         for i, request in enumerate(requests)
     ]
 
 
-def held_out_prompts(raw: Iterable[dict[str, Any]], ids: list[str], count: int) -> list[Prompt]:
+def held_out_prompts(raw: Iterable[Record], ids: list[str], count: int) -> list[Prompt]:
     """`count` of the test records named in `ids`, evenly spaced.
 
     Args:
@@ -34,19 +37,33 @@ def held_out_prompts(raw: Iterable[dict[str, Any]], ids: list[str], count: int) 
         ids: those that the format stage kept.
     """
     chosen = evenly_spaced(ids, count)
-    messages = {record["id"]: record["messages"] for record in raw if record["id"] in set(chosen)}
-    return [Prompt(name, *_split(messages[name], name)) for name in chosen]
+    wanted = set(chosen)
+    found = {record["id"]: _prompt(record) for record in raw if record["id"] in wanted}
+    return [found[name] for name in chosen]
 
 
-def first_system_message(raw: Iterable[dict[str, Any]]) -> str | None:
-    """The system message of the first record; None where it has none."""
-    messages = next(iter(raw))["messages"]
-    return messages[0]["content"] if messages[0]["role"] == "system" else None
+def first_system_message(record: Record) -> str | None:
+    """The system message of a record; None where it has none."""
+    first = record["messages"][0]
+    return first["content"] if first["role"] == "system" else None
 
 
-def _split(messages: list[dict[str, str]], name: str) -> tuple[list[dict[str, str]], str]:
+def _prompt(record: Record) -> Prompt:
     """Everything before the last answer, and that answer."""
+    told, tools = conversation(record)
+    messages = [spoken(message) for message in told]
+    if messages[0]["role"] == TEXT:
+        return _beginning(record["id"], messages[0]["content"])
     last = max(i for i, message in enumerate(messages) if message["role"] == "assistant")
     if last == 0:
-        raise CapasError(f"test record {name} begins with its only answer: there is nothing to ask")
-    return messages[:last], messages[last]["content"]
+        raise CapasError(
+            f"test record {record['id']} begins with its only answer: there is nothing to ask"
+        )
+    return Prompt(record["id"], messages[:last], messages[last]["content"], tools)
+
+
+def _beginning(identity: str, text: str) -> Prompt:
+    """Cut at a blank, which begins the rest: tokenizers make one token of a blank and the word after it."""
+    blanks = [i for i, character in enumerate(text) if character == " " and i]
+    cut = blanks[min(TEXT_PROMPT_WORDS, len(blanks)) - 1] if blanks else len(text)
+    return Prompt(identity, [{"role": TEXT, "content": text[:cut]}], text[cut:])

@@ -4,15 +4,15 @@ One record grows from stage to stage::
 
     raw        id, messages [{role, content, extra, train}], tools, metadata        what fetch got
     tokenized  id, messages [{role, content, extra, train, input_ids}], tools, metadata
-    formatted  id, input_ids, attention_mask, labels, prompt_ids, reference, metadata
+    formatted  id, input_ids, labels, prompt_ids, reference, metadata
 
-`extra` (tool_calls, tool_call_id, ... of a message), `tools` and `metadata` are JSON as text, keys sorted, ""
-where there are none: Arrow gives each row the keys of all. `train: false` keeps an answer out of the loss.
+`extra` (tool_calls, tool_call_id, ... of a message), `tools` and `metadata` are JSON as text, "" where there
+are none: Arrow gives each row the keys of all. Calls and tools keep the order of their keys, which is
+trained on. `train: false` keeps an answer out of the loss. A plain text is one message of the role `text`.
 """
 
-import hashlib
-import json
 from collections.abc import Iterable, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -54,7 +54,6 @@ FORMATTED = pa.schema(
     _required(
         ("id", _TEXT),
         ("input_ids", _IDS),
-        ("attention_mask", _list_of(pa.int8())),
         ("labels", _IDS),
         ("prompt_ids", _IDS),
         ("reference", _TEXT),
@@ -65,16 +64,36 @@ FORMATTED = pa.schema(
 
 def write_records(file: Path, schema: pa.Schema, records: Iterable[Record]) -> int:
     """Write `records` as they come, in groups of rows of a fixed size; returns how many there were."""
+    groups = (pa.Table.from_pylist(group, schema=schema) for group in _groups(records))
+    return write_tables(file, schema, groups)
+
+
+def write_tables(file: Path, schema: pa.Schema, tables: Iterable[pa.Table]) -> int:
+    """As `write_records`, from tables of any length. One group is written while the next is made."""
     count = 0
-    with pq.ParquetWriter(file, schema, version="2.6", compression="zstd") as writer:
-        for group in _groups(records):
-            writer.write_table(pa.Table.from_pylist(group, schema=schema))
-            count += len(group)
+    with (
+        pq.ParquetWriter(file, schema, version="2.6", compression="zstd") as writer,
+        ThreadPoolExecutor(1) as beside,
+    ):
+        writing = None
+        for table in _regrouped(tables):
+            if writing:
+                writing.result()
+            writing = beside.submit(writer.write_table, table)
+            count += len(table)
+        if writing:
+            writing.result()
     return count
 
 
 def read_records(file: Path, schema: pa.Schema) -> Iterator[Record]:
-    """The records of `file`, in order, few in memory at once.
+    """The records of `file`, in order, few in memory at once; raises as `read_batches`."""
+    for batch in read_batches(file, schema):
+        yield from batch.to_pylist()
+
+
+def read_batches(file: Path, schema: pa.Schema) -> Iterator[pa.RecordBatch]:
+    """The records of `file`, in order, `ROWS_PER_GROUP` at once.
 
     Raises:
         CapasError: the file is no parquet file, or has other columns than `schema`.
@@ -83,8 +102,7 @@ def read_records(file: Path, schema: pa.Schema) -> Iterator[Record]:
         with pq.ParquetFile(file) as parquet:
             if not parquet.schema_arrow.equals(schema):
                 raise CapasError(_other_columns(file, parquet.schema_arrow, schema))
-            for batch in parquet.iter_batches(ROWS_PER_GROUP):
-                yield from batch.to_pylist()
+            yield from parquet.iter_batches(ROWS_PER_GROUP)
     except pa.ArrowInvalid as error:
         raise CapasError(
             f"{file} is no complete parquet file ({error}); `dvc repro` makes it again once it is deleted"
@@ -107,6 +125,20 @@ def _other_columns(file: Path, found: pa.Schema, wanted: pa.Schema) -> str:
     )
 
 
+def _regrouped(tables: Iterable[pa.Table]) -> Iterator[pa.Table]:
+    """The same rows in tables of ROWS_PER_GROUP, the last one shorter."""
+    pending: list[pa.Table] = []
+    for table in tables:
+        pending.append(table)
+        if sum(map(len, pending)) >= ROWS_PER_GROUP:
+            whole = pa.concat_tables(pending)
+            for start in range(0, len(whole) - ROWS_PER_GROUP + 1, ROWS_PER_GROUP):
+                yield whole.slice(start, ROWS_PER_GROUP).combine_chunks()
+            pending = [whole.slice(len(whole) - len(whole) % ROWS_PER_GROUP)]
+    if sum(map(len, pending)):
+        yield pa.concat_tables(pending).combine_chunks()
+
+
 def _groups(records: Iterable[Record]) -> Iterator[list[Record]]:
     group: list[Record] = []
     for record in records:
@@ -116,12 +148,3 @@ def _groups(records: Iterable[Record]) -> Iterator[list[Record]]:
             group = []
     if group:
         yield group
-
-
-def content_sha256(records: Iterable[Record]) -> str:
-    """Identity of the records themselves, whatever version of pyarrow wrote them."""
-    digest = hashlib.sha256()
-    for record in records:
-        line = json.dumps(record, ensure_ascii=False, sort_keys=True, separators=(",", ":"))
-        digest.update(line.encode() + b"\n")
-    return digest.hexdigest()

@@ -2,14 +2,14 @@
 
 import hashlib
 import re
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Sequence
 from enum import Enum
 from pathlib import Path
 from typing import Literal
 
 from capas import embedded
 from capas.errors import CapasError
+from capas.hub import Repository, is_commit
 
 TOKENIZER_FILES = (
     "tokenizer.json",
@@ -70,7 +70,8 @@ def check_folder(
     if given[index:][:1] != [_digest(matching(folder, patterns))]:
         raise CapasError(
             f"model.revision={revision or 'null'}: {name} is a folder, whose files may change; the revision "
-            "stands for what is in it. To use it as it is now, set in the model's file in conf/model/ "
+            "stands for what is in it. To use it as it is now: python stages/compose_params.py "
+            "--update-revisions; where conf/ gives the revision itself, set it there, "
             f"revision: {folder_revision(folder)}"
         )
 
@@ -97,18 +98,9 @@ def snapshot(name: str, revision: str | None, patterns: Sequence[str]) -> Path:
     """The folder, in the Hub's own cache, with the files of one commit that match `patterns`.
 
     Raises:
-        CapasError: no commit is named; it is not found, gated or out of reach.
+        CapasError: no commit is named; it is not found, gated or out of reach; a file is damaged.
     """
-    if not re.fullmatch(r"[0-9a-f]{40}", revision or ""):
-        raise CapasError(
-            f"model.revision={revision or 'null'}: name the commit of {name} (40 hex digits, on its page "
-            "under 'Files and versions'); a branch moves, and the same configuration would mean another "
-            f"model tomorrow. (If {name} is meant to be a folder: there is none of that name here.)"
-        )
-    from huggingface_hub import snapshot_download
-
-    with _reached(name, revision):
-        return Path(snapshot_download(name, revision=revision, allow_patterns=list(patterns)))
+    return on_hub(name).download(_commit(name, revision), patterns)
 
 
 def file_names(name: str, revision: str | None) -> list[str]:
@@ -117,21 +109,19 @@ def file_names(name: str, revision: str | None) -> list[str]:
     Raises:
         CapasError: as `snapshot`.
     """
-    from huggingface_hub import list_repo_files
-
-    with _reached(name, revision):
-        return list_repo_files(name, revision=revision)
+    return on_hub(name).file_names(_commit(name, revision))
 
 
-@contextmanager
-def _reached(name: str, revision: str | None) -> Iterator[None]:
-    from httpx import HTTPError
-    from huggingface_hub.errors import EntryNotFoundError, HFValidationError, OfflineModeIsEnabled
+def on_hub(name: str) -> Repository:
+    return Repository("model", name, "model.model_name_or_path")
 
-    try:
-        yield
-    except (HTTPError, EntryNotFoundError, HFValidationError, OfflineModeIsEnabled) as error:
+
+def _commit(name: str, revision: str | None) -> str:
+    if revision is None or not is_commit(revision):
         raise CapasError(
-            f"{name} at {revision} could not be downloaded: {error}\nA gated model needs `hf auth login`; "
-            "without a network use model=embedded, or a folder that somebody downloaded before."
-        ) from None
+            f"model.revision={revision or 'null'} does not name the commit of {name}; a branch moves, and "
+            "the same configuration would mean another model tomorrow. `dvc repro compose` asks the Hub once "
+            f"and records it in conf/revisions.yaml. (If {name} is meant to be a folder: there is none of "
+            "that name here.)"
+        )
+    return revision

@@ -70,10 +70,12 @@ def of_data(params: Params, stage: Stage) -> dict[str, Any]:
     formatted, folder = stage.dep("data/formatted"), stage.dep("data/models/tokenizer")
     tokenizer = Tokenizer.from_file(str(folder / "tokenizer.json"))
     records = tokens.first_records(formatted / "train.parquet")
+    facts = read_json(stage.dep("reports/format.json"))
     return {
-        "source": read_json(stage.dep("data/raw") / "source.json"),
+        "source": findings.origin(read_json(stage.dep("data/raw") / "source.json")),
         "chat": read_json(formatted / "chat.json"),
-        "format": read_json(stage.dep("reports/format.json")),
+        "format": facts,
+        "example": tokens.example(tokenizer, facts["example"]),
         "lengths": read_csv(stage.dep("reports/lengths.csv")),
         "tokens": tokens.describe(tokenizer, read_json(folder / "tokenizer.json"), records),
         "masks": tokens.masks(tokenizer, records),

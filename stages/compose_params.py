@@ -1,7 +1,8 @@
 """Compose conf/ into params.yaml, the only configuration that stages read, and validate every value.
 
 Reads   conf/, requirements.lock; params.yaml, for values that came in from outside conf/
-Writes  params.yaml, environment.yaml, data/composed/; conf/overrides.yaml where such values came in
+Writes  params.yaml, environment.yaml, data/composed/; conf/overrides.yaml where such values came in,
+        conf/revisions.yaml where a branch on the Hub, or a folder, is used for the first time
 
 `dvc repro` runs it after every edit of conf/. By hand:
 
@@ -10,6 +11,7 @@ Writes  params.yaml, environment.yaml, data/composed/; conf/overrides.yaml where
     python stages/compose_params.py --reset          empty conf/overrides.yaml first
     python stages/compose_params.py --force          conf/ is right: drop edits of params.yaml
     python stages/compose_params.py --keep           params.yaml is right: record it as overrides
+    python stages/compose_params.py --update-revisions   what branches and folders stand for today
 
 A leaf before and after: `trainer: {seed: ${seed}}` in conf/trainer/_base.yaml, `trainer: {seed: 0}` here.
 """
@@ -38,6 +40,7 @@ from capas.composition import (
 from capas.config import GROUPS, group_schema, validate
 from capas.errors import CapasError, told
 from capas.overrides import absorb, difference, in_force
+from capas.pins import REVISIONS, Pins
 
 log = logging.getLogger("capas")
 ENVIRONMENT, LOCK, COMPOSED = (
@@ -58,20 +61,28 @@ def main(options: argparse.Namespace) -> None:
         return write_schemas()
     ensure_overrides(reset=options.reset)
     before = inputs()
+    pins = Pins.read()
     with composer(CONF) as compose:
         target = compose(options.overrides)
+    if options.update_revisions:
+        validate(target)
+        pins.update(target)
     if options.print:
         validate(target)
+        target = pins.resolve(target)
         if options.files:
             write_all({options.files / path: text for path, text in resolved_files(target).items()})
         sys.stdout.write(json.dumps(target) + "\n")
         return None
     if options.check:
-        return show_changes(target, options)
-    if came_from_outside(target, options):
-        target = adopt(read(PARAMS)[0], options.keep)
+        return show_changes(target, pins, options)
+    if came_from_outside(target, pins, options):
+        target = adopt(read(PARAMS)[0], pins, options.keep)
     validate(target)
+    target = pins.resolve(target)
     outputs = {PARAMS: dump(target), ENVIRONMENT: environment(), **resolved_files(target)}
+    if pins.changed:
+        outputs[REVISIONS] = pins.dump()
     for note in in_force():
         log.info("conf/overrides.yaml sets %s", note)
     if inputs() != before:
@@ -91,18 +102,20 @@ def ensure_overrides(reset: bool) -> None:
 
 
 def inputs() -> dict[str, str]:
-    """What compose reads: DVC hashes it after the command ran. It writes conf/overrides.yaml itself."""
-    files = [path for path in CONF.rglob("*") if path.is_file() and path != OVERRIDES]
+    """What compose reads, and DVC hashes after the command ran, less what compose writes itself."""
+    own = (OVERRIDES, REVISIONS)
+    files = [path for path in CONF.rglob("*") if path.is_file() and path not in own]
     files += [path for path in (PARAMS, LOCK) if path.exists()]
     return {str(path): hashlib.sha256(path.read_bytes()).hexdigest() for path in files}
 
 
-def show_changes(target: Values, options: argparse.Namespace) -> None:
+def show_changes(target: Values, pins: Pins, options: argparse.Namespace) -> None:
     old = read(PARAMS)[0] if PARAMS.exists() else {}
-    if came_from_outside(target, options):
-        for key, value in difference(old, target).items():
+    if came_from_outside(target, pins, options):
+        for key, value in difference(pins.known(old), pins.known(target)).items():
             log.info("%s=%s is not from conf/: it would move to conf/overrides.yaml", key, value)
         return
+    target = pins.resolve(target)
     was, becomes = difference(old, target), difference(target, old)
     for key, value in becomes.items():
         log.info("%s: %s -> %s", key, was.get(key), value)
@@ -110,18 +123,21 @@ def show_changes(target: Values, options: argparse.Namespace) -> None:
         log.info("%s: goes away", key)
 
 
-def came_from_outside(target: Values, options: argparse.Namespace) -> bool:
+def came_from_outside(target: Values, pins: Pins, options: argparse.Namespace) -> bool:
     """Whether params.yaml holds values that conf/ does not compose to and that must not be lost.
+
+    DVC writes revisions as conf/ has them, and capas as they are pinned: that is no difference.
 
     Raises:
         CapasError: both params.yaml and conf/ changed, so that only the user knows which is meant.
     """
     if options.force or options.reset or not PARAMS.exists():
         return False
-    old, stamp = read(PARAMS)
+    found, stamp = read(PARAMS)
+    old, target = pins.known(found), pins.known(target)
     if not difference(old, target) and not difference(target, old):
         return False
-    if stamp == digest(old):
+    if stamp == digest(found):
         return False  # as capas wrote it: conf/ was edited
     written_by_dvc = stamp is None and "DVC_EXP_NAME" in os.environ
     conf_unchanged = stamp == digest(target)
@@ -140,11 +156,12 @@ def came_from_outside(target: Values, options: argparse.Namespace) -> bool:
     )
 
 
-def adopt(values: Values, keep: bool) -> Values:
+def adopt(values: Values, pins: Pins, keep: bool) -> Values:
     """Validate first: a wrong value must not reach conf/overrides.yaml."""
     validate(values)
+    pins.resolve(values)
     resolved_files(values)
-    absorb(values)
+    absorb(values, pins.known)
     with composer(CONF) as compose:
         target = compose([])
     if "DVC_EXP_NAME" not in os.environ or keep:
@@ -167,11 +184,11 @@ def environment() -> str:
 
 def resolved_files(values: Values) -> dict[Path, str]:
     """Files that the configuration names, copied where stages can depend on exactly the chosen one."""
-    wrong = values["generation"]["wrong_chat_template"]
+    wrong, path = values["generation"]["wrong_chat_template"], values["chat_template"]["path"]
     other = f"conf/chat_template/{wrong}.jinja"
     return {
-        COMPOSED / "chat_template.jinja": in_conf(
-            "chat_template.path", values["chat_template"]["path"]
+        COMPOSED / "chat_template.jinja": (
+            in_conf("chat_template.path", path) if path != "model" else "{# the model's own #}\n"
         ),
         COMPOSED / "wrong_chat_template.jinja": (
             in_conf("generation.wrong_chat_template", other, wrong) if wrong else "{# none #}\n"
@@ -241,6 +258,7 @@ def parse_options() -> argparse.Namespace:
         "--reset": "empty conf/overrides.yaml first",
         "--force": "conf/ is right: drop edits of params.yaml",
         "--keep": "params.yaml is right: record its values",
+        "--update-revisions": "pin what branches on the Hub, and folders, stand for today",
         "--schema": "write the JSON Schemas for editors",
     }.items():
         ways.add_argument(name, action="store_true", help=text)

@@ -1,7 +1,7 @@
 """Get the records and split them into train, validation and test.
 
-Reads   nothing: the embedded task is generated from a seed
-Writes  data/raw: one parquet file per split, and source.json, which says where the records come from
+Reads   data/own, URLs or the Hub, whatever dataset.path names; the embedded task is generated from a seed
+Writes  data/raw: one parquet file per split, and source.json: where they come from, what was dropped and why
 Params  dataset
 
 The travelling record is born here::
@@ -13,55 +13,98 @@ The travelling record is born here::
        "content": "{\\"name\\": \\"set_timer\\", \\"arguments\\": {\\"minutes\\": 99}}"}]}
 """
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterator
 from typing import Any
 
-from capas.errors import CapasError
+from capas.dataset.flaws import Flaws
+from capas.dataset.pool import Identities, Part, Pool
+from capas.dataset.rows import Row
+from capas.dataset.selection import Selection, select_records
+from capas.dataset.source import Source, sources_of
 from capas.facts import write_json
 from capas.params import Params
-from capas.records import RAW, SPLITS, content_sha256, write_records
+from capas.records import SPLITS
 from capas.stage import Stage, log, run
 from capas.task.calls import generate_records
-from capas.validation import to_raw
 
 EMBEDDED = "embedded"
 
 
 def main(params: Params, stage: Stage) -> None:
     dataset = params.dataset
-    check_source(dataset)
-    splits = generate_records(
+    stage.dep("data/own")
+    sources = sources_of(dataset, stage.root)
+    flaws = Flaws(dataset.flaws, dataset.flaw_budget_fraction)
+    folder = stage.out("data/raw")
+    folder.mkdir()
+    everything = folder / "everything.parquet"
+    pool = Pool(everything, flaws)
+    given: list[set[str]] = [set() for _ in sources]
+    pool.fill(parts_of(sources, dataset, given))
+    selection = select_records(pool, dataset, given, [source.weight for source in sources])
+    identities = Identities(pool, selection.stays)
+    splits = {}
+    for split in SPLITS:
+        file = folder / f"{split}.parquet"
+        splits[split] = pool.write_split(file, selection.of(split), identities)
+        log.info("%s: %d records", split, splits[split]["num_records"])
+    write_json(folder / "source.json", describe(sources, flaws, selection, splits))
+    everything.unlink()
+
+
+def parts_of(
+    sources: list[Source], dataset: Params, given: list[set[str]]
+) -> Iterator[tuple[Part, Iterator[Row]]]:
+    """Every split of every source, and its rows; `given` gets the names of the splits."""
+    for number, source in enumerate(sources):
+        splits = generated(dataset) if source.path == EMBEDDED else source.splits()
+        for split, rows in splits:
+            given[number].add(split)
+            code, columns = SPLITS.index(split), source.columns or {}
+            log.info("%s: reading %s", source.path, split)
+            yield Part(number, code, source.shape, columns, source.system), rows
+
+
+def generated(dataset: Params) -> Iterator[tuple[str, Iterator[Row]]]:
+    """The embedded task's records as rows."""
+    records = generate_records(
         seed=dataset.seed,
         num_train=dataset.num_train,
         num_validation=dataset.num_validation,
         num_test_per_kind=dataset.num_test_per_kind,
     )
-    folder = stage.out("data/raw")
-    folder.mkdir()
-    source = {
-        "path": dataset.path,
-        "revision": dataset.revision,
-        "licence": dataset.licence,
-        "splits": {split: write_split(splits[split], split, folder) for split in SPLITS},
-        "dropped": {},  # every generated record is kept
+    for split in SPLITS:
+        found = enumerate(records[split], 1)
+        yield split, (Row(EMBEDDED, f"{split} record", number, value) for number, value in found)
+
+
+def describe(
+    sources: list[Source], flaws: Flaws, selection: Selection, splits: dict[str, Any]
+) -> dict[str, Any]:
+    """The facts of source.json; the first source's stand at the top as well."""
+    first = sources[0]
+    flawed = {
+        kind: {"count": count, "examples": flaws.examples[kind]}
+        for kind, count in sorted(flaws.dropped.items())
     }
-    write_json(folder / "source.json", source)
-
-
-def check_source(dataset: Params) -> None:
-    """Raises CapasError where the records are to come from anything but the embedded generator."""
-    if dataset.path != EMBEDDED:
-        raise CapasError(
-            f"dataset.path is {dataset.path!r}; this version reads no files and no hub data sets yet, a "
-            f"later one will. Choose dataset.path={EMBEDDED} (the preset dataset=embedded)"
-        )
-
-
-def write_split(records: Iterable[Mapping[str, Any]], split: str, folder: Any) -> dict[str, Any]:
-    checked = list(to_raw(EMBEDDED, split, records))
-    num_records = write_records(folder / f"{split}.parquet", RAW, checked)
-    log.info("%s: %d records", split, num_records)
-    return {"num_records": num_records, "sha256": content_sha256(checked)}
+    return {
+        "path": first.path,
+        "revision": first.revision,
+        "licence": first.licence,
+        "sources": [
+            {**source.facts(), "num_records": selection.num_of(number)}
+            for number, source in enumerate(sources)
+        ],
+        "num_read": flaws.num_read,
+        "splits": splits,
+        "dropped": {**flawed, **selection.facts()},
+        "repaired": {
+            kind: {"count": count, "policy": flaws.policy(kind)}
+            for kind, count in sorted(flaws.repaired.items())
+        },
+        "kept": selection.kept,
+        "left_out": dict(sorted(flaws.left_out.items())),
+    }
 
 
 if __name__ == "__main__":

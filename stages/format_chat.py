@@ -12,21 +12,25 @@ The travelling record becomes ids; only the answer and its end token keep their 
 """
 
 import hashlib
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Any
 
+import pyarrow as pa
+
+from capas.chat.batch import Formatted
 from capas.chat.format import ChatFormat
-from capas.chat.formatting import SplitFormatter, histogram
+from capas.chat.formatting import Refused, SplitFormatter, histogram
 from capas.chat.overflow import Overflow
 from capas.errors import CapasError
 from capas.facts import write_csv, write_json
 from capas.page.maskpage import Sampler, write_mask_page
 from capas.params import Params
-from capas.records import FORMATTED, SPLITS, TOKENIZED, Record, read_records, write_records
+from capas.records import FORMATTED, SPLITS, TOKENIZED, read_batches, write_tables
 from capas.stage import Stage, log, run
 
 TEMPLATE = "data/composed/chat_template.jinja"
+MODEL_TEMPLATE = "model"  # chat_template.path: what the tokenizer brings
 
 
 def main(params: Params, stage: Stage) -> None:
@@ -36,12 +40,13 @@ def main(params: Params, stage: Stage) -> None:
     formatters = {split: make_formatter(split, chat, params) for split in SPLITS}
     samplers = {split: Sampler(chat) for split in SPLITS}
     for split in SPLITS:
-        records = read_records(stage.dep("data/tokenized") / f"{split}.parquet", TOKENIZED)
-        formatted = sampled(formatters[split].format(records), samplers[split])
-        num_records = write_records(folder / f"{split}.parquet", FORMATTED, formatted)
+        batches = read_batches(stage.dep("data/tokenized") / f"{split}.parquet", TOKENIZED)
+        formatted = sampled(formatters[split].format(batches), samplers[split])
+        num_records = write_tables(folder / f"{split}.parquet", FORMATTED, formatted)
         if not num_records:
             raise CapasError(
-                f"no {split} record is left: see dataset.max_length and dataset.overflow"
+                f"no {split} record is left: see dataset.max_length, dataset.overflow and "
+                "chat_template.refused"
             )
         log.info("%s: %d records", split, num_records)
 
@@ -63,38 +68,45 @@ def headline(facts: dict[str, Any]) -> dict[str, Any]:
         "num_train_tokens": splits["train"]["num_tokens"],
         "supervised_fraction": splits["train"]["supervised_fraction"],
         "num_truncated": sum(split["truncated"] for split in splits.values()),
-        "num_dropped": sum(split["dropped"] for split in splits.values()),
+        "num_dropped": sum(facts["dropped"].values()),
     }
 
 
 def load_format(params: Params, stage: Stage) -> ChatFormat:
+    options = params.chat_template
+    own = options.path == MODEL_TEMPLATE
     return ChatFormat.load(
-        stage.dep(TEMPLATE).read_text(encoding="utf-8"),
+        None if own else stage.dep(TEMPLATE).read_text(encoding="utf-8"),
         stage.dep("data/models/tokenizer"),
-        params.chat_template.date_string,
-        params.chat_template.system,
+        options.date_string,
+        options.system,
+        options.allowed_tokens,
     )
 
 
 def make_formatter(split: str, chat: ChatFormat, params: Params) -> SplitFormatter:
-    dataset = params.dataset
+    dataset, options = params.dataset, params.chat_template
     budget = dataset.overflow_budget_fraction
-    overflow = Overflow(split, dataset.max_length, dataset.overflow, budget)
-    return SplitFormatter(split, chat, params.chat_template.train_on, overflow)
+    overflow = Overflow(split, dataset.max_length, dataset.overflow, budget, chat.end_token_id)
+    refused = Refused(options.refused, options.refused_budget_fraction)
+    return SplitFormatter(split, chat, options.train_on, overflow, refused)
 
 
-def sampled(pairs: Iterator[tuple[Record, Record]], sampler: Sampler) -> Iterator[Record]:
-    for formatted, source in pairs:
-        sampler.see(formatted, source)
-        yield formatted
+def sampled(batches: Iterable[Formatted], sampler: Sampler) -> Iterator[pa.Table]:
+    for formatted in batches:
+        sampler.look(formatted)
+        yield pa.Table.from_batches([formatted.records])
 
 
 def write_chat(folder: Path, chat: ChatFormat, params: Params, stage: Stage) -> None:
-    """What later stages need to know of the format, and the template for the adapter's folder."""
-    template = stage.dep(TEMPLATE).read_bytes()
+    """What later stages need to know of the format, and the template itself."""
+    template, options = chat.template_text.encode(), params.chat_template
     (folder / "chat_template.jinja").write_bytes(template)
     facts = {
-        "preset": params.chat_template.preset,
+        "preset": options.preset,
+        "system": options.system,
+        "date_string": options.date_string,
+        "allowed_tokens": options.allowed_tokens,
         "template_sha256": hashlib.sha256(template).hexdigest(),
         "bos_token_id": chat.bos_token_id,
         "pad_token_id": pad_token_id(chat, params.model.pad_token),
@@ -114,7 +126,7 @@ def pad_token_id(chat: ChatFormat, pad_token: str | None) -> int:
     """
     if pad_token is None:
         return chat.pad_token_id
-    found: int | None = chat.parsing_tokenizer.token_to_id(pad_token)
+    found: int | None = chat.tokenizer.token_to_id(pad_token)
     if found is None:
         raise CapasError(
             f"model.pad_token={pad_token!r}: the tokenizer has no such token. Padding is masked by position: "
@@ -126,10 +138,15 @@ def pad_token_id(chat: ChatFormat, pad_token: str | None) -> int:
 def summary(
     formatters: dict[str, SplitFormatter], chat: ChatFormat, params: Params
 ) -> dict[str, Any]:
-    dropped = sum(formatter.overflow.dropped for formatter in formatters.values())
+    too_long = sum(formatter.overflow.dropped for formatter in formatters.values())
+    refused = sum(formatter.refused.count for formatter in formatters.values())
+    example = chat.example()
+    dropped = {"longer than dataset.max_length": too_long, "refused by the template": refused}
     return {
         "splits": {split: formatter.facts() for split, formatter in formatters.items()},
-        "dropped": {"longer than dataset.max_length": dropped} if dropped else {},
+        "dropped": {why: count for why, count in dropped.items() if count},
+        "refused": [e for formatter in formatters.values() for e in formatter.refused.examples],
+        "example": {"input_ids": example.input_ids, "labels": example.labels},
         "end_token": chat.end_token,
         "chat_template": params.chat_template.preset,
         "train_on": params.chat_template.train_on,

@@ -3,7 +3,7 @@
 Reads   data/composed, data/formatted, data/models/adapter, data/models/quantized, data/models/tokenizer,
         data/raw (test)
 Writes  reports/samples.jsonl, reports/samples.md, reports/samples.json, reports/next_token.csv
-Params  chat_template, generation, hardware, model
+Params  generation, hardware, model
 
 The travelling record at its end, in samples.jsonl:
 
@@ -23,6 +23,7 @@ from tokenizers import Tokenizer
 
 from capas import hardware, metrics
 from capas.chat.format import ChatFormat
+from capas.chat.messages import TEXT
 from capas.chat.template import Template, TemplateRefusal, place_system
 from capas.chat.tokenizer import TokenizerFiles
 from capas.errors import CapasError
@@ -53,13 +54,15 @@ def main(params: Params, stage: Stage) -> None:
     models = Models(model, read_chat(stage), load_tokenizer(stage), params.generation)
 
     rows = [
-        models.ask(which, prompt, right.prompt_ids(prompt.messages), setting)
+        models.ask(which, prompt, right.prompt_ids(prompt.messages, prompt.tools), setting)
         for prompt in prompts
         for setting in params.generation.settings
         for which in MODELS
     ]
     wrong_rows = list(ask_wrongly(models, prompts, params, stage))
-    place, probabilities = models.look_inside(prompts[0], right.prompt_ids(prompts[0].messages))
+    place, probabilities = models.look_inside(
+        prompts[0], right.prompt_ids(prompts[0].messages, prompts[0].tools)
+    )
 
     write_lines(rows + wrong_rows, stage)
     write_json(
@@ -173,12 +176,14 @@ def load_format(params: Params, stage: Stage) -> ChatFormat:
     Raises:
         CapasError: template and tokenizer encode other ids now than when the records were formatted.
     """
-    text = stage.dep(f"{COMPOSED}/chat_template.jinja").read_text(encoding="utf-8")
-    options = params.chat_template
-    chat_format = ChatFormat.load(text, stage.dep(TOKENIZER), options.date_string, options.system)
-    if chat_format.probes_sha256() != read_chat(stage)["probes_sha256"]:
+    text = (stage.dep(DATA) / "chat_template.jinja").read_text(encoding="utf-8")
+    chat = read_chat(stage)
+    chat_format = ChatFormat.load(
+        text, stage.dep(TOKENIZER), chat["date_string"], chat["system"], chat["allowed_tokens"]
+    )
+    if chat_format.probes_sha256() != chat["probes_sha256"]:
         raise CapasError(
-            f"{COMPOSED}/chat_template.jinja and {TOKENIZER} do not encode as they did for {DATA}: the "
+            f"{DATA}/chat_template.jinja and {TOKENIZER} do not encode as they did for {DATA}: the "
             "model would be asked in another format than it was trained in. Run `dvc repro`."
         )
     return chat_format
@@ -187,11 +192,12 @@ def load_format(params: Params, stage: Stage) -> ChatFormat:
 def choose_prompts(generation: Params, stage: Stage) -> list[Prompt]:
     """The user's own requests where there are some, else records of the test split."""
     requests = read_json(stage.dep(f"{COMPOSED}/prompts.json"))["prompts"]
-    raw = list(read_records(stage.dep("data/raw") / "test.parquet", RAW))
+    raw = read_records(stage.dep("data/raw") / "test.parquet", RAW)
     if requests:
-        return own_prompts(
-            requests, first_system_message(raw) if generation.system is None else generation.system
-        )
+        first = next(raw)
+        system = first_system_message(first) if generation.system is None else generation.system
+        is_text = first["messages"][0]["role"] == TEXT
+        return own_prompts(requests, system, TEXT if is_text else "user")
     ids = [record["id"] for record in read_records(stage.dep(DATA) / "test.parquet", FORMATTED)]
     return held_out_prompts(raw, ids, generation.num_prompts)
 
@@ -210,9 +216,11 @@ def ask_wrongly(
     if params.generation.wrong_chat_template is None:
         return
     files = TokenizerFiles(stage.dep(TOKENIZER))
-    wrong = Template(text, files.named, params.chat_template.date_string)
+    wrong = Template(text, files.named, read_chat(stage)["date_string"])
     setting = next(iter(params.generation.settings))
     for prompt in prompts:
+        if prompt.messages[0]["role"] == TEXT:
+            continue  # no template at all
         try:
             ids = encode_wrongly(wrong, prompt, files)
         except CapasError as refusal:  # the row is an illustration, no reason to stop
@@ -229,12 +237,11 @@ def encode_wrongly(template: Template, prompt: Prompt, files: TokenizerFiles) ->
         CapasError: the template refuses the conversation, its system message folded or not.
     """
     try:
-        text = template.render(prompt.messages, add_generation_prompt=True)
+        text = template.render(prompt.messages, True, prompt.tools)
     except TemplateRefusal:  # a family without system role
         folded = place_system(prompt.messages, "fold")
-        text = template.render(folded, add_generation_prompt=True)
-    ids: list[int] = files.build(parse_special=True).encode(text, add_special_tokens=False).ids
-    return ids
+        text = template.render(folded, True, prompt.tools)
+    return files.encode_parsing([text])[0]
 
 
 def summarize(rows: list[Row], wrong_rows: list[Row], place: Row, generation: Params) -> Row:

@@ -2,7 +2,7 @@
 
 Reads   data/raw, data/models/tokenizer
 Writes  data/tokenized: the same records; each message also has the ids of its content
-Params  none: the template decides nothing here, so another one does not tokenize again
+Params  chat_template.allowed_tokens; nothing else of a template, so another one does not tokenize again
 
 The travelling record, after::
 
@@ -11,42 +11,44 @@ The travelling record, after::
 The text of a control token in a content (<|im_end|>) is encoded like any other text.
 """
 
-from collections.abc import Iterator, Sequence
-from itertools import islice
+import pyarrow as pa
 
-from tokenizers import Tokenizer
-
-from capas.chat.tokenizer import TokenizerFiles, encode_plain
+from capas.chat.plain import PlainEncoder
+from capas.chat.tokenizer import TokenizerFiles
 from capas.params import Params
-from capas.records import RAW, SPLITS, TOKENIZED, Record, read_records, write_records
+from capas.records import RAW, SPLITS, TOKENIZED, read_batches, write_tables
 from capas.stage import Stage, log, run
 
-RECORDS_AT_ONCE = 1000
+_MESSAGES = TOKENIZED.field("messages").type
+_MESSAGE = _MESSAGES.value_type
 
 
 def main(params: Params, stage: Stage) -> None:
-    tokenizer = TokenizerFiles(stage.dep("data/models/tokenizer")).build()
+    files = TokenizerFiles(stage.dep("data/models/tokenizer"), params.chat_template.allowed_tokens)
+    encoder = PlainEncoder(files)
     raw, folder = stage.dep("data/raw"), stage.out("data/tokenized")
     folder.mkdir()
     for split in SPLITS:
-        records = read_records(raw / f"{split}.parquet", RAW)
-        num_records = write_records(
-            folder / f"{split}.parquet", TOKENIZED, tokenize(records, tokenizer)
-        )
+        batches = read_batches(raw / f"{split}.parquet", RAW)
+        tokenized = (tokenize(batch, encoder) for batch in batches)
+        num_records = write_tables(folder / f"{split}.parquet", TOKENIZED, tokenized)
         log.info("%s: %d records", split, num_records)
 
 
-def tokenize(records: Iterator[Record], tokenizer: Tokenizer) -> Iterator[Record]:
-    """The records with input_ids in every message; contents go to the tokenizer many at a time."""
-    while batch := list(islice(records, RECORDS_AT_ONCE)):
-        contents = [message["content"] for record in batch for message in record["messages"]]
-        ids = iter(encode_plain(tokenizer, contents))
-        for record in batch:
-            yield {**record, "messages": add_ids(record["messages"], ids)}
-
-
-def add_ids(messages: Sequence[Record], ids: Iterator[list[int]]) -> list[Record]:
-    return [{**message, "input_ids": next(ids)} for message in messages]
+def tokenize(batch: pa.RecordBatch, encoder: PlainEncoder) -> pa.Table:
+    """The records with input_ids in every message."""
+    messages = batch.column("messages")
+    told = messages.flatten()
+    ids = encoder.encode(told.field("content").to_pylist())
+    columns = {name: told.field(name) for name in ("role", "content", "extra", "train")}
+    columns["input_ids"] = ids.to_arrow(_MESSAGE.field("input_ids").type)
+    spoken = pa.StructArray.from_arrays(list(columns.values()), fields=list(_MESSAGE))
+    offsets = pa.array(messages.offsets.to_numpy() - messages.offsets[0].as_py())
+    with_ids = pa.ListArray.from_arrays(offsets, spoken, type=_MESSAGES)
+    others = {name: batch.column(name) for name in ("id", "tools", "metadata")}
+    return pa.Table.from_arrays(
+        [others["id"], with_ids, others["tools"], others["metadata"]], schema=TOKENIZED
+    )
 
 
 if __name__ == "__main__":

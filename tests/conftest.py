@@ -47,6 +47,26 @@ def stored(record: dict[str, Any]) -> dict[str, Any]:
     return {"tools": "", **record, "messages": messages}
 
 
+TOOL_TOKENS = (
+    *("[TOOL_CALLS]", "[AVAILABLE_TOOLS]", "[/AVAILABLE_TOOLS]"),
+    *("[TOOL_RESULTS]", "[/TOOL_RESULTS]"),
+)
+
+
+@pytest.fixture(scope="session")
+def tiny_tools_dir(tiny_tokenizer_dir: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The same with Mistral's tokens for tools."""
+    folder = tmp_path_factory.mktemp("tiny_tools")
+    tokenizer = Tokenizer.from_file(str(tiny_tokenizer_dir / "tokenizer.json"))
+    tokenizer.add_special_tokens(
+        [AddedToken(t, special=True, normalized=False) for t in TOOL_TOKENS]
+    )
+    tokenizer.save(str(folder / "tokenizer.json"))
+    config = (tiny_tokenizer_dir / "tokenizer_config.json").read_bytes()
+    (folder / "tokenizer_config.json").write_bytes(config)
+    return folder
+
+
 @pytest.fixture(scope="session")
 def tiny_tokenizer_dir(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A byte-level BPE of some 330 tokens, with the control tokens of all four families."""

@@ -10,7 +10,7 @@ from conftest import REPOSITORY
 from capas.composition import composer
 from capas.dag import StageSpec
 from capas.params import Params, select
-from capas.records import FORMATTED, read_records
+from capas.records import FORMATTED, RAW, SPLITS, read_records
 from capas.sources import folder_revision
 from capas.stage import Stage
 from stages import fetch_dataset, fetch_tokenizer, format_chat, tokenize_messages
@@ -31,6 +31,7 @@ class DataSide:
         self.root = root
         shutil.copy(REPOSITORY / "dvc.yaml", root / "dvc.yaml")
         shutil.copytree(tokenizer, root / "tokenizer")
+        (root / "data/own").mkdir(parents=True)
 
     def run(self, *names: str, overrides: tuple[str, ...] = ()) -> "DataSide":
         """Run stages (all of them where none is named) with Hydra overrides."""
@@ -49,6 +50,16 @@ class DataSide:
 
     def json(self, path: str) -> Any:
         return json.loads((self.root / path).read_text(encoding="utf-8"))
+
+    def own(self, name: str, *rows: Any) -> str:
+        """Rows as a JSONL file in data/own; its name for dataset.data_files."""
+        lines = "".join(json.dumps(row) + "\n" for row in rows)
+        (self.root / "data/own" / name).write_text(lines)
+        return f"data/own/{name}"
+
+    def raw(self) -> dict[str, list[dict[str, Any]]]:
+        files = {split: self.root / f"data/raw/{split}.parquet" for split in SPLITS}
+        return {split: list(read_records(file, RAW)) for split, file in files.items()}
 
     def formatted(self, split: str) -> list[dict[str, Any]]:
         return list(read_records(self.root / f"data/formatted/{split}.parquet", FORMATTED))

@@ -24,6 +24,26 @@ REPOSITORY = Path(__file__).parents[1]
 KINDS = ("seen", "values", "phrasings", "combinations", "both")
 CONTROL = ("<|endoftext|>", "<|im_start|>", "<|im_end|>")
 SYSTEM = "Turn the request into one function call in JSON."
+SOURCE: dict[str, Any] = {
+    "path": "embedded",
+    "revision": None,
+    "licence": "apache-2.0",
+    "sources": [
+        {
+            "path": "embedded",
+            "name": None,
+            "revision": None,
+            "licence": "apache-2.0",
+            "weight": None,
+        }
+        | {"files": [], "num_records": 25}
+    ],
+    "num_read": 25,
+    "dropped": {},
+    "repaired": {},
+    "kept": {},
+    "left_out": {},
+}
 LAYERS = [
     f"model.layers.{i}.{part}"
     for i in range(2)
@@ -133,8 +153,7 @@ def _raw(root: Path, records: list[dict[str, Any]]) -> None:
     facts = {
         split: {"num_records": len(rows), "sha256": "0" * 64} for split, rows in splits.items()
     }
-    source = {"path": "embedded", "revision": None, "licence": "apache-2.0"}
-    _json(root / "data/raw/source.json", {**source, "splits": facts, "dropped": {}})
+    _json(root / "data/raw/source.json", {**SOURCE, "splits": facts})
 
 
 def _chat(messages: list[dict[str, str]]) -> str:
@@ -167,7 +186,6 @@ def _encode(tokenizer: Tokenizer, record: dict[str, Any]) -> dict[str, Any]:
     return {
         "id": record["id"],
         "input_ids": input_ids,
-        "attention_mask": [1] * len(input_ids),
         "labels": [-100] * len(prompt) + trained + [-100] * len(rest),
         "prompt_ids": prompt,
         "reference": answer["content"],
@@ -275,8 +293,9 @@ def _format() -> dict[str, Any]:
         "control_tokens_in_content": 0,
     }
     splits = {name: dict(split) for name in ("train", "validation", "test")}
-    facts = {"splits": splits, "dropped": {}, "end_token": "<|im_end|>"}
-    return {**facts, "chat_template": "chatml"}
+    example = {"input_ids": [5, 6, 7], "labels": [-100, 6, 7]}
+    facts = {"splits": splits, "dropped": {}, "end_token": "<|im_end|>", "refused": []}
+    return {**facts, "chat_template": "chatml", "example": example}
 
 
 def _quantization(reports: Path, method: str) -> None:

@@ -13,7 +13,7 @@ from capas.chat.tokenizer import TokenizerFiles, encode_plain
 from capas.errors import CapasError
 from capas.records import IGNORE_INDEX
 
-PRESETS = ("chatml", "llama3", "mistral", "gemma")
+PRESETS = ("chatml", "llama3", "mistral", "gemma", "qwen")
 GOLDEN = sorted((REPOSITORY / "tests" / "golden").iterdir())
 LOOP = "{% for m in messages %}<|im_start|>{{ m.role }}\n{{ m.content }}<|im_end|>\n{% endfor %}"
 ASK = "{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}"
@@ -69,7 +69,7 @@ def supervised(chat: ChatFormat, messages: Any, train_on: str = "assistant") -> 
 
 
 def text_of(chat: ChatFormat, ids: list[int]) -> str:
-    text: str = chat.parsing_tokenizer.decode(ids, skip_special_tokens=False)
+    text: str = chat.tokenizer.decode(ids, skip_special_tokens=False)
     return text
 
 
@@ -172,7 +172,11 @@ def test_a_template_whose_control_tokens_are_lacking_is_refused_by_name(
     preset: str, tmp_path: Path, tiny_tokenizer_dir: Path
 ) -> None:
     lacking = dict(
-        zip(PRESETS, ("<|im_start|>", "<|eot_id|>", "[INST]", "<end_of_turn>"), strict=True)
+        zip(
+            PRESETS,
+            ("<|im_start|>", "<|eot_id|>", "[INST]", "<end_of_turn>", "<|im_end|>"),
+            strict=True,
+        )
     )
     spec = json.loads((tiny_tokenizer_dir / "tokenizer.json").read_text())
     spec["added_tokens"] = [t for t in spec["added_tokens"] if t["content"] != lacking[preset]]
@@ -348,7 +352,7 @@ def test_golden(case: Path, tiny_tokenizer_dir: Path) -> None:
     chat = load(given["chat_template"], tiny_tokenizer_dir, given["system"])
     encoded = chat.encode(given["messages"], given["train_on"])
     pairs = zip(encoded.input_ids, encoded.labels, strict=True)
-    tokens = [[chat.parsing_tokenizer.id_to_token(i), label != IGNORE_INDEX] for i, label in pairs]
+    tokens = [[chat.tokenizer.id_to_token(i), label != IGNORE_INDEX] for i, label in pairs]
     assert chat.render(given["messages"]) == expected["text"]
     assert tokens == expected["tokens"]
 

@@ -1,10 +1,16 @@
 """conf/, params.yaml and conf/overrides.yaml agree, whichever way a value came in."""
 
+import shutil
+from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import pytest
 import yaml
+from hub import Hub
 from workspace import Workspace, make_workspace, stages_run
+
+from capas.sources import folder_revision
 
 COMPOSE = ("python", "stages/compose_params.py")
 
@@ -217,3 +223,98 @@ def test_a_broken_params_yaml_is_a_message(workspace: Workspace) -> None:
     log = workspace.run(*COMPOSE, check=False)
     assert "compose: params.yaml is not valid YAML" in log
     assert "Traceback" not in log
+
+
+@pytest.fixture
+def online(workspace: Workspace, tmp_path: Path) -> Iterator[tuple[Workspace, Hub, dict[str, str]]]:
+    """What a command needs to find the hub on loopback."""
+    with Hub() as hub:
+        home = str(tmp_path / "home")
+        yield workspace, hub, {"HF_ENDPOINT": hub.url, "HF_HOME": home, "HF_HUB_OFFLINE": "0"}
+
+
+def pinned(workspace: Workspace) -> str:
+    values = yaml.safe_load(workspace.read("params.yaml"))
+    return str(values["model"]["revision"])
+
+
+def test_a_branch_on_the_hub_is_pinned_until_it_is_updated(online: Any) -> None:
+    workspace, hub, env = online
+    first = hub.commit("models/org/x", {"config.json": b"{}"})
+    workspace.edit("conf/model/embedded.yaml", ": data/embedded", ": org/x")
+    workspace.edit("conf/model/embedded.yaml", "revision: null", "revision: main")
+    checked = workspace.run(*COMPOSE, "--check", **env)
+    assert f"model.revision: None -> {first}" in checked
+    assert "org/x" not in workspace.read("conf/revisions.yaml") + workspace.read("params.yaml")
+    assert f"org/x@main is {first}, from now on" in workspace.repro("compose", **env)
+    second = hub.commit("models/org/x", {"config.json": b"{ }"})
+    assert "didn't change, skipping" in workspace.repro("compose", **env)
+    workspace.edit("conf/lora/_base.yaml", "r: 16", "r: 8")
+    workspace.repro("compose")  # without a network
+    assert pinned(workspace) == first
+    assert f"org/x@main: {first} -> {second}" in workspace.run(
+        *COMPOSE, "--update-revisions", **env
+    )
+    assert pinned(workspace) == second
+    assert workspace.read("conf/overrides.yaml") == "# Nothing overridden.\n"
+    assert hub.url not in workspace.read("params.yaml") + workspace.read("conf/revisions.yaml")
+
+
+def test_without_a_network_nothing_is_pinned_and_nothing_written(workspace: Workspace) -> None:
+    workspace.edit("conf/model/embedded.yaml", ": data/embedded", ": org/x")
+    before = workspace.read("params.yaml")
+    log = workspace.repro("compose", check=False)
+    assert "model.revision=null is not pinned yet. Give the commit" in log
+    assert "Traceback" not in log
+    assert (workspace.read("params.yaml"), "org/x" in workspace.read("conf/revisions.yaml")) == (
+        before,
+        False,
+    )
+
+
+def test_a_pin_is_no_override(online: Any) -> None:
+    """`dvc exp run` writes the branch into params.yaml, capas the commit; a hand edit is of another key."""
+    workspace, hub, env = online
+    commit = hub.commit("models/org/x", {"config.json": b"{}"})
+    name = "model.model_name_or_path=org/x"
+    workspace.run("dvc", "exp", "run", "-n", "hub", "-S", name, "compose", **env)
+    assert pinned(workspace) == commit
+    assert yaml.safe_load(workspace.read("conf/overrides.yaml")) == {
+        "model": {"model_name_or_path": "org/x"}
+    }
+    workspace.edit("params.yaml", "  r: 16", "  r: 4")
+    workspace.repro("compose")
+    assert (pinned(workspace), "revision" in workspace.read("conf/overrides.yaml")) == (
+        commit,
+        False,
+    )
+    workspace.run("git", "checkout", "-q", ".")
+    workspace.run("dvc", "exp", "apply", "hub")
+    assert commit in workspace.read("conf/revisions.yaml")
+    assert "didn't change, skipping" in workspace.repro("compose")
+
+
+def test_a_revision_that_somebody_chose_is_an_override(online: Any) -> None:
+    workspace, hub, env = online
+    hub.commit("models/org/x", {"config.json": b"{}"})
+    tagged = hub.commit("models/org/x", {"config.json": b"{ }"}, branch="v2")
+    workspace.edit("conf/model/embedded.yaml", ": data/embedded", ": org/x")
+    workspace.repro("compose", **env)
+    workspace.run("dvc", "exp", "run", "-S", "model.revision=v2", "compose", **env)
+    assert pinned(workspace) == tagged
+    assert yaml.safe_load(workspace.read("conf/overrides.yaml")) == {"model": {"revision": "v2"}}
+
+
+def test_a_folder_is_pinned_and_an_edit_in_it_taken_over(workspace: Workspace) -> None:
+    folder = workspace.root / "mine"
+    folder.mkdir()
+    (folder / "config.json").write_text("{}")
+    workspace.edit("conf/model/embedded.yaml", ": data/embedded", ": mine")
+    workspace.repro("compose")
+    first = pinned(workspace)
+    (folder / "config.json").write_text("{ }")
+    workspace.run(*COMPOSE)
+    assert pinned(workspace) == first
+    workspace.run(*COMPOSE, "--update-revisions")
+    assert pinned(workspace) == folder_revision(folder) != first
+    shutil.rmtree(folder)

@@ -26,6 +26,12 @@ def compose() -> Any:
         yield run
 
 
+MORE = (
+    "{path:csv,name:null,revision:null,split:null,data_files:data/own/x.csv,shape:auto,"
+    "columns:null,system:null,weight:null,licence:mit}"
+)
+
+
 def problems(values: dict[str, Any]) -> str:
     with pytest.raises(CapasError) as caught:
         validate(values)
@@ -33,7 +39,7 @@ def problems(values: dict[str, Any]) -> str:
 
 
 def test_there_are_as_many_options_as_we_think() -> None:
-    assert len(OPTIONS) == 35
+    assert len(OPTIONS) == 45
     assert {group for group, _ in OPTIONS} == set(GROUPS)
 
 
@@ -109,6 +115,21 @@ def test_all_problems_are_reported_at_once(compose: Callable[[list[str]], Any]) 
         (["hardware.cudnn_deterministic=false"], "full_determinism switches"),
         (["model.revision=main"], "the embedded base ships with the repository"),
         (["dataset.split=train"], "the embedded records are generated"),
+        (["dataset.data_files=x.jsonl"], "data_files with path json, csv, parquet or text"),
+        (["dataset=own_csv", "dataset.split=train"], "split with a data set of the Hub"),
+        (["dataset=gsm8k", "dataset.split=null"], "split with a data set of the Hub"),
+        (["dataset=gsm8k", "dataset.path=gsm8k"], "should match pattern"),
+        (["dataset=own_csv", "dataset.shape=auto"], "columns with shape columns"),
+        (["dataset=own_csv", "~dataset.columns.user"], "columns with shape columns"),
+        (["dataset=own_csv", "dataset.num_train=7"], "numbers for path embedded"),
+        (["dataset=own_csv", "dataset.weight=1.0", f"dataset.mix=[{MORE}]"], "a weight for all"),
+        (["dataset=own_csv", f"dataset.mix=[{MORE},{MORE.replace('csv', 'o/n')}]"], "data_files w"),
+        (["dataset=own_csv", f"dataset.mix=[{MORE.replace('path:csv', 'pat:x')}]"], "mix.0.path"),
+        ([f"dataset.mix=[{MORE}]"], "no mixture with the embedded records"),
+        (["dataset=own_csv", "dataset.test_fraction=0.99"], "together less than 1"),
+        (["dataset=own_csv", "dataset.leaks=keep"], "a budget of 0.0 where leaks are not dropped"),
+        (["dataset.flaw_budget_fraction=0.1"], "a budget of 0.0 where no flaw is dropped"),
+        (["dataset=own_csv", "dataset.flaws.malformed=keep"], "dataset.flaws.malformed='keep'"),
         (["lora.bias=all"], "would no longer be the base"),
         (["+trainer.lr_scheduler_kwargs.power=2"], "linear: none; "),
         (["trainer.lr_scheduler_type=cosine_with_min_lr"], "exactly one of min_lr and min_lr_rate"),

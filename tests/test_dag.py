@@ -100,7 +100,7 @@ def test_every_configuration_key_is_declared_by_a_stage_that_computes() -> None:
     unread = {key for key in leaves if not any(covers(d, key) for d in declared)}
     presets = {f"{group}.preset" for group in ("dataset", "experiment", "model")}
     shown = {"model.licence"}
-    composed = {"seed", "chat_template.path", "chat_template.contrast"}
+    composed = {"seed", "chat_template.contrast"}
     assert unread == presets | shown | composed
 
 
@@ -146,7 +146,7 @@ def test_the_mask_needs_no_weights() -> None:
 def test_packages_hold_nothing_but_a_docstring() -> None:
     """An import of `capas.chat.format` runs `capas/chat/__init__.py`, which is no dep of any stage."""
     packages = sorted((REPOSITORY / "capas").rglob("__init__.py"))
-    assert len(packages) == 4
+    assert len(packages) == 5
     assert all(len(ast.parse(file.read_text()).body) == 1 for file in packages)
 
 
@@ -168,6 +168,21 @@ def test_a_key_before_a_run_is_the_key_that_dvc_records_after_it(tmp_path: Path)
         "params": {"params.yaml": {"trainer": {"adam_epsilon": 1e-8}, "seed": 1}},
     }
     assert input_key(StageSpec.read("one", tmp_path), tmp_path) == recorded_key(entry)
+
+
+def test_a_folder_that_no_stage_makes_has_the_hash_that_dvc_gives_it(tmp_path: Path) -> None:
+    (tmp_path / "dvc.yaml").write_text(
+        "stages:\n  one: {cmd: x, deps: [own], outs: [b]}\n  two: {cmd: y, deps: [b], outs: [c]}\n"
+    )
+    (tmp_path / "own/Z").mkdir(parents=True)
+    (tmp_path / "b").mkdir()
+    for name, content in {"a.jsonl": "{}", "Z/ñ b.jsonl": "x", "Z.x": "y"}.items():
+        (tmp_path / "own" / name).write_text(content)
+    md5 = "15713809b671d3961e79800d32c444e8.dir"  # as `dvc add` computed it
+    entry = {"cmd": "x", "deps": [{"path": "own", "md5": md5}]}
+    assert input_key(StageSpec.read("one", tmp_path), tmp_path) == recorded_key(entry)
+    with pytest.raises(CapasError, match=r"b is not in dvc.lock: an earlier stage has not run"):
+        input_key(StageSpec.read("two", tmp_path), tmp_path)
 
 
 def test_dvcs_way_to_write_a_small_number_is_a_number(tmp_path: Path) -> None:

@@ -60,7 +60,7 @@ def test_before_after_has_a_row_for_each_kind_and_model(evaluated: Path) -> None
 
 
 def test_prompt_of_another_format_is_refused(evaluated: Path) -> None:
-    record = {"id": "test-0", "prompt_ids": [1, 2], "input_ids": [1, 3, 4]}
+    record = {"id": "test-0", "prompt_ids": [1, 2, 5], "input_ids": [1, 3, 5, 4]}
     with pytest.raises(CapasError, match=r"test-0: prompt_ids is not how input_ids begins"):
         evaluate_model.check_prompts([record])
 

@@ -1,11 +1,12 @@
 """Records as parquet: what is refused, and that the same records are the same bytes."""
 
-import re
 from pathlib import Path
 from typing import Any
 
+import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
+from checking import check
 from conftest import stored
 
 from capas.errors import CapasError
@@ -14,21 +15,12 @@ from capas.records import (
     RAW,
     ROWS_PER_GROUP,
     TOKENIZED,
-    content_sha256,
     read_records,
     write_records,
+    write_tables,
 )
-from capas.validation import to_raw
 
 HELLO = [{"role": "user", "content": "Hi"}, {"role": "assistant", "content": "Hello"}]
-
-
-def check(record: Any, *more: Any) -> list[dict[str, Any]]:
-    return list(to_raw("my.jsonl", "train", [record, *more]))
-
-
-def with_messages(messages: Any) -> dict[str, Any]:
-    return {"id": "a", "messages": messages}
 
 
 def raw_records(count: int) -> list[dict[str, Any]]:
@@ -38,7 +30,7 @@ def raw_records(count: int) -> list[dict[str, Any]]:
 
 def test_records_survive_the_file(tmp_path: Path) -> None:
     record = {"id": "ñ", "messages": [*HELLO, {"role": "user", "content": "a\0b \u200d🦊\r\n"}]}
-    written = list(to_raw("x", "train", [{**record, "metadata": {"b": 1, "a": "é"}}]))
+    written = check({**record, "metadata": {"b": 1, "a": "é"}})
     assert write_records(tmp_path / "x.parquet", RAW, written) == 1
     assert list(read_records(tmp_path / "x.parquet", RAW)) == written
     assert written[0]["metadata"] == '{"a": "é", "b": 1}'
@@ -55,6 +47,16 @@ def test_rows_are_grouped_whatever_the_split_holds(tmp_path: Path) -> None:
     assert write_records(tmp_path / "a", RAW, raw_records(count)) == count
     assert pq.ParquetFile(tmp_path / "a").num_row_groups == 3
     assert [r["id"] for r in read_records(tmp_path / "a", RAW)] == [f"r{i}" for i in range(count)]
+
+
+@pytest.mark.parametrize("length", [1, 700, 2 * ROWS_PER_GROUP + 3])
+def test_tables_of_any_length_give_the_same_bytes(tmp_path: Path, length: int) -> None:
+    records = raw_records(2 * ROWS_PER_GROUP + 50)
+    write_records(tmp_path / "a", RAW, records)
+    table = pa.Table.from_pylist(records, schema=RAW)
+    parts = (table.slice(start, length) for start in range(0, len(table), length))
+    assert write_tables(tmp_path / "b", RAW, parts) == len(records)
+    assert (tmp_path / "a").read_bytes() == (tmp_path / "b").read_bytes()
 
 
 def test_an_empty_split_is_a_file_with_columns(tmp_path: Path) -> None:
@@ -78,61 +80,3 @@ def test_half_a_file_is_refused_by_name(tmp_path: Path) -> None:
     (tmp_path / "half.parquet").write_bytes((tmp_path / "a").read_bytes()[:-9])
     with pytest.raises(CapasError, match=r"half\.parquet is no complete parquet file"):
         list(read_records(tmp_path / "half.parquet", RAW))
-
-
-def test_identity_follows_contents_not_the_order_of_keys() -> None:
-    one, other = {"id": "a", "metadata": "{}"}, {"metadata": "{}", "id": "a"}
-    assert content_sha256([one]) == content_sha256([other])
-    assert content_sha256([one]) != content_sha256([{**one, "id": "b"}])
-
-
-@pytest.mark.parametrize(
-    ("messages", "message"),
-    [
-        ('[{"role": "user"}]', "messages is a text.*json.loads"),
-        ([], "messages is \\[\\]"),
-        (None, "messages is None"),
-        (["Hi", "Hello"], r"messages\[0\] is 'Hi'"),
-        ([{"content": "Hi"}, HELLO[1]], r"messages\[0\]: role is None; known roles: system"),
-        ([{"role": "user ", "content": "Hi"}, HELLO[1]], "role is 'user '"),
-        ([{"role": "tool", "content": "Hi"}, HELLO[1]], "role is 'tool'"),
-        ([{"role": "user"}, HELLO[1]], "content is None"),
-        ([{"role": "user", "content": 42}, HELLO[1]], "content is 42"),
-        ([HELLO[0], {"role": "assistant", "content": float("nan")}], "content is nan"),
-        ([HELLO[0], {"role": "assistant", "content": {"text": "x"}}], "content is {'text'"),
-        ([HELLO[0], {"role": "assistant", "content": " \n"}], "empty answer"),
-        ([{"role": "system", "content": "Be kind"}], "nothing to train on"),
-        ([{"role": "user", "content": "a\ud83d"}, HELLO[1]], "surrogate"),
-        ([{**HELLO[0], "tool_calls": []}, HELLO[1]], "unknown key tool_calls"),
-    ],
-)
-def test_a_bad_conversation_is_refused(messages: Any, message: str) -> None:
-    with pytest.raises(CapasError, match=message) as refusal:
-        check({"id": "ok", "messages": HELLO}, with_messages(messages))
-    assert str(refusal.value).startswith("my.jsonl, train record 1 (id 'a'): ")
-
-
-@pytest.mark.parametrize(
-    ("record", "message"),
-    [
-        ("text", "record 0 is 'text', not an object"),
-        ({"messages": HELLO}, "id is None"),
-        ({"id": 7, "messages": HELLO}, "id is 7"),
-        ({"id": "a", "messages": HELLO, "conversation": 1}, "unknown key conversation"),
-        ({"id": "a", "messages": HELLO, "metadata": "x"}, "metadata is 'x'"),
-        ({"id": "a", "messages": HELLO, "metadata": {"x": float("nan")}}, "metadata is not JSON"),
-    ],
-)
-def test_a_bad_record_is_refused(record: Any, message: str) -> None:
-    with pytest.raises(CapasError, match=re.escape(message)):
-        check(record)
-
-
-def test_an_id_that_occurs_twice_is_refused_with_both_places() -> None:
-    with pytest.raises(CapasError, match="record 1: id 'a' is that of record 0"):
-        check(with_messages(HELLO), with_messages(HELLO))
-
-
-def test_an_empty_user_message_is_kept() -> None:
-    messages = [{"role": "user", "content": ""}, HELLO[1]]
-    assert check(with_messages(messages))[0]["messages"][0]["content"] == ""

@@ -11,6 +11,8 @@ import pytest
 from report_inputs import REPOSITORY, write_inputs
 
 from capas.dag import StageSpec, read_yaml
+from capas.dataset.flaws import KEEP, MERGE, REPLACE, WAYS_OUT
+from capas.dataset.selection import BEYOND, DUPLICATE, LEAK, NOT_DRAWN
 from capas.params import Params, flatten, select
 from capas.stage import Stage
 from stages import build_report
@@ -208,6 +210,42 @@ def test_own_prompts_have_no_expected_answer(tmp_path: Path) -> None:
     page = build_words(root)
     assert "Expected:" not in page
     assert '<tr><th scope="row"><code>greedy</code></th>' in page
+
+
+def test_the_page_tells_where_records_come_from_and_what_was_dropped(tmp_path: Path) -> None:
+    root = write_inputs(tmp_path)
+    file = root / "data/raw/source.json"
+    source = json.loads(file.read_text())
+    place = {"file": "data/own/x.csv", "at": "line 7", "id": "", "field": "messages[1].content"}
+    example = {**place, "value": "'<b>'", "why": "an empty answer"}
+    source["sources"][0] |= {"path": "csv", "licence": "mit"} | {
+        "files": [{"file": "data/own/x.csv", "bytes": 2000, "sha256": "0" * 64}]
+    }
+    source |= {
+        "num_read": 99,
+        "dropped": {"empty_answer": {"count": 3, "examples": [example]}},
+        "repaired": {"consecutive_roles": {"count": 2, "policy": "merge"}},
+        "kept": {"leak": 1},
+        "left_out": {"topic": 5},
+    }
+    file.write_text(json.dumps(source))
+    text = " ".join(re.sub(r"<[^>]+>", " ", build_words(root)).split())
+    assert "Of 99 records that were read, 25 stayed" in text
+    assert "3 left out: an empty answer" in text
+    assert (
+        "data/own/x.csv, line 7 messages[1].content : &#39;&lt;b&gt;&#39; an empty answer" in text
+    )
+    assert "2 times: two messages of one role in a row; merged into one message." in text
+    assert "1 kept although: the same prompt" in text
+    assert "topic 5" in text
+
+
+@pytest.mark.parametrize("language", ["en", "es"])
+def test_every_reason_and_policy_has_words(language: str) -> None:
+    data = read_yaml(PAGE / f"{language}.yaml")["data"]
+    reasons = {*WAYS_OUT, DUPLICATE, LEAK, NOT_DRAWN, BEYOND}
+    assert set(data["reasons"]) == reasons
+    assert set(data["policies"]) == {REPLACE, MERGE, KEEP}
 
 
 def test_the_mask_marks_the_answer_and_its_end(pages: dict[str, str]) -> None:

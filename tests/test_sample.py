@@ -7,6 +7,7 @@ from typing import Any
 
 import pytest
 import torch
+from conftest import stored
 from tiny import make_model, read_json, run_stage, write_workspace
 
 from capas.generation import generation_config, next_token_probabilities
@@ -118,8 +119,19 @@ def test_held_out_prompts_are_spread_and_end_with_the_user() -> None:
     turns = [
         {"role": r, "content": r} for r in ("system", "user", "assistant", "user", "assistant")
     ]
-    raw = [{"id": str(i), "messages": turns} for i in range(9)]
+    raw = [stored({"id": str(i), "messages": turns}) for i in range(9)]
     found = held_out_prompts(raw, [str(i) for i in range(9)], 3)
     assert [prompt.prompt_id for prompt in found] == ["0", "3", "6"]
     assert found[0] == Prompt("0", turns[:4], "assistant")
-    assert first_system_message(raw) == "system"
+    assert first_system_message(raw[0]) == "system"
+
+
+def test_a_plain_text_is_asked_to_go_on() -> None:
+    text = " ".join(f"word{i}" for i in range(40))
+    raw = [stored({"id": "a", "messages": [{"role": "text", "content": text}]})]
+    (prompt,) = held_out_prompts(raw, ["a"], 1)
+    assert prompt.messages[0]["content"] + (prompt.reference or "") == text
+    assert prompt.messages[0]["content"].endswith("word15")
+    assert own_prompts(["Once"], "system", "text")[0].messages == [
+        {"role": "text", "content": "Once"}
+    ]

@@ -1,14 +1,17 @@
 """Contents as plain text, once, whatever the template."""
 
+import sys
 from pathlib import Path
 
+import numpy as np
 import pytest
 from conftest import CONTROL_TOKENS, say, stored
 from dataside import DataSide
 
+from capas.chat.plain import PlainEncoder
 from capas.chat.tokenizer import TokenizerFiles, encode_plain
+from capas.errors import CapasError
 from capas.records import RAW, TOKENIZED, read_records, write_records
-from stages import tokenize_messages
 
 
 @pytest.fixture
@@ -43,16 +46,29 @@ def test_the_text_of_a_control_token_stays_text(text: str, tiny_tokenizer_dir: P
     (ids,) = encode_plain(files.build(), [f"a{text}b"])
     assert not set(ids) & set(files.added)
     assert files.build().decode(ids) == f"a{text}b"
-    assert files.id_of_text(text) in files.build(parse_special=True).encode(f"a{text}b").ids
+    assert files.id_of_text(text) in files.encode_parsing([f"a{text}b"])[0]
 
 
-def test_neither_order_nor_batches_change_a_record(
-    side: DataSide, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_both_backends_give_the_same_bytes(side: DataSide, monkeypatch: pytest.MonkeyPatch) -> None:
     before = (side.root / "data/tokenized/train.parquet").read_bytes()
-    monkeypatch.setattr(tokenize_messages, "RECORDS_AT_ONCE", 5)
+    backends = [PlainEncoder(TokenizerFiles(side.root / "tokenizer")).backend]
+    monkeypatch.setitem(sys.modules, "fastokens", None)  # as where it is not installed
+    backends.append(PlainEncoder(TokenizerFiles(side.root / "tokenizer")).backend)
     side.run("tokenize")
     assert (side.root / "data/tokenized/train.parquet").read_bytes() == before
+    assert backends == ["fastokens", "tokenizers"]
+
+
+def test_one_difference_between_the_backends_stops_the_stage(tiny_tokenizer_dir: Path) -> None:
+    encoder = PlainEncoder(TokenizerFiles(tiny_tokenizer_dir))
+
+    class Wrong:
+        def encode_batch_flat(self, texts: list[str]) -> tuple[bytes, bytes]:
+            return np.array([7], np.uint32).tobytes(), np.array([0, 1], np.uint64).tobytes()
+
+    encoder._fast = Wrong()
+    with pytest.raises(CapasError, match="fastokens and tokenizers encode 'Hola' differently"):
+        encoder.encode(["Hola"])
 
 
 def test_no_padding_and_no_truncation_of_the_file_is_taken_over(tiny_tokenizer_dir: Path) -> None:

@@ -143,6 +143,7 @@ def _write_data(root: Path) -> None:
     chat = ChatFormat.load(right, root / "data/models/tokenizer", "26 Jul 2024")
     names = ("bos_token_id", "pad_token_id", "end_token", "end_token_id", "stop_token_ids")
     facts = {name: getattr(chat, name) for name in names} | {"probes_sha256": chat.probes_sha256()}
+    facts |= {"date_string": "26 Jul 2024", "system": "template", "allowed_tokens": []}
     (formatted / "chat.json").write_text(json.dumps(facts))
     for split, records in write_raw(root, {"train": 40, "validation": 6, "test": 10}).items():
         write_records(
@@ -176,7 +177,6 @@ def _format(record: dict[str, Any], chat: ChatFormat) -> dict[str, Any]:
     return {
         "id": record["id"],
         "input_ids": encoded.input_ids,
-        "attention_mask": [1] * len(encoded.input_ids),
         "labels": encoded.labels,
         "prompt_ids": chat.prompt_ids(record["messages"][:-1]),
         "reference": record["messages"][-1]["content"],

@@ -31,6 +31,7 @@ class Edges:
         ids = [tokenizer.encode(text, add_special_tokens=False).ids for tokenizer, text in probes]
         self.adds_blank = ids[0] != ids[1]  # a text alone is encoded as if a blank came before it
         self._blank_is_space = ids[0] == ids[2]
+        self._scaffold_pieces = lru_cache(maxsize=1024)(self._pieces)
         self._are_safe = lru_cache(maxsize=65536)(self._look_up)
         self._remainders = lru_cache(maxsize=1024)(self._find_remainders)
 
@@ -49,7 +50,7 @@ class Edges:
         return bool(content) and not content.startswith(self._get_no_blank)
 
     def _look_up(self, scaffold: str, start: str) -> bool:
-        before, after = self._pieces(scaffold), self._pieces(start)
+        before, after = self._scaffold_pieces(scaffold), self._pieces(start)
         both = self._pieces(scaffold + start)
         if both == before + after:
             return True

@@ -1,22 +1,58 @@
 """A split of tokenized records as formatted ones, with the facts and checks that go with it."""
 
-from bisect import bisect_right
-from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from statistics import median
 from typing import Any
 
-from capas.chat.format import ChatFormat
-from capas.chat.overflow import Overflow, count_supervised
-from capas.errors import CapasError
-from capas.records import Record
+import numpy as np
+import pyarrow as pa
 
-CHECKED_FIRST, CHECKED_EVERY = (
-    200,
-    20,
-)  # records whose ids are compared with those of the rendered text
+from capas.chat.audit import Audit
+from capas.chat.batch import Batch, Columns, Formatted, Single, merge
+from capas.chat.columns import ColumnEncoder
+from capas.chat.format import ChatFormat, Encoded
+from capas.chat.messages import TEXT, Message, Tools, conversation
+from capas.chat.overflow import Overflow
+from capas.chat.template import RecordRefusal
+from capas.errors import CapasError
+from capas.ragged import Array, Ragged
+from capas.records import FORMATTED, IGNORE_INDEX, Record
+
+NUM_EXAMPLES = 20  # of what was dropped, in the report
 MAX_BINS = 40
+_NOTHING = np.zeros(0, np.int64)
+TEXT_PROMPT_TOKENS = 32  # of a plain text, which evaluation and samples let the model go on from
+
+
+@dataclass
+class Refused:
+    """Conversations that the template refuses: an error, or dropped within a budget."""
+
+    policy: str
+    budget_fraction: float
+    examples: list[dict[str, str]] = field(default_factory=list)
+    count: int = 0
+
+    def add(self, identity: str, refusal: RecordRefusal) -> None:
+        """Raises the refusal where none is allowed."""
+        if self.policy == "error":
+            raise CapasError(
+                f"{refusal}\nchat_template.refused=drop leaves such records out, within "
+                "chat_template.refused_budget_fraction"
+            )
+        self.count += 1
+        if len(self.examples) < NUM_EXAMPLES:
+            self.examples.append({"id": identity, "why": str(refusal)})
+
+    def check(self, split: str, num_records: int) -> None:
+        if self.count > self.budget_fraction * num_records:
+            first = "; ".join(f"{e['id']!r}: {e['why']}" for e in self.examples[:3])
+            raise CapasError(
+                f"the chat template refuses {self.count} of {num_records} {split} records, and "
+                f"chat_template.refused_budget_fraction={self.budget_fraction} allows fewer. {first}"
+            )
 
 
 @dataclass
@@ -27,128 +63,187 @@ class SplitFormatter:
     chat: ChatFormat
     train_on: str
     overflow: Overflow
-    lengths: list[int] = field(default_factory=list)
+    refused: Refused
+    lengths: list[Array] = field(default_factory=list)
     num_supervised_tokens: int = 0
     trailing_messages_cut: int = 0
     control_tokens_in_content: int = 0
-    num_checked: int = 0
+    contents_trimmed: int = 0
+    thoughts_dropped: int = 0
 
-    def format(self, records: Iterable[Record]) -> Iterator[tuple[Record, Record]]:
-        """Yields (formatted record, the tokenized one that it comes from, as far as it was kept).
+    def __post_init__(self) -> None:
+        self._encoder = ColumnEncoder(self.chat, self.train_on)
+        self._audit = Audit(self.chat, self.train_on)
 
-        Raises:
-            CapasError: naming split and record: see `ChatFormat.encode`, `check_ids` and `Overflow.check`.
-        """
-        for index, record in enumerate(records):
-            try:
-                kept = self._keep(record)
-                if kept is not None:
-                    if index < CHECKED_FIRST or index % CHECKED_EVERY == 0:
-                        self._check_ids(kept)
-                    yield self._formatted(kept), kept
-            except CapasError as error:
-                raise CapasError(f"{self.split} record {record['id']!r}: {error}") from None
+    def format(self, batches: Iterable[pa.RecordBatch]) -> Iterator[Formatted]:
+        """Raises CapasError, naming split and record: see `ChatFormat.encode`, `Audit`, `Overflow.check`."""
+        for records in batches:
+            source = Batch(records)
+            formatted = self._format(source)
+            self._count(formatted)
+            self._audit.check(self.split, formatted)
+            yield formatted
         self.overflow.check()
+        self.refused.check(self.split, self.overflow.num_records)
 
-    def _keep(self, record: Record) -> Record | None:
-        """The record as far as it is used, with its ids under `encoded`."""
-        messages = _until_last_answer(record["messages"])
-        encoded = self.chat.encode(messages, self.train_on)
-        fitting = self.overflow.fit(
-            {**record, "messages": messages}, encoded, self.chat, self.train_on
+    def _format(self, source: Batch) -> Formatted:
+        quick = self._sure(self._encoder.encode(source), source)
+        self.overflow.see(quick.ids.lengths)
+        rest = sorted(set(range(source.num_rows)) - set(quick.rows.tolist()))
+        singles = {row: single for row in rest if (single := self._single(source, row)) is not None}
+        columns = merge([quick, _columns(singles)])
+        held = np.array([self._holds(source, row) for row in columns.rows.tolist()], bool)
+        batch = _batch(columns, source, singles)
+        return Formatted(batch, source, columns, singles, held)
+
+    def _holds(self, source: Batch, row: int) -> bool:
+        contents = source.contents[source.first[row] : source.last_answers[row] + 1]
+        return any(self.chat.holds_control(content) for content in contents) or (
+            bool(source.tools[row]) and self.chat.holds_control(source.tools[row])
         )
-        if fitting is None:
+
+    def _sure(self, quick: Columns, source: Batch) -> Columns:
+        """Those that are not too long and that a template which looks into contents did not change."""
+        fits = quick.ids.lengths <= self.overflow.max_length
+        if not self.chat.copies_contents:
+            fits &= [self.chat.is_copied(source.messages(row)) for row in quick.rows.tolist()]
+        return quick if fits.all() else quick.take(np.flatnonzero(fits))
+
+    def _single(self, source: Batch, row: int) -> Single | None:
+        """A conversation that is not like the others; None where it is left out."""
+        record: Record = source.records.slice(row, 1).to_pylist()[0]
+        messages, tools = conversation(record)
+        messages = messages[: source.last_answers[row] - int(source.first[row]) + 1]
+        try:
+            encoded = self.chat.encode(messages, self.train_on, tools)
+            kept = self.overflow.fit(
+                record["id"], messages, encoded, lambda m: self.chat.encode(m, self.train_on, tools)
+            )
+            return kept and Single(row, *kept, *self._question(*kept, tools))
+        except RecordRefusal as refusal:
+            self.overflow.num_records += 1
+            with self._named(record["id"]):
+                self.refused.add(record["id"], refusal)
             return None
-        self.trailing_messages_cut += len(record["messages"]) - len(messages)
-        return {**record, "messages": fitting[0], "encoded": fitting[1]}
+        except CapasError as error:
+            raise CapasError(f"{self.split} record {record['id']!r}: {error}") from None
 
-    def _formatted(self, kept: Record) -> Record:
-        messages, encoded = kept["messages"], kept["encoded"]
-        last = max(i for i, message in enumerate(messages) if message["role"] == "assistant")
-        self.lengths.append(len(encoded.input_ids))
-        self.num_supervised_tokens += count_supervised(encoded)
-        self.control_tokens_in_content += _count_control_tokens(messages, self.chat)
-        return {
-            "id": kept["id"],
-            "input_ids": encoded.input_ids,
-            "attention_mask": [1] * len(encoded.input_ids),
-            "labels": encoded.labels,
-            "prompt_ids": self.chat.prompt_ids(messages[:last]),
-            "reference": messages[last]["content"],
-            "metadata": kept["metadata"],
-        }
+    def _question(
+        self, messages: list[Message], encoded: Encoded, tools: Tools
+    ) -> tuple[list[int], str]:
+        """The prompt of the last answer, and that answer as text."""
+        if messages[-1]["role"] == TEXT:
+            start = encoded.input_ids[: min(TEXT_PROMPT_TOKENS, len(encoded.input_ids) // 2)]
+            tokenizer = self.chat.tokenizer
+            rest = tokenizer.decode(encoded.input_ids[len(start) : -1], skip_special_tokens=False)
+            return start, rest
+        prompt = self.chat.prompt_ids(messages[:-1], tools)
+        if not messages[-1].get("tool_calls"):
+            return prompt, messages[-1]["content"]
+        called = encoded.input_ids[len(prompt) :]
+        end = called.index(self.chat.end_token_id) if self.chat.end_token_id in called else None
+        return prompt, self.chat.tokenizer.decode(called[:end], skip_special_tokens=False)
 
-    def _check_ids(self, kept: Record) -> None:
-        """Compare with the rendered text, encoded whole; not where a content holds control tokens."""
-        if _count_control_tokens(kept["messages"], self.chat):
-            return
-        expected, found = self.chat.reference_ids(kept["messages"]), kept["encoded"].input_ids
-        self.num_checked += 1
-        if found != expected:
-            raise CapasError(_difference(found, expected, self.chat))
+    @contextmanager
+    def _named(self, identity: str) -> Iterator[None]:
+        try:
+            yield
+        except CapasError as error:
+            raise CapasError(f"{self.split} record {identity!r}: {error}") from None
+
+    def _count(self, formatted: Formatted) -> None:
+        columns, source = formatted.columns, formatted.source
+        self.lengths.append(columns.ids.lengths)
+        self.num_supervised_tokens += int(columns.trained.values.sum())
+        self.contents_trimmed += int(columns.trimmed.sum())
+        for place in np.flatnonzero(formatted.held).tolist():
+            told = formatted.messages(place)
+            self.control_tokens_in_content += sum(
+                self.chat.count_control_tokens(message["content"]) for message in told
+            )
+        for row in columns.rows.tolist():
+            if row not in formatted.singles:
+                last = source.last_answers[row]
+                self.trailing_messages_cut += int(source.first[row + 1]) - 1 - last
+        for single in formatted.singles.values():
+            last = source.last_answers[single.row]
+            self.trailing_messages_cut += int(source.first[single.row + 1]) - 1 - last
+            self.thoughts_dropped += single.encoded.num_thoughts_dropped
 
     def facts(self) -> dict[str, Any]:
-        num_tokens = sum(self.lengths)
+        lengths = np.concatenate([_NOTHING, *self.lengths])
+        num_tokens = int(lengths.sum())
         return {
-            "num_records": len(self.lengths),
+            "num_records": len(lengths),
             "num_tokens": num_tokens,
             "num_supervised_tokens": self.num_supervised_tokens,
             "supervised_fraction": self.num_supervised_tokens / num_tokens if num_tokens else 0.0,
-            "max_tokens": max(self.lengths, default=0),
-            "median_tokens": median(self.lengths) if self.lengths else 0,
+            "max_tokens": int(lengths.max(initial=0)),
+            "median_tokens": median(lengths.tolist()) if num_tokens else 0,
             "truncated": self.overflow.truncated,
             "dropped": self.overflow.dropped,
             "supervised_tokens_lost": self.overflow.supervised_tokens_lost,
+            "stop_tokens_lost": self.overflow.stop_tokens_lost,
+            "refused": self.refused.count,
             "trailing_messages_cut": self.trailing_messages_cut,
+            "contents_trimmed": self.contents_trimmed,
+            "thoughts_dropped": self.thoughts_dropped,
             "control_tokens_in_content": self.control_tokens_in_content,
-            "num_checked": self.num_checked,
+            "num_checked": self._audit.num_checked,
         }
 
 
-def _until_last_answer(messages: Sequence[Mapping[str, Any]]) -> Sequence[Mapping[str, Any]]:
-    """What follows the last answer is no part of any answer's context; it is cut and counted."""
-    answers = [i for i, message in enumerate(messages) if message["role"] == "assistant"]
-    return messages[: answers[-1] + 1] if answers else messages
-
-
-def _count_control_tokens(messages: Sequence[Mapping[str, Any]], chat: ChatFormat) -> int:
-    return sum(chat.count_control_tokens(message["content"]) for message in messages)
-
-
-def _difference(found: list[int], expected: list[int], chat: ChatFormat) -> str:
-    at = next(
-        (i for i, pair in enumerate(zip(found, expected, strict=False)) if pair[0] != pair[1]),
-        min(len(found), len(expected)),
-    )
-
-    def show(ids: list[int]) -> str:
-        near = ids[max(0, at - 3) : at + 5]
-        return " ".join(f"{i}={chat.parsing_tokenizer.id_to_token(i)!r}" for i in near)
-
-    return (
-        f"its ids are not those of the rendered text, from token {at} on; the tokenizer does something at "
-        "the borders of messages that capas does not know. Please report it with this record.\n"
-        f"  message by message: {show(found)}\n  rendered text:      {show(expected)}"
+def _columns(singles: Mapping[int, Single]) -> Columns:
+    found = list(singles.values())
+    encoded = [single.encoded for single in found]
+    labels = [np.asarray(e.labels) != IGNORE_INDEX for e in encoded]
+    return Columns(
+        np.array(list(singles), np.int64),
+        Ragged.of([e.input_ids for e in encoded], np.int32),
+        Ragged.of(labels, bool),
+        Ragged.of([single.prompt_ids for single in found], np.int32),
+        np.array([e.num_trimmed for e in encoded], np.int64),
     )
 
 
-def histogram(lengths: Mapping[str, Sequence[int]]) -> list[dict[str, Any]]:
+def _batch(columns: Columns, source: Batch, singles: Mapping[int, Single]) -> pa.RecordBatch:
+    rows = pa.array(columns.rows)
+    labels = np.where(columns.trained.values, columns.ids.values, np.int32(IGNORE_INDEX))
+    references = [
+        singles[row].reference if row in singles else source.contents[source.last_answers[row]]
+        for row in columns.rows.tolist()
+    ]
+    ids = FORMATTED.field("input_ids").type
+    columns_by_name = {
+        "id": source.records.column("id").take(rows),
+        "input_ids": columns.ids.to_arrow(ids),
+        "labels": Ragged(labels, columns.ids.offsets).to_arrow(ids),
+        "prompt_ids": columns.prompts.to_arrow(ids),
+        "reference": pa.array(references, pa.string()),
+        "metadata": source.records.column("metadata").take(rows),
+    }
+    return pa.RecordBatch.from_arrays(list(columns_by_name.values()), schema=FORMATTED)
+
+
+def histogram(lengths: Mapping[str, Sequence[Array]]) -> list[dict[str, Any]]:
     """Rows of reports/lengths.csv: records per range of lengths, the same ranges for all splits.
 
     `num_tokens` is the lower edge of a range.
     """
-    longest = max((length for of_split in lengths.values() for length in of_split), default=0)
-    shortest = min((length for of_split in lengths.values() for length in of_split), default=0)
+    by_split = {split: np.concatenate([_NOTHING, *of]) for split, of in lengths.items()}
+    everything = np.concatenate([_NOTHING, *by_split.values()])
+    longest, shortest = int(everything.max(initial=0)), int(everything.min(initial=10**9))
+    shortest = min(shortest, longest)
     width = _nice_width(longest - shortest + 1)
     edges = list(range(shortest // width * width, longest + 1, width))
     counts = {
-        split: Counter(edges[bisect_right(edges, length) - 1] for length in of_split)
-        for split, of_split in lengths.items()
+        split: np.bincount((of // width - edges[0] // width), minlength=len(edges))
+        for split, of in by_split.items()
     }
     return [
-        {"split": split, "num_tokens": edge, "num_records": counts[split][edge]}
+        {"split": split, "num_tokens": edge, "num_records": int(counts[split][place])}
         for split in lengths
-        for edge in edges
+        for place, edge in enumerate(edges)
     ]
 
 

@@ -1,14 +1,16 @@
 """What becomes of records that are longer than `dataset.max_length`: an error, dropped, or cut at a turn."""
 
-from collections.abc import Sequence
+from collections.abc import Callable
 from dataclasses import dataclass, field
-from typing import Any
 
-from capas.chat.format import ChatFormat, Encoded
+from capas.chat.format import Encoded
+from capas.chat.messages import Message
 from capas.errors import CapasError
-from capas.records import IGNORE_INDEX, Record
+from capas.ragged import Array
+from capas.records import IGNORE_INDEX
 
-Messages = Sequence[dict[str, Any]]
+Messages = list[Message]
+Encode = Callable[[Messages], Encoded]
 
 
 def count_supervised(encoded: Encoded) -> int:
@@ -29,40 +31,51 @@ class Overflow:
     max_length: int
     policy: str
     budget_fraction: float
+    end_token_id: int
     num_records: int = 0
     truncated: int = 0
     dropped: int = 0
     supervised_tokens_lost: int = 0
+    stop_tokens_lost: int = 0
     longest: tuple[int, str] = (0, "")
     too_long: list[str] = field(default_factory=list)
 
+    def see(self, lengths: Array) -> None:
+        """Records that fit."""
+        self.num_records += len(lengths)
+
     def fit(
-        self, record: Record, encoded: Encoded, chat: ChatFormat, train_on: str
+        self, identity: str, messages: Messages, encoded: Encoded, encode: Encode
     ) -> tuple[Messages, Encoded] | None:
-        """The messages to keep and their ids; None where the record is dropped."""
+        """The messages to keep and their ids; None where the record is dropped.
+
+        Args:
+            encode: encodes the first messages of this record, up to an answer.
+        """
         self.num_records += 1
-        messages = record["messages"]
-        self.longest = max(self.longest, (len(encoded.input_ids), record["id"]))
+        self.longest = max(self.longest, (len(encoded.input_ids), identity))
         if len(encoded.input_ids) <= self.max_length:
             return messages, encoded
-        self.too_long.append(record["id"])
-        kept = self._truncate(messages, chat, train_on) if self.policy == "truncate" else None
-        left = count_supervised(kept[1]) if kept else 0
-        self.supervised_tokens_lost += count_supervised(encoded) - left
+        self.too_long.append(identity)
+        kept = self._truncate(messages, encode) if self.policy == "truncate" else None
+        left = kept[1] if kept else Encoded([], [])
+        self.supervised_tokens_lost += count_supervised(encoded) - count_supervised(left)
+        self.stop_tokens_lost += self._count_stops(encoded) - self._count_stops(left)
         self.truncated += kept is not None
         self.dropped += kept is None
         return kept
 
-    def _truncate(
-        self, messages: Messages, chat: ChatFormat, train_on: str
-    ) -> tuple[Messages, Encoded] | None:
+    def _truncate(self, messages: Messages, encode: Encode) -> tuple[Messages, Encoded] | None:
         answers = [i for i, message in enumerate(messages) if message["role"] == "assistant"]
         for last in reversed(answers[:-1]):
             kept = messages[: last + 1]
-            encoded = chat.encode(kept, train_on)
+            encoded = encode(kept)
             if len(encoded.input_ids) <= self.max_length:
                 return kept, encoded
         return None
+
+    def _count_stops(self, encoded: Encoded) -> int:
+        return sum(label == self.end_token_id for label in encoded.labels)
 
     def check(self) -> None:
         """Raises CapasError where a record is too long and may not be, or too many are."""

@@ -3,8 +3,11 @@
 <|im_start|>  user\\n CONTENT 0  <|im_end|>  \\n  <|im_start|>  assistant\\n CONTENT 1  <|im_end|>  \\n
 """
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
+
+Trim = tuple[str | None, str | None]  # arguments of lstrip and rstrip: None stands for all blanks
+NO_TRIM: Trim = ("", "")
 
 
 @dataclass(frozen=True)
@@ -39,21 +42,29 @@ class Segment:
         return "".join(piece.fill(contents) for piece in self.pieces)
 
 
+def scaffold_before(segment: Segment) -> tuple[str, bool]:
+    """The text before a segment's last piece, and whether there is some of the same owner as that piece."""
+    *before, last = segment.pieces
+    one_owner = bool(before) and all(piece.owner == last.owner for piece in before)
+    return "".join([piece.text for piece in before]), one_owner
+
+
 @dataclass(frozen=True)
 class Plan:
     """How conversations of one pattern of roles are put together."""
 
     parts: tuple[Control | Segment, ...]
-    trims: tuple[
-        Callable[[str], str], ...
-    ]  # per message: what the template does to the ends of a content
+    trims: tuple[Trim, ...]  # per message: what the template does to the ends of a content
 
     @property
     def num_controls(self) -> int:
         return sum(isinstance(part, Control) for part in self.parts)
 
     def trim(self, contents: Sequence[str]) -> list[str]:
-        return [trim(content) for trim, content in zip(self.trims, contents, strict=True)]
+        return [
+            content.lstrip(left).rstrip(right)
+            for (left, right), content in zip(self.trims, contents, strict=True)
+        ]
 
     def fill(self, contents: Sequence[str]) -> str:
         """The conversation as text; `contents` are trimmed already."""

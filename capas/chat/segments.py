@@ -1,20 +1,28 @@
 """A planned conversation as ids, each with the answer that it belongs to."""
 
-import re
 from collections.abc import Collection, Mapping, Sequence
+from enum import IntEnum
 from functools import lru_cache
 from typing import Any
 
 from tokenizers import AddedToken, Tokenizer
 
 from capas.chat.edges import Edges
-from capas.chat.plan import Control, Plan, Segment
+from capas.chat.messages import Messages
+from capas.chat.plan import Control, Plan, Segment, scaffold_before
 from capas.chat.scaffold import control_pattern
 from capas.chat.tokenizer import TokenizerFiles
 from capas.errors import CapasError
 
-Messages = Sequence[Mapping[str, Any]]
 Owned = list[tuple[int, int | None]]  # token id, index of the answer that it belongs to
+
+
+class Way(IntEnum):
+    """How the known ids of a content get into the text around it."""
+
+    JOIN = 0  # after the ids of the scaffold
+    ABSORB = 1  # in the place of the scaffold too: a blank that the tokenizer adds itself
+    WHOLE = 2  # not at all: scaffold and content melt, and are encoded together
 
 
 class SegmentEncoder:
@@ -28,12 +36,12 @@ class SegmentEncoder:
         self._folder = files.folder
         self.control_ids = {text: files.id_of_text(text) for text in controls}
         # The unknown token is special, yet an ordinary text may hold what a vocabulary lacks.
-        self._forbidden = frozenset(self.control_ids.values()) - {files.id_of("unk_token")}
+        self.forbidden_ids = frozenset(self.control_ids.values()) - {files.id_of("unk_token")}
         unmarked = {text: token for text, token in controls.items() if not token.special}
-        self._unmarked: re.Pattern[str] = control_pattern(unmarked)
+        self._unmarked = control_pattern(unmarked) if unmarked else None
         self._alone, self._inside = _build(files, unmarked)
         self._edges = Edges(self._inside, self._alone)
-        self._encode_scaffold = lru_cache(maxsize=4096)(lambda part: self._encode_whole(part, []))
+        self.encode_scaffold = lru_cache(maxsize=4096)(lambda part: self.encode_whole(part, []))
 
     def encode(self, plan: Plan, contents: list[str], messages: Messages) -> Owned:
         """The ids of a conversation.
@@ -56,30 +64,42 @@ class SegmentEncoder:
 
     def _encode_segment(self, segment: Segment, contents: list[str], messages: Messages) -> Owned:
         """The known ids of a content where the border allows it, else those of the whole segment anew."""
-        *before, last = segment.pieces
         if all(piece.message is None for piece in segment.pieces):
-            return self._encode_scaffold(segment)
-        if last.message is None or len(before) > 1 or (before and before[0].message is not None):
-            return self._encode_whole(segment, contents)
-        content, message = contents[last.message], messages[last.message]
-        if content != message["content"] or self._unmarked.search(content):
-            return self._encode_whole(segment, contents)
-        scaffold = before[0].text if before else ""
-        if self._edges.join(scaffold, content):
-            start = self._encode_scaffold(Segment(tuple(before), segment.first)) if before else []
-            return start + [(i, last.owner) for i in self._ids(message)]
-        one_owner = bool(before) and before[0].owner == last.owner
-        if one_owner and self._edges.absorb(scaffold, content):
-            return [(i, last.owner) for i in self._ids(message)]
-        return self._encode_whole(segment, contents)
+            return self.encode_scaffold(segment)
+        *before, last = segment.pieces
+        if last.message is None or any(piece.message is not None for piece in before):
+            return self.encode_whole(segment, contents)
+        message = messages[last.message]
+        way = self.way(*scaffold_before(segment), contents[last.message], message["content"])
+        if way is Way.WHOLE:
+            return self.encode_whole(segment, contents)
+        joins = way is Way.JOIN and before
+        lead = self.encode_scaffold(Segment(tuple(before), segment.first)) if joins else []
+        return lead + [(i, last.owner) for i in self.known_ids(message)]
 
-    def _ids(self, message: Mapping[str, Any]) -> Sequence[int]:
+    def way(self, scaffold: str, one_owner: bool, content: str, original: str) -> Way:
+        """How a content's known ids get into a segment that ends with it and has no other.
+
+        Args:
+            scaffold: the text before it; one_owner: see `capas.chat.plan.scaffold_before`.
+            content: trimmed as the template does; original: what the known ids were made of.
+        """
+        if content != original or (self._unmarked and self._unmarked.search(content)):
+            return Way.WHOLE
+        if self._edges.join(scaffold, content):
+            return Way.JOIN
+        if one_owner and self._edges.absorb(scaffold, content):
+            return Way.ABSORB
+        return Way.WHOLE
+
+    def known_ids(self, message: Mapping[str, Any]) -> Sequence[int]:
+        """The ids of a content as plain text."""
         if "input_ids" in message:
             known: Sequence[int] = message["input_ids"]
             return known
         return self._alone.encode(message["content"], add_special_tokens=False).ids
 
-    def _encode_whole(self, segment: Segment, contents: list[str]) -> Owned:
+    def encode_whole(self, segment: Segment, contents: list[str]) -> Owned:
         """A token that holds a character of an answer belongs to the answer."""
         texts = [piece.fill(contents) for piece in segment.pieces]
         owners = [p.owner for p, text in zip(segment.pieces, texts, strict=True) for _ in text]
@@ -91,7 +111,7 @@ class SegmentEncoder:
         ]
 
     def _check_controls(self, owned: Owned, plan: Plan) -> None:
-        found = len([i for i, _ in owned if i in self._forbidden])
+        found = len([i for i, _ in owned if i in self.forbidden_ids])
         if found > plan.num_controls:
             raise CapasError(
                 f"{found - plan.num_controls} control token(s) came out of contents; the tokenizer in "

@@ -4,7 +4,7 @@ https://huggingface.co/docs/transformers/chat_templating_writing
 """
 
 import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from typing import Any
 
 import jinja2
@@ -13,12 +13,16 @@ from jinja2.ext import Extension, loopcontrols
 from jinja2.parser import Parser
 from jinja2.sandbox import ImmutableSandboxedEnvironment
 
+from capas.chat.copying import copies_contents
+from capas.chat.messages import Messages, Tools, spoken
 from capas.errors import CapasError
 
-Messages = Sequence[Mapping[str, Any]]
+
+class RecordRefusal(CapasError):  # noqa: N818
+    """A conversation that this template cannot show, or not safely; others it may."""
 
 
-class TemplateRefusal(CapasError):  # noqa: N818  the field says refusal
+class TemplateRefusal(RecordRefusal):
     """The template itself refuses a conversation (raise_exception), or fails on it."""
 
 
@@ -33,23 +37,27 @@ class Template:
         environment.globals["raise_exception"] = _raise_exception
         environment.globals["strftime_now"] = lambda _format: date_string
         try:
+            tree = environment.parse(text)
             self._template = environment.from_string(text)
         except jinja2.TemplateSyntaxError as error:
             raise CapasError(f"the chat template, line {error.lineno}: {error.message}") from None
+        self.text, self.copies_contents = text, copies_contents(tree)
         self._variables = {**named_tokens, "date_string": date_string}
 
-    def render(self, messages: Messages, add_generation_prompt: bool = False) -> str:
+    def render(
+        self, messages: Messages, add_generation_prompt: bool = False, tools: Tools = None
+    ) -> str:
         """The conversation as text.
 
         Raises:
             TemplateRefusal: with the template's own message.
         """
-        told = [{"role": m["role"], "content": m["content"]} for m in messages]
+        told = [spoken(message) for message in messages]
         try:
             return self._template.render(
                 messages=told,
                 add_generation_prompt=add_generation_prompt,
-                tools=None,
+                tools=tools,
                 documents=None,
                 **self._variables,
             )
@@ -68,30 +76,30 @@ def place_system(messages: Messages, policy: str) -> list[dict[str, Any]]:
             line after it, before the first user turn (for families without a system role); `error` refuses.
 
     Raises:
-        CapasError: `error` and there is one; `fold` and no user turn follows, or one stands further on.
+        RecordRefusal: `error` and there is one; `fold` and no user turn follows, or one stands further on.
     """
-    told = [{"role": m["role"], "content": m["content"]} for m in messages]
+    told = [dict(message) for message in messages]
     positions = [i for i, m in enumerate(told) if m["role"] == "system"]
     if policy == "template" or not positions:
         return told
     if policy == "error":
-        raise CapasError(
+        raise RecordRefusal(
             f"message {positions[0]} has the role system, and chat_template.system is error; "
             "chat_template.system=template or fold would keep it"
         )
     leading = len(positions)
     if positions != list(range(leading)):
-        raise CapasError(
+        raise RecordRefusal(
             f"message {positions[-1]} has the role system in the middle of the conversation, and "
             "chat_template.system=fold folds only what comes before the first user turn"
         )
     if leading == len(told) or told[leading]["role"] != "user":
-        raise CapasError(
+        raise RecordRefusal(
             "chat_template.system=fold finds no user turn after the system message to fold it into"
         )
     texts = [m["content"] for m in told[: leading + 1]]
     folded = "\n\n".join([text for text in texts[:-1] if text.strip()] + texts[-1:])
-    return [{"role": "user", "content": folded}, *told[leading + 1 :]]
+    return [{**told[leading], "content": folded}, *told[leading + 1 :]]
 
 
 class _Generation(Extension):

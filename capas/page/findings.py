@@ -68,6 +68,21 @@ def _share(part: Row, confidence: float) -> tuple[float, float, float] | None:
     return (share, *wilson_interval(share * num_records, num_records, confidence))
 
 
+def origin(source: Row) -> dict[str, Any]:
+    """What fetch says of the records, as tables: what was dropped (most first), repaired, left out."""
+    dropped = [{"reason": reason, **entry} for reason, entry in source["dropped"].items()]
+    repaired = [{"reason": reason, **entry} for reason, entry in source["repaired"].items()]
+    left_out = sorted(source["left_out"].items(), key=lambda item: (-item[1], item[0]))
+    return {
+        **source,
+        "dropped": sorted(dropped, key=lambda row: -row["count"]),
+        "num_dropped": sum(row["count"] for row in dropped),
+        "repaired": repaired,
+        "left_out": left_out,
+        "num_kept": sum(split["num_records"] for split in source["splits"].values()),
+    }
+
+
 def answers(base_file: Path, tuned_file: Path, messages: Mapping[str, list[Row]]) -> dict[str, Any]:
     """The first test record that the tuned model gets right, and one that it gets wrong of each kind."""
     base = {row["id"]: row["completion"] for row in pq.read_table(base_file).to_pylist()}

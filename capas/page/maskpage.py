@@ -8,8 +8,10 @@ from pathlib import Path
 from typing import Any
 
 import jinja2
+import numpy as np
 from tokenizers import Tokenizer
 
+from capas.chat.batch import Formatted
 from capas.chat.format import ChatFormat
 from capas.page.pieces import Piece, cut
 from capas.records import IGNORE_INDEX, Record
@@ -30,8 +32,22 @@ class Sampler:
     _first: list[tuple[Record, Record]] = field(default_factory=list)
     _kept: dict[str, tuple[Record, Record]] = field(default_factory=dict)
 
+    def look(self, formatted: Formatted) -> None:
+        """The next batch of the split."""
+        if not len(formatted.held):
+            return
+        places = [*range(FIRST_RECORDS - len(self._first)), int(np.argmax(formatted.held))]
+        places += [
+            int(np.argmax(formatted.columns.ids.lengths)),
+            int(np.argmax(formatted.num_messages)),
+        ]
+        for place in dict.fromkeys(places):
+            if place < len(formatted.held):
+                record = formatted.records.slice(place, 1).to_pylist()[0]
+                self.see(record, {"messages": formatted.messages(place)})
+
     def see(self, formatted: Record, source: Record) -> None:
-        """Args: a formatted record, and the tokenized one that it comes from."""
+        """Args: a formatted record, and its messages."""
         if len(self._first) < FIRST_RECORDS:
             self._first.append((formatted, source))
         self._keep_largest("the longest", formatted, source, lambda f, s: len(f["input_ids"]))
@@ -87,7 +103,7 @@ def view(
     why: str, formatted: Record, source: Record, chat: ChatFormat, train_on: str
 ) -> dict[str, Any]:
     """A record as the page shows it: lines of boxes, counts, and whether the mask is what it should be."""
-    tokenizer = chat.parsing_tokenizer
+    tokenizer = chat.tokenizer
     ids, labels = formatted["input_ids"], formatted["labels"]
     pieces = cut(tokenizer, ids)
     boxes = [_box(piece, labels, tokenizer) for piece in pieces]
@@ -157,7 +173,7 @@ def _verdict(
     """all | exact | blanks | different: the trained text against the answers and their end token."""
     if train_on == "all":
         return "all"
-    answers = [m["content"] for m in messages if m["role"] == "assistant"]
+    answers = [m["content"] for m in messages if m["role"] == "assistant" and m.get("train", True)]
     wanted = [a + end_token for a in (answers[-1:] if train_on == "last_assistant" else answers)]
     if list(found) == wanted:
         return "exact"

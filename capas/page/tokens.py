@@ -43,6 +43,11 @@ def describe(tokenizer: Tokenizer, tokenizer_json: Row, records: Sequence[Row]) 
     }
 
 
+def example(tokenizer: Tokenizer, encoded: Row) -> Row:
+    """A conversation that is the same in every run, as this run's template writes it."""
+    return _mask(tokenizer, {"id": "example", **encoded})
+
+
 def masks(tokenizer: Tokenizer, records: Sequence[Row], num_records: int = 3) -> list[Row]:
     """Token by token, what is trained, for the first records and the first with several turns."""
     chosen = list(records[:num_records])

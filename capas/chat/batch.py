@@ -1,0 +1,142 @@
+"""Tokenized records and formatted conversations as columns: lists of texts, flat arrays of ids."""
+
+import json
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from functools import cached_property
+from typing import Any
+
+import numpy as np
+import pyarrow as pa
+
+from capas.chat.format import Encoded
+from capas.chat.messages import TEXT, THOUGHT_END, Message, Tools
+from capas.ragged import Array, Ragged, concatenate
+
+Key = tuple[Any, ...]
+
+
+class Batch:
+    """Tokenized records."""
+
+    def __init__(self, batch: pa.RecordBatch) -> None:
+        messages = batch.column("messages")
+        fields = messages.flatten()
+        self.records, self.num_rows = batch, batch.num_rows
+        self.first = messages.offsets.to_numpy().astype(np.int64) - messages.offsets[0].as_py()
+        self.roles: list[str] = fields.field("role").to_pylist()
+        self.contents: list[str] = fields.field("content").to_pylist()
+        self.extras: list[str] = fields.field("extra").to_pylist()
+        self.trained: list[bool] = fields.field("train").to_pylist()
+        self.ids = Ragged.from_arrow(fields.field("input_ids"))
+        self.tools: list[str] = batch.column("tools").to_pylist()
+        self.last_answers = self._find_last_answers()
+
+    def messages(self, row: int) -> list[Message]:
+        """The messages up to the last answer; what follows it is no part of any answer's context."""
+        return [
+            {"role": self.roles[m], "content": self.contents[m], "train": self.trained[m]}
+            for m in range(self.first[row], self.last_answers[row] + 1)
+        ]
+
+    def key(self, row: int) -> Key | None:
+        """The pattern of a conversation; None where its scaffold depends on more than that."""
+        key: list[Any] = []
+        if self.tools[row]:
+            return None
+        for m in range(self.first[row], self.last_answers[row] + 1):
+            role, content = self.roles[m], self.contents[m]
+            if self.extras[m] or role in ("tool", TEXT) or THOUGHT_END in content:
+                return None
+            key.append(role)
+            if not self.trained[m] or not content or content.isspace():
+                key.append((self.trained[m], "" if content.strip() else content))
+        return tuple(key)
+
+    def _find_last_answers(self) -> list[int]:
+        """Index of a conversation's last answer, or of its last message where it has none."""
+        found = []
+        for start, end in zip(self.first[:-1].tolist(), self.first[1:].tolist(), strict=True):
+            last = end - 1
+            while last > start and self.roles[last] != "assistant":
+                last -= 1
+            found.append(last if self.roles[last] == "assistant" else end - 1)
+        return found
+
+
+@dataclass(frozen=True)
+class Columns:
+    """Formatted conversations: ids, whether each is trained, and the ids of the last answer's prompt.
+
+    rows: [conversations], indices into the batch; one row each in the others.
+    """
+
+    rows: Array
+    ids: Ragged
+    trained: Ragged
+    prompts: Ragged
+    trimmed: Array  # [conversations], contents of which the template cuts blanks off
+
+    def take(self, places: Array) -> "Columns":
+        ids, trained, prompts = (
+            ragged.take(places) for ragged in (self.ids, self.trained, self.prompts)
+        )
+        return Columns(self.rows[places], ids, trained, prompts, self.trimmed[places])
+
+
+def merge(parts: Sequence[Columns]) -> Columns:
+    """All conversations in the order of the batch."""
+    rows = np.concatenate([part.rows for part in parts])
+    together = Columns(
+        rows,
+        concatenate(part.ids for part in parts),
+        concatenate(part.trained for part in parts),
+        concatenate(part.prompts for part in parts),
+        np.concatenate([part.trimmed for part in parts]),
+    )
+    return together if np.all(np.diff(rows) > 0) else together.take(np.argsort(rows, kind="stable"))
+
+
+@dataclass(frozen=True)
+class Single:
+    """A conversation that was encoded by itself."""
+
+    row: int
+    messages: list[Message]  # as far as they were kept
+    encoded: Encoded
+    prompt_ids: list[int]
+    reference: str
+
+
+@dataclass(frozen=True)
+class Formatted:
+    """A batch of formatted records, and where each comes from."""
+
+    records: pa.RecordBatch
+    source: Batch
+    columns: Columns
+    singles: Mapping[int, Single]  # by row
+    held: Array  # [records] bool: whether a content holds the text of a control token
+
+    @cached_property
+    def num_messages(self) -> Array:
+        """[records], as far as they were kept."""
+        rows, source = self.columns.rows, self.source
+        counts = np.array(source.last_answers)[rows] + 1 - source.first[rows]
+        for place, row in enumerate(rows.tolist()):
+            if row in self.singles:
+                counts[place] = len(self.singles[row].messages)
+        return counts
+
+    def identity(self, place: int) -> str:
+        identity: str = self.records.column("id")[place].as_py()
+        return identity
+
+    def tools(self, place: int) -> Tools:
+        text = self.source.tools[int(self.columns.rows[place])]
+        return json.loads(text) if text else None
+
+    def messages(self, place: int) -> list[Message]:
+        """Those of a formatted record, as far as they were kept."""
+        row = int(self.columns.rows[place])
+        return self.singles[row].messages if row in self.singles else self.source.messages(row)

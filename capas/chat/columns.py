@@ -1,0 +1,225 @@
+"""Many conversations as ids and labels at once, with whole-array operations.
+
+Conversations of one pattern of roles have one layout: constant ids around the known ids of contents. Most
+records are put together so; the result is that of `ChatFormat.encode`, to which the others are left.
+"""
+
+import numpy as np
+
+from capas.chat.batch import Batch, Columns, Key
+from capas.chat.format import ChatFormat
+from capas.chat.layout import Constant, Layout, Slot, lay_out
+from capas.chat.segments import Way
+from capas.errors import CapasError
+from capas.ragged import Array, Ragged, gather, ranges
+
+Ranges = tuple[Array, Array]  # per row: where in the pool, how many ids
+
+
+class ColumnEncoder:
+    """Encodes the conversations of a batch whose scaffold depends on their roles alone."""
+
+    def __init__(self, chat: ChatFormat, train_on: str) -> None:
+        self._chat, self._train_on = chat, train_on
+        self._layouts: dict[Key, Layout | None] = {}
+        self._forbidden = np.zeros(max([0, *chat.segments.forbidden_ids]) + 1, bool)
+        self._forbidden[list(chat.segments.forbidden_ids)] = True
+
+    def encode(self, batch: Batch) -> Columns:
+        """Those of the batch that can be encoded so; the other rows have to be encoded singly."""
+        groups: dict[Key, list[int]] = {}
+        for row in range(batch.num_rows):
+            key = batch.key(row)
+            if key is not None and self._layout(key, batch, row):
+                groups.setdefault(key, []).append(row)
+        pool = _Pool(batch.ids.values)
+        parts = [
+            _Group(self._chat, layout, batch, rows, pool).put_together(self._train_on)
+            for key, rows in groups.items()
+            if (layout := self._layouts[key])
+        ]
+        return self._gather([part for part in parts if len(part.rows)], pool)
+
+    def _layout(self, key: Key, batch: Batch, row: int) -> Layout | None:
+        """None where the template refuses the pattern, or its prompt is not how the conversation begins."""
+        if key not in self._layouts:
+            try:
+                layout = lay_out(self._chat, batch.messages(row))
+            except CapasError:  # `ChatFormat.encode` raises it again, for each record
+                self._layouts[key] = None
+            else:
+                self._layouts[key] = layout if layout.prompt else None
+        return self._layouts[key]
+
+    def _gather(self, parts: list["_Part"], pool: "_Pool") -> Columns:
+        if not parts:
+            nothing = Ragged(np.zeros(0, np.int32), np.zeros(1, np.int64))
+            none = np.zeros(0, np.int64)
+            return Columns(none, nothing, nothing, nothing, none)
+        ids, trained = pool.arrays()
+        at = ranges(*(np.concatenate([part.ranges[i] for part in parts]) for i in (0, 1)))
+        lengths = np.concatenate([part.lengths for part in parts])
+        offsets = np.concatenate([np.zeros(1, np.int64), np.cumsum(lengths)])
+        found = Ragged(ids[at], offsets)
+        prompts = gather(found.values, found.starts, np.concatenate([p.prompts for p in parts]))
+        rows = np.concatenate([part.rows for part in parts])
+        trimmed = np.concatenate([part.trimmed for part in parts])
+        columns = Columns(rows, found, Ragged(trained[at], offsets), prompts, trimmed)
+        return self._sure(columns, np.concatenate([part.num_controls for part in parts]))
+
+    def _sure(self, columns: Columns, num_controls: Array) -> Columns:
+        """In the order of the batch, without those in which a content gave a control token."""
+        known = columns.ids.values < len(self._forbidden)
+        forbidden = np.zeros(len(columns.ids.values), np.int64)
+        forbidden[known] = self._forbidden[columns.ids.values[known]]
+        found = np.add.reduceat(forbidden, columns.ids.starts)
+        order = np.argsort(columns.rows, kind="stable")
+        return columns.take(order[(found <= num_controls)[order]])
+
+
+class _Pool:
+    """Ids to gather from, with whether each is trained: the known ones of the batch, then what is added."""
+
+    def __init__(self, ids: Array) -> None:
+        self._ids, self._trained, self._size = [ids], [np.zeros(len(ids), bool)], len(ids)
+
+    def add(self, ids: Array, trained: Array) -> int:
+        """Returns where they begin."""
+        start = self._size
+        self._ids.append(ids)
+        self._trained.append(trained)
+        self._size += len(ids)
+        return start
+
+    def train(self, positions: Array) -> None:
+        """Known ids that are trained."""
+        self._trained[0][positions] = True
+
+    def arrays(self) -> Ranges:
+        return np.concatenate(self._ids), np.concatenate(self._trained)
+
+
+class _Part:
+    """Conversations of one pattern as ranges of a pool; ranges are row by row."""
+
+    def __init__(
+        self,
+        rows: Array,
+        columns: list[Ranges],
+        prompts: Array,
+        trimmed: Array,
+        controls: int,
+    ) -> None:
+        starts, lengths = (np.stack([column[i] for column in columns], axis=1) for i in (0, 1))
+        self.rows, self.prompts, self.trimmed = rows, prompts, trimmed
+        self.ranges = starts.ravel(), lengths.ravel()
+        self.lengths = lengths.sum(axis=1)
+        self.num_controls = np.full(len(rows), controls)
+
+
+class _Group:
+    """The conversations of one pattern in a batch."""
+
+    def __init__(
+        self, chat: ChatFormat, layout: Layout, batch: Batch, rows: list[int], pool: _Pool
+    ) -> None:
+        self._segments, self._layout, self._batch, self._pool = chat.segments, layout, batch, pool
+        self._rows = np.array(rows)
+        self._first = batch.first[self._rows]
+        self._trained: set[int] = set()
+        self._trimmed = np.zeros(len(rows), np.int64)
+
+    def put_together(self, train_on: str) -> _Part:
+        layout, prompt = self._layout, self._layout.prompt
+        assert prompt is not None
+        self._trained = self._find_trained(train_on)
+        sure = np.ones(len(self._rows), bool)
+        prompts = np.full(len(self._rows), prompt.num_lead)
+        columns: list[Ranges] = []
+        for index, column in enumerate(layout.columns):
+            if isinstance(column, Constant):
+                filled = [self._constant(column, np.ones(len(self._rows), bool))]
+            else:
+                *filled, begins = self._slot(column, self._ways(column))
+                if index == prompt.num_columns and prompt.num_lead:
+                    sure = begins  # where lead and answer melt, so do prompt and answer
+            if index < prompt.num_columns:
+                prompts += sum(lengths for _, lengths in filled)
+            columns += filled
+        part = _Part(self._rows, columns, prompts, self._trimmed, layout.plan.num_controls)
+        return part if sure.all() else _keep(part, sure, len(columns))
+
+    def _find_trained(self, train_on: str) -> set[int]:
+        """Indices of the messages that are trained; -1 stands for everything else."""
+        count, first = self._layout.last_answer + 1, self._first[0]
+        if train_on == "all":
+            return {-1, *range(count)}
+        roles, trained = (
+            values[first : first + count] for values in (self._batch.roles, self._batch.trained)
+        )
+        answers = [i for i in range(count) if roles[i] == "assistant"]
+        return {
+            i for i in (answers[-1:] if train_on == "last_assistant" else answers) if trained[i]
+        }
+
+    def _is_trained(self, owners: Array) -> Array:
+        return (
+            np.isin(owners, list(self._trained)) if self._trained else np.zeros(len(owners), bool)
+        )
+
+    def _constant(self, column: Constant, where: Array) -> Ranges:
+        start = self._pool.add(column.ids, self._is_trained(column.owners))
+        return np.full(len(where), start), np.where(where, len(column.ids), 0)
+
+    def _ways(self, slot: Slot) -> Array:
+        """Per row, how the known ids of the content may be used."""
+        message = slot.message
+        if message is None:
+            return np.full(len(self._rows), Way.WHOLE)
+        (left, right), contents = self._layout.plan.trims[message], self._batch.contents
+        ways, cut = [], []
+        for index in (self._first + message).tolist():
+            content = contents[index]
+            trimmed = content.lstrip(left).rstrip(right)
+            cut.append(len(trimmed) < len(content))
+            ways.append(self._segments.way(slot.scaffold, slot.one_owner, trimmed, content))
+        self._trimmed += cut
+        return np.array(ways)
+
+    def _slot(self, slot: Slot, ways: Array) -> tuple[Ranges, Ranges, Array]:
+        """The lead; the content or the whole segment; and whether it begins with the lead's ids."""
+        begins = ways == Way.JOIN
+        lead = self._constant(slot.lead, ways == Way.JOIN)
+        starts, lengths = np.zeros(len(ways), np.int64), np.zeros(len(ways), np.int64)
+        known = ways != Way.WHOLE
+        if slot.message is not None:
+            at = self._first[known] + slot.message
+            starts[known] = self._batch.ids.starts[at]
+            lengths[known] = self._batch.ids.lengths[at]
+            if slot.owner in self._trained or -1 in self._trained:
+                self._pool.train(ranges(starts[known], lengths[known]))
+        for place in np.flatnonzero(~known).tolist():
+            starts[place], lengths[place], begins[place] = self._whole(slot, place)
+        return lead, (starts, lengths), begins
+
+    def _whole(self, slot: Slot, place: int) -> tuple[int, int, bool]:
+        first = int(self._first[place])
+        told = self._batch.contents[first : first + self._layout.last_answer + 1]
+        contents = self._layout.plan.trim(told)
+        if slot.message is None:  # else `_ways` counted it
+            inside = [p.message for p in slot.segment.pieces if p.message is not None]
+            self._trimmed[place] += sum(len(contents[m]) < len(told[m]) for m in inside)
+        owned = self._segments.encode_whole(slot.segment, contents)
+        owners = np.array([-1 if owner is None else owner for _, owner in owned], np.int64)
+        ids = np.array([i for i, _ in owned], np.int32)
+        count = len(slot.lead.ids)
+        begins = np.array_equal(ids[:count], slot.lead.ids)
+        begins = begins and np.array_equal(owners[:count], slot.lead.owners)
+        return self._pool.add(ids, self._is_trained(owners)), len(ids), begins
+
+
+def _keep(part: _Part, sure: Array, num_columns: int) -> _Part:
+    starts, lengths = (values.reshape(-1, num_columns)[sure] for values in part.ranges)
+    columns = [(starts[:, i], lengths[:, i]) for i in range(num_columns)]
+    controls = int(part.num_controls[0])
+    return _Part(part.rows[sure], columns, part.prompts[sure], part.trimmed[sure], controls)

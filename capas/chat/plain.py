@@ -1,0 +1,89 @@
+"""Texts as ids, many at a time: by `fastokens` where it knows the tokenizer, else by `tokenizers`.
+
+fastokens is many times faster and refuses tokenizers that it does not know (SentencePiece). It is trusted as
+far as it is checked: of every batch a sample is encoded by tokenizers too.
+"""
+
+import logging
+from collections.abc import Sequence
+from concurrent.futures import ThreadPoolExecutor
+from itertools import chain
+from typing import Any
+
+import numpy as np
+
+from capas.chat.tokenizer import TokenizerFiles
+from capas.errors import CapasError
+from capas.ragged import Ragged
+
+CHECKED_FIRST, CHECKED_EVERY = 20, 100  # texts of a batch that both libraries encode
+log = logging.getLogger("capas")
+
+
+class PlainEncoder:
+    """Encodes texts as plain text: no text becomes a control token.
+
+    Args:
+        fast: whether to use fastokens where it can be used; the ids are the same.
+    """
+
+    def __init__(self, files: TokenizerFiles, fast: bool = True) -> None:
+        self._folder = files.folder
+        with ThreadPoolExecutor(1) as beside:  # both take about a second
+            building = beside.submit(_fast_encoder, files) if fast else None
+            self._sure = files.build()
+            self._fast = building.result() if building else None
+
+    @property
+    def backend(self) -> str:
+        return "fastokens" if self._fast else "tokenizers"
+
+    def encode(self, texts: Sequence[str]) -> Ragged:
+        """The ids of each text, int32.
+
+        Raises:
+            CapasError: the two libraries disagree on a text of the sample.
+        """
+        if self._fast is None:
+            return self._encode_surely(texts)
+        ids, offsets = self._fast.encode_batch_flat(texts)
+        found = Ragged(
+            np.frombuffer(ids, np.uint32).astype(np.int32),
+            np.frombuffer(offsets, np.uint64).astype(np.int64),
+        )
+        self._check(texts, found)
+        return found
+
+    def _encode_surely(self, texts: Sequence[str]) -> Ragged:
+        encodings = self._sure.encode_batch_fast(texts, add_special_tokens=False)
+        rows = [encoding.ids for encoding in encodings]
+        lengths = np.fromiter(map(len, rows), np.int64, len(rows))
+        offsets = np.concatenate([np.zeros(1, np.int64), np.cumsum(lengths)])
+        values = np.fromiter(chain.from_iterable(rows), np.int32, int(offsets[-1]))
+        return Ragged(values, offsets)
+
+    def _check(self, texts: Sequence[str], found: Ragged) -> None:
+        count = len(texts)
+        sample = sorted({*range(min(CHECKED_FIRST, count)), *range(0, count, CHECKED_EVERY)})
+        expected = self._encode_surely([texts[index] for index in sample])
+        for place, index in enumerate(sample):
+            if not np.array_equal(expected.row(place), found.row(index)):
+                raise CapasError(
+                    f"fastokens and tokenizers encode {texts[index][:80]!r} differently with the tokenizer "
+                    f"in {self._folder}: {found.row(index)[:12]} and {expected.row(place)[:12]}. Please "
+                    "report it; `pip uninstall fastokens` makes capas use tokenizers alone."
+                )
+
+
+def _fast_encoder(files: TokenizerFiles) -> Any:
+    """None where fastokens is not installed, or refuses the tokenizer."""
+    try:
+        from fastokens import Tokenizer
+    except ImportError:
+        log.info("fastokens is not installed; tokenizers gives the same ids, more slowly")
+        return None
+    try:
+        return Tokenizer.from_json_str(files.plain_json())
+    except ValueError as refusal:
+        log.info("tokenizers encodes; fastokens refuses this tokenizer: %s", refusal)
+        return None

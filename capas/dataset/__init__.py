@@ -1,0 +1,1 @@
+"""Records from files, URLs and the Hub: read, recognised, checked, split, mixed."""

@@ -1,0 +1,286 @@
+"""The files of a source: which they are, where they lie, what is in them; never more than a buffer in memory.
+
+A file lies in data/own (or is linked there), so that DVC sees an edit of it, or behind a URL that fsspec
+opens; `dataset.revision` pins the content of that.
+"""
+
+import errno
+import hashlib
+import io
+import re
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from pathlib import Path, PurePosixPath
+from typing import Any, BinaryIO
+
+import pyarrow as pa
+
+from capas.errors import CapasError
+
+OWN = "data/own"
+_COMPRESSED = {".gz": "gzip", ".zst": "zstd"}
+_FORMATS = {
+    "json": (".json", ".jsonl", ".ndjson"),
+    "csv": (".csv", ".tsv"),
+    "parquet": (".parquet",),
+    "text": (".txt",),
+}
+_BUFFER_BYTES = 2**20
+# What of fsspec's info() stands for the content of a file; where there is none, the content itself is hashed.
+_MARKS = ("ETag", "etag", "Content-MD5", "md5Hash", "content_md5", "checksum")
+
+DataFiles = str | Sequence[str] | Mapping[str, str | Sequence[str]]
+
+
+@dataclass
+class File:
+    """One file of a source: `name` as written in dataset.data_files, the folder of a glob filled in.
+
+    `sha256` and `num_bytes` are of the file as it lies there, compressed or not; known once it was read.
+    """
+
+    name: str
+    root: Path
+    sha256: str = ""
+    num_bytes: int = 0
+    suffix: str = field(init=False)
+    compression: str | None = field(init=False)
+
+    def __post_init__(self) -> None:
+        path = PurePosixPath(self.name.split("?")[0].lower())
+        self.compression = _COMPRESSED.get(path.suffix)
+        self.suffix = path.with_suffix("").suffix if self.compression else path.suffix
+
+    @contextmanager
+    def open(self) -> Iterator[BinaryIO]:
+        """The content, decompressed; the whole file is hashed on the way.
+
+        Raises:
+            CapasError: it is missing, unreachable or damaged.
+        """
+        with _reached(self.name), _open(self.name, self.root) as raw:
+            hashing = _Hashing(raw)
+            with io.BufferedReader(_unpacked(hashing, self.compression), _BUFFER_BYTES) as content:
+                _check_utf16(content, self)
+                yield content
+                hashing.drain()
+            self.sha256, self.num_bytes = hashing.digest.hexdigest(), hashing.num_bytes
+
+    @contextmanager
+    def open_seekable(self) -> Iterator[BinaryIO]:
+        """The content for random access (parquet), which is hashed in a pass of its own."""
+        if self.compression:
+            raise CapasError(f"{self.name}: parquet compresses by itself; unpack the file first")
+        with self.open() as content:
+            while content.read(_BUFFER_BYTES):
+                pass
+        with _reached(self.name), _open(self.name, self.root) as raw:
+            yield raw
+
+    def facts(self) -> dict[str, Any]:
+        return {"file": self.name, "bytes": self.num_bytes, "sha256": self.sha256}
+
+
+def by_split(data_files: DataFiles) -> dict[str, list[str]]:
+    """{split: patterns}; files without a split are those of "train"."""
+    if isinstance(data_files, Mapping):
+        return {split: _listed(files) for split, files in data_files.items()}
+    return {"train": _listed(data_files)}
+
+
+def expand(patterns: Sequence[str], path: str, root: Path) -> list[File]:
+    """The files that match, sorted, each once.
+
+    Args:
+        path: `dataset.path`, the format: json, csv, parquet or text.
+
+    Raises:
+        CapasError: a pattern matches nothing, lies outside data/own, or is of another format.
+    """
+    names = {name: None for pattern in patterns for name in sorted(_matching(pattern, root))}
+    for name in names:
+        _check_seen(name, root)
+    files = [File(name, root) for name in names]
+    for file in files:
+        if file.suffix not in _FORMATS[path]:
+            right = next((f for f, suffixes in _FORMATS.items() if file.suffix in suffixes), None)
+            hint = f"set dataset.path={right}" if right else "known: " + ", ".join(_suffixes())
+            raise CapasError(
+                f"dataset.path={path}, but {file.name} is named {file.suffix or 'without a format'}; {hint}"
+                " (each also with .gz or .zst behind it)"
+            )
+    return files
+
+
+def _suffixes() -> list[str]:
+    return [suffix for suffixes in _FORMATS.values() for suffix in suffixes]
+
+
+def is_url(name: str) -> bool:
+    return "://" in name
+
+
+def _listed(files: str | Sequence[str]) -> list[str]:
+    return [files] if isinstance(files, str) else list(files)
+
+
+def _matching(pattern: str, root: Path) -> list[str]:
+    names = _matching_urls(pattern) if is_url(pattern) else _matching_here(pattern, root)
+    if not names:
+        raise CapasError(f"dataset.data_files: {pattern} matches no file")
+    return names
+
+
+def _matching_here(pattern: str, root: Path) -> list[str]:
+    parts = PurePosixPath(pattern).parts
+    if parts[:2] != PurePosixPath(OWN).parts or ".." in parts or len(parts) < 3:
+        raise CapasError(
+            f"dataset.data_files: {pattern} lies outside {OWN}, where DVC would not see an edit of it. "
+            f"Copy the file into {OWN} or link it there (ln -s FILE {OWN}/), and name it {OWN}/..."
+        )
+    if (root / pattern).is_dir():
+        raise CapasError(
+            f"dataset.data_files: {pattern} is a folder; name its files, as {pattern}/*.jsonl"
+        )
+    if (root / pattern).is_file():  # a name may hold the letters of a pattern
+        return [pattern]
+    return [f.relative_to(root).as_posix() for f in root.glob(pattern) if f.is_file()]
+
+
+def _check_seen(name: str, root: Path) -> None:
+    """DVC follows a link to a file, not one to a folder."""
+    folders = [] if is_url(name) else list(PurePosixPath(name).parents)[:-3]
+    linked = [folder for folder in folders if (root / folder).is_symlink()]
+    if linked:
+        raise CapasError(
+            f"dataset.data_files: {linked[0]} is a link to a folder, in which DVC would not see an edit; "
+            "make it a folder and link the files in it"
+        )
+
+
+def _matching_urls(url: str) -> list[str]:
+    if re.search(r"://[^/?#]*:[^/?#]*@", url):
+        raise CapasError(
+            "dataset.data_files: a URL holds a password, which would stand in every report; give it to the "
+            "machine instead (~/.netrc, AWS_PROFILE, ...)"
+        )
+    if not re.search(r"[*\[]", url.split("?")[0]):
+        return [url]
+    with _reached(url):
+        fs, path = _filesystem(url)
+        found = fs.glob(path)
+        return [str(fs.unstrip_protocol(name)) for name in found]
+
+
+def _open(name: str, root: Path) -> BinaryIO:
+    if not is_url(name):
+        return (root / name).open("rb")
+    fs, path = _filesystem(name)
+    opened: BinaryIO = fs.open(path, "rb")
+    return opened
+
+
+def _filesystem(url: str) -> tuple[Any, str]:
+    """fsspec's file system for a URL, and the path in it."""
+    import fsspec
+
+    try:
+        fs, path = fsspec.url_to_fs(url)
+    except (ValueError, ImportError) as error:  # no such scheme, or its package is not installed
+        raise CapasError(f"dataset.data_files: {url} cannot be opened: {error}") from None
+    return fs, path
+
+
+class _Hashing(io.RawIOBase):
+    """Reads through, hashing every byte once, in order."""
+
+    def __init__(self, raw: BinaryIO) -> None:
+        self._raw, self.digest, self.num_bytes = raw, hashlib.sha256(), 0
+
+    def readable(self) -> bool:
+        return True
+
+    def readinto(self, buffer: Any) -> int:
+        content = self._raw.read(len(buffer))
+        buffer[: len(content)] = content
+        self.digest.update(content)
+        self.num_bytes += len(content)
+        return len(content)
+
+    def drain(self) -> None:
+        """What a decompressor leaves unread at the end belongs to the file too."""
+        while content := self._raw.read(_BUFFER_BYTES):
+            self.digest.update(content)
+            self.num_bytes += len(content)
+
+
+class _Unpacked(io.RawIOBase):
+    """A stream of pyarrow's as one of Python's."""
+
+    def __init__(self, raw: Any, compression: str) -> None:
+        self._stream = pa.CompressedInputStream(pa.PythonFile(raw, "r"), compression)
+
+    def readable(self) -> bool:
+        return True
+
+    def readinto(self, buffer: Any) -> int:
+        content = self._stream.read(len(buffer))
+        buffer[: len(content)] = content
+        return len(content)
+
+
+def _unpacked(raw: _Hashing, compression: str | None) -> io.RawIOBase:
+    return _Unpacked(io.BufferedReader(raw, _BUFFER_BYTES), compression) if compression else raw
+
+
+def _check_utf16(content: "io.BufferedReader[Any]", file: File) -> None:
+    """Excel's 'Unicode text' is UTF-16."""
+    if content.peek(2)[:2] in (b"\xff\xfe", b"\xfe\xff") and file.suffix != ".parquet":
+        raise CapasError(f"{file.name} is UTF-16; save it as UTF-8 (iconv -f UTF-16 -t UTF-8)")
+
+
+def url_revision(data_files: DataFiles) -> str:
+    """Stands for the content behind the URLs: 16 hex digits over name, size and ETag (or what fsspec knows of
+    the kind) of every file; where a server tells no such mark, over the content's sha256.
+
+    Raises:
+        CapasError: a URL is out of reach.
+    """
+    digest = hashlib.sha256()
+    for patterns in by_split(data_files).values():
+        urls = [
+            url for pattern in patterns if is_url(pattern) for url in _matching(pattern, Path())
+        ]
+        for url in sorted(urls):
+            digest.update(f"{url} {_mark(url)}\n".encode())
+    return digest.hexdigest()[:16]
+
+
+def _mark(url: str) -> str:
+    fs, path = _filesystem(url)
+    with _reached(url):
+        fs.invalidate_cache(path)
+        info = fs.info(path)
+    known = [f"{key}={info[key]}" for key in _MARKS if info.get(key)]
+    if known:
+        return f"{info.get('size')} {' '.join(known)}"
+    file = File(url, Path())
+    with file.open() as content:
+        while content.read(_BUFFER_BYTES):
+            pass
+    return file.sha256
+
+
+@contextmanager
+def _reached(name: str) -> Iterator[None]:
+    """What reading raises, of the disk, the network or a damaged archive, as a message for the user."""
+    from aiohttp import ClientError
+
+    try:
+        yield
+    except (OSError, ClientError, pa.ArrowInvalid) as error:
+        if isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT):
+            raise  # of the disk that is written to
+        reason = f"{type(error).__name__}: {error}" if str(error) else type(error).__name__
+        raise CapasError(f"{name} cannot be read: {reason}") from None

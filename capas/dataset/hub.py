@@ -1,0 +1,168 @@
+"""One split of a data set on the Hugging Face Hub, at one commit, row by row.
+
+`datasets` says which files of the repository make a split (file names, the README's `configs`). It is shown a
+folder that looks like the commit: its small files of metadata, and an empty file for every other name. The
+files of the split are then downloaded into the Hub's cache and read batch by batch. So no connection has to
+last while rows are read, and what was downloaded once is read without a network, at the commit that is asked
+for. (`load_dataset` itself, offline, takes the latest commit in its cache, whatever its `revision` says.)
+
+A row of `openai/gsm8k`, as it is yielded::
+
+    {"question": "Natalia sold clips to 48 of her friends ...", "answer": "... #### 72"}
+"""
+
+import json
+import re
+from collections.abc import Iterator
+from contextlib import contextmanager
+from glob import escape
+from pathlib import Path, PurePosixPath
+from tempfile import TemporaryDirectory
+from typing import Any
+
+from capas.errors import CapasError
+from capas.hub import Repository, is_commit
+
+BATCH = 1000  # rows; one by one costs six times as much
+BUFFER_BYTES = 2**20  # of each column
+METADATA = ("README.md", ".huggingface.yaml", "dataset_infos.json")
+
+
+def read_split(
+    path: str, name: str | None, revision: str | None, split: str | None, key: str = "dataset"
+) -> Iterator[dict[str, Any]]:
+    """The rows of a split, as `datasets` reads them, in the order of its files; memory stays bounded.
+
+    Args:
+        path: owner/name. `name` is one of its configurations, null where it has a default one.
+        revision: a commit, 40 hex digits.
+        key: dotted key of the node that holds path, name, revision and split, for messages.
+
+    Raises:
+        CapasError: no such data set, configuration or split; gated, private or out of reach; a repository
+            that needs a loading script; a file that cannot be read.
+    """
+    if revision is None or not is_commit(revision):
+        raise CapasError(
+            f"{key}.revision={revision or 'null'} does not name a commit of {path}; a branch moves. "
+            "`dvc repro compose` asks the Hub once and records the commit in conf/revisions.yaml"
+        )
+    repository = Repository("dataset", path, f"{key}.path")
+    names = _file_names(repository, revision)
+    _refuse_script(repository, names)
+    with TemporaryDirectory() as folder, _readable(repository):
+        shown = Path(folder) / PurePosixPath(path).name  # `datasets` looks at the folder's name
+        _show(names, repository.download(revision, METADATA), shown)
+        builder = _builder(shown, name, key, path)
+        files = _files_of(builder, split, key, path)
+        patterns = [escape(file.relative_to(shown.resolve()).as_posix()) for file in files]
+        downloaded = repository.download(revision, patterns)
+        for file in files:
+            file.unlink()
+            file.symlink_to(downloaded / file.relative_to(shown.resolve()))
+        builder.config.data_files = {split: [str(file) for file in files]}
+        if all(file.suffix == ".parquet" for file in files):
+            _read_parquet_in_batches(builder)
+        for batch in builder.as_streaming_dataset(split=split).iter(BATCH):
+            yield from (
+                dict(zip(batch, row, strict=True)) for row in zip(*batch.values(), strict=True)
+            )
+
+
+def _read_parquet_in_batches(builder: Any) -> None:
+    """Gives the builder another reader of its files, with the same rows.
+
+    Its own (pyarrow's scanner) runs ahead of whoever takes the rows: half of a file of 500 MB was in memory,
+    all of it where the file was one row group. This one held 6 MB.
+    """
+    from pyarrow import Table
+    from pyarrow.parquet import ParquetFile
+
+    def tables(files: list[str], **_: Any) -> Iterator[tuple[tuple[int, int], Any]]:
+        for number, file in enumerate(files):
+            with ParquetFile(file, pre_buffer=False, buffer_size=BUFFER_BYTES) as content:
+                for i, batch in enumerate(content.iter_batches(BATCH)):
+                    yield (number, i), builder._cast_table(Table.from_batches([batch]))
+
+    builder._generate_tables = tables
+
+
+def _file_names(repository: Repository, commit: str) -> list[str]:
+    """All files of a commit; they never change, so the answer is kept beside the Hub's cache."""
+    from huggingface_hub import cached_assets_path
+
+    kept = cached_assets_path("capas", repository.name, commit) / "files.json"
+    if kept.exists():
+        names: list[str] = json.loads(kept.read_text(encoding="utf-8"))
+        return names
+    names = sorted(repository.file_names(commit))
+    partial = kept.with_name(f".{kept.name}.partial")
+    partial.write_text(json.dumps(names), encoding="utf-8")
+    partial.replace(kept)
+    return names
+
+
+def _refuse_script(repository: Repository, names: list[str]) -> None:
+    script = f"{PurePosixPath(repository.name).name}.py"
+    if script in names:
+        raise CapasError(
+            f"{repository.key}={repository.name} is read by a program of its own, {script}, which capas does "
+            "not run. Look for a revision that has data files (often the branch refs/convert/parquet), or "
+            "download the data and name the files."
+        )
+
+
+def _show(names: list[str], metadata: Path, folder: Path) -> None:
+    """The commit as a folder: the files of metadata as they are, all others empty."""
+    for name in names:
+        file = folder / name
+        file.parent.mkdir(parents=True, exist_ok=True)
+        if name in METADATA:
+            file.symlink_to(metadata / name)
+        else:
+            file.touch()
+
+
+def _builder(folder: Path, name: str | None, key: str, path: str) -> Any:
+    from datasets import load_dataset_builder
+    from yaml import YAMLError
+
+    try:
+        return load_dataset_builder(str(folder), name)
+    except FileNotFoundError:
+        raise CapasError(
+            f"{key}.path={path} holds no data files that `datasets` can read"
+        ) from None
+    except (ValueError, YAMLError) as error:
+        known = re.search(r"BuilderConfig '.*' not found\. Available: \[(.*)\]", str(error))
+        known = known or re.search(r"available configs: \[(.*?)\]", str(error), re.DOTALL)
+        if known is None:
+            raise CapasError(f"{key}.path={path}: `datasets` cannot read it: {error}") from None
+        raise CapasError(
+            f"{key}.name={name or 'null'}: {path} has the configurations {known[1].replace(chr(39), '')}"
+        ) from None
+
+
+def _files_of(builder: Any, split: str | None, key: str, path: str) -> list[Path]:
+    known = {str(name): files for name, files in (builder.config.data_files or {}).items()}
+    if split not in known:
+        raise CapasError(
+            f"{key}.split={split or 'null'}: {path} has the splits {', '.join(known) or 'none'} in its "
+            f"configuration {builder.config.name}"
+        )
+    return [Path(file) for file in known[split]]
+
+
+@contextmanager
+def _readable(repository: Repository) -> Iterator[None]:
+    """What the readers of parquet, JSON, CSV and gzip say of a file that is none, or that ends too early."""
+    from gzip import BadGzipFile
+
+    from pyarrow import ArrowException
+
+    try:
+        yield
+    except (ArrowException, BadGzipFile, EOFError, ValueError) as error:
+        raise CapasError(
+            f"{repository.key}={repository.name}: a data file cannot be read: {error}"
+        ) from None

@@ -1,0 +1,197 @@
+"""All records of all sources: in a file, with a few numbers for each of them in memory (about 40 bytes).
+
+The first pass reads, checks and writes them as they come. Then the numbers decide who stays and in which
+split, and a second pass over the file writes the splits.
+"""
+
+import hashlib
+import logging
+import time
+from array import array
+from collections.abc import Iterable, Iterator, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
+from numpy.typing import NDArray
+
+from capas.dataset.conversation import TEXT, check_record
+from capas.dataset.flaws import Flaw, Flaws, location, show
+from capas.dataset.rows import Row
+from capas.dataset.shapes import Columns, convert
+from capas.dataset.splits import Digests, content_digest, digest, ordinals, prompt_digests
+from capas.errors import CapasError
+from capas.records import RAW, ROWS_PER_GROUP, Record, write_records, write_tables
+
+log = logging.getLogger("capas")
+_SECONDS_BETWEEN_MESSAGES = 5.0
+_COLUMNS = {"content": "Q", "group": "Q", "prompt": "Q", "identity": "Q", "line": "I", "place": "I"}
+_CODES = {"source": "H", "split": "B"}
+
+
+@dataclass(frozen=True)
+class Part:
+    """One split of one source."""
+
+    source: int
+    split: int
+    shape: str
+    columns: Columns
+    system: str | None
+
+
+class Pool:
+    """The numbers of each record, in the order of the file: `pool["prompt"]`, ..."""
+
+    def __init__(self, file: Path, flaws: Flaws) -> None:
+        self._file, self._flaws = file, flaws
+        self._numbers = {name: array(code) for name, code in {**_COLUMNS, **_CODES}.items()}
+        self._places: dict[tuple[str, str], int] = {}  # (file, unit) -> its number
+
+    def __getitem__(self, name: str) -> NDArray[Any]:
+        return np.frombuffer(self._numbers[name], self._numbers[name].typecode)
+
+    def __len__(self) -> int:
+        return len(self._numbers["split"])
+
+    def fill(self, parts: Iterable[tuple[Part, Iterable[Row]]]) -> None:
+        """Read, check and write every row.
+
+        Raises:
+            CapasError: a record has a flaw whose policy is an error, or too many were dropped.
+        """
+        write_records(self._file, RAW, self._records(parts))
+        log.info("%d records read, %d of them are right", self._flaws.num_read, len(self))
+        self._flaws.check_budget()
+        if not len(self):
+            raise CapasError("the sources of dataset hold no record")
+
+    def _records(self, parts: Iterable[tuple[Part, Iterable[Row]]]) -> Iterator[Record]:
+        told = time.monotonic()
+        for part, rows in parts:
+            for row in rows:
+                record = self._checked(row, part)
+                if record is not None:
+                    yield record
+                if time.monotonic() - told > _SECONDS_BETWEEN_MESSAGES:
+                    told = time.monotonic()
+                    log.info("%d records read (%s)", self._flaws.num_read, row.file)
+
+    def _checked(self, row: Row, part: Part) -> Record | None:
+        """The record of `RAW` with its own id or none; None where it is dropped."""
+        self._flaws.num_read += 1
+        found: Mapping[str, Any] = row.value if isinstance(row.value, Mapping) else {}
+        try:
+            found = convert(row.value, part.shape, part.columns)
+            record = check_record(found, self._flaws)
+        except Flaw as flaw:
+            identity = found.get("id")
+            self._flaws.drop(flaw, row.place, "" if identity is None else str(identity))
+            return None
+        messages = record["messages"]
+        group, prompt = prompt_digests(messages)  # without the system prompt that is put first
+        if part.system is not None and messages[0]["role"] not in ("system", TEXT):
+            record["messages"] = [_system(part.system), *messages]
+        place = self._places.setdefault((row.file, row.unit), len(self._places))
+        self._append(
+            content=content_digest(record),
+            group=group,
+            prompt=prompt,
+            identity=digest(record["id"]) if record["id"] else 0,
+            line=row.number,
+            place=place,
+            source=part.source,
+            split=part.split,
+        )
+        return record
+
+    def _append(self, **numbers: int) -> None:
+        for name, number in numbers.items():
+            self._numbers[name].append(number)
+
+    def location(self, index: int) -> str:
+        """File and line of a record, for a message."""
+        return location(self._place(index))
+
+    def _place(self, index: int) -> dict[str, str]:
+        file, unit = list(self._places)[self["place"][index]]
+        return {"file": file, "at": f"{unit} {self['line'][index]}"}
+
+    def examples(self, indices: Iterable[int]) -> list[dict[str, Any]]:
+        """Where these records stand, and what they ask."""
+        wanted, shown = set(map(int, indices)), []
+        if not wanted:
+            return []
+        start = 0
+        for batch in self._batches():
+            for index in sorted(i for i in wanted if start <= i < start + len(batch)):
+                record = batch.slice(index - start, 1).to_pylist()[0]
+                asked: dict[str, Any] = next(
+                    (m for m in record["messages"] if m["role"] != "system"), {}
+                )
+                about = {"id": record["id"], "field": "", "value": show(asked.get("content"))}
+                shown.append({**self._place(index), **about, "why": ""})
+            start += len(batch)
+        return shown
+
+    def write_split(
+        self, file: Path, stays: NDArray[np.bool_], ids: "Identities"
+    ) -> dict[str, Any]:
+        """Those records where `stays`, in their order.
+
+        Returns:
+            num_records, and a sha256 over ids and contents that no version of pyarrow changes.
+        """
+        whole = hashlib.sha256()
+
+        def tables() -> Iterator[pa.Table]:
+            start = 0
+            for batch in self._batches():
+                mine = np.flatnonzero(stays[start : start + len(batch)])
+                taken = batch.take(pa.array(mine))
+                names = ids.of(taken.column("id").to_pylist(), mine + start)
+                for name, content in zip(names, self["content"][mine + start], strict=True):
+                    whole.update(f"{name} {content:016x}\n".encode())
+                yield taken.set_column(0, RAW.field("id"), pa.array(names, pa.string()))
+                start += len(batch)
+
+        count = write_tables(file, RAW, tables())
+        return {"num_records": count, "sha256": whole.hexdigest()}
+
+    def _batches(self) -> Iterator[pa.Table]:
+        with pq.ParquetFile(self._file) as parquet:
+            for batch in parquet.iter_batches(ROWS_PER_GROUP):
+                yield pa.Table.from_batches([batch], RAW)
+
+
+def _system(content: str) -> dict[str, Any]:
+    return {"role": "system", "content": content, "extra": "", "train": True}
+
+
+class Identities:
+    """A record's own id where it is the first with it, else 16 hex digits of its content's sha256.
+
+    Of equal contents (duplicates=keep) the second gets -1 behind its digits, the third -2, ...
+    """
+
+    def __init__(self, pool: Pool, stays: NDArray[np.bool_]) -> None:
+        kept = np.flatnonzero(stays)
+        identity, content = pool["identity"][kept], pool["content"][kept]
+        self._own = np.zeros(len(pool), bool)
+        self._own[kept] = (identity != 0) & (ordinals(identity) == 0)
+        self._ordinal = np.zeros(len(pool), np.int64)
+        self._ordinal[kept] = ordinals(content)
+        self._content: Digests = pool["content"]
+
+    def of(self, own: list[str], indices: NDArray[np.int64]) -> list[str]:
+        return [
+            name if self._own[index] else self._made(index)
+            for name, index in zip(own, indices, strict=True)
+        ]
+
+    def _made(self, index: int) -> str:
+        again = self._ordinal[index]
+        return f"{self._content[index]:016x}" + (f"-{again}" if again else "")

@@ -1,0 +1,116 @@
+"""Which record goes into which split, decided from digests of 8 bytes: millions of records fit in memory.
+
+A digest is the beginning of a sha256. That two different records of a million share one has the
+probability 3e-8.
+"""
+
+import hashlib
+import unicodedata
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from capas.records import SPLITS
+
+Digests = NDArray[np.uint64]
+Marks = NDArray[np.bool_]
+TRAIN, VALIDATION, TEST = range(len(SPLITS))
+
+
+class _LettersAndDigits(dict[int, int | None]):
+    """A table of `str.translate` that keeps letters, the marks on them, and digits."""
+
+    def __missing__(self, point: int) -> int | None:
+        keeps = unicodedata.category(chr(point))[0] in "LMN"
+        self[point] = point if keeps else None
+        return self[point]
+
+
+_TABLE = _LettersAndDigits()
+
+
+def normalised(text: str) -> str:
+    """What is left of a text without case, spaces, punctuation and the form of its letters.
+
+    A text without letters and digits stands for itself.
+    """
+    folded = unicodedata.normalize("NFKC", text).casefold()
+    return folded.translate(_TABLE) or folded
+
+
+def digest(*texts: str) -> int:
+    """64 bits of the sha256 of the texts behind their lengths."""
+    lengths = ",".join([str(len(text)) for text in texts])
+    whole = hashlib.sha256(f"{lengths}\n{''.join(texts)}".encode())
+    return int.from_bytes(whole.digest()[:8], "big")
+
+
+def content_digest(record: Mapping[str, Any]) -> int:
+    """Of messages and tools, exactly; ids and metadata do not count."""
+    told = (
+        part
+        for m in record["messages"]
+        for part in (m["role"], m["content"], m["extra"], "" if m["train"] else "untrained")
+    )
+    return digest(record["tools"], *told)
+
+
+def prompt_digests(messages: Sequence[Mapping[str, Any]]) -> tuple[int, int]:
+    """(group, prompt) of a conversation, normalised.
+
+    The group is what is said before the first answer: records of one group share a split, so threads that
+    begin alike do. The prompt is all before the last answer: the same one in two splits is a leak. A plain
+    text is both.
+    """
+    answers = [i for i, m in enumerate(messages) if i and m["role"] == "assistant"] or [
+        len(messages)
+    ]
+    contents = [normalised(m["content"]) for m in messages[: answers[-1]]]
+    group = digest(*contents[: answers[0]])
+    return group, group if len(answers) == 1 else digest(*contents)
+
+
+def scrambled(digests: Digests, seed: int) -> Digests:
+    """Another 64 bits for each digest and seed, evenly spread (splitmix64, Steele et al. 2014)."""
+    with np.errstate(over="ignore"):
+        x = digests + np.uint64((seed * 0x9E3779B97F4A7C15 + 0x632BE59BD9B4E019) % 2**64)
+        x = (x ^ (x >> np.uint64(30))) * np.uint64(0xBF58476D1CE4E5B9)
+        x = (x ^ (x >> np.uint64(27))) * np.uint64(0x94D049BB133111EB)
+        return x ^ (x >> np.uint64(31))
+
+
+def shares(groups: Digests, validation: float, test: float, seed: int) -> NDArray[np.uint8]:
+    """The split of each record by a hash of its group: another record moves none of them."""
+    place = scrambled(groups, seed) / 2.0**64
+    return np.where(
+        place < test, TEST, np.where(place < test + validation, VALIDATION, TRAIN)
+    ).astype(np.uint8)
+
+
+def ordinals(digests: Digests) -> NDArray[np.int64]:
+    """How often each digest stood before."""
+    order = np.argsort(digests, kind="stable")
+    positions, ordered = np.arange(len(digests)), digests[order]
+    starts = np.ones(len(digests), bool)
+    starts[1:] = ordered[1:] != ordered[:-1]
+    found = np.empty(len(digests), np.int64)
+    found[order] = positions - np.maximum.accumulate(np.where(starts, positions, 0))
+    return found
+
+
+def leaks(prompts: Digests, splits: NDArray[np.uint8]) -> Marks:
+    """True at every record of train whose prompt is in validation or test too, and of validation in test."""
+    of = [prompts[splits == split] for split in range(len(SPLITS))]
+    found = np.zeros(len(prompts), bool)
+    found[splits == TRAIN] = np.isin(of[TRAIN], np.concatenate([of[VALIDATION], of[TEST]]))
+    found[splits == VALIDATION] = np.isin(of[VALIDATION], of[TEST])
+    return found
+
+
+def smallest(hashes: Digests, count: int) -> Marks:
+    """True at the `count` smallest hashes: a seeded subset that hardly moves as the set grows."""
+    marks = np.zeros(len(hashes), bool)
+    marks[np.argsort(hashes, kind="stable")[:count]] = True
+    return marks

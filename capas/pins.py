@@ -1,0 +1,193 @@
+"""conf/revisions.yaml: what a branch, a tag or a folder stood for when it was first used.
+
+`revision: main` in conf/ is a name that moves. The first compose asks the Hub which commit it stands for and
+records the answer here; from then on params.yaml has that commit, on every machine and without a network,
+until `python stages/compose_params.py --update-revisions`. One entry of the file:
+
+    models:
+      "org/name@main": "0123456789abcdef0123456789abcdef01234567"
+"""
+
+import copy
+import logging
+import re
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+from capas.composition import CONF, Values
+from capas.dag import read_yaml
+from capas.errors import CapasError
+from capas.hub import Repository, is_commit
+from capas.sources import Source, find_source, folder_revision, on_hub
+
+log = logging.getLogger("capas")
+REVISIONS = CONF / "revisions.yaml"
+KEYS = frozenset({"model.revision", "dataset.revision", "dataset.mix"})  # what a pin changes
+MAIN = "main"
+_FILE = re.compile(r".*\.(jsonl?|ndjson|csv|tsv|parquet|txt|arrow)(\.(gz|zst|bz2|xz))?")
+_PINNED = re.compile(r"[0-9a-f]{40}|[0-9a-f]{16}-[0-9a-f]{16}")
+_HEADER = """\
+# What a branch or tag on the Hub, or a folder, stood for when first used. Compose writes it; commit it.
+# To take what it stands for today: python stages/compose_params.py --update-revisions
+"""
+
+
+def is_hub_dataset(path: str, root: Path) -> bool:
+    """Whether `dataset.path` is owner/name on the Hub, and neither a file nor a folder below `root`."""
+    owner_and_name = re.fullmatch(r"\w[\w.-]*/[\w.-]+", path) is not None
+    return owner_and_name and not _FILE.fullmatch(path) and not (root / path).exists()
+
+
+@dataclass(frozen=True)
+class Place:
+    """A mapping of the configuration with a `revision` that may move."""
+
+    node: dict[str, Any]
+    key: str  # of the revision, dotted
+    section: str  # of conf/revisions.yaml
+    name: str
+    repository: Repository | None  # None: a folder
+
+    @property
+    def revision(self) -> str | None:
+        return self.node.get("revision")  # a source of a mixture may leave it out
+
+    @property
+    def entry(self) -> str:
+        return f"{self.name}@{self.revision or MAIN}" if self.repository else self.name
+
+
+class Pins:
+    """The entries of conf/revisions.yaml. Nothing is written before `dump` is."""
+
+    def __init__(self, entries: dict[str, dict[str, str]], root: Path) -> None:
+        self.entries, self.root = entries, root
+        self._before = copy.deepcopy(entries)
+
+    @classmethod
+    def read(cls, file: Path = REVISIONS, root: Path | None = None) -> "Pins":
+        """Raises CapasError: the file is not as this module writes it."""
+        entries = read_yaml(file) if file.exists() else {}
+        for section, pins in entries.items():
+            if section not in ("models", "datasets") or not isinstance(pins, dict):
+                raise CapasError(
+                    f"{file}: {section}: expected models or datasets, with their entries"
+                )
+            for entry, pin in pins.items():
+                if not isinstance(pin, str) or not _PINNED.fullmatch(pin):
+                    raise CapasError(
+                        f"{file}: {section}: {entry}: {pin!r} is no commit (40 hex digits) and not the "
+                        "revision of a folder; remove the line, and compose records it anew"
+                    )
+        return cls(entries, root or Path.cwd())
+
+    def known(self, values: Values) -> Values:
+        """The values with every recorded pin in place; asks nobody, and takes values that are not valid."""
+        return self._pinned(values, ask=False)
+
+    def resolve(self, values: Values) -> Values:
+        """The values with every revision pinned: as recorded, else asked once.
+
+        Raises:
+            CapasError: a model's name is no source, or the Hub does not tell.
+        """
+        return self._pinned(values, ask=True)
+
+    def update(self, values: Values) -> None:
+        """Ask anew for what these values use.
+
+        Raises:
+            CapasError: as `resolve`.
+        """
+        for place in self._places(copy.deepcopy(values), strict=True):
+            old, new = self._recorded(place), self._ask(place)
+            log.info(
+                "%s: %s", place.entry, f"{old} -> {new}" if old != new else f"{old}, unchanged"
+            )
+            self._record(place, new)
+
+    @property
+    def changed(self) -> bool:
+        return self.entries != self._before
+
+    def dump(self) -> str:
+        """The text of conf/revisions.yaml."""
+        if not self.entries:
+            return _HEADER
+        # quoted: 40 digits with one `e` among them would be read as a number
+        return _HEADER + yaml.safe_dump(self.entries, default_style='"', width=1000)
+
+    def _pinned(self, values: Values, ask: bool) -> Values:
+        values = copy.deepcopy(values)
+        for place in self._places(values, strict=ask):
+            pin = self._recorded(place)
+            if pin is None and ask:
+                pin = self._ask(place)
+                log.info("%s is %s, from now on: conf/revisions.yaml", place.entry, pin)
+                self._record(place, pin)
+            if pin is not None:
+                place.node["revision"] = pin
+        return values
+
+    def _recorded(self, place: Place) -> str | None:
+        return self.entries.get(place.section, {}).get(place.entry)
+
+    def _record(self, place: Place, pin: str) -> None:
+        self.entries.setdefault(place.section, {})[place.entry] = pin
+
+    def _ask(self, place: Place) -> str:
+        if place.repository is None:
+            return folder_revision(self.root / place.name)
+        try:
+            return place.repository.commit(place.revision or MAIN)
+        except CapasError as error:
+            raise CapasError(
+                f"{error}\n{place.key}={place.revision or 'null'} is not pinned yet. Give the commit "
+                f"as revision (40 hex digits, on {place.repository.page}, 'Files and versions'), or run "
+                "`dvc repro compose` where there is a network and take conf/revisions.yaml from there."
+            ) from None
+
+    def _places(self, values: Values, strict: bool) -> Iterator[Place]:
+        """Where a revision that may move stands; a commit that conf/ gives is no such place."""
+        for place in (*self._model(values, strict), *self._datasets(values)):
+            if place.repository is None and place.revision is not None:
+                continue  # the stages compare it with the folder
+            if not is_commit(place.revision):
+                yield place
+
+    def _model(self, values: Values, strict: bool) -> Iterator[Place]:
+        node = _named(values.get("model"), "model_name_or_path")
+        if node is None:
+            return
+        name = node["model_name_or_path"]
+        try:
+            source = find_source(name, self.root)
+        except CapasError:
+            if strict:
+                raise
+            return
+        if source is not Source.EMBEDDED:
+            repository = on_hub(name) if source is Source.HUB else None
+            yield Place(node, "model.revision", "models", name, repository)
+
+    def _datasets(self, values: Values) -> Iterator[Place]:
+        dataset = values.get("dataset")
+        mix = dataset.get("mix") if isinstance(dataset, dict) else None
+        entries = mix if isinstance(mix, list) else []
+        nodes = {"dataset": dataset, **{f"dataset.mix[{i}]": n for i, n in enumerate(entries)}}
+        for key, found in nodes.items():
+            node = _named(found, "path")
+            if node is not None and is_hub_dataset(node["path"], self.root):
+                repository = Repository("dataset", node["path"], f"{key}.path")
+                yield Place(node, f"{key}.revision", "datasets", node["path"], repository)
+
+
+def _named(node: Any, key: str) -> dict[str, Any] | None:
+    """The node, if its name and revision have the right types; the schema reports what is wrong."""
+    if not isinstance(node, dict) or not isinstance(node.get(key), str):
+        return None
+    return node if isinstance(node.get("revision"), str | None) else None

@@ -1,0 +1,79 @@
+"""Rows of different lengths as one flat array, with whole-array operations instead of loops."""
+
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import pyarrow as pa
+
+Array = np.ndarray[Any, Any]
+
+
+@dataclass(frozen=True)
+class Ragged:
+    """Row i is values[offsets[i] : offsets[i + 1]].
+
+    values: [all items], offsets: [rows + 1] int64, from 0 to all items.
+    """
+
+    values: Array
+    offsets: Array
+
+    @classmethod
+    def of(cls, rows: Sequence[Sequence[Any] | Array], dtype: Any) -> "Ragged":
+        offsets = _offsets(np.fromiter(map(len, rows), np.int64, len(rows)))
+        parts = [np.asarray(row, dtype) for row in rows]
+        return cls(np.concatenate(parts) if parts else np.zeros(0, dtype), offsets)
+
+    @classmethod
+    def from_arrow(cls, column: pa.ListArray) -> "Ragged":
+        """A column of lists without nulls."""
+        offsets = column.offsets.to_numpy().astype(np.int64)
+        return cls(column.flatten().to_numpy(zero_copy_only=False), offsets - offsets[0])
+
+    @property
+    def starts(self) -> Array:
+        return self.offsets[:-1]
+
+    @property
+    def lengths(self) -> Array:
+        return np.diff(self.offsets)
+
+    def __len__(self) -> int:
+        return len(self.offsets) - 1
+
+    def row(self, index: int) -> Array:
+        return self.values[self.offsets[index] : self.offsets[index + 1]]
+
+    def take(self, rows: Array) -> "Ragged":
+        return gather(self.values, self.starts[rows], self.lengths[rows])
+
+    def to_arrow(self, kind: pa.DataType) -> pa.ListArray:
+        """A column of the list type `kind`."""
+        offsets = pa.array(self.offsets.astype(np.int32))
+        values = pa.array(self.values).cast(kind.value_type)
+        return pa.ListArray.from_arrays(offsets, values, type=kind)
+
+
+def gather(pool: Array, starts: Array, lengths: Array) -> Ragged:
+    """Row i of the result is pool[starts[i] : starts[i] + lengths[i]]."""
+    offsets = _offsets(lengths)
+    return Ragged(pool[ranges(starts, lengths)], offsets)
+
+
+def ranges(starts: Array, lengths: Array) -> Array:
+    """The indices starts[i] ... starts[i] + lengths[i] - 1 of all ranges, one after the other."""
+    before = np.cumsum(lengths) - lengths
+    return np.repeat(starts - before, lengths) + np.arange(int(lengths.sum()))
+
+
+def concatenate(parts: Iterable[Ragged]) -> Ragged:
+    """The rows of all parts, one part after the other; there is at least one."""
+    all_parts = list(parts)
+    lengths = np.concatenate([part.lengths for part in all_parts])
+    return Ragged(np.concatenate([part.values for part in all_parts]), _offsets(lengths))
+
+
+def _offsets(lengths: Array) -> Array:
+    return np.concatenate([np.zeros(1, np.int64), np.cumsum(lengths, dtype=np.int64)])

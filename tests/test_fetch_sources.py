@@ -1,0 +1,277 @@
+"""fetch on sources of the user's own: splits, ids, duplicates, leaks, mixtures, subsets, pins."""
+
+import gzip
+import json
+import sys
+import types
+from pathlib import Path
+from typing import Any
+
+import fsspec
+import pytest
+from dataside import DataSide
+
+from capas.dataset.files import url_revision
+from capas.errors import CapasError
+from capas.records import SPLITS
+
+MINE = ("dataset=own_jsonl", "dataset.test_fraction=0.2", "dataset.validation_fraction=0.1")
+
+
+@pytest.fixture
+def side(tmp_path: Path, tiny_tokenizer_dir: Path) -> DataSide:
+    return DataSide(tmp_path, tiny_tokenizer_dir)
+
+
+def asked(number: int | str, **more: Any) -> dict[str, Any]:
+    return {"question": f"Question {number}?", "answer": f"Answer {number}.", **more}
+
+
+def fetch(side: DataSide, *overrides: str, files: str | None = None) -> dict[str, Any]:
+    """Runs fetch on data/own/mine.jsonl; source.json."""
+    given = (f"dataset.data_files={files}",) if files else ()
+    side.run("fetch", overrides=(*MINE, *given, *overrides))
+    facts: dict[str, Any] = side.json("data/raw/source.json")
+    return facts
+
+
+def where(side: DataSide) -> dict[str, str]:
+    """{id: split}."""
+    return {record["id"]: split for split, records in side.raw().items() for record in records}
+
+
+def test_splits_are_made_and_another_record_moves_no_other(side: DataSide) -> None:
+    side.own("mine.jsonl", *(asked(n) for n in range(300)))
+    facts = fetch(side)
+    before = where(side)
+    assert {s: f["num_records"] for s, f in facts["splits"].items()} == {
+        split: list(before.values()).count(split) for split in SPLITS
+    }
+    assert len(before) == 300
+    assert 30 < list(before.values()).count("test") < 90
+    side.own("mine.jsonl", asked("new"), *(asked(n) for n in range(300)))
+    fetch(side)
+    after = where(side)
+    assert {k: v for k, v in after.items() if k in before} == before
+    assert len(after) == 301
+
+
+def test_a_second_run_gives_the_same_bytes(side: DataSide) -> None:
+    side.own("mine.jsonl", *(asked(n) for n in range(100)))
+    fetch(side)
+    first = side.files()
+    fetch(side)
+    assert side.files() == first
+
+
+def test_source_json_says_what_was_read(side: DataSide) -> None:
+    side.own("mine.jsonl", *(asked(n, topic="x") for n in range(60)), asked(1), asked("1!"))
+    facts = fetch(side)
+    [source] = facts["sources"]
+    assert source["files"][0]["file"] == "data/own/mine.jsonl"
+    assert source["files"][0]["bytes"] == (side.root / "data/own/mine.jsonl").stat().st_size
+    assert (facts["num_read"], source["num_records"]) == (62, 61)
+    assert facts["left_out"] == {"topic": 60}
+    [duplicate] = facts["dropped"]["duplicate"]["examples"]
+    assert facts["dropped"]["duplicate"]["count"] == 1
+    assert (duplicate["file"], duplicate["at"]) == ("data/own/mine.jsonl", "line 61")
+    assert duplicate["value"] == "'Question 1?'"
+
+
+def test_an_own_id_is_kept_for_the_first_with_it(side: DataSide) -> None:
+    rows = [asked(n, id=n) for n in range(80)]
+    side.own("mine.jsonl", *rows, asked("a", id=3), asked("b", id="x"), asked("c", id=None))
+    fetch(side)
+    found = {r["messages"][0]["content"]: r["id"] for part in side.raw().values() for r in part}
+    assert [found[f"Question {n}?"] for n in (3, "b")] == ["3", "x"]
+    assert all(len(found[f"Question {n}?"]) == 16 for n in ("a", "c"))
+
+
+def test_copies_that_are_kept_have_ids_of_their_own(side: DataSide) -> None:
+    side.own("mine.jsonl", *(asked(n % 40) for n in range(120)))
+    facts = fetch(side, "dataset.duplicates=keep")
+    assert len(where(side)) == 120
+    assert facts["kept"] == {"duplicate": 80}
+
+
+def test_duplicates_may_be_an_error_with_both_places(side: DataSide) -> None:
+    side.own("mine.jsonl", asked(1), asked(2), asked(1))
+    with pytest.raises(CapasError, match=r"line 3 is like data/own/mine.jsonl, line 1.*duplicates"):
+        fetch(side, "dataset.duplicates=error")
+
+
+def given_splits(side: DataSide) -> str:
+    train = side.own("a.jsonl", *(asked(n) for n in range(50)), asked("10!"))
+    validation = side.own("v.jsonl", *(asked(n) for n in range(100, 110)))
+    test = side.own("t.jsonl", *(asked(n) for n in range(200, 209)), asked("question 10", x=1))
+    side.own("t.jsonl", *(asked(n) for n in range(200, 209)), {**asked(10), "answer": "Other"})
+    return f"{{train:{train},validation:{validation},test:{test}}}"
+
+
+def test_leaks_between_given_splits_are_dropped_from_train(side: DataSide) -> None:
+    files = given_splits(side)
+    facts = fetch(side, "dataset.leak_budget_fraction=0.05", files=files)
+    assert facts["dropped"]["leak"]["count"] == 2
+    places = [(e["at"], e["value"]) for e in facts["dropped"]["leak"]["examples"]]
+    assert places == [("line 11", "'Question 10?'"), ("line 51", "'Question 10!?'")]
+    counts = {split: len(records) for split, records in side.raw().items()}
+    assert counts == {"train": 49, "validation": 10, "test": 10}
+
+
+def test_leaks_are_kept_or_refused_as_stated(side: DataSide) -> None:
+    files = given_splits(side)
+    with pytest.raises(CapasError, match=r"2 of 61 records.*a\.jsonl, line 11.*at least 0\.0327"):
+        fetch(side, "dataset.leak_budget_fraction=0.01", files=files)
+    with pytest.raises(CapasError, match=r"line 11 is like data/own/\w\.jsonl.*dataset\.leaks"):
+        fetch(side, "dataset.leaks=error", files=files)
+    assert fetch(side, "dataset.leaks=keep", files=files)["kept"] == {"leak": 2}
+
+
+def test_a_split_that_is_not_given_is_made_of_train(side: DataSide) -> None:
+    given_splits(side)
+    facts = fetch(side, files="{train:data/own/a.jsonl,test:data/own/t.jsonl}")
+    counts = {split: facts["splits"][split]["num_records"] for split in SPLITS}
+    assert counts["test"] == 10
+    assert 0 < counts["validation"] < 15
+
+
+def test_a_subset_is_a_seeded_choice_of_all_splits(side: DataSide) -> None:
+    side.own("mine.jsonl", *(asked(n) for n in range(400)))
+    fetch(side)
+    everything = where(side)
+    facts = fetch(side, "dataset.max_records=100")
+    chosen = where(side)
+    assert facts["dropped"]["beyond_max_records"]["count"] == 300
+    assert len(chosen) == 100
+    assert chosen.items() <= everything.items()
+    assert fetch(side, "dataset.max_records=100", "dataset.seed=1")
+    assert where(side).keys() != chosen.keys()
+
+
+def other_source(files: str, weight: str) -> str:
+    empty = "name:null,revision:null,split:null,columns:null,system:Hola,shape:auto"
+    return f"dataset.mix=[{{path:json,data_files:{files},weight:{weight},{empty},licence:mit}}]"
+
+
+def test_sources_are_mixed_by_weight(side: DataSide) -> None:
+    side.own("mine.jsonl", *(asked(n) for n in range(400)))
+    other = side.own("other.jsonl", *(asked(f"o{n}") for n in range(400)))
+    facts = fetch(side, "dataset.weight=3", other_source(other, "1"))
+    train = side.raw()["train"]
+    hola = [r for r in train if r["messages"][0] == {**r["messages"][0], "role": "system"}]
+    assert 0.15 < len(hola) / len(train) < 0.35
+    assert facts["dropped"]["not_drawn"]["count"] > 100
+    assert [source["licence"] for source in facts["sources"]] == ["unknown", "mit"]
+
+
+def test_without_weights_all_records_are_taken_one_source_after_the_other(side: DataSide) -> None:
+    side.own("mine.jsonl", *(asked(n) for n in range(100)))
+    other = side.own("other.jsonl", *(asked(f"o{n}") for n in range(50)))
+    facts = fetch(side, other_source(other, "null"))
+    assert [source["num_records"] for source in facts["sources"]] == [100, 50]
+    systems = [len(record["messages"]) == 3 for record in side.raw()["train"]]
+    assert systems == sorted(systems)
+
+
+def test_a_system_prompt_is_put_first_where_there_is_none(side: DataSide) -> None:
+    own = {"role": "system", "content": "Own"}
+    told = [own, {"role": "user", "content": "a"}, {"role": "assistant", "content": "b"}]
+    side.own("mine.jsonl", *(asked(n) for n in range(99)), {"messages": told}, {"text": "plain"})
+    fetch(side, "dataset.system=Kind")
+    first = [record["messages"][0] for part in side.raw().values() for record in part]
+    assert [m["content"] for m in first].count("Kind") == 99
+    assert {m["role"] for m in first} == {"system", "text"}
+
+
+def test_a_url_needs_the_pin_of_its_content(side: DataSide) -> None:
+    url = "memory://fetch/mine.jsonl.gz"
+    rows = "".join(json.dumps(asked(n)) + "\n" for n in range(99))
+    with fsspec.open(url, "wb") as file:
+        file.write(gzip.compress(rows.encode()))
+    pin = url_revision(url)
+    for revision in ("null", "'0123456789abcdef'"):
+        with pytest.raises(CapasError, match=rf"dataset\.revision=.*set revision: {pin}"):
+            fetch(side, f"dataset.revision={revision}", files=url)
+    assert fetch(side, f"dataset.revision='{pin}'", files=url)["revision"] == pin
+
+
+def test_rows_of_the_hub_go_the_same_way(side: DataSide, monkeypatch: pytest.MonkeyPatch) -> None:
+    called = []
+
+    def read_split(path: str, name: str | None, revision: str, split: str) -> Any:
+        called.append((path, name, revision, split))
+        return iter([asked(f"{split} {n}", score=None) for n in range(60)])
+
+    hub: Any = types.ModuleType("capas.dataset.hub")
+    hub.read_split = read_split
+    monkeypatch.setitem(sys.modules, "capas.dataset.hub", hub)
+    side.run("fetch", overrides=("dataset=gsm8k", "dataset.test_fraction=0.05"))
+    found = side.json("data/raw/source.json")
+    assert called == [("openai/gsm8k", "main", "main", split) for split in ("train", "test")]
+    assert found["splits"]["test"]["num_records"] == 60
+    assert found["left_out"] == {}
+
+
+def test_flaws_stop_fetch_or_stay_within_their_budget(side: DataSide) -> None:
+    side.own("mine.jsonl", *(asked(n) for n in range(99)), {"question": "Q", "answer": ""})
+    with pytest.raises(CapasError, match=r"mine\.jsonl, line 100: messages\[1\]\.content is ''"):
+        fetch(side)
+    drop = "dataset.flaws.empty_answer=drop"
+    with pytest.raises(CapasError, match=r"1 of 100 records were dropped \(empty_answer 1\)"):
+        fetch(side, drop)
+    facts = fetch(side, drop, "dataset.flaw_budget_fraction=0.01")
+    assert facts["dropped"]["empty_answer"]["examples"][0]["at"] == "line 100"
+
+
+@pytest.mark.parametrize(
+    ("overrides", "message"),
+    [
+        (("dataset.test_fraction=0.0",), "no record is left for test.*dataset.test_fraction"),
+        (("dataset.max_records=3",), "no record is left for .*dataset.max_records"),
+    ],
+)
+def test_an_empty_split_is_refused(side: DataSide, overrides: Any, message: str) -> None:
+    side.own("mine.jsonl", *(asked(n) for n in range(100)))
+    with pytest.raises(CapasError, match=message):
+        fetch(side, *overrides)
+
+
+def test_a_source_without_records_is_refused(side: DataSide) -> None:
+    side.own("mine.jsonl")
+    with pytest.raises(CapasError, match="hold no record"):
+        fetch(side)
+
+
+KIT_FILES: dict[str, tuple[int, tuple[str, ...]]] = {
+    "gsm8k_train_2k.jsonl": (2000, ()),
+    "gsm8k_test.jsonl": (1319, ()),
+    "multiturn_3k.jsonl": (3000, ()),
+    "oasst_threads.jsonl": (400, ()),
+    "xquad_es.jsonl": (1190, ()),
+    "prompts.csv": (
+        1525,
+        ("dataset.path=csv", "dataset.shape=columns", "dataset.columns={text:prompt,id:act}"),
+    ),
+    "instructions_52k.jsonl.gz": (
+        52002,
+        ("dataset.flaws.empty_answer=drop", "dataset.flaw_budget_fraction=0.001"),
+    ),
+}
+
+
+@pytest.mark.parametrize("name", KIT_FILES)
+def test_every_file_of_the_kit_is_fetched(side: DataSide, kit: Path, name: str) -> None:
+    (side.root / "data/own" / name).symlink_to(kit / "data" / name)
+    num_rows, overrides = KIT_FILES[name]
+    facts = fetch(side, *overrides, files=f"data/own/{name}")
+    num_dropped = sum(reason["count"] for reason in facts["dropped"].values())
+    num_kept = sum(split["num_records"] for split in facts["splits"].values())
+    assert facts["num_read"] == num_rows == num_kept + num_dropped
+    assert len(where(side)) == num_kept
+    assert facts["dropped"].get("empty_answer", {"count": 0})["count"] == (
+        12 if "52k" in name else 0
+    )
+
+
+def test_the_kit_holds_no_other_file(kit: Path) -> None:
+    assert {file.name for file in (kit / "data").iterdir()} == set(KIT_FILES)
