@@ -119,11 +119,11 @@ def test_exp_run_takes_a_group_choice(workspace: Workspace) -> None:
 
 
 def test_a_model_that_was_tried_brings_its_template_and_pins_none(workspace: Workspace) -> None:
-    model = "model=gemma_2_2b_it"
-    workspace.run("dvc", "exp", "run", "-S", model, "compose")
+    model = ("-S", "model=gemma_2_2b_it", "-S", f"model.revision={'abcdef0123' * 4}")
+    workspace.run("dvc", "exp", "run", *model, "compose")
     assert "preset: gemma\n" in workspace.read("params.yaml")
     assert "override /chat_template" not in workspace.read("conf/overrides.yaml")
-    workspace.run("dvc", "exp", "run", "-S", model, "-S", "chat_template=chatml", "compose")
+    workspace.run("dvc", "exp", "run", *model, "-S", "chat_template=chatml", "compose")
     assert "override /chat_template: chatml" in workspace.read("conf/overrides.yaml")
 
 
