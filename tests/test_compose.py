@@ -119,11 +119,12 @@ def test_exp_run_takes_a_group_choice(workspace: Workspace) -> None:
 
 
 def test_a_model_that_was_tried_brings_its_template_and_pins_none(workspace: Workspace) -> None:
-    model = ("-S", "model=gemma_2_2b_it", "-S", f"model.revision={'abcdef0123' * 4}")
-    workspace.run("dvc", "exp", "run", *model, "compose")
+    model, commit = "model=gemma_2_2b_it", f"model.revision={'0' * 40}"
+    workspace.run("dvc", "exp", "run", "-S", model, "-S", commit, "compose")
     assert "preset: gemma\n" in workspace.read("params.yaml")
     assert "override /chat_template" not in workspace.read("conf/overrides.yaml")
-    workspace.run("dvc", "exp", "run", *model, "-S", "chat_template=chatml", "compose")
+    other = "chat_template=chatml"
+    workspace.run("dvc", "exp", "run", "-S", model, "-S", commit, "-S", other, "compose")
     assert "override /chat_template: chatml" in workspace.read("conf/overrides.yaml")
 
 
