@@ -1,6 +1,6 @@
 """What quantizing a model needs in memory, against the size of its weights.
 
-    python benchmarks/quantize_memory.py           about five minutes, 3 GB of disk; prints a JSON object
+    python benchmarks/quantize_memory.py           some minutes, 4 GB of disk; prints a JSON object
 
 A random Llama in shards of 200 MB goes through the stage `quantize` as DVC runs it, for each method and
 dtype, beside a tiny one, whose peak is what Python and its imports take. `ratio`: peak of the process less

@@ -38,7 +38,7 @@ class Hardware(Group):
 
 
 class Model(Group):
-    """`AutoModelForCausalLM.from_pretrained`; pad_token, gated and licence are capas' own."""
+    """`AutoModelForCausalLM.from_pretrained`; pad_token and licence are capas' own."""
 
     model_name_or_path: Annotated[str, Field(min_length=1)]
     revision: str | None
@@ -46,7 +46,6 @@ class Model(Group):
     attn_implementation: Literal["eager", "sdpa", "flash_attention_2"]
     trust_remote_code: bool
     pad_token: Annotated[str, Field(min_length=1)] | None
-    gated: bool
     licence: str
 
 

@@ -2,7 +2,7 @@
 
 Reads   data/embedded (where the model is the embedded one)
 Writes  data/models/base: config.json, generation_config.json, model*.safetensors
-Params  model.gated, model.model_name_or_path, model.revision, model.trust_remote_code
+Params  model.model_name_or_path, model.revision, model.trust_remote_code
 
 The tokenizer is fetched apart (fetch_tokenizer): looking at a mask needs no weights.
 """
@@ -14,7 +14,6 @@ from capas.architecture import check_causal, stored_quantization
 from capas.embedded import FOLDER, MANIFEST, verify
 from capas.errors import CapasError
 from capas.facts import read_json
-from capas.gate import gate
 from capas.links import place
 from capas.params import Params
 from capas.sources import (
@@ -44,9 +43,8 @@ def main(params: Params, stage: Stage) -> None:
         found = matching(stage.root / name, patterns)
         refuse_pickles(name, found, lambda: [file.name for file in (stage.root / name).iterdir()])
     else:
-        with gate(name, params.model.gated):
-            check_config(snapshot(name, revision, ("config.json",)), name)  # before gigabytes come
-            found = matching(snapshot(name, revision, patterns), patterns)
+        check_config(snapshot(name, revision, ("config.json",)), name)  # before gigabytes come
+        found = matching(snapshot(name, revision, patterns), patterns)
         refuse_pickles(name, found, lambda: file_names(name, revision))
     check_files(found, name)
     if source is Source.FOLDER:

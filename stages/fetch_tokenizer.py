@@ -12,7 +12,6 @@ from pathlib import Path
 from capas import embedded
 from capas.chat.tokenizer import CONFIG, TOKENIZER, TokenizerFiles
 from capas.errors import CapasError
-from capas.gate import gate
 from capas.params import Params
 from capas.sources import TOKENIZER_FILES, Source, check_folder, find_source, snapshot
 from capas.stage import Stage, log, run
@@ -28,8 +27,7 @@ def main(params: Params, stage: Stage) -> None:
     elif source is Source.FOLDER:
         folder = stage.root / name
     else:
-        with gate(name, params.model.gated):
-            folder = snapshot(name, params.model.revision, TOKENIZER_FILES)
+        folder = snapshot(name, params.model.revision, TOKENIZER_FILES)
 
     copied = copy_files(folder, stage.out("data/models/tokenizer"))
     if source is Source.FOLDER:

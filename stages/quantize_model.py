@@ -10,8 +10,9 @@ layer keeps 4 or 8 bits a weight:
     before  model.layers.0.mlp.up_proj.weight  float32 [320, 128]  -0.0213 0.0874 ...
     after   the same weight, NF4: one of 16 levels each, times the largest of its block of 64 weights
 
-Weights are read one at a time: beside what is quantized there is never a whole model in full precision. One
-that came quantized by bitsandbytes is passed on as it is.
+Weights are read one at a time from mapped files, whose pages the system may take back: beside what is
+quantized there is never a whole model in full precision (benchmarks/quantize_memory.py). A model that came
+quantized by bitsandbytes is passed on as it is.
 """
 
 from collections.abc import Iterator

@@ -34,12 +34,7 @@ def digest(file: Path) -> str:
 
 def fetch(root: Path, name: str, revision: str | None = None) -> list[str]:
     revision = folder_revision(root / name) if name == "local" and revision is None else revision
-    model = {
-        "model_name_or_path": name,
-        "revision": revision,
-        "trust_remote_code": False,
-        "gated": name.startswith("gated/"),
-    }
+    model = {"model_name_or_path": name, "revision": revision, "trust_remote_code": False}
     lines = [f"model: {json.dumps(model)}"]
     (root / "params.yaml").write_text("\n".join(lines))
     run_stage("fetch_model", fetch_model.main, root)
@@ -143,25 +138,6 @@ def test_a_bitsandbytes_model_is_fetched(root: Path) -> None:
     stored = {"quant_method": "bitsandbytes", "load_in_8bit": True, "load_in_4bit": False}
     file.write_text(json.dumps(json.loads(file.read_text()) | {"quantization_config": stored}))
     assert "model.safetensors" in fetch(root, "local")
-
-
-@pytest.mark.parametrize(("status", "hint"), [(401, True), (403, True), (404, False)])
-@pytest.mark.parametrize("name", ["gated/name", "org/name"])
-def test_the_way_into_a_gated_model_is_told(
-    root: Path, monkeypatch: pytest.MonkeyPatch, name: str, status: int, hint: bool
-) -> None:
-    import httpx
-    from huggingface_hub.errors import HfHubHTTPError
-
-    def refuse(*args: Any, **kwargs: Any) -> None:
-        request = httpx.Request("GET", "http://127.0.0.1")
-        raise HfHubHTTPError("refused", response=httpx.Response(status, request=request))
-
-    monkeypatch.setattr("huggingface_hub.snapshot_download", refuse)
-    with pytest.raises(CapasError, match="could not be downloaded") as refusal:
-        fetch(root, name, COMMIT)
-    told = "gated/name is gated: sign in at https://huggingface.co/gated/name" in str(refusal.value)
-    assert told is (hint and name == "gated/name")
 
 
 @pytest.mark.parametrize("revision", [None, "main", "0123456"])

@@ -27,7 +27,6 @@ EXPECTED: dict[str, list[str]] = {
     "model.licence": ["report"],
     "model.model_name_or_path": [*FETCH_MODEL, "train", "report"],
     "model.revision": [*FETCH_MODEL, "train", "report"],
-    "model.gated": [*FETCH_MODEL, "report"],
     "model.pad_token": ["format", "report"],
     "model.trust_remote_code": [*FETCH_MODEL, *COMPUTE, "report"],
     "model.dtype": [*COMPUTE, "report"],

@@ -226,6 +226,6 @@ def test_soft_capping_is_never_left_out(tmp_path: Path) -> None:
 
 def load_quantized(made: Made) -> Any:
     model = Params(made.values["model"]).without(
-        "preset", "licence", "gated", "pad_token", "revision", "model_name_or_path"
+        "preset", "licence", "pad_token", "revision", "model_name_or_path"
     )
     return load_model(made.root / "data/models/quantized", Params(model), torch.device("cpu"))
