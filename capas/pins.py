@@ -1,4 +1,4 @@
-"""conf/revisions.yaml: what a branch, a tag or a folder stood for when it was first used.
+"""conf/revisions.yaml: what a branch, a tag, a folder or a URL stood for when it was first used.
 
 `revision: main` in conf/ is a name that moves. The first compose asks the Hub which commit it stands for and
 records the answer here; from then on params.yaml has that commit, on every machine and without a network,
@@ -21,6 +21,7 @@ import yaml
 
 from capas.composition import CONF, Values
 from capas.dag import read_yaml
+from capas.dataset.files import is_url, url_revision
 from capas.errors import CapasError
 from capas.hub import Repository, is_commit
 from capas.sources import Source, find_source, folder_revision, on_hub
@@ -30,9 +31,9 @@ REVISIONS = CONF / "revisions.yaml"
 KEYS = frozenset({"model.revision", "dataset.revision", "dataset.mix"})  # what a pin changes
 MAIN = "main"
 _FILE = re.compile(r".*\.(jsonl?|ndjson|csv|tsv|parquet|txt|arrow)(\.(gz|zst|bz2|xz))?")
-_PINNED = re.compile(r"[0-9a-f]{40}|[0-9a-f]{16}-[0-9a-f]{16}")
+_PINNED = re.compile(r"[0-9a-f]{40}|[0-9a-f]{16}(-[0-9a-f]{16})?")
 _HEADER = """\
-# What a branch or tag on the Hub, or a folder, stood for when first used. Compose writes it; commit it.
+# What a branch or tag on the Hub, a folder or a URL stood for when first used. Compose writes it; commit it.
 # To take what it stands for today: python stages/compose_params.py --update-revisions
 """
 
@@ -94,7 +95,7 @@ class Pins:
                 if not isinstance(pin, str) or not _PINNED.fullmatch(pin):
                     raise CapasError(
                         f"{file}: {section}: {entry}: {pin!r} is no commit (40 hex digits) and not the "
-                        "revision of a folder; remove the line, and compose records it anew"
+                        "revision of a folder or of files; remove the line, and compose records it anew"
                     )
         return cls(entries, root or Path.cwd())
 
@@ -182,9 +183,29 @@ class Pins:
         nodes = {"dataset": dataset, **{f"dataset.mix[{i}]": n for i, n in enumerate(entries)}}
         for key, found in nodes.items():
             node = _named(found, "path")
-            if node is not None and is_hub_dataset(node["path"], self.root):
+            if node is None:
+                continue
+            yield from _of_urls(node, f"{key}.revision")
+            if is_hub_dataset(node["path"], self.root):
                 repository = Repository("dataset", node["path"], f"{key}.path")
                 yield from _of_hub(node, f"{key}.revision", repository)
+
+
+def _of_urls(node: dict[str, Any], key: str) -> Iterator[Place]:
+    """Files behind URLs; what conf/ says of their content itself, fetch compares."""
+    files: Any = node.get("data_files")
+    urls = [text for text in _texts(files) if is_url(text)]
+    if urls and node.get("revision") is None:
+        yield Place(node, key, "datasets", " ".join(urls), lambda: url_revision(files))
+
+
+def _texts(value: Any) -> list[str]:
+    """All texts in lists and mappings; the schema reports what else is in there."""
+    if isinstance(value, dict):
+        value = list(value.values())
+    if isinstance(value, list):
+        return [text for item in value for text in _texts(item)]
+    return [value] if isinstance(value, str) else []
 
 
 def _named(node: Any, key: str) -> dict[str, Any] | None:

@@ -29,8 +29,8 @@ class Ragged:
     @classmethod
     def from_arrow(cls, column: pa.ListArray) -> "Ragged":
         """A column of lists without nulls."""
-        offsets = column.offsets.to_numpy().astype(np.int64)
-        return cls(column.flatten().to_numpy(zero_copy_only=False), offsets - offsets[0])
+        offsets = from_arrow(column.offsets).astype(np.int64)
+        return cls(from_arrow(column.flatten()), offsets - offsets[0])
 
     @property
     def starts(self) -> Array:
@@ -51,9 +51,28 @@ class Ragged:
 
     def to_arrow(self, kind: pa.DataType) -> pa.ListArray:
         """A column of the list type `kind`."""
-        offsets = pa.array(self.offsets.astype(np.int32))
-        values = pa.array(self.values).cast(kind.value_type)
+        values = to_arrow(self.values, kind.value_type)
+        offsets = to_arrow(self.offsets, pa.int32())
         return pa.ListArray.from_arrays(offsets, values, type=kind)
+
+
+def from_arrow(values: pa.Array) -> Array:
+    """Numbers without nulls, without a copy; `to_numpy` imports pandas, which takes half a second."""
+    return np.from_dlpack(values)
+
+
+def to_arrow(values: Array, kind: pa.DataType) -> pa.Array:
+    """Numbers, without a copy where they are of that type; `pa.array` imports pandas as well."""
+    values = np.ascontiguousarray(values, str(kind))
+    return pa.Array.from_buffers(kind, len(values), [None, pa.py_buffer(values)])
+
+
+def texts_to_arrow(texts: Sequence[str]) -> pa.StringArray:
+    """See `to_arrow`."""
+    encoded = [text.encode() for text in texts]
+    offsets = _offsets(np.fromiter(map(len, encoded), np.int64, len(encoded)))
+    starts, content = offsets.astype(np.int32), b"".join(encoded)
+    return pa.StringArray.from_buffers(len(texts), pa.py_buffer(starts), pa.py_buffer(content))
 
 
 def gather(pool: Array, starts: Array, lengths: Array) -> Ragged:

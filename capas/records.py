@@ -23,7 +23,11 @@ from capas.errors import CapasError
 
 SPLITS = ("train", "validation", "test")
 IGNORE_INDEX = -100  # the label of a token without loss, the default of torch.nn.CrossEntropyLoss
+READ_BYTES = 2**20
 ROWS_PER_GROUP = 2000  # rows held in memory at once, whatever the size of the split
+
+# No dictionaries: token ids and texts are too many for one, without it files are smaller and written faster.
+_PARQUET = {"version": "2.6", "compression": "zstd", "use_dictionary": False}
 
 Record = dict[str, Any]
 T = TypeVar("T")
@@ -72,7 +76,7 @@ def write_tables(file: Path, schema: pa.Schema, tables: Iterable[pa.Table]) -> i
     """As `write_records`, from tables of any length. One group is written while the next is made."""
     count = 0
     with (
-        pq.ParquetWriter(file, schema, version="2.6", compression="zstd") as writer,
+        pq.ParquetWriter(file, schema, **_PARQUET) as writer,
         ThreadPoolExecutor(1) as beside,
     ):
         writing = None
@@ -99,7 +103,8 @@ def read_batches(file: Path, schema: pa.Schema) -> Iterator[pa.RecordBatch]:
         CapasError: the file is no parquet file, or has other columns than `schema`.
     """
     try:
-        with pq.ParquetFile(file) as parquet:
+        # pre_buffer would hold the whole file
+        with pq.ParquetFile(file, pre_buffer=False, buffer_size=READ_BYTES) as parquet:
             if not parquet.schema_arrow.equals(schema):
                 raise CapasError(_other_columns(file, parquet.schema_arrow, schema))
             yield from parquet.iter_batches(ROWS_PER_GROUP)

@@ -11,7 +11,10 @@ The travelling record, after::
 The text of a control token in a content (<|im_end|>) is encoded like any other text.
 """
 
+from collections.abc import Iterable, Iterator
+
 import pyarrow as pa
+import pyarrow.compute as pc
 
 from capas.chat.plain import PlainEncoder
 from capas.chat.tokenizer import TokenizerFiles
@@ -19,6 +22,7 @@ from capas.params import Params
 from capas.records import RAW, SPLITS, TOKENIZED, read_batches, write_tables
 from capas.stage import Stage, log, run
 
+BYTES_AT_ONCE = 2**24  # in memory a few times as much, whatever the size of a split
 _MESSAGES = TOKENIZED.field("messages").type
 _MESSAGE = _MESSAGES.value_type
 
@@ -29,10 +33,22 @@ def main(params: Params, stage: Stage) -> None:
     raw, folder = stage.dep("data/raw"), stage.out("data/tokenized")
     folder.mkdir()
     for split in SPLITS:
-        batches = read_batches(raw / f"{split}.parquet", RAW)
+        batches = together(read_batches(raw / f"{split}.parquet", RAW))
         tokenized = (tokenize(batch, encoder) for batch in batches)
         num_records = write_tables(folder / f"{split}.parquet", TOKENIZED, tokenized)
         log.info("%s: %d records", split, num_records)
+
+
+def together(batches: Iterable[pa.RecordBatch]) -> Iterator[pa.RecordBatch]:
+    """The same records in few large batches: a call of the tokenizer costs something, whatever it gets."""
+    pending: list[pa.RecordBatch] = []
+    for batch in batches:
+        pending.append(batch)
+        if sum(p.nbytes for p in pending) >= BYTES_AT_ONCE:
+            yield pa.concat_batches(pending)
+            pending = []
+    if pending:
+        yield pa.concat_batches(pending)
 
 
 def tokenize(batch: pa.RecordBatch, encoder: PlainEncoder) -> pa.Table:
@@ -43,7 +59,7 @@ def tokenize(batch: pa.RecordBatch, encoder: PlainEncoder) -> pa.Table:
     columns = {name: told.field(name) for name in ("role", "content", "extra", "train")}
     columns["input_ids"] = ids.to_arrow(_MESSAGE.field("input_ids").type)
     spoken = pa.StructArray.from_arrays(list(columns.values()), fields=list(_MESSAGE))
-    offsets = pa.array(messages.offsets.to_numpy() - messages.offsets[0].as_py())
+    offsets = pc.subtract(messages.offsets, messages.offsets[0])
     with_ids = pa.ListArray.from_arrays(offsets, spoken, type=_MESSAGES)
     others = {name: batch.column(name) for name in ("id", "tools", "metadata")}
     return pa.Table.from_arrays(

@@ -5,10 +5,12 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+import fsspec
 import pytest
 from hub import Hub, go_offline, use
 
 from capas.dag import read_yaml
+from capas.dataset.files import url_revision
 from capas.errors import CapasError
 from capas.pins import Pins, is_hub_dataset
 from capas.sources import folder_revision
@@ -173,3 +175,27 @@ def test_a_damaged_file_is_refused_by_line(tmp_path: Path, text: str, message: s
     (tmp_path / "revisions.yaml").write_text(text)
     with pytest.raises(CapasError, match=message):
         Pins.read(tmp_path / "revisions.yaml", tmp_path)
+
+
+def test_files_behind_urls_are_pinned_to_what_they_hold(tmp_path: Path) -> None:
+    url = "memory://pins/a.jsonl"
+    with fsspec.open(url, "wb") as file:
+        file.write(b'{"prompt": "a", "completion": "b"}')
+    pins = Pins({}, tmp_path)
+    given = values("data/embedded", path="json", data_files={"train": [url]})
+    pin = pins.resolve(given)["dataset"]["revision"]
+    assert pin == url_revision(url)
+    with fsspec.open(url, "wb") as file:
+        file.write(b"{}")
+    assert pins.resolve(given)["dataset"]["revision"] == pin
+    pins.update(given)
+    assert pins.resolve(given)["dataset"]["revision"] == url_revision(url) != pin
+    (tmp_path / "revisions.yaml").write_text(pins.dump())
+    assert Pins.read(tmp_path / "revisions.yaml", tmp_path).entries == {
+        "datasets": {url: url_revision(url)}
+    }
+
+
+def test_local_files_need_no_pin(tmp_path: Path) -> None:
+    given = values("data/embedded", path="json", data_files="data/own/a.jsonl")
+    assert Pins({}, tmp_path).resolve(given)["dataset"]["revision"] is None

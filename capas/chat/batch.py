@@ -11,7 +11,7 @@ import pyarrow as pa
 
 from capas.chat.format import Encoded
 from capas.chat.messages import TEXT, THOUGHT_END, Message, Tools
-from capas.ragged import Array, Ragged, concatenate
+from capas.ragged import Array, Ragged, concatenate, from_arrow
 
 Key = tuple[Any, ...]
 
@@ -23,7 +23,7 @@ class Batch:
         messages = batch.column("messages")
         fields = messages.flatten()
         self.records, self.num_rows = batch, batch.num_rows
-        self.first = messages.offsets.to_numpy().astype(np.int64) - messages.offsets[0].as_py()
+        self.first = from_arrow(messages.offsets).astype(np.int64) - messages.offsets[0].as_py()
         self.roles: list[str] = fields.field("role").to_pylist()
         self.contents: list[str] = fields.field("content").to_pylist()
         self.extras: list[str] = fields.field("extra").to_pylist()

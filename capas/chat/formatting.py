@@ -17,7 +17,7 @@ from capas.chat.messages import TEXT, Message, Tools, conversation
 from capas.chat.overflow import Overflow
 from capas.chat.template import RecordRefusal
 from capas.errors import CapasError
-from capas.ragged import Array, Ragged
+from capas.ragged import Array, Ragged, texts_to_arrow, to_arrow
 from capas.records import FORMATTED, IGNORE_INDEX, Record
 
 NUM_EXAMPLES = 20  # of what was dropped, in the report
@@ -207,7 +207,7 @@ def _columns(singles: Mapping[int, Single]) -> Columns:
 
 
 def _batch(columns: Columns, source: Batch, singles: Mapping[int, Single]) -> pa.RecordBatch:
-    rows = pa.array(columns.rows)
+    rows = to_arrow(columns.rows, pa.int64())
     labels = np.where(columns.trained.values, columns.ids.values, np.int32(IGNORE_INDEX))
     references = [
         singles[row].reference if row in singles else source.contents[source.last_answers[row]]
@@ -219,7 +219,7 @@ def _batch(columns: Columns, source: Batch, singles: Mapping[int, Single]) -> pa
         "input_ids": columns.ids.to_arrow(ids),
         "labels": Ragged(labels, columns.ids.offsets).to_arrow(ids),
         "prompt_ids": columns.prompts.to_arrow(ids),
-        "reference": pa.array(references, pa.string()),
+        "reference": texts_to_arrow(references),
         "metadata": source.records.column("metadata").take(rows),
     }
     return pa.RecordBatch.from_arrays(list(columns_by_name.values()), schema=FORMATTED)
