@@ -18,6 +18,7 @@ from conftest import say, template_text
 from tokenizers import Tokenizer
 
 from capas.chat.format import ChatFormat
+from capas.chat.messages import conversation
 from capas.chat.template import Template, TemplateRefusal
 from capas.chat.tokenizer import TokenizerFiles, encode_plain
 from capas.errors import CapasError
@@ -26,7 +27,11 @@ from capas.records import IGNORE_INDEX
 FAMILIES = {"qwen2.5": "qwen", "llama3": "llama3", "mistral-v3": "mistral", "gemma2": "gemma"}
 SYSTEMS = ("You are terse.", "  Sé breve.\n\n", "¿Qué?\nSegunda línea")
 EVERY = {"quick": 120, "full": 1}  # of the instruction records, every n-th
-NOT_YET = re.compile("refuses the conversation|an answer to be trained, is empty")
+WITH_TOOLS = [
+    "tool-basic",
+    "tool-null-content",
+    "tool-arrow-merge",
+]  # no place for them in two families
 Messages = list[dict[str, Any]]
 
 
@@ -204,23 +209,25 @@ def test_hostile_records(family: Family, kit: Path) -> None:
     """Each is refused with its name, or no content becomes a control token and the text survives."""
     lines = (kit / "hostile.jsonl").read_text(encoding="utf-8").splitlines()
     special = {i for i, token in family.files.added.items() if token.special}
+    refused = []
     for case in map(json.loads, lines):
-        row = case["rec"]
         try:
-            row = {"id": case["id"], **row} if isinstance(row, dict) else row
-            (record,) = check(row)
-            messages = record["messages"]
-            encoded = family.ours.encode(family.with_ids(messages))
-        except CapasError as refusal:
-            assert case["expect"] != "accept" or NOT_YET.search(str(refusal)), case["id"]
+            row = case["rec"]
+            (record,) = check({"id": case["id"], **row} if isinstance(row, dict) else row)
+            messages, tools = conversation(record)
+            encoded = family.ours.encode(family.with_ids(messages), tools=tools)
+        except CapasError:
+            refused += [case["id"]] if case["expect"] == "accept" else []
             continue
         assert case["expect"] != "reject", case["id"]
-        plain = [{**m, "content": "x"} for m in messages]
-        expected = [i for i in family.ours.encode(plain).input_ids if i in special]
-        assert [i for i in encoded.input_ids if i in special] == expected, case["id"]
+        if not tools:
+            plain = [{**m, "content": "x"} for m in messages]
+            expected = [i for i in family.ours.encode(plain).input_ids if i in special]
+            assert [i for i in encoded.input_ids if i in special] == expected, case["id"]
         if case["check"].get("roundtrip") and family.name in ("qwen2.5", "llama3"):
             text = family.ours.tokenizer.decode(encoded.input_ids, skip_special_tokens=False)
             assert text == family.ours.render(messages), case["id"]
+    assert refused == ([] if family.name in ("qwen2.5", "mistral-v3") else WITH_TOOLS)
 
 
 def test_a_template_of_another_family_is_refused_by_name(family: Family) -> None:
