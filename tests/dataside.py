@@ -40,7 +40,8 @@ class DataSide:
             values = compose([*SHRUNK, "model.model_name_or_path=tokenizer", local, *overrides])
         template = self.root / "data/composed/chat_template.jinja"
         template.parent.mkdir(parents=True, exist_ok=True)
-        template.write_text((REPOSITORY / values["chat_template"]["path"]).read_text())
+        path = values["chat_template"]["path"]
+        template.write_text("" if path == "model" else (REPOSITORY / path).read_text())
         for name in names or MAINS:
             spec = StageSpec.read(name, self.root)
             stage = Stage(spec, self.root)

@@ -174,6 +174,34 @@ def test_a_split_of_which_nothing_is_left_is_refused(side: DataSide) -> None:
         side.run("format", overrides=("dataset.max_length=8", *everything))
 
 
+def test_the_template_of_the_tokenizer(side: DataSide) -> None:
+    put(side, say("Hi", "Hello")).run("format", overrides=("chat_template=qwen",))
+    expected = side.files()["data/formatted/train.parquet"]
+    for folder in ("tokenizer", "data/models/tokenizer"):
+        (side.root / folder / "chat_template.jinja").write_text(template_text("qwen"))
+    side.run("format", overrides=("chat_template=model",))
+    assert side.files()["data/formatted/train.parquet"] == expected
+    assert side.files()["data/formatted/chat_template.jinja"].decode() == template_text("qwen")
+
+
+def test_a_tokenizer_without_a_template_is_refused_with_the_way_out(side: DataSide) -> None:
+    with pytest.raises(
+        CapasError, match=r"brings no chat template.*choose one: chat_template=chatml"
+    ):
+        side.run("format", overrides=("chat_template=model",))
+
+
+@pytest.mark.parametrize("named", [False, True])
+def test_a_template_in_the_configuration_of_a_tokenizer(side: DataSide, named: bool) -> None:
+    file = side.root / "data/models/tokenizer/tokenizer_config.json"
+    text = template_text("chatml")
+    several = [{"name": "tool_use", "template": "x"}, {"name": "default", "template": text}]
+    config = json.loads(file.read_text()) | {"chat_template": several if named else text}
+    file.write_text(json.dumps(config))
+    put(side, say("Hi", "Hello")).run("format", overrides=("chat_template=model",))
+    assert side.files()["data/formatted/chat_template.jinja"].decode() == text
+
+
 def test_too_long_records_are_dropped_within_the_budget(side: DataSide) -> None:
     put(side, say("Hi", "Hello"), say("x" * 60, "y"))
     drop = ("dataset.max_length=50", "dataset.overflow=drop")
