@@ -75,6 +75,7 @@ def of_data(params: Params, stage: Stage) -> dict[str, Any]:
         "source": findings.origin(read_json(stage.dep("data/raw") / "source.json")),
         "chat": read_json(formatted / "chat.json"),
         "format": facts,
+        "changes": findings.changes(facts["splits"]),
         "example": tokens.example(tokenizer, facts["example"]),
         "lengths": read_csv(stage.dep("reports/lengths.csv")),
         "tokens": tokens.describe(tokenizer, read_json(folder / "tokenizer.json"), records),

@@ -26,6 +26,7 @@ from capas.errors import CapasError
 from capas.facts import write_csv, write_json
 from capas.page.maskpage import Sampler, write_mask_page
 from capas.params import Params
+from capas.progress import told
 from capas.records import FORMATTED, SPLITS, TOKENIZED, read_batches, write_tables
 from capas.stage import Stage, log, run
 
@@ -42,7 +43,8 @@ def main(params: Params, stage: Stage) -> None:
     for split in SPLITS:
         batches = read_batches(stage.dep("data/tokenized") / f"{split}.parquet", TOKENIZED)
         formatted = sampled(formatters[split].format(batches), samplers[split])
-        num_records = write_tables(folder / f"{split}.parquet", FORMATTED, formatted)
+        file = folder / f"{split}.parquet"
+        num_records = write_tables(file, FORMATTED, told(formatted, split))
         if not num_records:
             raise CapasError(
                 f"no {split} record is left: see dataset.max_length, dataset.overflow and "

@@ -19,6 +19,7 @@ import pyarrow.compute as pc
 from capas.chat.plain import PlainEncoder
 from capas.chat.tokenizer import TokenizerFiles
 from capas.params import Params
+from capas.progress import told
 from capas.records import RAW, SPLITS, TOKENIZED, read_batches, write_tables
 from capas.stage import Stage, log, run
 
@@ -35,7 +36,8 @@ def main(params: Params, stage: Stage) -> None:
     for split in SPLITS:
         batches = together(read_batches(raw / f"{split}.parquet", RAW))
         tokenized = (tokenize(batch, encoder) for batch in batches)
-        num_records = write_tables(folder / f"{split}.parquet", TOKENIZED, tokenized)
+        file = folder / f"{split}.parquet"
+        num_records = write_tables(file, TOKENIZED, told(tokenized, split))
         log.info("%s: %d records", split, num_records)
 
 

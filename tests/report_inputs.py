@@ -290,6 +290,11 @@ def _format() -> dict[str, Any]:
         "truncated": 0,
         "dropped": 0,
         "supervised_tokens_lost": 0,
+        "stop_tokens_lost": 0,
+        "refused": 0,
+        "trailing_messages_cut": 0,
+        "contents_trimmed": 3,
+        "thoughts_dropped": 0,
         "control_tokens_in_content": 0,
     }
     splits = {name: dict(split) for name in ("train", "validation", "test")}

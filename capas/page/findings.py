@@ -31,6 +31,18 @@ def read_lines(file: Path) -> list[Row]:
     return [json.loads(line) for line in file.read_text(encoding="utf-8").splitlines()]
 
 
+CHANGES = (
+    *("refused", "dropped", "truncated", "supervised_tokens_lost", "stop_tokens_lost"),
+    *("trailing_messages_cut", "contents_trimmed", "thoughts_dropped", "control_tokens_in_content"),
+)
+
+
+def changes(splits: Mapping[str, Row]) -> dict[str, int]:
+    """What format did to records, over all splits; what it did not do is not there."""
+    counts = {name: sum(split[name] for split in splits.values()) for name in CHANGES}
+    return {name: count for name, count in counts.items() if count}
+
+
 def scores(base: Row, evaluation: Row) -> dict[str, Any]:
     """Base and tuned side by side; `kinds` holds every part of the test split with its intervals."""
     tuned, confidence = evaluation["tuned"], evaluation["confidence_fraction"]
