@@ -253,3 +253,14 @@ def test_the_mask_marks_the_answer_and_its_end(pages: dict[str, str]) -> None:
     trained = re.findall(r'<span class="token trained[^>]*>([^<]*)</span>', mask)
     text = "".join(trained).replace("&#34;", '"').replace("&lt;", "<").replace("&gt;", ">")
     assert text == '{"name": "set_timer", "arguments": {"minutes": 5}}<|im_end|>'
+
+
+def test_the_page_counts_what_the_template_did(pages: dict[str, str]) -> None:
+    assert "9 texts lost blanks at their ends" in pages["en"]
+    assert "9 textos perdieron blancos en los extremos" in pages["es"]
+    assert "conversations that the template refuses were left out" not in pages["en"]
+
+
+def test_the_family_of_the_run_is_marked(pages: dict[str, str]) -> None:
+    marked = re.findall(r'<tr class="used"><th scope="row">(.*?)</th>', pages["en"])
+    assert marked == ["ChatML"]
