@@ -2,10 +2,10 @@
 
     python benchmarks/families.py [--every N]
 
-Every data set of the kit (not part of the repository) goes through the checks of fetch and, tokenized, through
+Every data set of the kit (no part of the repository) goes through the checks of fetch and, tokenized, through
 the columns of format, with each family's real tokenizer and capas' own template. `equal` counts the records
 whose ids are those of `tokenizer.apply_chat_template(..., tokenize=True)` with the official template; `text`
-those that hold the text of a control token, which is meant to stay text. For Gemma system messages are folded.
+those that hold the text of a control token, which is meant to stay text. Gemma gets system messages folded.
 """
 
 import argparse
