@@ -149,9 +149,7 @@ def _read_spec(file: Path) -> dict[str, Any]:
     except orjson.JSONDecodeError as error:
         raise CapasError(f"{file} is damaged: {error}; get it again") from None
     if not isinstance(spec, dict):
-        raise CapasError(
-            f"{file} is not a tokenizer: it holds {type(spec).__name__}, not an object"
-        )
+        raise CapasError(f"{file} must hold an object, not {type(spec).__name__}")
     return spec
 
 
