@@ -49,7 +49,7 @@ NAMES = {
     "e": "capas",
 }
 STAGES = {"tokenize": "tokenize_messages", "format": "format_chat"}
-PRESETS = {"llama3": "llama3", "qwen2.5": "chatml", "mistral-v3": "mistral", "gemma2": "gemma"}
+PRESETS = {"llama3": "llama3", "qwen2.5": "qwen", "mistral-v3": "mistral", "gemma2": "gemma"}
 MILLION = 1_000_000
 CLOCKS = ("seconds", "whole_seconds", "cpu_seconds")
 

@@ -14,7 +14,7 @@ from capas.chat.messages import TEXT, Message, has_own_scaffold
 from capas.errors import CapasError
 from capas.ragged import Array
 
-CHECKED_FIRST, CHECKED_EVERY = 200, 50  # records of a split that are in the sample
+CHECKED_FIRST, CHECKED_EVERY = 200, 100  # records of a split that are in the sample
 _DEFECT = "This is a defect of capas or of the chat template; please report it with this record."
 _BLANKS = re.compile(r"\s+")
 
@@ -83,24 +83,32 @@ class Audit:
             if found != expected:
                 problem = _difference(found, expected, self._chat)
                 raise CapasError(f"{split} record {formatted.identity(place)!r}: {problem}")
-            self._check_trained_text(split, formatted, place)
+        self._check_trained_texts(split, formatted, places)
         self.num_checked += len(places)
 
-    def _check_trained_text(self, split: str, formatted: Formatted, place: int) -> None:
+    def _check_trained_texts(self, split: str, formatted: Formatted, places: list[int]) -> None:
         """Every trained stretch is what a template puts before an answer, the answer, and its end token."""
-        messages = formatted.messages(place)
-        if self._train_on == "all" or has_own_scaffold(messages, formatted.tools(place)):
+        if self._train_on == "all":
             return
+        answers = {
+            place: self._answers(formatted.messages(place))
+            for place in places
+            if not has_own_scaffold(formatted.messages(place), formatted.tools(place))
+        }
+        flat = [answer for of_record in answers.values() for answer in of_record]
+        bare = iter([self._bare(text) for text in self._chat.as_decoded(flat)])
+        for place, of_record in answers.items():
+            wanted = [next(bare) for _ in of_record]
+            found = self._trained_texts(formatted, place)
+            if "".join(found) != "".join(wanted) and not self._with_leads(found, wanted):
+                raise CapasError(
+                    f"{split} record {formatted.identity(place)!r}: the trained tokens say "
+                    f"{''.join(found)[:200]!r}, and the answers are {''.join(wanted)[:200]!r}. {_DEFECT}"
+                )
+
+    def _answers(self, messages: list[Message]) -> list[str]:
         answers = [m["content"] for m in messages if m["role"] == "assistant" and m["train"]]
-        answers = answers[-1:] if self._train_on == "last_assistant" else answers
-        found = self._trained_texts(formatted, place)
-        wanted = [self._bare(self._chat.decode(self._chat.encode_plain(a))) for a in answers]
-        joined, expected = "".join(found), "".join(wanted)
-        if joined != expected and not self._with_leads(found, wanted):
-            raise CapasError(
-                f"{split} record {formatted.identity(place)!r}: the trained tokens say {joined[:200]!r}, "
-                f"and the answers are {expected[:200]!r}. {_DEFECT}"
-            )
+        return answers[-1:] if self._train_on == "last_assistant" else answers
 
     def _trained_texts(self, formatted: Formatted, place: int) -> list[str]:
         """Without blanks and end tokens."""

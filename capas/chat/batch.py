@@ -31,6 +31,7 @@ class Batch:
         self.ids = Ragged.from_arrow(fields.field("input_ids"))
         self.tools: list[str] = batch.column("tools").to_pylist()
         self.last_answers = self._find_last_answers()
+        self._is_odd = self._find_odd()
 
     def messages(self, row: int) -> list[Message]:
         """The messages up to the last answer; what follows it is no part of any answer's context."""
@@ -41,10 +42,13 @@ class Batch:
 
     def key(self, row: int) -> Key | None:
         """The pattern of a conversation; None where its scaffold depends on more than that."""
+        start, end = self.first[row], self.last_answers[row] + 1
+        if not self._is_odd[row]:
+            return tuple(self.roles[start:end])
         key: list[Any] = []
         if self.tools[row]:
             return None
-        for m in range(self.first[row], self.last_answers[row] + 1):
+        for m in range(start, end):
             role, content = self.roles[m], self.contents[m]
             if self.extras[m] or role in ("tool", TEXT) or THOUGHT_END in content:
                 return None
@@ -52,6 +56,30 @@ class Batch:
             if not self.trained[m] or not content or content.isspace():
                 key.append((self.trained[m], "" if content.strip() else content))
         return tuple(key)
+
+    def _find_odd(self) -> list[bool]:
+        """Per row, whether more than the roles may count: most rows are decided here."""
+        odd = np.array(
+            [
+                bool(extra)
+                or not trained
+                or not content
+                or content.isspace()
+                or THOUGHT_END in content
+                or role == "tool"
+                or role == TEXT
+                for role, content, extra, trained in zip(
+                    self.roles, self.contents, self.extras, self.trained, strict=True
+                )
+            ],
+            bool,
+        )
+        before = np.concatenate([np.zeros(1, np.int64), np.cumsum(odd)])
+        in_row = before[self.first[1:]] > before[self.first[:-1]]
+        found: list[bool] = (
+            in_row | np.array([bool(tools) for tools in self.tools], bool)
+        ).tolist()
+        return found
 
     def _find_last_answers(self) -> list[int]:
         """Index of a conversation's last answer, or of its last message where it has none."""

@@ -10,7 +10,7 @@ from functools import cached_property, lru_cache
 from tokenizers import Tokenizer
 from tokenizers.models import BPE
 
-_WINDOW = 8  # characters of a content that a pre-tokenizer may look at to decide on a cut before it
+_WINDOW = 4  # characters of a content that a pre-tokenizer may look at to decide on a cut before it
 _WORD_START = "▁"  # SentencePiece's blank
 
 
@@ -32,16 +32,15 @@ class Edges:
         self.adds_blank = ids[0] != ids[1]  # a text alone is encoded as if a blank came before it
         self._blank_is_space = ids[0] == ids[2]
         self._scaffold_pieces = lru_cache(maxsize=1024)(self._pieces)
-        self._are_safe = lru_cache(maxsize=65536)(self._look_up)
+        self._reach = max([_WINDOW, *(len(token.content) for token in self._words)])
+        self._joins = lru_cache(maxsize=65536)(self._find_join)
         self._remainders = lru_cache(maxsize=1024)(self._find_remainders)
 
     def join(self, scaffold: str, content: str) -> bool:
         """Whether ids(scaffold + content) == ids(scaffold) + ids(content)."""
-        if self.adds_blank or not content or _may_combine(content[0]):
-            return False
-        if content.startswith(self._remainders(scaffold)):
-            return False
-        return not scaffold or self._are_safe(scaffold, content[:_WINDOW])
+        return self._joins(
+            scaffold, content[: self._reach]
+        )  # looks no further, and meets few beginnings
 
     def absorb(self, scaffold: str, content: str) -> bool:
         """Whether ids(scaffold + content) == ids(content): the tokenizer adds the scaffold's blank itself."""
@@ -49,7 +48,14 @@ class Edges:
             return False
         return bool(content) and not content.startswith(self._get_no_blank)
 
-    def _look_up(self, scaffold: str, start: str) -> bool:
+    def _find_join(self, scaffold: str, start: str) -> bool:
+        if self.adds_blank or not start or _may_combine(start[0]):
+            return False
+        if start.startswith(self._remainders(scaffold)):
+            return False
+        return not scaffold or self._are_cut(scaffold, start[:_WINDOW])
+
+    def _are_cut(self, scaffold: str, start: str) -> bool:
         before, after = self._scaffold_pieces(scaffold), self._pieces(start)
         both = self._pieces(scaffold + start)
         if both == before + after:

@@ -30,7 +30,7 @@ from capas.chat.plan import Plan
 from capas.chat.scaffold import Planner, control_pattern
 from capas.chat.segments import Owned, SegmentEncoder
 from capas.chat.template import RecordRefusal, Template, TemplateRefusal, place_system
-from capas.chat.tokenizer import SHAPE, TokenizerFiles
+from capas.chat.tokenizer import SHAPE, TokenizerFiles, encode_plain
 from capas.errors import CapasError
 from capas.records import IGNORE_INDEX
 
@@ -153,8 +153,11 @@ class ChatFormat:
         """Rendered texts encoded whole, as `apply_chat_template` does."""
         return self._files.encode_parsing(texts)
 
-    def encode_plain(self, text: str) -> list[int]:
-        return list(self.segments.known_ids({"content": text}))
+    def as_decoded(self, texts: Sequence[str]) -> list[str]:
+        """Texts as they come back from ids: some tokenizers normalize."""
+        tokenizer = self.tokenizer
+        ids = encode_plain(tokenizer, texts)
+        return list(tokenizer.decode_batch(ids, skip_special_tokens=False))
 
     def decode(self, ids: Sequence[int]) -> str:
         text: str = self.tokenizer.decode(ids, skip_special_tokens=False)

@@ -92,15 +92,18 @@ class SplitFormatter:
         rest = sorted(set(range(source.num_rows)) - set(quick.rows.tolist()))
         singles = {row: single for row in rest if (single := self._single(source, row)) is not None}
         columns = merge([quick, _columns(singles)])
-        held = np.array([self._holds(source, row) for row in columns.rows.tolist()], bool)
+        held = self._hold_control(source)[columns.rows]
         batch = _batch(columns, source, singles)
         return Formatted(batch, source, columns, singles, held)
 
-    def _holds(self, source: Batch, row: int) -> bool:
-        contents = source.contents[source.first[row] : source.last_answers[row] + 1]
-        return any(self.chat.holds_control(content) for content in contents) or (
-            bool(source.tools[row]) and self.chat.holds_control(source.tools[row])
-        )
+    def _hold_control(self, source: Batch) -> Array:
+        """Per row, whether a content or a tool holds the text of a control token."""
+        holds = self.chat.holds_control
+        contents = np.array([holds(content) for content in source.contents], bool)
+        before = np.concatenate([np.zeros(1, np.int64), np.cumsum(contents)])
+        tools = np.array([bool(text) and holds(text) for text in source.tools], bool)
+        found: Array = (before[source.first[1:]] > before[source.first[:-1]]) | tools
+        return found
 
     def _sure(self, quick: Columns, source: Batch) -> Columns:
         """Those that are not too long and that a template which looks into contents did not change."""

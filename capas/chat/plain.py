@@ -29,10 +29,12 @@ class PlainEncoder:
 
     def __init__(self, files: TokenizerFiles, fast: bool = True) -> None:
         self._folder = files.folder
-        with ThreadPoolExecutor(1) as beside:  # both take about a second
-            building = beside.submit(_fast_encoder, files) if fast else None
-            self._sure = files.build()
-            self._fast = building.result() if building else None
+        library = _import_fastokens() if fast else None
+        spec = files.plain_json() if library else ""
+        with ThreadPoolExecutor(1) as beside:  # fastokens lets others work while it builds its own
+            building = beside.submit(files.build)
+            self._fast = _build_fast(library, spec) if library else None
+            self._sure = building.result()
 
     @property
     def backend(self) -> str:
@@ -75,15 +77,19 @@ class PlainEncoder:
                 )
 
 
-def _fast_encoder(files: TokenizerFiles) -> Any:
-    """None where fastokens is not installed, or refuses the tokenizer."""
+def _import_fastokens() -> Any:
     try:
-        from fastokens import Tokenizer
+        import fastokens
     except ImportError:
         log.info("fastokens is not installed; tokenizers gives the same ids, more slowly")
         return None
+    return fastokens
+
+
+def _build_fast(library: Any, spec: str) -> Any:
+    """None where fastokens refuses the tokenizer."""
     try:
-        return Tokenizer.from_json_str(files.plain_json())
+        return library.Tokenizer.from_json_str(spec)
     except ValueError as refusal:
         log.info("tokenizers encodes; fastokens refuses this tokenizer: %s", refusal)
         return None

@@ -114,7 +114,9 @@ class TokenizerFiles:
     def plain_json(self) -> str:
         """tokenizer.json without control tokens, and with nothing that adds, pads or truncates."""
         words = [token for token in self._spec["added_tokens"] if not token["special"]]
-        return orjson.dumps({**self._spec, **_BARE, "added_tokens": words}).decode()
+        model = {**self._spec["model"], **_joined_merges(self._spec["model"])}
+        spec = {**self._spec, **_BARE, "added_tokens": words, "model": model}
+        return orjson.dumps(spec).decode()
 
     def id_of(self, name: str) -> int | None:
         """The id of `bos_token`, `eos_token`, ...; None where the tokenizer has none."""
@@ -151,6 +153,14 @@ def _read_spec(file: Path) -> dict[str, Any]:
     if not isinstance(spec, dict):
         raise CapasError(f"{file} must hold an object, not {type(spec).__name__}")
     return spec
+
+
+def _joined_merges(model: dict[str, Any]) -> dict[str, Any]:
+    """Merges as "a b" instead of ["a", "b"]: the same, and read faster; not where a token holds a blank."""
+    merges = model.get("merges") or []
+    if any(isinstance(merge, str) or " " in merge[0] or " " in merge[1] for merge in merges):
+        return {}
+    return {"merges": [f"{left} {right}" for left, right in merges]}
 
 
 def _added_tokens(spec: dict[str, Any], folder: Path) -> dict[int, AddedToken]:
