@@ -32,9 +32,9 @@ class PlainEncoder:
         library = _import_fastokens() if fast else None
         spec = files.plain_json() if library else ""
         with ThreadPoolExecutor(1) as beside:  # fastokens lets others work while it builds its own
-            building = beside.submit(files.build)
-            self._fast = _build_fast(library, spec) if library else None
-            self._sure = building.result()
+            building = beside.submit(_build_fast, library, spec) if library else None
+            self._sure = files.build()
+            self._fast = building.result() if building else None
 
     @property
     def backend(self) -> str:

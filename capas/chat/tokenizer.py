@@ -22,6 +22,7 @@ TEMPLATE = "chat_template.jinja"
 SHAPE = re.compile(
     r"<\|[^<>|\s]+\|>|<｜[^<>｜\s]+｜>|<(?:start|end)_of_[a-z]+>|<unused\d+>|\[/?[A-Z][A-Z_]+\]|</?s>"
 )
+_MODEL = re.compile(rb',\s*"model"\s*:\s*\{')  # in a vocabulary "model" is a number's key
 _BARE = {"post_processor": None, "truncation": None, "padding": None}
 NAMED = ("bos_token", "eos_token", "unk_token", "sep_token", "pad_token", "cls_token", "mask_token")
 
@@ -43,7 +44,7 @@ class TokenizerFiles:
                 f"{folder} has no {' and no '.join(missing)}; capas needs a fast tokenizer. Make both with "
                 "transformers: AutoTokenizer.from_pretrained(...).save_pretrained(folder)"
             )
-        self._spec = _read_spec(folder / TOKENIZER)
+        self._spec, self._model = _read_spec(folder / TOKENIZER)
         self._config = read_json(folder / CONFIG)
         self._built: dict[tuple[frozenset[str], bool], Tokenizer] = {}
         _added_tokens(self._spec, folder)
@@ -88,7 +89,7 @@ class TokenizerFiles:
         """
         key = frozenset(also_special), inside and self.adds_first_blank
         if key not in self._built:
-            self._built[key] = _from_spec(self._changed(*key), self.folder)
+            self._built[key] = _from_bytes(self._joined(self._changed(*key)), self.folder)
             self._built[key].encode_special_tokens = True
         return self._built[key]
 
@@ -114,9 +115,12 @@ class TokenizerFiles:
     def plain_json(self) -> str:
         """tokenizer.json without control tokens, and with nothing that adds, pads or truncates."""
         words = [token for token in self._spec["added_tokens"] if not token["special"]]
-        model = {**self._spec["model"], **_joined_merges(self._spec["model"])}
-        spec = {**self._spec, **_BARE, "added_tokens": words, "model": model}
-        return orjson.dumps(spec).decode()
+        model = orjson.loads(b"{" + self._model.lstrip(b", \n\r\t"))["model"]
+        model |= _joined_merges(model)
+        return orjson.dumps({**self._spec, **_BARE, "added_tokens": words, "model": model}).decode()
+
+    def _joined(self, spec: dict[str, Any]) -> bytes:
+        return orjson.dumps(spec)[:-1] + self._model
 
     def id_of(self, name: str) -> int | None:
         """The id of `bos_token`, `eos_token`, ...; None where the tokenizer has none."""
@@ -144,10 +148,23 @@ def encode_plain(tokenizer: Tokenizer, texts: Sequence[str]) -> list[list[int]]:
     ]
 
 
-def _read_spec(file: Path) -> dict[str, Any]:
-    """tokenizer.json, which may have ten million characters: orjson reads it in a tenth of the time."""
+def _read_spec(file: Path) -> tuple[dict[str, Any], bytes]:
+    """tokenizer.json in two parts: what is looked at here, and the model as it stands, some megabytes."""
+    text = file.read_bytes()
+    found = _MODEL.search(text)
     try:
-        spec = orjson.loads(file.read_bytes())
+        spec = orjson.loads(text[: found.start()] + b"}") if found else {}
+    except orjson.JSONDecodeError:
+        spec = {}
+    if found and "added_tokens" in spec:
+        return spec, text[found.start() :]
+    spec = _parse(text, file)  # the model stands elsewhere
+    return spec, b',"model":' + orjson.dumps(spec.pop("model", None)) + b"}"
+
+
+def _parse(text: bytes, file: Path) -> dict[str, Any]:
+    try:
+        spec = orjson.loads(text)
     except orjson.JSONDecodeError as error:
         raise CapasError(f"{file} is damaged: {error}; get it again") from None
     if not isinstance(spec, dict):
@@ -156,7 +173,7 @@ def _read_spec(file: Path) -> dict[str, Any]:
 
 
 def _joined_merges(model: dict[str, Any]) -> dict[str, Any]:
-    """Merges as "a b" instead of ["a", "b"]: the same, and read faster; not where a token holds a blank."""
+    """Merges as "a b" instead of ["a", "b"]: fastokens reads them faster. Not where a token holds a blank."""
     merges = model.get("merges") or []
     if any(isinstance(merge, str) or " " in merge[0] or " " in merge[1] for merge in merges):
         return {}
@@ -182,9 +199,9 @@ def _added_tokens(spec: dict[str, Any], folder: Path) -> dict[int, AddedToken]:
         ) from None
 
 
-def _from_spec(spec: dict[str, Any], folder: Path) -> Tokenizer:
+def _from_bytes(spec: bytes, folder: Path) -> Tokenizer:
     try:
-        return Tokenizer.from_buffer(orjson.dumps(spec))
+        return Tokenizer.from_buffer(spec)
     except Exception as error:  # noqa: BLE001  the library raises nothing narrower
         raise CapasError(f"{folder / TOKENIZER} is not a tokenizer: {error}") from None
 
