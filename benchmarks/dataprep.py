@@ -12,10 +12,10 @@ e  capas: the stages `tokenize` and `format` as whole processes, one after the o
 
 `work` are the seconds of the preparation itself, as each contestant's file in contestants/ says; `whole`
 those of its processes from start to end, imports included; `cpu` the processor time of these; `memory` the
-peak of a process and its children. The contestants take turns (`--repeats`); figures are medians, and ratios
-are taken within a turn. Without FILE: the kit of real records and tokenizers, which is not part of the
-repository. c and d get environments of their own in .dvc/tmp/benchmarks. The table is printed, the figures
-go to results/dataprep*.json.
+peak of a process and its children, in a turn of its own. The contestants take turns (`--repeats`); figures
+are medians, and ratios are taken within a turn. Without FILE: the kit of real records and tokenizers, which is
+not part of the repository. c and d get environments of their own in .dvc/tmp/benchmarks. The table is printed,
+the figures go to results/dataprep*.json.
 """
 
 import argparse
@@ -72,7 +72,12 @@ def contest(options: argparse.Namespace, tokenizer: Path) -> Facts:
     with TemporaryDirectory() as folder:
         arena = Arena(Path(folder), tokenizer, options)
         num_records = arena.prepare(repeat=1)
+        first = arena.turn(options.contestants)
+        arena.sampled = False  # it costs time
         rounds = [arena.turn(options.contestants) for _ in range(options.repeats)]
+        for turn in rounds:
+            for key, facts in turn.items():
+                facts["peak_memory_bytes"] = first[key].get("peak_memory_bytes")
         equal = arena.compare(rounds[-1])
     summaries = {key: summary([turn[key] for turn in rounds]) for key in options.contestants}
     result = {
@@ -112,6 +117,7 @@ class Arena:
     def __init__(self, folder: Path, tokenizer: Path, options: argparse.Namespace) -> None:
         self.folder, self.tokenizer, self.options = folder, tokenizer, options
         self.workspace = folder / "workspace"
+        self.sampled = True
         self.env = {
             **os.environ,
             "PYTHONPATH": str(ROOT),
@@ -165,7 +171,9 @@ class Arena:
 
     def _capas(self) -> Facts:
         stages = {
-            name: measure([sys.executable, f"stages/{script}.py"], self.workspace, self.env)
+            name: measure(
+                [sys.executable, f"stages/{script}.py"], self.workspace, self.env, self.sampled
+            )
             for name, script in STAGES.items()
         }
         for name, facts in stages.items():
@@ -184,7 +192,8 @@ class Arena:
         return self._program(script, self.folder, self.tokenizer, self.template, python=python)
 
     def _program(self, script: str, *arguments: Any, python: str = sys.executable) -> Facts:
-        return measure([python, str(HERE / f"{script}.py"), *map(str, arguments)], ROOT, self.env)
+        command = [python, str(HERE / f"{script}.py"), *map(str, arguments)]
+        return measure(command, ROOT, self.env, self.sampled)
 
     def _make_workspace(self) -> None:
         """What the two stages read, beside the records."""
