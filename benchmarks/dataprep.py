@@ -13,9 +13,9 @@ e  capas: the stages `tokenize` and `format` as whole processes, one after the o
 `work` are the seconds of the preparation itself, as each contestant's file in contestants/ says; `whole`
 those of its processes from start to end, imports included; `cpu` the processor time of these; `memory` the
 peak of a process and its children, in a turn of its own. The contestants take turns (`--repeats`); figures
-are medians, and ratios are taken within a turn. Without FILE: the kit of real records and tokenizers, which is
-not part of the repository. c and d get environments of their own in .dvc/tmp/benchmarks. The table is printed,
-the figures go to results/dataprep*.json.
+are medians, and ratios are taken within a turn. Without FILE: the kit of real records and tokenizers, which
+is not part of the repository. c and d get environments of their own in .dvc/tmp/benchmarks. The table is
+printed, the figures go to results/dataprep*.json.
 """
 
 import argparse
