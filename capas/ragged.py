@@ -22,7 +22,7 @@ class Ragged:
 
     @classmethod
     def of(cls, rows: Sequence[Sequence[Any] | Array], dtype: Any) -> "Ragged":
-        offsets = _offsets(np.fromiter(map(len, rows), np.int64, len(rows)))
+        offsets = offsets_of(np.fromiter(map(len, rows), np.int64, len(rows)))
         parts = [np.asarray(row, dtype) for row in rows]
         return cls(np.concatenate(parts) if parts else np.zeros(0, dtype), offsets)
 
@@ -70,14 +70,14 @@ def to_arrow(values: Array, kind: pa.DataType) -> pa.Array:
 def texts_to_arrow(texts: Sequence[str]) -> pa.StringArray:
     """See `to_arrow`."""
     encoded = [text.encode() for text in texts]
-    offsets = _offsets(np.fromiter(map(len, encoded), np.int64, len(encoded)))
+    offsets = offsets_of(np.fromiter(map(len, encoded), np.int64, len(encoded)))
     starts, content = offsets.astype(np.int32), b"".join(encoded)
     return pa.StringArray.from_buffers(len(texts), pa.py_buffer(starts), pa.py_buffer(content))
 
 
 def gather(pool: Array, starts: Array, lengths: Array) -> Ragged:
     """Row i of the result is pool[starts[i] : starts[i] + lengths[i]]."""
-    offsets = _offsets(lengths)
+    offsets = offsets_of(lengths)
     return Ragged(pool[ranges(starts, lengths)], offsets)
 
 
@@ -91,8 +91,16 @@ def concatenate(parts: Iterable[Ragged]) -> Ragged:
     """The rows of all parts, one part after the other; there is at least one."""
     all_parts = list(parts)
     lengths = np.concatenate([part.lengths for part in all_parts])
-    return Ragged(np.concatenate([part.values for part in all_parts]), _offsets(lengths))
+    return Ragged(np.concatenate([part.values for part in all_parts]), offsets_of(lengths))
 
 
-def _offsets(lengths: Array) -> Array:
+def any_in_row(marks: Array, offsets: Array) -> Array:
+    """[rows] bool: whether one of the items offsets[i] : offsets[i + 1] is marked."""
+    before = offsets_of(marks)
+    found: Array = before[offsets[1:]] > before[offsets[:-1]]
+    return found
+
+
+def offsets_of(lengths: Array) -> Array:
+    """Where rows of these lengths begin, and where the last one ends."""
     return np.concatenate([np.zeros(1, np.int64), np.cumsum(lengths, dtype=np.int64)])

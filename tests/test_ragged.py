@@ -8,7 +8,16 @@ import numpy as np
 import pyarrow as pa
 import pytest
 
-from capas.ragged import Ragged, concatenate, from_arrow, gather, ranges, texts_to_arrow, to_arrow
+from capas.ragged import (
+    Ragged,
+    any_in_row,
+    concatenate,
+    from_arrow,
+    gather,
+    ranges,
+    texts_to_arrow,
+    to_arrow,
+)
 from capas.records import FORMATTED
 
 ROWS = [[1, 2, 3], [], [4], [5, 6]]
@@ -47,6 +56,12 @@ def test_arrow_gives_and_takes_the_same_rows(start: int) -> None:
     assert column.to_pylist() == ROWS
     assert column.type == IDS
     assert rows_of(Ragged.from_arrow(column.slice(start))) == ROWS[start:]
+
+
+def test_a_row_has_a_mark() -> None:
+    offsets = Ragged.of(ROWS, np.int32).offsets
+    marks = np.array([False, True, False, False, False, False])
+    assert any_in_row(marks, offsets).tolist() == [True, False, False, False]
 
 
 def test_numbers_and_texts() -> None:

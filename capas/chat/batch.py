@@ -11,7 +11,7 @@ import pyarrow as pa
 
 from capas.chat.format import Encoded
 from capas.chat.messages import TEXT, THOUGHT_END, Message, Tools
-from capas.ragged import Array, Ragged, concatenate, from_arrow
+from capas.ragged import Array, Ragged, any_in_row, concatenate, from_arrow
 
 Key = tuple[Any, ...]
 
@@ -74,11 +74,8 @@ class Batch:
             ],
             bool,
         )
-        before = np.concatenate([np.zeros(1, np.int64), np.cumsum(odd)])
-        in_row = before[self.first[1:]] > before[self.first[:-1]]
-        found: list[bool] = (
-            in_row | np.array([bool(tools) for tools in self.tools], bool)
-        ).tolist()
+        has_tools = np.array([bool(tools) for tools in self.tools], bool)
+        found: list[bool] = (any_in_row(odd, self.first) | has_tools).tolist()
         return found
 
     def _find_last_answers(self) -> list[int]:

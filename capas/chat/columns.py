@@ -11,7 +11,7 @@ from capas.chat.format import ChatFormat
 from capas.chat.layout import Constant, Layout, Slot, lay_out
 from capas.chat.segments import Way
 from capas.errors import CapasError
-from capas.ragged import Array, Ragged, gather, ranges
+from capas.ragged import Array, Ragged, gather, offsets_of, ranges
 
 Ranges = tuple[Array, Array]  # per row: where in the pool, how many ids
 
@@ -59,7 +59,7 @@ class ColumnEncoder:
         ids, trained = pool.arrays()
         at = ranges(*(np.concatenate([part.ranges[i] for part in parts]) for i in (0, 1)))
         lengths = np.concatenate([part.lengths for part in parts])
-        offsets = np.concatenate([np.zeros(1, np.int64), np.cumsum(lengths)])
+        offsets = offsets_of(lengths)
         found = Ragged(ids[at], offsets)
         prompts = gather(found.values, found.starts, np.concatenate([p.prompts for p in parts]))
         rows = np.concatenate([part.rows for part in parts])

@@ -17,7 +17,7 @@ from capas.chat.messages import TEXT, Message, Tools, conversation
 from capas.chat.overflow import Overflow
 from capas.chat.template import RecordRefusal
 from capas.errors import CapasError
-from capas.ragged import Array, Ragged, texts_to_arrow, to_arrow
+from capas.ragged import Array, Ragged, any_in_row, texts_to_arrow, to_arrow
 from capas.records import FORMATTED, IGNORE_INDEX, Record
 
 NUM_EXAMPLES = 20  # of what was dropped, in the report
@@ -100,10 +100,8 @@ class SplitFormatter:
         """Per row, whether a content or a tool holds the text of a control token."""
         holds = self.chat.holds_control
         contents = np.array([holds(content) for content in source.contents], bool)
-        before = np.concatenate([np.zeros(1, np.int64), np.cumsum(contents)])
         tools = np.array([bool(text) and holds(text) for text in source.tools], bool)
-        found: Array = (before[source.first[1:]] > before[source.first[:-1]]) | tools
-        return found
+        return any_in_row(contents, source.first) | tools
 
     def _sure(self, quick: Columns, source: Batch) -> Columns:
         """Those that are not too long and that a template which looks into contents did not change."""
@@ -117,19 +115,20 @@ class SplitFormatter:
         record: Record = source.records.slice(row, 1).to_pylist()[0]
         messages, tools = conversation(record)
         messages = messages[: source.last_answers[row] - int(source.first[row]) + 1]
-        try:
-            encoded = self.chat.encode(messages, self.train_on, tools)
-            kept = self.overflow.fit(
-                record["id"], messages, encoded, lambda m: self.chat.encode(m, self.train_on, tools)
-            )
-            return kept and Single(row, *kept, *self._question(*kept, tools))
-        except RecordRefusal as refusal:
-            self.overflow.num_records += 1
-            with self._named(record["id"]):
+        with self._named(record["id"]):
+            try:
+                encoded = self.chat.encode(messages, self.train_on, tools)
+                kept = self.overflow.fit(
+                    record["id"],
+                    messages,
+                    encoded,
+                    lambda m: self.chat.encode(m, self.train_on, tools),
+                )
+                return kept and Single(row, *kept, *self._question(*kept, tools))
+            except RecordRefusal as refusal:
+                self.overflow.num_records += 1
                 self.refused.add(record["id"], refusal)
-            return None
-        except CapasError as error:
-            raise CapasError(f"{self.split} record {record['id']!r}: {error}") from None
+        return None
 
     def _question(
         self, messages: list[Message], encoded: Encoded, tools: Tools
@@ -137,15 +136,13 @@ class SplitFormatter:
         """The prompt of the last answer, and that answer as text."""
         if messages[-1]["role"] == TEXT:
             start = encoded.input_ids[: min(TEXT_PROMPT_TOKENS, len(encoded.input_ids) // 2)]
-            tokenizer = self.chat.tokenizer
-            rest = tokenizer.decode(encoded.input_ids[len(start) : -1], skip_special_tokens=False)
-            return start, rest
+            return start, self.chat.decode(encoded.input_ids[len(start) : -1])
         prompt = self.chat.prompt_ids(messages[:-1], tools)
         if not messages[-1].get("tool_calls"):
             return prompt, messages[-1]["content"]
         called = encoded.input_ids[len(prompt) :]
         end = called.index(self.chat.end_token_id) if self.chat.end_token_id in called else None
-        return prompt, self.chat.tokenizer.decode(called[:end], skip_special_tokens=False)
+        return prompt, self.chat.decode(called[:end])
 
     @contextmanager
     def _named(self, identity: str) -> Iterator[None]:
@@ -164,13 +161,9 @@ class SplitFormatter:
             self.control_tokens_in_content += sum(
                 self.chat.count_control_tokens(message["content"]) for message in told
             )
-        for row in columns.rows.tolist():
-            if row not in formatted.singles:
-                last = source.last_answers[row]
-                self.trailing_messages_cut += int(source.first[row + 1]) - 1 - last
+        after_last = source.first[1:] - 1 - np.array(source.last_answers)
+        self.trailing_messages_cut += int(after_last[columns.rows].sum())
         for single in formatted.singles.values():
-            last = source.last_answers[single.row]
-            self.trailing_messages_cut += int(source.first[single.row + 1]) - 1 - last
             self.thoughts_dropped += single.encoded.num_thoughts_dropped
 
     def facts(self) -> dict[str, Any]:

@@ -12,9 +12,9 @@ from typing import Any
 
 import numpy as np
 
-from capas.chat.tokenizer import TokenizerFiles
+from capas.chat.tokenizer import TokenizerFiles, encode_plain
 from capas.errors import CapasError
-from capas.ragged import Ragged
+from capas.ragged import Ragged, offsets_of
 
 CHECKED_FIRST, CHECKED_EVERY = 20, 100  # texts of a batch that both libraries encode
 log = logging.getLogger("capas")
@@ -57,10 +57,8 @@ class PlainEncoder:
         return found
 
     def _encode_surely(self, texts: Sequence[str]) -> Ragged:
-        encodings = self._sure.encode_batch_fast(texts, add_special_tokens=False)
-        rows = [encoding.ids for encoding in encodings]
-        lengths = np.fromiter(map(len, rows), np.int64, len(rows))
-        offsets = np.concatenate([np.zeros(1, np.int64), np.cumsum(lengths)])
+        rows = encode_plain(self._sure, texts)
+        offsets = offsets_of(np.fromiter(map(len, rows), np.int64, len(rows)))
         values = np.fromiter(chain.from_iterable(rows), np.int32, int(offsets[-1]))
         return Ragged(values, offsets)
 

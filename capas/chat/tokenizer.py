@@ -38,7 +38,7 @@ class TokenizerFiles:
     """
 
     def __init__(self, folder: Path, allowed: Collection[str] = ()) -> None:
-        self.folder, self.allowed = folder, frozenset(allowed)
+        self.folder = folder
         if missing := [name for name in (TOKENIZER, CONFIG) if not (folder / name).is_file()]:
             raise CapasError(
                 f"{folder} has no {' and no '.join(missing)}; capas needs a fast tokenizer. Make both with "

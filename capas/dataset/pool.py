@@ -15,7 +15,6 @@ from typing import Any
 
 import numpy as np
 import pyarrow as pa
-import pyarrow.parquet as pq
 from numpy.typing import NDArray
 
 from capas.dataset.conversation import TEXT, check_record
@@ -24,7 +23,7 @@ from capas.dataset.rows import Row
 from capas.dataset.shapes import Columns, convert
 from capas.dataset.splits import Digests, content_digest, digest, ordinals, prompt_digests
 from capas.errors import CapasError
-from capas.records import RAW, ROWS_PER_GROUP, Record, write_records, write_tables
+from capas.records import RAW, Record, read_batches, write_records, write_tables
 
 log = logging.getLogger("capas")
 _SECONDS_BETWEEN_MESSAGES = 5.0
@@ -160,9 +159,8 @@ class Pool:
         return {"num_records": count, "sha256": whole.hexdigest()}
 
     def _batches(self) -> Iterator[pa.Table]:
-        with pq.ParquetFile(self._file) as parquet:
-            for batch in parquet.iter_batches(ROWS_PER_GROUP):
-                yield pa.Table.from_batches([batch], RAW)
+        for batch in read_batches(self._file, RAW):
+            yield pa.Table.from_batches([batch], RAW)
 
 
 def _system(content: str) -> dict[str, Any]:
