@@ -19,6 +19,7 @@ from tokenizers import Tokenizer
 
 from capas.chat.format import ChatFormat
 from capas.chat.messages import conversation
+from capas.chat.plain import PlainEncoder
 from capas.chat.template import Template, TemplateRefusal
 from capas.chat.tokenizer import TokenizerFiles, encode_plain
 from capas.errors import CapasError
@@ -146,6 +147,15 @@ def test_ids_equal_apply_chat_template(family: Family, kit: Path) -> None:
 def test_ids_equal_apply_chat_template_on_all_records(family: Family, kit: Path) -> None:
     compared = check_ids(family, conversations(kit, "full"))
     assert compared >= (36_000 if family.name == "gemma2" else 55_000)
+
+
+def test_both_libraries_give_the_same_ids(family: Family, kit: Path) -> None:
+    encoder = PlainEncoder(family.files)
+    assert encoder.backend == "fastokens"
+    hostile = (kit / "hostile.jsonl").read_text(encoding="utf-8").splitlines()
+    texts = [m["content"] for told in conversations(kit, "quick") for m in told] + hostile
+    found = encoder.encode(texts)
+    assert [list(found.row(i)) for i in range(len(texts))] == encode_plain(family.plain, texts)
 
 
 def test_edges_of_contents(family: Family) -> None:

@@ -7,6 +7,7 @@ import numpy as np
 import pytest
 from conftest import CONTROL_TOKENS, say, stored
 from dataside import DataSide
+from tokenizers import Tokenizer, models, pre_tokenizers, trainers
 
 from capas.chat.plain import PlainEncoder
 from capas.chat.tokenizer import TokenizerFiles, encode_plain
@@ -69,6 +70,33 @@ def test_one_difference_between_the_backends_stops_the_stage(tiny_tokenizer_dir:
     encoder._fast = Wrong()
     with pytest.raises(CapasError, match="fastokens and tokenizers encode 'Hola' differently"):
         encoder.encode(["Hola"])
+
+
+@pytest.mark.parametrize("words", [[], ["<think>"]])
+@pytest.mark.parametrize("scheme", ["first", "never", "always"])
+def test_sentencepiece_blanks_are_the_same_in_both_backends(
+    scheme: str, words: list[str], tmp_path: Path
+) -> None:
+    tokenizer = Tokenizer(models.BPE(unk_token="<unk>", fuse_unk=True))
+    tokenizer.pre_tokenizer = pre_tokenizers.Metaspace(prepend_scheme=scheme, split=False)
+    texts = ["set a timer", "a timer for a day", "pon un temporizador"]
+    trainer = trainers.BpeTrainer(
+        vocab_size=90,
+        special_tokens=["<unk>"],
+        initial_alphabet=["<", ">", "h", "k"],
+        show_progress=False,
+    )
+    tokenizer.train_from_iterator(texts, trainer)
+    tokenizer.add_tokens(words)
+    tokenizer.save(str(tmp_path / "tokenizer.json"))
+    (tmp_path / "tokenizer_config.json").write_text("{}")
+
+    encoder = PlainEncoder(TokenizerFiles(tmp_path))
+    starts = ["", " ", "  ", "▁", "▁ ", "\n", "\u00a0", "a", " a", "é", "<unk>", "<think>"]
+    mixed = [start + text for start in starts for text in (*starts, *texts)]
+    assert encoder.backend == ("fastokens" if scheme != "always" and not words else "tokenizers")
+    found = encoder.encode(mixed)
+    assert [list(found.row(i)) for i in range(len(mixed))] == encode_plain(encoder._sure, mixed)
 
 
 def test_no_padding_and_no_truncation_of_the_file_is_taken_over(tiny_tokenizer_dir: Path) -> None:

@@ -10,8 +10,9 @@ from functools import cached_property, lru_cache
 from tokenizers import Tokenizer
 from tokenizers.models import BPE
 
+from capas.chat.tokenizer import WORD_START
+
 _WINDOW = 4  # characters of a content that a pre-tokenizer may look at to decide on a cut before it
-_WORD_START = "▁"  # SentencePiece's blank
 
 
 class Edges:
@@ -32,28 +33,22 @@ class Edges:
         self.adds_blank = ids[0] != ids[1]  # a text alone is encoded as if a blank came before it
         self._blank_is_space = ids[0] == ids[2]
         self._scaffold_pieces = lru_cache(maxsize=1024)(self._pieces)
-        self._reach = max([_WINDOW, *(len(token.content) for token in self._words)])
-        self._joins = lru_cache(maxsize=65536)(self._find_join)
+        self._cuts = lru_cache(maxsize=65536)(self._are_cut)  # contents have few beginnings
         self._remainders = lru_cache(maxsize=1024)(self._find_remainders)
 
     def join(self, scaffold: str, content: str) -> bool:
         """Whether ids(scaffold + content) == ids(scaffold) + ids(content)."""
-        return self._joins(
-            scaffold, content[: self._reach]
-        )  # looks no further, and meets few beginnings
+        if self.adds_blank or not content or _may_combine(content[0]):
+            return False
+        if content.startswith(self._remainders(scaffold)):
+            return False
+        return not scaffold or self._cuts(scaffold, content[:_WINDOW])
 
     def absorb(self, scaffold: str, content: str) -> bool:
         """Whether ids(scaffold + content) == ids(content): the tokenizer adds the scaffold's blank itself."""
         if not (self.adds_blank and self._blank_is_space and scaffold == " "):
             return False
         return bool(content) and not content.startswith(self._get_no_blank)
-
-    def _find_join(self, scaffold: str, start: str) -> bool:
-        if self.adds_blank or not start or _may_combine(start[0]):
-            return False
-        if start.startswith(self._remainders(scaffold)):
-            return False
-        return not scaffold or self._are_cut(scaffold, start[:_WINDOW])
 
     def _are_cut(self, scaffold: str, start: str) -> bool:
         before, after = self._scaffold_pieces(scaffold), self._pieces(start)
@@ -79,7 +74,7 @@ class Edges:
     @cached_property
     def _get_no_blank(self) -> tuple[str, ...]:
         words = [token.content for token in self._words]
-        return (" ", _WORD_START, *words, *self._remainders(" "))
+        return (" ", WORD_START, *words, *self._remainders(" "))
 
     def _pieces(self, text: str) -> list[str]:
         normalizer, splitter = self._inside.normalizer, self._inside.pre_tokenizer
@@ -96,5 +91,5 @@ class Edges:
 def _may_combine(character: str) -> bool:
     """White space melts with white space, a combining mark with the letter before."""
     return (
-        character.isspace() or character == _WORD_START or unicodedata.category(character)[0] == "M"
+        character.isspace() or character == WORD_START or unicodedata.category(character)[0] == "M"
     )

@@ -1,7 +1,7 @@
 """Texts as ids, many at a time: by `fastokens` where it knows the tokenizer, else by `tokenizers`.
 
-fastokens is many times faster and refuses tokenizers that it does not know (SentencePiece). It is trusted as
-far as it is checked: of every batch a sample is encoded by tokenizers too.
+fastokens is many times faster and refuses tokenizers that it does not know. It is trusted as far as it is
+checked: of every batch a sample is encoded by tokenizers too.
 """
 
 import logging
@@ -12,7 +12,7 @@ from typing import Any
 
 import numpy as np
 
-from capas.chat.tokenizer import TokenizerFiles, encode_plain
+from capas.chat.tokenizer import WORD_START, TokenizerFiles, encode_plain
 from capas.errors import CapasError
 from capas.ragged import Ragged, offsets_of
 
@@ -30,7 +30,7 @@ class PlainEncoder:
     def __init__(self, files: TokenizerFiles, fast: bool = True) -> None:
         self._folder = files.folder
         library = _import_fastokens() if fast else None
-        spec = files.plain_json() if library else ""
+        spec, self._adds_blank = files.plain_json() if library else ("", False)
         with ThreadPoolExecutor(1) as beside:  # fastokens lets others work while it builds its own
             building = beside.submit(_build_fast, library, spec) if library else None
             self._sure = files.build()
@@ -48,7 +48,8 @@ class PlainEncoder:
         """
         if self._fast is None:
             return self._encode_surely(texts)
-        ids, offsets = self._fast.encode_batch_flat(texts)
+        given = [_with_blank(text) for text in texts] if self._adds_blank else texts
+        ids, offsets = self._fast.encode_batch_flat(given)
         found = Ragged(
             np.frombuffer(ids, np.uint32).astype(np.int32),
             np.frombuffer(offsets, np.uint64).astype(np.int64),
@@ -73,6 +74,11 @@ class PlainEncoder:
                     f"in {self._folder}: {found.row(index)[:12]} and {expected.row(place)[:12]}. Please "
                     "report it; `pip uninstall fastokens` makes capas use tokenizers alone."
                 )
+
+
+def _with_blank(text: str) -> str:
+    """SentencePiece puts a blank before the first word, where there is none."""
+    return text if not text or text.startswith((" ", WORD_START)) else " " + text
 
 
 def _import_fastokens() -> Any:

@@ -23,6 +23,7 @@ SHAPE = re.compile(
     r"<\|[^<>|\s]+\|>|<｜[^<>｜\s]+｜>|<(?:start|end)_of_[a-z]+>|<unused\d+>|\[/?[A-Z][A-Z_]+\]|</?s>"
 )
 _MODEL = re.compile(rb',\s*"model"\s*:\s*\{')  # in a vocabulary "model" is a number's key
+WORD_START = "▁"  # SentencePiece's blank
 _BARE = {"post_processor": None, "truncation": None, "padding": None}
 NAMED = ("bos_token", "eos_token", "unk_token", "sep_token", "pad_token", "cls_token", "mask_token")
 
@@ -112,12 +113,19 @@ class TokenizerFiles:
         finally:
             tokenizer.encode_special_tokens = True
 
-    def plain_json(self) -> str:
-        """tokenizer.json without control tokens, and with nothing that adds, pads or truncates."""
+    def plain_json(self) -> tuple[str, bool]:
+        """tokenizer.json for fastokens: no control tokens, and nothing that adds, pads or truncates.
+
+        fastokens does not know Metaspace, SentencePiece's blanks. Where nothing else takes part, the same is
+        said with what it knows; the second value tells whether a blank belongs before a text that has none.
+        """
         words = [token for token in self._spec["added_tokens"] if not token["special"]]
-        model = orjson.loads(b"{" + self._model.lstrip(b", \n\r\t"))["model"]
-        model |= _joined_merges(model)
-        return orjson.dumps({**self._spec, **_BARE, "added_tokens": words, "model": model}).decode()
+        spec = {**self._spec, **_BARE, "added_tokens": words}
+        if words or not _is_metaspace_alone(spec):
+            return self._joined(spec).decode(), False
+        replace = {"type": "Replace", "pattern": {"String": " "}, "content": WORD_START}
+        spec |= {"normalizer": replace, "pre_tokenizer": None}
+        return self._joined(spec).decode(), self.adds_first_blank
 
     def _joined(self, spec: dict[str, Any]) -> bytes:
         return orjson.dumps(spec)[:-1] + self._model
@@ -172,14 +180,6 @@ def _parse(text: bytes, file: Path) -> dict[str, Any]:
     return spec
 
 
-def _joined_merges(model: dict[str, Any]) -> dict[str, Any]:
-    """Merges as "a b" instead of ["a", "b"]: fastokens reads them faster. Not where a token holds a blank."""
-    merges = model.get("merges") or []
-    if any(isinstance(merge, str) or " " in merge[0] or " " in merge[1] for merge in merges):
-        return {}
-    return {"merges": [f"{left} {right}" for left, right in merges]}
-
-
 def _added_tokens(spec: dict[str, Any], folder: Path) -> dict[int, AddedToken]:
     """By id, as the file lists them."""
     try:
@@ -220,3 +220,14 @@ def _without_first_blank(pre_tokenizer: Any) -> Any:
     if pre_tokenizer["type"] == "Metaspace" and pre_tokenizer["prepend_scheme"] == "first":
         return {**pre_tokenizer, "prepend_scheme": "never"}
     return pre_tokenizer
+
+
+def _is_metaspace_alone(spec: dict[str, Any]) -> bool:
+    pre_tokenizer = spec.get("pre_tokenizer") or {}
+    return (
+        spec.get("normalizer") is None
+        and pre_tokenizer.get("type") == "Metaspace"
+        and pre_tokenizer.get("prepend_scheme") in ("first", "never")
+        and pre_tokenizer.get("split") is False
+        and pre_tokenizer.get("replacement") == WORD_START
+    )
