@@ -10,12 +10,25 @@ SECONDS_BETWEEN_WORDS = 10.0
 log = logging.getLogger("capas")
 
 
+class Pace:
+    """`due()` is true once in a while."""
+
+    def __init__(self) -> None:
+        self._last = time.monotonic()
+
+    def due(self) -> bool:
+        now = time.monotonic()
+        if now - self._last <= SECONDS_BETWEEN_WORDS:
+            return False
+        self._last = now
+        return True
+
+
 def told(tables: Iterable[pa.Table], split: str) -> Iterator[pa.Table]:
     """The same tables; how many records went by is logged while it takes long."""
-    count, last = 0, time.monotonic()
+    count, pace = 0, Pace()
     for table in tables:
         yield table
         count += table.num_rows
-        if time.monotonic() - last > SECONDS_BETWEEN_WORDS:
-            last = time.monotonic()
+        if pace.due():
             log.info("%s: %d records so far", split, count)

@@ -217,7 +217,7 @@ def test_rows_of_the_hub_go_the_same_way(side: DataSide, monkeypatch: pytest.Mon
 
 def test_flaws_stop_fetch_or_stay_within_their_budget(side: DataSide) -> None:
     side.own("mine.jsonl", *(asked(n) for n in range(99)), {"question": "Q", "answer": ""})
-    with pytest.raises(CapasError, match=r"mine\.jsonl, line 100: messages\[1\]\.content is ''"):
+    with pytest.raises(CapasError, match=r"mine\.jsonl, line 100: answer is ''"):
         fetch(side)
     drop = "dataset.flaws.empty_answer=drop"
     with pytest.raises(CapasError, match=r"1 of 100 records were dropped \(empty_answer 1\)"):

@@ -59,6 +59,28 @@ def test_a_shape_is_recognised(row: dict[str, Any], expected: list[tuple[str, st
 
 
 @pytest.mark.parametrize(
+    ("row", "columns", "field"),
+    [
+        ({"pregunta": "Q", "respuesta": " "}, {"user": "pregunta", "assistant": "respuesta"}, "respuesta"),
+        ({"q": "Q", "a": "", "b": ""}, {"user": "q", "assistant": ["a", "b"]}, "a + b"),
+        ({"instruction": "I", "output": ""}, {}, "output"),
+        ({"instruction": "I", "output": "O", "history": [["a", ""]]}, {}, "history[0]"),
+        ({"prompt": "P", "completion": ""}, {}, "completion"),
+        ({"question": "Q", "answer": "\n"}, {}, "answer"),
+        ({"text": ""}, {}, "text"),
+        ({"system": "S", "conversations": [{"from": "human", "value": "Hi"}, {"from": "gpt", "value": ""}]},
+         {}, "conversations[1].value"),
+        ({"messages": [ASKED, {"role": "assistant", "content": ""}]}, {}, "messages[1].content"),
+    ],
+)  # fmt: skip
+def test_a_flaw_names_what_stands_in_the_file(
+    row: dict[str, Any], columns: dict[str, Any], field: str
+) -> None:
+    with pytest.raises(CapasError, match=rf"{re.escape(field)} is '.*': an empty answer"):
+        check(row, shape="columns" if columns else "auto", columns=columns)
+
+
+@pytest.mark.parametrize(
     ("columns", "expected"),
     [
         ({"user": "pregunta", "assistant": "in.r"}, [("user", "P"), ("assistant", "R")]),
@@ -147,7 +169,7 @@ def test_thoughts_are_kept_and_other_ends_stay() -> None:
         ({"pregunta": "x"}, "columns is ['pregunta']: no known shape"),
         ({"conversations": "x"}, "conversations is 'x': give a list"),
         ({"conversations": [{"from": "me", "value": "x"}]}, "known: human"),
-        ({"conversations": [{"from": "gpt", "value": 1}]}, "messages[0].content is 1"),
+        ({"conversations": [{"from": "gpt", "value": 1}]}, "conversations[0].value is 1"),
         ({"instruction": "", "output": "x"}, "instruction is '': nothing is asked"),
         ({"instruction": "x", "output": "y", "history": [["a"]]}, "history is [['a']]"),
         ({"message_id": "a", "role": "prompter", "text": "x"}, "set dataset.shape=oasst"),

@@ -11,7 +11,7 @@ import pyarrow as pa
 
 from capas.chat.format import Encoded
 from capas.chat.messages import TEXT, THOUGHT_END, Message, Tools
-from capas.ragged import Array, Ragged, any_in_row, concatenate, from_arrow
+from capas.ragged import Array, Ragged, concatenate, from_arrow
 
 Key = tuple[Any, ...]
 
@@ -21,17 +21,18 @@ class Batch:
 
     def __init__(self, batch: pa.RecordBatch) -> None:
         messages = batch.column("messages")
-        fields = messages.flatten()
+        spoken = messages.flatten()
         self.records, self.num_rows = batch, batch.num_rows
         self.first = from_arrow(messages.offsets).astype(np.int64) - messages.offsets[0].as_py()
-        self.roles: list[str] = fields.field("role").to_pylist()
-        self.contents: list[str] = fields.field("content").to_pylist()
-        self.extras: list[str] = fields.field("extra").to_pylist()
-        self.trained: list[bool] = fields.field("train").to_pylist()
-        self.ids = Ragged.from_arrow(fields.field("input_ids"))
+        self.roles: list[str] = spoken.field("role").to_pylist()
+        self.contents: list[str] = spoken.field("content").to_pylist()
+        self.extras: list[str] = spoken.field("extra").to_pylist()
+        self.trained: list[bool] = spoken.field("train").to_pylist()
+        self.ids = Ragged.from_arrow(spoken.field("input_ids"))
         self.tools: list[str] = batch.column("tools").to_pylist()
         self.last_answers = self._find_last_answers()
-        self._is_odd = self._find_odd()
+        fields = (self.roles, self.contents, self.extras, self.trained)
+        self._patterns = [_pattern(*message) for message in zip(*fields, strict=True)]
 
     def messages(self, row: int) -> list[Message]:
         """The messages up to the last answer; what follows it is no part of any answer's context."""
@@ -42,41 +43,8 @@ class Batch:
 
     def key(self, row: int) -> Key | None:
         """The pattern of a conversation; None where its scaffold depends on more than that."""
-        start, end = self.first[row], self.last_answers[row] + 1
-        if not self._is_odd[row]:
-            return tuple(self.roles[start:end])
-        key: list[Any] = []
-        if self.tools[row]:
-            return None
-        for m in range(start, end):
-            role, content = self.roles[m], self.contents[m]
-            if self.extras[m] or role in ("tool", TEXT) or THOUGHT_END in content:
-                return None
-            key.append(role)
-            if not self.trained[m] or not content or content.isspace():
-                key.append((self.trained[m], "" if content.strip() else content))
-        return tuple(key)
-
-    def _find_odd(self) -> list[bool]:
-        """Per row, whether more than the roles may count: most rows are decided here."""
-        odd = np.array(
-            [
-                bool(extra)
-                or not trained
-                or not content
-                or content.isspace()
-                or THOUGHT_END in content
-                or role == "tool"
-                or role == TEXT
-                for role, content, extra, trained in zip(
-                    self.roles, self.contents, self.extras, self.trained, strict=True
-                )
-            ],
-            bool,
-        )
-        has_tools = np.array([bool(tools) for tools in self.tools], bool)
-        found: list[bool] = (any_in_row(odd, self.first) | has_tools).tolist()
-        return found
+        key = tuple(self._patterns[self.first[row] : self.last_answers[row] + 1])
+        return None if self.tools[row] or None in key else key
 
     def _find_last_answers(self) -> list[int]:
         """Index of a conversation's last answer, or of its last message where it has none."""
@@ -87,6 +55,15 @@ class Batch:
                 last -= 1
             found.append(last if self.roles[last] == "assistant" else end - 1)
         return found
+
+
+def _pattern(role: str, content: str, extra: str, trained: bool) -> Any:
+    """What a message adds to the pattern of its conversation; None where the scaffold depends on more."""
+    if extra or role in ("tool", TEXT) or THOUGHT_END in content:
+        return None
+    if trained and content and not content.isspace():
+        return role
+    return role, trained, "" if content.strip() else content
 
 
 @dataclass(frozen=True)

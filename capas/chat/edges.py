@@ -33,22 +33,25 @@ class Edges:
         self.adds_blank = ids[0] != ids[1]  # a text alone is encoded as if a blank came before it
         self._blank_is_space = ids[0] == ids[2]
         self._scaffold_pieces = lru_cache(maxsize=1024)(self._pieces)
-        self._cuts = lru_cache(maxsize=65536)(self._are_cut)  # contents have few beginnings
+        self._joins = lru_cache(maxsize=65536)(self._find_join)  # contents have few beginnings
         self._remainders = lru_cache(maxsize=1024)(self._find_remainders)
 
     def join(self, scaffold: str, content: str) -> bool:
         """Whether ids(scaffold + content) == ids(scaffold) + ids(content)."""
-        if self.adds_blank or not content or _may_combine(content[0]):
-            return False
         if content.startswith(self._remainders(scaffold)):
             return False
-        return not scaffold or self._cuts(scaffold, content[:_WINDOW])
+        return self._joins(scaffold, content[:_WINDOW])
 
     def absorb(self, scaffold: str, content: str) -> bool:
         """Whether ids(scaffold + content) == ids(content): the tokenizer adds the scaffold's blank itself."""
         if not (self.adds_blank and self._blank_is_space and scaffold == " "):
             return False
         return bool(content) and not content.startswith(self._get_no_blank)
+
+    def _find_join(self, scaffold: str, start: str) -> bool:
+        if self.adds_blank or not start or _may_combine(start[0]):
+            return False
+        return not scaffold or self._are_cut(scaffold, start)
 
     def _are_cut(self, scaffold: str, start: str) -> bool:
         before, after = self._scaffold_pieces(scaffold), self._pieces(start)

@@ -80,19 +80,19 @@ def _message(message: Any, at: str, flaws: Flaws) -> Message:
     if role not in (*ROLES, TEXT):
         raise Flaw(MALFORMED, f"{at}.role", role, f"known roles: {', '.join(ROLES)}")
     extra = _extra(role, message, at, flaws)
-    content = message.get("content")
+    content, where = message.get("content"), getattr(message, "column", f"{at}.content")
     if content is None and "tool_calls" in extra:
         content = ""
     if not isinstance(content, str):
-        raise Flaw(MALFORMED, f"{at}.content", content, "give it as text")
+        raise Flaw(MALFORMED, where, content, "give it as text")
     if role in ("assistant", TEXT) and not content.strip() and "tool_calls" not in extra:
         advice = (
             "an empty answer would teach the model to say nothing; leave the turn or the record out"
         )
-        raise Flaw(EMPTY_ANSWER, f"{at}.content", content, advice)
+        raise Flaw(EMPTY_ANSWER, where, content, advice)
     return {
         "role": role,
-        "content": clean(content, f"{at}.content", flaws),
+        "content": clean(content, where, flaws),
         "extra": _json_text(extra, f"{at}", flaws) if extra else "",
         "train": _trained(message, at),
     }

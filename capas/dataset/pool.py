@@ -6,7 +6,6 @@ split, and a second pass over the file writes the splits.
 
 import hashlib
 import logging
-import time
 from array import array
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
@@ -23,10 +22,10 @@ from capas.dataset.rows import Row
 from capas.dataset.shapes import Columns, convert
 from capas.dataset.splits import Digests, content_digest, digest, ordinals, prompt_digests
 from capas.errors import CapasError
+from capas.progress import Pace
 from capas.records import RAW, Record, read_batches, write_records, write_tables
 
 log = logging.getLogger("capas")
-_SECONDS_BETWEEN_MESSAGES = 5.0
 _COLUMNS = {"content": "Q", "group": "Q", "prompt": "Q", "identity": "Q", "line": "I", "place": "I"}
 _CODES = {"source": "H", "split": "B"}
 
@@ -69,14 +68,13 @@ class Pool:
             raise CapasError("the sources of dataset hold no record")
 
     def _records(self, parts: Iterable[tuple[Part, Iterable[Row]]]) -> Iterator[Record]:
-        told = time.monotonic()
+        pace = Pace()
         for part, rows in parts:
             for row in rows:
                 record = self._checked(row, part)
                 if record is not None:
                     yield record
-                if time.monotonic() - told > _SECONDS_BETWEEN_MESSAGES:
-                    told = time.monotonic()
+                if pace.due():
                     log.info("%d records read (%s)", self._flaws.num_read, row.file)
 
     def _checked(self, row: Row, part: Part) -> Record | None:

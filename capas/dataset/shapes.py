@@ -40,6 +40,14 @@ _SPEAKERS = {
 }
 
 
+class OfColumn(dict[str, Any]):
+    """A message whose content stood elsewhere: a flaw is shown there, not in a message that nobody wrote."""
+
+    def __init__(self, role: str, content: Any, column: str, **others: Any) -> None:
+        super().__init__(others, role=role, content=content)
+        self.column = column
+
+
 def recognise(value: Mapping[str, Any]) -> str:
     """Raises Flaw where the columns are those of no known shape."""
     for shape, wanted in _WANTED.items():
@@ -100,7 +108,7 @@ def _turn(turn: Any, at: str) -> Found:
     if _SPEAKERS[speaker] == "function_call":
         calls = _json_calls(turn.get("value"), f"{at}.value")
         return {"role": "assistant", "content": "", "tool_calls": calls, **rest}
-    return {"role": _SPEAKERS[speaker], "content": turn.get("value"), **rest}
+    return OfColumn(_SPEAKERS[speaker], turn.get("value"), f"{at}.value", **rest)
 
 
 def _json_calls(text: Any, at: str) -> list[Any]:
@@ -113,9 +121,10 @@ def _json_calls(text: Any, at: str) -> list[Any]:
 
 
 def _alpaca(row: Found) -> Found:
-    asked = _joined([row.pop("instruction"), row.pop("input", "")], "instruction")
+    asked = _asked([row.pop("instruction"), row.pop("input", "")], "instruction")
     messages = [*_system(row.pop("system", None)), *_history(row.pop("history", None))]
-    return _told([*messages, *_pair(asked, row.pop("output"))], row)
+    answer = OfColumn("assistant", row.pop("output"), "output")
+    return _told([*messages, OfColumn("user", asked, "instruction"), answer], row)
 
 
 def _history(history: Any) -> list[Found]:
@@ -126,22 +135,25 @@ def _history(history: Any) -> list[Found]:
         not isinstance(p, list) or len(p) != 2 for p in history
     ):
         raise Flaw(MALFORMED, "history", history, "give a list of pairs [asked, answered]")
-    return [message for asked, answered in history for message in _pair(asked, answered)]
+    return [
+        OfColumn(role, content, f"history[{i}]")
+        for i, pair in enumerate(history)
+        for role, content in zip(("user", "assistant"), pair, strict=True)
+    ]
 
 
 def _prompt_completion(row: Found) -> Found:
-    prompt, completion = row.pop("prompt"), row.pop("completion")
-    if isinstance(prompt, list) and isinstance(completion, list):
-        return _told([*prompt, *completion], row)
-    return _told(_pair(prompt, completion), row)
+    if isinstance(row["prompt"], list) and isinstance(row["completion"], list):
+        return _told([*row.pop("prompt"), *row.pop("completion")], row)
+    return _told(_pair(row, "prompt", "completion"), row)
 
 
 def _question_answer(row: Found) -> Found:
-    return _told(_pair(row.pop("question"), row.pop("answer")), row)
+    return _told(_pair(row, "question", "answer"), row)
 
 
 def _plain(row: Found) -> Found:
-    return _told([{"role": TEXT, "content": row.pop("text")}], row)
+    return _told([OfColumn(TEXT, row.pop("text"), "text")], row)
 
 
 def _oasst(row: Found) -> Found:
@@ -159,21 +171,26 @@ _CONVERTERS = {
 }
 
 
-def _pair(asked: Any, answered: Any) -> list[Found]:
-    return [{"role": "user", "content": asked}, {"role": "assistant", "content": answered}]
+def _pair(row: Found, asked: str, answered: str) -> list[Found]:
+    told = (("user", asked), ("assistant", answered))
+    return [OfColumn(role, row.pop(column), column) for role, column in told]
 
 
-def _system(content: Any) -> list[Found]:
-    return [] if content in (None, "") else [{"role": "system", "content": content}]
+def _system(content: Any, column: str = "system") -> list[Found]:
+    return [] if content in (None, "") else [OfColumn("system", content, column)]
 
 
-def _joined(parts: list[Any], field: str) -> Any:
+def _asked(parts: list[Any], field: str) -> Any:
+    if all(part in (None, "") for part in parts):
+        raise Flaw(MALFORMED, field, parts[0], "nothing is asked")
+    return _joined(parts)
+
+
+def _joined(parts: list[Any]) -> Any:
     """Texts with a blank line between them, empty ones left out; what is no text is left to be refused."""
     given = [part for part in parts if part not in (None, "")]
-    if not given:
-        raise Flaw(MALFORMED, field, parts[0], "nothing is asked")
     wrong = [part for part in given if not isinstance(part, str)]
-    return wrong[0] if wrong else "\n\n".join(given)
+    return (wrong or ["\n\n".join(given)])[0] if given else parts[0]
 
 
 def _mapped(row: Mapping[str, Any], columns: Columns) -> Found:
@@ -186,24 +203,20 @@ def _mapped(row: Mapping[str, Any], columns: Columns) -> Found:
         k: v for k, v in rest.items() if k not in ("id", "messages", "tools", "metadata")
     }
     cells = {role: [_cell(row, name) for name in _names(names)] for role, names in columns.items()}
+    named = {role: " + ".join(_names(names)) for role, names in columns.items()}
     found |= {key: cells[key][0] for key in ("id", "tools") if key in cells}
     if "id" not in columns and "id" in row:
         found["id"] = row["id"]
-    system = _system("\n\n".join(map(str, filter(None, cells.get("system", [])))))
+    system = "\n\n".join(map(str, filter(None, cells.pop("system", []))))
+    messages = _system(system, named.get("system", ""))
     if "messages" in columns:
-        return {
-            **found,
-            "messages": [*system, *_listed(cells["messages"][0], str(columns["messages"]))],
-        }
-    if "text" in columns:
-        return {**found, "messages": [{"role": TEXT, "content": _joined(cells["text"], "text")}]}
-    asked = _joined(cells["user"], " + ".join(_names(columns["user"])))
-    answered = (
-        cells["assistant"][0]
-        if len(cells["assistant"]) == 1
-        else _joined(cells["assistant"], "assistant")
-    )
-    return {**found, "messages": [*system, *_pair(asked, answered)]}
+        messages += _listed(cells["messages"][0], named["messages"])
+    for role in (TEXT, "user"):
+        if role in columns:
+            messages.append(OfColumn(role, _asked(cells[role], named[role]), named[role]))
+    if "assistant" in columns:
+        messages.append(OfColumn("assistant", _joined(cells["assistant"]), named["assistant"]))
+    return {**found, "messages": messages}
 
 
 def _listed(messages: Any, column: str) -> list[Any]:
