@@ -23,7 +23,7 @@ from capas.progress import told
 from capas.records import RAW, SPLITS, TOKENIZED, read_batches, write_tables
 from capas.stage import Stage, log, run
 
-BYTES_AT_ONCE = 2**23  # in memory a few times as much, whatever the size of a split
+BYTES_AT_ONCE = 2**21  # in memory a few times as much, whatever the size of a split
 _MESSAGES = TOKENIZED.field("messages").type
 _MESSAGE = _MESSAGES.value_type
 

@@ -14,7 +14,7 @@ from capas.chat.messages import TEXT, Message, has_own_scaffold
 from capas.errors import CapasError
 from capas.ragged import Array
 
-CHECKED_FIRST, CHECKED_EVERY = 200, 100  # records of a split that are in the sample
+CHECKED_FIRST, CHECKED_EVERY = 200, 250  # records of a split that are in the sample
 _DEFECT = "This is a defect of capas or of the chat template; please report it with this record."
 _BLANKS = re.compile(r"\s+")
 

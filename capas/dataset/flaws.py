@@ -30,6 +30,9 @@ class Flaw(Exception):  # noqa: N818 (it stands as a value, too, where a row can
         super().__init__(text)
         self.kind, self.field, self.value, self.text = kind, field, value, text
 
+    def __reduce__(self) -> Any:
+        return Flaw, (self.kind, self.field, self.value, self.text)
+
 
 def show(value: Any) -> str:
     """The value as Python writes it, shortened; however deep or long it is."""
@@ -50,7 +53,7 @@ class Flaws:
     """The policies of `dataset.flaws`, and what they did so far."""
 
     def __init__(self, policies: Mapping[str, str], budget_fraction: float) -> None:
-        self._policies, self._budget = policies, budget_fraction
+        self._policies, self._budget = dict(policies), budget_fraction
         self.num_read = 0
         self.dropped: Counter[str] = Counter()
         self.repaired: Counter[str] = Counter()
@@ -90,6 +93,20 @@ class Flaws:
         if len(shown) < NUM_EXAMPLES:
             about = {"id": printable(identity), "field": flaw.field, "value": show(flaw.value)}
             shown.append({**place, **about, "why": flaw.text})
+
+    def fresh(self) -> "Flaws":
+        """The same policies, and nothing done yet."""
+        return Flaws(self._policies, self._budget)
+
+    def add(self, later: "Flaws") -> None:
+        """Count what was done about later records as well."""
+        self.num_read += later.num_read
+        self.dropped += later.dropped
+        self.repaired += later.repaired
+        self.left_out += later.left_out
+        for kind, found in later.examples.items():
+            shown = self.examples.setdefault(kind, [])
+            shown += found[: NUM_EXAMPLES - len(shown)]
 
     def check_budget(self) -> None:
         """Raises CapasError where more was dropped than `dataset.flaw_budget_fraction` allows."""

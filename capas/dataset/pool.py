@@ -9,6 +9,8 @@ import logging
 from array import array
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
+from functools import partial
+from itertools import islice
 from pathlib import Path
 from typing import Any
 
@@ -23,9 +25,11 @@ from capas.dataset.shapes import Columns, convert
 from capas.dataset.splits import Digests, content_digest, digest, ordinals, prompt_digests
 from capas.errors import CapasError
 from capas.progress import Pace
-from capas.records import RAW, Record, read_batches, write_records, write_tables
+from capas.records import RAW, Record, read_batches, write_tables
+from capas.workers import in_order
 
 log = logging.getLogger("capas")
+ROWS_PER_CHUNK = 1000
 _COLUMNS = {"content": "Q", "group": "Q", "prompt": "Q", "identity": "Q", "line": "I", "place": "I"}
 _CODES = {"source": "H", "split": "B"}
 
@@ -41,13 +45,20 @@ class Part:
     system: str | None
 
 
-class Pool:
-    """The numbers of each record, in the order of the file: `pool["prompt"]`, ..."""
+@dataclass(frozen=True)
+class Chunk:
+    """Some rows of one part, as they were read."""
 
-    def __init__(self, file: Path, flaws: Flaws) -> None:
-        self._file, self._flaws = file, flaws
+    part: Part
+    rows: list[Row]
+
+
+class Numbers:
+    """A few numbers for each record: `numbers["prompt"]`, ..."""
+
+    def __init__(self) -> None:
         self._numbers = {name: array(code) for name, code in {**_COLUMNS, **_CODES}.items()}
-        self._places: dict[tuple[str, str], int] = {}  # (file, unit) -> its number
+        self.places: dict[tuple[str, str], int] = {}  # (file, unit) -> its number
 
     def __getitem__(self, name: str) -> NDArray[Any]:
         return np.frombuffer(self._numbers[name], self._numbers[name].typecode)
@@ -55,66 +66,108 @@ class Pool:
     def __len__(self) -> int:
         return len(self._numbers["split"])
 
+    def append(self, row: Row, **numbers: int) -> None:
+        place = self.places.setdefault((row.file, row.unit), len(self.places))
+        for name, number in {**numbers, "line": row.number, "place": place}.items():
+            self._numbers[name].append(number)
+
+    def extend(self, later: "Numbers") -> None:
+        places = [self.places.setdefault(place, len(self.places)) for place in later.places]
+        for name, numbers in later._numbers.items():
+            if name == "place":
+                numbers = array(numbers.typecode, [places[number] for number in numbers])
+            self._numbers[name].extend(numbers)
+
+
+@dataclass(frozen=True)
+class Checked:
+    """What came of a chunk: the records of `RAW`, with their own id or none, and what was dropped."""
+
+    records: pa.Table
+    numbers: Numbers
+    flaws: Flaws
+
+
+def check_chunk(chunk: Chunk, flaws: Flaws) -> Checked:
+    """Every row as a record, or dropped.
+
+    Args:
+        flaws: the policies; nothing is counted in it.
+
+    Raises:
+        CapasError: a record has a flaw whose policy is an error.
+    """
+    flaws, numbers = flaws.fresh(), Numbers()
+    records = [r for row in chunk.rows if (r := _record(row, chunk.part, flaws, numbers))]
+    return Checked(pa.Table.from_pylist(records, schema=RAW), numbers, flaws)
+
+
+def _record(row: Row, part: Part, flaws: Flaws, numbers: Numbers) -> Record | None:
+    """None where it is dropped."""
+    flaws.num_read += 1
+    found: Mapping[str, Any] = row.value if isinstance(row.value, Mapping) else {}
+    try:
+        found = convert(row.value, part.shape, part.columns)
+        record = check_record(found, flaws)
+    except Flaw as flaw:
+        identity = found.get("id")
+        flaws.drop(flaw, row.place, "" if identity is None else str(identity))
+        return None
+    messages = record["messages"]
+    group, prompt = prompt_digests(messages)  # without the system prompt that is put first
+    if part.system is not None and messages[0]["role"] not in ("system", TEXT):
+        record["messages"] = [_system(part.system), *messages]
+    numbers.append(
+        row,
+        content=content_digest(record),
+        group=group,
+        prompt=prompt,
+        identity=digest(record["id"]) if record["id"] else 0,
+        source=part.source,
+        split=part.split,
+    )
+    return record
+
+
+class Pool:
+    """The records in their file, and the numbers of each in the order of the file: `pool["prompt"]`, ..."""
+
+    def __init__(self, file: Path, flaws: Flaws) -> None:
+        self._file, self._flaws, self._numbers = file, flaws, Numbers()
+
+    def __getitem__(self, name: str) -> NDArray[Any]:
+        return self._numbers[name]
+
+    def __len__(self) -> int:
+        return len(self._numbers)
+
     def fill(self, parts: Iterable[tuple[Part, Iterable[Row]]]) -> None:
         """Read, check and write every row.
 
         Raises:
             CapasError: a record has a flaw whose policy is an error, or too many were dropped.
         """
-        write_records(self._file, RAW, self._records(parts))
+        write_tables(self._file, RAW, self._records(parts))
         log.info("%d records read, %d of them are right", self._flaws.num_read, len(self))
         self._flaws.check_budget()
         if not len(self):
             raise CapasError("the sources of dataset hold no record")
 
-    def _records(self, parts: Iterable[tuple[Part, Iterable[Row]]]) -> Iterator[Record]:
+    def _records(self, parts: Iterable[tuple[Part, Iterable[Row]]]) -> Iterator[pa.Table]:
         pace = Pace()
-        for part, rows in parts:
-            for row in rows:
-                record = self._checked(row, part)
-                if record is not None:
-                    yield record
-                if pace.due():
-                    log.info("%d records read (%s)", self._flaws.num_read, row.file)
-
-    def _checked(self, row: Row, part: Part) -> Record | None:
-        """The record of `RAW` with its own id or none; None where it is dropped."""
-        self._flaws.num_read += 1
-        found: Mapping[str, Any] = row.value if isinstance(row.value, Mapping) else {}
-        try:
-            found = convert(row.value, part.shape, part.columns)
-            record = check_record(found, self._flaws)
-        except Flaw as flaw:
-            identity = found.get("id")
-            self._flaws.drop(flaw, row.place, "" if identity is None else str(identity))
-            return None
-        messages = record["messages"]
-        group, prompt = prompt_digests(messages)  # without the system prompt that is put first
-        if part.system is not None and messages[0]["role"] not in ("system", TEXT):
-            record["messages"] = [_system(part.system), *messages]
-        place = self._places.setdefault((row.file, row.unit), len(self._places))
-        self._append(
-            content=content_digest(record),
-            group=group,
-            prompt=prompt,
-            identity=digest(record["id"]) if record["id"] else 0,
-            line=row.number,
-            place=place,
-            source=part.source,
-            split=part.split,
-        )
-        return record
-
-    def _append(self, **numbers: int) -> None:
-        for name, number in numbers.items():
-            self._numbers[name].append(number)
+        for checked in in_order(partial(check_chunk, flaws=self._flaws.fresh()), _chunks(parts)):
+            self._flaws.add(checked.flaws)
+            self._numbers.extend(checked.numbers)
+            yield checked.records
+            if pace.due():
+                log.info("%d records read", self._flaws.num_read)
 
     def location(self, index: int) -> str:
         """File and line of a record, for a message."""
         return location(self._place(index))
 
     def _place(self, index: int) -> dict[str, str]:
-        file, unit = list(self._places)[self["place"][index]]
+        file, unit = list(self._numbers.places)[self["place"][index]]
         return {"file": file, "at": f"{unit} {self['line'][index]}"}
 
     def examples(self, whys: Mapping[int, str]) -> list[dict[str, Any]]:
@@ -159,6 +212,13 @@ class Pool:
     def _batches(self) -> Iterator[pa.Table]:
         for batch in read_batches(self._file, RAW):
             yield pa.Table.from_batches([batch], RAW)
+
+
+def _chunks(parts: Iterable[tuple[Part, Iterable[Row]]]) -> Iterator[Chunk]:
+    for part, rows in parts:
+        rows = iter(rows)
+        while some := list(islice(rows, ROWS_PER_CHUNK)):
+            yield Chunk(part, some)
 
 
 def _system(content: str) -> dict[str, Any]:
