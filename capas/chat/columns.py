@@ -177,14 +177,12 @@ class _Group:
         if message is None:
             return np.full(len(self._rows), Way.WHOLE)
         (left, right), contents = self._layout.plan.trims[message], self._batch.contents
-        ways, cut = [], []
-        for index in (self._first + message).tolist():
-            content = contents[index]
-            trimmed = content.lstrip(left).rstrip(right)
-            cut.append(len(trimmed) < len(content))
-            ways.append(self._segments.way(slot.scaffold, slot.one_owner, trimmed, content))
-        self._trimmed += cut
-        return np.array(ways)
+        way, scaffold, one_owner = self._segments.way, slot.scaffold, slot.one_owner
+        told = [contents[index] for index in (self._first + message).tolist()]
+        trimmed = [content.lstrip(left).rstrip(right) for content in told]
+        self._trimmed += [len(less) < len(all_) for less, all_ in zip(trimmed, told, strict=True)]
+        ways = (way(scaffold, one_owner, *both) for both in zip(trimmed, told, strict=True))
+        return np.fromiter(ways, np.int8, len(told))
 
     def _slot(self, slot: Slot, ways: Array) -> tuple[Ranges, Ranges, Array]:
         """The lead; the content or the whole segment; and whether it begins with the lead's ids."""

@@ -35,6 +35,8 @@ class Edges:
         self._scaffold_pieces = lru_cache(maxsize=1024)(self._pieces)
         self._joins = lru_cache(maxsize=65536)(self._find_join)  # contents have few beginnings
         self._remainders = lru_cache(maxsize=1024)(self._find_remainders)
+        # Characters of a content on which `join` and `absorb` depend, if there are any.
+        self.reach = max([_WINDOW, *(len(token.content) for token in self._words)])
 
     def join(self, scaffold: str, content: str) -> bool:
         """Whether ids(scaffold + content) == ids(scaffold) + ids(content)."""

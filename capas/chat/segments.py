@@ -41,6 +41,7 @@ class SegmentEncoder:
         self._unmarked = control_pattern(unmarked) if unmarked else None
         self._alone, self._inside = _build(files, unmarked)
         self._edges = Edges(self._inside, self._alone)
+        self._ways = lru_cache(maxsize=65536)(self._find_way)  # contents have few beginnings
         self.encode_scaffold = lru_cache(maxsize=4096)(lambda part: self.encode_whole(part, []))
 
     def encode(self, plan: Plan, contents: list[str], messages: Messages) -> Owned:
@@ -86,9 +87,12 @@ class SegmentEncoder:
         """
         if content != original or (self._unmarked and self._unmarked.search(content)):
             return Way.WHOLE
-        if self._edges.join(scaffold, content):
+        return self._ways(scaffold, one_owner, content[: self._edges.reach])
+
+    def _find_way(self, scaffold: str, one_owner: bool, start: str) -> Way:
+        if self._edges.join(scaffold, start):
             return Way.JOIN
-        if one_owner and self._edges.absorb(scaffold, content):
+        if one_owner and self._edges.absorb(scaffold, start):
             return Way.ABSORB
         return Way.WHOLE
 
