@@ -21,7 +21,7 @@ import pyarrow as pa
 from capas.chat.batch import Formatted
 from capas.chat.format import ChatFormat
 from capas.chat.formatting import Refused, SplitFormatter, histogram
-from capas.chat.overflow import Overflow
+from capas.chat.overflow import Overflow, check_overflow
 from capas.errors import CapasError
 from capas.facts import write_csv, write_json
 from capas.page.maskpage import Sampler, write_mask_page
@@ -40,17 +40,19 @@ def main(params: Params, stage: Stage) -> None:
     folder.mkdir()
     formatters = {split: make_formatter(split, chat, params) for split in SPLITS}
     samplers = {split: Sampler(chat) for split in SPLITS}
+    num_records: dict[str, int] = {}
     for split in SPLITS:
         batches = read_batches(stage.dep("data/tokenized") / f"{split}.parquet", TOKENIZED)
         formatted = sampled(formatters[split].format(batches), samplers[split])
         file = folder / f"{split}.parquet"
-        num_records = write_tables(file, FORMATTED, told(formatted, split))
-        if not num_records:
-            raise CapasError(
-                f"no {split} record is left: see dataset.max_length, dataset.overflow and "
-                "chat_template.refused"
-            )
-        log.info("%s: %d records", split, num_records)
+        num_records[split] = write_tables(file, FORMATTED, told(formatted, split))
+        log.info("%s: %d records", split, num_records[split])
+    check_overflow(formatter.overflow for formatter in formatters.values())
+    if empty := [split for split in SPLITS if not num_records[split]]:
+        raise CapasError(
+            f"no {' and no '.join(empty)} record is left: see dataset.max_length, dataset.overflow and "
+            "chat_template.refused"
+        )
 
     write_chat(folder, chat, params, stage)
     facts = summary(formatters, chat, params)

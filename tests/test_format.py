@@ -161,8 +161,9 @@ def test_a_record_that_is_too_long_stops_the_stage(side: DataSide) -> None:
     with pytest.raises(CapasError) as refusal:
         side.run("format", overrides=("dataset.max_length=50",))
     message = str(refusal.value)
-    assert "2 of 3 train records are longer than dataset.max_length=50" in message
-    assert "(record 'r2'). Set dataset.max_length=" in message
+    each = ", ".join(f"2 of 3 {split} records" for split in ("train", "validation", "test"))
+    assert f"{each} are longer than dataset.max_length=50 tokens" in message
+    assert "(validation record 'r2'). Set dataset.max_length=" in message
     needed = int(message.split("Set dataset.max_length=")[1].split()[0])
     assert side.run("format", overrides=(f"dataset.max_length={needed}",)).formatted("train")
 
@@ -170,7 +171,7 @@ def test_a_record_that_is_too_long_stops_the_stage(side: DataSide) -> None:
 def test_a_split_of_which_nothing_is_left_is_refused(side: DataSide) -> None:
     put(side, say("Hi", "Hello"))
     everything = ("dataset.overflow=drop", "dataset.overflow_budget_fraction=1.0")
-    with pytest.raises(CapasError, match="no train record is left"):
+    with pytest.raises(CapasError, match="no train and no validation and no test record is left"):
         side.run("format", overrides=("dataset.max_length=8", *everything))
 
 

@@ -83,7 +83,6 @@ class SplitFormatter:
             self._count(formatted)
             self._audit.check(self.split, formatted)
             yield formatted
-        self.overflow.check()
         self.refused.check(self.split, self.overflow.num_records)
 
     def _format(self, source: Batch) -> Formatted:

@@ -1,6 +1,6 @@
 """What becomes of records that are longer than `dataset.max_length`: an error, dropped, or cut at a turn."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
 
 from capas.chat.format import Encoded
@@ -77,27 +77,36 @@ class Overflow:
     def _count_stops(self, encoded: Encoded) -> int:
         return sum(label == self.end_token_id for label in encoded.labels)
 
-    def check(self) -> None:
-        """Raises CapasError where a record is too long and may not be, or too many are."""
-        count = len(self.too_long)
-        if not count:
-            return
-        longest, identity = self.longest
-        facts = (
-            f"{count} of {self.num_records} {self.split} records are longer than dataset.max_length="
-            f"{self.max_length} tokens; the longest has {longest} (record {identity!r})."
+    @property
+    def fraction(self) -> float:
+        return len(self.too_long) / self.num_records if self.num_records else 0.0
+
+    @property
+    def is_within_budget(self) -> bool:
+        return (
+            not self.too_long if self.policy == "error" else self.fraction <= self.budget_fraction
         )
-        raise_it = f"Set dataset.max_length={longest} or more"
-        if self.policy == "error":
-            raise CapasError(
-                f"{facts} {raise_it}, or dataset.overflow=drop or truncate with a budget "
-                f"(dataset.overflow_budget_fraction={_round_up(count / self.num_records)})."
-            )
-        if count > self.budget_fraction * self.num_records:
-            raise CapasError(
-                f"{facts} dataset.overflow={self.policy} may touch {self.budget_fraction:.4g} of a split. "
-                f"{raise_it}, or dataset.overflow_budget_fraction={_round_up(count / self.num_records)}."
-            )
+
+
+def check_overflow(splits: Iterable[Overflow]) -> None:
+    """Raises CapasError where a record is too long and may not be, or too many are: all splits at once."""
+    beyond = [split for split in splits if not split.is_within_budget]
+    if not beyond:
+        return
+    counts = ", ".join(f"{len(s.too_long)} of {s.num_records} {s.split} records" for s in beyond)
+    longest, identity, split = max((*s.longest, s.split) for s in beyond)
+    facts = (
+        f"{counts} are longer than dataset.max_length={beyond[0].max_length} tokens; the longest has "
+        f"{longest} ({split} record {identity!r})."
+    )
+    enough = f"dataset.overflow_budget_fraction={_round_up(max(s.fraction for s in beyond))}"
+    if beyond[0].policy == "error":
+        way_out = f"or dataset.overflow=drop or truncate with a budget ({enough})"
+    else:
+        allowed = f"{beyond[0].budget_fraction:.4g} of a split"
+        facts += f" dataset.overflow={beyond[0].policy} may touch {allowed}."
+        way_out = f"or {enough}"
+    raise CapasError(f"{facts} Set dataset.max_length={longest} or more, {way_out}.")
 
 
 def _round_up(fraction: float) -> float:
