@@ -2,7 +2,8 @@
 
 Reads   data/tokenized, data/models/tokenizer, data/composed/chat_template.jinja
 Writes  data/formatted: ids and labels per record, chat.json (end token, ...) and the template;
-        reports/format.json, reports/lengths.csv; reports/mask.html, to see token by token what is trained
+        reports/format.json, reports/lengths.csv; reports/mask.html and mask.es.html, to see token by token
+        what is trained
 Params  chat_template, dataset, model.pad_token
 
 The travelling record becomes ids; only the answer and its end token keep their label::
@@ -24,7 +25,7 @@ from capas.chat.formatting import Refused, SplitFormatter, histogram
 from capas.chat.overflow import Overflow, check_overflow
 from capas.errors import CapasError
 from capas.facts import write_csv, write_json
-from capas.page.maskpage import Sampler, write_mask_page
+from capas.page.maskpage import Sampler, write_mask_pages
 from capas.params import Params
 from capas.progress import told
 from capas.records import FORMATTED, SPLITS, TOKENIZED, read_batches, write_tables
@@ -62,7 +63,8 @@ def main(params: Params, stage: Stage) -> None:
     columns = ("split", "num_tokens", "num_records")
     write_csv(stage.out("reports/lengths.csv"), columns, histogram(lengths))
     samples = {split: sampler.chosen() for split, sampler in samplers.items()}
-    write_mask_page(stage.out("reports/mask.html"), samples, facts, chat)
+    pages = {"en": stage.out("reports/mask.html"), "es": stage.out("reports/mask.es.html")}
+    write_mask_pages(pages, samples, facts, chat)
 
 
 def headline(facts: dict[str, Any]) -> dict[str, Any]:

@@ -27,7 +27,7 @@ from capas.tracking import run_name
 ARTIFACTS_TAG = "capas.artifacts"
 FILES = {
     "": ("dvc.lock", "environment.yaml", "params.yaml"),
-    "report": ("reports/index.html", "reports/index.es.html", "reports/mask.html"),
+    "report": tuple(f"reports/{name}.html" for name in ("index", "index.es", "mask", "mask.es")),
     "samples": ("reports/samples.md", "reports/samples.jsonl"),
 }
 

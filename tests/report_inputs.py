@@ -369,7 +369,8 @@ def _samples(
     jsonl = "".join(json.dumps(line, ensure_ascii=False) + "\n" for line in lines)
     _write(root / "reports/samples.jsonl", jsonl)
     _write(root / "reports/samples.md", "# Samples\n")
-    _write(root / "reports/mask.html", "<!doctype html><title>mask</title>")
+    for name in ("mask.html", "mask.es.html"):
+        _write(root / "reports" / name, "<!doctype html><title>mask</title>")
     summary = {setting: rates[setting, "right"] for setting in settings}
     position = {"prompt_id": record["id"], "position": 0, "text_before": "assistant\n"}
     position["tokens"] = [{"token": token} for token in ('{"', " the", "$a_b$", "<b>")]

@@ -17,7 +17,10 @@ from dataside import DataSide
 from capas.chat.format import ChatFormat
 from capas.chat.formatting import histogram
 from capas.chat.tokenizer import TokenizerFiles, encode_plain
+from capas.dag import read_yaml
 from capas.errors import CapasError
+from capas.page.maskpage import WORDS
+from capas.params import flatten
 from capas.records import IGNORE_INDEX, TOKENIZED, read_records, write_records
 
 PRESETS = ("chatml", "llama3", "mistral", "gemma")
@@ -311,10 +314,25 @@ def test_the_page_needs_nothing_but_itself_and_escapes_contents(side: DataSide) 
     put(side, say("<script>alert(1)</script>\u202e\u200b", '"><img src=x onerror=y>')).run("format")
     found = page(side)
     text = (side.root / "reports/mask.html").read_text()
-    assert all(link.startswith("#") for link in found.links)
+    assert {link for link in found.links if not link.startswith("#")} == {"mask.es.html"}
     assert "<script" not in text
     assert "<img" not in text
     assert "U+202E" in text
+
+
+def test_the_page_speaks_spanish_too(side: DataSide) -> None:
+    put(side, say("Hi", "Hello")).run("format")
+    english, spanish = (
+        (side.root / "reports" / name).read_text(encoding="utf-8")
+        for name in ("mask.html", "mask.es.html")
+    )
+    assert Boxes(english).boxes == Boxes(spanish).boxes != []
+    assert '<html lang="es">' in spanish
+    assert (
+        spanish.count("es exactamente la respuesta") == english.count("is exactly the answer") == 3
+    )
+    words = {code: flatten(read_yaml(WORDS / f"{code}.yaml")) for code in ("en", "es")}
+    assert words["en"].keys() == words["es"].keys()
 
 
 def test_the_page_says_when_the_mask_is_not_what_it_should_be(side: DataSide) -> None:

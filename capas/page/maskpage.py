@@ -1,4 +1,4 @@
-"""reports/mask.html: real records, token by token, with what is trained."""
+"""reports/mask.html and mask.es.html: real records, token by token, with what is trained."""
 
 import unicodedata
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -7,16 +7,16 @@ from itertools import groupby
 from pathlib import Path
 from typing import Any
 
-import jinja2
 import numpy as np
 from tokenizers import Tokenizer
 
 from capas.chat.batch import Formatted
 from capas.chat.format import ChatFormat
+from capas.page.language import Language
 from capas.page.pieces import Piece, cut
 from capas.records import IGNORE_INDEX, Record
 
-TEMPLATE = Path(__file__).parent / "mask.html.jinja"
+WORDS = Path(__file__).parent / "mask"
 FIRST_RECORDS = 3
 _SHOWN = {" ": "·", "\n": "↵", "\t": "⇥"}
 
@@ -50,12 +50,12 @@ class Sampler:
         """Args: a formatted record, and its messages."""
         if len(self._first) < FIRST_RECORDS:
             self._first.append((formatted, source))
-        self._keep_largest("the longest", formatted, source, lambda f, s: len(f["input_ids"]))
-        self._keep_largest("most messages", formatted, source, lambda f, s: len(s["messages"]))
-        if "control tokens as text" not in self._kept and any(
+        self._keep_largest("longest", formatted, source, lambda f, s: len(f["input_ids"]))
+        self._keep_largest("most_messages", formatted, source, lambda f, s: len(s["messages"]))
+        if "control_tokens" not in self._kept and any(
             self.chat.count_control_tokens(message["content"]) for message in source["messages"]
         ):
-            self._kept["control tokens as text"] = formatted, source
+            self._kept["control_tokens"] = formatted, source
 
     def _keep_largest(
         self, why: str, formatted: Record, source: Record, size: Callable[[Record, Record], int]
@@ -64,39 +64,37 @@ class Sampler:
             self._kept[why] = formatted, source
 
     def chosen(self) -> list[tuple[str, Record, Record]]:
-        """(why it was chosen, formatted, source), no record twice."""
+        """(first | longest | most_messages | control_tokens, formatted, source), no record twice."""
         rows: dict[str, tuple[str, Record, Record]] = {}
-        first = {f"record {index + 1}": pair for index, pair in enumerate(self._first)}
-        for why, (formatted, source) in {**first, **self._kept}.items():
+        first = [("first", pair) for pair in self._first]
+        for why, (formatted, source) in (*first, *self._kept.items()):
             rows.setdefault(formatted["id"], (why, formatted, source))
         return list(rows.values())
 
 
-def write_mask_page(
-    file: Path,
+def write_mask_pages(
+    files: Mapping[str, Path],
     samples: Mapping[str, Sequence[tuple[str, Record, Record]]],
     facts: Mapping[str, Any],
     chat: ChatFormat,
 ) -> None:
-    """One page that needs nothing but itself.
+    """Pages that need nothing but themselves.
 
     Args:
+        files: the page of each language, by its code.
         samples: per split, `Sampler.chosen`.
         facts: what reports/format.json holds.
     """
-    environment = jinja2.Environment(
-        autoescape=True, trim_blocks=True, lstrip_blocks=True, undefined=jinja2.StrictUndefined
-    )
-    splits = {
+    views = {
         split: [
             view(why, formatted, source, chat, facts["train_on"])
             for why, formatted, source in chosen
         ]
         for split, chosen in samples.items()
     }
-    page = environment.from_string(TEMPLATE.read_text(encoding="utf-8"))
-    text = page.render(facts=facts, splits=splits, end_token=chat.end_token)
-    file.write_text(text, encoding="utf-8")
+    for code, file in files.items():
+        language = Language(WORDS, code, {**facts, "end_token": chat.end_token, "samples": views})
+        file.write_text(language.render("mask.html.jinja"), encoding="utf-8")
 
 
 def view(
@@ -130,7 +128,7 @@ def _box(piece: Piece, labels: Sequence[int], tokenizer: Tokenizer) -> dict[str,
         "trained": any(labels[position] != IGNORE_INDEX for position in piece.positions),
         "control": piece.control,
         "ids": " ".join(map(str, piece.ids)),
-        "title": f"position {piece.positions[0]}: {names}",
+        "title": f"#{piece.positions[0]} · {names}",
     }
 
 
