@@ -8,6 +8,8 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+from jinja2 import Environment
+from markupsafe import Markup
 from tokenizers import Tokenizer
 
 from capas.chat.batch import Formatted
@@ -18,6 +20,7 @@ from capas.records import IGNORE_INDEX, Record
 
 WORDS = Path(__file__).parent / "mask"
 FIRST_RECORDS = 3
+_BOXES = Environment(autoescape=True).from_string((WORDS / "boxes.html.jinja").read_text("utf-8"))
 _SHOWN = {" ": "·", "\n": "↵", "\t": "⇥"}
 
 
@@ -100,7 +103,7 @@ def write_mask_pages(
 def view(
     why: str, formatted: Record, source: Record, chat: ChatFormat, train_on: str
 ) -> dict[str, Any]:
-    """A record as the page shows it: lines of boxes, counts, and whether the mask is what it should be."""
+    """A record as the pages show it: lines of boxes, counts, and whether the mask is what it should be."""
     tokenizer = chat.tokenizer
     ids, labels = formatted["input_ids"], formatted["labels"]
     pieces = cut(tokenizer, ids)
@@ -112,12 +115,18 @@ def view(
         "num_trained": sum(label != IGNORE_INDEX for label in labels),
         "num_messages": len(source["messages"]),
         "lines": [
-            {"boxes": line, "trained": any(b["trained"] for b in line)} for line in _lines(boxes)
+            {"boxes": _html(line), "trained": any(box["trained"] for box in line)}
+            for line in _lines(boxes)
         ],
         "verdict": _verdict(
             _trained_texts(pieces, labels), source["messages"], chat.end_token, train_on
         ),
     }
+
+
+def _html(boxes: Sequence[dict[str, Any]]) -> Markup:
+    """Once for all languages: it is most of a page."""
+    return Markup(_BOXES.render(boxes=boxes).rstrip())
 
 
 def _box(piece: Piece, labels: Sequence[int], tokenizer: Tokenizer) -> dict[str, Any]:
