@@ -21,7 +21,9 @@ class Params(Mapping[str, Any]):
         return Params(value, f"{self._path}{key}.") if isinstance(value, dict) else value
 
     def __getattr__(self, key: str) -> Any:
-        if key.startswith("_") or key not in self._values:
+        if key.startswith("_"):  # pickle asks for __setstate__
+            raise AttributeError(key)
+        if key not in self._values:
             raise CapasError(
                 f"the param '{self._path}{key}' is not declared for this stage in dvc.yaml; "
                 f"declared here: {', '.join(self._values) or 'none'}"

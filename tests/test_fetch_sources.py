@@ -95,6 +95,32 @@ def test_copies_that_are_kept_have_ids_of_their_own(side: DataSide) -> None:
     assert facts["kept"] == {"duplicate": 80}
 
 
+def test_the_number_of_processes_changes_no_byte(
+    side: DataSide, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    rows = [f'"Pregunta {n}","{"" if n % 11 == 0 else f"Respuesta {n}"}"' for n in range(60)]
+    wrong = ["too,many,cells", '"Pregunta 1","Respuesta 1"']
+    for name, part in (("a.csv", rows[:25] + wrong), ("b.csv", rows[25:])):
+        text = "\n".join(["pregunta,respuesta", *part]) + "\n"
+        (side.root / "data/own" / name).write_text(text, encoding="utf-8")
+    csv = ("dataset.path=csv", "dataset.shape=columns", "dataset.system=Hola")
+    mapped = "dataset.columns={user:pregunta,assistant:respuesta}"
+    drop = [f"dataset.flaws.{kind}=drop" for kind in ("malformed", "empty_answer")]
+    monkeypatch.setattr("capas.dataset.pool.ROWS_PER_CHUNK", 1)
+    made = []
+    for cores in (1, 2):
+        monkeypatch.setattr("capas.workers._usable_cores", lambda cores=cores: cores)
+        budget = "dataset.flaw_budget_fraction=0.2"
+        facts = fetch(side, *csv, mapped, *drop, budget, files="data/own/*.csv")
+        made.append(side.files())
+    assert made[0] == made[1]
+    assert facts["dropped"]["empty_answer"]["count"] == 6
+    assert [e["at"] for e in facts["dropped"]["malformed"]["examples"]] == ["line 27"]
+    monkeypatch.setattr("capas.workers._usable_cores", lambda: 2)
+    with pytest.raises(CapasError, match=r"a\.csv, line 2: respuesta is '': an empty answer"):
+        fetch(side, *csv, mapped, files="data/own/*.csv")
+
+
 def test_duplicates_may_be_an_error_with_both_places(side: DataSide) -> None:
     side.own("mine.jsonl", asked(1), asked(2), asked(1))
     with pytest.raises(CapasError, match=r"line 3 is like data/own/mine.jsonl, line 1.*duplicates"):
