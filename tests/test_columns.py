@@ -6,11 +6,12 @@ from pathlib import Path
 from typing import Any
 
 import pyarrow as pa
+import pyarrow.compute as pc
 import pytest
 from conftest import say, stored, template_text
 
 from capas.chat.batch import Batch
-from capas.chat.columns import ColumnEncoder
+from capas.chat.columns import BLANKS, ColumnEncoder
 from capas.chat.format import ChatFormat
 from capas.chat.tokenizer import TokenizerFiles, encode_plain
 from capas.records import IGNORE_INDEX, TOKENIZED
@@ -117,3 +118,9 @@ def test_what_follows_the_last_answer_is_no_part_of_it(
     longer = encoder.encode(batch([say("a", "b", "c")], tiny_tokenizer_dir))
     shorter = encoder.encode(batch([say("a", "b")], tiny_tokenizer_dir))
     assert longer.ids.row(0).tolist() == shorter.ids.row(0).tolist()
+
+
+def test_arrow_trims_what_python_trims() -> None:
+    assert sorted(BLANKS) == [c for c in map(chr, range(0x110000)) if c.isspace()]
+    text = f"{BLANKS}a{BLANKS}"
+    assert pc.utf8_trim(pa.array([text, BLANKS, ""]), BLANKS).to_pylist() == ["a", "", ""]

@@ -3,11 +3,12 @@
 import json
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from functools import cached_property
+from functools import cached_property, reduce
 from typing import Any
 
 import numpy as np
 import pyarrow as pa
+import pyarrow.compute as pc
 
 from capas.chat.format import Encoded
 from capas.chat.messages import TEXT, THOUGHT_END, Message, Tools
@@ -25,14 +26,13 @@ class Batch:
         self.records, self.num_rows = batch, batch.num_rows
         self.first = from_arrow(messages.offsets).astype(np.int64) - messages.offsets[0].as_py()
         self.roles: list[str] = spoken.field("role").to_pylist()
-        self.contents: list[str] = spoken.field("content").to_pylist()
-        self.extras: list[str] = spoken.field("extra").to_pylist()
+        self.texts = spoken.field("content")
+        self.contents: list[str] = self.texts.to_pylist()
         self.trained: list[bool] = spoken.field("train").to_pylist()
         self.ids = Ragged.from_arrow(spoken.field("input_ids"))
         self.tools: list[str] = batch.column("tools").to_pylist()
         self.last_answers = self._find_last_answers()
-        fields = (self.roles, self.contents, self.extras, self.trained)
-        self._patterns = [_pattern(*message) for message in zip(*fields, strict=True)]
+        self._patterns = self._find_patterns(spoken.field("role"), spoken.field("extra"))
 
     def messages(self, row: int) -> list[Message]:
         """The messages up to the last answer; what follows it is no part of any answer's context."""
@@ -46,6 +46,22 @@ class Batch:
         key = tuple(self._patterns[self.first[row] : self.last_answers[row] + 1])
         return None if self.tools[row] or None in key else key
 
+    def _find_patterns(self, roles: pa.Array, extras: pa.Array) -> list[Any]:
+        """What each message adds to the pattern of its conversation: mostly its role."""
+        unusual = [
+            pc.not_equal(extras, ""),
+            pc.equal(roles, "tool"),
+            pc.equal(roles, TEXT),
+            pc.match_substring(self.texts, THOUGHT_END),
+        ]
+        found: list[Any] = list(self.roles)
+        for m, (content, trained) in enumerate(zip(self.contents, self.trained, strict=True)):
+            if not trained or not content or content.isspace():
+                found[m] = self.roles[m], trained, "" if content.strip() else content
+        for m in from_arrow(pc.indices_nonzero(reduce(pc.or_, unusual))).tolist():
+            found[m] = None  # the scaffold depends on more
+        return found
+
     def _find_last_answers(self) -> list[int]:
         """Index of a conversation's last answer, or of its last message where it has none."""
         found = []
@@ -55,15 +71,6 @@ class Batch:
                 last -= 1
             found.append(last if self.roles[last] == "assistant" else end - 1)
         return found
-
-
-def _pattern(role: str, content: str, extra: str, trained: bool) -> Any:
-    """What a message adds to the pattern of its conversation; None where the scaffold depends on more."""
-    if extra or role in ("tool", TEXT) or THOUGHT_END in content:
-        return None
-    if trained and content and not content.isspace():
-        return role
-    return role, trained, "" if content.strip() else content
 
 
 @dataclass(frozen=True)

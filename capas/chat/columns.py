@@ -5,14 +5,20 @@ records are put together so; the result is that of `ChatFormat.encode`, to which
 """
 
 import numpy as np
+import pyarrow as pa
+import pyarrow.compute as pc
 
 from capas.chat.batch import Batch, Columns, Key
 from capas.chat.format import ChatFormat
 from capas.chat.layout import Constant, Layout, Slot, lay_out
 from capas.chat.segments import Way
 from capas.errors import CapasError
-from capas.ragged import Array, Ragged, gather, offsets_of, ranges
+from capas.ragged import Array, Ragged, from_arrow, gather, offsets_of, ranges, to_arrow
 
+# What `str.strip` takes for blanks; Arrow's own are others.
+BLANKS = "\t\n\x0b\x0c\r\x1c\x1d\x1e\x1f \x85\xa0\u1680\u2028\u2029\u202f\u205f\u3000" + "".join(
+    map(chr, range(0x2000, 0x200B))
+)
 Ranges = tuple[Array, Array]  # per row: where in the pool, how many ids
 
 
@@ -176,13 +182,14 @@ class _Group:
         message = slot.message
         if message is None:
             return np.full(len(self._rows), Way.WHOLE)
-        (left, right), contents = self._layout.plan.trims[message], self._batch.contents
-        way, scaffold, one_owner = self._segments.way, slot.scaffold, slot.one_owner
-        told = [contents[index] for index in (self._first + message).tolist()]
-        trimmed = [content.lstrip(left).rstrip(right) for content in told]
-        self._trimmed += [len(less) < len(all_) for less, all_ in zip(trimmed, told, strict=True)]
-        ways = (way(scaffold, one_owner, *both) for both in zip(trimmed, told, strict=True))
-        return np.fromiter(ways, np.int8, len(told))
+        trims = self._layout.plan.trims[message]
+        left, right = (BLANKS if trim is None else trim for trim in trims)
+        told = self._batch.texts.take(to_arrow(self._first + message, pa.int64()))
+        trimmed = pc.utf8_rtrim(pc.utf8_ltrim(told, left), right)
+        less, all_ = (from_arrow(pc.binary_length(texts)) for texts in (trimmed, told))
+        self._trimmed += less < all_
+        ways = self._segments.ways(slot.scaffold, slot.one_owner, told)
+        return np.where(less < all_, Way.WHOLE, ways)
 
     def _slot(self, slot: Slot, ways: Array) -> tuple[Ranges, Ranges, Array]:
         """The lead; the content or the whole segment; and whether it begins with the lead's ids."""

@@ -5,6 +5,9 @@ from enum import IntEnum
 from functools import lru_cache
 from typing import Any
 
+import numpy as np
+import pyarrow as pa
+import pyarrow.compute as pc
 from tokenizers import AddedToken, Tokenizer
 
 from capas.chat.edges import Edges
@@ -13,6 +16,7 @@ from capas.chat.plan import Control, Plan, Segment, scaffold_before
 from capas.chat.scaffold import control_pattern
 from capas.chat.tokenizer import TokenizerFiles
 from capas.errors import CapasError
+from capas.ragged import Array, from_arrow
 
 Owned = list[tuple[int, int | None]]  # token id, index of the answer that it belongs to
 
@@ -88,6 +92,16 @@ class SegmentEncoder:
         if content != original or (self._unmarked and self._unmarked.search(content)):
             return Way.WHOLE
         return self._ways(scaffold, one_owner, content[: self._edges.reach])
+
+    def ways(self, scaffold: str, one_owner: bool, contents: pa.StringArray) -> Array:
+        """`way` of each of many contents of which the template trims nothing."""
+        starts = pc.utf8_slice_codeunits(contents, 0, self._edges.reach).dictionary_encode()
+        known = [self._ways(scaffold, one_owner, start) for start in starts.dictionary.to_pylist()]
+        found = np.array(known, np.int8)[from_arrow(starts.indices)]
+        if self._unmarked:
+            texts = contents.to_pylist()
+            found[[bool(self._unmarked.search(text)) for text in texts]] = Way.WHOLE
+        return found
 
     def _find_way(self, scaffold: str, one_owner: bool, start: str) -> Way:
         if self._edges.join(scaffold, start):
