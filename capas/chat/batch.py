@@ -3,12 +3,11 @@
 import json
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from functools import cached_property, reduce
+from functools import cached_property
 from typing import Any
 
 import numpy as np
 import pyarrow as pa
-import pyarrow.compute as pc
 
 from capas.chat.format import Encoded
 from capas.chat.messages import TEXT, THOUGHT_END, Message, Tools
@@ -32,7 +31,7 @@ class Batch:
         self.ids = Ragged.from_arrow(spoken.field("input_ids"))
         self.tools: list[str] = batch.column("tools").to_pylist()
         self.last_answers = self._find_last_answers()
-        self._patterns = self._find_patterns(spoken.field("role"), spoken.field("extra"))
+        self._patterns = self._find_patterns(spoken.field("extra").to_pylist())
 
     def messages(self, row: int) -> list[Message]:
         """The messages up to the last answer; what follows it is no part of any answer's context."""
@@ -46,20 +45,15 @@ class Batch:
         key = tuple(self._patterns[self.first[row] : self.last_answers[row] + 1])
         return None if self.tools[row] or None in key else key
 
-    def _find_patterns(self, roles: pa.Array, extras: pa.Array) -> list[Any]:
+    def _find_patterns(self, extras: list[str]) -> list[Any]:
         """What each message adds to the pattern of its conversation: mostly its role."""
-        unusual = [
-            pc.not_equal(extras, ""),
-            pc.equal(roles, "tool"),
-            pc.equal(roles, TEXT),
-            pc.match_substring(self.texts, THOUGHT_END),
-        ]
         found: list[Any] = list(self.roles)
-        for m, (content, trained) in enumerate(zip(self.contents, self.trained, strict=True)):
-            if not trained or not content or content.isspace():
-                found[m] = self.roles[m], trained, "" if content.strip() else content
-        for m in from_arrow(pc.indices_nonzero(reduce(pc.or_, unusual))).tolist():
-            found[m] = None  # the scaffold depends on more
+        told = zip(self.roles, self.contents, extras, self.trained, strict=True)
+        for m, (role, content, extra, trained) in enumerate(told):
+            if extra or role == "tool" or role == TEXT or THOUGHT_END in content:
+                found[m] = None  # the scaffold depends on more
+            elif not trained or not content or content.isspace():
+                found[m] = role, trained, "" if content.strip() else content
         return found
 
     def _find_last_answers(self) -> list[int]:
