@@ -6,6 +6,7 @@ import os
 import signal
 import threading
 import time
+import traceback
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import Executor, Future, ProcessPoolExecutor
@@ -65,11 +66,20 @@ def _submitted(
 ) -> Iterator[Future[Result]]:
     try:
         for chunk in chunks:
-            yield executor.submit(work, chunk)
+            yield executor.submit(_worked, work, chunk)
     except Exception as error:  # noqa: BLE001  raised again in its turn
         failed: Future[Result] = Future()
         failed.set_exception(error)
         yield failed
+
+
+def _worked(work: Callable[[Chunk], Result], chunk: Chunk) -> Result:
+    try:
+        return work(chunk)
+    except CapasError:
+        raise
+    except Exception:  # noqa: BLE001  not every exception can travel to another process
+        raise RuntimeError(traceback.format_exc()) from None
 
 
 def _begin(parent: int) -> None:

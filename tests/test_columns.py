@@ -81,6 +81,23 @@ def test_ids_masks_and_prompts_are_those_of_single_records(
     assert found.rows.tolist() == sorted(set(found.rows.tolist()))
 
 
+@pytest.mark.parametrize("seed", range(3))
+def test_blank_and_untrained_messages_stay_apart(
+    chat: ChatFormat, seed: int, tiny_tokenizer_dir: Path
+) -> None:
+    rng = random.Random(seed)
+    told = []
+    for _ in range(60):
+        messages = say(rng.choice(("", " ", "a", "b\n")), "x", system=rng.choice((None, "", "S")))
+        told.append(
+            [{**m, "train": m["role"] == "assistant" or rng.random() < 0.5} for m in messages]
+        )
+    found = ColumnEncoder(chat, "assistant").encode(batch(told, tiny_tokenizer_dir))
+    assert len(found.rows) > 20
+    for place, row in enumerate(found.rows.tolist()):
+        assert found.ids.row(place).tolist() == chat.encode(told[row]).input_ids, told[row]
+
+
 def test_most_ordinary_conversations_need_no_second_look(
     chat: ChatFormat, tiny_tokenizer_dir: Path
 ) -> None:

@@ -12,6 +12,8 @@ import pytest
 from dataside import DataSide
 
 from capas.dataset.files import url_revision
+from capas.dataset.pool import Part, _chunks
+from capas.dataset.rows import Row
 from capas.errors import CapasError
 from capas.records import SPLITS
 
@@ -119,6 +121,30 @@ def test_the_number_of_processes_changes_no_byte(
     monkeypatch.setattr("capas.workers._usable_cores", lambda: 2)
     with pytest.raises(CapasError, match=r"a\.csv, line 2: respuesta is '': an empty answer"):
         fetch(side, *csv, mapped, files="data/own/*.csv")
+
+
+@pytest.mark.parametrize("cores", [1, 2])
+def test_a_record_nested_without_end_is_refused(
+    cores: int, side: DataSide, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    deep: Any = []
+    for _ in range(200):
+        deep = [deep]
+    side.own("mine.jsonl", *(asked(n) for n in range(50)), asked("deep", metadata={"deep": deep}))
+    monkeypatch.setattr("capas.dataset.pool.ROWS_PER_CHUNK", 1)
+    monkeypatch.setattr("capas.workers._usable_cores", lambda: cores)
+    message = r"line 51: record is .*: JSON of more than 100 levels is no conversation"
+    with pytest.raises(CapasError, match=message):
+        fetch(side)
+
+
+def test_long_records_travel_in_small_chunks(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("capas.dataset.pool.CHARACTERS_PER_CHUNK", 100)
+    part = Part(0, 0, "auto", {}, None)
+    rows = [Row("mine.jsonl", "line", n, {"text": ["x" * length]}) for n, length in enumerate(
+        [10] * 12 + [500, 500, 1])]  # fmt: skip
+    found = [len(chunk.rows) for chunk in _chunks([(part, rows)])]
+    assert found == [11, 2, 1, 1]
 
 
 def test_duplicates_may_be_an_error_with_both_places(side: DataSide) -> None:

@@ -58,11 +58,23 @@ def test_a_shape_is_recognised(row: dict[str, Any], expected: list[tuple[str, st
     assert record["id"] == ""
 
 
+@pytest.mark.parametrize("key", ["role", "content", "column", "self"])
+def test_other_keys_of_a_turn_are_counted(key: str) -> None:
+    found = flaws()
+    turns = [{"from": "human", "value": "Hi", key: "x"}, {"from": "gpt", "value": "H"}]
+    [record] = check({"conversations": turns}, counts=found)
+    assert told(record) == [("user", "Hi"), ("assistant", "H")]
+    name = f"{key} beside from and value" if key in ("role", "content") else key
+    assert found.left_out == {f"messages[].{name} (user)": 1}
+
+
 @pytest.mark.parametrize(
     ("row", "columns", "field"),
     [
         ({"pregunta": "Q", "respuesta": " "}, {"user": "pregunta", "assistant": "respuesta"}, "respuesta"),
         ({"q": "Q", "a": "", "b": ""}, {"user": "q", "assistant": ["a", "b"]}, "a + b"),
+        ({"q": "Q", "a": None, "b": ""}, {"user": "q", "assistant": ["a", "b"]}, "a + b"),
+        ({"t": ""}, {"text": "t"}, "t"),
         ({"instruction": "I", "output": ""}, {}, "output"),
         ({"instruction": "I", "output": "O", "history": [["a", ""]]}, {}, "history[0]"),
         ({"prompt": "P", "completion": ""}, {}, "completion"),

@@ -1,5 +1,7 @@
 """Contents as plain text, once, whatever the template."""
 
+import json
+import shutil
 import sys
 from pathlib import Path
 
@@ -97,6 +99,35 @@ def test_sentencepiece_blanks_are_the_same_in_both_backends(
     assert encoder.backend == ("fastokens" if scheme != "always" and not words else "tokenizers")
     found = encoder.encode(mixed)
     assert [list(found.row(i)) for i in range(len(mixed))] == encode_plain(encoder._sure, mixed)
+
+
+def test_a_vocabulary_without_some_characters_is_left_to_tokenizers(tmp_path: Path) -> None:
+    tokenizer = Tokenizer(models.BPE())
+    tokenizer.pre_tokenizer = pre_tokenizers.Metaspace(prepend_scheme="first", split=False)
+    trainer = trainers.BpeTrainer(vocab_size=60, show_progress=False)
+    tokenizer.train_from_iterator(["set a timer for a day"], trainer)
+    tokenizer.save(str(tmp_path / "tokenizer.json"))
+    (tmp_path / "tokenizer_config.json").write_text("{}")
+    assert PlainEncoder(TokenizerFiles(tmp_path)).backend == "tokenizers"
+
+
+def test_keys_in_any_order_are_the_same_tokenizer(tiny_tokenizer_dir: Path, tmp_path: Path) -> None:
+    spec = json.loads((tiny_tokenizer_dir / "tokenizer.json").read_text(encoding="utf-8"))
+    spec["padding"] = {"strategy": {"Fixed": 50}, "direction": "Right", "pad_to_multiple_of": None,
+                       "pad_id": 0, "pad_type_id": 0, "pad_token": "<pad>"}  # fmt: skip
+    shutil.copytree(tiny_tokenizer_dir, tmp_path / "sorted")
+    (tmp_path / "sorted/tokenizer.json").write_text(json.dumps(spec, sort_keys=True))
+    found = PlainEncoder(TokenizerFiles(tmp_path / "sorted")).encode(["Hola"])
+    expected = PlainEncoder(TokenizerFiles(tiny_tokenizer_dir)).encode(["Hola"])
+    assert found.row(0).tolist() == expected.row(0).tolist()
+
+
+def test_an_old_metaspace_can_be_asked(tiny_tokenizer_dir: Path) -> None:
+    files = TokenizerFiles(tiny_tokenizer_dir)
+    files._spec["pre_tokenizer"] = {
+        "type": "Metaspace", "replacement": "▁", "add_prefix_space": True
+    }  # fmt: skip
+    assert not files.adds_first_blank
 
 
 def test_no_padding_and_no_truncation_of_the_file_is_taken_over(tiny_tokenizer_dir: Path) -> None:

@@ -30,6 +30,17 @@ def square_of_few(number: int) -> int:
     return number
 
 
+class UntransportableError(Exception):
+    def __init__(self, text: str, more: str) -> None:
+        super().__init__(text)
+
+
+def defective(number: int) -> int:
+    if number >= CHUNKS_ALONE:
+        raise UntransportableError("a defect of ours", "")
+    return number
+
+
 def killed(number: int) -> int:
     if number >= CHUNKS_ALONE:
         os.kill(os.getpid(), signal.SIGKILL)
@@ -78,6 +89,11 @@ def test_few_chunks_wait() -> None:
 
     for place, _ in enumerate(in_order(square, numbers(), 2)):
         assert len(read) <= place + 2 + 2 * 2
+
+
+def test_any_exception_is_told() -> None:
+    with pytest.raises(RuntimeError, match=r"UntransportableError: a defect of ours"):
+        list(in_order(defective, range(MANY), 2))
 
 
 def test_a_killed_process_is_named() -> None:

@@ -53,7 +53,7 @@ class Batch:
             if extra or role == "tool" or role == TEXT or THOUGHT_END in content:
                 found[m] = None  # the scaffold depends on more
             elif not trained or not content or content.isspace():
-                found[m] = role, trained, "" if content.strip() else content
+                found[m] = role, trained, None if content.strip() else content
         return found
 
     def _find_last_answers(self) -> list[int]:

@@ -76,7 +76,7 @@ class SplitFormatter:
         self._audit = Audit(self.chat, self.train_on)
 
     def format(self, batches: Iterable[pa.RecordBatch]) -> Iterator[Formatted]:
-        """Raises CapasError, naming split and record: see `ChatFormat.encode`, `Audit`, `Overflow.check`."""
+        """Raises CapasError, naming split and record: see `ChatFormat.encode`, `Audit`, `Refused`."""
         for records in batches:
             source = Batch(records)
             formatted = self._format(source)

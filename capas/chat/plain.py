@@ -11,6 +11,9 @@ from itertools import chain
 from typing import Any
 
 import numpy as np
+from tokenizers import Tokenizer
+from tokenizers.models import BPE
+from tokenizers.pre_tokenizers import ByteLevel
 
 from capas.chat.tokenizer import WORD_START, TokenizerFiles, encode_plain
 from capas.errors import CapasError
@@ -35,6 +38,9 @@ class PlainEncoder:
             building = beside.submit(_build_fast, library, spec) if library else None
             self._sure = files.build()
             self._fast = building.result() if building else None
+        if self._fast and not _knows_every_character(self._sure):
+            log.info("tokenizers encodes: this vocabulary has no token for some characters")
+            self._fast = None
 
     @property
     def backend(self) -> str:
@@ -74,6 +80,16 @@ class PlainEncoder:
                     f"in {self._folder}: {found.row(index)[:12]} and {expected.row(place)[:12]}. Please "
                     "report it; `pip uninstall fastokens` makes capas use tokenizers alone."
                 )
+
+
+def _knows_every_character(tokenizer: Tokenizer) -> bool:
+    """Else the libraries differ: in tokenizers the neighbours of a character without a token are joined."""
+    model = tokenizer.model
+    if not isinstance(model, BPE) or model.unk_token is not None:
+        return True
+    in_bytes = [f"<0x{byte:02X}>" for byte in range(256)]
+    characters = in_bytes if model.byte_fallback else ByteLevel.alphabet()
+    return all(tokenizer.token_to_id(character) is not None for character in characters)
 
 
 def _with_blank(text: str) -> str:

@@ -24,6 +24,9 @@ SHAPE = re.compile(
 )
 _MODEL = re.compile(rb',\s*"model"\s*:\s*\{')  # in a vocabulary "model" is a number's key
 WORD_START = "▁"  # SentencePiece's blank
+_HEAD = frozenset(
+    ("added_tokens", "normalizer", "pre_tokenizer", "post_processor", "truncation", "padding")
+)
 _BARE = {"post_processor": None, "truncation": None, "padding": None}
 NAMED = ("bos_token", "eos_token", "unk_token", "sep_token", "pad_token", "cls_token", "mask_token")
 
@@ -164,9 +167,9 @@ def _read_spec(file: Path) -> tuple[dict[str, Any], bytes]:
         spec = orjson.loads(text[: found.start()] + b"}") if found else {}
     except orjson.JSONDecodeError:
         spec = {}
-    if found and "added_tokens" in spec:
+    if found and spec.keys() >= _HEAD:
         return spec, text[found.start() :]
-    spec = _parse(text, file)  # the model stands elsewhere
+    spec = _parse(text, file)  # the model stands before others
     return spec, b',"model":' + orjson.dumps(spec.pop("model", None)) + b"}"
 
 
@@ -217,7 +220,7 @@ def _without_first_blank(pre_tokenizer: Any) -> Any:
     if pre_tokenizer["type"] == "Sequence":
         parts = [_without_first_blank(part) for part in pre_tokenizer["pretokenizers"]]
         return {**pre_tokenizer, "pretokenizers": parts}
-    if pre_tokenizer["type"] == "Metaspace" and pre_tokenizer["prepend_scheme"] == "first":
+    if pre_tokenizer["type"] == "Metaspace" and pre_tokenizer.get("prepend_scheme") == "first":
         return {**pre_tokenizer, "prepend_scheme": "never"}
     return pre_tokenizer
 

@@ -8,9 +8,8 @@ import hashlib
 import logging
 from array import array
 from collections.abc import Iterable, Iterator, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
-from itertools import islice
 from pathlib import Path
 from typing import Any
 
@@ -19,7 +18,7 @@ import pyarrow as pa
 from numpy.typing import NDArray
 
 from capas.dataset.conversation import TEXT, check_record
-from capas.dataset.flaws import Flaw, Flaws, location, show
+from capas.dataset.flaws import MALFORMED, Flaw, Flaws, location, show
 from capas.dataset.rows import Row
 from capas.dataset.shapes import Columns, convert
 from capas.dataset.splits import Digests, content_digest, digest, ordinals, prompt_digests
@@ -29,7 +28,8 @@ from capas.records import RAW, Record, read_batches, write_tables
 from capas.workers import in_order
 
 log = logging.getLogger("capas")
-ROWS_PER_CHUNK = 1000
+ROWS_PER_CHUNK, CHARACTERS_PER_CHUNK = 1000, 2**22
+MAX_DEPTH = 100  # pickle, which takes rows to other processes, manages a few hundred
 _COLUMNS = {"content": "Q", "group": "Q", "prompt": "Q", "identity": "Q", "line": "I", "place": "I"}
 _CODES = {"source": "H", "split": "B"}
 
@@ -216,9 +216,35 @@ class Pool:
 
 def _chunks(parts: Iterable[tuple[Part, Iterable[Row]]]) -> Iterator[Chunk]:
     for part, rows in parts:
-        rows = iter(rows)
-        while some := list(islice(rows, ROWS_PER_CHUNK)):
+        some: list[Row] = []
+        size = 0
+        for row in rows:
+            length, depth = _extent(row.value)
+            if depth > MAX_DEPTH:
+                advice = f"JSON of more than {MAX_DEPTH} levels is no conversation"
+                row = replace(row, value=Flaw(MALFORMED, "record", show(row.value), advice))
+            some.append(row)
+            size += length
+            if len(some) == ROWS_PER_CHUNK or size > CHARACTERS_PER_CHUNK:
+                yield Chunk(part, some)
+                some, size = [], 0
+        if some:
             yield Chunk(part, some)
+
+
+def _extent(value: Any) -> tuple[int, int]:
+    """Characters in the texts of a row, and how deep its values are nested."""
+    waiting, length, depth = [(value, 1)], 0, 0
+    while waiting:
+        inner, level = waiting.pop()
+        depth = max(depth, level)
+        if isinstance(inner, str | bytes):
+            length += len(inner)
+        elif isinstance(inner, Mapping):
+            waiting += [(item, level + 1) for item in inner.values()]
+        elif isinstance(inner, list):
+            waiting += [(item, level + 1) for item in inner]
+    return length, depth
 
 
 def _system(content: str) -> dict[str, Any]:

@@ -43,8 +43,10 @@ _SPEAKERS = {
 class OfColumn(dict[str, Any]):
     """A message whose content stood elsewhere: a flaw is shown there, not in a message that nobody wrote."""
 
-    def __init__(self, role: str, content: Any, column: str, **others: Any) -> None:
-        super().__init__(others, role=role, content=content)
+    def __init__(
+        self, role: str, content: Any, column: str, others: Mapping[str, Any] | None = None
+    ) -> None:
+        super().__init__(others or {}, role=role, content=content)
         self.column = column
 
 
@@ -108,7 +110,10 @@ def _turn(turn: Any, at: str) -> Found:
     if _SPEAKERS[speaker] == "function_call":
         calls = _json_calls(turn.get("value"), f"{at}.value")
         return {"role": "assistant", "content": "", "tool_calls": calls, **rest}
-    return OfColumn(_SPEAKERS[speaker], turn.get("value"), f"{at}.value", **rest)
+    for key in ("role", "content"):  # from and value say it; these are counted as left out
+        if key in rest:
+            rest[f"{key} beside from and value"] = rest.pop(key)
+    return OfColumn(_SPEAKERS[speaker], turn.get("value"), f"{at}.value", rest)
 
 
 def _json_calls(text: Any, at: str) -> list[Any]:
@@ -190,7 +195,9 @@ def _joined(parts: list[Any]) -> Any:
     """Texts with a blank line between them, empty ones left out; what is no text is left to be refused."""
     given = [part for part in parts if part not in (None, "")]
     wrong = [part for part in given if not isinstance(part, str)]
-    return (wrong or ["\n\n".join(given)])[0] if given else parts[0]
+    if not given:
+        return "" if "" in parts else None
+    return (wrong or ["\n\n".join(given)])[0]
 
 
 def _mapped(row: Mapping[str, Any], columns: Columns) -> Found:
@@ -211,11 +218,11 @@ def _mapped(row: Mapping[str, Any], columns: Columns) -> Found:
     messages = _system(system, named.get("system", ""))
     if "messages" in columns:
         messages += _listed(cells["messages"][0], named["messages"])
-    for role in (TEXT, "user"):
+    if "user" in columns:
+        messages.append(OfColumn("user", _asked(cells["user"], named["user"]), named["user"]))
+    for role in (TEXT, "assistant"):
         if role in columns:
-            messages.append(OfColumn(role, _asked(cells[role], named[role]), named[role]))
-    if "assistant" in columns:
-        messages.append(OfColumn("assistant", _joined(cells["assistant"]), named["assistant"]))
+            messages.append(OfColumn(role, _joined(cells[role]), named[role]))
     return {**found, "messages": messages}
 
 

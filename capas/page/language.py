@@ -85,8 +85,8 @@ class Language:
     """The texts of `folder/CODE.yaml`, filled with facts: `language.say("concepts.token.text")`."""
 
     def __init__(self, folder: Path, code: str, facts: Mapping[str, Any]) -> None:
-        self.code, self.numbers = code, Numbers(code)
-        self._texts = flatten(read_yaml(folder / f"{code}.yaml"))
+        self.code, self.numbers, self._file = code, Numbers(code), folder / f"{code}.yaml"
+        self._texts = flatten(read_yaml(self._file))
         self._environment = Environment(
             loader=FileSystemLoader(folder),
             autoescape=True,
@@ -109,7 +109,7 @@ class Language:
             CapasError: the language's file has no such text.
         """
         if key not in self._texts:
-            raise CapasError(f"capas/page/{self.code}.yaml has no text '{key}'")
+            raise CapasError(f"{self._file} has no text '{key}'")
         return Markup(self._environment.from_string(self._texts[key]).render(**more).strip())
 
     def render(self, template: str, **more: Any) -> str:
