@@ -50,6 +50,11 @@ EXPECTED: dict[str, list[str]] = {
     "seed": ["report"],
 }
 
+INSIDE = {  # a file of each folder that is a dep
+    "conf": "conf/trainer/_base.yaml",
+    "data/own": "data/own/mine.jsonl",
+    "capas/page/mask": "capas/page/mask/es.yaml",
+}
 # Every dep that is no code: what has to be computed again when it is another.
 FILES: dict[str, list[str]] = {
     "requirements.lock": ["compose"],
@@ -208,9 +213,7 @@ def test_every_other_dep_reruns_exactly_the_stages_of_the_table(
     assert declared == set(FILES)
     wrong = {}
     for dep, stages in FILES.items():
-        inside = {"conf": "conf/trainer/_base.yaml", "data/own": "data/own/mine.jsonl"}
-        edited = inside.get(dep, dep)
-        found = touched_by_edit(workspace.root / edited, dep, pipeline)
+        found = touched_by_edit(workspace.root / INSIDE.get(dep, dep), dep, pipeline)
         if found != set(stages):
             wrong[dep] = sorted(found)
     assert wrong == {}
