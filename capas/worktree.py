@@ -1,0 +1,89 @@
+"""The working tree as git sees it, with what is not committed, and other folders made of it.
+
+What git ignores is no part of it: DVC's outputs, and what lies in data/own.
+"""
+
+import os
+import shutil
+import subprocess
+from pathlib import Path
+from tempfile import TemporaryDirectory
+from typing import NamedTuple
+
+from capas.errors import CapasError
+
+_IDENTITY = ("user.name", "user.email")
+_ELSEWHERE = ("GIT_DIR", "GIT_WORK_TREE", "GIT_INDEX_FILE", "GIT_PREFIX", "GIT_COMMON_DIR")
+
+
+class Snapshot(NamedTuple):
+    """`commit` is HEAD; `tree`, a git tree, holds every file as it stands, untracked ones too."""
+
+    commit: str
+    tree: str
+
+
+def git(root: Path, *arguments: str, check: bool = True, **env: str) -> str:
+    """What a git command in `root` prints; empty where it fails and `check` is false.
+
+    The variables with which a git hook, or DVC, points to another repository are left out.
+
+    Raises:
+        CapasError: the command failed.
+    """
+    return _git(root, *arguments, check=check, **env).decode().strip()
+
+
+def snapshot(root: Path) -> Snapshot:
+    """The working tree now; neither the files nor the user's index are touched.
+
+    Raises:
+        CapasError: `root` is no git repository, or has no commit yet.
+    """
+    try:
+        commit = git(root, "rev-parse", "HEAD")
+    except CapasError as error:
+        raise CapasError(f"{root} needs a git repository with a commit: {error}") from None
+    index = Path(git(root, "rev-parse", "--absolute-git-dir")) / "index"
+    with TemporaryDirectory(prefix="capas-") as folder:
+        own = Path(folder) / "index"
+        if index.exists():
+            shutil.copy2(index, own)  # its times and sizes spare git reading what did not change
+        git(root, "add", "--all", GIT_INDEX_FILE=str(own))
+        return Snapshot(commit, git(root, "write-tree", GIT_INDEX_FILE=str(own)))
+
+
+def difference(root: Path, taken: Snapshot) -> bytes:
+    """From the commit to the tree, as a patch for `git apply`; empty where all is committed."""
+    what = ("--binary", "--full-index", "--no-color", "--no-ext-diff", "--no-textconv")
+    return _git(root, "diff", *what, taken.commit, taken.tree)
+
+
+def clone(home: Path, taken: Snapshot, target: Path) -> None:
+    """A clone of `home` in the new folder `target`: HEAD is the commit, files and index are the tree.
+
+    It borrows the objects of `home`, and whoever commits there has the name that he has in `home`.
+    """
+    target.parent.mkdir(parents=True, exist_ok=True)
+    git(target.parent, "clone", "--quiet", "--shared", "--no-checkout", str(home), str(target))
+    git(target, "update-ref", "--no-deref", "HEAD", taken.commit)
+    for name in _IDENTITY:
+        if value := git(home, "config", name, check=False):
+            git(target, "config", name, value)
+    restore(target, taken)
+
+
+def restore(target: Path, taken: Snapshot) -> None:
+    """Files and index of a clone, as they were taken; what git ignores stays."""
+    git(target, "read-tree", "-u", "--reset", taken.tree)
+
+
+def _git(root: Path, *arguments: str, check: bool = True, **env: str) -> bytes:
+    inherited = {k: v for k, v in os.environ.items() if k not in _ELSEWHERE}
+    done = subprocess.run(
+        ["git", *arguments], cwd=root, env={**inherited, **env}, capture_output=True, check=False
+    )
+    if done.returncode and check:
+        reason = done.stderr.decode(errors="replace").strip()
+        raise CapasError(f"git {' '.join(arguments[:2])} failed in {root}: {reason}")
+    return done.stdout if not done.returncode else b""
