@@ -64,23 +64,35 @@ def composer(conf: Path) -> Iterator[Compose]:
         CapasError: Hydra cannot compose it, or a mandatory value is not set.
     """
     from hydra import compose, initialize_config_dir
-    from hydra.errors import HydraException
     from omegaconf import OmegaConf
-    from omegaconf.errors import OmegaConfBaseException
-    from yaml import YAMLError
 
     def run(overrides: list[str]) -> Values:
-        try:
+        with hydra_errors():
             config = compose("config", overrides=overrides)
             missing = sorted(OmegaConf.missing_keys(config))
             if missing:
                 raise CapasError(f"conf/ leaves mandatory values unset: {', '.join(missing)}")
             return to_values(config)
-        except (HydraException, OmegaConfBaseException, YAMLError, UnicodeDecodeError) as error:
-            raise CapasError(f"conf/ does not compose: {_reasons(error)}") from None
 
     with initialize_config_dir(str(conf.resolve()), version_base="1.3"):
         yield run
+
+
+@contextmanager
+def hydra_errors() -> Iterator[None]:
+    """Hydra's errors as one of ours.
+
+    Raises:
+        CapasError: what is composed in the block does not compose.
+    """
+    from hydra.errors import HydraException
+    from omegaconf.errors import OmegaConfBaseException
+    from yaml import YAMLError
+
+    try:
+        yield
+    except (HydraException, OmegaConfBaseException, YAMLError, UnicodeDecodeError) as error:
+        raise CapasError(f"conf/ does not compose: {_reasons(error)}") from None
 
 
 def _reasons(error: BaseException | None) -> str:

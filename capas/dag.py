@@ -33,15 +33,23 @@ def read_yaml(path: Path) -> dict[str, Any]:
         CapasError: the file is missing, is not YAML, or is not a mapping.
     """
     try:
-        content = yaml.load(path.read_text(encoding="utf-8"), _Loader)
+        return parse_yaml(path.read_text(encoding="utf-8"), str(path))
     except FileNotFoundError:
         raise CapasError(
             f"{path} is missing; run `dvc repro` in the repository's top folder"
         ) from None
-    except (yaml.YAMLError, UnicodeDecodeError) as error:
+    except UnicodeDecodeError as error:
         raise CapasError(f"{path} is not valid YAML: {error}") from None
+
+
+def parse_yaml(text: str, name: str) -> dict[str, Any]:
+    """As `read_yaml`; `name` is what an error calls it."""
+    try:
+        content = yaml.load(text, _Loader)
+    except yaml.YAMLError as error:
+        raise CapasError(f"{name} is not valid YAML: {error}") from None
     if content is not None and not isinstance(content, dict):
-        raise CapasError(f"{path} must hold a mapping, not {type(content).__name__}")
+        raise CapasError(f"{name} must hold a mapping, not {type(content).__name__}")
     return content or {}
 
 
@@ -58,17 +66,24 @@ class StageSpec:
     @classmethod
     def read(cls, name: str, root: Path) -> "StageSpec":
         """Raises CapasError where dvc.yaml has no such stage."""
-        stages = read_yaml(root / "dvc.yaml")["stages"]
+        stages = cls.read_all(root)
         if name not in stages:
             raise CapasError(f"dvc.yaml has no stage '{name}'; it has: {', '.join(stages)}")
-        entry = stages[name]
-        return cls(
-            name=name,
-            cmd=entry["cmd"],
-            deps=tuple(entry.get("deps", [])),
-            outs=tuple(_declared_outs(entry)),
-            params=_declared_params(entry.get("params", [])),
-        )
+        return stages[name]
+
+    @classmethod
+    def read_all(cls, root: Path) -> dict[str, "StageSpec"]:
+        """By name, in the order of dvc.yaml."""
+        return {
+            name: cls(
+                name=name,
+                cmd=entry["cmd"],
+                deps=tuple(entry.get("deps", [])),
+                outs=tuple(_declared_outs(entry)),
+                params=_declared_params(entry.get("params", [])),
+            )
+            for name, entry in read_yaml(root / "dvc.yaml")["stages"].items()
+        }
 
     def values(self, root: Path) -> dict[str, dict[str, Any]]:
         """{params file: declared values, nested} as they stand now."""

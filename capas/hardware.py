@@ -12,6 +12,7 @@ import sys
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from capas.cores import at_most
 from capas.errors import CapasError
 from capas.params import Params
 
@@ -54,7 +55,7 @@ def prepare(hardware: Params) -> "torch.device":
             f"(torch {torch.__version__}, built for CUDA {torch.version.cuda}). "
             "Choose hardware=cpu, or install a CUDA build of torch and check `nvidia-smi`."
         )
-    torch.set_num_threads(hardware.num_threads)
+    torch.set_num_threads(at_most(hardware.num_threads))
     torch.use_deterministic_algorithms(hardware.cudnn_deterministic)
     # A debugging aid that writes every buffer twice.
     torch.utils.deterministic.fill_uninitialized_memory = False  # type: ignore[attr-defined]
@@ -67,7 +68,7 @@ def prepare(hardware: Params) -> "torch.device":
 
 def environment(hardware: Params) -> dict[str, str]:
     """The variables that libraries read when they are loaded."""
-    threads = str(hardware.num_threads)
+    threads = str(at_most(hardware.num_threads))
     variables = {
         "OMP_NUM_THREADS": threads,
         "MKL_NUM_THREADS": threads,
@@ -85,13 +86,12 @@ def environment(hardware: Params) -> dict[str, str]:
 
 
 def facts(device: "torch.device") -> dict[str, object]:
-    """What computes, as torch reports it; no machine's name, so that equal machines give equal bytes."""
+    """What computes, as torch reports it; nothing that may differ between machines that give equal bytes."""
     import torch
 
     found: dict[str, object] = {
         "device": device.type,
         "cpu_capability": torch.backends.cpu.get_cpu_capability(),
-        "num_threads": torch.get_num_threads(),
         "deterministic_algorithms": torch.are_deterministic_algorithms_enabled(),
     }
     if device.type == "cuda":

@@ -136,7 +136,17 @@ def run(
         sys.stdout.write(f"{sys.modules['__main__'].__doc__}\n{run.__doc__}\n")
         return
     with told(name):
+        if {"-m", "--multirun"} & set(overrides):
+            raise CapasError(_sweep_instead(overrides))
         _run(name, main, overrides)
+
+
+def _sweep_instead(overrides: list[str]) -> str:
+    given = " ".join(word for word in overrides if not word.startswith("-"))
+    return (
+        "a stage is run once. A sweep runs the pipeline for each point: "
+        f"python stages/sweep.py -m {given or 'trainer.learning_rate=1e-3,4e-3'}"
+    )
 
 
 def _run(name: str, main: Callable[[Params, Stage], None], overrides: list[str]) -> None:

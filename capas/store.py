@@ -18,6 +18,7 @@ from urllib.parse import urlsplit
 from capas.errors import CapasError
 
 TRAIN_KEY = "train_key"
+HOME = "CAPAS_HOME"  # set by a sweep; DVC sets DVC_ROOT where it works elsewhere itself
 _SETTINGS = {  # only where the user has not set them
     "MLFLOW_DISABLE_TELEMETRY": "true",
     "MLFLOW_HTTP_REQUEST_MAX_RETRIES": "1",  # the default, 7, tries for minutes
@@ -38,8 +39,8 @@ class Point(NamedTuple):
 
 
 def home(root: Path) -> Path:
-    """The user's repository: DVC runs queued experiments in a folder of their own and names it here."""
-    return Path(os.environ.get("DVC_ROOT") or root).resolve()
+    """The user's repository: queued experiments, and points of a sweep, run in folders of their own."""
+    return Path(os.environ.get(HOME) or os.environ.get("DVC_ROOT") or root).resolve()
 
 
 def tracking_uri(root: Path) -> str:

@@ -6,6 +6,7 @@ import torch
 import transformers
 
 from capas import hardware
+from capas.cores import at_most
 from capas.errors import CapasError
 from capas.model import quantization_method, quantized_linears
 from capas.params import Params
@@ -52,6 +53,11 @@ def describe(trainer: transformers.Trainer) -> dict[str, Any]:
     }
 
 
+def check_trainer(trainer: transformers.Trainer, params: Params) -> None:
+    """As `check`; the number of threads is compared, too, and not recorded: no byte depends on it."""
+    check({**describe(trainer), "num_threads": torch.get_num_threads()}, params)
+
+
 def check(used: dict[str, Any], params: Params) -> None:
     """Compare with what was asked for.
 
@@ -62,7 +68,7 @@ def check(used: dict[str, Any], params: Params) -> None:
     mixed = [name for name in ("bf16", "fp16") if settings[name]]
     asked = {
         "device": machine.device,
-        "num_threads": machine.num_threads,
+        "num_threads": at_most(machine.num_threads),
         "deterministic_algorithms": machine.cudnn_deterministic or settings.full_determinism,
         "attn_implementation": params.model.attn_implementation,
         "optimizer": _OPTIMIZERS[settings.optim],

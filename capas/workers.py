@@ -13,6 +13,7 @@ from concurrent.futures import Executor, Future, ProcessPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
 from typing import TypeVar
 
+from capas.cores import usable_cores
 from capas.errors import CapasError
 
 MAX_WORKERS = 8  # the process that reads and writes keeps no more of them busy
@@ -32,7 +33,7 @@ def in_order(
     Raises:
         CapasError: a process was killed.
     """
-    number = min(_usable_cores(), MAX_WORKERS) if num_workers is None else num_workers
+    number = min(usable_cores(), MAX_WORKERS) if num_workers is None else num_workers
     chunks = iter(chunks)
     yield from map(work, itertools.islice(chunks, None if number < 2 else CHUNKS_ALONE))
     if following := list(itertools.islice(chunks, 1)):
@@ -92,9 +93,3 @@ def _end_with(parent: int) -> None:
     while os.getppid() == parent:
         time.sleep(_SECONDS_BETWEEN_LOOKS)
     os._exit(1)
-
-
-def _usable_cores() -> int:
-    if hasattr(os, "sched_getaffinity"):
-        return len(os.sched_getaffinity(0))
-    return os.cpu_count() or 1  # macOS

@@ -31,7 +31,7 @@ LANGUAGES = {"en": "reports/index.html", "es": "reports/index.es.html"}
 
 def main(params: Params, stage: Stage) -> None:
     facts = gather(params, stage)
-    specs = {name: StageSpec.read(name, stage.root) for name in facts["stages"]}
+    specs = StageSpec.read_all(stage.root)
     style = stage.dep("capas/page/style.css").read_text(encoding="utf-8")
     stage.dep("capas/page/report.html.jinja")
     for code, page in LANGUAGES.items():

@@ -61,7 +61,7 @@ def main(params: Params, stage: Stage) -> None:
         preprocess_logits_for_metrics=training.score_batch,
         compute_metrics=training.summarize,
     )
-    trainer.check_at_start(lambda: usage.check(usage.describe(trainer), params))
+    trainer.check_at_start(lambda: usage.check_trainer(trainer, params))
     with live.tracker(stage.root, stage.key(), enabled=not stage.debug) as rows:
         trainer.add_callback(training.LiveRows(rows.append))
         trainer.train(resume_from_checkpoint=str(checkpoint) if checkpoint else None)

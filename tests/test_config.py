@@ -16,7 +16,9 @@ from capas.params import flatten
 
 CONF = REPOSITORY / "conf"
 OPTIONS = sorted(
-    (file.parent.name, file.stem) for file in CONF.glob("*/*.yaml") if not file.name.startswith("_")
+    (file.parent.name, file.stem)
+    for file in CONF.glob("*/*.yaml")
+    if not file.name.startswith("_") and file.parent.name != "sweep"  # of stages/sweep.py alone
 )
 
 

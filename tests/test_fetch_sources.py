@@ -111,14 +111,14 @@ def test_the_number_of_processes_changes_no_byte(
     monkeypatch.setattr("capas.dataset.pool.ROWS_PER_CHUNK", 1)
     made = []
     for cores in (1, 2):
-        monkeypatch.setattr("capas.workers._usable_cores", lambda cores=cores: cores)
+        monkeypatch.setattr("capas.workers.usable_cores", lambda cores=cores: cores)
         budget = "dataset.flaw_budget_fraction=0.2"
         facts = fetch(side, *csv, mapped, *drop, budget, files="data/own/*.csv")
         made.append(side.files())
     assert made[0] == made[1]
     assert facts["dropped"]["empty_answer"]["count"] == 6
     assert [e["at"] for e in facts["dropped"]["malformed"]["examples"]] == ["line 27"]
-    monkeypatch.setattr("capas.workers._usable_cores", lambda: 2)
+    monkeypatch.setattr("capas.workers.usable_cores", lambda: 2)
     with pytest.raises(CapasError, match=r"a\.csv, line 2: respuesta is '': an empty answer"):
         fetch(side, *csv, mapped, files="data/own/*.csv")
 
@@ -132,7 +132,7 @@ def test_a_record_nested_without_end_is_refused(
         deep = [deep]
     side.own("mine.jsonl", *(asked(n) for n in range(50)), asked("deep", metadata={"deep": deep}))
     monkeypatch.setattr("capas.dataset.pool.ROWS_PER_CHUNK", 1)
-    monkeypatch.setattr("capas.workers._usable_cores", lambda: cores)
+    monkeypatch.setattr("capas.workers.usable_cores", lambda: cores)
     message = r"line 51: record is .*: JSON of more than 100 levels is no conversation"
     with pytest.raises(CapasError, match=message):
         fetch(side)

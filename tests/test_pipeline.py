@@ -139,6 +139,4 @@ def test_threads_do_not_change_a_byte(workspace: Workspace, num_threads: int) ->
     found = workspace.outputs()
     assert {p for p in found if found[p] != expected[p]} - {"reports/.published"} <= shown
     after = json.loads(workspace.read("reports/train.json"))
-    assert after["used"].pop("num_threads") == num_threads
-    assert before["used"].pop("num_threads") == 2
     assert {**after, "train_key": None} == {**before, "train_key": None}

@@ -1,0 +1,231 @@
+"""A sweep from its command to its ranking."""
+
+import contextlib
+import io
+import logging
+import math
+import os
+import shlex
+import shutil
+import sys
+from collections import Counter
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+from rich.table import Table
+
+from capas.composition import CONF, hydra_errors
+from capas.errors import CapasError
+from capas.locks import BusyError, exclusive
+from capas.sweep import parent
+from capas.sweep.plan import DRIVER, FOLDER, VARIABLE, Plan, cache_of
+from capas.sweep.ranking import Row, rank
+from capas.sweep.screen import Screen, print_ranking, stdout, verdict
+from capas.sweep.state import FAILED, read_states
+from capas.worktree import git
+
+log = logging.getLogger("capas")
+NAME = "sweep"  # conf/sweep.yaml
+
+
+def run(home: Path, words: list[str], multirun: bool) -> int:
+    """The exit code: 1 where a point failed."""
+    what = [word for word in words if not word.startswith(("hydra.launcher", "hydra/launcher"))]
+    plan = Plan.make(home, what)
+    try:
+        with exclusive(plan.base / "locks" / f"sweep-{plan.key}", seconds=0) as lock:
+            lock.write(str(os.getpid()))
+            lock.flush()
+            return _run(plan, words, multirun)
+    except BusyError as busy:
+        raise CapasError(
+            f"this sweep is running already (pid {busy.text}); wait for it, or stop it"
+        ) from None
+
+
+def _run(plan: Plan, words: list[str], multirun: bool) -> int:
+    plan.write()
+    for file in (plan.folder / "points").iterdir():
+        file.unlink()  # of the last time; what was finished is an experiment
+    settings, tracking, expected = prepare(plan, words, multirun)
+    screen = Screen(plan.folder / "points", settings, expected)
+    with parent.tracked(plan, tracking):
+        with screen.shown():
+            said = launch(plan, words, multirun)
+        states = read_states(plan.folder / "points")
+        failed = [state for state in states if state.status == FAILED]
+        rows = rank(states, settings)
+        parent.finish(plan, summary(rows, settings, bool(failed)))
+    if said and not failed:
+        screen.console.print(said, markup=False)
+    if rows:
+        print_ranking(rows, settings, stdout())
+    if failed:
+        screen.console.print(
+            f"\n{len(failed)} of {len(states)} points failed, see above and {plan.folder / 'logs'}. "
+            "The same command runs these again, and nothing else.",
+            markup=False,
+        )
+    return 1 if failed or not rows else 0
+
+
+def summary(rows: list[Row], settings: dict[str, Any], failed: bool) -> dict[str, Any]:
+    """For the parent run in MLflow."""
+    if not rows:
+        return {"status": "FAILED"}
+    objective = settings["objective"]
+    lines = [f"| {row.rank} | {row.mean:.6g} | {row.name} |" for row in rows]
+    table = "\n".join([f"| | {objective} | experiment |", "|---|---|---|", *lines])
+    return {
+        "status": "FAILED" if failed else "FINISHED",
+        "metrics": {f"best/{objective}": rows[0].mean},
+        "tags": {
+            "best.experiment": rows[0].name,
+            "mlflow.note.content": f"{table}\n\n{verdict(rows, settings)}",
+        },
+    }
+
+
+def prepare(
+    plan: Plan, words: list[str], multirun: bool
+) -> tuple[dict[str, Any], dict[str, Any], int]:
+    """The groups sweep and tracking, and how many points there will be.
+
+    Raises:
+        CapasError: Hydra cannot compose it.
+    """
+    from hydra import compose, initialize_config_dir
+    from hydra.core.global_hydra import GlobalHydra
+    from hydra.core.override_parser.overrides_parser import OverridesParser
+    from omegaconf import OmegaConf
+
+    conf = str(plan.folder / CONF)
+    with initialize_config_dir(conf, version_base="1.3"), hydra_errors():
+        parser = OverridesParser.create(GlobalHydra.instance().config_loader())
+        given = parser.parse_overrides(words)
+        fixed = [word.input_line or "" for word in given if not word.is_sweep_override()]
+        config = compose(NAME, overrides=fixed, return_hydra_config=True)
+        settings = OmegaConf.to_container(config.sweep, resolve=True)
+        tracking = OmegaConf.to_container(config.tracking, resolve=True)
+        sweeper = OmegaConf.to_container(config.hydra.sweeper, resolve=False)
+        assert (
+            isinstance(settings, dict) and isinstance(tracking, dict) and isinstance(sweeper, dict)
+        )
+        params = [f"{key}={value}" for key, value in (sweeper.get("params") or {}).items()]
+        by_key = {word.key_or_group: word for word in parser.parse_overrides(params) + given}
+        swept = [word for word in by_key.values() if word.is_sweep_override()]
+        if not multirun:
+            return settings, tracking, 1
+        if "n_trials" in sweeper:
+            return settings, tracking, sweeper["n_trials"]
+        return (
+            settings,
+            tracking,
+            math.prod(len(list(word.sweep_string_iterator())) for word in swept),
+        )
+
+
+def launch(plan: Plan, words: list[str], multirun: bool) -> str:
+    """Hydra runs the points; what it said, which is of use only where no point tells it better.
+
+    Raises:
+        CapasError: it could not start, say because an override is not valid.
+    """
+    import hydra
+
+    from capas.sweep.point import point
+
+    os.environ |= {VARIABLE: str(plan.folder), DRIVER: str(os.getpid())}
+    sys.argv = [sys.argv[0], *(["-m"] if multirun else []), *words]
+    said = io.StringIO()
+    try:
+        with contextlib.redirect_stderr(said):
+            hydra.main(version_base="1.3", config_path=str(plan.folder / CONF), config_name=NAME)(
+                point
+            )()
+    except SystemExit:  # at the first failed point, after the others
+        if not any(s.status == FAILED for s in read_states(plan.folder / "points")):
+            raise CapasError(said.getvalue().strip()) from None
+    return said.getvalue().strip()
+
+
+def show(home: Path) -> None:
+    """Sweeps, their points, what they take on disk."""
+    console, table = stdout(), Table(box=None)
+    for heading in ("sweep", "points", "workspaces", "command"):
+        table.add_column(heading, overflow="fold")
+    plans = list(_plans(home))
+    for plan in plans:
+        states = read_states(plan.folder / "points")
+        counts = Counter(state.status for state in states)
+        points = ", ".join(f"{n} {status}" for status, n in sorted(counts.items())) or "none"
+        left = [plan.base / "work" / state.name for state in states]
+        size = sum(_own_bytes(work) for work in left)
+        table.add_row(plan.key, points, _size(size), f"stages/sweep.py -m {shlex.join(plan.words)}")
+    if plans:
+        console.print(table)
+    experiments = git(home, "for-each-ref", "--format=%(refname)", "refs/exps/*/*/*").split()
+    sizes = {
+        "sweeps, less what is linked": (home / FOLDER, _own_bytes(home / FOLDER)),
+        "DVC's cache": (cache_of(home), _bytes(cache_of(home))),
+    }
+    console.print(f"experiments of DVC: {len(experiments)} (dvc exp show)", markup=False)
+    for name, (folder, size) in sizes.items():
+        console.print(f"{name}: {_size(size)} in {folder}", markup=False)
+    console.print(
+        "Workspaces and logs: --clean. Experiments: dvc exp remove NAME. What no experiment and no commit "
+        "needs any more: dvc gc --workspace --all-commits --all-experiments",
+        markup=False,
+    )
+
+
+def clean(home: Path) -> None:
+    """Remove workspaces, logs and copies of inputs of sweeps that do not run."""
+    freed, running = 0, 0
+    for plan in list(_plans(home)):
+        try:
+            with exclusive(plan.base / "locks" / f"sweep-{plan.key}", seconds=0):
+                for state in read_states(plan.folder / "points"):
+                    freed += _remove_work(plan.base, state.name)
+                freed += _own_bytes(plan.folder)
+                shutil.rmtree(plan.folder)
+        except BusyError:
+            running += 1
+    if not running:
+        for folder in (home / FOLDER).glob("*"):
+            freed += _own_bytes(folder)
+            shutil.rmtree(folder)
+    log.info("%s freed; the experiments are still there: dvc exp show", _size(freed))
+    if running:
+        log.info("%d sweeps are running; theirs was left alone", running)
+
+
+def _plans(home: Path) -> Iterator[Plan]:
+    for file in sorted((home / FOLDER / "plans").glob("*/plan.json")):
+        yield Plan.read(file.parent)
+
+
+def _remove_work(base: Path, name: str) -> int:
+    work = base / "work" / name
+    size = _own_bytes(work)
+    shutil.rmtree(work, ignore_errors=True)
+    return size
+
+
+def _own_bytes(folder: Path) -> int:
+    """On disk, less what is a link to a file that stands elsewhere, too."""
+    return sum(file.st_blocks * 512 for file in _files(folder) if file.st_nlink == 1)
+
+
+def _bytes(folder: Path) -> int:
+    return sum({file.st_ino: file.st_blocks * 512 for file in _files(folder)}.values())
+
+
+def _files(folder: Path) -> Iterator[os.stat_result]:
+    for place, _, names in os.walk(folder):
+        yield from ((Path(place) / name).lstat() for name in names)
+
+
+def _size(num_bytes: int) -> str:
+    return f"{num_bytes / 1e6:,.1f} MB"

@@ -1,0 +1,38 @@
+"""Runs a command that ends with whoever started it: `python -m capas.sweep.guard COMMAND ...`.
+
+Standard input is a pipe that is never written to. It closes when the starter is gone, even by SIGKILL;
+then the command and all that it started get SIGINT, and after a while SIGKILL.
+"""
+
+import os
+import signal
+import subprocess
+import sys
+import threading
+
+_SECONDS_TO_END = 10.0
+
+
+def run(command: list[str], stdin: int) -> int:
+    """The command's exit code."""
+    child = subprocess.Popen(command, stdin=subprocess.DEVNULL, start_new_session=True)
+    threading.Thread(target=_end_with_starter, args=(child, stdin), daemon=True).start()
+    return child.wait()
+
+
+def _end_with_starter(child: "subprocess.Popen[bytes]", stdin: int) -> None:
+    while os.read(stdin, 1):
+        pass
+    for number in (signal.SIGINT, signal.SIGKILL):
+        try:
+            os.killpg(child.pid, number)
+            child.wait(timeout=_SECONDS_TO_END)
+        except subprocess.TimeoutExpired:
+            continue
+        except ProcessLookupError:
+            return
+
+
+if __name__ == "__main__":
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # the starter decides
+    sys.exit(run(sys.argv[1:], sys.stdin.fileno()))

@@ -1,0 +1,177 @@
+"""The sweep's own run in MLflow: the trainings of its points become its children.
+
+    python -m capas.sweep.parent FOLDER
+
+Starting MLflow takes seconds, so a process of its own does it beside the points; its standard input closes
+when the sweep ends, whatever the reason. A store that cannot be reached costs a warning.
+"""
+
+import json
+import logging
+import os
+import select
+import subprocess
+import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+from capas.errors import CapasError
+from capas.store import Store, locked, reachable, tracking_uri
+from capas.sweep.plan import Plan
+from capas.sweep.state import CACHED, State, read_states, write_whole
+
+log = logging.getLogger("capas")
+KEY = "sweep_key"
+SETTINGS, RESULT, TRACKED = "tracking.json", "result.json", "tracked.json"
+_PARENT = "mlflow.parentRunId"
+_SECONDS_BETWEEN_LOOKS, _SECONDS_TO_END = 1.0, 120.0
+
+
+@contextmanager
+def tracked(plan: Plan, tracking: dict[str, Any]) -> Iterator[None]:
+    """The process, for as long as the block lasts; what it said is a warning at the end."""
+    (plan.folder / SETTINGS).write_text(json.dumps(tracking), encoding="utf-8")
+    (plan.folder / RESULT).unlink(missing_ok=True)
+    if not tracking["enabled"]:
+        yield
+        return
+    said = plan.folder / "logs/mlflow.log"
+    command = [sys.executable, "-m", __name__, str(plan.folder)]
+    with said.open("w", encoding="utf-8") as out:
+        child = subprocess.Popen(
+            command, stdin=subprocess.PIPE, stdout=out, stderr=out, start_new_session=True
+        )
+        assert child.stdin is not None
+        try:
+            yield
+        finally:
+            child.stdin.close()
+            try:
+                child.wait(_SECONDS_TO_END)
+            except subprocess.TimeoutExpired:
+                log.warning("MLflow is slow; its process goes on by itself: %s", said)
+    if child.returncode:
+        log.warning("the sweep is not in MLflow: %s", said.read_text(encoding="utf-8").strip())
+
+
+def finish(plan: Plan, result: dict[str, Any]) -> None:
+    """Inside `tracked`: what the parent run will say. Without it the sweep counts as killed."""
+    write_whole(plan.folder / RESULT, json.dumps(result, indent=2) + "\n")
+
+
+class Parent:
+    """The run, opened when there is something to tell."""
+
+    def __init__(self, plan: Plan) -> None:
+        self.plan, self.adopted = plan, dict[str, str]()
+        self._store: Store | None = None
+        self._run_id = ""
+
+    def look(self, states: list[State]) -> None:
+        """Adopt the trainings that MLflow knows by now."""
+        waiting = {s.train_key for s in states if s.train_key} - self.adopted.keys()
+        if not waiting and self._store is not None:
+            return
+        store = self._opened()
+        for train_key in sorted(waiting):
+            if (found := store.find(train_key)) is None:
+                continue
+            tags = {
+                _PARENT: self._run_id,
+                f"sweep.{self.plan.key}": " ".join(self.plan.words)[:500],
+            }
+            for name, value in tags.items():
+                if found.data.tags.get(name) != value:
+                    store.client.set_tag(found.info.run_id, name, value)
+            self.adopted[train_key] = found.info.run_id
+
+    def end(self, result: dict[str, Any] | None) -> None:
+        """Say how it went; None: somebody stopped it."""
+        store = self._opened()
+        for name, value in (result or {}).get("metrics", {}).items():
+            store.client.log_metric(self._run_id, name, value)
+        for name, value in (result or {}).get("tags", {}).items():
+            store.client.set_tag(self._run_id, name, value)
+        status = "KILLED" if result is None else result["status"]
+        store.client.set_terminated(self._run_id, status)
+
+    def _opened(self) -> Store:
+        if self._store is None:
+            settings = json.loads((self.plan.folder / SETTINGS).read_text(encoding="utf-8"))
+            store = Store.open(self.plan.home, settings["experiment_name"])
+            with locked(self.plan.home, f"sweep-{self.plan.key}", seconds=60):
+                self._run_id = _find_or_create(store, self.plan)
+            store.client.update_run(self._run_id, status="RUNNING")
+            self._store = store
+        return self._store
+
+
+def _find_or_create(store: Store, plan: Plan) -> str:
+    query = f"tags.{KEY} = '{plan.key}'"
+    if found := store.client.search_runs([store.experiment_id], query, max_results=1):
+        return str(found[0].info.run_id)
+    words = " ".join(plan.words)
+    tags = {
+        KEY: plan.key,
+        "mlflow.source.name": "stages/sweep.py",
+        "mlflow.source.git.commit": plan.commit,
+        "sweep.overrides": words[:500],
+    }
+    name = f"sweep {words}"[:100]
+    return str(store.client.create_run(store.experiment_id, run_name=name, tags=tags).info.run_id)
+
+
+def follow(plan: Plan, stdin: int) -> None:
+    """Until the sweep ends. Where every point was there already and is tracked, MLflow is not even asked.
+
+    Raises:
+        CapasError: the store cannot be reached at the end.
+    """
+    parent, closed = Parent(plan), False
+    while not closed:
+        ready, _, _ = select.select([stdin], [], [], _SECONDS_BETWEEN_LOOKS)
+        closed = bool(ready) and os.read(stdin, 1) == b""
+        states = read_states(plan.folder / "points")
+        if not closed and any(state.status != CACHED for state in states):
+            _try_to_look(parent, states)
+    file = plan.folder / RESULT
+    result = json.loads(file.read_text(encoding="utf-8")) if file.exists() else None
+    mark = plan.folder / TRACKED
+    facts = {
+        "store": _identity(plan),
+        "result": result,
+        "keys": sorted(s.train_key for s in states),
+    }
+    if result and mark.exists() and json.loads(mark.read_text(encoding="utf-8")) == facts:
+        return
+    with reachable(tracking_uri(plan.home)):
+        parent.look(states)
+        parent.end(result)
+    if result and all(state.train_key in parent.adopted for state in states):
+        mark.write_text(json.dumps(facts) + "\n", encoding="utf-8")
+
+
+def _try_to_look(parent: Parent, states: list[State]) -> None:
+    """A store that is away now may be back at the end."""
+    try:
+        with reachable(tracking_uri(parent.plan.home)):
+            parent.look(states)
+    except CapasError as error:
+        log.warning("%s", error)
+
+
+def _identity(plan: Plan) -> str:
+    """Of the store: a database that was deleted and made anew is another one."""
+    uri = tracking_uri(plan.home)
+    file = Path(uri.removeprefix("sqlite:///"))
+    return f"{uri} {file.stat().st_ino}" if uri.startswith("sqlite:") and file.exists() else uri
+
+
+if __name__ == "__main__":
+    logging.basicConfig(format="%(message)s", stream=sys.stderr)
+    try:
+        follow(Plan.read(Path(sys.argv[1])), sys.stdin.fileno())
+    except CapasError as error:
+        sys.exit(str(error))

@@ -1,0 +1,159 @@
+"""What all points of a sweep have in common, fixed when it starts and read by every worker.
+
+.dvc/tmp/sweep/
+    plans/KEY/       one sweep: plan.json, conf/ as it stood, points/NAME.json, logs/NAME.log
+    work/NAME/       the workspace of a point, while it runs or after it failed
+    locks/, done/    who runs a stage, and which stages the cache holds
+"""
+
+import hashlib
+import json
+import os
+import shutil
+from collections.abc import Iterator
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+from capas.composition import CONF
+from capas.dag import StageSpec
+from capas.errors import CapasError
+from capas.worktree import Snapshot, git, snapshot
+
+FOLDER = Path(".dvc/tmp/sweep")
+VARIABLE, DRIVER = (
+    "CAPAS_SWEEP",
+    "CAPAS_SWEEP_DRIVER",
+)  # the plan's folder; the process that started it
+_REVISIONS = "conf/revisions.yaml"
+
+
+@dataclass(frozen=True)
+class Plan:
+    """`inputs` identifies all files that decide a result; `ignored` are those that git does not have."""
+
+    home: Path
+    key: str
+    words: tuple[str, ...]  # what the user gave: `lora.r=8,16`
+    commit: str
+    tree: str
+    inputs: str
+    ignored: tuple[str, ...]
+    cache: Path
+
+    @property
+    def base(self) -> Path:
+        return self.home / FOLDER
+
+    @property
+    def folder(self) -> Path:
+        return self.base / "plans" / self.key
+
+    @property
+    def taken(self) -> Snapshot:
+        return Snapshot(self.commit, self.tree)
+
+    @classmethod
+    def make(cls, home: Path, words: list[str]) -> "Plan":
+        """The workspace as it is now, uncommitted edits and untracked files with it.
+
+        Raises:
+            CapasError: `home` is not the top folder of a repository with DVC.
+        """
+        if not (home / "dvc.yaml").exists() or not (home / ".dvc").is_dir():
+            raise CapasError(f"{home} has no dvc.yaml; start it in the repository's top folder")
+        taken = snapshot(home)
+        ignored = tuple(_ignored(home, taken))
+        inputs = digest(_files(home, taken), {name: _content(home / name) for name in ignored})
+        return cls(
+            home=home,
+            key=digest(sorted(words), taken, inputs),
+            words=tuple(words),
+            commit=taken.commit,
+            tree=taken.tree,
+            inputs=inputs,
+            ignored=ignored,
+            cache=cache_of(home),
+        )
+
+    def write(self) -> None:
+        """Lay the folder out: conf/ and the ignored inputs are copied, so that later edits reach no point."""
+        for name in ("points", "logs"):
+            (self.folder / name).mkdir(parents=True, exist_ok=True)
+        conf = self.folder / CONF
+        if not conf.exists():
+            partial = self.folder / f".{CONF}.partial"
+            shutil.rmtree(partial, ignore_errors=True)
+            shutil.copytree(self.home / CONF, partial, ignore=shutil.ignore_patterns("*.partial"))
+            partial.rename(conf)
+        for name in self.ignored:
+            copy = self.folder / "inputs" / name
+            if not copy.exists():
+                copy.parent.mkdir(parents=True, exist_ok=True)
+                shutil.copy2(self.home / name, copy)
+        facts = {**asdict(self), "home": str(self.home), "cache": str(self.cache)}
+        (self.folder / "plan.json").write_text(json.dumps(facts, indent=2) + "\n", encoding="utf-8")
+
+    @classmethod
+    def read(cls, folder: Path) -> "Plan":
+        facts = json.loads((folder / "plan.json").read_text(encoding="utf-8"))
+        lists = {name: tuple(facts[name]) for name in ("words", "ignored")}
+        paths = {name: Path(facts[name]) for name in ("home", "cache")}
+        return cls(**{**facts, **lists, **paths})
+
+    @classmethod
+    def current(cls) -> "Plan":
+        """That of the sweep which started this process, whatever the launcher."""
+        return cls.read(Path(os.environ[VARIABLE]))
+
+
+def digest(*parts: Any) -> str:
+    return hashlib.sha256(json.dumps(parts, sort_keys=True).encode()).hexdigest()[:10]
+
+
+def _external(root: Path) -> Iterator[str]:
+    """What stages read that no stage makes."""
+    stages = StageSpec.read_all(root).values()
+    made = {out for stage in stages for out in stage.outs}
+    yield from sorted({dep for stage in stages for dep in stage.deps} - made)
+
+
+def _files(home: Path, taken: Snapshot) -> list[str]:
+    """mode, id and path of each file in git that decides a result.
+
+    Of conf/ those that values only name (a template) and the pins: the values are told apart by themselves.
+    """
+    listed = git(home, "ls-tree", "-r", taken.tree, "--", "dvc.yaml", *_external(home)).splitlines()
+    inside = f"{CONF}/"
+    return [
+        line
+        for line in listed
+        if not (path := line.partition("\t")[2]).startswith(inside)
+        or not path.endswith(".yaml")
+        or path == _REVISIONS
+    ]
+
+
+def _ignored(home: Path, taken: Snapshot) -> Iterator[str]:
+    """Files that stages read and git ignores: data/own."""
+    have = set(git(home, "ls-tree", "-r", "-z", "--name-only", taken.tree).split("\0"))
+    for name in _external(home):
+        path = home / name
+        files = sorted(path.rglob("*")) if path.is_dir() else [path]
+        for file in files:
+            relative = file.relative_to(home).as_posix()
+            if file.is_file() and relative not in have and name != str(CONF):
+                yield relative
+
+
+def _content(file: Path) -> str:
+    with file.open("rb") as stream:
+        return hashlib.file_digest(stream, "sha256").hexdigest()
+
+
+def cache_of(home: Path) -> Path:
+    """Where DVC keeps its cache, which any of its configuration files may say."""
+    from dvc.config import Config
+
+    folder = Config(str(home / ".dvc"))["cache"].get("dir")
+    return Path(folder) if folder else home / ".dvc/cache"

@@ -1,0 +1,209 @@
+"""One point: a DVC experiment in a workspace of its own. Hydra's launchers call `point`."""
+
+import json
+import math
+import os
+import re
+import shutil
+import sys
+from pathlib import Path
+from typing import Any
+
+from hydra.core.hydra_config import HydraConfig
+from hydra.errors import HydraException
+from omegaconf import OmegaConf
+
+from capas.composition import to_values
+from capas.config import validate
+from capas.dag import parse_yaml, recorded_key
+from capas.errors import CapasError
+from capas.locks import BusyError, exclusive
+from capas.sweep.plan import DRIVER, Plan, digest
+from capas.sweep.process import end_with, follow
+from capas.sweep.shared import SharedStages
+from capas.sweep.slots import place
+from capas.sweep.state import CACHED, DONE, FAILED, RUNNING, WAITING, State
+from capas.sweep.workspace import environment, lay_out
+from capas.worktree import git
+
+_STAGE = re.compile(r"^(?:Running stage|Stage) '(?P<name>\w+)'")
+_NOT_IN_A_NAME = re.compile(r"[^A-Za-z0-9.=_-]+")
+_MAX_NAME = 60
+
+
+class PointFailed(HydraException):
+    """The point's own message; the other points go on."""
+
+
+def point(config: Any) -> float:
+    """The objective's value. Everything else about it is in its state file.
+
+    Raises:
+        PointFailed: the pipeline failed, or the values are not valid.
+    """
+    plan = Plan.current()
+    end_with(int(os.environ[DRIVER]))
+    overrides = [word for word in HydraConfig.get().overrides.task if not is_of_sweep(word)]
+    settings = OmegaConf.to_container(config.sweep, resolve=True)
+    tree = OmegaConf.to_container(config, resolve=False)
+    values = to_values(OmegaConf.create({k: v for k, v in tree.items() if k != "sweep"}))
+    launcher = OmegaConf.to_container(HydraConfig.get().launcher, resolve=False)
+    this = Point(plan, overrides, values, settings, num_workers(launcher))
+    try:
+        return this.result()
+    except CapasError as error:
+        this.say(status=FAILED, reason=str(error), line="")
+        raise PointFailed(f"{this.name}: {error}") from None
+
+
+def is_of_sweep(override: str) -> bool:
+    """Whether it sets how the sweep goes about it (`sweep=optuna`) and not what a point is."""
+    return re.match(r"[+~]*sweep[.=@]", override) is not None
+
+
+def num_workers(launcher: dict[str, Any]) -> int:
+    """How many points run at once on a machine, as far as the launcher says so."""
+    from capas.cores import usable_cores
+
+    given = launcher.get("n_jobs")
+    if given is None:
+        return usable_cores() if "submitit" in launcher["_target_"] else 1
+    return usable_cores() if given < 1 else int(given)
+
+
+class Point:
+    """`values` are those of params.yaml; `settings` the sweep group."""
+
+    def __init__(
+        self,
+        plan: Plan,
+        overrides: list[str],
+        values: dict[str, Any],
+        settings: dict[str, Any],
+        workers: int,
+    ) -> None:
+        self.plan, self.overrides, self.values = plan, overrides, values
+        self.settings, self.workers = settings, workers
+        self.identity = digest(values, plan.inputs)
+        self.name = name_of(overrides, self.identity)
+        self.log = plan.folder / "logs" / f"{self.name}.log"
+        self.work = plan.base / "work" / self.name
+        self._state = State(self.identity, self.name, overrides)
+        self.say(status=WAITING)
+
+    def say(self, **changes: Any) -> None:
+        self._state.write(self.plan.folder / "points", **changes)
+
+    def result(self) -> float:
+        """Run it, unless it is an experiment already.
+
+        Raises:
+            CapasError: it failed.
+        """
+        validate(self.values)
+        try:
+            with exclusive(self.plan.base / "locks" / f"point-{self.identity}", seconds=0):
+                return self._result()
+        except BusyError:
+            self.say(stage="another sweep, which runs this point")
+        with exclusive(self.plan.base / "locks" / f"point-{self.identity}"):
+            return self._result()
+
+    def _result(self) -> float:
+        found = self._experiment()
+        status = CACHED if found else DONE
+        if not found:
+            self._run()
+            found = self._experiment()
+        if not found:
+            raise CapasError(f"DVC left no experiment {self.name}; its log: {self.log}")
+        value = self._read(found)
+        if status == DONE and not self.settings["keep"]:
+            shutil.rmtree(self.work, ignore_errors=True)
+        self.say(name=found.rpartition("/")[2], status=status, stage="", line="")
+        return value
+
+    def _experiment(self) -> str | None:
+        """The git reference of this point at this commit, under whatever name."""
+        commit = self.plan.commit
+        pattern = f"refs/exps/{commit[:2]}/{commit[2:]}/*-{self.identity}"
+        found = git(self.plan.home, "for-each-ref", "--format=%(refname)", pattern).split()
+        return found[0] if found else None
+
+    def _read(self, reference: str) -> float:
+        """Its metrics, from git alone."""
+        names = dict.fromkeys([self.settings["objective"], *self.settings["columns"]])
+        metrics = {name: metric(self.plan.home, reference, name) for name in names}
+        lock = parse_yaml(git(self.plan.home, "show", f"{reference}:dvc.lock"), "dvc.lock")
+        self.say(metrics=metrics, train_key=recorded_key(lock["stages"]["train"]))
+        value = metrics[self.settings["objective"]]
+        if value is None or not math.isfinite(value):
+            raise CapasError(
+                f"sweep.objective={self.settings['objective']} is {value} for this point; choose another, "
+                "or let evaluation.metrics compute it"
+            )
+        return value
+
+    def _run(self) -> None:
+        self.say(stage="a free place")
+        device = self.values["hardware"]["device"]
+        with place(self.plan.base / "locks", device, self.workers) as variables:
+            lay_out(self.plan, self.work, self.values)
+            stages = SharedStages(self.plan, self.values)
+            with stages.held(lambda stage: self.say(stage=f"{stage}, which another point runs")):
+                self._run_experiment(stages, variables)
+
+    def _run_experiment(self, stages: SharedStages, variables: dict[str, str]) -> None:
+        sets = [word for override in self.overrides for word in ("-S", override)]
+        command = [sys.executable, "-m", "dvc", "exp", "run", "-n", self.name, *sets]
+        env = {**environment(self.plan, self.work), **variables}
+        visited: list[str] = []
+        for line in follow(command, self.work, env, self.log, self._watch_training):
+            if match := _STAGE.match(line):
+                if visited:
+                    stages.finished(visited[-1], self.work)
+                visited.append(match["name"])
+                self.say(status=RUNNING, stage=visited[-1], line="")
+            elif line:
+                self.say(line=line[:200])
+        if visited:
+            stages.finished(visited[-1], self.work)
+        commit, name = self.plan.commit, self.name
+        reference = f"refs/exps/{commit[:2]}/{commit[2:]}/{name}"
+        quiet = ("--quiet", "--no-tags", "--no-write-fetch-head", "--no-auto-maintenance")
+        git(self.plan.home, "fetch", *quiet, str(self.work), f"+{reference}:{reference}")
+
+    def _watch_training(self) -> None:
+        """As soon as the training has a key its run in MLflow can be found."""
+        if not self._state.train_key:
+            live = next(iter((self.work / ".dvc/tmp/live").glob("*.jsonl")), None)
+            if live is not None:
+                self.say(train_key=live.stem)
+
+
+def name_of(overrides: list[str], identity: str) -> str:
+    """`learning_rate=1e-4-r=8-0123456789`: a name that DVC, git and a shell take as it is."""
+    words = [override.rpartition("=") for override in overrides]
+    parts = [f"{key.rpartition('.')[2].lstrip('+~')}={value}" for key, _, value in words]
+    plain = _NOT_IN_A_NAME.sub("-", "-".join(parts)).replace("..", ".")[:_MAX_NAME]
+    return "-".join(filter(None, [plain.strip("-."), identity]))
+
+
+def metric(home: Path, reference: str, name: str) -> float | None:
+    """FILE.KEY: the key KEY of reports/metrics/FILE.json in a commit.
+
+    Raises:
+        CapasError: there is no such file or key; with those that there are.
+    """
+    file, _, key = name.partition(".")
+    path = f"reports/metrics/{file}.json"
+    text = git(home, "show", f"{reference}:{path}", check=False)
+    if not text:
+        there = git(home, "ls-tree", "--name-only", reference, "reports/metrics/").split()
+        raise CapasError(
+            f"sweep: {name!r} names no metric: there is no {path}; there are {', '.join(there)}"
+        )
+    values = json.loads(text)
+    if key not in values:
+        raise CapasError(f"sweep: {name!r} names no metric: {path} has {', '.join(values)}")
+    return None if values[key] is None else float(values[key])

@@ -1,0 +1,151 @@
+"""What the user sees of a sweep: a live table in a terminal, lines elsewhere, and the ranking at the end."""
+
+import math
+import shlex
+import sys
+import threading
+from collections import Counter
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+from rich.console import Console
+from rich.live import Live
+from rich.table import Table
+from rich.text import Text
+
+from capas.sweep.ranking import Row
+from capas.sweep.state import CACHED, DONE, ENDED, FAILED, RUNNING, WAITING, State, read_states
+
+_SECONDS_BETWEEN_LOOKS = 0.5
+_ORDER = (FAILED, RUNNING, WAITING, DONE, CACHED)
+_STYLE = {FAILED: "red", RUNNING: "cyan", WAITING: "dim", DONE: "green", CACHED: "green"}
+_LINES_BESIDE_ROWS, _WIDE = 6, 160
+
+
+class Screen:
+    """Shows the states in `folder` until it is stopped; each point's end is told once."""
+
+    def __init__(self, folder: Path, settings: dict[str, Any], expected: int | None) -> None:
+        width = None if sys.stderr.isatty() else _WIDE
+        self.console = Console(file=sys.stderr, highlight=False, width=width)
+        self._folder, self._settings, self._expected = folder, settings, expected
+        self._told: dict[str, str] = {}
+        self._stop = threading.Event()
+
+    @contextmanager
+    def shown(self) -> Iterator[None]:
+        thread = threading.Thread(target=self._show, daemon=True)
+        thread.start()
+        try:
+            yield
+        finally:
+            self._stop.set()
+            thread.join()
+
+    def _show(self) -> None:
+        if not self.console.is_terminal:
+            while not self._stop.wait(_SECONDS_BETWEEN_LOOKS):
+                self._tell(read_states(self._folder))
+            self._tell(read_states(self._folder))
+            return
+        with Live(console=self.console, refresh_per_second=2, transient=True) as live:
+            stopped = False
+            while not stopped:
+                stopped = self._stop.wait(_SECONDS_BETWEEN_LOOKS)
+                states = read_states(self._folder)
+                self._tell(states)
+                live.update(self._table(states))
+
+    def _tell(self, states: list[State]) -> None:
+        for state in states:
+            if self._told.get(state.identity) == state.status:
+                continue
+            self._told[state.identity] = state.status
+            if state.status == FAILED:
+                self.console.print(Text(f"failed  {state.name}", style="bold red"))
+                self.console.print(Text(_indented(state.reason)))
+            elif state.status in ENDED:
+                value = number(state.metrics.get(self._settings["objective"]))
+                ended = sum(status in ENDED for status in self._told.values())
+                of = f"/{self._expected}" if self._expected else ""
+                how = "had it" if state.status == CACHED else f"{state.seconds:.0f} s"
+                self.console.print(
+                    Text(f"{ended}{of}  {state.name}  {value}  ({how})"), style="green"
+                )
+            elif state.status == RUNNING and not self.console.is_terminal:
+                self.console.print(Text(f"started {state.name}"))
+
+    def _table(self, states: list[State]) -> Table:
+        counts = Counter(state.status for state in states)
+        of = f" of {self._expected}" if self._expected else ""
+        ended = sum(counts[status] for status in ENDED)
+        said = ", ".join(f"{counts[status]} {status}" for status in _ORDER if counts[status])
+        table = Table(title=f"{ended}{of} points ended: {said}", title_justify="left", box=None)
+        objective = self._settings["objective"]
+        for heading in ("", "point", "does", objective):
+            table.add_column(heading, overflow="ellipsis", no_wrap=True)
+        room = max(4, self.console.height - _LINES_BESIDE_ROWS)
+        for state in sorted(states, key=lambda s: _ORDER.index(s.status))[:room]:
+            value = number(state.metrics.get(objective)) if state.status in ENDED else ""
+            doing = " ".join(filter(None, [state.stage, state.line]))
+            style = _STYLE[state.status]
+            words = Text(" ".join(state.overrides) or state.name)
+            table.add_row(Text(state.status, style=style), words, Text(doing, style="dim"), value)
+        return table
+
+
+def stdout() -> Console:
+    """Lines are not cut where they go into a file."""
+    return Console(highlight=False, width=None if sys.stdout.isatty() else _WIDE)
+
+
+def print_ranking(rows: Sequence[Row], settings: dict[str, Any], console: Console) -> None:
+    """A row for each combination of values, best first, and how to adopt the winner."""
+    table = Table(box=None, title_justify="left")
+    single = all(len(row.states) == 1 for row in rows)
+    table.add_column("", justify="right")
+    table.add_column(settings["objective"], justify="right")
+    if not single:
+        table.add_column("n", justify="right")
+    for name in settings["columns"]:
+        table.add_column(name, justify="right")
+    table.add_column("experiment", overflow="fold")
+    for row in rows:
+        shown = number(row.mean)
+        if row.margin is not None:
+            shown += f" ± {number(row.margin)}"
+        cells = [f"{'=' if row.tied else ''}{row.rank}", shown]
+        cells += [] if single else [str(len(row.states))]
+        cells += [number(row.column(name)) for name in settings["columns"]]
+        table.add_row(*cells, Text(row.name))
+    console.print(table)
+    console.print(Text(verdict(rows, settings)))
+    console.print(Text(f"\ndvc exp apply {shlex.quote(rows[0].name)}   # adopts it"))
+
+
+def verdict(rows: Sequence[Row], settings: dict[str, Any]) -> str:
+    """What the numbers say, and what they do not."""
+    tied = [row for row in rows if row.tied]
+    share = f"{settings['confidence_fraction']:.0%}"
+    if tied:
+        return f"{len(tied) + 1} rows are a tie (=1): the {share} interval of their difference holds zero."
+    if len(rows) > 1 and all(len(row.states) == 1 for row in rows):
+        repeats = settings["replicates"][0] if settings["replicates"] else "seed"
+        return f"One point each: add {repeats}=1,2,3 to see whether the first is better by more than chance."
+    if len(rows) > 1:
+        return (
+            f"The first is better than each other: no {share} interval of a difference holds zero."
+        )
+    return ""
+
+
+def number(value: float | None) -> str:
+    if value is None:
+        return "–"
+    return f"{value:.4g}" if math.isfinite(value) else str(value)
+
+
+def _indented(text: str) -> str:
+    return "\n".join(f"  {line}" for line in text.splitlines())

@@ -1,0 +1,93 @@
+"""A stage with the same inputs runs once, whatever the number of points and workers that need it.
+
+Each point locks the stages that the cache does not hold yet, in one order, so that no two wait for each
+other; it lets a stage go as soon as DVC has recorded it, and who waited finds it in the cache.
+"""
+
+import json
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack, contextmanager
+from pathlib import Path
+from typing import Any
+
+from capas.dag import StageSpec, recorded
+from capas.locks import BusyError, exclusive
+from capas.params import select
+from capas.sweep.plan import Plan, digest
+from capas.sweep.state import write_whole
+
+_OF_THE_WORKSPACE = ("compose", "publish")  # run in each of them
+
+
+def stage_keys(values: dict[str, Any], inputs: str, root: Path) -> dict[str, str]:
+    """Identity of each stage's inputs, known before anything runs: its params and those above it."""
+    specs = StageSpec.read_all(root)
+    makers = {out: name for name, spec in specs.items() for out in spec.outs}
+    keys: dict[str, str] = {}
+
+    def key(name: str) -> str:
+        if name not in keys:
+            spec = specs[name]
+            above = sorted({key(makers[dep]) for dep in spec.deps if dep in makers})
+            params = select(values, spec.params.get("params.yaml", []))
+            keys[name] = digest(inputs, spec.cmd, params, above)
+        return keys[name]
+
+    return {name: key(name) for name in specs if name not in _OF_THE_WORKSPACE}
+
+
+class SharedStages:
+    """The locks that a point holds."""
+
+    def __init__(self, plan: Plan, values: dict[str, Any]) -> None:
+        self._keys = stage_keys(values, plan.inputs, plan.home)
+        self._plan = plan
+        self._held: dict[str, ExitStack] = {}
+
+    @contextmanager
+    def held(self, waits: Callable[[str], None]) -> Iterator[None]:
+        """All stages that the cache lacks; `waits(stage)` is called where another point runs it."""
+        try:
+            for stage in self._keys:
+                self._take(stage, waits)
+            yield
+        finally:
+            for lock in self._held.values():
+                lock.close()
+
+    def finished(self, stage: str, work: Path) -> None:
+        """DVC has recorded it in the workspace `work`: whoever waits for it may go on."""
+        if stage not in self._keys:
+            return
+        outs = recorded(work).get(stage, {}).get("outs", [])
+        cached = [out["md5"] for out in outs if "md5" in out and self._object(out["md5"]).exists()]
+        if cached:
+            write_whole(self._mark(stage), json.dumps(cached))
+        if stage in self._held:
+            self._held.pop(stage).close()
+
+    def _take(self, stage: str, waits: Callable[[str], None]) -> None:
+        file, lock = self._plan.base / "locks" / f"stage-{self._keys[stage]}", ExitStack()
+        if self._is_cached(stage):
+            return
+        try:
+            lock.enter_context(exclusive(file, seconds=0))
+        except BusyError:
+            waits(stage)
+            lock.enter_context(exclusive(file))
+        if self._is_cached(stage):
+            lock.close()
+        else:
+            self._held[stage] = lock
+
+    def _is_cached(self, stage: str) -> bool:
+        mark = self._mark(stage)
+        return mark.exists() and all(
+            self._object(md5).exists() for md5 in json.loads(mark.read_text())
+        )
+
+    def _mark(self, stage: str) -> Path:
+        return self._plan.base / "done" / f"{self._keys[stage]}.json"
+
+    def _object(self, md5: str) -> Path:
+        return self._plan.cache / "files/md5" / md5[:2] / md5[2:]

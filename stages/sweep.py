@@ -1,0 +1,46 @@
+"""Run the pipeline for many values: Hydra multirun over DVC experiments, each in a workspace of its own.
+
+    python stages/sweep.py -m trainer.learning_rate=1e-3,4e-3 lora.r=8,16        all combinations
+    python stages/sweep.py -m lora.r=8,16 hydra/launcher=joblib hydra.launcher.n_jobs=2      two at once
+    python stages/sweep.py -m trainer.learning_rate=1e-3,4e-3 seed=1,2,3     mean and interval of three seeds
+    python stages/sweep.py -m chat_template=llama3,chatml experiment=quick      choices; an overlay
+    python stages/sweep.py -m sweep=learning_rate        a sweep that is ready: see conf/sweep/
+    python stages/sweep.py -m sweep=optuna 'trainer.learning_rate=tag(log,interval(1e-4,3e-2))'
+    python stages/sweep.py -m hydra/launcher=slurm ...   a job for each point: see conf/hydra/launcher/
+    python stages/sweep.py --list                        sweeps, their experiments, and what they take on disk
+    python stages/sweep.py --clean                       remove their workspaces and logs, not the experiments
+
+Reads   the workspace as it is when it starts, with what is not committed; conf/sweep.yaml, conf/sweep/
+Writes  an experiment of DVC for each point (`dvc exp show`), a run in MLflow with their trainings as children
+
+A point that is an experiment already is not run again: the same command continues what was stopped, and
+retries what failed. The workspace stays as it is, until `dvc exp apply NAME` adopts a point.
+"""
+
+import argparse
+import logging
+import sys
+from pathlib import Path
+
+from capas.errors import told
+from capas.sweep.driver import clean, run, show
+
+if __name__ == "__main__":
+    logging.basicConfig(format="sweep: %(message)s")
+    logging.getLogger("capas").setLevel(logging.INFO)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    ways = parser.add_mutually_exclusive_group()
+    ways.add_argument("-m", "--multirun", action="store_true", help="run all combinations")
+    ways.add_argument("--list", action="store_true", help="sweeps, experiments, disk use")
+    ways.add_argument("--clean", action="store_true", help="remove workspaces and logs")
+    parser.add_argument("words", nargs="*", metavar="override", help="of Hydra: lora.r=8,16")
+    options = parser.parse_intermixed_args()
+    with told("sweep"):
+        if options.list:
+            show(Path.cwd())
+        elif options.clean:
+            clean(Path.cwd())
+        else:
+            sys.exit(run(Path.cwd(), options.words, options.multirun))

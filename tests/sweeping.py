@@ -1,0 +1,164 @@
+"""A repository with the real conf/, compose stage and sweep, whose other stages take no time."""
+
+import json
+import os
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from collections import Counter
+from pathlib import Path
+
+from workspace import Workspace, make_workspace
+
+STAGES = """
+stages:
+  compose:
+    cmd: python stages/compose_params.py
+    deps: [conf, requirements.lock]
+    outs:
+      - params.yaml: {cache: false, persist: true}
+      - environment.yaml: {cache: false, persist: true}
+  fetch:
+    cmd: python fake.py fetch data/raw
+    deps: [fake.py, data/own]
+    params: [dataset.seed]
+    outs: [data/raw]
+  quantize:
+    cmd: python fake.py quantize data/models/quantized
+    deps: [fake.py, data/raw]
+    params: [quantization]
+    outs: [data/models/quantized]
+  train:
+    cmd: python fake.py train data/models/adapter
+    deps: [fake.py, data/models/quantized]
+    params: [trainer, lora]
+    outs: [data/models/adapter]
+    metrics:
+      - reports/metrics/train.json: {cache: false}
+  evaluate:
+    cmd: python fake.py evaluate reports/evaluation.json
+    deps: [fake.py, data/models/adapter]
+    params: [evaluation]
+    outs: [reports/evaluation.json]
+    metrics:
+      - reports/metrics/tuned.json: {cache: false}
+"""
+# The loss has its minimum at a learning rate of 0.01; what ran is noted in the user's repository.
+FAKE = """
+import json, math, os, sys, time
+from pathlib import Path
+import yaml
+
+stage, out = sys.argv[1:]
+home = Path(os.environ.get("CAPAS_HOME", "."))
+params = yaml.safe_load(Path("params.yaml").read_text())
+rate = float(params["trainer"]["learning_rate"])
+with (home / ".dvc/tmp/ran").open("a") as ran:
+    ran.write(f"{stage} {rate:g}\\n")
+print(f"{stage} says so", flush=True)
+if (home / ".dvc/tmp/hold").exists() and stage == (home / ".dvc/tmp/hold").read_text():
+    time.sleep(600)
+if stage == "train" and rate > 0.5:
+    sys.exit("the loss is nan")
+said = {
+    "stage": stage,
+    "rate": rate,
+    "quantization": params["quantization"]["preset"],
+    "own": sorted(os.listdir("data/own")),
+    "note": Path("note.txt").read_text(),
+}
+Path(out).parent.mkdir(parents=True, exist_ok=True)
+Path(out).write_text(json.dumps(said))
+metrics = Path("reports/metrics")
+metrics.mkdir(parents=True, exist_ok=True)
+seed = params["seed"]
+if stage == "train":
+    loss = abs(math.log10(rate) + 2) + seed / 100
+    (metrics / "train.json").write_text(json.dumps({"validation_loss": loss}))
+if stage == "evaluate":
+    (metrics / "tuned.json").write_text(json.dumps({"exact_match": 0.5, "loss": None}))
+"""
+
+
+class Sweeper(Workspace):
+    """Its commands; `ran` counts the executions of stages."""
+
+    @classmethod
+    def make(cls, root: Path) -> "Sweeper":
+        root.mkdir(parents=True, exist_ok=True)
+        made = make_workspace(root)
+        (root / "dvc.yaml").write_text(STAGES)
+        (root / "fake.py").write_text(FAKE)
+        (root / "note.txt").write_text("committed\n")
+        (root / "dvc.lock").unlink()
+        shutil.rmtree(root / "reports")
+        made.edit("conf/config.yaml", "tracking: mlflow", "tracking: none")
+        made.run("git", "config", "user.name", "test")
+        made.run("git", "config", "user.email", "test@example.org")
+        made.repro()
+        made.commit()
+        swept = cls(root)
+        swept.forget()
+        return swept
+
+    def sweep(self, *words: str, check: bool = True) -> str:
+        return self.run(sys.executable, "stages/sweep.py", *words, check=check)
+
+    def sweep_beside(self, *words: str) -> "subprocess.Popen[str]":
+        """The same, started and not waited for."""
+        return subprocess.Popen(
+            [sys.executable, "stages/sweep.py", *words],
+            cwd=self.root,
+            env=self._env(),
+            stdout=subprocess.PIPE,
+            stderr=subprocess.STDOUT,
+            text=True,
+            start_new_session=True,
+        )
+
+    def ran(self) -> Counter[str]:
+        """{'train': 2, 'train 0.001': 1, ...}"""
+        file = self.root / ".dvc/tmp/ran"
+        lines = file.read_text().splitlines() if file.exists() else []
+        return Counter([*lines, *(line.split()[0] for line in lines)])
+
+    def forget(self) -> None:
+        (self.root / ".dvc/tmp/ran").unlink(missing_ok=True)
+
+    def hold(self, stage: str) -> None:
+        """That stage does not end, until `let_go`."""
+        (self.root / ".dvc/tmp/hold").write_text(stage)
+
+    def let_go(self) -> None:
+        (self.root / ".dvc/tmp/hold").unlink()
+
+    def experiments(self) -> dict[str, str]:
+        """{name: reference}"""
+        found = self.run("git", "for-each-ref", "--format=%(refname)", "refs/exps/*/*/*").split()
+        return {reference.rpartition("/")[2]: reference for reference in found}
+
+    def result(self, name: str, file: str) -> dict[str, object]:
+        """A small output of an experiment, out of DVC's cache."""
+        import yaml
+
+        lock = yaml.safe_load(self.run("git", "show", f"{self.experiments()[name]}:dvc.lock"))
+        outs = {o["path"]: o["md5"] for s in lock["stages"].values() for o in s.get("outs", [])}
+        md5 = outs[file]
+        found: dict[str, object] = json.loads(
+            self.read(f".dvc/cache/files/md5/{md5[:2]}/{md5[2:]}")
+        )
+        return found
+
+    def wait_for(self, stage: str, count: int = 1, seconds: float = 90) -> None:
+        deadline = time.monotonic() + seconds
+        while self.ran()[stage] < count:
+            assert time.monotonic() < deadline, f"{stage} did not run; ran: {self.ran()}"
+            time.sleep(0.1)
+
+
+def kill(process: "subprocess.Popen[str]", number: int = signal.SIGKILL) -> str:
+    """The driver alone; its workers see that it is gone."""
+    os.kill(process.pid, number)
+    return process.communicate(timeout=60)[0]

@@ -1,0 +1,300 @@
+"""The parts of a sweep, one by one."""
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import threading
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+from hydra import compose, initialize_config_dir
+from omegaconf import OmegaConf
+
+from capas.cores import MAX_THREADS
+from capas.errors import CapasError
+from capas.locks import BusyError, exclusive
+from capas.sweep.point import is_of_sweep, name_of, num_workers
+from capas.sweep.process import follow
+from capas.sweep.ranking import Row, rank
+from capas.sweep.screen import verdict
+from capas.sweep.shared import stage_keys
+from capas.sweep.slots import one_of, place, visible_gpus
+from capas.sweep.state import DONE, FAILED, State, read_states
+
+REPOSITORY = Path(__file__).resolve().parents[1]
+SETTINGS = {
+    "objective": "train.loss",
+    "direction": "minimize",
+    "columns": ["tuned.score"],
+    "replicates": ["seed"],
+    "confidence_fraction": 0.95,
+}
+
+
+def state(value: float, *overrides: str, status: str = DONE) -> State:
+    metrics = {"train.loss": value, "tuned.score": 10 * value}
+    name = "-".join(overrides)
+    return State(name, name, list(overrides), status=status, metrics=metrics)
+
+
+def ranked(*states: State, **settings: Any) -> list[Row]:
+    return rank(states, {**SETTINGS, **settings})
+
+
+def test_the_best_is_first_in_either_direction() -> None:
+    states = [state(2.0, "r=1"), state(1.0, "r=2"), state(3.0, "r=3", status=FAILED)]
+    assert [row.overrides for row in ranked(*states)] == [["r=2"], ["r=1"]]
+    assert [row.overrides for row in ranked(*states, direction="maximize")] == [["r=1"], ["r=2"]]
+
+
+def test_seeds_are_one_row_with_the_interval_of_their_mean() -> None:
+    (row,) = ranked(*(state(v, "r=1", f"seed={i}") for i, v in enumerate((1.0, 2.0, 3.0))))
+    assert (row.mean, row.column("tuned.score"), row.name) == (2.0, 20.0, "r=1-seed=0")
+    assert row.margin == pytest.approx(2.4841, abs=1e-4)  # 4.3027 * 1 / sqrt(3)
+
+
+@pytest.mark.parametrize(
+    ("first", "second", "tied"),
+    [
+        ((1.0, 2.0, 3.0), (1.1, 2.1, 3.1), False),  # the same seeds: always worse
+        ((1.0, 2.0, 3.0), (1.1, 1.9, 3.2), True),
+        ((1.0, 1.1, 1.2), (9.0, 9.1, 9.2), False),
+    ],
+)
+def test_a_tie_is_an_interval_that_holds_zero(
+    first: tuple[float, ...], second: tuple[float, ...], tied: bool
+) -> None:
+    points = {"r=1": first, "r=2": second}
+    rows = ranked(*(state(v, r, f"seed={i}") for r, vs in points.items() for i, v in enumerate(vs)))
+    assert [row.rank for row in rows] == ([1, 1] if tied else [1, 2])
+    assert ("tie" in verdict(rows, SETTINGS)) is tied
+
+
+def test_other_seeds_are_compared_without_pairs() -> None:
+    near = [state(v, "r=1", f"seed={i}") for i, v in enumerate((1.0, 2.0))]
+    far = [state(v, "r=2", f"seed={i}") for i, v in enumerate((1.5, 2.6), start=5)]
+    assert [row.rank for row in ranked(*near, *far)] == [1, 1]
+    equal = [state(1.0, "r=1", "seed=1"), state(1.0, "r=1", "seed=2")]
+    other = [state(2.0, "r=2", "seed=3"), state(2.0, "r=2", "seed=4")]
+    assert [row.rank for row in ranked(*equal, *other)] == [1, 2]
+
+
+def test_single_points_tie_only_where_they_are_equal() -> None:
+    rows = ranked(state(1.0, "r=1"), state(1.0, "r=2"), state(1.1, "r=3"))
+    assert [row.rank for row in rows] == [1, 1, 3]
+    assert "seed=1,2,3" in verdict(ranked(state(1.0, "r=1"), state(1.1, "r=2")), SETTINGS)
+
+
+def test_a_missing_number_is_shown_as_missing() -> None:
+    found = state(1.0, "r=1")
+    found.metrics["tuned.score"] = None
+    assert ranked(found)[0].column("tuned.score") is None
+
+
+@pytest.mark.parametrize(
+    ("overrides", "name"),
+    [
+        (["trainer.learning_rate=1e-4", "lora.r=8"], "learning_rate=1e-4-r=8-id"),
+        (["lora.target_modules=[q_proj,v_proj]"], "target_modules=-q_proj-v_proj-id"),
+        (["+trainer.x=a..b", "model=x/y"], "x=a.b-model=x-y-id"),
+        ([], "id"),
+        (["dataset.path=" + "a" * 99], f"path={'a' * 55}-id"),
+    ],
+)
+def test_names_are_those_of_git_references(overrides: list[str], name: str) -> None:
+    assert name_of(overrides, "id") == name
+    check = ["git", "check-ref-format", f"refs/exps/aa/bb/{name}"]
+    assert subprocess.run(check, check=False).returncode == 0
+
+
+def test_what_is_of_the_sweep_is_no_part_of_a_point() -> None:
+    words = ("sweep=optuna", "sweep.keep=true", "+sweep.x=1", "~sweep.columns")
+    assert all(is_of_sweep(word) for word in words)
+    assert not any(is_of_sweep(word) for word in ("sweeping=1", "lora.sweep=1"))
+
+
+def test_points_at_once_are_those_of_the_launcher(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("capas.cores.usable_cores", lambda: 6)
+    target = {"_target_": "hydra...SomeLauncher"}
+    assert num_workers({**target, "n_jobs": 3}) == 3
+    assert num_workers({**target, "n_jobs": -1}) == 6
+    assert num_workers(target) == 1
+    assert num_workers({"_target_": "hydra_plugins.hydra_submitit_launcher.LocalLauncher"}) == 6
+
+
+@pytest.mark.parametrize(("workers", "threads"), [(1, "6"), (2, "3"), (4, "1"), (9, "1")])
+def test_cores_are_divided(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, workers: int, threads: str
+) -> None:
+    monkeypatch.delenv("SLURM_JOB_ID", raising=False)
+    monkeypatch.setattr("capas.sweep.slots.usable_cores", lambda: 6)
+    with place(tmp_path, "cpu", workers) as variables:
+        assert variables == {MAX_THREADS: threads}
+
+
+def test_each_point_has_a_gpu_of_its_own(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delenv("SLURM_JOB_ID", raising=False)
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "3, GPU-ab")
+    with place(tmp_path, "cuda", 1) as one, place(tmp_path, "cuda", 1) as other:
+        assert one == {"CUDA_VISIBLE_DEVICES": "3"}
+        assert other == {"CUDA_VISIBLE_DEVICES": "GPU-ab"}
+        third: list[str] = []
+
+        def take() -> None:
+            with one_of(tmp_path, "gpu", ["3", "GPU-ab"]) as name:
+                third.append(name)
+
+        waiting = threading.Thread(target=take)
+        waiting.start()
+        time.sleep(0.5)
+        assert third == []
+    waiting.join(timeout=10)
+    assert len(third) == 1
+
+
+def test_a_job_of_a_cluster_computes_where_it_was_put(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("SLURM_JOB_ID", "7")
+    with place(tmp_path, "cuda", 8) as variables:
+        assert variables == {}
+
+
+def test_no_gpu_is_an_error(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    monkeypatch.setenv("PATH", str(tmp_path))
+    monkeypatch.delenv("CUDA_VISIBLE_DEVICES", raising=False)
+    with pytest.raises(CapasError, match="no GPU is visible here"):
+        visible_gpus()
+    script = tmp_path / "nvidia-smi"
+    script.write_text("#!/bin/sh\necho 0\necho 1\n")
+    script.chmod(0o755)
+    monkeypatch.setenv("PATH", f"{tmp_path}{os.pathsep}{os.defpath}")
+    assert visible_gpus() == ["0", "1"]
+
+
+@pytest.fixture(scope="module")
+def keys() -> Callable[..., dict[str, str]]:
+    def of(*overrides: str) -> dict[str, str]:
+        with initialize_config_dir(str(REPOSITORY / "conf"), version_base="1.3"):
+            values = OmegaConf.to_container(
+                compose("config", overrides=list(overrides)), resolve=True
+            )
+        assert isinstance(values, dict)
+        return stage_keys(values, "inputs", REPOSITORY)
+
+    return of
+
+
+@pytest.mark.parametrize(
+    ("override", "changed"),
+    [
+        ("trainer.learning_rate=1e-3", {"train", "evaluate", "sample", "report"}),
+        ("evaluation.max_new_tokens=8", {"evaluate_base", "evaluate", "report"}),
+        ("tracking=none", set()),
+        ("quantization=int8",
+         {"quantize", "evaluate_base", "train", "evaluate", "sample", "report"}),
+    ],
+)  # fmt: skip
+def test_the_key_of_a_stage_changes_with_what_it_rests_on(
+    keys: Callable[..., dict[str, str]], override: str, changed: set[str]
+) -> None:
+    before, after = keys(), keys(override)
+    assert {name for name in before if before[name] != after[name]} == changed
+    assert not {"compose", "publish"} & before.keys()
+
+
+@pytest.mark.parametrize("option", ["grid", "optuna", "learning_rate"])
+def test_every_ready_sweep_composes(option: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("CAPAS_SWEEP", "/nowhere")
+    with initialize_config_dir(str(REPOSITORY / "conf"), version_base="1.3"):
+        config = compose("sweep", overrides=[f"sweep={option}"], return_hydra_config=True)
+        assert config.sweep.preset == option
+        assert set(config.sweep) == {*SETTINGS, "preset", "keep"}
+        if option == "optuna":
+            assert config.hydra.sweeper.direction == config.sweep.direction
+
+
+def test_slurm_is_ready(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("CAPAS_SWEEP", "/nowhere")
+    with initialize_config_dir(str(REPOSITORY / "conf"), version_base="1.3"):
+        words = ["hydra/launcher=slurm", "hydra.launcher.partition=gpu"]
+        launcher = compose("sweep", overrides=words, return_hydra_config=True).hydra.launcher
+    assert launcher._target_.endswith("SlurmLauncher")
+    assert (launcher.partition, launcher.gpus_per_node) == ("gpu", 1)
+
+
+def test_a_state_is_read_as_it_was_written(tmp_path: Path) -> None:
+    late, early = State("b", "late", [], started=2.0), State("a", "early", ["r=1"], started=1.0)
+    for one in (late, early):
+        one.write(tmp_path, status=DONE, metrics={"x": None})
+    assert [found.name for found in read_states(tmp_path)] == ["early", "late"]
+    assert [path.suffix for path in tmp_path.iterdir()] == [".json", ".json"]
+
+
+def test_a_lock_names_its_holder_and_ends_with_the_block(tmp_path: Path) -> None:
+    file = tmp_path / "deep/lock"
+    with exclusive(file) as lock:
+        lock.write("me")
+        lock.flush()
+        with pytest.raises(BusyError) as busy, exclusive(file, seconds=0.2):
+            pass
+        assert busy.value.text == "me"
+    with exclusive(file, seconds=0):
+        pass
+
+
+def test_lines_are_followed_and_a_failure_shows_the_last(tmp_path: Path) -> None:
+    code = "import sys; [print('line', i) for i in range(99)]; sys.stdout.write('a\\rb\\n'); sys.exit(3)"
+    found: list[str] = []
+    with pytest.raises(CapasError) as error:
+        found += follow(
+            [sys.executable, "-c", code], tmp_path, environment(), tmp_path / "log", int
+        )
+    assert found == [*(f"line {i}" for i in range(99)), "a", "b"]
+    text = str(error.value)
+    assert "line 98\na\nb\nlog: " in text and "line 50" not in text
+
+
+def environment() -> dict[str, str]:
+    return {**os.environ, "PYTHONPATH": str(REPOSITORY), "PYTHONUNBUFFERED": "1"}
+
+
+CHILD = """
+import os, signal, sys, time
+from pathlib import Path
+if sys.argv[2] == "stubborn":
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+Path(sys.argv[1]).write_text(str(os.getpid()))
+time.sleep(600)
+"""
+
+
+@pytest.mark.parametrize("kind", ["obedient", pytest.param("stubborn", marks=pytest.mark.slow)])
+def test_a_command_ends_with_who_started_it(tmp_path: Path, kind: str) -> None:
+    pid = tmp_path / "pid"
+    command = [sys.executable, "-c", CHILD, str(pid), kind]
+    starter = (
+        "import json, subprocess, sys, time; "
+        "p = subprocess.Popen([sys.executable, '-m', 'capas.sweep.guard', *json.loads(sys.argv[1])], "
+        "stdin=subprocess.PIPE); time.sleep(600)"
+    )
+    process = subprocess.Popen(
+        [sys.executable, "-c", starter, json.dumps(command)], env=environment()
+    )
+    wait(pid.exists)
+    process.send_signal(signal.SIGKILL)
+    process.wait()
+    child = int(pid.read_text())
+    wait(lambda: not Path(f"/proc/{child}").exists(), seconds=25)
+
+
+def wait(until: Callable[[], bool], seconds: float = 15) -> None:
+    deadline = time.monotonic() + seconds
+    while not until():
+        assert time.monotonic() < deadline
+        time.sleep(0.05)
