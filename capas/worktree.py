@@ -70,11 +70,6 @@ def clone(home: Path, taken: Snapshot, target: Path) -> None:
     for name in _IDENTITY:
         if value := git(home, "config", name, check=False):
             git(target, "config", name, value)
-    restore(target, taken)
-
-
-def restore(target: Path, taken: Snapshot) -> None:
-    """Files and index of a clone, as they were taken; what git ignores stays."""
     git(target, "read-tree", "-u", "--reset", taken.tree)
 
 

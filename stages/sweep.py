@@ -28,6 +28,8 @@ from capas.sweep.driver import clean, run, show
 if __name__ == "__main__":
     logging.basicConfig(format="sweep: %(message)s")
     logging.getLogger("capas").setLevel(logging.INFO)
+    # What Hydra's plugins say of a failed point is told better below the point.
+    logging.getLogger("hydra_plugins").setLevel(logging.CRITICAL)
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )

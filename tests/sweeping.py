@@ -10,6 +10,7 @@ import time
 from collections import Counter
 from pathlib import Path
 
+import psutil
 from workspace import Workspace, make_workspace
 
 STAGES = """
@@ -58,8 +59,9 @@ rate = float(params["trainer"]["learning_rate"])
 with (home / ".dvc/tmp/ran").open("a") as ran:
     ran.write(f"{stage} {rate:g}\\n")
 print(f"{stage} says so", flush=True)
-if (home / ".dvc/tmp/hold").exists() and stage == (home / ".dvc/tmp/hold").read_text():
-    time.sleep(600)
+hold = home / ".dvc/tmp/hold"
+while hold.exists() and hold.read_text() == stage:
+    time.sleep(0.1)
 if stage == "train" and rate > 0.5:
     sys.exit("the loss is nan")
 said = {
@@ -156,6 +158,16 @@ class Sweeper(Workspace):
         while self.ran()[stage] < count:
             assert time.monotonic() < deadline, f"{stage} did not run; ran: {self.ran()}"
             time.sleep(0.1)
+
+    def wait_until_idle(self, seconds: float = 30) -> None:
+        """No process is left in a point's workspace."""
+        deadline = time.monotonic() + seconds
+        while busy := [p for p in psutil.process_iter(["cwd"]) if self._is_in_a_point(p)]:
+            assert time.monotonic() < deadline, f"still there: {busy}"
+            time.sleep(0.1)
+
+    def _is_in_a_point(self, process: psutil.Process) -> bool:
+        return str(process.info["cwd"] or "").startswith(str(self.root / ".dvc/tmp/sweep/work"))
 
 
 def kill(process: "subprocess.Popen[str]", number: int = signal.SIGKILL) -> str:

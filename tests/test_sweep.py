@@ -4,6 +4,7 @@ import re
 import signal
 from pathlib import Path
 
+import psutil
 import pytest
 from sweeping import Sweeper, kill
 
@@ -79,9 +80,8 @@ def test_an_edit_while_it_runs_reaches_no_point(sweeper: Sweeper) -> None:
     (sweeper.root / "note.txt").write_text("later\n")
     sweeper.edit("conf/trainer/_base.yaml", "weight_decay: 0.0", "weight_decay: 0.5")
     sweeper.let_go()
-    kill(process, signal.SIGINT)
-    sweeper.run("git", "checkout", "-q", ".")
-    sweeper.sweep("-m", RATES)
+    said = process.communicate(timeout=120)[0]
+    assert process.returncode == 0, said
     name = next(name for name in sweeper.experiments() if "0.1-" in name)
     assert sweeper.result(name, "data/models/adapter")["note"] == "committed\n"
 
@@ -107,6 +107,7 @@ def test_a_killed_sweep_goes_on(sweeper: Sweeper, launcher: tuple[str, ...]) -> 
     sweeper.hold("train")
     sweeper.wait_for("train", 2 if not launcher else 3)
     kill(process)
+    sweeper.wait_until_idle()
     sweeper.let_go()
     finished = len(sweeper.experiments())
     assert finished >= 1
@@ -116,6 +117,20 @@ def test_a_killed_sweep_goes_on(sweeper: Sweeper, launcher: tuple[str, ...]) -> 
     assert len(sweeper.experiments()) == 3
     assert sweeper.ran()["fetch"] == 0
     assert sweeper.ran()["train"] == 3 - finished
+
+
+def test_a_killed_worker_is_started_again(sweeper: Sweeper) -> None:
+    sweeper.hold("train")
+    process = sweeper.sweep_beside("-m", RATES, *TWO_AT_ONCE)
+    sweeper.wait_for("train", 2)
+    workers = [child for child in psutil.Process(process.pid).children() if child.children()]
+    victim = next(child for child in workers if "loky" in " ".join(child.cmdline()))
+    victim.kill()
+    sweeper.let_go()
+    said = process.communicate(timeout=180)[0]
+    assert process.returncode == 0, said
+    assert "its process was killed; it is started again" in said
+    assert len(sweeper.experiments()) == 2
 
 
 def test_two_sweeps_at_once_share_what_they_have_in_common(sweeper: Sweeper) -> None:
@@ -133,7 +148,8 @@ def test_the_same_sweep_twice_at_once_is_refused(sweeper: Sweeper) -> None:
     process = sweeper.sweep_beside("-m", RATES)
     sweeper.wait_for("train")
     assert "this sweep is running already" in sweeper.sweep("-m", RATES, check=False)
-    kill(process, signal.SIGINT)
+    assert "the same command goes on with what is left" in kill(process, signal.SIGINT)
+    assert process.returncode == 130
 
 
 def test_seeds_are_replicates(sweeper: Sweeper) -> None:

@@ -18,6 +18,7 @@ from omegaconf import OmegaConf
 from capas.cores import MAX_THREADS
 from capas.errors import CapasError
 from capas.locks import BusyError, exclusive
+from capas.sweep.lesson import lesson
 from capas.sweep.point import is_of_sweep, name_of, num_workers
 from capas.sweep.process import follow
 from capas.sweep.ranking import Row, rank
@@ -214,7 +215,7 @@ def test_every_ready_sweep_composes(option: str, monkeypatch: pytest.MonkeyPatch
     with initialize_config_dir(str(REPOSITORY / "conf"), version_base="1.3"):
         config = compose("sweep", overrides=[f"sweep={option}"], return_hydra_config=True)
         assert config.sweep.preset == option
-        assert set(config.sweep) == {*SETTINGS, "preset", "keep"}
+        assert set(config.sweep) == {*SETTINGS, "preset", "keep", "language"}
         if option == "optuna":
             assert config.hydra.sweeper.direction == config.sweep.direction
 
@@ -298,3 +299,23 @@ def wait(until: Callable[[], bool], seconds: float = 15) -> None:
     while not until():
         assert time.monotonic() < deadline
         time.sleep(0.05)
+
+
+def test_a_learning_rate_is_too_low_right_or_too_high(monkeypatch: pytest.MonkeyPatch) -> None:
+    curves = {"0.1": [6.0, 9.0, 8.0], "0.01": [6.0, 1.0, 0.1], "0.001": []}
+    monkeypatch.setattr(
+        "capas.sweep.lesson.history",
+        lambda name, plan: [{"loss": loss} for loss in curves[name.partition("=")[2]]],
+    )
+    losses = {"0.1": 8.0, "0.01": 0.1, "0.001": 3.0}
+    rows = ranked(*(state(loss, f"trainer.learning_rate={rate}") for rate, loss in losses.items()))
+    plan: Any = None  # the curves are replaced
+    low, right, high = lesson(rows, SETTINGS, plan, "en")
+    assert low == "0.001 is too low: its steps are so small that it learns slowly. train.loss 3.00."
+    assert right.startswith(
+        "0.01 is right, of those tried. train.loss 0.100; the training loss fell"
+    )
+    assert "0.1 is too high" in high and "6.00 at first, 9.00 at its highest and 8.00" in high
+    assert "demasiado alta" in lesson(rows, SETTINGS, plan, "es")[2]
+    assert lesson(ranked(state(1.0, "r=1"), state(2.0, "r=2")), SETTINGS, plan, "en") == []
+    assert lesson(rows[:1], SETTINGS, plan, "en") == []

@@ -6,7 +6,7 @@ from pathlib import Path
 import pytest
 
 from capas.errors import CapasError
-from capas.worktree import Snapshot, clone, difference, git, restore, snapshot
+from capas.worktree import Snapshot, clone, difference, git, snapshot
 
 
 @pytest.fixture
@@ -68,17 +68,6 @@ def test_all_committed_is_an_empty_patch(home: Path) -> None:
     taken = snapshot(home)
     assert taken.tree == git(home, "rev-parse", "HEAD^{tree}")
     assert difference(home, taken) == b""
-
-
-def test_restored_files_are_those_taken(home: Path, tmp_path: Path) -> None:
-    taken = snapshot(home)
-    target = tmp_path / "clone"
-    clone(home, taken, target)
-    (target / "edited").write_text("by a run\n")
-    (target / "ignored").write_text("an output\n")
-    restore(target, taken)
-    assert (target / "edited").read_text() == "edited 2\n"
-    assert (target / "ignored").read_text() == "an output\n"
 
 
 def test_another_repository_named_in_the_environment_is_not_meant(

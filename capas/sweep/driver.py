@@ -19,14 +19,19 @@ from capas.composition import CONF, hydra_errors
 from capas.errors import CapasError
 from capas.locks import BusyError, exclusive
 from capas.sweep import parent
+from capas.sweep.lesson import LANGUAGES, lesson
 from capas.sweep.plan import DRIVER, FOLDER, VARIABLE, Plan, cache_of
 from capas.sweep.ranking import Row, rank
 from capas.sweep.screen import Screen, print_ranking, stdout, verdict
-from capas.sweep.state import FAILED, read_states
+from capas.sweep.state import ENDED, FAILED, read_states
 from capas.worktree import git
 
 log = logging.getLogger("capas")
 NAME = "sweep"  # conf/sweep.yaml
+_STARTS = 3
+_LOST = (
+    "its process was killed; was there too little memory? Fewer at once: hydra.launcher.n_jobs=1"
+)
 
 
 def run(home: Path, words: list[str], multirun: bool) -> int:
@@ -38,6 +43,9 @@ def run(home: Path, words: list[str], multirun: bool) -> int:
             lock.write(str(os.getpid()))
             lock.flush()
             return _run(plan, words, multirun)
+    except KeyboardInterrupt:
+        log.warning("stopped; the same command goes on with what is left")
+        return 130
     except BusyError as busy:
         raise CapasError(
             f"this sweep is running already (pid {busy.text}); wait for it, or stop it"
@@ -56,11 +64,12 @@ def _run(plan: Plan, words: list[str], multirun: bool) -> int:
         states = read_states(plan.folder / "points")
         failed = [state for state in states if state.status == FAILED]
         rows = rank(states, settings)
-        parent.finish(plan, summary(rows, settings, bool(failed)))
+        said_by_rates = {code: lesson(rows, settings, plan, code) for code in LANGUAGES}
+        parent.finish(plan, summary(rows, settings, bool(failed), said_by_rates))
     if said and not failed:
         screen.console.print(said, markup=False)
     if rows:
-        print_ranking(rows, settings, stdout())
+        print_ranking(rows, settings, stdout(), said_by_rates[settings["language"]])
     if failed:
         screen.console.print(
             f"\n{len(failed)} of {len(states)} points failed, see above and {plan.folder / 'logs'}. "
@@ -70,19 +79,22 @@ def _run(plan: Plan, words: list[str], multirun: bool) -> int:
     return 1 if failed or not rows else 0
 
 
-def summary(rows: list[Row], settings: dict[str, Any], failed: bool) -> dict[str, Any]:
+def summary(
+    rows: list[Row], settings: dict[str, Any], failed: bool, lessons: dict[str, list[str]]
+) -> dict[str, Any]:
     """For the parent run in MLflow."""
     if not rows:
         return {"status": "FAILED"}
     objective = settings["objective"]
     lines = [f"| {row.rank} | {row.mean:.6g} | {row.name} |" for row in rows]
     table = "\n".join([f"| | {objective} | experiment |", "|---|---|---|", *lines])
+    words = [verdict(rows, settings), *(" ".join(lesson) for lesson in lessons.values())]
     return {
         "status": "FAILED" if failed else "FINISHED",
         "metrics": {f"best/{objective}": rows[0].mean},
         "tags": {
             "best.experiment": rows[0].name,
-            "mlflow.note.content": f"{table}\n\n{verdict(rows, settings)}",
+            "mlflow.note.content": "\n\n".join([table, *filter(None, words)]),
         },
     }
 
@@ -129,25 +141,41 @@ def prepare(
 def launch(plan: Plan, words: list[str], multirun: bool) -> str:
     """Hydra runs the points; what it said, which is of use only where no point tells it better.
 
+    Where a worker is killed joblib gives up, so that it is started again: what has ended takes no time.
+
     Raises:
         CapasError: it could not start, say because an override is not valid.
     """
+    points = plan.folder / "points"
+    os.environ |= {VARIABLE: str(plan.folder), DRIVER: str(os.getpid())}
+    for left in reversed(range(_STARTS)):
+        said, code = _launch(plan, words, multirun)
+        lost = [state for state in read_states(points) if state.status not in ENDED]
+        for state in lost:
+            state.write(points, status=FAILED, stage="", line="", reason=_LOST)
+        if not lost or not left:
+            break
+        for state in lost:
+            log.warning("%s: its process was killed; it is started again", state.name)
+            (points / f"{state.identity}.json").unlink()
+    if code and not any(state.status == FAILED for state in read_states(points)):
+        raise CapasError(said)
+    return said
+
+
+def _launch(plan: Plan, words: list[str], multirun: bool) -> tuple[str, int]:
     import hydra
 
     from capas.sweep.point import point
 
-    os.environ |= {VARIABLE: str(plan.folder), DRIVER: str(os.getpid())}
+    conf, said = str(plan.folder / CONF), io.StringIO()
     sys.argv = [sys.argv[0], *(["-m"] if multirun else []), *words]
-    said = io.StringIO()
     try:
         with contextlib.redirect_stderr(said):
-            hydra.main(version_base="1.3", config_path=str(plan.folder / CONF), config_name=NAME)(
-                point
-            )()
-    except SystemExit:  # at the first failed point, after the others
-        if not any(s.status == FAILED for s in read_states(plan.folder / "points")):
-            raise CapasError(said.getvalue().strip()) from None
-    return said.getvalue().strip()
+            hydra.main(version_base="1.3", config_path=conf, config_name=NAME)(point)()
+    except SystemExit as end:  # at the first failed point, after the others
+        return said.getvalue().strip(), int(end.code or 0)
+    return said.getvalue().strip(), 0
 
 
 def show(home: Path) -> None:

@@ -26,7 +26,7 @@ log = logging.getLogger("capas")
 KEY = "sweep_key"
 SETTINGS, RESULT, TRACKED = "tracking.json", "result.json", "tracked.json"
 _PARENT = "mlflow.parentRunId"
-_SECONDS_BETWEEN_LOOKS, _SECONDS_TO_END = 1.0, 120.0
+_SECONDS_BETWEEN_LOOKS, _SECONDS_AFTER_A_FAILURE, _SECONDS_TO_END = 1.0, 15.0, 120.0
 
 
 @contextmanager
@@ -129,13 +129,14 @@ def follow(plan: Plan, stdin: int) -> None:
     Raises:
         CapasError: the store cannot be reached at the end.
     """
-    parent, closed = Parent(plan), False
+    parent, closed, pause = Parent(plan), False, _SECONDS_BETWEEN_LOOKS
     while not closed:
-        ready, _, _ = select.select([stdin], [], [], _SECONDS_BETWEEN_LOOKS)
+        ready, _, _ = select.select([stdin], [], [], pause)
         closed = bool(ready) and os.read(stdin, 1) == b""
         states = read_states(plan.folder / "points")
         if not closed and any(state.status != CACHED for state in states):
-            _try_to_look(parent, states)
+            seen = _try_to_look(parent, states)
+            pause = _SECONDS_BETWEEN_LOOKS if seen else _SECONDS_AFTER_A_FAILURE
     file = plan.folder / RESULT
     result = json.loads(file.read_text(encoding="utf-8")) if file.exists() else None
     mark = plan.folder / TRACKED
@@ -153,13 +154,15 @@ def follow(plan: Plan, stdin: int) -> None:
         mark.write_text(json.dumps(facts) + "\n", encoding="utf-8")
 
 
-def _try_to_look(parent: Parent, states: list[State]) -> None:
+def _try_to_look(parent: Parent, states: list[State]) -> bool:
     """A store that is away now may be back at the end."""
     try:
         with reachable(tracking_uri(parent.plan.home)):
             parent.look(states)
     except CapasError as error:
         log.warning("%s", error)
+        return False
+    return True
 
 
 def _identity(plan: Plan) -> str:

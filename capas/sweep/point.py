@@ -6,6 +6,7 @@ import os
 import re
 import shutil
 import sys
+from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
 
@@ -101,19 +102,20 @@ class Point:
             CapasError: it failed.
         """
         validate(self.values)
-        try:
-            with exclusive(self.plan.base / "locks" / f"point-{self.identity}", seconds=0):
-                return self._result()
-        except BusyError:
-            self.say(stage="another sweep, which runs this point")
-        with exclusive(self.plan.base / "locks" / f"point-{self.identity}"):
-            return self._result()
+        file = self.plan.base / "locks" / f"point-{self.identity}"
+        with ExitStack() as stack:
+            try:
+                lock = stack.enter_context(exclusive(file, seconds=0))
+            except BusyError:
+                self.say(stage="another sweep, which runs this point")
+                lock = stack.enter_context(exclusive(file))
+            return self._result(lock.fileno())
 
-    def _result(self) -> float:
+    def _result(self, lock: int) -> float:
         found = self._experiment()
         status = CACHED if found else DONE
         if not found:
-            self._run()
+            self._run(lock)
             found = self._experiment()
         if not found:
             raise CapasError(f"DVC left no experiment {self.name}; its log: {self.log}")
@@ -144,21 +146,21 @@ class Point:
             )
         return value
 
-    def _run(self) -> None:
+    def _run(self, lock: int) -> None:
         self.say(stage="a free place")
         device = self.values["hardware"]["device"]
         with place(self.plan.base / "locks", device, self.workers) as variables:
             lay_out(self.plan, self.work, self.values)
             stages = SharedStages(self.plan, self.values)
             with stages.held(lambda stage: self.say(stage=f"{stage}, which another point runs")):
-                self._run_experiment(stages, variables)
+                self._run_experiment(stages, variables, lock)
 
-    def _run_experiment(self, stages: SharedStages, variables: dict[str, str]) -> None:
+    def _run_experiment(self, stages: SharedStages, variables: dict[str, str], lock: int) -> None:
         sets = [word for override in self.overrides for word in ("-S", override)]
         command = [sys.executable, "-m", "dvc", "exp", "run", "-n", self.name, *sets]
         env = {**environment(self.plan, self.work), **variables}
         visited: list[str] = []
-        for line in follow(command, self.work, env, self.log, self._watch_training):
+        for line in follow(command, self.work, env, self.log, self._watch_training, [lock]):
             if match := _STAGE.match(line):
                 if visited:
                     stages.finished(visited[-1], self.work)

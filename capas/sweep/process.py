@@ -7,7 +7,7 @@ import subprocess
 import sys
 import threading
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -19,16 +19,24 @@ _NUM_LAST = 12  # lines of its log that are shown where it fails
 
 
 def follow(
-    command: list[str], work: Path, env: dict[str, str], log: Path, look: Callable[[], None]
+    command: list[str],
+    work: Path,
+    env: dict[str, str],
+    log: Path,
+    look: Callable[[], None],
+    held: Sequence[int] = (),
 ) -> Iterator[str]:
     """Run it in the folder `work`; its lines as they come, which go to `log` as well.
+
+    The locks whose file descriptors are in `held` stay until the command has ended, even where this process
+    is killed before.
 
     Raises:
         CapasError: it failed; with its last lines.
     """
     with (
         log.open("w", encoding="utf-8") as out,
-        _guarded(command, work, env, out) as child,
+        _guarded(command, work, env, out, held) as child,
         log.open(encoding="utf-8", errors="replace") as written,
     ):
         rest, ended = "", False
@@ -58,12 +66,18 @@ def end_with(driver: int) -> None:
 
 @contextmanager
 def _guarded(
-    command: list[str], work: Path, env: dict[str, str], out: Any
+    command: list[str], work: Path, env: dict[str, str], out: Any, held: Sequence[int]
 ) -> "Iterator[subprocess.Popen[bytes]]":
     """See `capas.sweep.guard`."""
     guard = [sys.executable, "-m", "capas.sweep.guard", *command]
     child = subprocess.Popen(
-        guard, cwd=work, env=env, stdin=subprocess.PIPE, stdout=out, stderr=subprocess.STDOUT
+        guard,
+        cwd=work,
+        env=env,
+        stdin=subprocess.PIPE,
+        stdout=out,
+        stderr=subprocess.STDOUT,
+        pass_fds=held,
     )
     assert child.stdin is not None
     try:

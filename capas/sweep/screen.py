@@ -50,7 +50,13 @@ class Screen:
                 self._tell(read_states(self._folder))
             self._tell(read_states(self._folder))
             return
-        with Live(console=self.console, refresh_per_second=2, transient=True) as live:
+        with Live(
+            console=self.console,
+            refresh_per_second=2,
+            transient=True,
+            redirect_stdout=False,
+            redirect_stderr=False,
+        ) as live:
             stopped = False
             while not stopped:
                 stopped = self._stop.wait(_SECONDS_BETWEEN_LOOKS)
@@ -101,7 +107,9 @@ def stdout() -> Console:
     return Console(highlight=False, width=None if sys.stdout.isatty() else _WIDE)
 
 
-def print_ranking(rows: Sequence[Row], settings: dict[str, Any], console: Console) -> None:
+def print_ranking(
+    rows: Sequence[Row], settings: dict[str, Any], console: Console, lesson: Sequence[str]
+) -> None:
     """A row for each combination of values, best first, and how to adopt the winner."""
     table = Table(box=None, title_justify="left")
     single = all(len(row.states) == 1 for row in rows)
@@ -121,7 +129,8 @@ def print_ranking(rows: Sequence[Row], settings: dict[str, Any], console: Consol
         cells += [number(row.column(name)) for name in settings["columns"]]
         table.add_row(*cells, Text(row.name))
     console.print(table)
-    console.print(Text(verdict(rows, settings)))
+    for words in filter(None, [verdict(rows, settings), *lesson]):
+        console.print(Text(words))
     console.print(Text(f"\ndvc exp apply {shlex.quote(rows[0].name)}   # adopts it"))
 
 

@@ -7,28 +7,27 @@ import sys
 from pathlib import Path
 from typing import Any
 
-from capas.errors import CapasError
 from capas.params import flatten
 from capas.stage import CHECKPOINTS
 from capas.store import HOME
 from capas.sweep.plan import Plan
-from capas.worktree import clone, git, restore
+from capas.worktree import clone
 
 _OF_ANOTHER_RUN = re.compile(r"(DVC|GIT|HYDRA|CAPAS)_")
 
 
 def lay_out(plan: Plan, work: Path, values: dict[str, Any]) -> None:
-    """Make the workspace, or take over one that was left: its checkpoints are worth hours.
-
-    Raises:
-        CapasError: git cannot make it.
-    """
-    if _is_usable(work):
-        restore(work, plan.taken)
-        shutil.rmtree(work / ".dvc/tmp/exps", ignore_errors=True)
-    else:
-        shutil.rmtree(work, ignore_errors=True)
-        clone(plan.home, plan.taken, work)
+    """Make the workspace anew; the checkpoints of one that was left go on in it: they are worth hours."""
+    saved = plan.base / "checkpoints" / work.name
+    if any((work / CHECKPOINTS).glob("*/*")):
+        shutil.rmtree(saved, ignore_errors=True)
+        saved.parent.mkdir(parents=True, exist_ok=True)
+        (work / CHECKPOINTS).rename(saved)
+    shutil.rmtree(work, ignore_errors=True)
+    clone(plan.home, plan.taken, work)
+    if saved.exists():
+        (work / CHECKPOINTS).parent.mkdir(parents=True, exist_ok=True)
+        saved.rename(work / CHECKPOINTS)
     _share_cache(plan, work)
     for name in plan.ignored:
         _link(plan.folder / "inputs" / name, work / name)
@@ -50,18 +49,6 @@ def environment(plan: Plan, work: Path) -> dict[str, str]:
         "DVC_SITE_CACHE_DIR": str(work / ".dvc/tmp/site"),  # or each leaves a folder in /var/tmp
         "DVC_NO_ANALYTICS": "1",
     }
-
-
-def _is_usable(work: Path) -> bool:
-    """Whether there is something in it that is worth keeping, and git can restore the rest."""
-    if not any((work / CHECKPOINTS).glob("*/*")):
-        return False
-    try:
-        git(work, "rev-parse", "--verify", "HEAD")
-    except CapasError:
-        return False
-    (work / ".git/index.lock").unlink(missing_ok=True)
-    return True
 
 
 def _share_cache(plan: Plan, work: Path) -> None:
