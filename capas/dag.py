@@ -133,13 +133,13 @@ def input_key(spec: StageSpec, root: Path) -> str:
     params = {
         file: _leaves(values, spec.params[file]) for file, values in spec.values(root).items()
     }
-    return _digest(spec.cmd, params, deps)
+    return digest(spec.cmd, params, deps)
 
 
 def recorded_key(entry: dict[str, Any]) -> str:
     """The same identity, from a stage's entry in dvc.lock."""
     deps = {dep["path"]: dep["md5"] for dep in entry.get("deps", [])}
-    return _digest(entry["cmd"], entry.get("params", {}), deps)
+    return digest(entry["cmd"], entry.get("params", {}), deps)
 
 
 def _leaves(values: dict[str, Any], keys: list[str]) -> dict[str, Any]:
@@ -180,5 +180,6 @@ def _files_below(folder: Path) -> list[str]:
     ]
 
 
-def _digest(*parts: Any) -> str:
+def digest(*parts: Any) -> str:
+    """Of values that JSON can hold, whatever the order of their keys."""
     return hashlib.sha256(json.dumps(parts, sort_keys=True).encode()).hexdigest()[:16]

@@ -32,6 +32,14 @@ def write_json(file: Path, facts: Mapping[str, Any]) -> None:
     file.write_text(text + "\n", encoding="utf-8")
 
 
+def write_whole(file: Path, text: str) -> None:
+    """Who reads it meanwhile, and who comes after a kill, finds the old text or the new one."""
+    file.parent.mkdir(parents=True, exist_ok=True)
+    partial = file.with_name(f".{file.name}.partial")
+    partial.write_text(text, encoding="utf-8")
+    partial.replace(file)
+
+
 def write_csv(file: Path, columns: Sequence[str], rows: Sequence[Mapping[str, Any]]) -> None:
     """Those columns of the rows; a value that a row lacks is left empty."""
     with file.open("w", encoding="utf-8", newline="") as lines:

@@ -13,6 +13,7 @@ from typing import Any
 
 from capas.composition import CONF, NOTHING_OVERRIDDEN, OVERRIDES, Compose, Values, composer
 from capas.errors import CapasError
+from capas.facts import write_whole
 from capas.params import flatten
 from capas.pins import KEYS
 
@@ -43,10 +44,7 @@ def absorb(values: Values, pinned: Callable[[Values], Values], conf: Path = CONF
         trial = Path(shutil.copytree(conf, Path(folder) / "conf"))
         with composer(trial) as compose:
             text = _express(values, compose, pinned, trial / OVERRIDES.name)
-    target = conf / OVERRIDES.name
-    partial = target.with_name(f".{target.name}.partial")
-    partial.write_text(text, encoding="utf-8")
-    partial.replace(target)
+    write_whole(conf / OVERRIDES.name, text)
 
 
 def in_force(conf: Path = CONF) -> list[str]:

@@ -8,7 +8,6 @@
 - The installed packages must be those that environment.yaml records for the stage.
 """
 
-import fcntl
 import hashlib
 import json
 import logging
@@ -19,13 +18,14 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
 
 from capas.dag import StageSpec, input_key, read_yaml, recorded, recorded_key
 from capas.errors import CapasError, told
+from capas.locks import BusyError, exclusive
 from capas.params import Params, flatten, select
 
 log = logging.getLogger("capas")
@@ -208,18 +208,14 @@ def _check_read(values: dict[str, Any], before: dict[str, Any], keys: list[str])
 
 @contextmanager
 def _only_one(name: str, root: Path) -> Iterator[None]:
-    folder = root / ".dvc/tmp"
-    folder.mkdir(parents=True, exist_ok=True)
-    with (folder / f"stage-{name}.lock").open("a+") as lock:
+    with ExitStack() as stack:
         try:
-            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            lock.seek(0)
+            lock = stack.enter_context(exclusive(root / f".dvc/tmp/stage-{name}.lock", seconds=0))
+        except BusyError as busy:
             raise CapasError(
-                f"already running in this workspace (pid {lock.read().strip()}): it outlived its `dvc`. "
+                f"already running in this workspace (pid {busy.text}): it outlived its `dvc`. "
                 "Wait for it or stop it, then run `dvc repro` again."
             ) from None
-        lock.truncate(0)
         lock.write(str(os.getpid()))
         lock.flush()
         yield

@@ -4,18 +4,18 @@ A run is found by its tag `train_key`, so no run id is ever written to an output
 imported here and nowhere else, inside functions: that alone costs seconds.
 """
 
-import fcntl
 import logging
 import os
 import socket
 import time
 from collections.abc import Iterable, Iterator
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from typing import Any, NamedTuple
 from urllib.parse import urlsplit
 
 from capas.errors import CapasError
+from capas.locks import BusyError, exclusive
 
 TRAIN_KEY = "train_key"
 HOME = "CAPAS_HOME"  # set by a sweep; DVC sets DVC_ROOT where it works elsewhere itself
@@ -55,19 +55,13 @@ def locked(root: Path, name: str, seconds: float) -> Iterator[None]:
         CapasError: another process holds it for longer than `seconds`.
     """
     file = home(root) / ".dvc/tmp" / f"mlflow-{name}.lock"
-    file.parent.mkdir(parents=True, exist_ok=True)
-    deadline = time.monotonic() + seconds
-    with file.open("a") as lock:
-        while True:
-            try:
-                fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-                break
-            except BlockingIOError:
-                if time.monotonic() > deadline:
-                    raise CapasError(
-                        f"another process is writing to the same MLflow run ({file.name}). {RETRY}"
-                    ) from None
-                time.sleep(0.1)
+    with ExitStack() as stack:
+        try:
+            stack.enter_context(exclusive(file, seconds))
+        except BusyError:
+            raise CapasError(
+                f"another process is writing to the same MLflow run ({file.name}). {RETRY}"
+            ) from None
         yield
 
 

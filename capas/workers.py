@@ -86,10 +86,15 @@ def _worked(work: Callable[[Chunk], Result], chunk: Chunk) -> Result:
 def _begin(parent: int) -> None:
     """In a worker: Ctrl-C is for the parent, and without one there is nothing to do."""
     signal.signal(signal.SIGINT, signal.SIG_IGN)
-    threading.Thread(target=_end_with, args=(parent,), daemon=True).start()
+    end_with(parent)
 
 
-def _end_with(parent: int) -> None:
+def end_with(parent: int) -> None:
+    """From now on this process ends, at once, when `parent`, which started it, is gone."""
+    threading.Thread(target=_watch, args=(parent,), daemon=True).start()
+
+
+def _watch(parent: int) -> None:
     while os.getppid() == parent:
         time.sleep(_SECONDS_BETWEEN_LOOKS)
     os._exit(1)

@@ -39,6 +39,7 @@ from capas.composition import (
 )  # fmt: skip
 from capas.config import GROUPS, group_schema, validate
 from capas.errors import CapasError, told
+from capas.facts import write_whole
 from capas.overrides import absorb, difference, in_force
 from capas.pins import REVISIONS, Pins
 
@@ -232,13 +233,10 @@ def write_all(files: dict[Path, str]) -> None:
 
 
 def write(path: Path, text: str) -> None:
-    """Whole or not at all; an unchanged file is left alone."""
+    """An unchanged file is left alone."""
     if path.exists() and not path.is_symlink() and path.read_text(encoding="utf-8") == text:
         return
-    path.parent.mkdir(parents=True, exist_ok=True)
-    partial = path.with_name(f".{path.name}.partial")
-    partial.write_text(text, encoding="utf-8")
-    partial.replace(path)
+    write_whole(path, text)
 
 
 def write_schemas() -> None:

@@ -11,6 +11,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import psutil
 import pytest
 from hydra import compose, initialize_config_dir
 from omegaconf import OmegaConf
@@ -120,7 +121,7 @@ def test_what_is_of_the_sweep_is_no_part_of_a_point() -> None:
 
 
 def test_points_at_once_are_those_of_the_launcher(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("capas.cores.usable_cores", lambda: 6)
+    monkeypatch.setattr("capas.sweep.point.usable_cores", lambda: 6)
     target = {"_target_": "hydra...SomeLauncher"}
     assert num_workers({**target, "n_jobs": 3}) == 3
     assert num_workers({**target, "n_jobs": -1}) == 6
@@ -134,20 +135,20 @@ def test_cores_are_divided(
 ) -> None:
     monkeypatch.delenv("SLURM_JOB_ID", raising=False)
     monkeypatch.setattr("capas.sweep.slots.usable_cores", lambda: 6)
-    with place(tmp_path, "cpu", workers) as variables:
+    with place(tmp_path.joinpath, "cpu", workers) as variables:
         assert variables == {MAX_THREADS: threads}
 
 
 def test_each_point_has_a_gpu_of_its_own(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.delenv("SLURM_JOB_ID", raising=False)
     monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "3, GPU-ab")
-    with place(tmp_path, "cuda", 1) as one, place(tmp_path, "cuda", 1) as other:
+    with place(tmp_path.joinpath, "cuda", 1) as one, place(tmp_path.joinpath, "cuda", 1) as other:
         assert one == {"CUDA_VISIBLE_DEVICES": "3"}
         assert other == {"CUDA_VISIBLE_DEVICES": "GPU-ab"}
         third: list[str] = []
 
         def take() -> None:
-            with one_of(tmp_path, "gpu", ["3", "GPU-ab"]) as name:
+            with one_of(tmp_path.joinpath, "gpu", ["3", "GPU-ab"]) as name:
                 third.append(name)
 
         waiting = threading.Thread(target=take)
@@ -162,7 +163,7 @@ def test_a_job_of_a_cluster_computes_where_it_was_put(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setenv("SLURM_JOB_ID", "7")
-    with place(tmp_path, "cuda", 8) as variables:
+    with place(tmp_path.joinpath, "cuda", 8) as variables:
         assert variables == {}
 
 
@@ -291,7 +292,8 @@ def test_a_command_ends_with_who_started_it(tmp_path: Path, kind: str) -> None:
     process.send_signal(signal.SIGKILL)
     process.wait()
     child = int(pid.read_text())
-    wait(lambda: not Path(f"/proc/{child}").exists(), seconds=25)
+    wait(lambda: not psutil.pid_exists(child), seconds=25)
+    assert not psutil.pid_exists(child)
 
 
 def wait(until: Callable[[], bool], seconds: float = 15) -> None:
@@ -310,12 +312,12 @@ def test_a_learning_rate_is_too_low_right_or_too_high(monkeypatch: pytest.Monkey
     losses = {"0.1": 8.0, "0.01": 0.1, "0.001": 3.0}
     rows = ranked(*(state(loss, f"trainer.learning_rate={rate}") for rate, loss in losses.items()))
     plan: Any = None  # the curves are replaced
-    low, right, high = lesson(rows, SETTINGS, plan, "en")
+    low, right, high = lesson(rows, SETTINGS, plan)["en"]
     assert low == "0.001 is too low: its steps are so small that it learns slowly. train.loss 3.00."
     assert right.startswith(
         "0.01 is right, of those tried. train.loss 0.100; the training loss fell"
     )
     assert "0.1 is too high" in high and "6.00 at first, 9.00 at its highest and 8.00" in high
-    assert "demasiado alta" in lesson(rows, SETTINGS, plan, "es")[2]
-    assert lesson(ranked(state(1.0, "r=1"), state(2.0, "r=2")), SETTINGS, plan, "en") == []
-    assert lesson(rows[:1], SETTINGS, plan, "en") == []
+    assert "demasiado alta" in lesson(rows, SETTINGS, plan)["es"][2]
+    assert lesson(ranked(state(1.0, "r=1"), state(2.0, "r=2")), SETTINGS, plan)["en"] == []
+    assert lesson(rows[:1], SETTINGS, plan)["en"] == []

@@ -19,7 +19,7 @@ from capas.composition import CONF, hydra_errors
 from capas.errors import CapasError
 from capas.locks import BusyError, exclusive
 from capas.sweep import parent
-from capas.sweep.lesson import LANGUAGES, lesson
+from capas.sweep.lesson import lesson
 from capas.sweep.plan import DRIVER, FOLDER, VARIABLE, Plan, cache_of
 from capas.sweep.ranking import Row, rank
 from capas.sweep.screen import Screen, print_ranking, stdout, verdict
@@ -39,7 +39,7 @@ def run(home: Path, words: list[str], multirun: bool) -> int:
     what = [word for word in words if not word.startswith(("hydra.launcher", "hydra/launcher"))]
     plan = Plan.make(home, what)
     try:
-        with exclusive(plan.base / "locks" / f"sweep-{plan.key}", seconds=0) as lock:
+        with exclusive(plan.lock(f"sweep-{plan.key}"), seconds=0) as lock:
             lock.write(str(os.getpid()))
             lock.flush()
             return _run(plan, words, multirun)
@@ -54,17 +54,17 @@ def run(home: Path, words: list[str], multirun: bool) -> int:
 
 def _run(plan: Plan, words: list[str], multirun: bool) -> int:
     plan.write()
-    for file in (plan.folder / "points").iterdir():
+    for file in (plan.points).iterdir():
         file.unlink()  # of the last time; what was finished is an experiment
     settings, tracking, expected = prepare(plan, words, multirun)
-    screen = Screen(plan.folder / "points", settings, expected)
+    screen = Screen(plan.points, settings, expected)
     with parent.tracked(plan, tracking):
         with screen.shown():
             said = launch(plan, words, multirun)
-        states = read_states(plan.folder / "points")
+        states = read_states(plan.points)
         failed = [state for state in states if state.status == FAILED]
         rows = rank(states, settings)
-        said_by_rates = {code: lesson(rows, settings, plan, code) for code in LANGUAGES}
+        said_by_rates = lesson(rows, settings, plan)
         parent.finish(plan, summary(rows, settings, bool(failed), said_by_rates))
     if said and not failed:
         screen.console.print(said, markup=False)
@@ -127,15 +127,14 @@ def prepare(
         params = [f"{key}={value}" for key, value in (sweeper.get("params") or {}).items()]
         by_key = {word.key_or_group: word for word in parser.parse_overrides(params) + given}
         swept = [word for word in by_key.values() if word.is_sweep_override()]
-        if not multirun:
-            return settings, tracking, 1
-        if "n_trials" in sweeper:
-            return settings, tracking, sweeper["n_trials"]
-        return (
-            settings,
-            tracking,
-            math.prod(len(list(word.sweep_string_iterator())) for word in swept),
-        )
+        return settings, tracking, _expected(swept, sweeper) if multirun else 1
+
+
+def _expected(swept: list[Any], sweeper: dict[str, Any]) -> int:
+    """A search says how many points it tries; else they are all combinations."""
+    if "n_trials" in sweeper:
+        return int(sweeper["n_trials"])
+    return math.prod(len(list(word.sweep_string_iterator())) for word in swept)
 
 
 def launch(plan: Plan, words: list[str], multirun: bool) -> str:
@@ -146,19 +145,19 @@ def launch(plan: Plan, words: list[str], multirun: bool) -> str:
     Raises:
         CapasError: it could not start, say because an override is not valid.
     """
-    points = plan.folder / "points"
     os.environ |= {VARIABLE: str(plan.folder), DRIVER: str(os.getpid())}
     for left in reversed(range(_STARTS)):
         said, code = _launch(plan, words, multirun)
-        lost = [state for state in read_states(points) if state.status not in ENDED]
-        for state in lost:
-            state.write(points, status=FAILED, stage="", line="", reason=_LOST)
-        if not lost or not left:
+        lost = [state for state in read_states(plan.points) if state.status not in ENDED]
+        if not lost:
             break
         for state in lost:
-            log.warning("%s: its process was killed; it is started again", state.name)
-            (points / f"{state.identity}.json").unlink()
-    if code and not any(state.status == FAILED for state in read_states(points)):
+            if left:
+                log.warning("%s: its process was killed; it is started again", state.name)
+                (plan.points / f"{state.identity}.json").unlink()
+            else:
+                state.write(plan.points, status=FAILED, stage="", line="", reason=_LOST)
+    if code and not any(state.status == FAILED for state in read_states(plan.points)):
         raise CapasError(said)
     return said
 
@@ -185,11 +184,10 @@ def show(home: Path) -> None:
         table.add_column(heading, overflow="fold")
     plans = list(_plans(home))
     for plan in plans:
-        states = read_states(plan.folder / "points")
+        states = read_states(plan.points)
         counts = Counter(state.status for state in states)
         points = ", ".join(f"{n} {status}" for status, n in sorted(counts.items())) or "none"
-        left = [plan.base / "work" / state.name for state in states]
-        size = sum(_own_bytes(work) for work in left)
+        size = sum(_own_bytes(plan.work(state.name)) for state in states)
         table.add_row(plan.key, points, _size(size), f"stages/sweep.py -m {shlex.join(plan.words)}")
     if plans:
         console.print(table)
@@ -213,17 +211,15 @@ def clean(home: Path) -> None:
     freed, running = 0, 0
     for plan in list(_plans(home)):
         try:
-            with exclusive(plan.base / "locks" / f"sweep-{plan.key}", seconds=0):
-                for state in read_states(plan.folder / "points"):
-                    freed += _remove_work(plan.base, state.name)
-                freed += _own_bytes(plan.folder)
-                shutil.rmtree(plan.folder)
+            with exclusive(plan.lock(f"sweep-{plan.key}"), seconds=0):
+                for state in read_states(plan.points):
+                    freed += _remove(plan.work(state.name))
+                freed += _remove(plan.folder)
         except BusyError:
             running += 1
     if not running:
         for folder in (home / FOLDER).glob("*"):
-            freed += _own_bytes(folder)
-            shutil.rmtree(folder)
+            freed += _remove(folder)
     log.info("%s freed; the experiments are still there: dvc exp show", _size(freed))
     if running:
         log.info("%d sweeps are running; theirs was left alone", running)
@@ -234,10 +230,10 @@ def _plans(home: Path) -> Iterator[Plan]:
         yield Plan.read(file.parent)
 
 
-def _remove_work(base: Path, name: str) -> int:
-    work = base / "work" / name
-    size = _own_bytes(work)
-    shutil.rmtree(work, ignore_errors=True)
+def _remove(folder: Path) -> int:
+    """How many bytes it frees."""
+    size = _own_bytes(folder)
+    shutil.rmtree(folder, ignore_errors=True)
     return size
 
 

@@ -4,6 +4,7 @@ Standard input is a pipe that is never written to. It closes when the starter is
 then the command and all that it started get SIGINT, and after a while SIGKILL.
 """
 
+import contextlib
 import os
 import signal
 import subprocess
@@ -24,13 +25,10 @@ def _end_with_starter(child: "subprocess.Popen[bytes]", stdin: int) -> None:
     while os.read(stdin, 1):
         pass
     for number in (signal.SIGINT, signal.SIGKILL):
-        try:
+        with contextlib.suppress(ProcessLookupError):
             os.killpg(child.pid, number)
+        with contextlib.suppress(subprocess.TimeoutExpired):
             child.wait(timeout=_SECONDS_TO_END)
-        except subprocess.TimeoutExpired:
-            continue
-        except ProcessLookupError:
-            return
 
 
 if __name__ == "__main__":

@@ -4,41 +4,39 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-import pyarrow.csv as pa_csv
-
-from capas.dag import parse_yaml
+from capas.page.findings import read_csv
 from capas.page.language import Language
 from capas.sweep.plan import Plan
 from capas.sweep.ranking import Row
-from capas.worktree import git
 
 LANGUAGES = ("en", "es")
 RATE, HISTORY = "trainer.learning_rate", "reports/history.csv"
 
 
-def lesson(rows: Sequence[Row], settings: Mapping[str, Any], plan: Plan, code: str) -> list[str]:
-    """A sentence for each learning rate, lowest first; none where something else was swept, too."""
+def lesson(rows: Sequence[Row], settings: Mapping[str, Any], plan: Plan) -> dict[str, list[str]]:
+    """By language a sentence for each learning rate, lowest first; none where more was swept."""
     rates = {rate: row for row in rows if (rate := _rate(row)) is not None}
     if not 1 < len(rates) == len(rows):
-        return []
-    language = Language(Path(__file__).parent, code, {"objective": settings["objective"]})
+        return {code: [] for code in LANGUAGES}
     best = next(iter(rates))
-    tied = {rate for rate, row in rates.items() if row.tied}
-    said = []
-    for rate, row in sorted(rates.items()):
-        kind = (
-            "tied"
-            if rate in tied
-            else "right"
-            if rate == best
-            else "low"
-            if rate < best
-            else "high"
-        )
-        said.append(
-            str(language.say(f"learning_rate.{kind}", rate=rate, row=row, **curve(row, plan)))
-        )
-    return said
+    facts = [
+        {"kind": _kind(rate, row, best), "rate": rate, "row": row, **curve(row, plan)}
+        for rate, row in sorted(rates.items())
+    ]
+    return {code: _told(code, facts, settings["objective"]) for code in LANGUAGES}
+
+
+def _kind(rate: float, row: Row, best: float) -> str:
+    if row.tied:
+        return "tied"
+    if rate == best:
+        return "right"
+    return "low" if rate < best else "high"
+
+
+def _told(code: str, facts: Sequence[Mapping[str, Any]], objective: str) -> list[str]:
+    language = Language(Path(__file__).parent, code, {"objective": objective})
+    return [str(language.say(f"learning_rate.{fact['kind']}", **fact)) for fact in facts]
 
 
 def _rate(row: Row) -> float | None:
@@ -57,11 +55,6 @@ def curve(row: Row, plan: Plan) -> dict[str, Any]:
 
 def history(experiment: str, plan: Plan) -> list[dict[str, Any]]:
     """The logged steps of an experiment; none where the cache does not hold them any more."""
-    commit = plan.commit
-    reference = f"refs/exps/{commit[:2]}/{commit[2:]}/{experiment}"
-    lock = parse_yaml(git(plan.home, "show", f"{reference}:dvc.lock"), "dvc.lock")
-    outs = {o["path"]: o["md5"] for s in lock["stages"].values() for o in s.get("outs", [])}
-    md5 = outs.get(HISTORY, "")
-    file = plan.cache / "files/md5" / md5[:2] / md5[2:]
-    rows: list[dict[str, Any]] = pa_csv.read_csv(file).to_pylist() if md5 and file.exists() else []
-    return rows
+    outs = (out for stage in plan.recorded(experiment).values() for out in stage.get("outs", []))
+    files = [plan.stored(out["md5"]) for out in outs if out["path"] == HISTORY]
+    return read_csv(files[0]) if files and files[0].exists() else []

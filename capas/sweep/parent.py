@@ -18,9 +18,10 @@ from pathlib import Path
 from typing import Any
 
 from capas.errors import CapasError
+from capas.facts import write_whole
 from capas.store import Store, locked, reachable, tracking_uri
 from capas.sweep.plan import Plan
-from capas.sweep.state import CACHED, State, read_states, write_whole
+from capas.sweep.state import CACHED, State, read_states
 
 log = logging.getLogger("capas")
 KEY = "sweep_key"
@@ -133,7 +134,7 @@ def follow(plan: Plan, stdin: int) -> None:
     while not closed:
         ready, _, _ = select.select([stdin], [], [], pause)
         closed = bool(ready) and os.read(stdin, 1) == b""
-        states = read_states(plan.folder / "points")
+        states = read_states(plan.points)
         if not closed and any(state.status != CACHED for state in states):
             seen = _try_to_look(parent, states)
             pause = _SECONDS_BETWEEN_LOOKS if seen else _SECONDS_AFTER_A_FAILURE

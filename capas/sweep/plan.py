@@ -15,16 +15,15 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
+from capas import dag, links
 from capas.composition import CONF
 from capas.dag import StageSpec
 from capas.errors import CapasError
 from capas.worktree import Snapshot, git, snapshot
 
 FOLDER = Path(".dvc/tmp/sweep")
-VARIABLE, DRIVER = (
-    "CAPAS_SWEEP",
-    "CAPAS_SWEEP_DRIVER",
-)  # the plan's folder; the process that started it
+VARIABLE = "CAPAS_SWEEP"  # names the plan's folder
+DRIVER = "CAPAS_SWEEP_DRIVER"  # the process that started the sweep
 _REVISIONS = "conf/revisions.yaml"
 
 
@@ -50,8 +49,36 @@ class Plan:
         return self.base / "plans" / self.key
 
     @property
+    def points(self) -> Path:
+        return self.folder / "points"
+
+    @property
     def taken(self) -> Snapshot:
         return Snapshot(self.commit, self.tree)
+
+    def work(self, experiment: str) -> Path:
+        return self.base / "work" / experiment
+
+    def lock(self, name: str) -> Path:
+        return self.base / "locks" / name
+
+    def copy_of(self, ignored: str) -> Path:
+        """Of an input that git ignores, as the sweep found it."""
+        return self.folder / "inputs" / ignored
+
+    def reference(self, experiment: str) -> str:
+        """DVC's name in git for an experiment at this commit."""
+        return f"refs/exps/{self.commit[:2]}/{self.commit[2:]}/{experiment}"
+
+    def recorded(self, experiment: str) -> dict[str, Any]:
+        """The stages of an experiment's dvc.lock."""
+        text = git(self.home, "show", f"{self.reference(experiment)}:dvc.lock")
+        stages: dict[str, Any] = dag.parse_yaml(text, "dvc.lock")["stages"]
+        return stages
+
+    def stored(self, md5: str) -> Path:
+        """Where DVC's cache has what has this hash, if it does."""
+        return self.cache / "files/md5" / md5[:2] / md5[2:]
 
     @classmethod
     def make(cls, home: Path, words: list[str]) -> "Plan":
@@ -78,8 +105,8 @@ class Plan:
 
     def write(self) -> None:
         """Lay the folder out: conf/ and the ignored inputs are copied, so that later edits reach no point."""
-        for name in ("points", "logs"):
-            (self.folder / name).mkdir(parents=True, exist_ok=True)
+        for folder in (self.points, self.folder / "logs"):
+            folder.mkdir(parents=True, exist_ok=True)
         conf = self.folder / CONF
         if not conf.exists():
             partial = self.folder / f".{CONF}.partial"
@@ -87,10 +114,10 @@ class Plan:
             shutil.copytree(self.home / CONF, partial, ignore=shutil.ignore_patterns("*.partial"))
             partial.rename(conf)
         for name in self.ignored:
-            copy = self.folder / "inputs" / name
+            copy = self.copy_of(name)
             if not copy.exists():
                 copy.parent.mkdir(parents=True, exist_ok=True)
-                shutil.copy2(self.home / name, copy)
+                links.place(self.home / name, copy)
         facts = {**asdict(self), "home": str(self.home), "cache": str(self.cache)}
         (self.folder / "plan.json").write_text(json.dumps(facts, indent=2) + "\n", encoding="utf-8")
 
@@ -108,7 +135,8 @@ class Plan:
 
 
 def digest(*parts: Any) -> str:
-    return hashlib.sha256(json.dumps(parts, sort_keys=True).encode()).hexdigest()[:10]
+    """Short enough for a name."""
+    return dag.digest(*parts)[:10]
 
 
 def _external(root: Path) -> Iterator[str]:

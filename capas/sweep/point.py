@@ -16,15 +16,17 @@ from omegaconf import OmegaConf
 
 from capas.composition import to_values
 from capas.config import validate
-from capas.dag import parse_yaml, recorded_key
+from capas.cores import usable_cores
+from capas.dag import recorded_key
 from capas.errors import CapasError
 from capas.locks import BusyError, exclusive
 from capas.sweep.plan import DRIVER, Plan, digest
-from capas.sweep.process import end_with, follow
+from capas.sweep.process import follow
 from capas.sweep.shared import SharedStages
 from capas.sweep.slots import place
 from capas.sweep.state import CACHED, DONE, FAILED, RUNNING, WAITING, State
 from capas.sweep.workspace import environment, lay_out
+from capas.workers import end_with
 from capas.worktree import git
 
 _STAGE = re.compile(r"^(?:Running stage|Stage) '(?P<name>\w+)'")
@@ -43,7 +45,8 @@ def point(config: Any) -> float:
         PointFailed: the pipeline failed, or the values are not valid.
     """
     plan = Plan.current()
-    end_with(int(os.environ[DRIVER]))
+    if os.getppid() == (driver := int(os.environ[DRIVER])):
+        end_with(driver)  # its worker, and the point ends with it
     overrides = [word for word in HydraConfig.get().overrides.task if not is_of_sweep(word)]
     settings = OmegaConf.to_container(config.sweep, resolve=True)
     tree = OmegaConf.to_container(config, resolve=False)
@@ -64,8 +67,6 @@ def is_of_sweep(override: str) -> bool:
 
 def num_workers(launcher: dict[str, Any]) -> int:
     """How many points run at once on a machine, as far as the launcher says so."""
-    from capas.cores import usable_cores
-
     given = launcher.get("n_jobs")
     if given is None:
         return usable_cores() if "submitit" in launcher["_target_"] else 1
@@ -88,12 +89,12 @@ class Point:
         self.identity = digest(values, plan.inputs)
         self.name = name_of(overrides, self.identity)
         self.log = plan.folder / "logs" / f"{self.name}.log"
-        self.work = plan.base / "work" / self.name
+        self.work = plan.work(self.name)
         self._state = State(self.identity, self.name, overrides)
         self.say(status=WAITING)
 
     def say(self, **changes: Any) -> None:
-        self._state.write(self.plan.folder / "points", **changes)
+        self._state.write(self.plan.points, **changes)
 
     def result(self) -> float:
         """Run it, unless it is an experiment already.
@@ -102,7 +103,7 @@ class Point:
             CapasError: it failed.
         """
         validate(self.values)
-        file = self.plan.base / "locks" / f"point-{self.identity}"
+        file = self.plan.lock(f"point-{self.identity}")
         with ExitStack() as stack:
             try:
                 lock = stack.enter_context(exclusive(file, seconds=0))
@@ -122,22 +123,22 @@ class Point:
         value = self._read(found)
         if status == DONE and not self.settings["keep"]:
             shutil.rmtree(self.work, ignore_errors=True)
-        self.say(name=found.rpartition("/")[2], status=status, stage="", line="")
+        self.say(name=found, status=status, stage="", line="")
         return value
 
     def _experiment(self) -> str | None:
-        """The git reference of this point at this commit, under whatever name."""
-        commit = self.plan.commit
-        pattern = f"refs/exps/{commit[:2]}/{commit[2:]}/*-{self.identity}"
+        """What this point is called at this commit."""
+        pattern = self.plan.reference(f"*-{self.identity}")
         found = git(self.plan.home, "for-each-ref", "--format=%(refname)", pattern).split()
-        return found[0] if found else None
+        return found[0].rpartition("/")[2] if found else None
 
-    def _read(self, reference: str) -> float:
+    def _read(self, experiment: str) -> float:
         """Its metrics, from git alone."""
         names = dict.fromkeys([self.settings["objective"], *self.settings["columns"]])
+        reference = self.plan.reference(experiment)
         metrics = {name: metric(self.plan.home, reference, name) for name in names}
-        lock = parse_yaml(git(self.plan.home, "show", f"{reference}:dvc.lock"), "dvc.lock")
-        self.say(metrics=metrics, train_key=recorded_key(lock["stages"]["train"]))
+        train_key = recorded_key(self.plan.recorded(experiment)["train"])
+        self.say(metrics=metrics, train_key=train_key)
         value = metrics[self.settings["objective"]]
         if value is None or not math.isfinite(value):
             raise CapasError(
@@ -149,9 +150,9 @@ class Point:
     def _run(self, lock: int) -> None:
         self.say(stage="a free place")
         device = self.values["hardware"]["device"]
-        with place(self.plan.base / "locks", device, self.workers) as variables:
+        with place(self.plan.lock, device, self.workers) as variables:
             lay_out(self.plan, self.work, self.values)
-            stages = SharedStages(self.plan, self.values)
+            stages = SharedStages(self.plan, self.values, self.work)
             with stages.held(lambda stage: self.say(stage=f"{stage}, which another point runs")):
                 self._run_experiment(stages, variables, lock)
 
@@ -159,19 +160,16 @@ class Point:
         sets = [word for override in self.overrides for word in ("-S", override)]
         command = [sys.executable, "-m", "dvc", "exp", "run", "-n", self.name, *sets]
         env = {**environment(self.plan, self.work), **variables}
-        visited: list[str] = []
+        stage = ""
         for line in follow(command, self.work, env, self.log, self._watch_training, [lock]):
             if match := _STAGE.match(line):
-                if visited:
-                    stages.finished(visited[-1], self.work)
-                visited.append(match["name"])
-                self.say(status=RUNNING, stage=visited[-1], line="")
+                stages.finished(stage)
+                stage = match["name"]
+                self.say(status=RUNNING, stage=stage, line="")
             elif line:
                 self.say(line=line[:200])
-        if visited:
-            stages.finished(visited[-1], self.work)
-        commit, name = self.plan.commit, self.name
-        reference = f"refs/exps/{commit[:2]}/{commit[2:]}/{name}"
+        stages.finished(stage)
+        reference = self.plan.reference(self.name)
         quiet = ("--quiet", "--no-tags", "--no-write-fetch-head", "--no-auto-maintenance")
         git(self.plan.home, "fetch", *quiet, str(self.work), f"+{reference}:{reference}")
 

@@ -1,11 +1,8 @@
 """A command whose lines are followed while it runs, and which ends with the process that follows it."""
 
-import os
 import re
-import signal
 import subprocess
 import sys
-import threading
 import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
@@ -49,19 +46,6 @@ def follow(
                 time.sleep(_SECONDS_BETWEEN_LOOKS)
         if child.returncode:
             raise CapasError(_why(log))
-
-
-def end_with(driver: int) -> None:
-    """Where this process is a worker that `driver` started: end when it is gone, and the point with it."""
-    if os.getppid() != driver:
-        return
-
-    def watch() -> None:
-        while os.getppid() == driver:
-            time.sleep(_SECONDS_BETWEEN_LOOKS)
-        os.kill(os.getpid(), signal.SIGKILL)
-
-    threading.Thread(target=watch, daemon=True).start()
 
 
 @contextmanager

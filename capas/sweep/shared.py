@@ -11,10 +11,10 @@ from pathlib import Path
 from typing import Any
 
 from capas.dag import StageSpec, recorded
+from capas.facts import write_whole
 from capas.locks import BusyError, exclusive
 from capas.params import select
 from capas.sweep.plan import Plan, digest
-from capas.sweep.state import write_whole
 
 _OF_THE_WORKSPACE = ("compose", "publish")  # run in each of them
 
@@ -37,11 +37,11 @@ def stage_keys(values: dict[str, Any], inputs: str, root: Path) -> dict[str, str
 
 
 class SharedStages:
-    """The locks that a point holds."""
+    """The locks that a point holds while its pipeline runs in the workspace `work`."""
 
-    def __init__(self, plan: Plan, values: dict[str, Any]) -> None:
-        self._keys = stage_keys(values, plan.inputs, plan.home)
-        self._plan = plan
+    def __init__(self, plan: Plan, values: dict[str, Any], work: Path) -> None:
+        self._keys = stage_keys(values, plan.inputs, work)
+        self._plan, self._work = plan, work
         self._held: dict[str, ExitStack] = {}
 
     @contextmanager
@@ -55,19 +55,18 @@ class SharedStages:
             for lock in self._held.values():
                 lock.close()
 
-    def finished(self, stage: str, work: Path) -> None:
-        """DVC has recorded it in the workspace `work`: whoever waits for it may go on."""
-        if stage not in self._keys:
+    def finished(self, stage: str) -> None:
+        """DVC has recorded it in the workspace: whoever waits for it may go on."""
+        if stage not in self._held:
             return
-        outs = recorded(work).get(stage, {}).get("outs", [])
-        cached = [out["md5"] for out in outs if "md5" in out and self._object(out["md5"]).exists()]
+        outs = recorded(self._work).get(stage, {}).get("outs", [])
+        cached = [o["md5"] for o in outs if "md5" in o and self._plan.stored(o["md5"]).exists()]
         if cached:
             write_whole(self._mark(stage), json.dumps(cached))
-        if stage in self._held:
-            self._held.pop(stage).close()
+        self._held.pop(stage).close()
 
     def _take(self, stage: str, waits: Callable[[str], None]) -> None:
-        file, lock = self._plan.base / "locks" / f"stage-{self._keys[stage]}", ExitStack()
+        file, lock = self._plan.lock(f"stage-{self._keys[stage]}"), ExitStack()
         if self._is_cached(stage):
             return
         try:
@@ -83,11 +82,8 @@ class SharedStages:
     def _is_cached(self, stage: str) -> bool:
         mark = self._mark(stage)
         return mark.exists() and all(
-            self._object(md5).exists() for md5 in json.loads(mark.read_text())
+            self._plan.stored(md5).exists() for md5 in json.loads(mark.read_text())
         )
 
     def _mark(self, stage: str) -> Path:
         return self._plan.base / "done" / f"{self._keys[stage]}.json"
-
-    def _object(self, md5: str) -> Path:
-        return self._plan.cache / "files/md5" / md5[:2] / md5[2:]

@@ -5,7 +5,7 @@ import os
 import shutil
 import socket
 import subprocess
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from pathlib import Path
 
@@ -17,9 +17,10 @@ _SECONDS_FOR_ALL = 0.5
 
 
 @contextmanager
-def place(folder: Path, device: str, num_workers: int) -> Iterator[dict[str, str]]:
+def place(lock: Callable[[str], Path], device: str, num_workers: int) -> Iterator[dict[str, str]]:
     """Environment variables of a point, which has its place for itself in this block.
 
+    `lock` gives the file that stands for a name.
     On a cluster the scheduler has given the job its GPUs and cores.
 
     Raises:
@@ -28,23 +29,23 @@ def place(folder: Path, device: str, num_workers: int) -> Iterator[dict[str, str
     if "SLURM_JOB_ID" in os.environ:
         yield {}
     elif device == "cuda":
-        with one_of(folder, "gpu", visible_gpus()) as gpu:
+        with one_of(lock, "gpu", visible_gpus()) as gpu:
             yield {"CUDA_VISIBLE_DEVICES": gpu}
     else:
         cores = usable_cores()
-        with one_of(folder, "cpu", [str(i) for i in range(max(cores, num_workers))]):
+        with one_of(lock, "cpu", [str(i) for i in range(max(cores, num_workers))]):
             yield {MAX_THREADS: str(max(1, cores // num_workers))}
 
 
 @contextmanager
-def one_of(folder: Path, kind: str, names: Sequence[str]) -> Iterator[str]:
+def one_of(lock: Callable[[str], Path], kind: str, names: Sequence[str]) -> Iterator[str]:
     """A place that no other point on this machine has; waits until one is free."""
     host = socket.gethostname()
     with ExitStack() as held:
         for name in itertools.cycle(names):
             try:
                 held.enter_context(
-                    exclusive(folder / f"{kind}-{host}-{name}", _SECONDS_FOR_ALL / len(names))
+                    exclusive(lock(f"{kind}-{host}-{name}"), _SECONDS_FOR_ALL / len(names))
                 )
                 break
             except BusyError:

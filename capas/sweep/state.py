@@ -1,11 +1,12 @@
 """What a point is doing, in a file that its worker writes and that the sweep shows."""
 
 import json
-import os
 import time
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
+
+from capas.facts import write_whole
 
 WAITING, RUNNING = "waiting", "running"
 DONE, CACHED, FAILED = "done", "cached", "failed"
@@ -41,11 +42,3 @@ def read_states(folder: Path) -> list[State]:
     files = sorted(folder.glob("*.json"))
     states = [State(**json.loads(file.read_text(encoding="utf-8"))) for file in files]
     return sorted(states, key=lambda state: (state.started, state.name))
-
-
-def write_whole(file: Path, text: str) -> None:
-    """Others read it at any time, and may write it at the same time."""
-    file.parent.mkdir(parents=True, exist_ok=True)
-    partial = file.with_name(f".{file.name}.{os.getpid()}.partial")
-    partial.write_text(text, encoding="utf-8")
-    partial.replace(file)

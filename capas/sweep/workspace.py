@@ -7,6 +7,7 @@ import sys
 from pathlib import Path
 from typing import Any
 
+from capas import links
 from capas.params import flatten
 from capas.stage import CHECKPOINTS
 from capas.store import HOME
@@ -30,7 +31,8 @@ def lay_out(plan: Plan, work: Path, values: dict[str, Any]) -> None:
         saved.rename(work / CHECKPOINTS)
     _share_cache(plan, work)
     for name in plan.ignored:
-        _link(plan.folder / "inputs" / name, work / name)
+        (work / name).parent.mkdir(parents=True, exist_ok=True)
+        links.place(plan.copy_of(name), work / name, immutable=True)
     for value in flatten(values).values():
         _bring(plan.home, work, value)
 
@@ -72,13 +74,3 @@ def _bring(home: Path, work: Path, value: Any) -> None:
     if there.exists() and home in there.parents and not here.exists():
         here.parent.mkdir(parents=True, exist_ok=True)
         here.symlink_to(there)
-
-
-def _link(source: Path, target: Path) -> None:
-    """The same file, where the file system can; else a copy."""
-    target.parent.mkdir(parents=True, exist_ok=True)
-    target.unlink(missing_ok=True)
-    try:
-        target.hardlink_to(source)
-    except OSError:
-        shutil.copy2(source, target)
