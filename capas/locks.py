@@ -37,6 +37,15 @@ def exclusive(file: Path, seconds: float = float("inf")) -> Iterator[TextIO]:
         yield lock
 
 
+def is_held(file: Path) -> bool:
+    """Whether a process holds it now."""
+    try:
+        with exclusive(file, seconds=0):
+            return False
+    except BusyError:
+        return True
+
+
 def _taken(lock: TextIO) -> bool:
     try:
         fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)

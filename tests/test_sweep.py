@@ -8,6 +8,8 @@ import psutil
 import pytest
 from sweeping import Sweeper, kill
 
+from capas.locks import exclusive
+
 TWO_AT_ONCE = ("hydra/launcher=joblib", "hydra.launcher.n_jobs=2")
 RATES = "trainer.learning_rate=0.01,0.1"
 
@@ -204,6 +206,16 @@ def test_list_and_clean(sweeper: Sweeper) -> None:
     assert "MB freed; the experiments are still there" in sweeper.sweep("--clean")
     assert not work.exists()
     assert len(sweeper.experiments()) == 1
+
+
+def test_a_point_that_runs_without_its_sweep_is_not_cleaned_away(sweeper: Sweeper) -> None:
+    sweeper.sweep("-m", "trainer.learning_rate=0.9", check=False)
+    (state,) = (sweeper.root / ".dvc/tmp/sweep/plans").glob("*/points/*.json")
+    with exclusive(sweeper.root / f".dvc/tmp/sweep/locks/point-{state.stem}"):
+        assert "1 sweeps are running" in sweeper.sweep("--clean")
+        assert any((sweeper.root / ".dvc/tmp/sweep/work").iterdir())
+    sweeper.sweep("--clean")
+    assert not (sweeper.root / ".dvc/tmp/sweep/work").exists()
 
 
 def test_a_stage_that_is_asked_to_sweep_names_the_way(sweeper: Sweeper) -> None:

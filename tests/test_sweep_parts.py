@@ -272,7 +272,10 @@ from pathlib import Path
 if sys.argv[2] == "stubborn":
     signal.signal(signal.SIGINT, signal.SIG_IGN)
 Path(sys.argv[1]).write_text(str(os.getpid()))
-time.sleep(600)
+try:
+    time.sleep(600)
+except KeyboardInterrupt:
+    Path(sys.argv[1] + ".stopped").touch()
 """
 
 
@@ -294,6 +297,7 @@ def test_a_command_ends_with_who_started_it(tmp_path: Path, kind: str) -> None:
     child = int(pid.read_text())
     wait(lambda: not psutil.pid_exists(child), seconds=25)
     assert not psutil.pid_exists(child)
+    assert (tmp_path / "pid.stopped").exists() == (kind == "obedient")
 
 
 def wait(until: Callable[[], bool], seconds: float = 15) -> None:

@@ -17,7 +17,7 @@ from rich.table import Table
 
 from capas.composition import CONF, hydra_errors
 from capas.errors import CapasError
-from capas.locks import BusyError, exclusive
+from capas.locks import BusyError, exclusive, is_held
 from capas.sweep import parent
 from capas.sweep.lesson import lesson
 from capas.sweep.plan import DRIVER, FOLDER, VARIABLE, Plan, cache_of
@@ -210,13 +210,14 @@ def clean(home: Path) -> None:
     """Remove workspaces, logs and copies of inputs of sweeps that do not run."""
     freed, running = 0, 0
     for plan in list(_plans(home)):
-        try:
-            with exclusive(plan.lock(f"sweep-{plan.key}"), seconds=0):
-                for state in read_states(plan.points):
-                    freed += _remove(plan.work(state.name))
-                freed += _remove(plan.folder)
-        except BusyError:
+        states = read_states(plan.points)
+        # Jobs of a cluster go on without the sweep that sent them.
+        locks = [f"sweep-{plan.key}", *(f"point-{state.identity}" for state in states)]
+        if any(is_held(plan.lock(name)) for name in locks):
             running += 1
+            continue
+        left = [plan.folder, *(plan.work(state.name) for state in states)]
+        freed += sum(_remove(folder) for folder in left)
     if not running:
         for folder in (home / FOLDER).glob("*"):
             freed += _remove(folder)

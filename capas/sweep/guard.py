@@ -32,5 +32,6 @@ def _end_with_starter(child: "subprocess.Popen[bytes]", stdin: int) -> None:
 
 
 if __name__ == "__main__":
-    signal.signal(signal.SIGINT, signal.SIG_IGN)  # the starter decides
+    # The starter decides. Not SIG_IGN: the command would inherit it, and SIGINT could not end it.
+    signal.signal(signal.SIGINT, lambda number, frame: None)
     sys.exit(run(sys.argv[1:], sys.stdin.fileno()))
