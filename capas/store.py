@@ -21,6 +21,7 @@ TRAIN_KEY = "train_key"
 HOME = "CAPAS_HOME"  # set by a sweep; DVC sets DVC_ROOT where it works elsewhere itself
 _SETTINGS = {  # only where the user has not set them
     "MLFLOW_DISABLE_TELEMETRY": "true",
+    "MLFLOW_ENABLE_ARTIFACTS_PROGRESS_BAR": "false",
     "MLFLOW_HTTP_REQUEST_MAX_RETRIES": "1",  # the default, 7, tries for minutes
     "MLFLOW_HTTP_REQUEST_TIMEOUT": "20",
 }

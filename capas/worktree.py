@@ -15,6 +15,11 @@ from capas.errors import CapasError
 _IDENTITY = ("user.name", "user.email")
 _ELSEWHERE = ("GIT_DIR", "GIT_WORK_TREE", "GIT_INDEX_FILE", "GIT_PREFIX", "GIT_COMMON_DIR")
 
+_PATCH = (  # whatever the user's configuration says of diffs
+    *("--binary", "--full-index", "--no-color", "--no-ext-diff", "--no-textconv", "--no-relative"),
+    *("--src-prefix=a/", "--dst-prefix=b/", "--submodule=short"),
+)
+
 
 class Snapshot(NamedTuple):
     """`commit` is HEAD; `tree`, a git tree, holds every file as it stands, untracked ones too."""
@@ -55,8 +60,7 @@ def snapshot(root: Path) -> Snapshot:
 
 def difference(root: Path, taken: Snapshot) -> bytes:
     """From the commit to the tree, as a patch for `git apply`; empty where all is committed."""
-    what = ("--binary", "--full-index", "--no-color", "--no-ext-diff", "--no-textconv")
-    return _git(root, "diff", *what, taken.commit, taken.tree)
+    return _git(root, "diff", *_PATCH, taken.commit, taken.tree)
 
 
 def clone(home: Path, taken: Snapshot, target: Path) -> None:
