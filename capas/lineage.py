@@ -175,7 +175,7 @@ def changed_since(root: Path, lock: Mapping[str, Any]) -> list[str]:
     return found
 
 
-def read_state(store: Store, run: Any) -> State:
+def read_state(client: Any, run: Any) -> State:
     """The state of a published run.
 
     Raises:
@@ -195,17 +195,17 @@ def read_state(store: Store, run: Any) -> State:
     taken, dirty = Snapshot(tags[BASE], tags[TREE]), tags[DIRTY] == "true"
     patch = b""
     if dirty:
-        taken, patch = _read_patch(store, run.info.run_id, called)
+        taken, patch = _read_patch(client, run.info.run_id, called)
     ignored: dict[str, str] = {}
     if tags.get(IGNORED):
-        facts = json.loads(_artifact(store, run.info.run_id, IGNORED_FILES, called))
+        facts = json.loads(_artifact(client, run.info.run_id, IGNORED_FILES, called))
         ignored = facts["md5"]
     return State(taken, dirty, tags.get(FOLDER, ""), patch, ignored)
 
 
-def _read_patch(store: Store, run_id: str, called: str) -> tuple[Snapshot, bytes]:
+def _read_patch(client: Any, run_id: str, called: str) -> tuple[Snapshot, bytes]:
     """Also where a publish was killed before it wrote the tags that belong to it."""
-    content = _artifact(store, run_id, PATCH, called)
+    content = _artifact(client, run_id, PATCH, called)
     header = _HEADER.match(content)
     if header is None:
         raise CapasError(f"{PATCH} of {called} is damaged: it does not say where it leads")
@@ -213,12 +213,12 @@ def _read_patch(store: Store, run_id: str, called: str) -> tuple[Snapshot, bytes
     return taken, content[header.end() :]
 
 
-def _artifact(store: Store, run_id: str, name: str, called: str) -> bytes:
+def _artifact(client: Any, run_id: str, name: str, called: str) -> bytes:
     from mlflow.exceptions import MlflowException
 
     with TemporaryDirectory(prefix="capas-") as folder:
         try:
-            return Path(store.client.download_artifacts(run_id, name, folder)).read_bytes()
+            return Path(client.download_artifacts(run_id, name, folder)).read_bytes()
         except (OSError, MlflowException) as error:
             raise CapasError(f"the artifact {name} of {called} cannot be read: {error}") from None
 

@@ -64,16 +64,22 @@ def difference(root: Path, taken: Snapshot) -> bytes:
 
 
 def clone(home: Path, taken: Snapshot, target: Path) -> None:
-    """A clone of `home` in the new folder `target`: HEAD is the commit, files and index are the tree.
+    """A clone of `home` in the new folder `target`: HEAD is the commit, files and index are the tree."""
+    empty_clone(home, target)
+    check_out(target, taken)
 
-    It borrows the objects of `home`, and whoever commits there has the name that he has in `home`.
-    """
+
+def empty_clone(home: Path, target: Path) -> None:
+    """Without files. It borrows the objects of `home`; whoever commits there has his name of `home`."""
     target.parent.mkdir(parents=True, exist_ok=True)
     git(target.parent, "clone", "--quiet", "--shared", "--no-checkout", str(home), str(target))
-    git(target, "update-ref", "--no-deref", "HEAD", taken.commit)
     for name in _IDENTITY:
         if value := git(home, "config", name, check=False):
             git(target, "config", name, value)
+
+
+def check_out(target: Path, taken: Snapshot) -> None:
+    git(target, "update-ref", "--no-deref", "HEAD", taken.commit)
     git(target, "read-tree", "-u", "--reset", taken.tree)
 
 

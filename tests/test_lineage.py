@@ -1,7 +1,9 @@
 """What a run in MLflow says of where it comes from."""
 
+import copy
 import hashlib
 from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
 from random import Random
 from typing import Any
@@ -11,10 +13,11 @@ import yaml
 from report_inputs import write_inputs
 from test_publish import publish, the_run
 
-from capas import lineage
+from capas import lineage, runs
 from capas.dag import read_yaml, recorded_key
 from capas.errors import CapasError
-from capas.worktree import Snapshot, clone, git
+from capas.rebuild import differences, lay_out
+from capas.worktree import git
 
 ZERO = "0" * 32
 
@@ -56,15 +59,12 @@ def kept(root: Path) -> tuple[dict[str, str], lineage.State]:
     store, found = the_run(root)
     shown = ("git.", "adapter.", "dvc.", "mlflow.runName", "mlflow.source.")
     tags = {name: value for name, value in found.data.tags.items() if name.startswith(shown)}
-    return tags, lineage.read_state(store, found)
+    return tags, lineage.read_state(store.client, found)
 
 
 def restored(root: Path, state: lineage.State, target: Path) -> str:
     """The tree that the kept state leads to, in a clone of the commit."""
-    clone(root, Snapshot(state.taken.commit, f"{state.taken.commit}^{{tree}}"), target)
-    if state.patch:
-        (target / ".git/patch").write_bytes(state.patch)
-        git(target, "apply", "--cached", ".git/patch")
+    lay_out(root, target, state)
     return git(target, "write-tree")
 
 
@@ -190,7 +190,7 @@ def test_outside_git_it_says_so(tmp_path: Path, caplog: pytest.LogCaptureFixture
     assert found.info.status == "FINISHED"
     assert found.data.tags["git.base"] == "unknown"
     with pytest.raises(CapasError, match="outside a git repository"):
-        lineage.read_state(store, found)
+        lineage.read_state(store.client, found)
 
 
 def test_a_patch_without_end_is_not_kept(root: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -199,7 +199,7 @@ def test_a_patch_without_end_is_not_kept(root: Path, monkeypatch: pytest.MonkeyP
     publish(root)
     store, found = the_run(root)
     with pytest.raises(CapasError, match=r"not kept was source/uncommitted\.patch"):
-        lineage.read_state(store, found)
+        lineage.read_state(store.client, found)
 
 
 def test_a_script_edited_after_it_ran_is_told_and_replaces_no_state(
@@ -212,6 +212,51 @@ def test_a_script_edited_after_it_ran_is_told_and_replaces_no_state(
     publish(root)
     assert "edited after they ran: fetch" in caplog.text
     assert kept(root) == before
+
+
+def test_a_patch_that_is_not_of_the_state_is_refused(root: Path, tmp_path: Path) -> None:
+    (root / "code.py").write_text("print(2)\n")
+    publish(root)
+    _, state = kept(root)
+    wrong = replace(state, patch=state.patch.replace(b"+print(2)", b"+print(4)"))
+    with pytest.raises(CapasError, match="the patch is not that of this run"):
+        lay_out(root, tmp_path / "one", wrong)
+    gone = replace(state, taken=state.taken._replace(commit="1" * 40))
+    with pytest.raises(CapasError, match=f"commit {'1' * 40} is not in this repository"):
+        lay_out(root, tmp_path / "two", gone)
+
+
+def test_a_run_is_found_by_what_it_is_called(root: Path) -> None:
+    publish(root)
+    store, found = the_run(root)
+    for word in (found.info.run_id, found.info.run_id[:6], found.info.run_name):
+        assert runs.find(store.client, word, root).info.run_id == found.info.run_id
+    with pytest.raises(
+        CapasError, match=r"no run of a training called 'x'\. There are 1, the newest"
+    ):
+        runs.find(store.client, "x", root)
+    store.client.create_run(store.experiment_id, tags={"train_key": "k"}, run_name="twin")
+    store.client.create_run(store.experiment_id, tags={"train_key": "l"}, run_name="twin")
+    store.client.create_run(store.experiment_id, run_name="no training")
+    with pytest.raises(CapasError, match="'twin' names 2 runs"):
+        runs.find(store.client, "twin", root)
+    with pytest.raises(CapasError, match="There are 3"):
+        runs.find(store.client, "no training", root)
+
+
+def test_the_first_stage_that_differs_comes_first(root: Path) -> None:
+    before = read_yaml(root / "dvc.lock")["stages"]
+    after = copy.deepcopy(before)
+    assert differences(before, after) == []
+    after["train"]["deps"][-1]["md5"] = ZERO
+    for name in ("train", "format"):
+        after[name]["outs"][0]["md5"] = ZERO
+    first, second = differences(before, after)
+    assert first == "first to differ: format: data/formatted"
+    assert (
+        second
+        == f"differs too: train: data/models/adapter, from other {after['train']['deps'][-1]['path']}"
+    )
 
 
 def test_git_that_is_gone_leaves_the_state(root: Path) -> None:

@@ -1,4 +1,4 @@
-"""Experiments that DVC runs in a folder of its own (`--temp`, the queue): that folder's code, the user's commit."""
+"""What DVC runs in a folder of its own (`--temp`, the queue): that folder's code, the user's commit."""
 
 import json
 import os

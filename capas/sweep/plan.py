@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import Any
 
 from capas import dag, inputs, links
+from capas.clone import cache_of, stored
 from capas.composition import CONF
 from capas.errors import CapasError
 from capas.worktree import Snapshot, git, snapshot
@@ -75,7 +76,7 @@ class Plan:
 
     def stored(self, md5: str) -> Path:
         """Where DVC's cache has what has this hash, if it does."""
-        return self.cache / "files/md5" / md5[:2] / md5[2:]
+        return stored(self.cache, md5)
 
     @classmethod
     def make(cls, home: Path, words: list[str]) -> "Plan":
@@ -155,11 +156,3 @@ def _files(home: Path, taken: Snapshot) -> list[str]:
         or not path.endswith(".yaml")
         or path == _REVISIONS
     ]
-
-
-def cache_of(home: Path) -> Path:
-    """Where DVC keeps its cache, which any of its configuration files may say."""
-    from dvc.config import Config
-
-    folder = Config(str(home / ".dvc"))["cache"].get("dir")
-    return Path(folder) if folder else home / ".dvc/cache"
