@@ -3,11 +3,8 @@
 import csv
 import hashlib
 import json
-import os
 import re
-import subprocess
 from collections.abc import Iterator, Mapping
-from pathlib import Path
 from typing import Any
 
 from capas import timings
@@ -69,28 +66,6 @@ def clipped(values: Mapping[str, Any]) -> dict[str, str]:
     return {
         k: v if len(v) <= MAX_TEXT else v[: MAX_TEXT - len(note)] + note for k, v in texts.items()
     }
-
-
-def origin(root: Path) -> dict[str, str]:
-    """Where the result comes from. Without an experiment of DVC, the run keeps the name it has."""
-    commit, changes = git(root, "rev-parse", "HEAD"), git(root, "status", "--porcelain")
-    tags = {
-        "mlflow.source.name": "dvc.yaml",
-        "mlflow.source.git.commit": commit or "unknown",
-        "git.dirty": "unknown" if changes is None else str(bool(changes)).lower(),
-    }
-    if "DVC_EXP_NAME" in os.environ:
-        name = os.environ["DVC_EXP_NAME"]
-        tags |= {"dvc.experiment": name, "mlflow.runName": name}
-    return tags
-
-
-def git(root: Path, *arguments: str) -> str | None:
-    """None outside a git repository."""
-    done = subprocess.run(
-        ["git", *arguments], cwd=root, capture_output=True, text=True, check=False
-    )
-    return done.stdout.strip() if done.returncode == 0 else None
 
 
 def headline(stage: Stage) -> dict[str, str]:

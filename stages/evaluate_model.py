@@ -74,7 +74,8 @@ def main(which: Literal["base", "tuned"], params: Params, stage: Stage) -> None:
             whole = None if came_quantized else summarize(score(model, records, params, stage))
         facts["full_precision"] = whole and {name: whole[name] for name in ("loss", "perplexity")}
         write_json(stage.out("reports/evaluation_base.json"), facts)
-        write_json(stage.out("reports/metrics/base.json"), headline(facts))
+        # In a name of their own, so that `dvc exp show` calls the tuned model's `loss` and not FILE:loss.
+        write_json(stage.out("reports/metrics/base.json"), {"base": headline(facts)})
         write_records(stage.out("reports/predictions_base.parquet"), PREDICTIONS, rows)
     else:
         before = list(read_records(stage.dep("reports/predictions_base.parquet"), PREDICTIONS))

@@ -15,7 +15,7 @@ import time
 from collections.abc import Mapping
 from typing import Any
 
-from capas import result
+from capas import lineage, result
 from capas.dag import recorded, recorded_key
 from capas.errors import CapasError
 from capas.facts import read_json
@@ -79,13 +79,15 @@ def publish(store: Store, found: Any, lock: Mapping[str, Any], stage: Stage) -> 
         store,
         run_id,
         have,
-        {**result.clipped(others), **result.origin(stage.root), **result.headline(stage)},
+        {**result.clipped(others), **lineage.names(), **result.headline(stage)},
     )
     send_metrics(store, run_id, have, result.metrics(stage))
     store.log_points(run_id, result.curve(stage))
     store.client.log_inputs(run_id, datasets=datasets(lock, stage))
     digest = result.artifacts_digest(lock)
-    if have.tags.get(ARTIFACTS_TAG) != digest:
+    is_new = have.tags.get(ARTIFACTS_TAG) != digest
+    lineage.send(store, found, stage, is_new)
+    if is_new:
         send_artifacts(store, run_id, stage)
         store.client.set_tag(run_id, ARTIFACTS_TAG, digest)
 
