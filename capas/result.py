@@ -7,7 +7,7 @@ import re
 from collections.abc import Iterator, Mapping
 from typing import Any
 
-from capas import timings
+from capas import gate, timings
 from capas.dag import recorded, recorded_key
 from capas.facts import read_json
 from capas.params import flatten
@@ -69,20 +69,18 @@ def clipped(values: Mapping[str, Any]) -> dict[str, str]:
 
 
 def headline(stage: Stage) -> dict[str, str]:
-    """The note that MLflow shows above a run."""
-    base, tuned = (
-        read_json(stage.dep("reports/evaluation_base.json")),
-        read_json(stage.dep("reports/evaluation.json"))["tuned"],
-    )
+    """The note that MLflow shows above a run, and whether the model passed its gate."""
+    base = read_json(stage.dep("reports/evaluation_base.json"))
+    evaluation = read_json(stage.dep("reports/evaluation.json"))
+    tuned, verdict = evaluation["tuned"], gate.verdict(evaluation["gate"])
     rows = [
         f"| {name} | {base[name]:.4g} | {tuned[name]:.4g} |"
         for name in ("exact_match", "valid_json", "loss", "perplexity")
         if base.get(name) is not None and tuned.get(name) is not None
     ]
     table = ["| test split | base | tuned |", "|---|---|---|", *rows]
-    return {
-        "mlflow.note.content": "\n".join([*table, "", "The page: artifact `report/index.html`."])
-    }
+    words = [f"Gate {verdict}.", "", "The page: artifact `report/index.html`."]
+    return {"mlflow.note.content": "\n".join([*table, "", *words]), "gate": verdict}
 
 
 def metrics(stage: Stage) -> dict[str, float]:
