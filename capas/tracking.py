@@ -32,8 +32,10 @@ CURVES = {
     "eval_token_accuracy": "validation/token_accuracy",
     "tokens_per_second": "train/tokens_per_second",
     "memory_bytes": "train/memory_bytes",
+    "epoch": "train/epoch",  # at which epoch a step was: the x axis of MLflow's charts is the step
 }
 _SEND_SECONDS, _RETRY_SECONDS = 2.0, 15.0
+_SAMPLE_SECONDS = 5.0  # between two looks at the machine
 _STATUS = {"end": "FINISHED", "failed": "FAILED"}
 
 
@@ -58,6 +60,7 @@ class Follower:
         self._read, self._waiting = 0, list[Point]()
         self._store: Store | None = None
         self._run_id = ""
+        self._monitor: Any = None  # of the machine, while MLflow can be reached
         self._next = 0.0
 
     def read(self) -> None:
@@ -81,6 +84,7 @@ class Follower:
                 self._send(status)
             self._next = time.monotonic() + _SEND_SECONDS
         except (CapasError, OSError) as error:
+            self._stop_monitor()
             self._store = None
             self._next = time.monotonic() + _RETRY_SECONDS
             log.warning("the training goes on without live metrics: %s", error)
@@ -91,11 +95,34 @@ class Follower:
             run = self._store.find_or_create(self.key, run_name(self.key))
             self._run_id = run.info.run_id
             self._store.set_status(self._run_id, "RUNNING")
+            if status == "RUNNING":
+                self._monitor = start_monitor(self._run_id, tracking_uri(self.root))
         if self._waiting:
             self._store.log_points(self._run_id, self._waiting)
             self._waiting = []
         if status != "RUNNING":
+            self._stop_monitor()
             self._store.set_status(self._run_id, status)
+
+    def _stop_monitor(self) -> None:
+        if self._monitor is not None:
+            self._monitor.finish()  # it warns about what it cannot send
+            self._monitor = None
+
+
+def start_monitor(run_id: str, uri: str) -> Any:
+    """CPU, memory, disk, network and GPU of this machine as system/... metrics; None where that fails."""
+    try:
+        from mlflow.system_metrics.system_metrics_monitor import SystemMetricsMonitor
+
+        monitor = SystemMetricsMonitor(
+            run_id, sampling_interval=_SAMPLE_SECONDS, resume_logging=True, tracking_uri=uri
+        )
+        monitor.start()
+    except Exception as error:  # noqa: BLE001  drivers of any kind; the curve is worth more
+        log.warning("no metrics of the machine: %s", error)
+        return None
+    return monitor
 
 
 def follow(root: Path, key: str, rows: Path, stdin: int) -> str:

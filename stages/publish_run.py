@@ -2,7 +2,7 @@
 
 Reads   what train, evaluate, sample and report left, dvc.lock; reports/timings where they are
 Writes  the MLflow run whose tag train_key is this training's; reports/.published, a marker for DVC
-Params  tracking
+Params  tracking; evaluation, generation.system, hardware, model, quantization: for whoever loads the model
 
 It may run any number of times: what the run has already is left alone, so a result that DVC restored,
 and an empty database after `dvc pull`, end up the same as a run that was followed live.
@@ -11,17 +11,20 @@ and an empty database after `dvc pull`, end up the same as a run that was follow
 """
 
 import json
+import tempfile
 import time
 from collections.abc import Mapping
+from pathlib import Path
 from typing import Any
 
-from capas import lineage, result
+from capas import bundle, lineage, result
+from capas.card import write_card
 from capas.dag import recorded, recorded_key
 from capas.errors import CapasError
 from capas.facts import read_json
 from capas.params import Params
 from capas.stage import Stage, log, run
-from capas.store import Store, locked, reachable, tracking_uri
+from capas.store import TRAIN_KEY, Store, locked, reachable, tracking_uri
 from capas.tracking import run_name
 
 ARTIFACTS_TAG = "capas.artifacts"
@@ -48,7 +51,7 @@ def main(params: Params, stage: Stage) -> None:
         store = Store.open(stage.root, params.tracking.experiment_name)
         with reachable(tracking_uri(stage.root)):
             found = store.find_or_create(key, run_name(key))
-            publish(store, found, lock, stage)
+            publish(store, found, lock, params, stage)
             store.set_status(found.info.run_id, "FINISHED")
     log.info("MLflow run %s holds this training; look at it with `make ui`", found.info.run_name)
     marker.write_text(f"{key}\n")
@@ -70,7 +73,9 @@ def train_key(stage: Stage, lock: Mapping[str, Any]) -> str:
     return key
 
 
-def publish(store: Store, found: Any, lock: Mapping[str, Any], stage: Stage) -> None:
+def publish(
+    store: Store, found: Any, lock: Mapping[str, Any], params: Params, stage: Stage
+) -> None:
     """Whatever the run lacks or has with another value."""
     run_id, have = found.info.run_id, found.data
     of_training, others = result.values(lock)
@@ -84,11 +89,12 @@ def publish(store: Store, found: Any, lock: Mapping[str, Any], stage: Stage) -> 
     send_metrics(store, run_id, have, result.metrics(stage))
     store.log_points(run_id, result.curve(stage))
     store.client.log_inputs(run_id, datasets=datasets(lock, stage))
-    digest = result.artifacts_digest(lock)
+    digest = f"{result.artifacts_digest(lock)}-{bundle.code_digest(stage)}"
     is_new = have.tags.get(ARTIFACTS_TAG) != digest
     lineage.send(store, found, stage, is_new)
     if is_new:
         send_artifacts(store, run_id, stage)
+        send_model(store, found, of_training, params, stage)
         store.client.set_tag(run_id, ARTIFACTS_TAG, digest)
 
 
@@ -142,9 +148,38 @@ def send_artifacts(store: Store, run_id: str, stage: Stage) -> None:
     for folder, files in FILES.items():
         for file in files:
             store.client.log_artifact(run_id, str(stage.root / file), folder or None)
-    store.client.log_artifacts(run_id, str(stage.dep("data/models/adapter")), "adapter")
     send_table(store, run_id, "predictions.json", result.predictions(stage))
     send_table(store, run_id, "samples.json", result.samples(stage))
+
+
+def send_model(
+    store: Store, found: Any, of_training: Mapping[str, Any], params: Params, stage: Stage
+) -> None:
+    """The adapter with its card, for PEFT and servers; and as a model that MLflow loads."""
+    run_id, key = found.info.run_id, found.data.tags[TRAIN_KEY]
+    facts = bundle.served_facts(
+        params.model,
+        params.hardware,
+        params.quantization,
+        params.evaluation,
+        params.generation,
+        stage,
+    )
+    card = write_card(
+        run_id,
+        key,
+        of_training,
+        facts,
+        read_json(stage.dep("data/raw") / "source.json"),
+        read_json(stage.dep("reports/evaluation_base.json")),
+        read_json(stage.dep("reports/evaluation.json")),
+    )
+    with tempfile.TemporaryDirectory(prefix="capas-model-") as folder:
+        data, model = Path(folder, "data"), Path(folder, "model")
+        bundle.write_data(data, card, facts, stage)
+        store.client.log_artifacts(run_id, str(data / "adapter"), "adapter")
+        bundle.save_model(model, data, key, found, stage, facts)
+        store.client.log_artifacts(run_id, str(model), "model")
 
 
 def send_table(store: Store, run_id: str, name: str, rows: list[dict[str, Any]]) -> None:

@@ -20,6 +20,7 @@ from capas import gate
 from capas.composition import composer, dump
 from capas.dag import StageSpec, read_yaml, recorded_key
 from capas.params import flatten
+from capas.records import RAW, write_records
 
 REPOSITORY = Path(__file__).parents[1]
 KINDS = ("seen", "values", "phrasings", "combinations", "both")
@@ -55,7 +56,7 @@ LAYERS = [
 def write_inputs(root: Path, overrides: Iterable[str] = (), **texts: str) -> Path:
     """A workspace as it stands when `report` runs; `overrides` as on Hydra's command line."""
     shutil.copy(REPOSITORY / "dvc.yaml", root / "dvc.yaml")
-    shutil.copytree(REPOSITORY / "capas/page", root / "capas/page")
+    shutil.copytree(REPOSITORY / "capas", root / "capas", ignore=shutil.ignore_patterns("*.pyc"))
     (root / "stages").mkdir(exist_ok=True)
     with composer(REPOSITORY / "conf") as compose:
         params = compose(list(overrides))
@@ -147,14 +148,18 @@ def _split(records: list[dict[str, Any]]) -> dict[str, list[dict[str, Any]]]:
 def _raw(root: Path, records: list[dict[str, Any]]) -> None:
     splits = _split(records)
     for split, rows in splits.items():
-        _parquet(
-            root / f"data/raw/{split}.parquet",
-            [{**row, "metadata": json.dumps(row["metadata"])} for row in rows],
-        )
+        file = root / f"data/raw/{split}.parquet"
+        file.parent.mkdir(parents=True, exist_ok=True)
+        write_records(file, RAW, [_stored(row) for row in rows])
     facts = {
         split: {"num_records": len(rows), "sha256": "0" * 64} for split, rows in splits.items()
     }
     _json(root / "data/raw/source.json", {**SOURCE, "splits": facts})
+
+
+def _stored(record: dict[str, Any]) -> dict[str, Any]:
+    messages = [{**message, "extra": "", "train": True} for message in record["messages"]]
+    return {**record, "messages": messages, "tools": "", "metadata": json.dumps(record["metadata"])}
 
 
 def _chat(messages: list[dict[str, str]]) -> str:
@@ -204,6 +209,7 @@ def _models(root: Path, tokenizer: Tokenizer) -> None:
     config = {"architectures": ["Qwen2ForCausalLM"], "hidden_size": 8, "num_hidden_layers": 2}
     config |= {"num_attention_heads": 2, "num_key_value_heads": 2, "tie_word_embeddings": True}
     _json(base / "config.json", {**config, "vocab_size": tokenizer.get_vocab_size()})
+    shutil.copytree(base, root / "data/models/quantized")
     names = [f"base_model.model.{layer}.lora_{ab}.weight" for layer in LAYERS for ab in "AB"]
     save_file(dict.fromkeys(names, embedding[:2]), adapter / "adapter_model.safetensors")
     targets = ["down_proj", "q_proj", "up_proj", "v_proj"]

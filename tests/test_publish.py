@@ -109,10 +109,16 @@ def test_adapter_pages_and_tables_are_artifacts(root: Path) -> None:
     run_id = found.info.run_id
     names = {
         a.path
-        for folder in ("", "adapter", "report")
+        for folder in ("", "adapter", "report", "model", "model/data/data", "model/code/capas")
         for a in store.client.list_artifacts(run_id, folder)
     }
     assert {"adapter/adapter_model.safetensors", "report/index.es.html", "dvc.lock"} <= names
+    assert {"adapter/README.md", "model/MLmodel", "model/requirements.txt"} <= names
+    assert {
+        "model/data/data/base",
+        "model/data/data/adapter",
+        "model/code/capas/served.py",
+    } <= names
     predictions = table(root, "predictions.json")
     assert len(predictions) == 10
     assert {"reference", "base", "tuned", "kind"} <= set(predictions.columns)
@@ -127,6 +133,17 @@ def test_a_second_publish_changes_nothing(root: Path) -> None:
     for name in ("train/loss", "tuned/exact_match"):
         history = store.client.get_metric_history(before.info.run_id, name)
         assert len(history) == len({m.step for m in history})
+
+
+def test_the_model_written_anew_is_the_same_bytes(root: Path) -> None:
+    store, found = the_run(root)
+    (folder,) = (root / "mlartifacts").glob("*/artifacts/model")
+    files = sorted(file for file in folder.rglob("*") if file.is_file())
+    before = {file: file.read_bytes() for file in files}
+    store.client.set_tag(found.info.run_id, publish_run.ARTIFACTS_TAG, "of an older publish")
+    publish(root)
+    assert len(before) > 30
+    assert {file: file.read_bytes() for file in folder.rglob("*") if file.is_file()} == before
 
 
 def test_a_new_evaluation_of_the_same_training_lands_on_its_run(root: Path) -> None:

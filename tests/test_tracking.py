@@ -5,6 +5,7 @@ import os
 import sqlite3
 import subprocess
 import sys
+import threading
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -199,3 +200,39 @@ def test_nothing_is_followed_where_tracking_is_off(
     tracking.main(["follow", "--key", "k", "--rows", "none.jsonl"])
     assert "tracking.enabled is false" in caplog.text
     assert [path.name for path in tmp_path.iterdir()] == ["params.yaml"]
+
+
+def test_the_machine_is_watched_while_the_training_runs(
+    root: Path, write: Write, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(tracking, "_SAMPLE_SECONDS", 0.2)
+    follower = tracking.Follower(root, "watched", write(1), "tests")
+    follower.read()
+    follower.send()
+    deadline = time.monotonic() + 30
+    while (
+        "system/cpu_utilization_percentage"
+        not in (data := Store.open(root, "tests").find("watched").data).metrics
+    ):
+        assert time.monotonic() < deadline
+        follower.send("RUNNING")
+        time.sleep(0.2)
+    assert data.metrics["system/system_memory_usage_percentage"] > 0
+    follower.send("FINISHED", now=True)
+    assert not [t for t in threading.enumerate() if t.name == "SystemMetricsMonitor"]
+
+
+def test_a_machine_that_cannot_be_watched_costs_a_warning(
+    root: Path, write: Write, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    def broken(*_: Any, **__: Any) -> None:
+        raise RuntimeError("no driver")
+
+    module = pytest.importorskip("mlflow.system_metrics.system_metrics_monitor")
+    monkeypatch.setattr(module, "SystemMetricsMonitor", broken)
+    follower = tracking.Follower(root, "unwatched", write(1, event="end"), "tests")
+    follower.read()
+    follower.send()
+    follower.send("FINISHED", now=True)
+    assert "no metrics of the machine: no driver" in caplog.text
+    assert steps_of(root, "unwatched") == [1]
