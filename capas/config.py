@@ -187,6 +187,16 @@ class Trainer(Group):
     full_determinism: bool
 
 
+class Gate(BaseModel):
+    """Limits of `capas.gate`; None switches a check off."""
+
+    model_config = ConfigDict(extra="forbid", strict=True)
+
+    min_stop_rate: Fraction | None
+    max_empty_rate: Fraction | None
+    max_quantization_loss: Annotated[float, Field(ge=0)] | None
+
+
 class Evaluation(Group):
     metrics: list[Literal["exact_match", "valid_json"]]
     max_records: Count | None
@@ -195,6 +205,7 @@ class Evaluation(Group):
     bootstrap_resamples: Annotated[int, Field(ge=100)]
     confidence_fraction: Annotated[float, Field(gt=0.5, lt=1)]
     seed: Seed
+    gate: Gate
 
 
 class Decoding(BaseModel):

@@ -3,14 +3,11 @@
 import csv
 import hashlib
 import json
-import os
 import re
-import subprocess
 from collections.abc import Iterator, Mapping
-from pathlib import Path
 from typing import Any
 
-from capas import timings
+from capas import gate, timings
 from capas.dag import recorded, recorded_key
 from capas.facts import read_json
 from capas.params import flatten
@@ -71,43 +68,19 @@ def clipped(values: Mapping[str, Any]) -> dict[str, str]:
     }
 
 
-def origin(root: Path) -> dict[str, str]:
-    """Where the result comes from. Without an experiment of DVC, the run keeps the name it has."""
-    commit, changes = git(root, "rev-parse", "HEAD"), git(root, "status", "--porcelain")
-    tags = {
-        "mlflow.source.name": "dvc.yaml",
-        "mlflow.source.git.commit": commit or "unknown",
-        "git.dirty": "unknown" if changes is None else str(bool(changes)).lower(),
-    }
-    if "DVC_EXP_NAME" in os.environ:
-        name = os.environ["DVC_EXP_NAME"]
-        tags |= {"dvc.experiment": name, "mlflow.runName": name}
-    return tags
-
-
-def git(root: Path, *arguments: str) -> str | None:
-    """None outside a git repository."""
-    done = subprocess.run(
-        ["git", *arguments], cwd=root, capture_output=True, text=True, check=False
-    )
-    return done.stdout.strip() if done.returncode == 0 else None
-
-
 def headline(stage: Stage) -> dict[str, str]:
-    """The note that MLflow shows above a run."""
-    base, tuned = (
-        read_json(stage.dep("reports/evaluation_base.json")),
-        read_json(stage.dep("reports/evaluation.json"))["tuned"],
-    )
+    """The note that MLflow shows above a run, and whether the model passed its gate."""
+    base = read_json(stage.dep("reports/evaluation_base.json"))
+    evaluation = read_json(stage.dep("reports/evaluation.json"))
+    tuned, verdict = evaluation["tuned"], gate.verdict(evaluation["gate"])
     rows = [
         f"| {name} | {base[name]:.4g} | {tuned[name]:.4g} |"
         for name in ("exact_match", "valid_json", "loss", "perplexity")
         if base.get(name) is not None and tuned.get(name) is not None
     ]
     table = ["| test split | base | tuned |", "|---|---|---|", *rows]
-    return {
-        "mlflow.note.content": "\n".join([*table, "", "The page: artifact `report/index.html`."])
-    }
+    words = [f"Gate {verdict}.", "", "The page: artifact `report/index.html`."]
+    return {"mlflow.note.content": "\n".join([*table, "", *words]), "gate": verdict}
 
 
 def metrics(stage: Stage) -> dict[str, float]:

@@ -21,6 +21,7 @@ TRAIN_KEY = "train_key"
 HOME = "CAPAS_HOME"  # set by a sweep; DVC sets DVC_ROOT where it works elsewhere itself
 _SETTINGS = {  # only where the user has not set them
     "MLFLOW_DISABLE_TELEMETRY": "true",
+    "MLFLOW_ENABLE_ARTIFACTS_PROGRESS_BAR": "false",
     "MLFLOW_HTTP_REQUEST_MAX_RETRIES": "1",  # the default, 7, tries for minutes
     "MLFLOW_HTTP_REQUEST_TIMEOUT": "20",
 }
@@ -81,15 +82,9 @@ class Store:
         """
         uri = tracking_uri(root)
         _check_server(uri)
-        for name, value in _SETTINGS.items():
-            os.environ.setdefault(name, value)
-        for noisy in ("alembic", "mlflow.store.db.utils"):
-            logging.getLogger(noisy).setLevel(logging.WARNING)
-        from mlflow import MlflowClient
-
         # Two processes that create the tables at once break each other.
         with reachable(uri), locked(root, "store", seconds=60):
-            client = MlflowClient(tracking_uri=uri)
+            client = _client(uri)
             return cls(client, _experiment_id(client, experiment_name, uri, root), root)
 
     def find(self, train_key: str) -> Any | None:
@@ -134,6 +129,34 @@ class Store:
             for point in batch:
                 self._steps[run_id, point.name].add(point.step)
         return len(new)
+
+
+def existing(root: Path) -> Any:
+    """A client of MLflow that reads what is there; nothing is created.
+
+    Raises:
+        CapasError: there is no store.
+    """
+    uri = tracking_uri(root)
+    file = uri.removeprefix("sqlite:///")
+    if file != uri and not Path(file).exists():
+        raise CapasError(
+            f"{file} is missing: nothing was published here yet. Run `dvc repro`, or set "
+            "MLFLOW_TRACKING_URI to the server that has the run"
+        )
+    _check_server(uri)
+    with reachable(uri):
+        return _client(uri)
+
+
+def _client(uri: str) -> Any:
+    for name, value in _SETTINGS.items():
+        os.environ.setdefault(name, value)
+    for noisy in ("alembic", "mlflow.store.db.utils"):
+        logging.getLogger(noisy).setLevel(logging.WARNING)
+    from mlflow import MlflowClient
+
+    return MlflowClient(tracking_uri=uri)
 
 
 @contextmanager

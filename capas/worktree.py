@@ -15,6 +15,11 @@ from capas.errors import CapasError
 _IDENTITY = ("user.name", "user.email")
 _ELSEWHERE = ("GIT_DIR", "GIT_WORK_TREE", "GIT_INDEX_FILE", "GIT_PREFIX", "GIT_COMMON_DIR")
 
+_PATCH = (  # whatever the user's configuration says of diffs
+    *("--binary", "--full-index", "--no-color", "--no-ext-diff", "--no-textconv", "--no-relative"),
+    *("--src-prefix=a/", "--dst-prefix=b/", "--submodule=short"),
+)
+
 
 class Snapshot(NamedTuple):
     """`commit` is HEAD; `tree`, a git tree, holds every file as it stands, untracked ones too."""
@@ -55,21 +60,26 @@ def snapshot(root: Path) -> Snapshot:
 
 def difference(root: Path, taken: Snapshot) -> bytes:
     """From the commit to the tree, as a patch for `git apply`; empty where all is committed."""
-    what = ("--binary", "--full-index", "--no-color", "--no-ext-diff", "--no-textconv")
-    return _git(root, "diff", *what, taken.commit, taken.tree)
+    return _git(root, "diff", *_PATCH, taken.commit, taken.tree)
 
 
 def clone(home: Path, taken: Snapshot, target: Path) -> None:
-    """A clone of `home` in the new folder `target`: HEAD is the commit, files and index are the tree.
+    """A clone of `home` in the new folder `target`: HEAD is the commit, files and index are the tree."""
+    empty_clone(home, target)
+    check_out(target, taken)
 
-    It borrows the objects of `home`, and whoever commits there has the name that he has in `home`.
-    """
+
+def empty_clone(home: Path, target: Path) -> None:
+    """Without files. It borrows the objects of `home`; whoever commits there has his name of `home`."""
     target.parent.mkdir(parents=True, exist_ok=True)
     git(target.parent, "clone", "--quiet", "--shared", "--no-checkout", str(home), str(target))
-    git(target, "update-ref", "--no-deref", "HEAD", taken.commit)
     for name in _IDENTITY:
         if value := git(home, "config", name, check=False):
             git(target, "config", name, value)
+
+
+def check_out(target: Path, taken: Snapshot) -> None:
+    git(target, "update-ref", "--no-deref", "HEAD", taken.commit)
     git(target, "read-tree", "-u", "--reset", taken.tree)
 
 

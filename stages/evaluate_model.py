@@ -7,7 +7,8 @@ Reads   data/formatted (test), data/models/quantized, data/models/tokenizer; bas
         tuned: data/models/adapter, reports/evaluation_base.json, reports/predictions_base.parquet
 Writes  base: reports/evaluation_base.json, reports/predictions_base.parquet
         tuned: reports/evaluation.json, reports/predictions.parquet, reports/before_after.csv
-Params  evaluation, hardware, model.attn_implementation, model.dtype, model.trust_remote_code
+Params  evaluation (base: the keys that score one model), hardware, model.attn_implementation,
+        model.dtype, model.trust_remote_code
 
 A row of predictions: prompt "<|im_start|>user\\nset a timer for 99 minutes<|im_end|>\\n<|im_start|>assistant
 \\n", reference '{"name": "set_timer", "arguments": {"minutes": 99}}', completion, loss, exact_match, ...
@@ -21,7 +22,7 @@ from typing import TYPE_CHECKING, Any, Literal
 
 import pyarrow as pa
 
-from capas import hardware, metrics
+from capas import gate, hardware, metrics
 from capas.errors import CapasError
 from capas.facts import read_json, write_csv, write_json
 from capas.params import Params
@@ -74,15 +75,18 @@ def main(which: Literal["base", "tuned"], params: Params, stage: Stage) -> None:
             whole = None if came_quantized else summarize(score(model, records, params, stage))
         facts["full_precision"] = whole and {name: whole[name] for name in ("loss", "perplexity")}
         write_json(stage.out("reports/evaluation_base.json"), facts)
-        write_json(stage.out("reports/metrics/base.json"), headline(facts))
+        # In a name of their own, so that `dvc exp show` calls the tuned model's `loss` and not FILE:loss.
+        write_json(stage.out("reports/metrics/base.json"), {"base": headline(facts)})
         write_records(stage.out("reports/predictions_base.parquet"), PREDICTIONS, rows)
     else:
         before = list(read_records(stage.dep("reports/predictions_base.parquet"), PREDICTIONS))
+        base = read_json(stage.dep("reports/evaluation_base.json"))
         report = compare(before, rows, facts, params)
+        report["gate"] = gate.judge(base, report, params.evaluation.gate)
+        log.info("gate %s", gate.verdict(report["gate"]))
         write_json(stage.out("reports/evaluation.json"), report)
         write_json(stage.out("reports/metrics/tuned.json"), headline(facts) | gains(report))
         write_records(stage.out("reports/predictions.parquet"), PREDICTIONS, rows)
-        base = read_json(stage.dep("reports/evaluation_base.json"))
         bars = before_after({"base": base, "tuned": facts})
         write_csv(
             stage.out("reports/before_after.csv"), ("kind", "model", "bar", "exact_match"), bars

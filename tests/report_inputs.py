@@ -16,6 +16,7 @@ import yaml
 from safetensors.numpy import save_file
 from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers, trainers
 
+from capas import gate
 from capas.composition import composer, dump
 from capas.dag import StageSpec, read_yaml, recorded_key
 from capas.params import flatten
@@ -239,12 +240,13 @@ def _scores(exact: float, loss: float, generated: bool) -> dict[str, Any]:
 def _reports(root: Path, params: dict[str, Any]) -> None:
     reports, generated = root / "reports", bool(params["evaluation"]["metrics"])
     base = {**_scores(0.0, 3.2, generated), "full_precision": {"loss": 3.1, "perplexity": 22.2}}
-    interval = {"mean": 0.5, "low": 0.3, "high": 0.7} if generated else None
-    difference: dict[str, Any] = {"exact_match": interval, "valid_json": interval}
+    interval = {"mean": 0.5, "low": 0.3, "high": 0.7}
+    difference = dict.fromkeys(("exact_match", "valid_json"), interval) if generated else {}
     difference["loss"] = {"mean": -3.0, "low": -3.2, "high": -2.8}
     _json(reports / "evaluation_base.json", base)
-    evaluation = {"tuned": _scores(0.5, 0.2, generated), "difference": difference}
+    evaluation: dict[str, Any] = {"tuned": _scores(0.5, 0.2, generated), "difference": difference}
     evaluation |= {"confidence_fraction": 0.95, "bootstrap_resamples": 2000}
+    evaluation["gate"] = gate.judge(base, evaluation, params["evaluation"]["gate"])
     _json(reports / "evaluation.json", evaluation)
     rows = [(k, m, s) for k in KINDS for m, s in (("base", 0.0), ("tuned", 0.5)) if generated]
     _csv(reports / "before_after.csv", "kind,model,exact_match", rows)

@@ -143,9 +143,12 @@ def test_the_mask_needs_no_weights() -> None:
 
 
 def test_packages_hold_nothing_but_a_docstring() -> None:
-    """An import of `capas.chat.format` runs `capas/chat/__init__.py`, which is no dep of any stage."""
-    packages = sorted((REPOSITORY / "capas").rglob("__init__.py"))
-    assert len(packages) == 6
+    """An import of `capas.chat.format` runs `capas/chat/__init__.py`, which is no dep of any stage.
+
+    capas/__init__.py alone says more: where its modules are.
+    """
+    packages = sorted((REPOSITORY / "capas").glob("*/__init__.py"))
+    assert len(packages) == 5
     assert all(len(ast.parse(file.read_text()).body) == 1 for file in packages)
 
 

@@ -9,6 +9,7 @@ import pyarrow.parquet as pq
 import pytest
 from tiny import read_json, run_stage, write_workspace
 
+from capas import gate
 from capas.errors import CapasError
 from stages import evaluate_model, train_lora
 
@@ -44,6 +45,17 @@ def test_training_shows_in_the_difference(evaluated: Path) -> None:
     assert loss["mean"] == pytest.approx(tuned["tuned"]["loss"] - base["loss"], rel=1e-3)
     assert loss["low"] <= loss["mean"] <= loss["high"] < 0
     assert tuned["bootstrap_resamples"] == 100
+
+
+def test_the_gate_judges_the_tuned_model(evaluated: Path) -> None:
+    report = read_json(evaluated / "reports/evaluation.json")
+    base = read_json(evaluated / "reports/evaluation_base.json")
+    limits = {"min_stop_rate": 0.9, "max_empty_rate": 0.01, "max_quantization_loss": 0.5}
+    assert report["gate"] == gate.judge(base, report, limits)
+    assert [check["name"] for check in report["gate"]["checks"]] == [
+        *("exact_match_gain", "stop_rate", "empty_rate", "quantization_loss")
+    ]
+    assert report["gate"]["checks"][1]["value"] == report["tuned"]["stop_rate"]
 
 
 def test_groups_add_up(evaluated: Path) -> None:

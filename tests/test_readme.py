@@ -48,6 +48,7 @@ TEXTS = {
 
 def results(texts: dict[str, str]) -> str:
     base, tuned = (json.loads((METRICS / f"{m}.json").read_text()) for m in ("base", "tuned"))
+    base = base["base"]
     shares: dict[str, dict[str, float]] = {}
     for row in csv.DictReader((ROOT / "reports/before_after.csv").open()):
         shares.setdefault(row["kind"], {})[row["model"]] = float(row["exact_match"])

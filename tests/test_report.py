@@ -130,6 +130,28 @@ def test_the_headline_is_the_score_in_each_language(pages: dict[str, str]) -> No
     assert "+50,0" in pages["es"]
 
 
+@pytest.mark.parametrize(
+    ("limit", "headline", "row"),
+    [
+        ("0.9", ">passes its gate", "<td>90.0%</td><td>90.0%</td><td>passed</td>"),
+        ("0.95", "does not pass its gate", "<td>90.0%</td><td>95.0%</td><td>failed</td>"),
+        ("null", ">passes its gate", "<td>90.0%</td><td>–</td><td>not checked</td>"),
+    ],
+)
+def test_the_page_shows_every_check_of_the_gate(
+    page_with: Callable[..., str], limit: str, headline: str, row: str
+) -> None:
+    page = page_with(f"evaluation.gate.min_stop_rate={limit}")
+    assert headline in page and row in page
+    assert "<td>+30.0 points</td><td>0.0 points</td><td>passed</td>" in page
+
+
+def test_a_model_that_fails_its_gate_is_told_so(page_with: Callable[..., str]) -> None:
+    page = page_with("evaluation.gate.max_quantization_loss=0.05")
+    assert "does not pass its gate" in page
+    assert "<td>0.100</td><td>0.050</td><td>failed</td>" in page
+
+
 def test_without_completions_the_page_compares_losses(page_with: Callable[..., str]) -> None:
     page = page_with("evaluation=loss")
     assert "Test loss from 3.200 to 0.200" in page

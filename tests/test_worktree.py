@@ -53,6 +53,8 @@ def test_a_clone_has_what_is_not_committed(home: Path, tmp_path: Path) -> None:
 
 
 def test_the_patch_leads_from_the_commit_to_the_tree(home: Path, tmp_path: Path) -> None:
+    for name, value in {"noprefix": "true", "relative": "true", "external": "false"}.items():
+        git(home, "config", f"diff.{name}", value)
     taken = snapshot(home)
     patch = tmp_path / "patch"
     patch.write_bytes(difference(home, taken))

@@ -65,6 +65,7 @@ def scores(base: Row, evaluation: Row) -> dict[str, Any]:
         "confidence": confidence,
         "resamples": evaluation["bootstrap_resamples"],
         "generated": tuned.get("exact_match") is not None,
+        "gate": evaluation["gate"],
     }
 
 

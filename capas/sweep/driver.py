@@ -15,12 +15,13 @@ from typing import Any
 
 from rich.table import Table
 
+from capas.clone import cache_of
 from capas.composition import CONF, hydra_errors
 from capas.errors import CapasError
 from capas.locks import BusyError, exclusive, is_held
 from capas.sweep import parent
 from capas.sweep.lesson import lesson
-from capas.sweep.plan import DRIVER, FOLDER, VARIABLE, Plan, cache_of
+from capas.sweep.plan import DRIVER, FOLDER, VARIABLE, Plan
 from capas.sweep.ranking import Row, rank
 from capas.sweep.screen import Screen, print_ranking, stdout, verdict
 from capas.sweep.state import ENDED, FAILED, read_states

@@ -6,18 +6,16 @@
     locks/, done/    who runs a stage, and which stages the cache holds
 """
 
-import hashlib
 import json
 import os
 import shutil
-from collections.abc import Iterator
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-from capas import dag, links
+from capas import dag, inputs, links
+from capas.clone import cache_of, stored
 from capas.composition import CONF
-from capas.dag import StageSpec
 from capas.errors import CapasError
 from capas.worktree import Snapshot, git, snapshot
 
@@ -78,7 +76,7 @@ class Plan:
 
     def stored(self, md5: str) -> Path:
         """Where DVC's cache has what has this hash, if it does."""
-        return self.cache / "files/md5" / md5[:2] / md5[2:]
+        return stored(self.cache, md5)
 
     @classmethod
     def make(cls, home: Path, words: list[str]) -> "Plan":
@@ -90,15 +88,18 @@ class Plan:
         if not (home / "dvc.yaml").exists() or not (home / ".dvc").is_dir():
             raise CapasError(f"{home} has no dvc.yaml; start it in the repository's top folder")
         taken = snapshot(home)
-        ignored = tuple(_ignored(home, taken))
-        inputs = digest(_files(home, taken), {name: _content(home / name) for name in ignored})
+        found = inputs.ignored(home, taken.tree)
+        ignored = tuple(name for name in found if not name.startswith(f"{CONF}/"))
+        deciding = digest(
+            _files(home, taken), {name: inputs.content(home / name) for name in ignored}
+        )
         return cls(
             home=home,
-            key=digest(sorted(words), taken, inputs),
+            key=digest(sorted(words), taken, deciding),
             words=tuple(words),
             commit=taken.commit,
             tree=taken.tree,
-            inputs=inputs,
+            inputs=deciding,
             ignored=ignored,
             cache=cache_of(home),
         )
@@ -139,19 +140,14 @@ def digest(*parts: Any) -> str:
     return dag.digest(*parts)[:10]
 
 
-def _external(root: Path) -> Iterator[str]:
-    """What stages read that no stage makes."""
-    stages = StageSpec.read_all(root).values()
-    made = {out for stage in stages for out in stage.outs}
-    yield from sorted({dep for stage in stages for dep in stage.deps} - made)
-
-
 def _files(home: Path, taken: Snapshot) -> list[str]:
     """mode, id and path of each file in git that decides a result.
 
     Of conf/ those that values only name (a template) and the pins: the values are told apart by themselves.
     """
-    listed = git(home, "ls-tree", "-r", taken.tree, "--", "dvc.yaml", *_external(home)).splitlines()
+    listed = git(
+        home, "ls-tree", "-r", taken.tree, "--", "dvc.yaml", *inputs.external(home)
+    ).splitlines()
     inside = f"{CONF}/"
     return [
         line
@@ -160,28 +156,3 @@ def _files(home: Path, taken: Snapshot) -> list[str]:
         or not path.endswith(".yaml")
         or path == _REVISIONS
     ]
-
-
-def _ignored(home: Path, taken: Snapshot) -> Iterator[str]:
-    """Files that stages read and git ignores: data/own."""
-    have = set(git(home, "ls-tree", "-r", "-z", "--name-only", taken.tree).split("\0"))
-    for name in _external(home):
-        path = home / name
-        files = sorted(path.rglob("*")) if path.is_dir() else [path]
-        for file in files:
-            relative = file.relative_to(home).as_posix()
-            if file.is_file() and relative not in have and name != str(CONF):
-                yield relative
-
-
-def _content(file: Path) -> str:
-    with file.open("rb") as stream:
-        return hashlib.file_digest(stream, "sha256").hexdigest()
-
-
-def cache_of(home: Path) -> Path:
-    """Where DVC keeps its cache, which any of its configuration files may say."""
-    from dvc.config import Config
-
-    folder = Config(str(home / ".dvc"))["cache"].get("dir")
-    return Path(folder) if folder else home / ".dvc/cache"

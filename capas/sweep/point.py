@@ -14,18 +14,20 @@ from hydra.core.hydra_config import HydraConfig
 from hydra.errors import HydraException
 from omegaconf import OmegaConf
 
+from capas.clone import environment
 from capas.composition import to_values
 from capas.config import validate
 from capas.cores import usable_cores
 from capas.dag import recorded_key
 from capas.errors import CapasError
 from capas.locks import BusyError, exclusive
+from capas.store import HOME
 from capas.sweep.plan import DRIVER, Plan, digest
 from capas.sweep.process import follow
 from capas.sweep.shared import SharedStages
 from capas.sweep.slots import place
 from capas.sweep.state import CACHED, DONE, FAILED, RUNNING, WAITING, State
-from capas.sweep.workspace import environment, lay_out
+from capas.sweep.workspace import lay_out
 from capas.workers import end_with
 from capas.worktree import git
 
@@ -159,7 +161,7 @@ class Point:
     def _run_experiment(self, stages: SharedStages, variables: dict[str, str], lock: int) -> None:
         sets = [word for override in self.overrides for word in ("-S", override)]
         command = [sys.executable, "-m", "dvc", "exp", "run", "-n", self.name, *sets]
-        env = {**environment(self.plan, self.work), **variables}
+        env = {**environment(self.work, **{HOME: str(self.plan.home)}), **variables}
         stage = ""
         for line in follow(command, self.work, env, self.log, self._watch_training, [lock]):
             if match := _STAGE.match(line):

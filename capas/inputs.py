@@ -1,0 +1,33 @@
+"""Files that stages read and no stage makes, and which of them git does not have."""
+
+import hashlib
+from pathlib import Path
+
+from capas.dag import StageSpec
+from capas.worktree import git
+
+
+def external(root: Path) -> list[str]:
+    """Files and folders that stages read and no stage makes."""
+    stages = StageSpec.read_all(root).values()
+    made = {out for stage in stages for out in stage.outs}
+    return sorted({dep for stage in stages for dep in stage.deps} - made)
+
+
+def ignored(root: Path, tree: str) -> list[str]:
+    """Those files of them that are not in the git tree: what lies in data/own."""
+    have = set(git(root, "ls-tree", "-r", "-z", "--name-only", tree).split("\0"))
+    found = []
+    for name in external(root):
+        path = root / name
+        for file in sorted(path.rglob("*")) if path.is_dir() else [path]:
+            relative = file.relative_to(root).as_posix()
+            if file.is_file() and relative not in have:
+                found.append(relative)
+    return found
+
+
+def content(file: Path) -> str:
+    """The sha256 of a file."""
+    with file.open("rb") as stream:
+        return hashlib.file_digest(stream, "sha256").hexdigest()

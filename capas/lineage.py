@@ -1,0 +1,229 @@
+"""Where a published run comes from: a commit, what was not committed, and which adapter it led to.
+
+    git.base     the commit, one that the user's repository has
+    git.tree     the git tree of all files as they stood, untracked ones too
+    git.dirty    whether that is more than the commit: then source/uncommitted.patch leads to it
+    git.folder   the repository's folder in git's, where it is not its top
+    git.ignored  files that stages read and git ignores (data/own); their md5 is in source/ignored.json
+
+A run keeps the state with which its artifacts were published; `capas rebuild` goes back to it.
+"""
+
+import hashlib
+import json
+import os
+import re
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from tempfile import TemporaryDirectory
+from typing import Any
+
+from capas import inputs
+from capas.dag import StageSpec, input_key, recorded, recorded_key
+from capas.errors import CapasError
+from capas.facts import read_json
+from capas.result import ancestors
+from capas.stage import Stage, log
+from capas.store import Store
+from capas.worktree import Snapshot, difference, git, snapshot
+
+BASE, TREE, DIRTY, FOLDER, IGNORED = (
+    "git.base",
+    "git.tree",
+    "git.dirty",
+    "git.folder",
+    "git.ignored",
+)
+CHANGED, LEFT_OUT = "git.changed", "git.left_out"
+ADAPTER = "adapter.sha256"
+PATCH, IGNORED_FILES = "source/uncommitted.patch", "source/ignored.json"
+UNKNOWN = "unknown"
+MAX_PATCH_BYTES = 64 * 2**20
+_HEADER = re.compile(rb"capas: from (?P<commit>[0-9a-f]+) to (?P<tree>[0-9a-f]+)\n")
+
+
+@dataclass(frozen=True)
+class State:
+    """The files of the repository at one moment; `patch` and `ignored` are empty where there is nothing."""
+
+    taken: Snapshot
+    dirty: bool
+    folder: str = ""
+    patch: bytes = b""
+    ignored: dict[str, str] = field(default_factory=dict)  # path -> md5
+    left_out: str = ""
+
+    def tags(self) -> dict[str, str]:
+        names = ", ".join(self.ignored)
+        return {
+            "mlflow.source.name": "dvc.yaml",
+            "mlflow.source.git.commit": self.taken.commit,
+            BASE: self.taken.commit,
+            TREE: self.taken.tree,
+            DIRTY: str(self.dirty).lower(),
+            FOLDER: self.folder,
+            IGNORED: names if len(names) < 500 else f"{len(self.ignored)} files",
+            LEFT_OUT: self.left_out,
+        }
+
+
+def names() -> dict[str, str]:
+    """An experiment of DVC and its run have one name; without one, the run keeps the name it has."""
+    name = os.environ.get("DVC_EXP_NAME")
+    return {"dvc.experiment": name, "mlflow.runName": name} if name else {}
+
+
+def state_of(root: Path) -> State:
+    """That of the repository now.
+
+    Raises:
+        CapasError: it is no git repository, or has no commit yet.
+    """
+    # In an experiment that DVC runs elsewhere, HEAD may be a commit which only lives as long as it runs.
+    taken = snapshot(root)
+    base = os.environ.get("DVC_EXP_BASELINE_REV") or taken.commit
+    taken = Snapshot(base, taken.tree)
+    patch = difference(root, taken)
+    ignored = {name: _md5(root / name) for name in inputs.ignored(root, taken.tree)}
+    left_out = ""
+    dirty = bool(patch)
+    if len(patch) > MAX_PATCH_BYTES:
+        left_out = f"{PATCH}: it would take {len(patch) / 2**20:.0f} MiB"
+        patch = b""
+    folder = git(root, "rev-parse", "--show-prefix")
+    return State(taken, dirty, folder.rstrip("/"), patch, ignored, left_out)
+
+
+def send(store: Store, run: Any, stage: Stage, is_new: bool) -> None:
+    """The state now, where the run has none or `is_new`: its artifacts are published with it.
+
+    One that leads back to the training is not replaced by one that does not.
+    """
+    have, run_id = run.data.tags, run.info.run_id
+    adapter = stage.dep("data/models/adapter") / "adapter_model.safetensors"
+    with adapter.open("rb") as weights:
+        tags = {ADAPTER: hashlib.file_digest(weights, "sha256").hexdigest()}
+    is_known = have.get(BASE, UNKNOWN) != UNKNOWN
+    if is_new or not is_known:
+        tags |= _send_state(store, run_id, have, stage, is_known)
+    changed = {name: value for name, value in tags.items() if have.get(name, "") != value}
+    _send_tags(store, run_id, changed)
+
+
+def _send_state(
+    store: Store, run_id: str, have: Mapping[str, str], stage: Stage, is_known: bool
+) -> dict[str, str]:
+    """Its files, and the tags that make it the run's state: they are written at once, after the files."""
+    try:
+        state = state_of(stage.root)
+    except CapasError as error:
+        log.warning("the run cannot be rebuilt from MLflow: %s", error)
+        nowhere = {"mlflow.source.name": "dvc.yaml", "mlflow.source.git.commit": UNKNOWN}
+        return {} if is_known else {**nowhere, BASE: UNKNOWN}
+    lock = recorded(stage.root)
+    changed = changed_since(stage.root, lock)
+    if changed:
+        log.warning(
+            "edited after they ran: %s. A rebuild would start from the edit", ", ".join(changed)
+        )
+    if state.left_out:
+        log.warning("the run cannot be rebuilt: %s; have git ignore what is large", state.left_out)
+    key = read_json(stage.dep("reports/train.json"))["train_key"]
+    if is_known and (changed or state.left_out or key != recorded_key(lock["train"])):
+        return {}
+    if state.ignored or have.get(IGNORED):
+        facts = {"tree": state.taken.tree, "md5": state.ignored}
+        store.client.log_text(run_id, json.dumps(facts, indent=2) + "\n", IGNORED_FILES)
+    if state.patch or have.get(DIRTY) == "true":
+        _send_patch(store, run_id, state)
+    return {**state.tags(), CHANGED: ", ".join(changed)}
+
+
+def _send_patch(store: Store, run_id: str, state: State) -> None:
+    """Its first line, which git skips, says from where to where: it holds whatever the tags say."""
+    header = f"capas: from {state.taken.commit} to {state.taken.tree}\n".encode()
+    with TemporaryDirectory(prefix="capas-") as folder:
+        file = Path(folder) / Path(PATCH).name
+        file.write_bytes(header + state.patch)
+        store.client.log_artifact(run_id, str(file), str(Path(PATCH).parent))
+
+
+def _send_tags(store: Store, run_id: str, tags: Mapping[str, str]) -> None:
+    """In one call, so that they are of one state."""
+    from mlflow.entities import RunTag
+
+    if tags:
+        store.client.log_batch(run_id, tags=[RunTag(name, value) for name, value in tags.items()])
+
+
+def changed_since(root: Path, lock: Mapping[str, Any]) -> list[str]:
+    """Stages up to train whose script, values or inputs are no longer those with which they ran.
+
+    compose is not asked: what editors leave in conf/ is not told apart here from what it read.
+    """
+    specs = StageSpec.read_all(root)
+    found = []
+    for name in specs:
+        if name in ancestors("train", lock) - {"compose"}:
+            try:
+                same = input_key(specs[name], root) == recorded_key(lock[name])
+            except CapasError:  # a file that it read is gone
+                same = False
+            if not same:
+                found.append(name)
+    return found
+
+
+def read_state(client: Any, run: Any) -> State:
+    """The state of a published run.
+
+    Raises:
+        CapasError: it has none, or what it has does not lead back.
+    """
+    tags = run.data.tags
+    called = f"run {run.info.run_name} ({run.info.run_id[:8]})"
+    if BASE not in tags:
+        raise CapasError(
+            f"{called} has no tag {BASE}: it was never published completely. "
+            "Run `dvc repro publish` where its result is"
+        )
+    if tags[BASE] == UNKNOWN:
+        raise CapasError(f"{called} was published outside a git repository: its code was not kept")
+    if tags.get(LEFT_OUT):
+        raise CapasError(f"{called} cannot be restored; not kept was {tags[LEFT_OUT]}")
+    taken, dirty = Snapshot(tags[BASE], tags[TREE]), tags[DIRTY] == "true"
+    patch = b""
+    if dirty:
+        taken, patch = _read_patch(client, run.info.run_id, called)
+    ignored: dict[str, str] = {}
+    if tags.get(IGNORED):
+        facts = json.loads(_artifact(client, run.info.run_id, IGNORED_FILES, called))
+        ignored = facts["md5"]
+    return State(taken, dirty, tags.get(FOLDER, ""), patch, ignored)
+
+
+def _read_patch(client: Any, run_id: str, called: str) -> tuple[Snapshot, bytes]:
+    """Also where a publish was killed before it wrote the tags that belong to it."""
+    content = _artifact(client, run_id, PATCH, called)
+    header = _HEADER.match(content)
+    if header is None:
+        raise CapasError(f"{PATCH} of {called} is damaged: it does not say where it leads")
+    taken = Snapshot(header["commit"].decode(), header["tree"].decode())
+    return taken, content[header.end() :]
+
+
+def _artifact(client: Any, run_id: str, name: str, called: str) -> bytes:
+    from mlflow.exceptions import MlflowException
+
+    with TemporaryDirectory(prefix="capas-") as folder:
+        try:
+            return Path(client.download_artifacts(run_id, name, folder)).read_bytes()
+        except (OSError, MlflowException) as error:
+            raise CapasError(f"the artifact {name} of {called} cannot be read: {error}") from None
+
+
+def _md5(file: Path) -> str:
+    """As DVC has it."""
+    with file.open("rb") as stream:
+        return hashlib.file_digest(stream, lambda: hashlib.md5(usedforsecurity=False)).hexdigest()

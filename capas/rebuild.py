@@ -1,0 +1,336 @@
+"""Make the adapter of a run in MLflow again, and compare its bytes.
+
+    capas rebuild RUN             a run's id, its beginning, its name, or an experiment of DVC
+    capas rebuild RUN --all       evaluation, samples and report too
+    capas rebuild RUN --restore   take the adapter out of DVC's cache or remote instead of training it
+
+The files as they were when the run was published are laid out in a folder of their own: the commit, and what
+was not committed. What comes before the training is taken from DVC's cache or remote where they have it, the
+training is done anew. Your files, dvc.lock, branches and MLflow stay as they are.
+
+Exit code: 0 the same bytes, 1 others, 2 it cannot be restored (the reason is told), 130 stopped.
+"""
+
+import argparse
+import hashlib
+import shutil
+import signal
+import sys
+import tempfile
+import time
+from collections.abc import Iterator
+from contextlib import ExitStack, contextmanager
+from pathlib import Path
+from typing import Any
+
+from capas import links, runs
+from capas.clone import bring, cache_of, environment, share_cache, stored
+from capas.dag import StageSpec, read_yaml, recorded, recorded_key
+from capas.errors import CapasError
+from capas.facts import read_json
+from capas.lineage import ADAPTER, CHANGED, State, read_state
+from capas.locks import exclusive, is_held
+from capas.params import flatten
+from capas.result import ancestors
+from capas.store import TRAIN_KEY, existing, reachable, tracking_uri
+from capas.sweep.process import follow
+from capas.worktree import check_out, empty_clone, git
+
+FOLDER = Path(".dvc/tmp/rebuild")
+WEIGHTS, FACTS = "data/models/adapter/adapter_model.safetensors", "reports/train.json"
+_TOLD = ("Running stage", "Stage '")
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("run", help="id, its beginning, name, or experiment of DVC")
+    ways = parser.add_mutually_exclusive_group()
+    ways.add_argument("--all", action="store_true", help="run what follows the training, too")
+    ways.add_argument("--restore", action="store_true", help="do not train: cache or remote")
+    parser.add_argument("--keep", type=Path, metavar="FOLDER", help="a new folder that stays")
+
+
+def command(options: argparse.Namespace) -> int:
+    root = Path.cwd()
+    if not (root / "dvc.yaml").exists():
+        raise CapasError(f"{root} has no dvc.yaml; start it in the repository's top folder")
+    keep = options.keep.absolute() if options.keep else None
+    if keep and keep.exists():
+        raise CapasError(f"--keep {options.keep} exists already; name a folder that does not")
+    with _terminated_as_interrupted():
+        client = existing(root)
+        with reachable(tracking_uri(root)):
+            run = runs.find(client, options.run, root)
+            state = read_state(client, run)
+        _say(
+            f"run {run.info.run_name} ({run.info.run_id}), commit {state.taken.commit[:10]}"
+            f"{' with what was not committed' if state.dirty else ''}"
+        )
+        if run.data.tags.get(CHANGED):
+            _say(
+                f"when it was published, these were not what they had been: {run.data.tags[CHANGED]}"
+            )
+        with _folder(root, keep) as work:
+            rebuilt = Rebuilt(root, work, state, run)
+            return rebuilt.restored() if options.restore else rebuilt.trained(options.all)
+
+
+class Rebuilt:
+    """A run's repository in the folder `work`, as the run was published."""
+
+    def __init__(self, home: Path, clone: Path, state: State, run: Any) -> None:
+        self._run, self._state, self._home = run, state, home
+        lay_out(home, clone, state)
+        self.work = clone / state.folder
+        if not (self.work / "dvc.lock").exists():
+            raise CapasError(
+                f"commit {state.taken.commit[:10]} has no dvc.lock in {state.folder or '.'}"
+            )
+        self.lock = recorded(self.work)
+        if "train" not in self.lock:
+            raise CapasError("the dvc.lock that was published with this run records no training")
+        if recorded_key(self.lock["train"]) != run.data.tags[TRAIN_KEY]:
+            _say(
+                "its training was accepted under other inputs with `dvc commit`: those are what is run"
+            )
+        self._cache = cache_of(home)
+        share_cache(home, self._cache, self.work)
+        if state.ignored:
+            _copy_ignored(home, self.work, state.ignored)
+        for value in flatten(read_yaml(self.work / "params.yaml")).values():
+            bring(home, self.work, value)
+        self._log = home / FOLDER / f"{run.info.run_id}.log"
+        self._log.parent.mkdir(parents=True, exist_ok=True)
+
+    def restored(self) -> int:
+        """Take the adapter out of the cache or the remote."""
+        self._pull(["train"])
+        self._dvc("checkout", "--quiet", "train", allowed="cannot be restored")
+        if not (self.work / WEIGHTS).exists():
+            raise CapasError(
+                "neither DVC's cache here nor a remote has the adapter. Without --restore it is trained anew"
+            )
+        return self._compared("restored")
+
+    def trained(self, everything: bool) -> int:
+        """Train anew; the cache neither gives the adapter nor takes what comes out."""
+        above = ancestors("train", self.lock) - {"train"}
+        self._pull([name for name in self.lock if name in above])
+        makers = {out["path"]: n for n, entry in self.lock.items() for out in entry.get("outs", [])}
+        deps = [dep["path"] for dep in self.lock["train"].get("deps", [])]
+        needed = sorted({makers[dep] for dep in deps if dep in makers})
+        started = time.monotonic()
+        if needed:
+            self._dvc("repro", "--no-commit", *needed)
+        self._dvc("repro", "--no-commit", "--force", "--single-item", "train")
+        if everything:
+            specs = StageSpec.read_all(self.work)
+            rest = [name for name in specs if name not in {*above, "train", "publish"}]
+            for name in rest:
+                self._dvc("repro", "--no-commit", "--force", "--single-item", name)
+        return self._compared(f"trained anew in {time.monotonic() - started:.0f} s", everything)
+
+    def _pull(self, stages: list[str]) -> None:
+        """What the cache lacks, from the remote. The pipeline makes what this does not bring."""
+        from dvc.config import Config
+
+        outs = [out for name in stages for out in self.lock[name].get("outs", [])]
+        lacking = [
+            out["path"]
+            for out in outs
+            if not (self.work / out["path"]).exists()
+            and not stored(self._cache, out["md5"]).exists()
+        ]
+        if not lacking:
+            return
+        remote = Config(str(self.work / ".dvc"))["core"].get("remote")
+        if not remote:
+            _say(f"not in DVC's cache, and no remote is set up to have it: {', '.join(lacking)}")
+            return
+        _say(f"pulling {', '.join(lacking)} from the remote {remote}")
+        self._dvc("pull", *stages, allowed=f"the remote {remote} does not have all of it")
+
+    def _dvc(self, *words: str, allowed: str = "") -> None:
+        """Its stages are told as they begin; where it may fail, `allowed` is what is said then."""
+        own = (
+            self.work / ".dvc/tmp/mlflow.db"
+        )  # what follows the training live must not write to the user's
+        env = {k: v for k, v in environment(self.work).items() if not k.startswith("MLFLOW_")}
+        env |= {"MLFLOW_TRACKING_URI": f"sqlite:///{own}", "MLFLOW_DISABLE_TELEMETRY": "true"}
+        command = [sys.executable, "-m", "dvc", *words]
+        try:
+            for line in follow(command, self.work, env, self._log, lambda: None):
+                if line.startswith(_TOLD) and "didn't change" not in line:
+                    _say(line)
+        except CapasError as error:
+            if not allowed:
+                raise
+            reasons = [line for line in str(error).splitlines() if line.startswith("ERROR")]
+            _say(" ".join([f"{allowed}.", *reasons]))
+
+    def _compared(self, how: str, everything: bool = False) -> int:
+        expected = self._run.data.tags[ADAPTER]
+        with (self.work / WEIGHTS).open("rb") as weights:
+            found = hashlib.file_digest(weights, "sha256").hexdigest()
+        sys.stdout.write(f"recorded  {expected}\nhere      {found}\n")
+        differing = differences(self.lock, recorded(self.work))
+        if found == expected and not (everything and differing):
+            sys.stdout.write(f"The adapter is the same, byte for byte; {how}.\n")
+            return 0
+        same = (
+            "The adapter is the same; other results are not"
+            if found == expected
+            else "The adapter is another"
+        )
+        lines = [f"{same}; {how}.", *differing, *self._machine()]
+        sys.stdout.write("\n".join(lines) + "\n")
+        return 1
+
+    def _machine(self) -> list[str]:
+        """What the training met here and did not meet then, as far as the cache still has its facts."""
+        md5 = {out["path"]: out["md5"] for out in self.lock["train"]["outs"]}.get(FACTS, "")
+        then, now = stored(self._cache, md5), self.work / FACTS
+        if not md5 or not then.exists() or not now.exists():
+            return []
+        old, new = (flatten(read_json(file).get("used", {})) for file in (then, now))
+        return [
+            f"on this machine {k} is {new[k]}, was {old[k]}"
+            for k in new
+            if old.get(k, new[k]) != new[k]
+        ]
+
+
+def lay_out(home: Path, target: Path, state: State) -> None:
+    """The state in a clone.
+
+    Raises:
+        CapasError: the commit is not here and cannot be fetched, or the patch does not lead to the tree.
+    """
+    commit, tree = state.taken
+    empty_clone(Path(git(home, "rev-parse", "--show-toplevel")), target)
+    _fetch(home, target, commit)
+    git(target, "read-tree", commit)
+    if b"diff --git" in state.patch:
+        file = target / ".git/uncommitted.patch"
+        file.write_bytes(state.patch)
+        git(target, "apply", "--cached", "--whitespace=nowarn", str(file))
+    made = git(target, "write-tree")
+    if made != tree:
+        raise CapasError(
+            f"commit {commit[:10]} and the patch lead to the tree {made[:10]}, recorded is {tree[:10]}: "
+            "the patch is not that of this run"
+        )
+    check_out(target, state.taken)
+
+
+def _fetch(home: Path, target: Path, commit: str) -> None:
+    """The commit into the clone, from the repository's remotes, where the repository has it no more."""
+    if _has(target, commit):
+        return
+    remotes = git(home, "remote").split()
+    for remote in remotes:
+        url = git(home, "remote", "get-url", remote)
+        url = str((home / url).resolve()) if (home / url).exists() else url
+        _say(f"commit {commit[:10]} is not here; asking {remote}")
+        for what in (
+            commit,
+            "+refs/*:refs/fetched/*",
+        ):  # a server may refuse a commit that no branch names
+            git(target, "fetch", "--quiet", "--no-tags", url, what, check=False)
+            if _has(target, commit):
+                return
+    asked = (
+        f"and {', '.join(remotes)} does not give it" if remotes else "and it has no remote to ask"
+    )
+    raise CapasError(
+        f"commit {commit} is not in this repository, {asked}. It was made elsewhere and not pushed, "
+        "or is gone"
+    )
+
+
+def _has(repository: Path, commit: str) -> bool:
+    return bool(
+        git(repository, "rev-parse", "--verify", "--quiet", f"{commit}^{{commit}}", check=False)
+    )
+
+
+def _copy_ignored(home: Path, work: Path, ignored: dict[str, str]) -> None:
+    """The inputs that git does not have, as far as they are what they were.
+
+    Raises:
+        CapasError: one is missing, or another by now.
+    """
+    wrong = []
+    for name, md5 in ignored.items():
+        if not (home / name).is_file():
+            wrong.append(f"{name} is missing")
+        elif _md5(home / name) != md5:
+            wrong.append(f"{name} is not the file that it was")
+        else:
+            (work / name).parent.mkdir(parents=True, exist_ok=True)
+            links.place(home / name, work / name)
+    if wrong:
+        raise CapasError(
+            f"the training read files that git ignores: {'; '.join(wrong)}. Bring back what the run had (its "
+            "artifact source/ignored.json has their md5)"
+        )
+
+
+def _md5(file: Path) -> str:
+    with file.open("rb") as content:
+        return hashlib.file_digest(content, lambda: hashlib.md5(usedforsecurity=False)).hexdigest()
+
+
+def differences(before: dict[str, Any], after: dict[str, Any]) -> list[str]:
+    """A line for each stage whose results differ, in the order of the pipeline; the first is the cause."""
+    lines: list[str] = []
+    for name in sorted(set(before) & set(after), key=lambda stage: len(ancestors(stage, before))):
+        changed = {kind: _changed(before[name], after[name], kind) for kind in ("deps", "outs")}
+        if changed["outs"]:
+            first = "first to differ: " if not lines else "differs too: "
+            from_other = f", from other {', '.join(changed['deps'])}" if changed["deps"] else ""
+            lines.append(f"{first}{name}: {', '.join(changed['outs'])}{from_other}")
+    return lines
+
+
+def _changed(before: dict[str, Any], after: dict[str, Any], kind: str) -> list[str]:
+    old = {entry["path"]: entry["md5"] for entry in before.get(kind, [])}
+    new = {entry["path"]: entry["md5"] for entry in after.get(kind, [])}
+    return [path for path in new if old.get(path) != new[path]]
+
+
+@contextmanager
+def _folder(root: Path, keep: Path | None) -> Iterator[Path]:
+    """A new folder that goes afterwards, whatever happens; also those of rebuilds that were killed."""
+    base = root / FOLDER
+    for lock in base.glob("*.lock"):
+        if not is_held(lock):
+            shutil.rmtree(lock.with_suffix(""), ignore_errors=True)
+            lock.unlink(missing_ok=True)
+    base.mkdir(parents=True, exist_ok=True)
+    with ExitStack() as stack:
+        if keep:
+            stack.callback(_say, f"kept: {keep}")
+            yield keep
+            return
+        folder = Path(tempfile.mkdtemp(prefix="run-", dir=base))
+        stack.enter_context(exclusive(folder.with_suffix(".lock")))
+        stack.callback(folder.with_suffix(".lock").unlink, missing_ok=True)
+        stack.callback(shutil.rmtree, folder, ignore_errors=True)
+        yield folder / "clone"
+
+
+@contextmanager
+def _terminated_as_interrupted() -> Iterator[None]:
+    def stop(*_: object) -> None:
+        raise KeyboardInterrupt
+
+    before = signal.signal(signal.SIGTERM, stop)
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGTERM, before)
+
+
+def _say(line: str) -> None:
+    sys.stderr.write(f"rebuild: {line}\n")
+    sys.stderr.flush()

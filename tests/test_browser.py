@@ -1,0 +1,193 @@
+"""The MLflow UI as a user sees it: `make ui`, a sweep's runs compared, a run's samples and its loss curve.
+
+Needs Debian's Chromium. The pictures of .github/images are made anew by
+
+    CAPAS_IMAGES=.github/images python -m pytest -m slow tests/test_browser.py
+"""
+
+import json
+import os
+import re
+import shutil
+import signal
+import socket
+import subprocess
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import pytest
+from workspace import Workspace, make_workspace
+
+if TYPE_CHECKING:
+    from playwright.sync_api import Locator, Page
+
+CHROMIUM = shutil.which("chromium")
+pytestmark = [
+    pytest.mark.slow,
+    pytest.mark.skipif(CHROMIUM is None, reason="needs Chromium: apt-get install chromium"),
+]
+# Nothing but the page is asked for; a container's root has no sandbox.
+FLAGS = [
+    *("--no-sandbox", "--disable-gpu", "--disable-quic", "--no-first-run", "--disable-sync"),
+    *("--disable-background-networking", "--disable-component-update"),
+]
+RATES = ("0.001", "0.01")
+# The names of the metrics are a table of their own beside that of the values.
+BESIDE = """link => {
+  const cells = document.querySelectorAll('.ReactVirtualized__Grid__innerScrollContainer > *')
+  const row = link.parentElement.style.top
+  return [...cells].filter(cell => cell.style.top === row).map(cell => cell.innerText)
+}"""
+
+
+@pytest.fixture(scope="module")
+def images(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = Path(os.environ.get("CAPAS_IMAGES") or tmp_path_factory.mktemp("images"))
+    folder.mkdir(parents=True, exist_ok=True)
+    return folder
+
+
+@pytest.fixture(scope="module")
+def swept(tmp_path_factory: pytest.TempPathFactory) -> Workspace:
+    """The real pipeline, shrunk, after a sweep of two learning rates."""
+    workspace = make_workspace(tmp_path_factory.mktemp("browser") / "repository")
+    points = f"trainer.learning_rate={','.join(RATES)}"
+    workspace.run(sys.executable, "stages/sweep.py", "-m", "experiment=quick", points)
+    return workspace
+
+
+@pytest.fixture(scope="module")
+def address(swept: Workspace) -> Iterator[str]:
+    """Of the page that `make ui` names."""
+    (swept.root / ".venv").symlink_to(sys.prefix)
+    with socket.create_server(("127.0.0.1", 0)) as free:
+        port = free.getsockname()[1]
+    command = ["make", "--old-file=.venv/.ready", "ui", f"PORT={port}"]
+    env = {k: v for k, v in os.environ.items() if not k.startswith("MLFLOW_")}
+    ui = subprocess.Popen(
+        command,
+        cwd=swept.root,
+        env=env,
+        stdout=subprocess.PIPE,
+        text=True,
+        start_new_session=True,
+    )
+    try:
+        assert ui.stdout is not None
+        found = None
+        while found is None and (line := ui.stdout.readline()):
+            found = re.search(r"http://127\.0\.0\.1\S+", line)
+        assert found, "make ui printed no address"
+        yield found[0]
+    finally:
+        os.killpg(ui.pid, signal.SIGTERM)
+        ui.wait(timeout=30)
+
+
+@pytest.fixture(scope="module")
+def page(address: str) -> Iterator["Page"]:
+    from playwright.sync_api import Error, sync_playwright
+
+    with sync_playwright() as playwright:
+        browser = playwright.chromium.launch(executable_path=CHROMIUM, args=FLAGS)
+        page = browser.new_page(viewport={"width": 1400, "height": 900})
+        page.set_default_timeout(60_000)
+        for seconds in range(60):  # the server takes some to start
+            try:
+                page.goto(address)
+                break
+            except Error:
+                assert seconds < 59, "the UI does not answer"
+                page.wait_for_timeout(1000)
+        yield page
+        browser.close()
+
+
+def row(page: "Page", text: str) -> "Locator":
+    """Of the table of runs: the left half, which holds the check box and the name."""
+    return page.get_by_role("row").filter(has_text=text).filter(has=page.get_by_role("checkbox"))
+
+
+def close_assistant(page: "Page") -> None:
+    """A panel of MLflow's that hides a third of the page when it is opened for the first time."""
+    page.get_by_text("MLflow Assistant").first.wait_for()
+    page.get_by_role("button", name="Close").last.click()
+
+
+def test_a_sweep_is_a_parent_with_a_child_for_each_point(page: "Page", images: Path) -> None:
+    close_assistant(page)
+    parent = row(page, "sweep experiment=quick")
+    parent.locator("button").first.click()  # unfolds it
+    for rate in RATES:
+        row(page, f"learning_rate={rate}-").get_by_role("checkbox").first.check()
+    parent.get_by_role("checkbox").first.check()
+    page.screenshot(path=images / "runs.png")
+    page.get_by_role("button", name="Compare").click()
+    page.get_by_text("Comparing 3 Runs").wait_for()
+
+
+def test_compare_shows_both_learning_rates_and_both_scores(
+    page: "Page", swept: Workspace, images: Path
+) -> None:
+    scores = [score(swept, rate) for rate in RATES]
+    assert scores[0] != scores[1]
+    page.get_by_role("switch", name="Parameters - Show diff only").click()
+    rates = page.locator("tr").filter(has_text=re.compile(r"^trainer\.learning_rate"))
+    assert set(RATES) <= set(rates.inner_text().split())
+    metric = page.get_by_title("Plot chart").filter(has_text=re.compile("^tuned/exact_match$"))
+    bring(page, metric)
+    shown = metric.evaluate(BESIDE)
+    assert {f"{value:.6g}" for value in scores} <= {text.strip() for text in shown}
+    page.wait_for_timeout(1000)
+    page.screenshot(path=images / "compare.png")
+
+
+def bring(page: "Page", wanted: "Locator") -> None:
+    """Into view: the list of metrics draws only the rows that are seen."""
+    page.get_by_role("switch", name="Metrics - Show diff only").click()
+    values = page.locator(".ReactVirtualized__Grid").last
+    values.scroll_into_view_if_needed()
+    values.hover()
+    for _ in range(50):
+        area = values.bounding_box()
+        box = wanted.bounding_box() if wanted.count() else None  # drawn a little before it is seen
+        if box and area and box["y"] + box["height"] < area["y"] + area["height"]:
+            return
+        page.mouse.wheel(0, 150)
+        page.wait_for_timeout(500)  # the names follow the values
+    raise AssertionError("the metric is not in the list")
+
+
+def score(swept: Workspace, rate: str) -> float:
+    """What the experiment of that learning rate recorded."""
+    listing = swept.run("git", "for-each-ref", "--format=%(refname)", "refs/exps")
+    (name,) = [ref for ref in listing.split() if f"learning_rate={rate}-" in ref]
+    value: float = json.loads(swept.run("git", "show", f"{name}:reports/metrics/tuned.json"))[
+        "exact_match"
+    ]
+    return value
+
+
+def test_a_run_shows_its_samples_as_a_table_and_its_loss_as_a_curve(
+    page: "Page", address: str, images: Path
+) -> None:
+    page.goto(address)
+    page.get_by_role("link", name=f"learning_rate={RATES[1]}-").click()
+    page.get_by_role("tab", name="Artifacts").click()
+    page.get_by_text("samples.json", exact=True).click()
+    page.get_by_text("View as table").wait_for()
+    for column in ("prompt", "setting", "template", "model"):
+        page.get_by_role("columnheader", name=column).first.wait_for()
+    page.get_by_role("cell", name="tuned").first.wait_for()
+    page.screenshot(path=images / "samples.png")
+
+    page.get_by_role("tab", name="Model metrics").click()
+    page.get_by_placeholder("Search metric charts").fill("train/loss")
+    plot = page.locator(".js-plotly-plot").first
+    plot.locator("path.js-line").first.wait_for()
+    losses = plot.evaluate("plot => plot.data[0].y")
+    assert len(losses) >= 10
+    assert losses[-1] < losses[0]
+    page.screenshot(path=images / "curve.png")

@@ -1,0 +1,92 @@
+"""The gate: what fails a model, and what is left out of the judgement."""
+
+from typing import Any
+
+import pytest
+
+from capas.gate import judge, verdict
+
+LIMITS = {"min_stop_rate": 0.9, "max_empty_rate": 0.01, "max_quantization_loss": 0.5}
+BASE = {"loss": 3.2, "full_precision": {"loss": 3.0}}
+LOSS = {"mean": -1.0, "low": -1.5, "high": -0.5}
+
+
+def judged(
+    match: tuple[float, float] | None = (0.3, 0.5),
+    loss: dict[str, float] = LOSS,
+    base: dict[str, Any] = BASE,
+    limits: dict[str, Any] = LIMITS,
+    **tuned: float | None,
+) -> dict[str, Any]:
+    difference = {"loss": loss}
+    if match:
+        difference["exact_match"] = {"mean": sum(match) / 2, "low": match[0], "high": match[1]}
+    rates = {"stop_rate": 0.95, "empty_rate": 0.0}
+    return judge(base, {"tuned": rates | tuned, "difference": difference}, limits)
+
+
+def test_a_good_model_passes_every_check() -> None:
+    gate = judged()
+    assert gate["passed"] and gate["reasons"] == [] and verdict(gate) == "passed"
+    assert [check["passed"] for check in gate["checks"]] == [True] * 4
+    assert gate["checks"][0] == {
+        **{"name": "exact_match_gain", "value": 0.3, "limit": 0.0, "passed": True}
+    }
+    assert gate["checks"][3]["value"] == pytest.approx(0.2)
+
+
+@pytest.mark.parametrize("match", [(-0.1, 0.2), (0.0, 0.2), (0.0, 0.0), (-0.5, -0.1)])
+def test_an_interval_that_is_not_above_zero_proves_no_gain(match: tuple[float, float]) -> None:
+    gate = judged(match)
+    assert not gate["passed"]
+    low, high = match
+    assert gate["reasons"] == [
+        f"no gain in exact_match is proven: its interval is {low:.4g} to {high:.4g}"
+    ]
+    assert verdict(gate).startswith("failed: no gain in exact_match")
+
+
+def test_without_exact_match_a_lower_loss_is_the_gain() -> None:
+    generated_nothing = {"match": None, "stop_rate": None, "empty_rate": None}
+    gate = judged(**generated_nothing)
+    assert gate["passed"]
+    assert gate["checks"][0] == {"name": "loss_gain", "value": 0.5, "limit": 0.0, "passed": True}
+    assert [check["passed"] for check in gate["checks"]] == [True, None, None, True]
+    worse = judged(**generated_nothing, loss={"mean": 0.4, "low": -0.1, "high": 0.9})
+    assert worse["reasons"] == ["no gain in loss is proven: its interval is -0.9 to 0.1"]
+
+
+@pytest.mark.parametrize(
+    ("found", "reason"),
+    [
+        ({"stop_rate": 0.899}, "stop_rate 0.899 is below evaluation.gate.min_stop_rate = 0.9"),
+        ({"empty_rate": 0.02}, "empty_rate 0.02 is above evaluation.gate.max_empty_rate = 0.01"),
+        (
+            {"base": {"loss": 4.0, "full_precision": {"loss": 3.0}}},
+            "quantization_loss 1 is above evaluation.gate.max_quantization_loss = 0.5",
+        ),
+    ],
+)
+def test_each_limit_fails_alone_and_null_switches_it_off(found: Any, reason: str) -> None:
+    assert judged(**found)["reasons"] == [reason]
+    off = judged(**found, limits=dict.fromkeys(LIMITS))
+    assert off["passed"] and [check["passed"] for check in off["checks"][1:]] == [None] * 3
+
+
+def test_a_limit_is_met_by_its_own_value() -> None:
+    assert judged(stop_rate=0.9, empty_rate=0.01)["passed"]
+
+
+def test_what_is_no_number_fails() -> None:
+    nan = float("nan")
+    assert len(judged((nan, nan), stop_rate=nan, empty_rate=nan)["reasons"]) == 3
+
+
+def test_several_reasons_stand_in_one_line() -> None:
+    gate = judged((0.0, 0.1), stop_rate=0.5, empty_rate=0.5)
+    assert verdict(gate).count("; ") == 2 and len(gate["reasons"]) == 3
+
+
+def test_a_base_that_came_quantized_is_not_checked_for_it() -> None:
+    gate = judged(base={"loss": 9.0, "full_precision": None})
+    assert gate["passed"] and gate["checks"][3]["passed"] is None

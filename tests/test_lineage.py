@@ -1,0 +1,268 @@
+"""What a run in MLflow says of where it comes from."""
+
+import copy
+import hashlib
+from collections.abc import Iterator
+from dataclasses import replace
+from pathlib import Path
+from random import Random
+from typing import Any
+
+import pytest
+import yaml
+from report_inputs import write_inputs
+from test_publish import publish, the_run
+
+from capas import lineage, runs
+from capas.dag import read_yaml, recorded_key
+from capas.errors import CapasError
+from capas.rebuild import differences, lay_out
+from capas.worktree import git
+
+ZERO = "0" * 32
+
+
+@pytest.fixture
+def root(tmp_path: Path) -> Iterator[Path]:
+    """A result in a git repository; the outputs of DVC are ignored."""
+    folder = write_inputs(tmp_path)
+    (folder / ".gitignore").write_text(
+        "/.dvc\n/data/*\n!/data/own\n/reports\n/mlflow.db\n/mlartifacts\n"
+    )
+    (folder / "code.py").write_text("print(1)\n")
+    git(folder, "init", "-q", "-b", "main")
+    git(folder, "config", "user.name", "Ana")
+    git(folder, "config", "user.email", "ana@example.org")
+    commit(folder)
+    with pytest.MonkeyPatch.context() as patch:
+        names = ("MLFLOW_TRACKING_URI", "DVC_EXP_NAME", "DVC_EXP_BASELINE_REV", "DVC_ROOT")
+        for name in names:
+            patch.delenv(name, raising=False)
+        keys = {n: recorded_key(e) for n, e in read_yaml(folder / "dvc.lock")["stages"].items()}
+        # The md5 in this dvc.lock are made up.
+        patch.setattr(lineage, "input_key", lambda spec, _: keys[spec.name])
+        yield folder
+
+
+def commit(root: Path) -> None:
+    git(root, "add", "--all")
+    git(root, "commit", "-q", "-m", "test")
+
+
+def evaluate_anew(root: Path, md5: str = ZERO) -> None:
+    lock = read_yaml(root / "dvc.lock")
+    lock["stages"]["evaluate"]["outs"][0]["md5"] = md5
+    (root / "dvc.lock").write_text(yaml.safe_dump(lock))
+
+
+def kept(root: Path) -> tuple[dict[str, str], lineage.State]:
+    store, found = the_run(root)
+    shown = ("git.", "adapter.", "dvc.", "mlflow.runName", "mlflow.source.")
+    tags = {name: value for name, value in found.data.tags.items() if name.startswith(shown)}
+    return tags, lineage.read_state(store.client, found)
+
+
+def restored(root: Path, state: lineage.State, target: Path) -> str:
+    """The tree that the kept state leads to, in a clone of the commit."""
+    lay_out(root, target, state)
+    return git(target, "write-tree")
+
+
+def test_a_committed_state_needs_no_patch(root: Path) -> None:
+    publish(root)
+    tags, state = kept(root)
+    assert tags["git.base"] == tags["mlflow.source.git.commit"] == git(root, "rev-parse", "HEAD")
+    assert (tags["git.tree"], tags["git.dirty"]) == (git(root, "rev-parse", "HEAD^{tree}"), "false")
+    assert len(tags["adapter.sha256"]) == 64
+    store, found = the_run(root)
+    assert not store.client.list_artifacts(found.info.run_id, "source")
+    assert state.patch == b"" and state.ignored == {}
+
+
+def test_what_is_not_committed_is_kept_whole(root: Path, tmp_path: Path) -> None:
+    (root / "code.py").write_text("print(2)")
+    (root / "ñ.bin").write_bytes(bytes(range(256)))
+    publish(root)
+    tags, state = kept(root)
+    assert tags["git.dirty"] == "true"
+    assert restored(root, state, tmp_path / "clone") == tags["git.tree"] == state.taken.tree
+
+
+def test_a_state_is_replaced_whole_and_only_with_its_artifacts(root: Path, tmp_path: Path) -> None:
+    (root / "code.py").write_text("print(2)\n")
+    publish(root)
+    before = kept(root)
+    (root / "code.py").write_text("print(3)\n")
+    publish(root)
+    assert kept(root) == before
+
+    evaluate_anew(root)
+    publish(root)
+    tags, state = kept(root)
+    assert tags["git.tree"] != before[0]["git.tree"]
+    assert restored(root, state, tmp_path / "clone") == tags["git.tree"]
+
+    evaluate_anew(root, "1" * 32)
+    commit(root)
+    publish(root)
+    tags, state = kept(root)
+    assert tags["git.dirty"] == "false" and state.patch == b""
+    assert state.taken.commit == git(root, "rev-parse", "HEAD")
+
+
+def test_a_publish_killed_between_files_and_tags_leaves_a_state_that_is_whole(
+    root: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (root / "code.py").write_text("print(2)\n")
+    publish(root)
+    (root / "code.py").write_text("print(3)\n")
+    evaluate_anew(root)
+
+    def killed(*_: Any) -> None:
+        raise CapasError("killed")
+
+    with monkeypatch.context() as patch, pytest.raises(CapasError, match="killed"):
+        patch.setattr(lineage, "_send_tags", killed)
+        publish(root)
+    tags, state = kept(root)
+    assert restored(root, state, tmp_path / "clone") == state.taken.tree != tags["git.tree"]
+
+
+def test_an_accepted_result_keeps_the_state_that_records_its_training(root: Path) -> None:
+    publish(root)
+    before = kept(root)
+    lock = read_yaml(root / "dvc.lock")
+    lock["stages"]["train"]["deps"][0]["md5"] = ZERO
+    (root / "dvc.lock").write_text(yaml.safe_dump(lock))
+    evaluate_anew(root)
+    publish(root)
+    assert kept(root) == before
+
+
+def test_an_input_that_git_ignores_is_named_with_its_md5(root: Path) -> None:
+    own = root / "data/own"
+    own.mkdir()
+    (own / ".gitignore").write_text("*\n!.gitignore\n")
+    (own / "mine.csv").write_text("a,b\n")
+    publish(root)
+    tags, state = kept(root)
+    assert tags["git.ignored"] == "data/own/mine.csv"
+    md5 = hashlib.md5(b"a,b\n", usedforsecurity=False).hexdigest()
+    assert state.ignored == {"data/own/mine.csv": md5}
+
+
+def test_an_experiment_has_its_name_and_its_base(
+    root: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    base = git(root, "rev-parse", "HEAD")
+    (root / "code.py").write_text("print(2)\n")
+    commit(root)  # as DVC does for as long as an experiment runs
+    monkeypatch.setenv("DVC_EXP_NAME", "tried")
+    monkeypatch.setenv("DVC_EXP_BASELINE_REV", base)
+    publish(root)
+    tags, state = kept(root)
+    assert tags["dvc.experiment"] == tags["mlflow.runName"] == "tried"
+    assert state.taken.commit == tags["git.base"] == base
+    assert b"print(2)" in state.patch
+
+
+def test_a_folder_of_a_repository_is_named(tmp_path: Path) -> None:
+    git(tmp_path, "init", "-q", "-b", "main")
+    git(tmp_path, "config", "user.name", "Ana")
+    git(tmp_path, "config", "user.email", "ana@example.org")
+    (tmp_path / "beside").write_text("1\n")
+    folder = tmp_path / "sub"
+    folder.mkdir()
+    write_inputs(folder)
+    (folder / ".gitignore").write_text("/.dvc\n/data\n/reports\n/mlflow.db\n/mlartifacts\n")
+    commit(tmp_path)
+    (tmp_path / "beside").write_text("2\n")
+    publish(folder)
+    tags, state = kept(folder)
+    assert tags["git.folder"] == "sub"
+    assert b"a/beside" in state.patch
+
+
+def test_outside_git_it_says_so(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    publish(write_inputs(tmp_path))
+    assert "cannot be rebuilt from MLflow" in caplog.text
+    store, found = the_run(tmp_path)
+    assert found.info.status == "FINISHED"
+    assert found.data.tags["git.base"] == "unknown"
+    with pytest.raises(CapasError, match="outside a git repository"):
+        lineage.read_state(store.client, found)
+
+
+def test_a_patch_without_end_is_not_kept(root: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(lineage, "MAX_PATCH_BYTES", 1000)
+    (root / "large.bin").write_bytes(Random(0).randbytes(5000))
+    publish(root)
+    store, found = the_run(root)
+    with pytest.raises(CapasError, match=r"not kept was source/uncommitted\.patch"):
+        lineage.read_state(store.client, found)
+
+
+def test_a_script_edited_after_it_ran_is_told_and_replaces_no_state(
+    root: Path, caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    publish(root)
+    before = kept(root)
+    monkeypatch.setattr(lineage, "input_key", lambda spec, _: spec.name)
+    evaluate_anew(root)
+    publish(root)
+    assert "edited after they ran: fetch" in caplog.text
+    assert kept(root) == before
+
+
+def test_a_patch_that_is_not_of_the_state_is_refused(root: Path, tmp_path: Path) -> None:
+    (root / "code.py").write_text("print(2)\n")
+    publish(root)
+    _, state = kept(root)
+    wrong = replace(state, patch=state.patch.replace(b"+print(2)", b"+print(4)"))
+    with pytest.raises(CapasError, match="the patch is not that of this run"):
+        lay_out(root, tmp_path / "one", wrong)
+    gone = replace(state, taken=state.taken._replace(commit="1" * 40))
+    with pytest.raises(CapasError, match=f"commit {'1' * 40} is not in this repository"):
+        lay_out(root, tmp_path / "two", gone)
+
+
+def test_a_run_is_found_by_what_it_is_called(root: Path) -> None:
+    publish(root)
+    store, found = the_run(root)
+    for word in (found.info.run_id, found.info.run_id[:6], found.info.run_name):
+        assert runs.find(store.client, word, root).info.run_id == found.info.run_id
+    with pytest.raises(
+        CapasError, match=r"no run of a training called 'x'\. There are 1, the newest"
+    ):
+        runs.find(store.client, "x", root)
+    store.client.create_run(store.experiment_id, tags={"train_key": "k"}, run_name="twin")
+    store.client.create_run(store.experiment_id, tags={"train_key": "l"}, run_name="twin")
+    store.client.create_run(store.experiment_id, run_name="no training")
+    with pytest.raises(CapasError, match="'twin' names 2 runs"):
+        runs.find(store.client, "twin", root)
+    with pytest.raises(CapasError, match="There are 3"):
+        runs.find(store.client, "no training", root)
+
+
+def test_the_first_stage_that_differs_comes_first(root: Path) -> None:
+    before = read_yaml(root / "dvc.lock")["stages"]
+    after = copy.deepcopy(before)
+    assert differences(before, after) == []
+    after["train"]["deps"][-1]["md5"] = ZERO
+    for name in ("train", "format"):
+        after[name]["outs"][0]["md5"] = ZERO
+    first, second = differences(before, after)
+    assert first == "first to differ: format: data/formatted"
+    assert (
+        second
+        == f"differs too: train: data/models/adapter, from other {after['train']['deps'][-1]['path']}"
+    )
+
+
+def test_git_that_is_gone_leaves_the_state(root: Path) -> None:
+    publish(root)
+    before = kept(root)
+    (root / ".git").rename(root / "gone")
+    evaluate_anew(root)
+    publish(root)
+    assert kept(root) == before
