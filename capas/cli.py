@@ -3,10 +3,10 @@
 import argparse
 import sys
 
-from capas import rebuild
+from capas import rebuild, registry
 from capas.errors import CapasError
 
-COMMANDS = {"rebuild": rebuild}
+COMMANDS = {"rebuild": rebuild, "register": registry}
 
 
 def main(argv: list[str] | None = None) -> int:

@@ -28,7 +28,7 @@ _SETTINGS = {  # only where the user has not set them
 _KIND = {"mlflow.experimentKind": "custom_model_development"}  # the UI opens its view of trainings
 _MAX_BATCH = 1000  # metrics in one call, MLflow's own limit
 _CONNECT_SECONDS = 5.0
-RETRY = "To retry, once it is there: dvc repro publish"
+RETRY = "To retry, once it is there: the same command, or dvc repro publish"
 
 
 class Point(NamedTuple):

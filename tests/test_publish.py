@@ -76,6 +76,7 @@ def test_the_run_holds_params_metrics_and_where_it_comes_from(root: Path) -> Non
     assert data.tags["generation.settings.greedy"] == "{'do_sample': False}"
     assert data.tags["mlflow.source.git.commit"]
     assert data.tags["gate"] == "passed"
+    assert data.tags["model.preset"] == "embedded"  # after which `capas register` names the model
     assert data.metrics["tuned/exact_match"] == 0.5
     assert data.metrics["tuned/exact_match by kind/seen"] == 0.5
     assert data.metrics["difference/loss/mean"] == -3.0
