@@ -2,6 +2,7 @@
 
 import json
 import os
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -29,6 +30,15 @@ TEXTS = (
     '{"name": "set_timer", "arguments": {"minutes": 12}}',
     "Set a timer for 12 minutes. ¿Qué tiempo hace mañana en Málaga?",
 )
+
+
+@pytest.fixture(autouse=True, scope="module")
+def _environment() -> Iterator[None]:
+    """What a module leaves in it (`mlflow.set_tracking_uri` does) is no business of the next."""
+    before = dict(os.environ)
+    yield
+    os.environ.clear()
+    os.environ.update(before)
 
 
 def template_text(preset: str) -> str:
