@@ -6,6 +6,7 @@ key and the run's start.
 
 import datetime
 import hashlib
+import logging
 import shutil
 from collections.abc import Iterable, Mapping
 from importlib.metadata import version
@@ -82,6 +83,8 @@ def save_model(
 ) -> None:
     """`data` as MLflow's model, with the modules of capas that it needs."""
     import mlflow.pyfunc
+
+    logging.getLogger("mlflow.pyfunc").setLevel(logging.WARNING)
     from mlflow.models import Model
 
     written = datetime.datetime.fromtimestamp(run.info.start_time / 1000, datetime.UTC)

@@ -4,6 +4,8 @@ import json
 from collections.abc import Mapping
 from typing import Any
 
+from capas import gate
+
 _GROUPS = ("lora", "quantization", "trainer")
 _SCORES = ("exact_match", "valid_json", "loss", "perplexity", "token_accuracy", "stop_rate")
 
@@ -83,7 +85,8 @@ def _scores(base: Mapping[str, Any], evaluation: Mapping[str, Any]) -> str:
         gain = difference.get(name)
         shown = f"{gain['mean']:+.4g} ({gain['low']:+.4g} to {gain['high']:+.4g})" if gain else ""
         rows.append(f"| {name} | {base[name]:.4g} | {tuned[name]:.4g} | {shown} |")
-    return "\n".join([f"{tuned['num_records']:,} records.", "", *rows])
+    judged = f"The gate: {gate.verdict(evaluation['gate'])}."
+    return "\n".join([f"{tuned['num_records']:,} records. {judged}", "", *rows])
 
 
 def _loading(run_id: str, base: Mapping[str, Any]) -> str:

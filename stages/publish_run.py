@@ -27,7 +27,7 @@ from capas.stage import Stage, log, run
 from capas.store import TRAIN_KEY, Store, locked, reachable, tracking_uri
 from capas.tracking import run_name
 
-ARTIFACTS_TAG = "capas.artifacts"
+ARTIFACTS_TAG, MODEL_TAG = "capas.artifacts", "capas.model"
 FILES = {
     "": ("dvc.lock", "environment.yaml", "params.yaml"),
     "report": tuple(f"reports/{name}.html" for name in ("index", "index.es", "mask", "mask.es")),
@@ -89,13 +89,16 @@ def publish(
     send_metrics(store, run_id, have, result.metrics(stage))
     store.log_points(run_id, result.curve(stage))
     store.client.log_inputs(run_id, datasets=datasets(lock, stage))
-    digest = f"{result.artifacts_digest(lock)}-{bundle.code_digest(stage)}"
+    digest = result.artifacts_digest(lock)
     is_new = have.tags.get(ARTIFACTS_TAG) != digest
     lineage.send(store, found, stage, is_new)
     if is_new:
         send_artifacts(store, run_id, stage)
-        send_model(store, found, of_training, params, stage)
         store.client.set_tag(run_id, ARTIFACTS_TAG, digest)
+    answering = f"{digest}-{bundle.code_digest(stage)}"  # the code travels with the model
+    if have.tags.get(MODEL_TAG) != answering:
+        send_model(store, found, of_training, params, stage)
+        store.client.set_tag(run_id, MODEL_TAG, answering)
 
 
 def send_params(store: Store, run_id: str, have: Any, of_training: dict[str, Any]) -> None:
