@@ -174,9 +174,8 @@ def test_the_children_alone_differ_by_the_learning_rate(
         row(page, f"learning_rate={rate}-").get_by_role("checkbox").first.check()
     page.get_by_role("button", name="Compare").click()
     page.get_by_text("Comparing 2 Runs").wait_for()
-    page.get_by_title(
-        "trainer.learning_rate"
-    ).first.wait_for()  # chosen for the parallel coordinates
+    # MLflow chooses what differs for the parallel coordinates.
+    page.get_by_text("trainer.learning_rate", exact=True).first.wait_for()
     page.locator(".js-plotly-plot").first.wait_for()
     page.wait_for_timeout(1000)  # it is drawn
     page.screenshot(path=images / "compare.png")
