@@ -6,7 +6,7 @@ import sys
 from capas import rebuild, registry
 from capas.errors import CapasError
 
-COMMANDS = {"rebuild": rebuild, "register": registry}
+COMMANDS = {"register": registry, "rebuild": rebuild}
 
 
 def main(argv: list[str] | None = None) -> int:

@@ -2,8 +2,8 @@
 
     capas register RUN [--name NAME] [--alias ALIAS] [--force]
 
-RUN is the id of a run, the beginning of one, or a run's name. The version that comes of it is loaded with
-mlflow.pyfunc.load_model("models:/NAME@ALIAS"). The same run twice is the same version.
+RUN is a run's id, the beginning of it, its name, or an experiment of DVC. The version that comes of it is
+loaded with mlflow.pyfunc.load_model("models:/NAME@ALIAS"). The same run twice is the same version.
 
 Exit code: 0 registered, 1 refused (every reason is told), 2 no such run or no store, 130 stopped.
 """
@@ -11,13 +11,12 @@ Exit code: 0 registered, 1 refused (every reason is told), 2 no such run or no s
 import argparse
 import re
 import sys
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from capas.dag import read_yaml
+from capas import runs
 from capas.errors import CapasError
-from capas.store import TRAIN_KEY, Store, locked, reachable, tracking_uri
+from capas.store import TRAIN_KEY, existing, locked, reachable, tracking_uri
 
 MODEL = "model"  # the folder of a run's artifacts that publish makes
 GATE, FORCED = "gate", "forced"
@@ -25,7 +24,6 @@ _COPIED = (TRAIN_KEY, GATE, "mlflow.source.git.commit")  # tags of the run that 
 _NO_NAME = re.compile(r"[/:'\"]")  # the first two are MLflow's own rule, quotes break its queries
 _ALIAS = re.compile(r"[A-Za-z0-9_-]+")
 _RESERVED = re.compile(r"latest|v\d+", re.IGNORECASE)
-_PAGE, _SHOWN = 1000, 8  # runs
 
 
 class Registered(NamedTuple):
@@ -47,7 +45,7 @@ class RefusedError(Exception):
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("run", metavar="RUN", help="a run's id, the beginning of it, or its name")
+    parser.add_argument("run", metavar="RUN", help="id, its beginning, name, or experiment of DVC")
     parser.add_argument("--name", help="of the model (default: EXPERIMENT-MODEL_PRESET)")
     parser.add_argument("--alias", default="champion", help="of the version (default: champion)")
     parser.add_argument(
@@ -58,11 +56,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 def command(options: argparse.Namespace) -> int:
     """1 where the run is refused."""
     root = Path.cwd()
-    if not (root / "params.yaml").is_file():
-        raise CapasError(f"{root} has no params.yaml; run capas in the root of the repository")
-    experiment = read_yaml(root / "params.yaml")["tracking"]["experiment_name"]
     try:
-        done = register(root, experiment, options.run, options.name, options.alias, options.force)
+        done = register(root, options.run, options.name, options.alias, options.force)
     except RefusedError as error:
         reasons = "".join(f"  {reason}\n" for reason in error.reasons)
         sys.stderr.write(f"capas: {options.run} is not registered:\n{reasons}")
@@ -76,9 +71,7 @@ def command(options: argparse.Namespace) -> int:
     return 0
 
 
-def register(
-    root: Path, experiment: str, wanted: str, name: str | None, alias: str, force: bool
-) -> Registered:
+def register(root: Path, wanted: str, name: str | None, alias: str, force: bool) -> Registered:
     """Make a version of the run's model and give it the alias; what is there already is left alone.
 
     Raises:
@@ -86,52 +79,19 @@ def register(
         CapasError: no such run, or several; a name or alias that MLflow does not take.
     """
     check_alias(alias)
-    store = Store.open(root, experiment)
+    client = existing(root)
     with locked(root, "registry", seconds=60), reachable(tracking_uri(root)):
-        run = find(store, experiment, wanted)
-        name = check_name(name or default_name(experiment, run))
-        forced = admit(store, run, force)
-        version, created = find_or_create(store, name, run)
+        run = runs.find(client, wanted, root)
+        name = check_name(name or default_name(client, run))
+        forced = admit(client, run, force)
+        version, created = find_or_create(client, name, run)
         tags = {key: run.data.tags[key] for key in _COPIED if key in run.data.tags}
-        send_tags(store, version, tags | ({FORCED: forced} if forced else {}))
-        moved_from = move_alias(store, name, alias, version.version)
+        send_tags(client, version, tags | ({FORCED: forced} if forced else {}))
+        moved_from = move_alias(client, name, alias, version.version)
     return Registered(name, str(version.version), alias, created, moved_from)
 
 
-def find(store: Store, experiment: str, wanted: str) -> Any:
-    """The one run with this id, else with this name, else with an id that begins like this."""
-    runs = list(all_runs(store)) if wanted else []
-    ways = (
-        [run for run in runs if run.info.run_id == wanted],
-        [run for run in runs if run.info.run_name == wanted],
-        [run for run in runs if run.info.run_id.startswith(wanted)],
-    )
-    found: list[Any] = next(filter(None, ways), [])
-    if len(found) == 1:
-        return found[0]
-    if not found:
-        raise CapasError(
-            f"no run '{wanted}' in the MLflow experiment '{experiment}': neither an id, nor the beginning "
-            "of one, nor a name. `make ui` shows the runs; `dvc repro publish` brings this result there"
-        )
-    lines = [f"  {run.info.run_id}  {run.info.run_name}" for run in found[:_SHOWN]]
-    more = [f"  and {len(found) - _SHOWN} more"] if len(found) > _SHOWN else []
-    raise CapasError(
-        "\n".join([f"'{wanted}' may be any of {len(found)} runs; give an id:", *lines, *more])
-    )
-
-
-def all_runs(store: Store) -> Iterator[Any]:
-    token = None
-    while True:
-        page = store.client.search_runs([store.experiment_id], "", 1, _PAGE, page_token=token)
-        yield from page
-        token = page.token
-        if not token:
-            return
-
-
-def admit(store: Store, run: Any, force: bool) -> str | None:
+def admit(client: Any, run: Any, force: bool) -> str | None:
     """Why it needed force, if it did.
 
     Raises:
@@ -140,7 +100,7 @@ def admit(store: Store, run: Any, force: bool) -> str | None:
     reasons = []
     if run.info.status != "FINISHED":
         reasons.append(f"the run is {run.info.status}: `dvc repro` finishes it")
-    files = {file.path for file in store.client.list_artifacts(run.info.run_id, MODEL)}
+    files = {file.path for file in client.list_artifacts(run.info.run_id, MODEL)}
     if f"{MODEL}/MLmodel" not in files:
         reasons.append(
             f"the run has no model ({MODEL}/MLmodel among its artifacts): `dvc repro -f publish`"
@@ -155,12 +115,13 @@ def admit(store: Store, run: Any, force: bool) -> str | None:
     return None if passed else verdict
 
 
-def default_name(experiment: str, run: Any) -> str:
+def default_name(client: Any, run: Any) -> str:
     preset = run.data.tags.get("model.preset")
     if preset is None:
         raise CapasError(
             f"run {run.info.run_id} has no tag 'model.preset' to name the model after; give --name"
         )
+    experiment = client.get_experiment(run.info.experiment_id).name
     return _NO_NAME.sub("-", f"{experiment}-{preset}")
 
 
@@ -177,29 +138,29 @@ def check_alias(alias: str) -> None:
         )
 
 
-def find_or_create(store: Store, name: str, run: Any) -> tuple[Any, bool]:
+def find_or_create(client: Any, name: str, run: Any) -> tuple[Any, bool]:
     """The version of this run, and whether it is new."""
-    names = [found.name for found in store.client.search_registered_models(f"name='{name}'")]
+    names = [found.name for found in client.search_registered_models(f"name='{name}'")]
     if name not in names:
-        store.client.create_registered_model(name)
+        client.create_registered_model(name)
     query = f"name='{name}' and run_id='{run.info.run_id}'"
-    for version in store.client.search_model_versions(query):
+    for version in client.search_model_versions(query):
         if version.status == "READY":
             return version, False
     source = f"{run.info.artifact_uri}/{MODEL}"
-    return store.client.create_model_version(name, source, run.info.run_id), True
+    return client.create_model_version(name, source, run.info.run_id), True
 
 
-def send_tags(store: Store, version: Any, tags: dict[str, str]) -> None:
+def send_tags(client: Any, version: Any, tags: dict[str, str]) -> None:
     for key, value in tags.items():
         if version.tags.get(key) != value:
-            store.client.set_model_version_tag(version.name, version.version, key, value)
+            client.set_model_version_tag(version.name, version.version, key, value)
 
 
-def move_alias(store: Store, name: str, alias: str, version: str) -> str | None:
+def move_alias(client: Any, name: str, alias: str, version: str) -> str | None:
     """The version that had it until now, if that is another."""
-    before = store.client.get_registered_model(name).aliases.get(alias)
+    before = client.get_registered_model(name).aliases.get(alias)
     if str(before) == str(version):
         return None
-    store.client.set_registered_model_alias(name, alias, version)
+    client.set_registered_model_alias(name, alias, version)
     return None if before is None else str(before)

@@ -1,6 +1,7 @@
 """dvc.yaml against the code: files, imports, params, environment."""
 
 import ast
+import json
 import re
 from pathlib import Path
 from typing import Any
@@ -11,6 +12,7 @@ from workspace import REPOSITORY
 
 from capas.dag import StageSpec, input_key, recorded, recorded_key
 from capas.errors import CapasError
+from capas.params import flatten
 
 PIPELINE = yaml.safe_load((REPOSITORY / "dvc.yaml").read_text())["stages"]
 NAMES = [
@@ -200,3 +202,11 @@ def test_dvcs_way_to_write_a_small_number_is_a_number(tmp_path: Path) -> None:
 def test_an_unknown_stage_is_refused_by_name() -> None:
     with pytest.raises(CapasError, match="no stage 'tune'; it has: compose"):
         spec("tune")
+
+
+def test_a_metric_has_one_name_in_all_files() -> None:
+    """Of two files with one `loss`, `dvc exp show` makes columns as long as their paths."""
+    files = sorted((REPOSITORY / "reports/metrics").glob("*.json"))
+    assert len(files) == 5
+    names = [name for file in files for name in flatten(json.loads(file.read_text()))]
+    assert len(names) == len(set(names))
