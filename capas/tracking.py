@@ -35,6 +35,7 @@ CURVES = {
     "epoch": "train/epoch",  # at which epoch a step was: the x axis of MLflow's charts is the step
 }
 _SEND_SECONDS, _RETRY_SECONDS = 2.0, 15.0
+_END_SECONDS = 3600.0  # for so long a run is ended late, where its server is gone
 _SAMPLE_SECONDS = 5.0  # between two looks at the machine
 _STATUS = {"end": "FINISHED", "failed": "FAILED"}
 
@@ -62,6 +63,7 @@ class Follower:
         self._run_id = ""
         self._monitor: Any = None  # of the machine, while MLflow can be reached
         self._next = 0.0
+        self.reached, self.ended = False, False  # MLflow may know of the run; it knows of its end
 
     def read(self) -> None:
         """Take the lines that are complete."""
@@ -92,6 +94,7 @@ class Follower:
     def _send(self, status: str) -> None:
         if self._store is None:
             self._store = Store.open(self.root, self.experiment_name)
+            self.reached = True
             run = self._store.find_or_create(self.key, run_name(self.key))
             self._run_id = run.info.run_id
             self._store.set_status(self._run_id, "RUNNING")
@@ -103,6 +106,7 @@ class Follower:
         if status != "RUNNING":
             self._stop_monitor()
             self._store.set_status(self._run_id, status)
+            self.ended = True
 
     def _stop_monitor(self) -> None:
         if self._monitor is not None:
@@ -140,7 +144,28 @@ def follow(root: Path, key: str, rows: Path, stdin: int) -> str:
                 follower.send()
         status = _STATUS.get(follower.event or "", "KILLED")
         follower.send(status, now=True)
+    if follower.reached and not follower.ended:
+        end_late(root, key, follower.experiment_name, status)
     return status
+
+
+def end_late(root: Path, key: str, experiment_name: str, status: str) -> None:
+    """End a run that MLflow still takes for running, once its server is back.
+
+    Whoever publishes or goes on with the training meanwhile does it instead.
+    """
+    deadline = time.monotonic() + _END_SECONDS
+    while time.monotonic() < deadline:
+        time.sleep(_RETRY_SECONDS)
+        try:
+            with locked(root, key, seconds=0), reachable(tracking_uri(root)):
+                store = Store.open(root, experiment_name)
+                run = store.find(key)
+                if run is not None and run.info.status == "RUNNING":
+                    store.set_status(run.info.run_id, status)
+            return
+        except (CapasError, OSError) as error:
+            log.info("the run is not ended yet: %s", error)
 
 
 def main(arguments: list[str]) -> None:
