@@ -103,10 +103,12 @@ def admit(client: Any, run: Any, force: bool) -> str | None:
     files = {file.path for file in client.list_artifacts(run.info.run_id, MODEL)}
     if f"{MODEL}/MLmodel" not in files:
         reasons.append(
-            f"the run has no model ({MODEL}/MLmodel among its artifacts): `dvc repro -f publish`"
+            f"the run has no model ({MODEL}/MLmodel among its artifacts): `dvc repro -s -f publish`"
         )
     found: str | None = run.data.tags.get(GATE)
-    verdict = f"gate {found}" if found else f"the run has no tag '{GATE}': `dvc repro -f publish`"
+    verdict = (
+        f"gate {found}" if found else f"the run has no tag '{GATE}': `dvc repro -s -f publish`"
+    )
     passed = found == "passed"
     if not passed and not force:
         reasons.append(f"{verdict} (--force registers it all the same)")
