@@ -88,33 +88,30 @@ class Store:
             return cls(client, _experiment_id(client, experiment_name, uri, root), root)
 
     def find(self, train_key: str) -> Any | None:
-        """The run of this training, the oldest if somebody made several."""
-        query = f"tags.{TRAIN_KEY} = '{train_key}'"
-        order = ["attributes.start_time ASC"]
-        runs = self.client.search_runs([self.experiment_id], query, max_results=1, order_by=order)
-        return runs[0] if runs else None
+        """The run of this training; of several the oldest that holds something."""
+        return next(iter(self._all(train_key)), None)
 
     def find_or_create(self, train_key: str, run_name: str) -> Any:
-        """Called under the lock of the training. A new run counts as failed until somebody ends it."""
-        run = self.find(train_key)
-        if run is None:
-            made = self.client.create_run(
+        """Called under the lock of the training: nobody is at its run, which counts as failed until ended.
+
+        A server whose answers are late or lost makes a run twice: MLflow's client asks again, and whoever
+        gave up comes later. Those that hold nothing go.
+        """
+        if not self._all(train_key):
+            self.client.create_run(
                 self.experiment_id, run_name=run_name, tags={TRAIN_KEY: train_key}
             )
-            self.set_status(made.info.run_id, "FAILED")
-            run = self._keep_oldest(train_key)
+        run, *more = self._all(train_key)
+        for other in filter(_is_empty, more):
+            self.client.delete_run(other.info.run_id)
+        if run.info.status == "RUNNING":
+            self.set_status(run.info.run_id, "FAILED")
         return self.client.get_run(run.info.run_id)
 
-    def _keep_oldest(self, train_key: str) -> Any:
-        """A slow server makes a run twice where its first answer comes after the client has asked again."""
+    def _all(self, train_key: str) -> list[Any]:
         query, order = f"tags.{TRAIN_KEY} = '{train_key}'", ["attributes.start_time ASC"]
-        oldest, *more = self.client.search_runs([self.experiment_id], query, order_by=order)
-        for run in more:
-            if _is_empty(run):
-                self.client.delete_run(run.info.run_id)
-        if _is_empty(oldest):
-            self.set_status(oldest.info.run_id, "FAILED")
-        return oldest
+        runs = self.client.search_runs([self.experiment_id], query, order_by=order)
+        return sorted(runs, key=_is_empty)  # stable
 
     def set_status(self, run_id: str, status: str) -> None:
         if self.client.get_run(run_id).info.status == status:

@@ -317,3 +317,20 @@ def test_an_answer_that_never_comes_makes_no_second_run(
     assert proxy.swallow_times == 0
     assert the_run(root)[1].info.status == "FINISHED"
     proxy.close()
+
+
+def test_a_run_made_twice_without_any_answer_is_one_after_the_next_publish(
+    root: Path, http: Server, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The answers to the request and to MLflow's own second try are both lost: two runs, known to nobody."""
+    proxy = Proxy(http.port)
+    proxy.swallow, proxy.swallow_times = b"runs/create", 2
+    monkeypatch.setenv("MLFLOW_TRACKING_URI", proxy.uri)
+    monkeypatch.setenv("MLFLOW_HTTP_REQUEST_TIMEOUT", "3")
+    with pytest.raises(CapasError, match="cannot be used"):
+        publish(root)
+    store = open_store(root)
+    assert len(store.client.search_runs([store.experiment_id])) == 2
+    publish(root)
+    assert the_run(root)[1].info.status == "FINISHED"
+    proxy.close()

@@ -123,6 +123,17 @@ def test_a_new_run_counts_as_failed_until_it_is_ended(root: Path) -> None:
     assert Store.open(root, "tests").find_or_create("new", "new").info.status == "FAILED"
 
 
+def test_of_several_runs_the_one_that_holds_something_stays(root: Path) -> None:
+    store = Store.open(root, "tests")
+    tags = {stores.TRAIN_KEY: "several"}
+    empty, filled, late = (store.client.create_run(store.experiment_id, tags=tags) for _ in "123")
+    store.client.log_metric(filled.info.run_id, "train/loss", 1.0)
+    run = store.find_or_create("several", "several")
+    assert (run.info.run_id, run.info.status) == (filled.info.run_id, "FAILED")
+    for gone in (empty, late):
+        assert store.client.get_run(gone.info.run_id).info.lifecycle_stage == "deleted"
+
+
 @pytest.mark.slow  # MLflow waits for 20 seconds
 def test_a_busy_database_is_reported_with_the_way_out(
     root: Path, monkeypatch: pytest.MonkeyPatch
