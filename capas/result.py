@@ -99,6 +99,8 @@ def metrics(stage: Stage) -> dict[str, float]:
     }
     lock = recorded(stage.root)
     for name, cost in timings.read(stage.root).items():
+        if name == "publish":
+            continue  # that of the publish before this one: every repetition would change the run
         if name not in lock or recorded_key(lock[name]) != cost["key"]:
             continue  # restored from DVC's cache: this was the cost of other inputs
         for measure in ("seconds", "peak_memory_bytes"):
