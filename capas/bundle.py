@@ -8,7 +8,7 @@ import datetime
 import hashlib
 import logging
 import shutil
-from collections.abc import Iterable, Mapping
+from collections.abc import Mapping
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
@@ -27,8 +27,10 @@ MAX_PACKED_BYTES = 16 * 2**20  # a larger base is named, not copied into every r
 ADAPTER, QUANTIZED = "data/models/adapter", "data/models/quantized"
 LOADER = served.__name__
 # What answers; the report's and the fetch stages' packages are not needed.
-_PINNED: tuple[str, ...] = ("accelerate", "bitsandbytes", "jinja2", "numpy", "peft", "pyarrow")
-_PINNED += ("safetensors", "tokenizers", "torch", "transformers")
+_PINNED = (
+    *("accelerate", "bitsandbytes", "jinja2", "numpy", "peft", "pyarrow"),
+    *("safetensors", "tokenizers", "torch", "transformers"),
+)
 _OTHERS = ("huggingface-hub", "mlflow", "orjson", "pandas", "pyyaml")
 
 
@@ -83,10 +85,9 @@ def save_model(
 ) -> None:
     """`data` as MLflow's model, with the modules of capas that it needs."""
     import mlflow.pyfunc
-
-    logging.getLogger("mlflow.pyfunc").setLevel(logging.WARNING)
     from mlflow.models import Model
 
+    logging.getLogger("mlflow.pyfunc").setLevel(logging.WARNING)
     written = datetime.datetime.fromtimestamp(run.info.start_time / 1000, datetime.UTC)
     code = folder.with_name("code")
     copy_code(code, stage)
@@ -103,7 +104,7 @@ def save_model(
         ),
         signature=signature(facts),
         input_example=example(stage),
-        pip_requirements=requirements(read_environment(stage)),
+        pip_requirements=requirements(read_yaml(stage.root / "environment.yaml")),
     )
     shutil.copyfile(data / "adapter/README.md", folder / "README.md")
 
@@ -146,10 +147,6 @@ def requirements(environment: Mapping[str, str]) -> list[str]:
     return [f"{name}=={pins[name]}" for name in sorted(pins)]
 
 
-def read_environment(stage: Stage) -> dict[str, str]:
-    return read_yaml(stage.root / "environment.yaml")
-
-
 def copy_code(folder: Path, stage: Stage) -> None:
     """The modules that dvc.yaml declares for publish: those that `capas.served` imports are among them."""
     for file in code_files(stage):
@@ -171,15 +168,8 @@ def code_digest(stage: Stage) -> str:
 
 
 def num_bytes(folder: Path) -> int:
-    return sum(file.stat().st_size for file in files_in(folder))
-
-
-def files_in(folder: Path) -> Iterable[Path]:
-    return sorted(file for file in folder.rglob("*") if file.is_file())
+    return sum(file.stat().st_size for file in folder.rglob("*") if file.is_file())
 
 
 def _copy(source: Path, target: Path) -> None:
-    for file in files_in(source):
-        place = target / file.relative_to(source)
-        place.parent.mkdir(parents=True, exist_ok=True)
-        shutil.copyfile(file, place)  # not its mode: DVC's files are read-only
+    shutil.copytree(source, target, copy_function=shutil.copyfile)  # no mode: DVC's are read-only

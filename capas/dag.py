@@ -129,7 +129,7 @@ def input_key(spec: StageSpec, root: Path) -> str:
     }
     entries = read_yaml(root / "dvc.yaml")["stages"].values()
     made = {out for entry in entries for out in _declared_outs(entry)}
-    deps = {dep: known[dep] if dep in known else _md5(root / dep, made) for dep in spec.deps}
+    deps = {dep: known[dep] if dep in known else md5(root / dep, made) for dep in spec.deps}
     params = {
         file: _leaves(values, spec.params[file]) for file, values in spec.values(root).items()
     }
@@ -153,8 +153,12 @@ def _leaves(values: dict[str, Any], keys: list[str]) -> dict[str, Any]:
     return leaves
 
 
-def _md5(path: Path, made: Collection[str] = ()) -> str:
-    """Of a file, or of a folder that no stage makes (data/own), as DVC has it."""
+def md5(path: Path, made: Collection[str] = ()) -> str:
+    """Of a file, or of a folder that no stage makes (data/own), as DVC has it.
+
+    Raises:
+        CapasError: there is no such file, or it is a folder that a stage makes.
+    """
     if path.is_file():
         with path.open("rb") as content:
             return hashlib.file_digest(content, _plain_md5).hexdigest()
@@ -162,7 +166,7 @@ def _md5(path: Path, made: Collection[str] = ()) -> str:
         raise CapasError(
             f"{path} is not in dvc.lock: an earlier stage has not run; run `dvc repro`"
         )
-    entries = [{"md5": _md5(path / name), "relpath": name} for name in sorted(_files_below(path))]
+    entries = [{"md5": md5(path / name), "relpath": name} for name in sorted(_files_below(path))]
     listed = json.dumps(entries, sort_keys=True).encode()
     return f"{hashlib.md5(listed, usedforsecurity=False).hexdigest()}.dir"
 

@@ -27,7 +27,6 @@ def ignored(root: Path, tree: str) -> list[str]:
     return found
 
 
-def content(file: Path) -> str:
-    """The sha256 of a file."""
+def sha256(file: Path) -> str:
     with file.open("rb") as stream:
         return hashlib.file_digest(stream, "sha256").hexdigest()

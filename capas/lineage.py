@@ -9,7 +9,6 @@
 A run keeps the state with which its artifacts were published; `capas rebuild` goes back to it.
 """
 
-import hashlib
 import json
 import os
 import re
@@ -20,7 +19,7 @@ from tempfile import TemporaryDirectory
 from typing import Any
 
 from capas import inputs
-from capas.dag import StageSpec, input_key, recorded, recorded_key
+from capas.dag import StageSpec, input_key, md5, recorded, recorded_key
 from capas.errors import CapasError
 from capas.facts import read_json
 from capas.result import ancestors
@@ -85,7 +84,7 @@ def state_of(root: Path) -> State:
     base = os.environ.get("DVC_EXP_BASELINE_REV") or taken.commit
     taken = Snapshot(base, taken.tree)
     patch = difference(root, taken)
-    ignored = {name: _md5(root / name) for name in inputs.ignored(root, taken.tree)}
+    ignored = {name: md5(root / name) for name in inputs.ignored(root, taken.tree)}
     left_out = ""
     dirty = bool(patch)
     if len(patch) > MAX_PATCH_BYTES:
@@ -102,13 +101,12 @@ def send(store: Store, run: Any, stage: Stage, is_new: bool) -> None:
     """
     have, run_id = run.data.tags, run.info.run_id
     adapter = stage.dep("data/models/adapter") / "adapter_model.safetensors"
-    with adapter.open("rb") as weights:
-        tags = {ADAPTER: hashlib.file_digest(weights, "sha256").hexdigest()}
+    tags = {ADAPTER: inputs.sha256(adapter)}
     is_known = have.get(BASE, UNKNOWN) != UNKNOWN
     if is_new or not is_known:
         tags |= _send_state(store, run_id, have, stage, is_known)
     changed = {name: value for name, value in tags.items() if have.get(name, "") != value}
-    _send_tags(store, run_id, changed)
+    store.send_tags(run_id, have, changed)  # in one call, so that they are of one state
 
 
 def _send_state(
@@ -149,30 +147,21 @@ def _send_patch(store: Store, run_id: str, state: State) -> None:
         store.client.log_artifact(run_id, str(file), str(Path(PATCH).parent))
 
 
-def _send_tags(store: Store, run_id: str, tags: Mapping[str, str]) -> None:
-    """In one call, so that they are of one state."""
-    from mlflow.entities import RunTag
-
-    if tags:
-        store.client.log_batch(run_id, tags=[RunTag(name, value) for name, value in tags.items()])
-
-
 def changed_since(root: Path, lock: Mapping[str, Any]) -> list[str]:
     """Stages up to train whose script, values or inputs are no longer those with which they ran.
 
     compose is not asked: what editors leave in conf/ is not told apart here from what it read.
     """
+    above = ancestors("train", lock) - {"compose"}
     specs = StageSpec.read_all(root)
-    found = []
-    for name in specs:
-        if name in ancestors("train", lock) - {"compose"}:
-            try:
-                same = input_key(specs[name], root) == recorded_key(lock[name])
-            except CapasError:  # a file that it read is gone
-                same = False
-            if not same:
-                found.append(name)
-    return found
+    return [name for name in specs if name in above and not _is_as_it_ran(specs[name], root, lock)]
+
+
+def _is_as_it_ran(spec: StageSpec, root: Path, lock: Mapping[str, Any]) -> bool:
+    try:
+        return input_key(spec, root) == recorded_key(lock[spec.name])
+    except CapasError:  # a file that it read is gone
+        return False
 
 
 def read_state(client: Any, run: Any) -> State:
@@ -221,9 +210,3 @@ def _artifact(client: Any, run_id: str, name: str, called: str) -> bytes:
             return Path(client.download_artifacts(run_id, name, folder)).read_bytes()
         except (OSError, MlflowException) as error:
             raise CapasError(f"the artifact {name} of {called} cannot be read: {error}") from None
-
-
-def _md5(file: Path) -> str:
-    """As DVC has it."""
-    with file.open("rb") as stream:
-        return hashlib.file_digest(stream, lambda: hashlib.md5(usedforsecurity=False)).hexdigest()

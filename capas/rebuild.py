@@ -12,7 +12,6 @@ Exit code: 0 the same bytes, 1 others, 2 it cannot be restored (the reason is to
 """
 
 import argparse
-import hashlib
 import shutil
 import signal
 import sys
@@ -23,7 +22,7 @@ from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from typing import Any
 
-from capas import links, runs
+from capas import dag, inputs, links, runs
 from capas.clone import bring, cache_of, environment, share_cache, stored
 from capas.dag import StageSpec, read_yaml, recorded, recorded_key
 from capas.errors import CapasError
@@ -169,8 +168,7 @@ class Rebuilt:
 
     def _compared(self, how: str, everything: bool = False) -> int:
         expected = self._run.data.tags[ADAPTER]
-        with (self.work / WEIGHTS).open("rb") as weights:
-            found = hashlib.file_digest(weights, "sha256").hexdigest()
+        found = inputs.sha256(self.work / WEIGHTS)
         sys.stdout.write(f"recorded  {expected}\nhere      {found}\n")
         differing = differences(self.lock, recorded(self.work))
         if found == expected and not (everything and differing):
@@ -263,7 +261,7 @@ def _copy_ignored(home: Path, work: Path, ignored: dict[str, str]) -> None:
     for name, md5 in ignored.items():
         if not (home / name).is_file():
             wrong.append(f"{name} is missing")
-        elif _md5(home / name) != md5:
+        elif dag.md5(home / name) != md5:
             wrong.append(f"{name} is not the file that it was")
         else:
             (work / name).parent.mkdir(parents=True, exist_ok=True)
@@ -273,11 +271,6 @@ def _copy_ignored(home: Path, work: Path, ignored: dict[str, str]) -> None:
             f"the training read files that git ignores: {'; '.join(wrong)}. Bring back what the run had (its "
             "artifact source/ignored.json has their md5)"
         )
-
-
-def _md5(file: Path) -> str:
-    with file.open("rb") as content:
-        return hashlib.file_digest(content, lambda: hashlib.md5(usedforsecurity=False)).hexdigest()
 
 
 def differences(before: dict[str, Any], after: dict[str, Any]) -> list[str]:

@@ -16,10 +16,9 @@ from typing import Any, NamedTuple
 
 from capas import runs
 from capas.errors import CapasError
-from capas.store import TRAIN_KEY, existing, locked, reachable, tracking_uri
+from capas.store import GATE, MODEL, TRAIN_KEY, existing, locked, reachable, tracking_uri
 
-MODEL = "model"  # the folder of a run's artifacts that publish makes
-GATE, FORCED = "gate", "forced"
+FORCED = "forced"
 _COPIED = (TRAIN_KEY, GATE, "mlflow.source.git.commit")  # tags of the run that its version has too
 _NO_NAME = re.compile(r"[/:'\"]")  # the first two are MLflow's own rule, quotes break its queries
 _ALIAS = re.compile(r"[A-Za-z0-9_-]+")

@@ -12,7 +12,7 @@ from capas.dag import recorded, recorded_key
 from capas.facts import read_json
 from capas.params import flatten
 from capas.stage import Stage
-from capas.store import Point
+from capas.store import GATE, Point
 from capas.tracking import CURVES
 
 MAX_TEXT = 500  # characters of a param or tag; the artifact params.yaml has them all
@@ -80,7 +80,7 @@ def headline(stage: Stage) -> dict[str, str]:
     ]
     table = ["| test split | base | tuned |", "|---|---|---|", *rows]
     words = [f"Gate {verdict}.", "", "The page: artifact `report/index.html`."]
-    return {"mlflow.note.content": "\n".join([*table, "", *words]), "gate": verdict}
+    return {"mlflow.note.content": "\n".join([*table, "", *words]), GATE: verdict}
 
 
 def metrics(stage: Stage) -> dict[str, float]:

@@ -1,14 +1,14 @@
 """The MLflow store: where it is, one run for each distinct training, points logged once.
 
-A run is found by its tag `train_key`, so no run id is ever written to an output of DVC. mlflow is
-imported here and nowhere else, inside functions: that alone costs seconds.
+A run is found by its tag `train_key`, so no run id is ever written to an output of DVC. A store is opened
+here and nowhere else; mlflow is imported inside functions, everywhere: that alone costs seconds.
 """
 
 import logging
 import os
 import socket
 import time
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Mapping
 from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -17,7 +17,8 @@ from urllib.parse import urlsplit
 from capas.errors import CapasError
 from capas.locks import BusyError, exclusive
 
-TRAIN_KEY = "train_key"
+TRAIN_KEY, GATE = "train_key", "gate"  # tags of a run
+MODEL = "model"  # the folder of its artifacts that MLflow loads
 HOME = "CAPAS_HOME"  # set by a sweep; DVC sets DVC_ROOT where it works elsewhere itself
 _SETTINGS = {  # only where the user has not set them
     "MLFLOW_DISABLE_TELEMETRY": "true",
@@ -89,27 +90,33 @@ class Store:
 
     def find(self, train_key: str) -> Any | None:
         """The run of this training; of several the oldest that holds something."""
-        return next(iter(self._all(train_key)), None)
+        return next(iter(self._all(TRAIN_KEY, train_key)), None)
 
     def find_or_create(self, train_key: str, run_name: str) -> Any:
-        """Called under the lock of the training: nobody is at its run, which counts as failed until ended.
-
-        A server whose answers are late or lost makes a run twice: MLflow's client asks again, and whoever
-        gave up comes later. Those that hold nothing go.
-        """
-        if not self._all(train_key):
-            self.client.create_run(
-                self.experiment_id, run_name=run_name, tags={TRAIN_KEY: train_key}
-            )
-        run, *more = self._all(train_key)
-        for other in filter(_is_empty, more):
-            self.client.delete_run(other.info.run_id)
+        """Called under the lock of the training: nobody is at its run, which counts as failed until ended."""
+        run = self.only(TRAIN_KEY, train_key, run_name)
         if run.info.status == "RUNNING":
             self.set_status(run.info.run_id, "FAILED")
         return self.client.get_run(run.info.run_id)
 
-    def _all(self, train_key: str) -> list[Any]:
-        query, order = f"tags.{TRAIN_KEY} = '{train_key}'", ["attributes.start_time ASC"]
+    def only(
+        self, tag: str, value: str, run_name: str, more_tags: Mapping[str, str] | None = None
+    ) -> Any:
+        """The run with this value of this tag, made where there is none. Called under its lock.
+
+        A server whose answers are late or lost makes a run twice: MLflow's client asks again, and whoever
+        gave up comes later. Those that hold nothing go.
+        """
+        if not self._all(tag, value):
+            tags = {tag: value, **(more_tags or {})}
+            self.client.create_run(self.experiment_id, run_name=run_name, tags=tags)
+        run, *others = self._all(tag, value)
+        for other in filter(_is_empty, others):
+            self.client.delete_run(other.info.run_id)
+        return run
+
+    def _all(self, tag: str, value: str) -> list[Any]:
+        query, order = f"tags.{tag} = '{value}'", ["attributes.start_time ASC"]
         runs = self.client.search_runs([self.experiment_id], query, order_by=order)
         return sorted(runs, key=_is_empty)  # stable
 
@@ -120,6 +127,14 @@ class Store:
             self.client.update_run(run_id, status=status)
         else:
             self.client.set_terminated(run_id, status)
+
+    def send_tags(self, run_id: str, have: Mapping[str, str], tags: Mapping[str, str]) -> None:
+        """Those that the run has not or with another value; up to 100 at once or not at all."""
+        from mlflow.entities import RunTag
+
+        new = [RunTag(name, value) for name, value in tags.items() if have.get(name) != value]
+        for start in range(0, len(new), 100):  # MLflow's own limit
+            self.client.log_batch(run_id, tags=new[start : start + 100])
 
     def log_points(self, run_id: str, points: Iterable[Point]) -> int:
         """Log those that the run lacks (a resumed training comes by its steps again); how many."""

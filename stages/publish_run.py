@@ -24,7 +24,7 @@ from capas.errors import CapasError
 from capas.facts import read_json
 from capas.params import Params
 from capas.stage import Stage, log, run
-from capas.store import TRAIN_KEY, Store, locked, reachable, tracking_uri
+from capas.store import MODEL, TRAIN_KEY, Store, locked, reachable, tracking_uri
 from capas.tracking import run_name
 
 ARTIFACTS_TAG, MODEL_TAG = "capas.artifacts", "capas.model"
@@ -80,12 +80,8 @@ def publish(
     run_id, have = found.info.run_id, found.data
     of_training, others = result.values(lock)
     send_params(store, run_id, have, of_training)
-    send_tags(
-        store,
-        run_id,
-        have,
-        {**result.clipped(others), **lineage.names(), **result.headline(stage)},
-    )
+    tags = {**result.clipped(others), **lineage.names(), **result.headline(stage)}
+    store.send_tags(run_id, have.tags, tags)
     send_metrics(store, run_id, have, result.metrics(stage))
     store.log_points(run_id, result.curve(stage))
     store.client.log_inputs(run_id, datasets=datasets(lock, stage))
@@ -109,18 +105,10 @@ def send_params(store: Store, run_id: str, have: Any, of_training: dict[str, Any
     changed = {f"now.{k}": v for k, v in texts.items() if k in have.params and have.params[k] != v}
     for tag in [tag for tag in have.tags if tag.startswith("now.") and tag not in changed]:
         store.client.delete_tag(run_id, tag)
-    send_tags(store, run_id, have, changed)
+    store.send_tags(run_id, have.tags, changed)
     new = [Param(key, value) for key, value in texts.items() if key not in have.params]
     for start in range(0, len(new), 100):  # MLflow's own limit
         store.client.log_batch(run_id, params=new[start : start + 100])
-
-
-def send_tags(store: Store, run_id: str, have: Any, tags: Mapping[str, str]) -> None:
-    from mlflow.entities import RunTag
-
-    new = [RunTag(key, value) for key, value in tags.items() if have.tags.get(key) != value]
-    for start in range(0, len(new), 100):
-        store.client.log_batch(run_id, tags=new[start : start + 100])
 
 
 def send_metrics(store: Store, run_id: str, have: Any, wanted: Mapping[str, float]) -> None:
@@ -178,11 +166,11 @@ def send_model(
         read_json(stage.dep("reports/evaluation.json")),
     )
     with tempfile.TemporaryDirectory(prefix="capas-model-") as folder:
-        data, model = Path(folder, "data"), Path(folder, "model")
+        data, model = Path(folder, "data"), Path(folder, MODEL)
         bundle.write_data(data, card, facts, stage)
         store.client.log_artifacts(run_id, str(data / "adapter"), "adapter")
         bundle.save_model(model, data, key, found, stage, facts)
-        store.client.log_artifacts(run_id, str(model), "model")
+        store.client.log_artifacts(run_id, str(model), MODEL)
 
 
 def send_table(store: Store, run_id: str, name: str, rows: list[dict[str, Any]]) -> None:

@@ -10,14 +10,15 @@ import os
 import re
 import shutil
 import signal
-import socket
 import subprocess
 import sys
 from collections.abc import Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING
+from urllib.parse import parse_qs
 
 import pytest
+from servers import free_port
 from workspace import Workspace, make_workspace
 
 if TYPE_CHECKING:
@@ -62,9 +63,7 @@ def swept(tmp_path_factory: pytest.TempPathFactory) -> Workspace:
 def address(swept: Workspace) -> Iterator[str]:
     """Of the page that `make ui` names."""
     (swept.root / ".venv").symlink_to(sys.prefix)
-    with socket.create_server(("127.0.0.1", 0)) as free:
-        port = free.getsockname()[1]
-    command = ["make", "--old-file=.venv/.ready", "ui", f"PORT={port}"]
+    command = ["make", "--old-file=.venv/.ready", "ui", f"PORT={free_port()}"]
     env = {k: v for k, v in os.environ.items() if not k.startswith("MLFLOW_")}
     ui = subprocess.Popen(
         command,
@@ -117,6 +116,8 @@ def close_assistant(page: "Page") -> None:
 
 
 def test_a_sweep_is_a_parent_with_a_child_for_each_point(page: "Page", images: Path) -> None:
+    from playwright.sync_api import expect
+
     close_assistant(page)
     parent = row(page, "sweep experiment=quick")
     parent.locator("button").first.click()  # unfolds it
@@ -125,7 +126,8 @@ def test_a_sweep_is_a_parent_with_a_child_for_each_point(page: "Page", images: P
     parent.get_by_role("checkbox").first.check()
     page.screenshot(path=images / "runs.png")
     page.get_by_role("button", name="Compare").click()
-    page.get_by_text("Comparing 3 Runs").wait_for()
+    expect(page.get_by_text("Comparing 3 Runs")).to_be_visible(timeout=60_000)
+    assert len(json.loads(parse_qs(page.url.partition("?")[2])["runs"][0])) == 3
 
 
 def test_compare_shows_both_learning_rates_and_both_scores(page: "Page", swept: Workspace) -> None:
@@ -169,14 +171,19 @@ def score(swept: Workspace, rate: str) -> float:
 def test_the_children_alone_differ_by_the_learning_rate(
     page: "Page", address: str, images: Path
 ) -> None:
+    from playwright.sync_api import expect
+
     page.goto(address)
     for rate in RATES:  # MLflow keeps the sweep unfolded
         row(page, f"learning_rate={rate}-").get_by_role("checkbox").first.check()
     page.get_by_role("button", name="Compare").click()
-    page.get_by_text("Comparing 2 Runs").wait_for()
+    expect(page.get_by_text("Comparing 2 Runs")).to_be_visible(timeout=60_000)
     # MLflow chooses what differs for the parallel coordinates.
-    page.get_by_text("trainer.learning_rate", exact=True).first.wait_for()
-    page.locator(".js-plotly-plot").first.wait_for()
+    expect(page.get_by_text("trainer.learning_rate", exact=True).first).to_be_visible()
+    plot = page.locator(".js-plotly-plot").first
+    plot.wait_for()
+    drawn = plot.evaluate("plot => plot.data[0].dimensions.map(axis => [axis.label, axis.values])")
+    assert sorted(dict(drawn)["trainer.learning_rate"]) == sorted(float(rate) for rate in RATES)
     page.wait_for_timeout(1000)  # it is drawn
     page.screenshot(path=images / "compare.png")
 

@@ -2,7 +2,7 @@
 
 import copy
 import hashlib
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import replace
 from pathlib import Path
 from random import Random
@@ -17,6 +17,7 @@ from capas import lineage, runs
 from capas.dag import read_yaml, recorded_key
 from capas.errors import CapasError
 from capas.rebuild import differences, lay_out
+from capas.store import Store
 from capas.worktree import git
 
 ZERO = "0" * 32
@@ -118,11 +119,12 @@ def test_a_publish_killed_between_files_and_tags_leaves_a_state_that_is_whole(
     (root / "code.py").write_text("print(3)\n")
     evaluate_anew(root)
 
-    def killed(*_: Any) -> None:
-        raise CapasError("killed")
+    def killed(_: Store, run_id: str, have: Any, tags: Mapping[str, str]) -> None:
+        if lineage.TREE in tags:
+            raise CapasError("killed")
 
     with monkeypatch.context() as patch, pytest.raises(CapasError, match="killed"):
-        patch.setattr(lineage, "_send_tags", killed)
+        patch.setattr(Store, "send_tags", killed)
         publish(root)
     tags, state = kept(root)
     assert restored(root, state, tmp_path / "clone") == state.taken.tree != tags["git.tree"]

@@ -11,6 +11,7 @@ import sys
 import threading
 import time
 from collections.abc import Iterator
+from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -52,7 +53,8 @@ def server(
     if request.param == "sqlite":
         yield None
         return
-    with postgres() if request.param == "postgres" else sqlite(folder) as store:
+    sqlite = nullcontext(f"sqlite:///{folder / 'mlflow.db'}")
+    with postgres() if request.param == "postgres" else sqlite as store:
         made = Server(folder, store)
         made.start()
         yield made
@@ -68,15 +70,13 @@ def http(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Server]:
     made.kill()
 
 
-class sqlite:  # noqa: N801  as `postgres`
-    def __init__(self, folder: Path) -> None:
-        self.uri = f"sqlite:///{folder / 'mlflow.db'}"
-
-    def __enter__(self) -> str:
-        return self.uri
-
-    def __exit__(self, *_: object) -> None:
-        pass
+@pytest.fixture
+def proxy(root: Path, http: Server, monkeypatch: pytest.MonkeyPatch) -> Iterator[Proxy]:
+    """The way that the test takes to the server."""
+    made = Proxy(http.port)
+    monkeypatch.setenv("MLFLOW_TRACKING_URI", made.uri)
+    yield made
+    made.close()
 
 
 @pytest.fixture
@@ -291,41 +291,31 @@ def test_a_publish_that_loses_its_server_is_completed_by_the_next(
     check_artifacts(store, found.info.run_id, root)
 
 
-def test_a_slow_server_gets_one_run_with_everything_in_it(
-    root: Path, http: Server, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    proxy = Proxy(http.port)
+def test_a_slow_server_gets_one_run_with_everything_in_it(root: Path, proxy: Proxy) -> None:
     proxy.delay = 0.1
-    monkeypatch.setenv("MLFLOW_TRACKING_URI", proxy.uri)
     assert train(root, 1, 100).wait(timeout=60) == 0
     wait_for(root, "FINISHED")
     publish(root)
     assert the_run(root)[1].info.status == "FINISHED"
     assert steps(root) == list(range(1, 101))
-    proxy.close()
 
 
 def test_an_answer_that_never_comes_makes_no_second_run(
-    root: Path, http: Server, monkeypatch: pytest.MonkeyPatch
+    root: Path, proxy: Proxy, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """MLflow's client asks again; the server has made the run at the first time already."""
-    proxy = Proxy(http.port)
     proxy.swallow, proxy.swallow_times = b"runs/create", 1
-    monkeypatch.setenv("MLFLOW_TRACKING_URI", proxy.uri)
     monkeypatch.setenv("MLFLOW_HTTP_REQUEST_TIMEOUT", "3")
     publish(root)
     assert proxy.swallow_times == 0
     assert the_run(root)[1].info.status == "FINISHED"
-    proxy.close()
 
 
 def test_a_run_made_twice_without_any_answer_is_one_after_the_next_publish(
-    root: Path, http: Server, monkeypatch: pytest.MonkeyPatch
+    root: Path, proxy: Proxy, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """The answers to the request and to MLflow's own second try are both lost: two runs, known to nobody."""
-    proxy = Proxy(http.port)
     proxy.swallow, proxy.swallow_times = b"runs/create", 2
-    monkeypatch.setenv("MLFLOW_TRACKING_URI", proxy.uri)
     monkeypatch.setenv("MLFLOW_HTTP_REQUEST_TIMEOUT", "3")
     with pytest.raises(CapasError, match="cannot be used"):
         publish(root)
@@ -333,4 +323,3 @@ def test_a_run_made_twice_without_any_answer_is_one_after_the_next_publish(
     assert len(store.client.search_runs([store.experiment_id])) == 2
     publish(root)
     assert the_run(root)[1].info.status == "FINISHED"
-    proxy.close()

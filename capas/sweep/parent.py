@@ -83,9 +83,7 @@ class Parent:
                 _PARENT: self._run_id,
                 f"sweep.{self.plan.key}": " ".join(self.plan.words)[:500],
             }
-            for name, value in tags.items():
-                if found.data.tags.get(name) != value:
-                    store.client.set_tag(found.info.run_id, name, value)
+            store.send_tags(found.info.run_id, found.data.tags, tags)
             self.adopted[train_key] = found.info.run_id
 
     def end(self, result: dict[str, Any] | None) -> None:
@@ -110,18 +108,13 @@ class Parent:
 
 
 def _find_or_create(store: Store, plan: Plan) -> str:
-    query = f"tags.{KEY} = '{plan.key}'"
-    if found := store.client.search_runs([store.experiment_id], query, max_results=1):
-        return str(found[0].info.run_id)
     words = " ".join(plan.words)
     tags = {
-        KEY: plan.key,
         "mlflow.source.name": "stages/sweep.py",
         "mlflow.source.git.commit": plan.commit,
         "sweep.overrides": words[:500],
     }
-    name = f"sweep {words}"[:100]
-    return str(store.client.create_run(store.experiment_id, run_name=name, tags=tags).info.run_id)
+    return str(store.only(KEY, plan.key, f"sweep {words}"[:100], tags).info.run_id)
 
 
 def follow(plan: Plan, stdin: int) -> None:

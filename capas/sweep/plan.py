@@ -91,7 +91,7 @@ class Plan:
         found = inputs.ignored(home, taken.tree)
         ignored = tuple(name for name in found if not name.startswith(f"{CONF}/"))
         deciding = digest(
-            _files(home, taken), {name: inputs.content(home / name) for name in ignored}
+            _files(home, taken), {name: inputs.sha256(home / name) for name in ignored}
         )
         return cls(
             home=home,
