@@ -1,0 +1,112 @@
+"""A sweep of real trainings: killed in one it goes on from the checkpoint, to the same bytes."""
+
+import sys
+import time
+from collections import Counter
+from pathlib import Path
+from typing import Any
+
+import pytest
+import yaml
+from sweeping import Sweeper, kill
+from workspace import make_workspace
+
+from capas.store import TRAIN_KEY, Store
+
+pytestmark = pytest.mark.slow
+WORDS = ("-m", "experiment=quick", "trainer.max_steps=40", "trainer.learning_rate=0.001,0.004")
+LAST_STEP = 40
+PARENT = "mlflow.parentRunId"
+
+
+@pytest.fixture(scope="module")
+def sweeper(tmp_path_factory: pytest.TempPathFactory) -> Sweeper:
+    """After a sweep that was killed in its first training, and the same once more."""
+    made = Sweeper(make_workspace(tmp_path_factory.mktemp("sweep")).root)
+    process = made.sweep_beside(*WORDS)
+    wait_for_checkpoint(made.root)
+    kill(process)
+    made.wait_until_idle()
+    assert made.experiments() == {}
+    wait_for_status(made, training="FAILED", parent="KILLED")
+    said = made.sweep(*WORDS)
+    assert "1/2" in said and "2/2" in said
+    return made
+
+
+def wait_for_checkpoint(root: Path, seconds: float = 300) -> None:
+    pattern = "work/*/.dvc/tmp/checkpoints/train-*/checkpoint-10/complete.json"
+    deadline = time.monotonic() + seconds
+    while not any((root / ".dvc/tmp/sweep").glob(pattern)):
+        assert time.monotonic() < deadline, "no training saved a checkpoint"
+        time.sleep(0.005)
+
+
+def wait_for_status(sweeper: Sweeper, training: str, parent: str, seconds: float = 60) -> None:
+    """What outlives a sweep to say in MLflow that it is no more has said so."""
+    deadline = time.monotonic() + seconds
+    while (found := {r.info.status for r in tracked(sweeper)}) != {training, parent}:
+        assert time.monotonic() < deadline, f"MLflow says {found}"
+        time.sleep(0.5)
+
+
+def tracked(sweeper: Sweeper) -> list[Any]:
+    store = Store.open(sweeper.root, "capas")
+    return list(store.client.search_runs([store.experiment_id]))
+
+
+def names(sweeper: Sweeper, rate: str) -> str:
+    (name,) = [name for name in sweeper.experiments() if f"learning_rate={rate}-" in name]
+    return name
+
+
+def lock(sweeper: Sweeper, name: str) -> dict[str, Any]:
+    text = sweeper.run("git", "show", f"{sweeper.experiments()[name]}:dvc.lock")
+    stages: dict[str, Any] = yaml.safe_load(text)["stages"]
+    return stages
+
+
+def test_the_training_goes_on_from_its_checkpoint(sweeper: Sweeper) -> None:
+    logs = {path.name: path.read_text() for path in sweeper.root.glob(".dvc/tmp/sweep/**/*.log")}
+    resumed = [name for name, text in logs.items() if "going on from checkpoint-" in text]
+    assert [name.startswith(names(sweeper, "0.001")) for name in resumed] == [True], logs
+
+
+def test_it_ends_in_the_bytes_of_one_that_nobody_disturbed(sweeper: Sweeper) -> None:
+    name = names(sweeper, "0.001")
+    sweeper.run("dvc", "exp", "apply", name)
+    swept = lock(sweeper, name)["train"]
+    sweeper.run("rm", "-rf", "data/models/adapter", ".dvc/cache/runs")
+    said = sweeper.repro("--force", "--single-item", "train")
+    assert "going on from" not in said
+    again = sweeper.recorded("train")
+    assert again["deps"] == swept["deps"] and again["params"] == swept["params"]
+    # The log of metrics holds what each training took.
+    same = {out["path"]: out["md5"] for out in swept["outs"]}
+    assert same["data/models/adapter"] == sweeper.outputs()["data/models/adapter"]
+    sweeper.run("git", "checkout", "-q", ".")
+
+
+def test_mlflow_has_the_sweep_and_each_training_once(sweeper: Sweeper) -> None:
+    runs = tracked(sweeper)
+    trainings = [run for run in runs if TRAIN_KEY in run.data.tags]
+    (parent,) = [run for run in runs if TRAIN_KEY not in run.data.tags]
+    assert {run.info.status for run in runs} == {"FINISHED"}
+    assert {run.data.tags[PARENT] for run in trainings} == {parent.info.run_id}
+    assert Counter(run.data.params["trainer.learning_rate"] for run in trainings) == {
+        "0.001": 1,
+        "0.004": 1,
+    }
+    store = Store.open(sweeper.root, "capas")
+    for run in trainings:
+        assert "tuned/exact_match" in run.data.metrics
+        points = store.client.get_metric_history(run.info.run_id, "train/loss")
+        assert [p.step for p in points] == sorted({p.step for p in points})
+        assert points[-1].step == LAST_STEP
+
+
+def test_the_same_sweep_again_changes_nothing(sweeper: Sweeper) -> None:
+    before = {run.info.run_id: run.info.end_time for run in tracked(sweeper)}
+    said = sweeper.run(sys.executable, "stages/sweep.py", *WORDS)
+    assert said.count("(had it)") == 2
+    assert {run.info.run_id: run.info.end_time for run in tracked(sweeper)} == before
