@@ -536,7 +536,7 @@ def _field_problems(values: dict[str, Any]) -> Iterator[tuple[str, str, str]]:
             message = item["msg"].removeprefix("Value error, ")
             yield (
                 key,
-                _explain(key, item["type"], message, item["input"]),
+                explain(key, item["type"], message, item["input"]),
                 message[0].lower() + message[1:],
             )
 
@@ -554,7 +554,8 @@ def _dotted(location: tuple[int | str, ...], values: dict[str, Any]) -> str:
     return ".".join(parts)
 
 
-def _explain(key: str, kind: str, message: str, value: Any) -> str:
+def explain(key: str, kind: str, message: str, value: Any) -> str:
+    """A problem that pydantic found, in a sentence."""
     if kind == "missing":
         return f"{key}: is missing; every option of a group must set it"
     if kind == "extra_forbidden":

@@ -263,7 +263,11 @@ def parse_options() -> argparse.Namespace:
         "--files", type=Path, help="with --print: write the files it names below here"
     )
     parser.add_argument("overrides", nargs="*", help="with --print: Hydra overrides, lora.r=8")
-    options = parser.parse_args()
+    parser.add_argument("-m", "--multirun", action="store_true", help=argparse.SUPPRESS)
+    options = parser.parse_intermixed_args()
+    if options.multirun:
+        words = " ".join(options.overrides) or "trainer.learning_rate=1e-3,4e-3"
+        raise CapasError(f"there is one params.yaml. A sweep: python stages/sweep.py -m {words}")
     if options.overrides and not options.print:
         parser.error("overrides go with --print; to run with a value: dvc exp run -S lora.r=8")
     return options

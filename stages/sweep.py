@@ -4,6 +4,7 @@
     python stages/sweep.py -m lora.r=8,16 hydra/launcher=joblib hydra.launcher.n_jobs=2      two at once
     python stages/sweep.py -m trainer.learning_rate=1e-3,4e-3 seed=1,2,3     mean and interval of three seeds
     python stages/sweep.py -m chat_template=llama3,chatml experiment=quick      choices; an overlay
+    python stages/sweep.py -m 'lora=glob(*)'             all choices of a group
     python stages/sweep.py -m sweep=learning_rate        a sweep that is ready: see conf/sweep/
     python stages/sweep.py -m sweep=optuna 'trainer.learning_rate=tag(log,interval(1e-4,3e-2))'
     python stages/sweep.py -m hydra/launcher=slurm ...   a job for each point: see conf/hydra/launcher/

@@ -8,7 +8,10 @@ import psutil
 import pytest
 from sweeping import Sweeper, kill
 
+from capas import links
+from capas.errors import CapasError
 from capas.locks import exclusive
+from capas.sweep.plan import Plan
 
 TWO_AT_ONCE = ("hydra/launcher=joblib", "hydra.launcher.n_jobs=2")
 RATES = "trainer.learning_rate=0.01,0.1"
@@ -27,6 +30,7 @@ def sweeper(made: Sweeper) -> Sweeper:
     made.run("rm", "-rf", ".dvc/tmp/sweep", ".dvc/tmp/hold", ".dvc/cache/runs")
     made.run("git", "checkout", "-q", ".")
     made.run("git", "clean", "-qfd")
+    made.run("rm", "-f", "data/own/mine.csv")  # git ignores it
     made.run("dvc", "checkout", "-q", "--force")
     made.forget()
     return made
@@ -72,7 +76,6 @@ def test_points_have_what_is_not_committed_and_the_workspace_stays(sweeper: Swee
     sweeper.forget()
     sweeper.repro()
     assert sweeper.ran() == {}
-    (sweeper.root / "data/own/mine.csv").unlink()
 
 
 def test_an_edit_while_it_runs_reaches_no_point(sweeper: Sweeper) -> None:
@@ -174,6 +177,62 @@ def test_submitit_runs_the_points_as_jobs(sweeper: Sweeper) -> None:
     assert "2/2" in said and len(sweeper.experiments()) == 2
 
 
+@pytest.mark.parametrize("edited", [False, True])
+def test_an_input_that_was_not_copied_whole_reaches_no_point(
+    sweeper: Sweeper, monkeypatch: pytest.MonkeyPatch, edited: bool
+) -> None:
+    mine = sweeper.root / "data/own/mine.csv"
+    mine.write_text("a,b\n")
+    plan = Plan.make(sweeper.root, ["lora.r=8"])
+
+    def stopped(source: Path, target: Path) -> None:
+        target.write_text("a")
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
+        patch.setattr(links, "place", stopped)
+        plan.write()
+    if edited:
+        mine.write_text("c,d\n")
+        with pytest.raises(
+            CapasError, match=r"edited while the sweep copied it: data/own/mine.csv"
+        ):
+            plan.write()
+        mine.write_text("a,b\n")
+    plan.write()
+    assert plan.copy_of("data/own/mine.csv").read_text() == "a,b\n"
+
+
+def test_a_sweep_is_the_same_while_what_decides_its_points_is(sweeper: Sweeper) -> None:
+    key = Plan.make(sweeper.root, RATES.split()).key
+    (sweeper.root / "README.md").write_text("other words\n")
+    (sweeper.root / "sweep.log").write_text("of tee\n")
+    assert Plan.make(sweeper.root, RATES.split()).key == key
+    (sweeper.root / ".git/info/exclude").write_text("private.yaml\n")
+    (sweeper.root / "conf/dataset/private.yaml").write_text("defaults: [_base]\n")
+    private = Plan.make(sweeper.root, RATES.split()).key
+    (sweeper.root / "conf/dataset/private.yaml").write_text("defaults: [embedded]\n")
+    assert len({key, private, Plan.make(sweeper.root, RATES.split()).key}) == 3
+    (sweeper.root / "conf/dataset/private.yaml").unlink()
+    (sweeper.root / ".git/info/exclude").unlink()
+
+
+def test_an_error_that_nobody_thought_of_is_told_as_what_it_is(sweeper: Sweeper) -> None:
+    sweeper.sweep("-m", "trainer.learning_rate=0.9", check=False)
+    (log,) = (sweeper.root / ".dvc/tmp/sweep/plans").glob("*/logs/learning_rate*.log")
+    log.unlink()
+    log.mkdir()
+    said = sweeper.sweep("-m", "trainer.learning_rate=0.9", check=False)
+    assert "IsADirectoryError" in said and "was killed" not in said
+    assert said.count("failed  learning_rate=0.9-") == 1
+
+
+@pytest.mark.parametrize("words", [(), ("-m", "sweep.keep=true")])
+def test_a_point_without_overrides_is_one(sweeper: Sweeper, words: tuple[str, ...]) -> None:
+    assert re.search(r"1/1  point-\w+ ", sweeper.sweep(*words))
+    assert "(had it)" in sweeper.sweep(*words)
+
+
 def test_one_point_without_multirun(sweeper: Sweeper) -> None:
     assert "1/1  learning_rate=0.01-" in sweeper.sweep("trainer.learning_rate=0.01")
 
@@ -208,6 +267,15 @@ def test_list_and_clean(sweeper: Sweeper) -> None:
     assert len(sweeper.experiments()) == 1
 
 
+def test_a_plan_that_cannot_be_read_is_told_and_cleaned_away(sweeper: Sweeper) -> None:
+    sweeper.sweep("-m", RATES)
+    (plan,) = (sweeper.root / ".dvc/tmp/sweep/plans").glob("*/plan.json")
+    plan.write_text("")
+    assert "plan.json cannot be read; --clean removes it" in sweeper.sweep("--list")
+    sweeper.sweep("--clean")
+    assert not (sweeper.root / ".dvc/tmp/sweep/plans").exists()
+
+
 def test_a_point_that_runs_without_its_sweep_is_not_cleaned_away(sweeper: Sweeper) -> None:
     sweeper.sweep("-m", "trainer.learning_rate=0.9", check=False)
     (state,) = (sweeper.root / ".dvc/tmp/sweep/plans").glob("*/points/*.json")
@@ -218,6 +286,7 @@ def test_a_point_that_runs_without_its_sweep_is_not_cleaned_away(sweeper: Sweepe
     assert not (sweeper.root / ".dvc/tmp/sweep/work").exists()
 
 
-def test_a_stage_that_is_asked_to_sweep_names_the_way(sweeper: Sweeper) -> None:
-    said = sweeper.run("python", str(Path("stages/train_lora.py")), "-m", "lora.r=4,8", check=False)
+@pytest.mark.parametrize("script", ["stages/train_lora.py", "stages/compose_params.py"])
+def test_a_stage_that_is_asked_to_sweep_names_the_way(sweeper: Sweeper, script: str) -> None:
+    said = sweeper.run("python", script, "-m", "lora.r=4,8", check=False)
     assert "python stages/sweep.py -m lora.r=4,8" in said

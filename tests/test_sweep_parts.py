@@ -2,6 +2,7 @@
 
 import json
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -19,14 +20,17 @@ from omegaconf import OmegaConf
 from capas.cores import MAX_THREADS
 from capas.errors import CapasError
 from capas.locks import BusyError, exclusive
+from capas.sweep import driver
 from capas.sweep.lesson import lesson
-from capas.sweep.point import is_of_sweep, name_of, num_workers
+from capas.sweep.plan import AT_ONCE, Plan
+from capas.sweep.point import Point, name_of, num_workers
 from capas.sweep.process import follow
 from capas.sweep.ranking import Row, rank
 from capas.sweep.screen import verdict
 from capas.sweep.shared import stage_keys
 from capas.sweep.slots import one_of, place, visible_gpus
-from capas.sweep.state import DONE, FAILED, State, read_states
+from capas.sweep.state import DONE, FAILED, RUNNING, State, read_states
+from capas.sweep.task import Task, is_of_sweep, prepare
 
 REPOSITORY = Path(__file__).resolve().parents[1]
 SETTINGS = {
@@ -104,7 +108,7 @@ def test_a_missing_number_is_shown_as_missing() -> None:
         (["trainer.learning_rate=1e-4", "lora.r=8"], "learning_rate=1e-4-r=8-id"),
         (["lora.target_modules=[q_proj,v_proj]"], "target_modules=-q_proj-v_proj-id"),
         (["+trainer.x=a..b", "model=x/y"], "x=a.b-model=x-y-id"),
-        ([], "id"),
+        ([], "point-id"),
         (["dataset.path=" + "a" * 99], f"path={'a' * 55}-id"),
     ],
 )
@@ -133,14 +137,12 @@ def test_points_at_once_are_those_of_the_launcher(monkeypatch: pytest.MonkeyPatc
 def test_cores_are_divided(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, workers: int, threads: str
 ) -> None:
-    monkeypatch.delenv("SLURM_JOB_ID", raising=False)
     monkeypatch.setattr("capas.sweep.slots.usable_cores", lambda: 6)
     with place(tmp_path.joinpath, "cpu", workers) as variables:
         assert variables == {MAX_THREADS: threads}
 
 
 def test_each_point_has_a_gpu_of_its_own(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.delenv("SLURM_JOB_ID", raising=False)
     monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "3, GPU-ab")
     with place(tmp_path.joinpath, "cuda", 1) as one, place(tmp_path.joinpath, "cuda", 1) as other:
         assert one == {"CUDA_VISIBLE_DEVICES": "3"}
@@ -159,12 +161,29 @@ def test_each_point_has_a_gpu_of_its_own(tmp_path: Path, monkeypatch: pytest.Mon
     assert len(third) == 1
 
 
-def test_a_job_of_a_cluster_computes_where_it_was_put(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+@pytest.mark.parametrize(
+    ("launcher", "variables"),
+    [
+        ({"_target_": "hydra_plugins.x.SlurmLauncher"}, {}),
+        # Inside of a job of SLURM, but not one job for each point.
+        ({"_target_": "hydra_plugins.x.JoblibLauncher", "n_jobs": -1}, {MAX_THREADS: "3"}),
+        ({"_target_": "hydra_plugins.hydra_submitit_launcher.LocalLauncher"}, {MAX_THREADS: "3"}),
+        ({"_target_": "hydra_plugins.x.JoblibLauncher", "n_jobs": 1}, {MAX_THREADS: "6"}),
+    ],
+)
+def test_a_point_takes_its_share_but_for_a_job_that_has_it(
+    plan: Plan,
+    monkeypatch: pytest.MonkeyPatch,
+    launcher: dict[str, Any],
+    variables: dict[str, str],
 ) -> None:
     monkeypatch.setenv("SLURM_JOB_ID", "7")
-    with place(tmp_path.joinpath, "cuda", 8) as variables:
-        assert variables == {}
+    monkeypatch.setenv(AT_ONCE, "2")
+    monkeypatch.setattr("capas.sweep.slots.usable_cores", lambda: 6)
+    monkeypatch.setattr("capas.sweep.point.usable_cores", lambda: 6)
+    point = Point(plan, [], {"hardware": {"device": "cpu"}}, {}, launcher)
+    with point._place() as given:
+        assert given == variables
 
 
 def test_no_gpu_is_an_error(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
@@ -208,6 +227,88 @@ def test_the_key_of_a_stage_changes_with_what_it_rests_on(
     before, after = keys(), keys(override)
     assert {name for name in before if before[name] != after[name]} == changed
     assert not {"compose", "publish"} & before.keys()
+
+
+@pytest.fixture
+def plan(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Plan:
+    """With the repository's conf/, and points of a sweep that has just begun."""
+    monkeypatch.setenv("CAPAS_SWEEP", "/nowhere")
+    made = Plan(tmp_path, "key", (), "c" * 40, "t" * 40, "inputs", (), tmp_path / "cache")
+    shutil.copytree(REPOSITORY / "conf", made.folder / "conf")
+    shutil.copyfile(REPOSITORY / "dvc.yaml", tmp_path / "dvc.yaml")
+    made.points.mkdir()
+    return made
+
+
+def test_a_glob_is_all_choices_but_the_base_of_the_group(plan: Plan) -> None:
+    task = prepare(plan, ["lora=glob(*)", "model=glob(llama*,exclude=*8b*)", "seed=1,2"], True)
+    models = "llama_3.2_1b_instruct,llama_3.2_3b_instruct"
+    assert task.words == ["lora=all_linear,attention", f"model={models}", "seed=1,2"]
+    assert (task.expected, task.at_once) == (8, 8)
+    with pytest.raises(CapasError, match="has no such choice"):
+        prepare(plan, ["lora=glob(x*)"], True)
+
+
+def test_a_search_proposes_as_many_at_once_as_it_says(plan: Plan) -> None:
+    words = ["sweep=optuna", "lora.r=4,8", "hydra.sweeper.n_trials=7"]
+    task = prepare(plan, words, True)
+    assert (task.expected, task.at_once) == (7, 2)
+
+
+@pytest.mark.parametrize(
+    ("word", "told"),
+    [
+        ("sweep.direction=maximise", "sweep.direction='maximise'"),
+        ("sweep.language=fr", "sweep.language='fr'"),
+        ("sweep.confidence_fraction=95", "sweep.confidence_fraction=95"),
+        ("sweep.objective=loss", "sweep.objective='loss'"),
+        ("sweep.objective=trained.loss", "FILE in FILE.KEY is one of .*train, tuned"),
+        ("sweep.columns=[tuend.loss]", "tuend.loss names no metric"),
+        ("sweep.replicates=[sed]", "'sed' is no key"),
+        ("+sweep.x=1", "sweep.x=1: no such key"),
+    ],
+)
+def test_a_wrong_value_of_the_sweep_is_told_before_a_point_runs(
+    plan: Plan, word: str, told: str
+) -> None:
+    with pytest.raises(CapasError, match=told):
+        prepare(plan, ["lora.r=4,8", word], True)
+
+
+def test_a_value_that_would_reach_no_point_is_refused(plan: Plan) -> None:
+    lines = "# @package _global_\ndefaults: [_base@sweep, _self_]\nsweep: {preset: mine}\n"
+    mine = plan.folder / "conf/sweep/mine.yaml"
+    mine.write_text(lines + "trainer: {num_train_epochs: 0.5}\n")
+    with pytest.raises(CapasError, match=r"mine.yaml sets trainer.num_train_epochs, which would"):
+        prepare(plan, ["sweep=mine", "lora.r=4,8"], True)
+    mine.write_text(lines + "hydra: {sweeper: {params: {trainer.num_train_epochs: 0.5}}}\n")
+    assert prepare(plan, ["sweep=mine", "lora.r=4,8"], True).expected == 2
+
+
+def test_a_point_whose_process_always_dies_is_given_up_and_the_others_run(
+    plan: Plan, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def launched(*_: object) -> tuple[str, int]:
+        """As joblib: where a worker dies, nothing comes after it."""
+        known = {state.identity: state.status for state in read_states(plan.points)}
+        for name in ("first", "deadly", "last"):
+            if known.get(name) != FAILED:
+                status = RUNNING if name == "deadly" else DONE
+                State(name, name, []).write(plan.points, status=status)
+            if name == "deadly" and known.get(name) != FAILED:
+                return "the worker is gone", 1
+        return "a point failed", 1
+
+    monkeypatch.setattr(driver, "_launch", launched)
+    driver.launch(plan, Task({}, {}, [], expected=3, at_once=3), multirun=True)
+    states = {state.name: state for state in read_states(plan.points)}
+    assert {n: s.status for n, s in states.items()} == {
+        "first": DONE,
+        "deadly": FAILED,
+        "last": DONE,
+    }
+    assert "its process was killed" in states["deadly"].reason
+    assert "the worker is gone" in states["deadly"].reason
 
 
 @pytest.mark.parametrize("option", ["grid", "optuna", "learning_rate"])
@@ -308,7 +409,7 @@ def wait(until: Callable[[], bool], seconds: float = 15) -> None:
 
 
 def test_a_learning_rate_is_too_low_right_or_too_high(monkeypatch: pytest.MonkeyPatch) -> None:
-    curves = {"0.1": [6.0, 9.0, 8.0], "0.01": [6.0, 1.0, 0.1], "0.001": []}
+    curves = {"0.1": [6.0, 9.0, 8.0], "0.01": [6.0, 1.0, 0.1], "0.001": [6.0, 5.0, 3.0]}
     monkeypatch.setattr(
         "capas.sweep.lesson.history",
         lambda name, plan: [{"loss": loss} for loss in curves[name.partition("=")[2]]],
@@ -317,7 +418,8 @@ def test_a_learning_rate_is_too_low_right_or_too_high(monkeypatch: pytest.Monkey
     rows = ranked(*(state(loss, f"trainer.learning_rate={rate}") for rate, loss in losses.items()))
     plan: Any = None  # the curves are replaced
     low, right, high = lesson(rows, SETTINGS, plan)["en"]
-    assert low == "0.001 is too low: its steps are so small that it learns slowly. train.loss 3.00."
+    assert low.startswith("0.001 is too low: its steps are so small that it learns slowly.")
+    assert low.endswith("went from 6.00 to 3.00, and there the training ended.")
     assert right.startswith(
         "0.01 is right, of those tried. train.loss 0.100; the training loss fell"
     )
@@ -325,3 +427,28 @@ def test_a_learning_rate_is_too_low_right_or_too_high(monkeypatch: pytest.Monkey
     assert "demasiado alta" in lesson(rows, SETTINGS, plan)["es"][2]
     assert lesson(ranked(state(1.0, "r=1"), state(2.0, "r=2")), SETTINGS, plan)["en"] == []
     assert lesson(rows[:1], SETTINGS, plan)["en"] == []
+
+
+@pytest.mark.parametrize(
+    ("value", "curve", "words"),
+    [
+        (0.205, [6.0, 0.2], "0.1 is within 10% of it, 0.205: one point each does not tell them apart."),
+        (0.3, [6.0, 0.1], "0.1 ends worse: train.loss 0.300."),
+        (0.3, [], "0.1 ends worse: train.loss 0.300."),
+        (7.0, [6.0, 6.1], "0.1 is too high: its steps are so large that they destroy what was learned."),
+    ],
+)  # fmt: skip
+def test_no_more_is_said_of_a_learning_rate_than_its_curve_shows(
+    monkeypatch: pytest.MonkeyPatch, value: float, curve: list[float], words: str
+) -> None:
+    curves = {"0.1": curve, "0.01": [6.0, 0.2]}
+    monkeypatch.setattr(
+        "capas.sweep.lesson.history",
+        lambda name, plan: [{"loss": loss} for loss in curves[name.partition("=")[2]]],
+    )
+    losses = {"0.1": value, "0.01": 0.2}
+    rows = ranked(*(state(loss, f"trainer.learning_rate={rate}") for rate, loss in losses.items()))
+    plan: Any = None  # the curves are replaced
+    best, other = lesson(rows, SETTINGS, plan)["en"]
+    assert other.startswith(words)
+    assert best.startswith("0.01 has the best" if "apart" in words else "0.01 is right")

@@ -3,7 +3,6 @@
 import contextlib
 import io
 import logging
-import math
 import os
 import shlex
 import shutil
@@ -16,19 +15,19 @@ from typing import Any
 from rich.table import Table
 
 from capas.clone import cache_of
-from capas.composition import CONF, hydra_errors
+from capas.composition import CONF
 from capas.errors import CapasError
 from capas.locks import BusyError, exclusive, is_held
 from capas.sweep import parent
 from capas.sweep.lesson import lesson
-from capas.sweep.plan import DRIVER, FOLDER, VARIABLE, Plan
+from capas.sweep.plan import AT_ONCE, DRIVER, FOLDER, VARIABLE, Plan
 from capas.sweep.ranking import Row, rank
 from capas.sweep.screen import Screen, print_ranking, stdout, verdict
 from capas.sweep.state import ENDED, FAILED, read_states
+from capas.sweep.task import NAME, Task, prepare
 from capas.worktree import git
 
 log = logging.getLogger("capas")
-NAME = "sweep"  # conf/sweep.yaml
 _STARTS = 3
 _LOST = (
     "its process was killed; was there too little memory? Fewer at once: hydra.launcher.n_jobs=1"
@@ -57,11 +56,12 @@ def _run(plan: Plan, words: list[str], multirun: bool) -> int:
     plan.write()
     for file in (plan.points).iterdir():
         file.unlink()  # of the last time; what was finished is an experiment
-    settings, tracking, expected = prepare(plan, words, multirun)
-    screen = Screen(plan.points, settings, expected)
-    with parent.tracked(plan, tracking):
+    task = prepare(plan, words, multirun)
+    settings = task.settings
+    screen = Screen(plan.points, settings, task.expected)
+    with parent.tracked(plan, task.tracking):
         with screen.shown():
-            said = launch(plan, words, multirun)
+            said = launch(plan, task, multirun)
         states = read_states(plan.points)
         failed = [state for state in states if state.status == FAILED]
         rows = rank(states, settings)
@@ -100,45 +100,7 @@ def summary(
     }
 
 
-def prepare(
-    plan: Plan, words: list[str], multirun: bool
-) -> tuple[dict[str, Any], dict[str, Any], int]:
-    """The groups sweep and tracking, and how many points there will be.
-
-    Raises:
-        CapasError: Hydra cannot compose it.
-    """
-    from hydra import compose, initialize_config_dir
-    from hydra.core.global_hydra import GlobalHydra
-    from hydra.core.override_parser.overrides_parser import OverridesParser
-    from omegaconf import OmegaConf
-
-    conf = str(plan.folder / CONF)
-    with initialize_config_dir(conf, version_base="1.3"), hydra_errors():
-        parser = OverridesParser.create(GlobalHydra.instance().config_loader())
-        given = parser.parse_overrides(words)
-        fixed = [word.input_line or "" for word in given if not word.is_sweep_override()]
-        config = compose(NAME, overrides=fixed, return_hydra_config=True)
-        settings = OmegaConf.to_container(config.sweep, resolve=True)
-        tracking = OmegaConf.to_container(config.tracking, resolve=True)
-        sweeper = OmegaConf.to_container(config.hydra.sweeper, resolve=False)
-        assert (
-            isinstance(settings, dict) and isinstance(tracking, dict) and isinstance(sweeper, dict)
-        )
-        params = [f"{key}={value}" for key, value in (sweeper.get("params") or {}).items()]
-        by_key = {word.key_or_group: word for word in parser.parse_overrides(params) + given}
-        swept = [word for word in by_key.values() if word.is_sweep_override()]
-        return settings, tracking, _expected(swept, sweeper) if multirun else 1
-
-
-def _expected(swept: list[Any], sweeper: dict[str, Any]) -> int:
-    """A search says how many points it tries; else they are all combinations."""
-    if "n_trials" in sweeper:
-        return int(sweeper["n_trials"])
-    return math.prod(len(list(word.sweep_string_iterator())) for word in swept)
-
-
-def launch(plan: Plan, words: list[str], multirun: bool) -> str:
+def launch(plan: Plan, task: Task, multirun: bool) -> str:
     """Hydra runs the points; what it said, which is of use only where no point tells it better.
 
     Where a worker is killed joblib gives up, so that it is started again: what has ended takes no time.
@@ -146,19 +108,24 @@ def launch(plan: Plan, words: list[str], multirun: bool) -> str:
     Raises:
         CapasError: it could not start, say because an override is not valid.
     """
-    os.environ |= {VARIABLE: str(plan.folder), DRIVER: str(os.getpid())}
-    for left in reversed(range(_STARTS)):
-        said, code = _launch(plan, words, multirun)
-        lost = [state for state in read_states(plan.points) if state.status not in ENDED]
-        if not lost:
+    os.environ |= {VARIABLE: str(plan.folder), DRIVER: str(os.getpid()), AT_ONCE: str(task.at_once)}
+    starts, known = Counter[str](), 0
+    while True:
+        said, code = _launch(plan, task.words, multirun)
+        states = read_states(plan.points)
+        lost = [state for state in states if state.status not in ENDED]
+        if not lost and (not code or len(states) in (task.expected, known)):
             break
+        known = len(states)
         for state in lost:
-            if left:
+            starts[state.identity] += 1
+            if starts[state.identity] < _STARTS:
                 log.warning("%s: its process was killed; it is started again", state.name)
                 (plan.points / f"{state.identity}.json").unlink()
             else:
-                state.write(plan.points, status=FAILED, stage="", line="", reason=_LOST)
-    if code and not any(state.status == FAILED for state in read_states(plan.points)):
+                reason = "\n".join([_LOST, *said.splitlines()[-1:]])
+                state.write(plan.points, status=FAILED, stage="", line="", reason=reason)
+    if code and not any(state.status == FAILED for state in states):
         raise CapasError(said)
     return said
 
@@ -229,7 +196,10 @@ def clean(home: Path) -> None:
 
 def _plans(home: Path) -> Iterator[Plan]:
     for file in sorted((home / FOLDER / "plans").glob("*/plan.json")):
-        yield Plan.read(file.parent)
+        try:
+            yield Plan.read(file.parent)
+        except (ValueError, KeyError, TypeError):  # of another version of capas, or of a full disk
+            log.warning("%s cannot be read; --clean removes it", file)
 
 
 def _remove(folder: Path) -> int:

@@ -10,6 +10,7 @@ from capas.sweep.plan import Plan
 from capas.sweep.ranking import Row
 
 LANGUAGES = ("en", "es")
+_CLOSE = 0.1  # of the best value
 RATE, HISTORY = "trainer.learning_rate", "reports/history.csv"
 
 
@@ -18,20 +19,44 @@ def lesson(rows: Sequence[Row], settings: Mapping[str, Any], plan: Plan) -> dict
     rates = {rate: row for row in rows if (rate := _rate(row)) is not None}
     if not 1 < len(rates) == len(rows):
         return {code: [] for code in LANGUAGES}
-    best = next(iter(rates))
+    curves = {rate: curve(row, plan) for rate, row in rates.items()}
+    kinds = {rate: _kind(rate, rates, curves) for rate in sorted(rates)}
     facts = [
-        {"kind": _kind(rate, row, best), "rate": rate, "row": row, **curve(row, plan)}
-        for rate, row in sorted(rates.items())
+        {"kind": kind, "rate": rate, "row": rates[rate], "close": _CLOSE, **curves[rate]}
+        for rate, kind in kinds.items()
     ]
     return {code: _told(code, facts, settings["objective"]) for code in LANGUAGES}
 
 
-def _kind(rate: float, row: Row, best: float) -> str:
+def _kind(
+    rate: float, rates: Mapping[float, Row], curves: Mapping[float, Mapping[str, Any]]
+) -> str:
+    """What the numbers show of a rate; `rates` has the best one first."""
+    (best, first), *others = rates.items()
+    row, losses, best_losses = rates[rate], curves[rate], curves[best]
     if row.tied:
         return "tied"
     if rate == best:
-        return "right"
-    return "low" if rate < best else "high"
+        return "first" if any(_is_close(other, first) for _, other in others) else "right"
+    if _is_close(row, first):
+        return "close"
+    if None in (losses["last"], best_losses["last"]):
+        return "worse"
+    if rate > best and _was_destroyed(losses):
+        return "high"
+    return "low" if rate < best and losses["last"] > best_losses["last"] else "worse"
+
+
+def _is_close(row: Row, first: Row) -> bool:
+    """Too near for one point each to tell them apart."""
+    return len(row.states) == 1 and abs(row.mean - first.mean) <= _CLOSE * abs(first.mean)
+
+
+def _was_destroyed(losses: Mapping[str, Any]) -> bool:
+    """The loss rose: it did not fall in the end, or stood well above its beginning."""
+    return bool(
+        losses["last"] >= losses["first"] or losses["highest"] > (1 + _CLOSE) * losses["first"]
+    )
 
 
 def _told(code: str, facts: Sequence[Mapping[str, Any]], objective: str) -> list[str]:

@@ -33,7 +33,7 @@ _SECONDS_BETWEEN_LOOKS, _SECONDS_AFTER_A_FAILURE, _SECONDS_TO_END = 1.0, 15.0, 1
 @contextmanager
 def tracked(plan: Plan, tracking: dict[str, Any]) -> Iterator[None]:
     """The process, for as long as the block lasts; what it said is a warning at the end."""
-    (plan.folder / SETTINGS).write_text(json.dumps(tracking), encoding="utf-8")
+    write_whole(plan.folder / SETTINGS, json.dumps(tracking))
     (plan.folder / RESULT).unlink(missing_ok=True)
     if not tracking["enabled"]:
         yield
@@ -145,7 +145,7 @@ def follow(plan: Plan, stdin: int) -> None:
         parent.look(states)
         parent.end(result)
     if result and all(state.train_key in parent.adopted for state in states):
-        mark.write_text(json.dumps(facts) + "\n", encoding="utf-8")
+        write_whole(mark, json.dumps(facts) + "\n")
 
 
 def _try_to_look(parent: Parent, states: list[State]) -> bool:

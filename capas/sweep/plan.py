@@ -9,6 +9,7 @@
 import json
 import os
 import shutil
+from collections.abc import Mapping
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -17,11 +18,13 @@ from capas import dag, inputs, links
 from capas.clone import cache_of, stored
 from capas.composition import CONF
 from capas.errors import CapasError
+from capas.facts import write_whole
 from capas.worktree import Snapshot, git, snapshot
 
 FOLDER = Path(".dvc/tmp/sweep")
 VARIABLE = "CAPAS_SWEEP"  # names the plan's folder
 DRIVER = "CAPAS_SWEEP_DRIVER"  # the process that started the sweep
+AT_ONCE = "CAPAS_SWEEP_AT_ONCE"  # as many points as there can be at a time, whatever the launcher
 _REVISIONS = "conf/revisions.yaml"
 
 
@@ -90,12 +93,12 @@ class Plan:
         taken = snapshot(home)
         found = inputs.ignored(home, taken.tree)
         ignored = tuple(name for name in found if not name.startswith(f"{CONF}/"))
-        deciding = digest(
-            _files(home, taken), {name: inputs.sha256(home / name) for name in ignored}
-        )
+        deciding = _deciding(home, taken, {name: home / name for name in ignored})
+        own = {name: inputs.sha256(home / name) for name in found if name.startswith(f"{CONF}/")}
+        listed = git(home, "ls-tree", "-r", taken.tree, "--", str(CONF))
         return cls(
             home=home,
-            key=digest(sorted(words), taken, deciding),
+            key=digest(sorted(words), taken.commit, deciding, listed, own),
             words=tuple(words),
             commit=taken.commit,
             tree=taken.tree,
@@ -105,7 +108,11 @@ class Plan:
         )
 
     def write(self) -> None:
-        """Lay the folder out: conf/ and the ignored inputs are copied, so that later edits reach no point."""
+        """Lay the folder out: conf/ and the ignored inputs are copied, so that later edits reach no point.
+
+        Raises:
+            CapasError: an input was edited in the meantime.
+        """
         for folder in (self.points, self.folder / "logs"):
             folder.mkdir(parents=True, exist_ok=True)
         conf = self.folder / CONF
@@ -114,13 +121,27 @@ class Plan:
             shutil.rmtree(partial, ignore_errors=True)
             shutil.copytree(self.home / CONF, partial, ignore=shutil.ignore_patterns("*.partial"))
             partial.rename(conf)
-        for name in self.ignored:
-            copy = self.copy_of(name)
-            if not copy.exists():
-                copy.parent.mkdir(parents=True, exist_ok=True)
-                links.place(self.home / name, copy)
+        self._copy_ignored()
         facts = {**asdict(self), "home": str(self.home), "cache": str(self.cache)}
-        (self.folder / "plan.json").write_text(json.dumps(facts, indent=2) + "\n", encoding="utf-8")
+        write_whole(self.folder / "plan.json", json.dumps(facts, indent=2) + "\n")
+
+    def _copy_ignored(self) -> None:
+        """All or, where somebody stops it or edits them, none: the points' identity counts on them."""
+        whole = self.copy_of("")
+        if whole.exists() or not self.ignored:
+            return
+        partial = whole.with_name(f".{whole.name}.partial")
+        shutil.rmtree(partial, ignore_errors=True)
+        for name in self.ignored:
+            (partial / name).parent.mkdir(parents=True, exist_ok=True)
+            links.place(self.home / name, partial / name)
+        copies = {name: partial / name for name in self.ignored}
+        if _deciding(self.home, self.taken, copies) != self.inputs:
+            raise CapasError(
+                f"one of these was edited while the sweep copied it: {', '.join(self.ignored)}; "
+                "start the sweep again"
+            )
+        partial.rename(whole)
 
     @classmethod
     def read(cls, folder: Path) -> "Plan":
@@ -138,6 +159,13 @@ class Plan:
 def digest(*parts: Any) -> str:
     """Short enough for a name."""
     return dag.digest(*parts)[:10]
+
+
+def _deciding(home: Path, taken: Snapshot, ignored: Mapping[str, Path]) -> str:
+    """Identity of all files that decide a result, with those that git ignores."""
+    return digest(
+        _files(home, taken), {name: inputs.sha256(file) for name, file in ignored.items()}
+    )
 
 
 def _files(home: Path, taken: Snapshot) -> list[str]:

@@ -6,7 +6,8 @@ import os
 import re
 import shutil
 import sys
-from contextlib import ExitStack
+import traceback
+from contextlib import AbstractContextManager, ExitStack, nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -15,18 +16,18 @@ from hydra.errors import HydraException
 from omegaconf import OmegaConf
 
 from capas.clone import environment
-from capas.composition import to_values
 from capas.config import validate
 from capas.cores import usable_cores
 from capas.dag import recorded_key
 from capas.errors import CapasError
 from capas.locks import BusyError, exclusive
 from capas.store import HOME
-from capas.sweep.plan import DRIVER, Plan, digest
+from capas.sweep.plan import AT_ONCE, DRIVER, Plan, digest
 from capas.sweep.process import follow
 from capas.sweep.shared import SharedStages
 from capas.sweep.slots import place
 from capas.sweep.state import CACHED, DONE, FAILED, RUNNING, WAITING, State
+from capas.sweep.task import is_of_sweep, values_of
 from capas.sweep.workspace import lay_out
 from capas.workers import end_with
 from capas.worktree import git
@@ -34,6 +35,7 @@ from capas.worktree import git
 _STAGE = re.compile(r"^(?:Running stage|Stage) '(?P<name>\w+)'")
 _NOT_IN_A_NAME = re.compile(r"[^A-Za-z0-9.=_-]+")
 _MAX_NAME = 60
+_NUM_LAST = 6  # lines of a traceback
 
 
 class PointFailed(HydraException):
@@ -51,20 +53,17 @@ def point(config: Any) -> float:
         end_with(driver)  # its worker, and the point ends with it
     overrides = [word for word in HydraConfig.get().overrides.task if not is_of_sweep(word)]
     settings = OmegaConf.to_container(config.sweep, resolve=True)
-    tree = OmegaConf.to_container(config, resolve=False)
-    values = to_values(OmegaConf.create({k: v for k, v in tree.items() if k != "sweep"}))
     launcher = OmegaConf.to_container(HydraConfig.get().launcher, resolve=False)
-    this = Point(plan, overrides, values, settings, num_workers(launcher))
+    this = Point(plan, overrides, values_of(config), settings, launcher)
     try:
         return this.result()
     except CapasError as error:
         this.say(status=FAILED, reason=str(error), line="")
         raise PointFailed(f"{this.name}: {error}") from None
-
-
-def is_of_sweep(override: str) -> bool:
-    """Whether it sets how the sweep goes about it (`sweep=optuna`) and not what a point is."""
-    return re.match(r"[+~]*sweep[.=@]", override) is not None
+    except Exception as error:  # a full disk, a permission
+        last = traceback.format_exc().splitlines()[-_NUM_LAST:]
+        this.say(status=FAILED, reason="\n".join(last), line="")
+        raise PointFailed(f"{this.name}: {error}") from error
 
 
 def num_workers(launcher: dict[str, Any]) -> int:
@@ -84,16 +83,15 @@ class Point:
         overrides: list[str],
         values: dict[str, Any],
         settings: dict[str, Any],
-        workers: int,
+        launcher: dict[str, Any],
     ) -> None:
         self.plan, self.overrides, self.values = plan, overrides, values
-        self.settings, self.workers = settings, workers
+        self.settings, self.launcher = settings, launcher
         self.identity = digest(values, plan.inputs)
         self.name = name_of(overrides, self.identity)
         self.log = plan.folder / "logs" / f"{self.name}.log"
         self.work = plan.work(self.name)
         self._state = State(self.identity, self.name, overrides)
-        self.say(status=WAITING)
 
     def say(self, **changes: Any) -> None:
         self._state.write(self.plan.points, **changes)
@@ -102,8 +100,12 @@ class Point:
         """Run it, unless it is an experiment already.
 
         Raises:
-            CapasError: it failed.
+            CapasError: it failed, now or before a lost worker made the sweep start once more.
         """
+        state = self.plan.points / f"{self.identity}.json"
+        if state.exists() and (before := State.read(state)).status == FAILED:
+            raise CapasError(before.reason)
+        self.say(status=WAITING)
         validate(self.values)
         file = self.plan.lock(f"point-{self.identity}")
         with ExitStack() as stack:
@@ -151,12 +153,18 @@ class Point:
 
     def _run(self, lock: int) -> None:
         self.say(stage="a free place")
-        device = self.values["hardware"]["device"]
-        with place(self.plan.lock, device, self.workers) as variables:
+        with self._place() as variables:
             lay_out(self.plan, self.work, self.values)
             stages = SharedStages(self.plan, self.values, self.work)
             with stages.held(lambda stage: self.say(stage=f"{stage}, which another point runs")):
                 self._run_experiment(stages, variables, lock)
+
+    def _place(self) -> AbstractContextManager[dict[str, str]]:
+        """A scheduler has given its job GPUs and cores; for what runs inside of a job it has not."""
+        if self.launcher["_target_"].endswith("SlurmLauncher"):
+            return nullcontext({})
+        workers = min(num_workers(self.launcher), int(os.environ[AT_ONCE]))
+        return place(self.plan.lock, self.values["hardware"]["device"], workers)
 
     def _run_experiment(self, stages: SharedStages, variables: dict[str, str], lock: int) -> None:
         sets = [word for override in self.overrides for word in ("-S", override)]
@@ -188,7 +196,7 @@ def name_of(overrides: list[str], identity: str) -> str:
     words = [override.rpartition("=") for override in overrides]
     parts = [f"{key.rpartition('.')[2].lstrip('+~')}={value}" for key, _, value in words]
     plain = _NOT_IN_A_NAME.sub("-", "-".join(parts)).replace("..", ".")[:_MAX_NAME]
-    return "-".join(filter(None, [plain.strip("-."), identity]))
+    return "-".join([plain.strip("-.") or "point", identity])
 
 
 def metric(home: Path, reference: str, name: str) -> float | None:

@@ -27,7 +27,7 @@ _LINES_BESIDE_ROWS, _WIDE = 6, 160
 class Screen:
     """Shows the states in `folder` until it is stopped; each point's end is told once."""
 
-    def __init__(self, folder: Path, settings: dict[str, Any], expected: int | None) -> None:
+    def __init__(self, folder: Path, settings: dict[str, Any], expected: int) -> None:
         width = None if sys.stderr.isatty() else _WIDE
         self.console = Console(file=sys.stderr, highlight=False, width=width)
         self._folder, self._settings, self._expected = folder, settings, expected
@@ -75,20 +75,22 @@ class Screen:
             elif state.status in ENDED:
                 value = number(state.metrics.get(self._settings["objective"]))
                 ended = sum(status in ENDED for status in self._told.values())
-                of = f"/{self._expected}" if self._expected else ""
                 how = "had it" if state.status == CACHED else f"{state.seconds:.0f} s"
                 self.console.print(
-                    Text(f"{ended}{of}  {state.name}  {value}  ({how})"), style="green"
+                    Text(f"{ended}/{self._expected}  {state.name}  {value}  ({how})"), style="green"
                 )
             elif state.status == RUNNING and not self.console.is_terminal:
                 self.console.print(Text(f"started {state.name}"))
 
     def _table(self, states: list[State]) -> Table:
         counts = Counter(state.status for state in states)
-        of = f" of {self._expected}" if self._expected else ""
         ended = sum(counts[status] for status in ENDED)
         said = ", ".join(f"{counts[status]} {status}" for status in _ORDER if counts[status])
-        table = Table(title=f"{ended}{of} points ended: {said}", title_justify="left", box=None)
+        table = Table(
+            title=f"{ended} of {self._expected} points ended: {said}",
+            title_justify="left",
+            box=None,
+        )
         objective = self._settings["objective"]
         for heading in ("", "point", "does", objective):
             table.add_column(heading, overflow="ellipsis", no_wrap=True)

@@ -21,14 +21,11 @@ def place(lock: Callable[[str], Path], device: str, num_workers: int) -> Iterato
     """Environment variables of a point, which has its place for itself in this block.
 
     `lock` gives the file that stands for a name.
-    On a cluster the scheduler has given the job its GPUs and cores.
 
     Raises:
         CapasError: `device` is cuda and no GPU is visible.
     """
-    if "SLURM_JOB_ID" in os.environ:
-        yield {}
-    elif device == "cuda":
+    if device == "cuda":
         with one_of(lock, "gpu", visible_gpus()) as gpu:
             yield {"CUDA_VISIBLE_DEVICES": gpu}
     else:

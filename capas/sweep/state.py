@@ -29,6 +29,10 @@ class State:
     train_key: str = ""
     metrics: dict[str, float | None] = field(default_factory=dict)
 
+    @classmethod
+    def read(cls, file: Path) -> "State":
+        return cls(**json.loads(file.read_text(encoding="utf-8")))
+
     def write(self, folder: Path, **changes: Any) -> None:
         """Whole or not at all: the sweep reads it at any time."""
         for name, value in changes.items():
@@ -40,5 +44,4 @@ class State:
 def read_states(folder: Path) -> list[State]:
     """In the order in which they were started."""
     files = sorted(folder.glob("*.json"))
-    states = [State(**json.loads(file.read_text(encoding="utf-8"))) for file in files]
-    return sorted(states, key=lambda state: (state.started, state.name))
+    return sorted(map(State.read, files), key=lambda state: (state.started, state.name))
