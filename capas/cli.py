@@ -2,6 +2,7 @@
 
 import argparse
 import sys
+import traceback
 
 from capas import rebuild, registry
 from capas.errors import CapasError
@@ -10,7 +11,7 @@ COMMANDS = {"register": registry, "rebuild": rebuild}
 
 
 def main(argv: list[str] | None = None) -> int:
-    """The exit code."""
+    """The exit code; 2 also after a defect of the program, for 1 is an answer: other bytes, or refused."""
     parser = argparse.ArgumentParser(prog="capas", description=__doc__)
     subparsers = parser.add_subparsers(required=True, metavar="COMMAND")
     for name, module in COMMANDS.items():
@@ -32,4 +33,8 @@ def main(argv: list[str] | None = None) -> int:
     except KeyboardInterrupt:
         sys.stderr.write("capas: stopped\n")
         return 130
+    except Exception as error:  # noqa: BLE001  told with its traceback, so that it can be reported
+        traceback.print_exc()
+        sys.stderr.write(f"capas: unexpected: {type(error).__name__}: {error}\n")
+        return 2
     return code

@@ -39,11 +39,20 @@ def stored(cache: Path, md5: str) -> Path:
 
 
 def share_cache(home: Path, cache: Path, work: Path) -> None:
-    """The user's local settings of DVC, less what must differ; results are linked, not copied."""
+    """The user's local settings of DVC, less what must differ; results are linked, not copied.
+
+    A remote's relative paths (its url, a key) count from the user's repository: they are made absolute.
+    """
     from configobj import ConfigObj
+    from dvc.config import Config
 
     local = ConfigObj(str(home / ".dvc/config.local"))
     local["cache"] = {**local.get("cache", {}), "dir": str(cache)}
+    config = Config(str(home / ".dvc"))
+    for level in config.REPO_LEVELS:
+        for name, options in config.load_one(level)["remote"].items():
+            section = f'remote "{name}"'
+            local[section] = {**local.get(section, {}), **options}
     local.filename = str(work / ".dvc/config.local")
     local.write()
 

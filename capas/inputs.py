@@ -15,15 +15,23 @@ def external(root: Path) -> list[str]:
 
 
 def ignored(root: Path, tree: str) -> list[str]:
-    """Those files of them that are not in the git tree: what lies in data/own."""
+    """Those files of them that are not in the git tree: what lies in data/own.
+
+    What .dvcignore names is none, as for DVC: an editor's swap file is gone when the editor is.
+    """
+    from dvc.fs import localfs
+    from dvc.ignore import DvcIgnoreFilter
+
     have = set(git(root, "ls-tree", "-r", "-z", "--name-only", tree).split("\0"))
+    rules = DvcIgnoreFilter(localfs, str(root.absolute()))
     found = []
     for name in external(root):
         path = root / name
         for file in sorted(path.rglob("*")) if path.is_dir() else [path]:
             relative = file.relative_to(root).as_posix()
-            if file.is_file() and relative not in have:
-                found.append(relative)
+            if relative in have or not file.is_file() or rules.is_ignored_file(str(file)):
+                continue
+            found.append(relative)
     return found
 
 

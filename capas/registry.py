@@ -5,7 +5,7 @@
 RUN is a run's id, the beginning of it, its name, or an experiment of DVC. The version that comes of it is
 loaded with mlflow.pyfunc.load_model("models:/NAME@ALIAS"). The same run twice is the same version.
 
-Exit code: 0 registered, 1 refused (every reason is told), 2 no such run or no store, 130 stopped.
+Exit code: 0 registered, 1 refused (every reason is told), 2 it failed (say, no such run), 130 stopped.
 """
 
 import argparse

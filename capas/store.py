@@ -6,6 +6,7 @@ here and nowhere else; mlflow is imported inside functions, everywhere: that alo
 
 import logging
 import os
+import re
 import socket
 import time
 from collections.abc import Iterable, Iterator, Mapping
@@ -29,6 +30,9 @@ _SETTINGS = {  # only where the user has not set them
 _KIND = {"mlflow.experimentKind": "custom_model_development"}  # the UI opens its view of trainings
 _MAX_BATCH = 1000  # metrics in one call, MLflow's own limit
 _CONNECT_SECONDS = 5.0
+_RELATIVE = re.compile(  # sqlite:///FILE, file:FOLDER or FOLDER; for MLflow, some words name a service
+    r"(?P<kind>sqlite(\+\w+)?:///(?!file:)|file:|(?!databricks|uc$)(?![\w+.-]+:))(?P<path>[^/:].*)"
+)
 RETRY = "To retry, once it is there: the same command, or dvc repro publish"
 
 
@@ -46,7 +50,10 @@ def home(root: Path) -> Path:
 
 
 def tracking_uri(root: Path) -> str:
-    return os.environ.get("MLFLOW_TRACKING_URI") or f"sqlite:///{home(root) / 'mlflow.db'}"
+    """A relative path is one in the user's repository: what lies in a point's folder goes with it."""
+    uri = os.environ.get("MLFLOW_TRACKING_URI") or "sqlite:///mlflow.db"
+    relative = _RELATIVE.fullmatch(uri)
+    return f"{relative['kind']}{home(root) / relative['path']}" if relative else uri
 
 
 @contextmanager

@@ -10,7 +10,7 @@ from typing import Any
 
 import pytest
 import yaml
-from report_inputs import write_inputs
+from report_inputs import REPOSITORY, write_inputs
 from test_publish import publish, the_run
 
 from capas import lineage, runs
@@ -151,6 +151,18 @@ def test_an_input_that_git_ignores_is_named_with_its_md5(root: Path) -> None:
     assert tags["git.ignored"] == "data/own/mine.csv"
     md5 = hashlib.md5(b"a,b\n", usedforsecurity=False).hexdigest()
     assert state.ignored == {"data/own/mine.csv": md5}
+
+
+def test_what_dvcignore_names_is_no_input(root: Path) -> None:
+    (root / ".dvcignore").write_bytes((REPOSITORY / ".dvcignore").read_bytes())
+    with (root / ".git/info/exclude").open("a") as exclude:  # as in the git settings of many users
+        exclude.write("*.swp\n.DS_Store\n/conf/own.yaml\n")
+    conf = root / "conf/trainer"
+    conf.mkdir(parents=True)
+    for file in (conf / "._base.yaml.swp", conf / ".DS_Store", root / "conf/own.yaml"):
+        file.write_text("1\n")
+    publish(root)
+    assert list(kept(root)[1].ignored) == ["conf/own.yaml"]
 
 
 def test_an_experiment_has_its_name_and_its_base(

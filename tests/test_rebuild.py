@@ -99,6 +99,24 @@ def test_restore_trains_nothing(repository: Publisher, capsys: pytest.CaptureFix
     assert "no remote is set up" in said and "Without --restore" in said
 
 
+@pytest.mark.parametrize("where", [(), ("--local",)], ids=["for all", "local"])
+def test_a_remote_with_a_relative_path_is_found(
+    repository: Publisher, where: tuple[str, ...], capsys: pytest.CaptureFixture[str]
+) -> None:
+    local, cache = (repository.root / ".dvc" / name for name in ("config.local", "cache"))
+    repository.run("dvc", "remote", "add", *where, "-d", "team", f"../store of {len(where)}")
+    repository.commit()
+    repository.train(r=7)
+    repository.run("dvc", "push")
+    cache.rename(cache.with_name("gone"))
+    run_id = repository.the_run()[1].info.run_id
+    assert repository.capas("rebuild", run_id, "--restore") == 0, capsys.readouterr().err
+    assert "pulling data/models/adapter" in capsys.readouterr().err
+    shutil.rmtree(cache)
+    cache.with_name("gone").rename(cache)
+    local.unlink(missing_ok=True)
+
+
 def test_a_commit_that_is_gone_is_asked_for_and_told(
     repository: Publisher, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:

@@ -1,5 +1,6 @@
 """`capas register`: which runs become a version of the registry, and what a version says of itself."""
 
+import errno
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -197,3 +198,17 @@ def test_the_command_says_where_it_must_stand(
     monkeypatch.chdir(tmp_path)
     assert cli.main(["register", "abc"]) == 2
     assert "nothing was published here yet" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("name", cli.COMMANDS)
+def test_an_error_that_nobody_expected_is_no_answer(
+    name: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def broken(_: object) -> int:
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    monkeypatch.setattr(cli.COMMANDS[name], "command", broken)
+    assert cli.main([name, "abc"]) == 2
+    said = capsys.readouterr().err
+    assert "in broken" in said
+    assert said.endswith("capas: unexpected: OSError: [Errno 28] No space left on device\n")

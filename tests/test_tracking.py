@@ -134,6 +134,42 @@ def test_of_several_runs_the_one_that_holds_something_stays(root: Path) -> None:
         assert store.client.get_run(gone.info.run_id).info.lifecycle_stage == "deleted"
 
 
+@pytest.mark.parametrize(
+    ("given", "expected"),
+    [
+        ("sqlite:///mlflow.db", "sqlite:///HOME/mlflow.db"),
+        ("sqlite+pysqlite:///../runs.db?timeout=9", "sqlite+pysqlite:///HOME/../runs.db?timeout=9"),
+        ("file:mlruns", "file:HOME/mlruns"),
+        ("file:./mlruns", "file:HOME/mlruns"),
+        ("mlruns", "HOME/mlruns"),
+        ("", "sqlite:///HOME/mlflow.db"),
+        *((uri, uri) for uri in ("sqlite:////a/b.db", "sqlite:///:memory:", "sqlite://")),
+        *((uri, uri) for uri in ("sqlite:///file:a.db?uri=true", "file:///a/b", "file:/a", "/a/b")),
+        *((uri, uri) for uri in ("http://host:5000", "postgresql://ana@host/runs")),
+        *((uri, uri) for uri in ("databricks", "databricks://ana", "databricks-uc", "uc", "uc:a")),
+    ],
+)
+def test_a_relative_store_is_in_the_users_repository(
+    given: str, expected: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("MLFLOW_TRACKING_URI", given)
+    monkeypatch.setenv(stores.HOME, str(tmp_path))
+    assert tracking_uri(tmp_path / "point") == expected.replace("HOME", str(tmp_path))
+
+
+def test_a_relative_store_outlives_the_folder_of_a_point(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    point = tmp_path / "point"
+    point.mkdir()
+    monkeypatch.setenv("MLFLOW_TRACKING_URI", "sqlite:///runs.db")
+    monkeypatch.setenv(stores.HOME, str(tmp_path))
+    monkeypatch.chdir(point)
+    Store.open(point, "tests").find_or_create("kept", "kept")
+    assert (tmp_path / "runs.db").exists() and not list(point.iterdir())
+    stores.existing(tmp_path)  # as `capas register` looks for it
+
+
 @pytest.mark.slow  # MLflow waits for 20 seconds
 def test_a_busy_database_is_reported_with_the_way_out(
     root: Path, monkeypatch: pytest.MonkeyPatch
