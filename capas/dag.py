@@ -6,6 +6,7 @@ import os
 import re
 from collections.abc import Collection
 from dataclasses import dataclass
+from fnmatch import fnmatch
 from pathlib import Path
 from typing import Any
 
@@ -13,6 +14,8 @@ import yaml
 
 from capas.errors import CapasError
 from capas.params import select
+
+LEFT_BY_EDITORS = (".DS_Store", "*.swp", "*~", ".*.partial")  # as .dvcignore has it
 
 
 class _Loader(getattr(yaml, "CSafeLoader", yaml.SafeLoader)):  # type: ignore[misc]
@@ -176,11 +179,12 @@ def _plain_md5() -> Any:
 
 
 def _files_below(folder: Path) -> list[str]:
-    """Their paths in it; DVC does not follow links to folders."""
+    """Their paths in it, as DVC sees it: it does not follow links to folders."""
     return [
         (Path(parent) / name).relative_to(folder).as_posix()
         for parent, _, names in os.walk(folder)
         for name in names
+        if not any(fnmatch(name, pattern) for pattern in LEFT_BY_EDITORS)
     ]
 
 

@@ -10,7 +10,7 @@ import pytest
 import yaml
 from workspace import REPOSITORY
 
-from capas.dag import StageSpec, input_key, recorded, recorded_key
+from capas.dag import LEFT_BY_EDITORS, StageSpec, input_key, recorded, recorded_key
 from capas.errors import CapasError
 from capas.params import flatten
 
@@ -185,11 +185,19 @@ def test_a_folder_that_no_stage_makes_has_the_hash_that_dvc_gives_it(tmp_path: P
     (tmp_path / "b").mkdir()
     for name, content in {"a.jsonl": "{}", "Z/ñ b.jsonl": "x", "Z.x": "y"}.items():
         (tmp_path / "own" / name).write_text(content)
+    for name in (".DS_Store", "Z/.a.jsonl.swp", "a.jsonl~"):
+        (tmp_path / "own" / name).touch()  # DVC does not see them
     md5 = "15713809b671d3961e79800d32c444e8.dir"  # as `dvc add` computed it
     entry = {"cmd": "x", "deps": [{"path": "own", "md5": md5}]}
     assert input_key(StageSpec.read("one", tmp_path), tmp_path) == recorded_key(entry)
     with pytest.raises(CapasError, match=r"b is not in dvc\.lock: an earlier stage has not run"):
         input_key(StageSpec.read("two", tmp_path), tmp_path)
+
+
+def test_what_editors_leave_is_what_dvc_ignores() -> None:
+    lines = (REPOSITORY / ".dvcignore").read_text().splitlines()
+    of_editors = lines[1 + next(i for i, line in enumerate(lines) if "editors" in line) :]
+    assert list(LEFT_BY_EDITORS) == of_editors
 
 
 def test_dvcs_way_to_write_a_small_number_is_a_number(tmp_path: Path) -> None:
