@@ -91,8 +91,9 @@ def test_other_seeds_are_compared_without_pairs() -> None:
 
 
 def test_single_points_tie_only_where_they_are_equal() -> None:
-    rows = ranked(state(1.0, "r=1"), state(1.0, "r=2"), state(1.1, "r=3"))
-    assert [row.rank for row in rows] == [1, 1, 3]
+    rows = ranked(state(1.0, "r=1"), state(1.0, "r=2"), state(1.1, "r=3"), state(1.1, "r=4"))
+    assert [row.rank for row in rows] == [1, 1, 3, 3]
+    assert "2 rows are equal (=1). One point each" in verdict(rows, SETTINGS)
     assert "seed=1,2,3" in verdict(ranked(state(1.0, "r=1"), state(1.1, "r=2")), SETTINGS)
 
 

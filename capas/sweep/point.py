@@ -24,6 +24,7 @@ from capas.locks import BusyError, exclusive
 from capas.store import HOME
 from capas.sweep.plan import AT_ONCE, DRIVER, Plan, digest
 from capas.sweep.process import follow
+from capas.sweep.screen import without_group
 from capas.sweep.shared import SharedStages
 from capas.sweep.slots import place
 from capas.sweep.state import CACHED, DONE, FAILED, RUNNING, WAITING, State
@@ -193,9 +194,9 @@ class Point:
 
 def name_of(overrides: list[str], identity: str) -> str:
     """`learning_rate=1e-4-r=8-0123456789`: a name that DVC, git and a shell take as it is."""
-    words = [override.rpartition("=") for override in overrides]
-    parts = [f"{key.rpartition('.')[2].lstrip('+~')}={value}" for key, _, value in words]
-    plain = _NOT_IN_A_NAME.sub("-", "-".join(parts)).replace("..", ".")[:_MAX_NAME]
+    plain = _NOT_IN_A_NAME.sub("-", "-".join(map(without_group, overrides))).replace("..", ".")[
+        :_MAX_NAME
+    ]
     return "-".join([plain.strip("-.") or "point", identity])
 
 

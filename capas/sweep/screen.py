@@ -86,21 +86,26 @@ class Screen:
         counts = Counter(state.status for state in states)
         ended = sum(counts[status] for status in ENDED)
         said = ", ".join(f"{counts[status]} {status}" for status in _ORDER if counts[status])
+        said = said or "starting"
         table = Table(
             title=f"{ended} of {self._expected} points ended: {said}",
             title_justify="left",
             box=None,
+            expand=True,  # the columns keep their place while their texts change
         )
         objective = self._settings["objective"]
-        for heading in ("", "point", "does", objective):
-            table.add_column(heading, overflow="ellipsis", no_wrap=True)
+        table.add_column("", min_width=max(map(len, _ORDER)))
+        table.add_column("point", overflow="ellipsis", no_wrap=True, ratio=2)
+        table.add_column("does", overflow="ellipsis", no_wrap=True, ratio=3)
+        table.add_column(objective, min_width=len(objective))
         room = max(4, self.console.height - _LINES_BESIDE_ROWS)
         for state in sorted(states, key=lambda s: _ORDER.index(s.status))[:room]:
             value = number(state.metrics.get(objective)) if state.status in ENDED else ""
             doing = " ".join(filter(None, [state.stage, state.line]))
             style = _STYLE[state.status]
-            words = Text(" ".join(state.overrides) or state.name)
-            table.add_row(Text(state.status, style=style), words, Text(doing, style="dim"), value)
+            words = " ".join(map(without_group, state.overrides)) or state.name
+            cells = (Text(state.status, style=style), Text(words), Text(doing, style="dim"), value)
+            table.add_row(*cells)
         return table
 
 
@@ -140,16 +145,26 @@ def verdict(rows: Sequence[Row], settings: dict[str, Any]) -> str:
     """What the numbers say, and what they do not."""
     tied = [row for row in rows if row.tied]
     share = f"{settings['confidence_fraction']:.0%}"
-    if tied:
-        return f"{len(tied) + 1} rows are a tie (=1): the {share} interval of their difference holds zero."
     if len(rows) > 1 and all(len(row.states) == 1 for row in rows):
         repeats = settings["replicates"][0] if settings["replicates"] else "seed"
-        return f"One point each: add {repeats}=1,2,3 to see whether the first is better by more than chance."
+        equal = f"{len(tied) + 1} rows are equal (=1). " if tied else ""
+        return (
+            f"{equal}One point each: add {repeats}=1,2,3 to see whether the first is better by more "
+            "than chance."
+        )
+    if tied:
+        return f"{len(tied) + 1} rows are a tie (=1): the {share} interval of their difference holds zero."
     if len(rows) > 1:
         return (
             f"The first is better than each other: no {share} interval of a difference holds zero."
         )
     return ""
+
+
+def without_group(override: str) -> str:
+    """`learning_rate=1e-4` of `trainer.learning_rate=1e-4`."""
+    key, _, value = override.partition("=")
+    return f"{key.rpartition('.')[2].lstrip('+~')}={value}"
 
 
 def number(value: float | None) -> str:
