@@ -12,6 +12,7 @@ from capas import links
 from capas.errors import CapasError
 from capas.locks import exclusive
 from capas.sweep.plan import Plan
+from capas.worktree import git
 
 TWO_AT_ONCE = ("hydra/launcher=joblib", "hydra.launcher.n_jobs=2")
 RATES = "trainer.learning_rate=0.01,0.1"
@@ -215,6 +216,14 @@ def test_a_sweep_is_the_same_while_what_decides_its_points_is(sweeper: Sweeper) 
     assert len({key, private, Plan.make(sweeper.root, RATES.split()).key}) == 3
     (sweeper.root / "conf/dataset/private.yaml").unlink()
     (sweeper.root / ".git/info/exclude").unlink()
+
+
+def test_a_folder_of_a_larger_repository_is_refused(tmp_path: Path) -> None:
+    (tmp_path / "sub/.dvc").mkdir(parents=True)
+    (tmp_path / "sub/dvc.yaml").touch()
+    git(tmp_path, "init", "-q")
+    with pytest.raises(CapasError, match=r"sub is the folder sub/ of a larger git repository"):
+        Plan.make(tmp_path / "sub", [])
 
 
 def test_an_error_that_nobody_thought_of_is_told_as_what_it_is(sweeper: Sweeper) -> None:
