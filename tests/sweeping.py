@@ -173,4 +173,4 @@ class Sweeper(Workspace):
 def kill(process: "subprocess.Popen[str]", number: int = signal.SIGKILL) -> str:
     """The driver alone; its workers see that it is gone."""
     os.kill(process.pid, number)
-    return process.communicate(timeout=60)[0]
+    return process.communicate(timeout=120)[0]
