@@ -9,14 +9,14 @@ import os
 import re
 import socket
 import time
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from typing import Any, NamedTuple
 from urllib.parse import urlsplit
 
 from capas.errors import CapasError
-from capas.locks import BusyError, exclusive
+from capas.locks import BusyError, exclusive, is_held
 
 TRAIN_KEY, GATE = "train_key", "gate"  # tags of a run
 MODEL = "model"  # the folder of its artifacts that MLflow loads
@@ -56,6 +56,11 @@ def tracking_uri(root: Path) -> str:
     return f"{relative['kind']}{home(root) / relative['path']}" if relative else uri
 
 
+def lock_file(root: Path, name: str) -> Path:
+    """Whoever writes to a run of MLflow holds it."""
+    return home(root) / ".dvc/tmp" / f"mlflow-{name}.lock"
+
+
 @contextmanager
 def locked(root: Path, name: str, seconds: float) -> Iterator[None]:
     """One process at a time in this block, on this machine.
@@ -63,7 +68,7 @@ def locked(root: Path, name: str, seconds: float) -> Iterator[None]:
     Raises:
         CapasError: another process holds it for longer than `seconds`.
     """
-    file = home(root) / ".dvc/tmp" / f"mlflow-{name}.lock"
+    file = lock_file(root, name)
     with ExitStack() as stack:
         try:
             stack.enter_context(exclusive(file, seconds))
@@ -121,6 +126,18 @@ class Store:
         for other in filter(_is_empty, others):
             self.client.delete_run(other.info.run_id)
         return run
+
+    def end_abandoned(self, tag: str, lock: Callable[[str], Path]) -> None:
+        """Runs that say RUNNING and whose process was on this machine and is no more: it lost its power.
+
+        Args:
+            tag: its value tells the runs apart.
+            lock: by this value, the file that the process held.
+        """
+        for run in self.client.search_runs([self.experiment_id], "attributes.status = 'RUNNING'"):
+            value = run.data.tags.get(tag)
+            if value and lock(value).exists() and not is_held(lock(value)):
+                self.set_status(run.info.run_id, "FAILED")
 
     def _all(self, tag: str, value: str) -> list[Any]:
         query, order = f"tags.{tag} = '{value}'", ["attributes.start_time ASC"]

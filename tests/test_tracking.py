@@ -16,7 +16,7 @@ import pytest
 from capas import store as stores
 from capas import tracking
 from capas.errors import CapasError
-from capas.store import Point, Store, locked, reachable, tracking_uri
+from capas.store import TRAIN_KEY, Point, Store, locked, reachable, tracking_uri
 
 Write = Callable[..., Path]
 REPOSITORY = Path(__file__).parents[1]
@@ -121,6 +121,18 @@ def test_points_that_the_run_has_are_not_logged_again(root: Path) -> None:
 
 def test_a_new_run_counts_as_failed_until_it_is_ended(root: Path) -> None:
     assert Store.open(root, "tests").find_or_create("new", "new").info.status == "FAILED"
+
+
+def test_a_run_whose_machine_lost_its_power_is_ended_by_the_next(root: Path, write: Write) -> None:
+    store = Store.open(root, "tests")
+    runs = {key: store.only(TRAIN_KEY, key, key).info.run_id for key in ("dead", "alive", "far")}
+    assert {store.client.get_run(run_id).info.status for run_id in runs.values()} == {"RUNNING"}
+    with locked(root, "dead", seconds=0):
+        pass  # its process was here; of `far` nothing is known on this machine
+    with locked(root, "alive", seconds=0):
+        follow(root, "next", write(1, event="end"))
+    found = {key: store.client.get_run(run_id).info.status for key, run_id in runs.items()}
+    assert found == {"dead": "FAILED", "alive": "RUNNING", "far": "RUNNING"}
 
 
 def test_of_several_runs_the_one_that_holds_something_stays(root: Path) -> None:

@@ -101,6 +101,7 @@ class Parent:
             settings = json.loads((self.plan.folder / SETTINGS).read_text(encoding="utf-8"))
             store = Store.open(self.plan.home, settings["experiment_name"])
             with locked(self.plan.home, f"sweep-{self.plan.key}", seconds=60):
+                store.end_abandoned(KEY, lambda key: self.plan.lock(f"sweep-{key}"))
                 self._run_id = _find_or_create(store, self.plan)
             store.client.update_run(self._run_id, status="RUNNING")
             self._store = store
