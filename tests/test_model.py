@@ -80,16 +80,20 @@ def test_quantized_in_memory_and_reloaded_are_equal(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("width", [96, 128])
 def test_four_bits_on_a_cpu_only_where_rows_are_whole_blocks(tmp_path: Path, width: int) -> None:
-    """Why: bitsandbytes' own kernel against what its format says. Once both agree, the refusal can go."""
+    """Why: bitsandbytes' own kernel against what its format says.
+
+    With AVX-512 they disagree for other rows. Once they agree there too, the refusal can go.
+    """
     weight = torch.randn(32, width)
     packed, state = quantize_4bit(weight, quant_type="nf4")
     codes = torch.stack([packed.flatten() >> 4, packed.flatten() & 15], dim=1).flatten().long()
     right = (state.code[codes].view(-1, 64) * state.absmax[:, None]).view_as(weight)
     agree = torch.allclose(dequantize_4bit(packed, state), right, atol=1e-6)
-    assert agree is (width % 64 == 0)
+    is_whole = width % 64 == 0
+    assert agree or not is_whole
     make_model(intermediate_size=width).save_pretrained(tmp_path)
     config = BitsAndBytesConfig(load_in_4bit=True)
-    if agree:
+    if is_whole:
         assert load_model(tmp_path, PLAIN, CPU, quantization_config=config).num_parameters() > 0
     else:
         with pytest.raises(CapasError, match=r"mlp.down_proj has 96 inputs, no multiple of 64"):
