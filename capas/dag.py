@@ -66,6 +66,11 @@ class StageSpec:
     outs: tuple[str, ...]
     params: dict[str, list[str]]
 
+    @property
+    def keys(self) -> list[str]:
+        """The dotted keys of params.yaml that it declares."""
+        return self.params.get("params.yaml", [])
+
     @classmethod
     def read(cls, name: str, root: Path) -> "StageSpec":
         """Raises CapasError where dvc.yaml has no such stage."""

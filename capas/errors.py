@@ -14,6 +14,15 @@ class CapasError(Exception):
     """Bad input or a state that the user must mend; the message says what, where and how."""
 
 
+def sweep_instead(overrides: list[str]) -> str:
+    """For whoever asks a stage to sweep; options among the overrides are left out."""
+    given = " ".join(word for word in overrides if not word.startswith("-"))
+    return (
+        "a stage is run once. A sweep runs the pipeline for each point: "
+        f"python stages/sweep.py -m {given or 'trainer.learning_rate=1e-3,4e-3'}"
+    )
+
+
 @contextmanager
 def told(name: str) -> Iterator[None]:
     """Ends the script with exit code 1 and one message where the user, or the machine's disk, is at fault.

@@ -105,8 +105,8 @@ def send(store: Store, run: Any, stage: Stage, is_new: bool) -> None:
     is_known = have.get(BASE, UNKNOWN) != UNKNOWN
     if is_new or not is_known:
         tags |= _send_state(store, run_id, have, stage, is_known)
-    changed = {name: value for name, value in tags.items() if have.get(name, "") != value}
-    store.send_tags(run_id, have, changed)  # in one call, so that they are of one state
+    wanted = {name: value for name, value in tags.items() if value or name in have}
+    store.send_tags(run_id, have, wanted)  # in one call, so that they are of one state
 
 
 def _send_state(

@@ -24,7 +24,7 @@ from pathlib import Path
 from typing import Any
 
 from capas.dag import StageSpec, input_key, read_yaml, recorded, recorded_key
-from capas.errors import CapasError, told
+from capas.errors import CapasError, sweep_instead, told
 from capas.locks import BusyError, exclusive
 from capas.params import Params, flatten, select
 
@@ -137,16 +137,8 @@ def run(
         return
     with told(name):
         if {"-m", "--multirun"} & set(overrides):
-            raise CapasError(_sweep_instead(overrides))
+            raise CapasError(sweep_instead(overrides))
         _run(name, main, overrides)
-
-
-def _sweep_instead(overrides: list[str]) -> str:
-    given = " ".join(word for word in overrides if not word.startswith("-"))
-    return (
-        "a stage is run once. A sweep runs the pipeline for each point: "
-        f"python stages/sweep.py -m {given or 'trainer.learning_rate=1e-3,4e-3'}"
-    )
 
 
 def _run(name: str, main: Callable[[Params, Stage], None], overrides: list[str]) -> None:
@@ -179,7 +171,7 @@ def _overridden(
 
     The files that the overrides name, such as a chat template, are written below `aside`.
     """
-    keys = spec.params.get(PARAMS, [])
+    keys = spec.keys
     if aside is None:
         return select(read_yaml(root / PARAMS), keys) if keys else {}
     script = [sys.executable, "stages/compose_params.py"]

@@ -11,6 +11,7 @@ import socket
 import time
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import ExitStack, contextmanager
+from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple
 from urllib.parse import urlsplit
@@ -105,7 +106,11 @@ class Store:
         return next(iter(self._all(TRAIN_KEY, train_key)), None)
 
     def find_or_create(self, train_key: str, run_name: str) -> Any:
-        """Called under the lock of the training: nobody is at its run, which counts as failed until ended."""
+        """Called under the lock of the training: nobody is at its run, which counts as failed until ended.
+
+        So do other trainings whose process was on this machine.
+        """
+        self.end_abandoned(TRAIN_KEY, partial(lock_file, self.root))
         run = self.only(TRAIN_KEY, train_key, run_name)
         if run.info.status == "RUNNING":
             self.set_status(run.info.run_id, "FAILED")

@@ -15,13 +15,12 @@ import os
 import select
 import sys
 import time
-from functools import partial
 from pathlib import Path
 from typing import Any
 
 from capas.dag import read_yaml
 from capas.errors import CapasError
-from capas.store import TRAIN_KEY, Point, Store, lock_file, locked, reachable, tracking_uri
+from capas.store import Point, Store, locked, reachable, tracking_uri
 
 log = logging.getLogger("capas")
 # A row of Trainer's log -> a metric of MLflow. `publish` gives the recorded curve the same names.
@@ -96,7 +95,6 @@ class Follower:
         if self._store is None:
             self._store = Store.open(self.root, self.experiment_name)
             self.reached = True
-            self._store.end_abandoned(TRAIN_KEY, partial(lock_file, self.root))
             run = self._store.find_or_create(self.key, run_name(self.key))
             self._run_id = run.info.run_id
             self._store.set_status(self._run_id, "RUNNING")

@@ -38,7 +38,7 @@ from capas.composition import (
     read,
 )  # fmt: skip
 from capas.config import GROUPS, group_schema, validate
-from capas.errors import CapasError, told
+from capas.errors import CapasError, sweep_instead, told
 from capas.facts import write_whole
 from capas.overrides import absorb, difference, in_force
 from capas.pins import REVISIONS, Pins
@@ -266,8 +266,7 @@ def parse_options() -> argparse.Namespace:
     parser.add_argument("-m", "--multirun", action="store_true", help=argparse.SUPPRESS)
     options = parser.parse_intermixed_args()
     if options.multirun:
-        words = " ".join(options.overrides) or "trainer.learning_rate=1e-3,4e-3"
-        raise CapasError(f"there is one params.yaml. A sweep: python stages/sweep.py -m {words}")
+        raise CapasError(sweep_instead(options.overrides))
     if options.overrides and not options.print:
         parser.error("overrides go with --print; to run with a value: dvc exp run -S lora.r=8")
     return options

@@ -14,7 +14,6 @@ import json
 import tempfile
 import time
 from collections.abc import Mapping
-from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -25,7 +24,7 @@ from capas.errors import CapasError
 from capas.facts import read_json
 from capas.params import Params
 from capas.stage import Stage, log, run
-from capas.store import MODEL, TRAIN_KEY, Store, lock_file, locked, reachable, tracking_uri
+from capas.store import MODEL, TRAIN_KEY, Store, locked, reachable, tracking_uri
 from capas.tracking import run_name
 
 ARTIFACTS_TAG, MODEL_TAG = "capas.artifacts", "capas.model"
@@ -51,7 +50,6 @@ def main(params: Params, stage: Stage) -> None:
     with locked(stage.root, key, seconds=60):  # the live tracker may still be at its last rows
         store = Store.open(stage.root, params.tracking.experiment_name)
         with reachable(tracking_uri(stage.root)):
-            store.end_abandoned(TRAIN_KEY, partial(lock_file, stage.root))
             found = store.find_or_create(key, run_name(key))
             publish(store, found, lock, params, stage)
             store.set_status(found.info.run_id, "FINISHED")

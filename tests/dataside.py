@@ -45,7 +45,7 @@ class DataSide:
         for name in names or MAINS:
             spec = StageSpec.read(name, self.root)
             stage = Stage(spec, self.root)
-            MAINS[name](Params(select(values, spec.params.get("params.yaml", []))), stage)
+            MAINS[name](Params(select(values, spec.keys)), stage)
             stage.finish()
         return self
 

@@ -8,9 +8,12 @@ import subprocess
 import sys
 import time
 from collections import Counter
+from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import psutil
+import yaml
 from workspace import Workspace, make_workspace
 
 STAGES = """
@@ -141,12 +144,15 @@ class Sweeper(Workspace):
         found = self.run("git", "for-each-ref", "--format=%(refname)", "refs/exps/*/*/*").split()
         return {reference.rpartition("/")[2]: reference for reference in found}
 
+    def lock(self, name: str) -> dict[str, Any]:
+        """The stages of an experiment's dvc.lock."""
+        text = self.run("git", "show", f"{self.experiments()[name]}:dvc.lock")
+        stages: dict[str, Any] = yaml.safe_load(text)["stages"]
+        return stages
+
     def result(self, name: str, file: str) -> dict[str, object]:
         """A small output of an experiment, out of DVC's cache."""
-        import yaml
-
-        lock = yaml.safe_load(self.run("git", "show", f"{self.experiments()[name]}:dvc.lock"))
-        outs = {o["path"]: o["md5"] for s in lock["stages"].values() for o in s.get("outs", [])}
+        outs = {o["path"]: o["md5"] for s in self.lock(name).values() for o in s.get("outs", [])}
         md5 = outs[file]
         found: dict[str, object] = json.loads(
             self.read(f".dvc/cache/files/md5/{md5[:2]}/{md5[2:]}")
@@ -154,10 +160,7 @@ class Sweeper(Workspace):
         return found
 
     def wait_for(self, stage: str, count: int = 1, seconds: float = 90) -> None:
-        deadline = time.monotonic() + seconds
-        while self.ran()[stage] < count:
-            assert time.monotonic() < deadline, f"{stage} did not run; ran: {self.ran()}"
-            time.sleep(0.1)
+        wait(lambda: self.ran()[stage] >= count, seconds, lambda: f"{stage}: ran {self.ran()}")
 
     def wait_until_idle(self, seconds: float = 30) -> None:
         """No process is left in a point's workspace."""
@@ -168,6 +171,14 @@ class Sweeper(Workspace):
 
     def _is_in_a_point(self, process: psutil.Process) -> bool:
         return str(process.info["cwd"] or "").startswith(str(self.root / ".dvc/tmp/sweep/work"))
+
+
+def wait(until: Callable[[], bool], seconds: float = 15, told: Callable[[], object] = str) -> None:
+    """`told` says what there is instead, where it does not come."""
+    deadline = time.monotonic() + seconds
+    while not until():
+        assert time.monotonic() < deadline, told()
+        time.sleep(0.05)
 
 
 def kill(process: "subprocess.Popen[str]", number: int = signal.SIGKILL) -> str:

@@ -88,18 +88,18 @@ def test_deps_hold_the_script_and_all_that_it_imports(name: str) -> None:
 
 @pytest.mark.parametrize("name", [n for n in NAMES if n not in ("compose", "report")])
 def test_a_stage_reads_the_params_that_it_declares(name: str) -> None:
-    declared, read = set(spec(name).params.get("params.yaml", [])), read_params(script(name))
+    declared, read = set(spec(name).keys), read_params(script(name))
     assert declared - {d for d in declared for r in read if covers(d, r) or covers(r, d)} == set()
     # A script of two stages: what only the other reads is refused at run time, see capas.params.
     alike = [other for other in NAMES if script(other) == script(name)]
-    of_both = {d for other in alike for d in spec(other).params.get("params.yaml", [])}
+    of_both = {d for other in alike for d in spec(other).keys}
     assert read - {r for r in read for d in of_both if covers(d, r) or covers(r, d)} == set()
 
 
 def test_every_configuration_key_is_declared_by_a_stage_that_computes() -> None:
     """The report shows all of them, which does not count; a few are read by compose alone."""
     computing = [name for name in NAMES if name != "report"]
-    declared = {key for name in computing for key in spec(name).params.get("params.yaml", [])}
+    declared = {key for name in computing for key in spec(name).keys}
     params: dict[str, Any] = yaml.safe_load((REPOSITORY / "params.yaml").read_text())
     leaves = {f"{g}.{k}" for g, v in params.items() if isinstance(v, dict) for k in v} | {"seed"}
     unread = {key for key in leaves if not any(covers(d, key) for d in declared)}

@@ -16,6 +16,7 @@ import psutil
 import pytest
 from hydra import compose, initialize_config_dir
 from omegaconf import OmegaConf
+from sweeping import wait
 
 from capas.cores import MAX_THREADS
 from capas.errors import CapasError
@@ -402,19 +403,17 @@ def test_a_command_ends_with_who_started_it(tmp_path: Path, kind: str) -> None:
     assert (tmp_path / "pid.stopped").exists() == (kind == "obedient")
 
 
-def wait(until: Callable[[], bool], seconds: float = 15) -> None:
-    deadline = time.monotonic() + seconds
-    while not until():
-        assert time.monotonic() < deadline
-        time.sleep(0.05)
+def draw(patch: pytest.MonkeyPatch, curves: dict[str, list[float]]) -> None:
+    """The logged training losses, by learning rate."""
+    patch.setattr(
+        "capas.sweep.lesson.history",
+        lambda name, plan: [{"loss": loss} for loss in curves[name.partition("=")[2]]],
+    )
 
 
 def test_a_learning_rate_is_too_low_right_or_too_high(monkeypatch: pytest.MonkeyPatch) -> None:
     curves = {"0.1": [6.0, 9.0, 8.0], "0.01": [6.0, 1.0, 0.1], "0.001": [6.0, 5.0, 3.0]}
-    monkeypatch.setattr(
-        "capas.sweep.lesson.history",
-        lambda name, plan: [{"loss": loss} for loss in curves[name.partition("=")[2]]],
-    )
+    draw(monkeypatch, curves)
     losses = {"0.1": 8.0, "0.01": 0.1, "0.001": 3.0}
     rows = ranked(*(state(loss, f"trainer.learning_rate={rate}") for rate, loss in losses.items()))
     plan: Any = None  # the curves are replaced
@@ -442,11 +441,7 @@ def test_a_learning_rate_is_too_low_right_or_too_high(monkeypatch: pytest.Monkey
 def test_no_more_is_said_of_a_learning_rate_than_its_curve_shows(
     monkeypatch: pytest.MonkeyPatch, value: float, curve: list[float], words: str
 ) -> None:
-    curves = {"0.1": curve, "0.01": [6.0, 0.2]}
-    monkeypatch.setattr(
-        "capas.sweep.lesson.history",
-        lambda name, plan: [{"loss": loss} for loss in curves[name.partition("=")[2]]],
-    )
+    draw(monkeypatch, {"0.1": curve, "0.01": [6.0, 0.2]})
     losses = {"0.1": value, "0.01": 0.2}
     rows = ranked(*(state(loss, f"trainer.learning_rate={rate}") for rate, loss in losses.items()))
     plan: Any = None  # the curves are replaced

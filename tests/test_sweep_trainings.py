@@ -1,14 +1,11 @@
 """A sweep of real trainings: killed in one it goes on from the checkpoint, to the same bytes."""
 
-import sys
-import time
 from collections import Counter
 from pathlib import Path
 from typing import Any
 
 import pytest
-import yaml
-from sweeping import Sweeper, kill
+from sweeping import Sweeper, kill, wait
 from workspace import make_workspace
 
 from capas.store import TRAIN_KEY, Store
@@ -36,18 +33,16 @@ def sweeper(tmp_path_factory: pytest.TempPathFactory) -> Sweeper:
 
 def wait_for_checkpoint(root: Path, seconds: float = 300) -> None:
     pattern = "work/*/.dvc/tmp/checkpoints/train-*/checkpoint-10/complete.json"
-    deadline = time.monotonic() + seconds
-    while not any((root / ".dvc/tmp/sweep").glob(pattern)):
-        assert time.monotonic() < deadline, "no training saved a checkpoint"
-        time.sleep(0.005)
+    wait(lambda: any((root / ".dvc/tmp/sweep").glob(pattern)), seconds)
 
 
 def wait_for_status(sweeper: Sweeper, training: str, parent: str, seconds: float = 60) -> None:
     """What outlives a sweep to say in MLflow that it is no more has said so."""
-    deadline = time.monotonic() + seconds
-    while (found := {r.info.status for r in tracked(sweeper)}) != {training, parent}:
-        assert time.monotonic() < deadline, f"MLflow says {found}"
-        time.sleep(0.5)
+
+    def found() -> set[str]:
+        return {run.info.status for run in tracked(sweeper)}
+
+    wait(lambda: found() == {training, parent}, seconds, found)
 
 
 def tracked(sweeper: Sweeper) -> list[Any]:
@@ -60,12 +55,6 @@ def names(sweeper: Sweeper, rate: str) -> str:
     return name
 
 
-def lock(sweeper: Sweeper, name: str) -> dict[str, Any]:
-    text = sweeper.run("git", "show", f"{sweeper.experiments()[name]}:dvc.lock")
-    stages: dict[str, Any] = yaml.safe_load(text)["stages"]
-    return stages
-
-
 def test_the_training_goes_on_from_its_checkpoint(sweeper: Sweeper) -> None:
     logs = {path.name: path.read_text() for path in sweeper.root.glob(".dvc/tmp/sweep/**/*.log")}
     resumed = [name for name, text in logs.items() if "going on from checkpoint-" in text]
@@ -75,15 +64,14 @@ def test_the_training_goes_on_from_its_checkpoint(sweeper: Sweeper) -> None:
 def test_it_ends_in_the_bytes_of_one_that_nobody_disturbed(sweeper: Sweeper) -> None:
     name = names(sweeper, "0.001")
     sweeper.run("dvc", "exp", "apply", name)
-    swept = lock(sweeper, name)["train"]
+    swept = sweeper.lock(name)["train"]
     sweeper.run("rm", "-rf", "data/models/adapter", ".dvc/cache/runs")
     said = sweeper.repro("--force", "--single-item", "train")
     assert "going on from" not in said
     again = sweeper.recorded("train")
     assert again["deps"] == swept["deps"] and again["params"] == swept["params"]
-    # The log of metrics holds what each training took.
-    same = {out["path"]: out["md5"] for out in swept["outs"]}
-    assert same["data/models/adapter"] == sweeper.outputs()["data/models/adapter"]
+    outs = {out["path"]: out["md5"] for out in swept["outs"]}
+    assert outs["data/models/adapter"] == sweeper.outputs()["data/models/adapter"]
     sweeper.run("git", "checkout", "-q", ".")
 
 
@@ -107,6 +95,6 @@ def test_mlflow_has_the_sweep_and_each_training_once(sweeper: Sweeper) -> None:
 
 def test_the_same_sweep_again_changes_nothing(sweeper: Sweeper) -> None:
     before = {run.info.run_id: run.info.end_time for run in tracked(sweeper)}
-    said = sweeper.run(sys.executable, "stages/sweep.py", *WORDS)
+    said = sweeper.sweep(*WORDS)
     assert said.count("(had it)") == 2
     assert {run.info.run_id: run.info.end_time for run in tracked(sweeper)} == before

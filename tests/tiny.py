@@ -119,7 +119,7 @@ def run_stage(name: str, main: Callable[[Params, Stage], None], root: Path) -> N
 
 
 def read_params(name: str, root: Path) -> Params:
-    keys = StageSpec.read(name, root).params.get("params.yaml", [])
+    keys = StageSpec.read(name, root).keys
     return Params(select(read_yaml(root / "params.yaml"), keys))
 
 

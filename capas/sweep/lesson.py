@@ -20,10 +20,15 @@ def lesson(rows: Sequence[Row], settings: Mapping[str, Any], plan: Plan) -> dict
     if not 1 < len(rates) == len(rows):
         return {code: [] for code in LANGUAGES}
     curves = {rate: curve(row, plan) for rate, row in rates.items()}
-    kinds = {rate: _kind(rate, rates, curves) for rate in sorted(rates)}
     facts = [
-        {"kind": kind, "rate": rate, "row": rates[rate], "close": _CLOSE, **curves[rate]}
-        for rate, kind in kinds.items()
+        {
+            "kind": _kind(rate, rates, curves),
+            "rate": rate,
+            "row": row,
+            "close": _CLOSE,
+            **curves[rate],
+        }
+        for rate, row in sorted(rates.items())
     ]
     return {code: _told(code, facts, settings["objective"]) for code in LANGUAGES}
 

@@ -194,10 +194,8 @@ class Point:
 
 def name_of(overrides: list[str], identity: str) -> str:
     """`learning_rate=1e-4-r=8-0123456789`: a name that DVC, git and a shell take as it is."""
-    plain = _NOT_IN_A_NAME.sub("-", "-".join(map(without_group, overrides))).replace("..", ".")[
-        :_MAX_NAME
-    ]
-    return "-".join([plain.strip("-.") or "point", identity])
+    plain = _NOT_IN_A_NAME.sub("-", "-".join(map(without_group, overrides))).replace("..", ".")
+    return "-".join([plain[:_MAX_NAME].strip("-.") or "point", identity])
 
 
 def metric(home: Path, reference: str, name: str) -> float | None:

@@ -55,13 +55,11 @@ def rank(states: Sequence[State], settings: dict[str, Any]) -> list[Row]:
         row.values[replicate] = value
     sign = -1.0 if settings["direction"] == "maximize" else 1.0
     ordered = sorted(rows.values(), key=lambda row: (sign * row.mean, row.overrides))
-    place = 0
-    for number, row in enumerate(ordered, start=1):
-        if number == 1 or row.mean != ordered[number - 2].mean:
-            place = number
+    for row in ordered:
         row.states.sort(key=lambda state: _split(state.overrides, settings["replicates"])[1])
         row.tied = row is not ordered[0] and is_tie(ordered[0], row)
-        row.rank = 1 if row.tied else place
+        better = sum(sign * other.mean < sign * row.mean for other in ordered)
+        row.rank = 1 if row.tied else 1 + better
     return ordered
 
 

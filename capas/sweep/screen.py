@@ -163,7 +163,7 @@ def verdict(rows: Sequence[Row], settings: dict[str, Any]) -> str:
 
 def without_group(override: str) -> str:
     """`learning_rate=1e-4` of `trainer.learning_rate=1e-4`."""
-    key, _, value = override.partition("=")
+    key, _, value = override.rpartition("=")
     return f"{key.rpartition('.')[2].lstrip('+~')}={value}"
 
 

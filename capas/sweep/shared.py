@@ -29,7 +29,7 @@ def stage_keys(values: dict[str, Any], inputs: str, root: Path) -> dict[str, str
         if name not in keys:
             spec = specs[name]
             above = sorted({key(makers[dep]) for dep in spec.deps if dep in makers})
-            params = select(values, spec.params.get("params.yaml", []))
+            params = select(values, spec.keys)
             keys[name] = digest(inputs, spec.cmd, params, above)
         return keys[name]
 

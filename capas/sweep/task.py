@@ -59,12 +59,14 @@ def prepare(plan: Plan, words: list[str], multirun: bool) -> Task:
         parser = OverridesParser.create(GlobalHydra.instance().config_loader())
         words = [_without_base(word) for word in parser.parse_overrides(words)]
         given = parser.parse_overrides(words)
-        fixed = [word.input_line or "" for word in given if not word.is_sweep_override()]
-        config = compose(NAME, overrides=fixed, return_hydra_config=True)
+        fixed = [word for word in given if not word.is_sweep_override()]
+        lines = [str(word.input_line) for word in fixed]
+        config = compose(NAME, overrides=lines, return_hydra_config=True)
         hydra = OmegaConf.to_container(config.hydra, resolve=False)
         values = values_of(config)
         settings = to_values(config.sweep)
-        of_points = [word for word in fixed if not is_of_sweep(word) and not _is_of_hydra(word)]
+        beside = [str(word.input_line) for word in fixed if not word.is_hydra_override()]
+        of_points = [line for line in beside if not is_of_sweep(line)]
         _check_values(values, to_values(compose("config", overrides=of_points)), settings["preset"])
         assert isinstance(hydra, dict)
         sweeper = hydra["sweeper"]
@@ -90,10 +92,6 @@ def values_of(config: Any) -> dict[str, Any]:
     assert isinstance(tree, dict)
     kept = {key: value for key, value in tree.items() if key not in (NAME, "hydra")}
     return to_values(OmegaConf.create(kept))
-
-
-def _is_of_hydra(override: str) -> bool:
-    return override.lstrip("+~").startswith(("hydra.", "hydra/"))
 
 
 def _without_base(word: Any) -> str:
@@ -153,8 +151,5 @@ def _unknown_metrics(settings: dict[str, Any], home: Path) -> list[str]:
 
 
 def _unknown_replicates(settings: dict[str, Any], values: dict[str, Any]) -> list[str]:
-    return [
-        f"sweep.replicates: {key!r} is no key of params.yaml"
-        for key in settings["replicates"]
-        if key not in flatten(values)
-    ]
+    unknown = [key for key in settings["replicates"] if key not in flatten(values)]
+    return [f"sweep.replicates: {key!r} is no key of params.yaml" for key in unknown]
