@@ -2,6 +2,7 @@
 PORT ?= 5000
 PYTHON ?= python3
 READY := .venv/.ready
+PARALLEL := -n 2 --dist worksteal
 PIP := .venv/bin/python -m pip install --disable-pip-version-check --progress-bar off
 SHELL := bash# for pipefail; and make 3.81 (macOS) passes the exported PATH to commands only through a shell
 export PATH := $(CURDIR)/.venv/bin:$(PATH)
@@ -19,10 +20,10 @@ repro: $(READY) ## run the pipeline (dvc repro), then show what each stage cost
 	@echo "Report: reports/index.html   En español: reports/index.es.html   Runs: make ui"
 
 test: $(READY) ## the default tests: offline, CPU, minutes
-	python -m pytest
+	python -m pytest $(PARALLEL)
 
 test-slow: $(READY) ## whole pipelines in temporary clones: kills, threads, second clones
-	python -m pytest -m slow
+	python -m pytest $(PARALLEL) -m slow
 
 lint: $(READY) ## ruff and mypy
 	ruff check .

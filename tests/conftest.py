@@ -10,12 +10,19 @@ from typing import Any
 import pytest
 from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers, trainers
 
+from capas.cores import MAX_THREADS, usable_cores
+
 # What capas.hardware sets before torch is imported; tests import it before any stage does.
 os.environ |= {
     "ATEN_CPU_CAPABILITY": "avx2",
     "OMP_WAIT_POLICY": "PASSIVE",
     "TORCHDYNAMO_DISABLE": "1",
 }
+
+# pytest's workers share the cores among them.
+if workers := os.environ.get("PYTEST_XDIST_WORKER_COUNT"):
+    share = str(max(1, usable_cores() // int(workers)))
+    os.environ |= {MAX_THREADS: share, "OMP_NUM_THREADS": share}
 
 # A shell's background job ignores it, and with it every process that a test starts and means to stop.
 signal.signal(signal.SIGINT, signal.default_int_handler)

@@ -10,6 +10,8 @@ import pytest
 import yaml
 from workspace import Workspace, make_workspace, stages_run
 
+from capas.cores import MAX_THREADS
+
 AFTER_TRAIN = {"train", "evaluate", "sample", "report", "publish"}
 
 
@@ -130,11 +132,12 @@ def test_another_clone_records_the_same_lock(workspace: Workspace, tmp_path: Pat
     assert clone.run("git", "status", "--porcelain") == ""
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("num_threads", [1, 4])
 def test_threads_do_not_change_a_byte(workspace: Workspace, num_threads: int) -> None:
     expected, before = workspace.outputs(), json.loads(workspace.read("reports/train.json"))
     workspace.edit("conf/hardware/cpu.yaml", "num_threads: 2", f"num_threads: {num_threads}")
-    workspace.repro()
+    workspace.repro(**{MAX_THREADS: "4"})
     shown = {"params.yaml", "reports/index.html", "reports/index.es.html", "reports/train.json"}
     found = workspace.outputs()
     assert {p for p in found if found[p] != expected[p]} - {"reports/.published"} <= shown
