@@ -54,8 +54,8 @@ def served_facts(
     stage: Stage,
 ) -> dict[str, Any]:
     """How the model was evaluated, and what stands before a bare prompt."""
-    record = next(iter(read_records(stage.dep("data/raw") / "test.parquet", RAW)))
-    system = generation.system
+    records = list(read_records(stage.dep("data/raw") / "test.parquet", RAW))
+    record, system = records[0], generation.system
     packed = num_bytes(stage.dep(QUANTIZED)) <= MAX_PACKED_BYTES
     asked = quantization.without("preset")
     own = read_json(stage.dep("reports/quantization.json"))
@@ -76,6 +76,7 @@ def served_facts(
         "max_new_tokens": evaluation.max_new_tokens,
         "batch_size": evaluation.batch_size,
         "system": first_system_message(record) if system is None else system,
+        "multi_turn": any(sum(m["role"] == "user" for m in r["messages"]) > 1 for r in records),
         "role": TEXT if record["messages"][0]["role"] == TEXT else "user",
     }
 

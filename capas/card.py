@@ -6,6 +6,7 @@ from typing import Any
 
 from capas import gate
 
+LOADING = "## How to load it"
 _GROUPS = ("lora", "quantization", "trainer")
 _SCORES = ("exact_match", "valid_json", "loss", "perplexity", "token_accuracy", "stop_rate")
 
@@ -33,8 +34,13 @@ def write_card(
         _made_from(served["base"], source),
         "## Scores on the test split",
         _scores(base, evaluation),
-        "## How to load it",
+        "## Template",
+        _template(values),
+        LOADING,
         _loading(run_id, served["base"]),
+        "## How to rebuild it",
+        f"`capas rebuild {run_id}` in the repository that it comes from lays out the files as they were, "
+        "trains again and compares the bytes.",
         "## Params of the training",
         _params(values),
     ]
@@ -43,6 +49,8 @@ def write_card(
 
 def _header(base: Mapping[str, Any], source: Mapping[str, Any]) -> str:
     lines = ["---", "library_name: peft", "pipeline_tag: text-generation"]
+    if base["licence"]:
+        lines.append(f"license: {base['licence']}")
     if base["hub"]:
         lines.append(f"base_model: {base['model_name_or_path']}")
     if "/" in source["path"]:
@@ -99,6 +107,82 @@ def _loading(run_id: str, base: Mapping[str, Any]) -> str:
         "`messages`, a list of role and content (or that as JSON), instead of `prompt`, is a whole "
         "conversation. With PEFT alone: `PeftModel.from_pretrained(base, FOLDER)` on the folder `adapter`, "
         "whose tokenizer brings the chat template."
+    )
+
+
+def _template(values: Mapping[str, Any]) -> str:
+    return (
+        f"`{values['chat_template.preset']}` (`chat_template.jinja` beside the weights), which "
+        "`tokenizer.apply_chat_template` uses. The end token was trained, and `generation_config.json` "
+        "stops there."
+    )
+
+
+def for_hub(
+    card: str, name: str, base: Mapping[str, Any], merged: Mapping[str, Any] | None = None
+) -> str:
+    """The card as it stands in a repository of the Hub.
+
+    Args:
+        card: of `write_card`.
+        name: of the repository, OWNER/NAME.
+        base: `capas.bundle.served_facts()["base"]`.
+        merged: merge.json, where the repository holds the merged model.
+    """
+    before, _, rest = card.partition(f"\n\n{LOADING}\n\n")
+    after = rest.partition("\n\n## ")[2]
+    if merged is not None:
+        before = before.replace("library_name: peft", "library_name: transformers", 1)
+        before = before.replace("# LoRA adapter of", "# With its LoRA adapter merged in:", 1)
+    code = _merged_code(name) if merged is not None else _adapter_code(name, base)
+    told = [LOADING, f"```python\n{code}\n```"]
+    if merged is not None:
+        told.append(
+            f"Merged in {merged['dtype']}. Logits differ from those of base and adapter by at most "
+            f"{merged['difference']:.2g} of the largest; the most probable next token is the same for "
+            f"{merged['num_same_next_token']} of {merged['num_tokens']} tokens."
+        )
+    elif not base["hub"] and not base["packed"]:
+        told.append(
+            f"BASE is a folder with `{base['model_name_or_path']}`, which is not on the Hub."
+        )
+    return "\n\n".join([before, *told, f"## {after}"])
+
+
+def _merged_code(name: str) -> str:
+    return (
+        "from transformers import AutoModelForCausalLM, AutoTokenizer\n\n"
+        f'model = AutoModelForCausalLM.from_pretrained("{name}")\n'
+        f'tokenizer = AutoTokenizer.from_pretrained("{name}")'
+    )
+
+
+def _adapter_code(name: str, base: Mapping[str, Any]) -> str:
+    """The base as it was in the training: at its commit, and quantized as it was."""
+    asked = base["quantization"]
+    if base["packed"]:
+        given = f'"{name}", subfolder="base"'
+    elif base["hub"]:
+        given = f'"{base["model_name_or_path"]}", revision="{base["revision"]}"'
+    else:
+        given = "BASE"
+    lines = [
+        "from peft import PeftModel",
+        "from transformers import AutoModelForCausalLM, AutoTokenizer"
+        + (", BitsAndBytesConfig" if asked else ""),
+        "",
+    ]
+    if asked:
+        words = ", ".join(f"{key}={value!r}" for key, value in asked.items())
+        lines.append(f"quantization = BitsAndBytesConfig({words})")
+        given += ", quantization_config=quantization"
+    return "\n".join(
+        [
+            *lines,
+            f"base = AutoModelForCausalLM.from_pretrained({given})",
+            f'model = PeftModel.from_pretrained(base, "{name}")',
+            f'tokenizer = AutoTokenizer.from_pretrained("{name}")',
+        ]
     )
 
 

@@ -4,10 +4,10 @@ import argparse
 import sys
 import traceback
 
-from capas import rebuild, registry
+from capas import merge, push, rebuild, registry, talk
 from capas.errors import CapasError
 
-COMMANDS = {"register": registry, "rebuild": rebuild}
+COMMANDS = {"chat": talk, "merge": merge, "push": push, "register": registry, "rebuild": rebuild}
 
 
 def main(argv: list[str] | None = None) -> int:

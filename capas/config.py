@@ -460,6 +460,11 @@ RULES = (
         "with",
     ),
     Rule(
+        ("lora.use_dora", "quantization.load_in_8bit"),
+        lambda dora, eight: not (dora and eight),
+        "DoRA cannot go through int8 layers (PEFT 0.21): quantization=nf4 or none, or lora.use_dora=false",
+    ),
+    Rule(
         ("trainer.lr_scheduler_type", "trainer.lr_scheduler_kwargs"),
         lambda kind, kwargs: set(kwargs) <= _SCHEDULE_KWARGS[kind],
         "keys of that schedule: "

@@ -110,7 +110,7 @@ def admit(client: Any, run: Any, force: bool) -> str | None:
     )
     passed = found == "passed"
     if not passed and not force:
-        reasons.append(f"{verdict} (--force registers it all the same)")
+        reasons.append(f"{verdict} (--force does it all the same)")
     if reasons:
         raise RefusedError(reasons)
     return None if passed else verdict

@@ -11,13 +11,13 @@ from capas.worktree import git
 
 
 def find(client: Any, word: str, root: Path) -> Any:
-    """The training's run that `word` names: an id, its beginning, a run's name, or an experiment of DVC.
+    """The training's run that `word` names: an id, its beginning, a name, an experiment of DVC, a train_key.
 
     Raises:
         CapasError: there is none, or more than one.
     """
     runs = list(_all(client))
-    keys = _experiment_keys(word, root)
+    keys = {word, *_experiment_keys(word, root)}
     ways = (
         [run for run in runs if run.info.run_id == word],
         [run for run in runs if run.info.run_name == word],

@@ -7,6 +7,7 @@ Large files live elsewhere, as on the real one: `resolve` redirects to another h
 must not send its token. `faults` makes answers go wrong.
 """
 
+import base64
 import hashlib
 import json
 import re
@@ -27,6 +28,9 @@ _API = re.compile(
     rf"/api/(?P<kind>models|datasets)/{_ID}(?:/(?P<what>revision|tree|paths-info)/(?P<rev>[^/]+)(?P<below>/.*)?)?$"
 )
 _RESOLVE = re.compile(rf"/(?:(?P<kind>datasets)/)?{_ID}/resolve/(?P<rev>[^/]+)/(?P<file>.+)$")
+_COMMIT = re.compile(rf"/api/models/{_ID}/(?P<what>preupload|commit)/(?P<rev>[^/]+)$")
+_BATCH = re.compile(rf"/{_ID}\.git/info/lfs/objects/batch$")
+_UPLOAD = re.compile(r"/upload/(?P<sha>[0-9a-f]{64})$")
 _CDN = re.compile(r"/cdn/(?P<sha>[0-9a-f]{64})$")
 
 
@@ -69,6 +73,7 @@ class Hub:
         self.tokens = tokens  # those that may see what is private or gated
         self.asked: list[Asked] = []
         self.faults: list[Fault] = []
+        self.writers: tuple[str, ...] = ()  # tokens that may write
         self.objects: dict[str, bytes] = {}
         self._lock = threading.Lock()
         self._server = ThreadingHTTPServer(("127.0.0.1", 0), _handler(self))
@@ -161,7 +166,28 @@ class _Handler(BaseHTTPRequestHandler):
         self._answer()
 
     def do_POST(self) -> None:
-        self._answer(self.rfile.read(int(self.headers["Content-Length"])).decode())
+        self._answer(self._body().decode())
+
+    def do_PUT(self) -> None:
+        """A large file, to an address that needs no token."""
+        body, found = self._body(), _UPLOAD.match(self.path)
+        self.fault = self.hub.fault_for(
+            Asked("PUT", self.path, "", self.headers["Authorization"], None)
+        )
+        if not found or sha256(body) != found["sha"]:
+            return self._refuse(400, "", "not what was announced")
+        self.hub.objects[found["sha"]] = body
+        return self._send(200, b"", {})
+
+    def _body(self) -> bytes:
+        if length := self.headers["Content-Length"]:
+            return self.rfile.read(int(length))
+        chunks = []  # Transfer-Encoding: chunked
+        while size := int(self.rfile.readline(), 16):
+            chunks.append(self.rfile.read(size))
+            self.rfile.readline()
+        self.rfile.readline()
+        return b"".join(chunks)
 
     def _answer(self, form: str = "") -> None:
         url = urlsplit(self.path)
@@ -174,11 +200,60 @@ class _Handler(BaseHTTPRequestHandler):
             return self._send(self.fault.status, b"fault", self.fault.headers)
         if cdn := _CDN.match(path):
             return self._content(self.hub.objects[cdn["sha"]], {"ETag": f'"{cdn["sha"]}"'})
+        if self.command == "POST" and (written := self._write(url.path, token, form)):
+            return self._send(*written)
         if found := _API.match(url.path):  # a branch may hold an escaped slash
             return self._api(found, token, parse_qs(url.query), parse_qs(form))
         if found := _RESOLVE.match(url.path):
             return self._resolve(found, token)
         return self._refuse(404, "RepoNotFound")
+
+    def _write(self, path: str, token: str | None, form: str) -> Any:
+        """Status, body and headers of an answer to what writes; None: it does not."""
+        found = _COMMIT.match(path) or _BATCH.match(path)
+        if not found and path not in ("/api/repos/create", "/api/validate-yaml"):
+            return None
+        if token not in self.hub.writers:
+            status = 403 if token in self.hub.tokens else 401
+            return status, b"{}", {"X-Error-Message": "you may not write here"}
+        answer: Any = {"errors": [], "warnings": []}
+        if path == "/api/repos/create":
+            given = json.loads(form)
+            name = f"{given['organization']}/{given['name']}"
+            if f"models/{name}" in self.hub.repos:
+                there = {"error": "it exists", "url": f"{self.hub.url}/{name}"}
+                return 409, json.dumps(there).encode(), {}
+            self.hub.commit(f"models/{name}", {}, private=given.get("visibility") == "private")
+            answer = {"url": f"{self.hub.url}/{name}", "id": name}
+        elif found and found.re is _BATCH:
+            answer = self._batch(json.loads(form))
+        elif found:
+            name, branch = f"models/{found['id']}", unquote(found["rev"])
+            repo = self.hub.repos[name]
+            there = repo.commits[repo.refs[branch]]
+            if found["what"] == "preupload":
+                answer = {"files": [_mode(f["path"], there) for f in json.loads(form)["files"]]}
+            else:
+                added = [json.loads(line) for line in form.splitlines()][1:]
+                files = there | {f["value"]["path"]: self._content_of(f) for f in added}
+                oid = self.hub.commit(name, files, branch)
+                url = f"{self.hub.url}/{found['id']}/commit/{oid}"
+                answer = {"commitUrl": url, "commitOid": oid, "success": True}
+        return 200, json.dumps(answer).encode(), {"Content-Type": "application/json"}
+
+    def _batch(self, given: Any) -> Any:
+        objects = []
+        for item in given["objects"]:
+            upload = {"upload": {"href": f"{self.hub.url}/upload/{item['oid']}"}}
+            actions = {} if item["oid"] in self.hub.objects else {"actions": upload}
+            objects.append({**item, **actions})
+        return {"transfer": "basic", "objects": objects}
+
+    def _content_of(self, line: Any) -> bytes:
+        value = line["value"]
+        if line["key"] == "file":
+            return base64.b64decode(value["content"])
+        return self.hub.objects[value["oid"]]
 
     def _repo(self, kind: str, name: str, token: str | None) -> Repo | None:
         """The repository, if the token may know of it; strangers are told 401 for all others."""
@@ -294,6 +369,18 @@ class _Handler(BaseHTTPRequestHandler):
         self.wfile.write(body)
 
 
+def _mode(name: str, there: Mapping[str, bytes]) -> dict[str, Any]:
+    """How a file is to be sent, and the identity of the one that is there."""
+    large = name.endswith(LARGE)
+    identity = {"oid": (sha256 if large else git_blob)(there[name])} if name in there else {}
+    return {
+        "path": name,
+        "uploadMode": "lfs" if large else "regular",
+        "shouldIgnore": False,
+        **identity,
+    }
+
+
 def _entry(name: str, body: bytes) -> dict[str, Any]:
     entry: dict[str, Any] = {"type": "file", "path": name, "size": len(body), "oid": git_blob(body)}
     if name.endswith(LARGE):
@@ -316,6 +403,7 @@ def use(hub: Hub, home: Path, patch: pytest.MonkeyPatch, token: str | None = Non
     patch.setattr(constants, "HF_HUB_CACHE", str(home / "hub"))
     patch.setattr(constants, "HF_TOKEN_PATH", str(home / "token"))
     patch.setattr(constants, "HF_HUB_OFFLINE", False)
+    patch.setattr(constants, "HF_HUB_DISABLE_XET", True)  # the protocol of large files before it
     patch.setattr(_cache_assets, "HF_ASSETS_CACHE", str(home / "assets"))
     patch.setattr(hf_api.api, "endpoint", hub.url)
     for name in ("HF_TOKEN", "HUGGING_FACE_HUB_TOKEN"):

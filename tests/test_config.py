@@ -133,6 +133,7 @@ def test_all_problems_are_reported_at_once(compose: Callable[[list[str]], Any]) 
         (["dataset.flaw_budget_fraction=0.1"], "a budget of 0.0 where no flaw is dropped"),
         (["dataset=own_csv", "dataset.flaws.malformed=keep"], "dataset.flaws.malformed='keep'"),
         (["lora.bias=all"], "would no longer be the base"),
+        (["lora.use_dora=true", "quantization=int8"], "DoRA cannot go through int8 layers"),
         (["+trainer.lr_scheduler_kwargs.power=2"], "linear: none; "),
         (["trainer.lr_scheduler_type=cosine_with_min_lr"], "exactly one of min_lr and min_lr_rate"),
         (["trainer.lr_scheduler_type=warmup_stable_decay"], "num_decay_steps in"),

@@ -118,6 +118,21 @@ def test_exp_run_apply_and_a_later_edit(workspace: Workspace) -> None:
     assert "learning_rate: 0.001\n" in workspace.read("params.yaml")
 
 
+def test_the_result_is_asked_and_merged(workspace: Workspace, tmp_path: Path) -> None:
+    """That of the workspace, and the same one as MLflow holds it."""
+    key = json.loads(workspace.read("reports/train.json"))["train_key"]
+    weights = []
+    for source in ([], ["--run", key]):
+        folder = tmp_path / f"merged{len(source)}"
+        said = workspace.run("python", "-m", "capas", "merge", str(folder), *source)
+        assert "(tolerance for float32: 0.001)" in said
+        weights.append((folder / "model.safetensors").read_bytes())
+    assert weights[0] == weights[1]
+    asked = f"printf 'set a timer for 99 minutes\\n/base\\n' | python -m capas chat --run {key}"
+    assert len(workspace.run("bash", "-c", asked).splitlines()) >= 2
+    assert workspace.run("git", "status", "--porcelain") == ""
+
+
 def test_forced_again_every_stage_writes_the_same_bytes(workspace: Workspace) -> None:
     before = workspace.read("dvc.lock")
     workspace.repro("--force")

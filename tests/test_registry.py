@@ -208,7 +208,7 @@ def test_an_error_that_nobody_expected_is_no_answer(
         raise OSError(errno.ENOSPC, "No space left on device")
 
     monkeypatch.setattr(cli.COMMANDS[name], "command", broken)
-    assert cli.main([name, "abc"]) == 2
+    assert cli.main([name, *([] if name == "chat" else ["abc"])]) == 2
     said = capsys.readouterr().err
     assert "in broken" in said
     assert said.endswith("capas: unexpected: OSError: [Errno 28] No space left on device\n")

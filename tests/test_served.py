@@ -103,16 +103,19 @@ def test_the_card_says_from_what_with_which_scores_and_how_to_load(root: Path) -
     _, facts = facts_of(root)
     reports = [read_json(root / f"reports/{n}.json") for n in ("evaluation_base", "evaluation")]
     source = read_json(root / "data/raw/source.json")
-    card = write_card("42", "a1b2", {"lora.r": 16, "dataset.seed": 0}, facts, source, *reports)
+    values = {"lora.r": 16, "dataset.seed": 0, "chat_template.preset": "qwen"}
+    card = write_card("42", "a1b2", values, facts, source, *reports)
     assert "| exact_match | 0 | 0.5 | +0.5 (+0.3 to +0.7) |" in card
     assert "Base model: `data/embedded`, licence apache-2.0" in card
     assert "Dataset: `embedded`, licence apache-2.0, 25 records" in card
     assert 'load_model("runs:/42/model")' in card
     assert "| `lora.r` | 16 |" in card
+    assert "`capas rebuild 42`" in card
+    assert "`qwen` (`chat_template.jinja`" in card
     assert "dataset.seed" not in card
     assert not card.count("base_model:")  # no model of the Hub
     named = {**facts, "base": {**facts["base"], "packed": False, "hub": True}}
-    assert "base_model: data/embedded" in write_card("42", "a", {}, named, source, *reports)
+    assert "base_model: data/embedded" in write_card("42", "a", values, named, source, *reports)
 
 
 def test_the_code_that_travels_is_whole(root: Path) -> None:

@@ -1,0 +1,253 @@
+"""Merge the adapter into its base: one model in full precision, in safetensors.
+
+    capas merge FOLDER                     of the workspace's result
+    capas merge FOLDER --run RUN           of a run in MLflow: its id, its beginning, its name, an experiment
+    capas merge FOLDER --dtype bfloat16    in another precision than the training computed in
+
+A quantized base is dequantized first, and the adapter added to that: the weights it was trained on. (Adding
+it to the base in full precision gives another model, quantizing the sum once more a third.) Then FOLDER is
+loaded by transformers alone, and its logits are compared with those of base and adapter on prompts of the
+test split. FOLDER appears only where the largest difference is within the tolerance.
+
+FOLDER holds config.json, weights, tokenizer, chat template, generation_config.json, and merge.json, which
+says what was compared. `AutoModelForCausalLM.from_pretrained(FOLDER)` needs nothing else.
+
+Exit code: 0 merged, 1 refused (the difference is told), 2 it failed, 130 stopped.
+"""
+
+import argparse
+import copy
+import shutil
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from capas import inputs, tuned
+from capas.errors import CapasError
+from capas.facts import write_json
+from capas.tuned import Tuned
+
+if TYPE_CHECKING:
+    import torch
+    from torch import nn
+    from transformers import PreTrainedModel
+
+DTYPES = ("float32", "bfloat16", "float16")
+# Of the largest logit: what rounding every weight to this precision may move (measured: tests/test_merge.py).
+TOLERANCE = {"float32": 1e-3, "float16": 2e-2, "bfloat16": 1e-1}
+INT8_TOLERANCE = 1e-1  # int8 layers round what goes through them, too; a merged layer does not
+MAX_SHARD_SIZE = "2GB"
+NUM_NEW_TOKENS = 32  # of each answer that is compared
+_OF_ADAPTER = ("adapter_config.json", "adapter_model.safetensors", "README.md")
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("folder", type=Path, metavar="FOLDER", help="a new folder")
+    tuned.add_arguments(parser)
+    parser.add_argument("--dtype", choices=DTYPES, help="(default: that of the training)")
+    parser.add_argument(
+        "--tolerance",
+        type=float,
+        metavar="X",
+        help="largest difference of a logit, as a part of the largest logit (default: "
+        + ", ".join(f"{t:g} for {name}" for name, t in TOLERANCE.items())
+        + f"; {INT8_TOLERANCE:g} for an int8 base)",
+    )
+
+
+def command(options: argparse.Namespace) -> int:
+    """1 where the merged model differs."""
+    if options.folder.exists():
+        raise CapasError(f"{options.folder} exists already; name a folder that does not")
+    partial = options.folder.with_name(f".{options.folder.name}.partial")
+    with tuned.tuned(Path.cwd(), options.run) as source:
+        try:
+            facts = merge(source, partial, options.dtype, options.tolerance)
+            _say(told(facts))
+            if facts["difference"] > facts["tolerance"]:
+                _say(f"capas: {options.folder} was not written: merged and adapted model differ")
+                return 1
+            partial.rename(options.folder)
+        finally:
+            shutil.rmtree(partial, ignore_errors=True)
+    _say(f"{options.folder} holds {source.name}, merged")
+    return 0
+
+
+def merge(
+    source: Tuned, folder: Path, dtype: str | None = None, tolerance: float | None = None
+) -> dict[str, Any]:
+    """Write the merged model to `folder`, load it again and compare.
+
+    Returns:
+        The facts of merge.json: dtype, difference and tolerance (parts of the largest logit), max_logit, the
+        number of tokens compared, and of how many the most probable next token is the same.
+
+    Raises:
+        CapasError: the model cannot be loaded, or a merged weight is no number.
+    """
+    import torch
+
+    from capas.model import quantization_method
+    from capas.served import Served
+
+    served = Served(source.folder)
+    chosen = dtype or served.facts["model"]["dtype"]
+    allowed = max(TOLERANCE[chosen], INT8_TOLERANCE * (quantization_method(served.model) == "int8"))
+    ids = list(conversations(served, source.prompts))
+    expected = [logits(served.model, row) for row in ids]
+    trusted = served.facts["model"]["trust_remote_code"]
+    plain = merged(served.model, getattr(torch, chosen), trusted)
+    shutil.rmtree(folder, ignore_errors=True)
+    plain.save_pretrained(folder, max_shard_size=MAX_SHARD_SIZE)
+    for file in sorted((source.folder / "adapter").iterdir()):
+        if file.name not in _OF_ADAPTER:
+            shutil.copyfile(file, folder / file.name)
+    del served, plain
+    facts = {
+        "adapter_sha256": inputs.sha256(source.folder / "adapter/adapter_model.safetensors"),
+        "dtype": chosen,
+        **compare(folder, chosen, trusted, ids, expected),
+        "tolerance": allowed if tolerance is None else tolerance,
+    }
+    write_json(folder / "merge.json", facts)
+    return facts
+
+
+def conversations(served: Any, prompts: list[list[dict[str, Any]]]) -> Iterator[list[int]]:
+    """The ids of every prompt with the tuned model's own answer."""
+    from capas.generation import complete, generation_config
+
+    config = generation_config(served.chat, NUM_NEW_TOKENS)
+    asked = [served.format.prompt_ids(messages) for messages in prompts]
+    answers = complete(served.model, asked, config, batch_size=1)
+    for prompt, (answer,) in zip(asked, answers, strict=True):
+        yield [*prompt, *answer.input_ids]
+
+
+def logits(model: Any, ids: list[int]) -> "torch.Tensor":
+    """[tokens, vocabulary], float32."""
+    import torch
+
+    with torch.inference_mode():
+        found: torch.Tensor = model(torch.tensor([ids], device=model.device)).logits[0]
+    return found.float().cpu()
+
+
+def merged(model: Any, dtype: "torch.dtype", trusted: bool) -> "PreTrainedModel":
+    """The base of a `PeftModel` with the adapter in its weights, to be saved; takes the model apart.
+
+    Each layer is dequantized and merged in float32 and rounded once, so that beside the quantized model there
+    is one in `dtype` and a single layer in float32.
+
+    Raises:
+        CapasError: a merged weight is not finite.
+    """
+    import torch
+    from peft.tuners.lora import LoraLayer
+    from torch import nn
+    from transformers import AutoModelForCausalLM
+
+    from capas.model import quantized_linears
+
+    adapter, base = model.peft_config["default"], model.get_base_model()
+    lora = {name: m for name, m in base.named_modules() if isinstance(m, LoraLayer)}
+    for name, layer in lora.items():
+        base.set_submodule(name, _merge_layer(name, layer, adapter).to(dtype))
+    for name, layer in list(quantized_linears(base)):
+        base.set_submodule(name, _plain(layer).to(dtype))
+    weights = nn.Module.to(base, dtype).state_dict()  # transformers' own refuses: it was quantized
+    config = copy.deepcopy(base.config)
+    if hasattr(config, "quantization_config"):
+        del config.quantization_config
+    with torch.device("meta"):
+        plain: PreTrainedModel = AutoModelForCausalLM.from_config(
+            config, dtype=dtype, trust_remote_code=trusted
+        )
+    plain.load_state_dict(weights, assign=True)
+    plain.tie_weights()
+    return plain
+
+
+def _merge_layer(name: str, layer: Any, config: Any) -> "nn.Module":
+    """As PEFT merges a layer of this kind, whatever variant of LoRA it is."""
+    from peft import inject_adapter_in_model
+    from torch import nn
+
+    plain = _plain(layer.get_base_layer())
+    alone = copy.copy(config)
+    alone.target_modules, alone.exclude_modules, alone.inference_mode = ["layer"], None, True
+    alone.layers_to_transform, alone.rank_pattern, alone.alpha_pattern = None, {}, {}
+    alone.r, alone.lora_alpha = layer.r["default"], layer.lora_alpha["default"]
+    holder = inject_adapter_in_model(alone, nn.ModuleDict({"layer": plain}))
+    lora = holder["layer"]
+    own = {k: v.float() for k, v in layer.state_dict().items() if not k.startswith("base_layer.")}
+    missing = lora.load_state_dict(own, strict=False).missing_keys
+    if any(not key.startswith("base_layer.") for key in missing):
+        raise CapasError(f"{name}: PEFT expects other weights than the adapter has: {missing}")
+    try:
+        lora.merge(safe_merge=True)
+    except ValueError as error:  # not finite
+        raise CapasError(f"{name} cannot be merged: {error}") from None
+    result: nn.Module = lora.get_base_layer()
+    return result
+
+
+def _plain(layer: Any) -> "nn.Module":
+    """A copy in float32, dequantized where bitsandbytes quantized it."""
+    import torch
+    from torch import nn
+
+    from capas.model import dequantize
+
+    if type(layer).__name__ not in ("Linear4bit", "Linear8bitLt"):
+        return copy.deepcopy(layer).float()
+    if layer.weight.dtype == torch.int8 and layer.weight.SCB is None:
+        layer.weight.SCB = layer.state.SCB  # where a forward pass has moved it
+    plain = nn.Linear(layer.in_features, layer.out_features, layer.bias is not None, "meta")
+    plain.weight = nn.Parameter(dequantize(layer).to(torch.float32), requires_grad=False)
+    if layer.bias is not None:
+        plain.bias = nn.Parameter(layer.bias.detach().float(), requires_grad=False)
+    return plain
+
+
+def compare(
+    folder: Path, dtype: str, trusted: bool, ids: list[list[int]], expected: list["torch.Tensor"]
+) -> dict[str, Any]:
+    """How far the model in `folder`, loaded by transformers alone, is from the logits `expected`."""
+    from transformers import AutoModelForCausalLM
+
+    model, info = AutoModelForCausalLM.from_pretrained(
+        folder, dtype=dtype, trust_remote_code=trusted, output_loading_info=True
+    )
+    if lost := sorted(map(str, [*info["missing_keys"], *info["unexpected_keys"]])):
+        raise CapasError(f"{folder} was not written whole: {', '.join(lost[:4])}")
+    model.eval()
+    largest = max(float(row.abs().max()) for row in expected)
+    difference, same, count = 0.0, 0, 0
+    for row, wanted in zip(ids, expected, strict=True):
+        found = logits(model, row)
+        difference = max(difference, float((found - wanted).abs().max()))
+        same += int((found.argmax(dim=-1) == wanted.argmax(dim=-1)).sum())
+        count += len(row)
+    return {
+        "max_logit": largest,
+        "max_logit_difference": difference,
+        "difference": difference / largest,
+        "num_tokens": count,
+        "num_same_next_token": same,
+    }
+
+
+def told(facts: dict[str, Any]) -> str:
+    return (
+        f"largest difference of a logit: {facts['max_logit_difference']:.3g}, "
+        f"{facts['difference']:.3g} of the largest (tolerance for {facts['dtype']}: {facts['tolerance']:g}); "
+        f"the most probable next token is the same for {facts['num_same_next_token']} of "
+        f"{facts['num_tokens']} tokens"
+    )
+
+
+def _say(text: str) -> None:
+    sys.stderr.write(f"{text}\n")

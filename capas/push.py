@@ -1,0 +1,129 @@
+"""Push the model of a run to the Hugging Face Hub, with its card.
+
+    capas push OWNER/NAME                      the adapter of the workspace's training, as it was published
+    capas push OWNER/NAME --run RUN            of another run: its id, its beginning, its name, an experiment
+    capas push OWNER/NAME --merged FOLDER      what `capas merge` wrote, instead of the adapter
+
+The repository is made where there is none, and gets one commit; the same model twice makes no second one.
+The card says from which base and data the model was made, under which licences, in which template, what it
+scores with intervals, and how it is loaded and rebuilt. An adapter whose base is not on the Hub and is small
+takes the base along, in the folder `base`. Log in once: `hf auth login`, or set HF_TOKEN.
+
+Exit code: 0 pushed, 1 refused (every reason is told), 2 it failed, 130 stopped.
+"""
+
+import argparse
+import re
+import sys
+from pathlib import Path
+from tempfile import TemporaryDirectory
+from typing import Any
+
+from capas import card, runs
+from capas.errors import CapasError
+from capas.facts import read_json
+from capas.lineage import ADAPTER
+from capas.registry import RefusedError, admit
+from capas.store import MODEL, existing, reachable, tracking_uri
+
+_NAME = re.compile(r"[\w.-]+/[\w.-]+")
+_STATUS = {
+    401: "the Hub does not know you: log in with `hf auth login`, or set HF_TOKEN to a token that may write",
+    403: "your token may not write there: make one with write access, or choose another OWNER",
+    404: "there is no such repository, or your token may not see it",
+}
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("name", metavar="OWNER/NAME", help="of the repository on the Hub")
+    parser.add_argument("--run", metavar="RUN", help="of MLflow, instead of the training here")
+    parser.add_argument("--merged", type=Path, metavar="FOLDER", help="of `capas merge`")
+    parser.add_argument("--private", action="store_true", help="where the repository is made now")
+    parser.add_argument("--branch", default="main", help="(default: main)")
+    parser.add_argument("--force", action="store_true", help="though the gate failed")
+
+
+def command(options: argparse.Namespace) -> int:
+    """1 where the run is refused."""
+    if not _NAME.fullmatch(options.name):
+        raise CapasError(f"{options.name!r} names no repository: expected OWNER/NAME")
+    root, word = Path.cwd(), options.run or own_training(Path.cwd())
+    client = existing(root)
+    with TemporaryDirectory(prefix="capas-") as temporary:
+        with reachable(tracking_uri(root)):
+            run = runs.find(client, word, root)
+            try:
+                admit(client, run, options.force)
+            except RefusedError as error:
+                reasons = "".join(f"  {reason}\n" for reason in error.reasons)
+                sys.stderr.write(f"capas: {run.info.run_name} is not pushed:\n{reasons}")
+                return 1
+            client.download_artifacts(run.info.run_id, MODEL, temporary)
+        data = Path(temporary, MODEL, "data")
+        files = of_adapter(data) if options.merged is None else of_merged(options.merged, run)
+        text = (data / "adapter/README.md").read_text(encoding="utf-8")
+        facts = read_json(options.merged / "merge.json") if options.merged else None
+        base = read_json(data / "served.json")["base"]
+        shown = card.for_hub(text, options.name, base, facts)
+        url = send(options.name, files, shown, run, options.private, options.branch)
+    sys.stdout.write(f"{url}\n")
+    return 0
+
+
+def own_training(root: Path) -> str:
+    """The key of the training in the workspace."""
+    if not (root / "dvc.yaml").exists():
+        raise CapasError(f"{root} has no dvc.yaml; start it in the repository's top folder")
+    if not (root / "reports/train.json").exists():
+        raise CapasError("nothing is trained here yet: run `dvc repro`, or name a run with --run")
+    return str(read_json(root / "reports/train.json")["train_key"])
+
+
+def of_adapter(data: Path) -> dict[str, Path]:
+    """{path in the repository: file}."""
+    adapter = {file.name: file for file in (data / "adapter").iterdir() if file.name != "README.md"}
+    base = {f"base/{file.name}": file for file in (data / "base").glob("*")}
+    return adapter | base
+
+
+def of_merged(folder: Path, run: Any) -> dict[str, Path]:
+    """Raises CapasError: not of `capas merge`, or merged from another adapter than the run's."""
+    merged, own = read_json(folder / "merge.json")["adapter_sha256"], run.data.tags.get(ADAPTER)
+    if merged != own:
+        raise CapasError(
+            f"{folder} was merged from the adapter {merged[:12]}..., and run {run.info.run_name} has "
+            f"{str(own)[:12]}...: name its run with --run, or merge again"
+        )
+    return {file.name: file for file in folder.iterdir() if file.name != "README.md"}
+
+
+def send(
+    name: str, files: dict[str, Path], shown: str, run: Any, private: bool, branch: str
+) -> str:
+    """One commit; its address.
+
+    Raises:
+        CapasError: the Hub refuses it or cannot be reached.
+    """
+    import httpx
+    from huggingface_hub import CommitOperationAdd, HfApi
+    from huggingface_hub.errors import HfHubHTTPError, OfflineModeIsEnabled
+
+    operations = [CommitOperationAdd(path, str(file)) for path, file in sorted(files.items())]
+    operations.append(CommitOperationAdd("README.md", shown.encode()))
+    message = f"capas: run {run.info.run_name}"
+    try:
+        api = HfApi()
+        api.create_repo(name, private=private or None, exist_ok=True)
+        if branch != "main":
+            api.create_branch(name, branch=branch, exist_ok=True)
+        done = api.create_commit(name, operations, commit_message=message, revision=branch)
+    except HfHubHTTPError as error:
+        status = error.response.status_code
+        reason = _STATUS.get(status, f"the Hub answers {status}: {error}")
+        raise CapasError(f"{name} is not pushed: {reason}") from None
+    except (httpx.TransportError, OfflineModeIsEnabled) as error:
+        raise CapasError(f"{name} is not pushed, the Hub cannot be reached: {error}") from None
+    except ValueError as error:  # what the client says of a card that the Hub does not take
+        raise CapasError(f"{name} is not pushed: {error}") from None
+    return str(done.commit_url)

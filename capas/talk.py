@@ -1,0 +1,213 @@
+"""Talk to the tuned model, and to its base for comparison.
+
+    capas chat                      the workspace's result
+    capas chat --run RUN            a run in MLflow: its id, its beginning, its name, an experiment of DVC
+    capas chat --setting top_p      decode as a setting of conf/generation says (default: the first one)
+    echo "set a timer" | capas chat      one answer for each line
+
+The template, its end tokens and the system message are those of the training. Where no record of the data has
+a second question, each question begins a new conversation. Between the questions:
+
+    /base           what the base answers to the last question
+    /setting NAME   decode another way; without NAME: which ways there are
+    /system TEXT    another system message, and a new conversation; without TEXT: none
+    /reset          a new conversation
+    /quit           or Ctrl-D
+"""
+
+import argparse
+import sys
+from collections.abc import Iterator
+from contextlib import nullcontext
+from pathlib import Path
+from typing import Any
+
+from capas import tuned
+from capas.chat.messages import TEXT
+from capas.errors import CapasError
+from capas.params import Params
+from capas.tuned import Tuned
+
+Message = dict[str, Any]
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    tuned.add_arguments(parser)
+    parser.add_argument("--setting", metavar="NAME", help="of generation.settings")
+    parser.add_argument("--system", metavar="TEXT", help="message (default: that of the training)")
+    parser.add_argument(
+        "--history", action="store_true", help="keep it, though the data has one question a record"
+    )
+    parser.add_argument("--max-new-tokens", type=int, metavar="N", help="(default: generation's)")
+    parser.add_argument("--seed", type=int, default=0, help="of what is drawn at random")
+
+
+def command(options: argparse.Namespace) -> int:
+    from capas.served import Served
+
+    with tuned.tuned(Path.cwd(), options.run) as source:
+        served = Served(source.folder)
+        talk = Talk(served, source, options)
+        if sys.stdin.isatty():
+            _say(
+                f"{source.name}, {talk.setting}. /base compares, /quit ends, `capas chat -h` tells more."
+            )
+            if not talk.keeps:
+                _say("Each question stands alone, as in the training data (--history keeps them).")
+        for line in _lines():
+            try:
+                going_on = talk.hear(line)
+            except CapasError as error:
+                _say(f"capas: {error}")
+                continue
+            except KeyboardInterrupt:  # ends the answer; where nothing is answered, the program
+                _say("\n(stopped)")
+                continue
+            if not going_on:
+                break
+    return 0
+
+
+class Talk:
+    """A conversation so far."""
+
+    def __init__(self, served: Any, source: Tuned, options: argparse.Namespace) -> None:
+        import torch
+
+        self._served, self._settings = served, source.params.generation.settings
+        self._max_new_tokens = options.max_new_tokens or source.params.generation.max_new_tokens
+        self._system = served.facts["system"] if options.system is None else options.system
+        self._told: list[Message] = []
+        facts = served.facts  # models published by an earlier capas do not say
+        self.keeps = options.history or "multi_turn" not in facts or facts["multi_turn"]
+        self.setting = ""
+        self._choose(options.setting or next(iter(self._settings)))
+        torch.manual_seed(options.seed)
+
+    def hear(self, line: str) -> bool:
+        """Answer, or do as a command says; whether to go on.
+
+        Raises:
+            CapasError: no such command or setting, the template refuses the conversation, or it is longer
+                than what the model was made for. The conversation stays as it was.
+        """
+        word, _, rest = line.strip().partition(" ")
+        if not word.startswith("/"):
+            if word:
+                self._ask(line.strip())
+            return True
+        if word == "/quit":
+            return False
+        acts = {
+            "/base": lambda: self._compare(),
+            "/reset": lambda: self._told.clear(),
+            "/setting": lambda: self._choose(rest.strip()),
+            "/system": lambda: self._begin(rest.strip()),
+        }
+        if word not in acts:
+            raise CapasError(f"there is no {word}; there are {', '.join([*acts, '/quit'])}")
+        acts[word]()
+        return True
+
+    def _ask(self, text: str) -> None:
+        role = self._served.facts["role"]
+        if role == TEXT or not self.keeps:
+            self._told.clear()
+        asked = [*self._told, {"role": role, "content": text}]
+        self._told = [*asked, {"role": "assistant", "content": self._answer(asked)}]
+
+    def _compare(self) -> None:
+        if not self._told:
+            raise CapasError("nothing was asked yet")
+        self._answer(self._told[:-1], base=True)
+
+    def _choose(self, name: str) -> None:
+        if name not in self._settings:
+            what = f"generation.settings has no {name!r}" if name else f"now: {self.setting}"
+            raise CapasError(f"{what}; there are {', '.join(self._settings)}")
+        self.setting = name
+
+    def _begin(self, system: str) -> None:
+        self._system = system or None
+        self._told.clear()
+
+    def _answer(self, asked: list[Message], base: bool = False) -> str:
+        """Written as it comes."""
+        import torch
+
+        from capas.generation import generation_config
+
+        before = (
+            []
+            if self._system is None or asked[0]["role"] == TEXT
+            else [{"role": "system", "content": self._system}]
+        )
+        model, ids = self._served.model, self._served.format.prompt_ids([*before, *asked])
+        limit = getattr(model.config.get_text_config(), "max_position_embeddings", None)
+        if limit is not None and len(ids) + self._max_new_tokens > limit:
+            raise CapasError(
+                f"the conversation has {len(ids)} tokens and its answer may have {self._max_new_tokens}, "
+                f"but the model was made for {limit}: /reset begins anew"
+            )
+        settings: Params = self._settings[self.setting]
+        config = generation_config(self._served.chat, self._max_new_tokens, **settings.without())
+        inputs = torch.tensor([ids], device=model.device)
+        streamer = _streamer(self._served)
+        with torch.inference_mode(), model.disable_adapter() if base else nullcontext():
+            model.generate(
+                input_ids=inputs,
+                attention_mask=torch.ones_like(inputs),
+                generation_config=config,
+                streamer=streamer,
+            )
+        return streamer.text
+
+
+def _streamer(served: Any) -> Any:
+    """Writes an answer to stdout as it comes; `text` is what has come so far."""
+    from transformers.generation import BaseStreamer
+
+    class Streamer(BaseStreamer):
+        def __init__(self) -> None:
+            self.text, self._ids, self._shown, self._is_prompt = "", list[int](), "", True
+
+        def put(self, value: Any) -> None:
+            if self._is_prompt:
+                self._is_prompt = False
+                return
+            stops = served.chat["stop_token_ids"]
+            self._ids += [i for i in value.flatten().tolist() if i not in stops]
+            self.text = served.format.decode(self._ids)
+            if not self.text.endswith("\N{REPLACEMENT CHARACTER}"):  # half a character
+                self._show()
+
+        def end(self) -> None:
+            self._show()
+            sys.stdout.write("\n")
+            sys.stdout.flush()
+
+        def _show(self) -> None:
+            sys.stdout.write(self.text[len(self._shown) :])
+            sys.stdout.flush()
+            self._shown = self.text
+
+    return Streamer()
+
+
+def _lines() -> Iterator[str]:
+    """What the user types, or a file holds."""
+    if not sys.stdin.isatty():
+        yield from sys.stdin
+        return
+    import readline  # noqa: F401  input() then edits its line, and knows those before
+
+    while True:
+        try:
+            yield input("> ")
+        except EOFError:
+            _say("")
+            return
+
+
+def _say(text: str) -> None:
+    sys.stderr.write(f"{text}\n")

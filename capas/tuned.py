@@ -1,0 +1,126 @@
+"""A tuned model to use: that of the workspace, or of a run in MLflow."""
+
+import argparse
+import json
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from tempfile import TemporaryDirectory
+from typing import Any
+
+from capas import bundle, runs
+from capas.dag import StageSpec, read_yaml, recorded
+from capas.errors import CapasError
+from capas.facts import read_json, write_json
+from capas.params import Params, select
+from capas.prompts import held_out_prompts
+from capas.records import FORMATTED, RAW, read_records
+from capas.served import messages_of
+from capas.stage import Stage
+from capas.store import MODEL, existing, reachable, tracking_uri
+
+NUM_PROMPTS = 4
+_MADE = (
+    bundle.ADAPTER,
+    bundle.QUANTIZED,
+    "data/formatted",
+    "data/raw",
+    "reports/quantization.json",
+)
+
+
+@dataclass(frozen=True)
+class Tuned:
+    """`folder` is one that `capas.served.Served` reads; `prompts` are conversations that end with a user."""
+
+    name: str
+    folder: Path
+    params: Params
+    prompts: list[list[dict[str, Any]]]
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument(
+        "--run", metavar="RUN", help="of MLflow, instead of the result of `dvc repro` here"
+    )
+
+
+@contextmanager
+def tuned(root: Path, run: str | None) -> Iterator[Tuned]:
+    """The model, for as long as the block lasts.
+
+    Args:
+        root: the repository.
+        run: what `capas.runs.find` takes; None stands for the workspace's own.
+
+    Raises:
+        CapasError: there is none.
+    """
+    if not (root / "dvc.yaml").exists():
+        raise CapasError(f"{root} has no dvc.yaml; start it in the repository's top folder")
+    with TemporaryDirectory(prefix="capas-") as folder:
+        if run is None:
+            yield _of_workspace(root, Path(folder))
+        else:
+            yield _of_run(root, run, Path(folder))
+
+
+def _of_workspace(root: Path, folder: Path) -> Tuned:
+    lock = recorded(root)
+    if "train" not in lock:
+        raise CapasError("nothing is trained here yet: run `dvc repro`, or name a run with --run")
+    for path in _MADE:
+        if not (root / path).exists():
+            raise CapasError(f"{path} is missing: get it back with `dvc checkout` or `dvc repro`")
+    values = recorded_values(root, lock)
+    stage = Stage(StageSpec.read("publish", root), root)
+    params = Params(select(values, stage.spec.keys))
+    groups = (params.model, params.hardware, params.quantization)
+    facts = bundle.served_facts(*groups, params.evaluation, params.generation, stage)
+    facts["base"] |= {
+        "packed": True,
+        "quantization": None,
+    }  # its weights are here, whatever their size
+    write_json(folder / "served.json", facts)
+    (folder / "adapter").symlink_to(root / bundle.ADAPTER)
+    (folder / "base").symlink_to(root / bundle.QUANTIZED)
+    (folder / "chat.json").symlink_to(root / "data/formatted/chat.json")
+    formatted = read_records(root / "data/formatted/test.parquet", FORMATTED)
+    raw = read_records(root / "data/raw/test.parquet", RAW)
+    prompts = held_out_prompts(raw, [record["id"] for record in formatted], NUM_PROMPTS)
+    return Tuned("the workspace", folder, Params(values), [prompt.messages for prompt in prompts])
+
+
+def recorded_values(root: Path, lock: Mapping[str, Any]) -> dict[str, Any]:
+    """The params with which the stages ran; of stages that have not run yet, those of params.yaml."""
+    values = read_yaml(root / "params.yaml")
+    for entry in lock.values():
+        for dotted, value in entry.get("params", {}).get("params.yaml", {}).items():
+            *groups, leaf = dotted.split(".")
+            target = values
+            for group in groups:
+                target = target.setdefault(group, {})
+            target[leaf] = value
+    return values
+
+
+def _of_run(root: Path, word: str, folder: Path) -> Tuned:
+    client = existing(root)
+    with reachable(tracking_uri(root)):
+        run = runs.find(client, word, root)
+        there = {file.path for file in client.list_artifacts(run.info.run_id)}
+        if MODEL not in there:
+            raise CapasError(
+                f"run {run.info.run_name} holds no model: its publish has not finished; check its state "
+                "out and run `dvc repro publish`"
+            )
+        for name in (MODEL, "params.yaml"):
+            client.download_artifacts(run.info.run_id, name, str(folder))
+    data = folder / MODEL / "data"
+    facts, example = read_json(data / "served.json"), folder / MODEL / "input_example.json"
+    rows = json.loads(example.read_text(encoding="utf-8"))
+    asked = [dict(zip(rows["columns"], row, strict=True)) for row in rows["data"]]
+    prompts = [messages_of(row, facts["system"], facts["role"]) for row in asked]
+    params = Params(read_yaml(folder / "params.yaml"))
+    return Tuned(f"run {run.info.run_name} ({run.info.run_id})", data, params, prompts)

@@ -1,0 +1,154 @@
+import argparse
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+import torch
+from conftest import template_text
+from peft import LoraConfig, get_peft_model
+from transformers import AutoModelForCausalLM
+
+from capas.chat.format import ChatFormat
+from capas.errors import CapasError
+from capas.generation import complete, generation_config
+from capas.params import Params
+from capas.talk import Talk
+
+GENERATION = {
+    "max_new_tokens": 12,
+    "settings": {"greedy": {"do_sample": False}, "warm": {"do_sample": True, "temperature": 1.5}},
+}
+
+
+class Model:
+    """A tiny tuned model as `capas.served.Served` holds it; what it was asked is kept."""
+
+    def __init__(self, folder: Path, tokenizer: Path, multi_turn: bool) -> None:
+        self.format = ChatFormat.load(template_text("chatml"), tokenizer, "")
+        ids = {
+            "stop_token_ids": self.format.stop_token_ids,
+            "pad_token_id": self.format.pad_token_id,
+        }
+        self.chat = {"bos_token_id": None, **ids}
+        self.facts = {"system": "Be brief.", "role": "user", "multi_turn": multi_turn}
+        torch.manual_seed(0)
+        lora = LoraConfig(r=4, target_modules="all-linear", init_lora_weights=False)
+        self.model: Any = get_peft_model(AutoModelForCausalLM.from_pretrained(folder), lora).eval()
+        self.asked: list[list[dict[str, Any]]] = []
+        encode = self.format.prompt_ids
+
+        def prompt_ids(messages: Any, tools: Any = None) -> list[int]:
+            self.asked.append(messages)
+            return encode(messages, tools)
+
+        self.format.prompt_ids = prompt_ids  # type: ignore[method-assign]
+
+    def answer(self, base: bool = False) -> str:
+        """To the last conversation."""
+        ids = ChatFormat.prompt_ids(self.format, self.asked[-1])
+        config = generation_config(self.chat, GENERATION["max_new_tokens"])
+        if base:
+            with self.model.disable_adapter():
+                found = complete(self.model, [ids], config, 1)
+        else:
+            found = complete(self.model, [ids], config, 1)
+        return self.format.decode(found[0][0].input_ids)
+
+
+@pytest.fixture
+def model(tiny_model_dir: Path, tiny_tokenizer_dir: Path) -> Model:
+    return Model(tiny_model_dir, tiny_tokenizer_dir, multi_turn=True)
+
+
+def talk(model: Model, **options: Any) -> Talk:
+    given = {"setting": None, "system": None, "max_new_tokens": None, "seed": 0, "history": False}
+    source: Any = SimpleNamespace(params=Params({"generation": GENERATION}))
+    return Talk(model, source, argparse.Namespace(**{**given, **options}))
+
+
+def test_an_answer_is_written_and_kept(model: Model, capsys: Any) -> None:
+    conversation = talk(model)
+    assert conversation.hear("Hi\n")
+    first = model.answer()
+    assert first
+    assert capsys.readouterr().out == f"{first}\n"
+    assert conversation.hear("And now?")
+    roles = [(message["role"], message["content"]) for message in model.asked[-1]]
+    assert roles == [
+        ("system", "Be brief."),
+        ("user", "Hi"),
+        ("assistant", first),
+        ("user", "And now?"),
+    ]
+
+
+def test_the_base_answers_the_same_question(model: Model, capsys: Any) -> None:
+    conversation = talk(model)
+    conversation.hear("Hi")
+    tuned = capsys.readouterr().out
+    conversation.hear("/base")
+    assert capsys.readouterr().out == f"{model.answer(base=True)}\n" != tuned
+    assert model.asked[-1] == model.asked[-2]
+    conversation.hear("And now?")
+    assert model.asked[-1][2]["content"] == tuned.removesuffix("\n")
+
+
+@pytest.mark.parametrize("history", [False, True])
+def test_data_with_one_question_a_record(model: Model, history: bool) -> None:
+    model.facts["multi_turn"] = False
+    conversation = talk(model, history=history)
+    conversation.hear("Hi")
+    conversation.hear("And now?")
+    assert len(model.asked[-1]) == (4 if history else 2)
+
+
+def test_a_seed_draws_the_same_answer(model: Model, capsys: Any) -> None:
+    said = []
+    for seed in (1, 1, 2):
+        talk(model, setting="warm", seed=seed).hear("Hi")
+        said.append(capsys.readouterr().out)
+    assert said[0] == said[1] != said[2]
+
+
+def test_another_system_message(model: Model) -> None:
+    conversation = talk(model, system="Sing.")
+    conversation.hear("Hi")
+    assert model.asked[-1][0]["content"] == "Sing."
+    conversation.hear("/system Shout, please.")
+    conversation.hear("Hi")
+    assert [m["content"] for m in model.asked[-1]] == ["Shout, please.", "Hi"]
+    conversation.hear("/system")
+    conversation.hear("Hi")
+    assert [m["content"] for m in model.asked[-1]] == ["Hi"]
+
+
+@pytest.mark.parametrize(
+    ("line", "told"),
+    [
+        ("/nothing", "there is no /nothing; there are /base, /reset, /setting, /system, /quit"),
+        ("/setting cold", "generation.settings has no 'cold'; there are greedy, warm"),
+        ("/setting", "now: greedy; there are greedy, warm"),
+        ("word " * 200, "the model was made for 512: /reset begins anew"),
+    ],
+)
+def test_what_cannot_be_done_is_told_and_changes_nothing(
+    model: Model, line: str, told: str
+) -> None:
+    conversation = talk(model)
+    conversation.hear("Hi")
+    with pytest.raises(CapasError, match=told):
+        conversation.hear(line)
+    conversation.hear("And now?")
+    assert [m["content"] for m in model.asked[-1]][1::2] == ["Hi", "And now?"]
+
+
+def test_nothing_to_compare_and_the_end(model: Model, capsys: Any) -> None:
+    conversation = talk(model)
+    with pytest.raises(CapasError, match="nothing was asked yet"):
+        conversation.hear("/base")
+    assert conversation.hear("  \n")
+    assert not conversation.hear("/quit")
+    assert capsys.readouterr().out == ""
+    with pytest.raises(CapasError, match="has no 'cold'"):
+        talk(model, setting="cold")
