@@ -25,6 +25,7 @@ from capas.facts import read_json
 from capas.lineage import ADAPTER
 from capas.registry import RefusedError, admit
 from capas.store import MODEL, existing, reachable, tracking_uri
+from capas.tuned import SERVED
 
 _NAME = re.compile(r"[\w.-]+/[\w.-]+")
 _STATUS = {
@@ -59,7 +60,7 @@ def command(options: argparse.Namespace) -> int:
                 sys.stderr.write(f"capas: {run.info.run_name} is not pushed:\n{reasons}")
                 return 1
             client.download_artifacts(run.info.run_id, MODEL, temporary)
-        data = Path(temporary, MODEL, "data")
+        data = Path(temporary, SERVED)
         files = of_adapter(data) if options.merged is None else of_merged(options.merged, run)
         text = (data / "adapter/README.md").read_text(encoding="utf-8")
         facts = read_json(options.merged / "merge.json") if options.merged else None

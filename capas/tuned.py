@@ -21,6 +21,7 @@ from capas.stage import Stage
 from capas.store import MODEL, existing, reachable, tracking_uri
 
 NUM_PROMPTS = 4
+SERVED = Path(MODEL, "data/data")  # where MLflow puts what `capas.bundle` wrote
 _MADE = (
     bundle.ADAPTER,
     bundle.QUANTIZED,
@@ -117,7 +118,7 @@ def _of_run(root: Path, word: str, folder: Path) -> Tuned:
             )
         for name in (MODEL, "params.yaml"):
             client.download_artifacts(run.info.run_id, name, str(folder))
-    data = folder / MODEL / "data"
+    data = folder / SERVED
     facts, example = read_json(data / "served.json"), folder / MODEL / "input_example.json"
     rows = json.loads(example.read_text(encoding="utf-8"))
     asked = [dict(zip(rows["columns"], row, strict=True)) for row in rows["data"]]

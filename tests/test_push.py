@@ -66,12 +66,13 @@ def make(root: Path) -> Make:
 
     def run(key: str = "k1", gate: str = "passed", weights: bytes = b"adapter") -> str:
         folder = root / "made" / key / "model"
-        adapter = folder / "data/adapter"
+        data = folder / "data/data"
+        adapter = data / "adapter"
         adapter.mkdir(parents=True)
         (folder / "MLmodel").write_text("flavors: {}")
-        (folder / "data/served.json").write_text(json.dumps({"base": BASE}))
-        (folder / "data/base").mkdir()
-        (folder / "data/base/model.safetensors").write_bytes(b"base of " + key.encode())
+        (data / "served.json").write_text(json.dumps({"base": BASE}))
+        (data / "base").mkdir()
+        (data / "base/model.safetensors").write_bytes(b"base of " + key.encode())
         (adapter / "adapter_model.safetensors").write_bytes(weights)
         (adapter / "adapter_config.json").write_text("{}")
         (adapter / "README.md").write_text(CARD)
