@@ -133,9 +133,11 @@ def edited(workspace: Workspace, files: Iterable[str]) -> Iterator[None]:
     for path, original in originals.items():
         path.parent.mkdir(parents=True, exist_ok=True)
         path.write_bytes((original or b"") + b"\n# a comment\n")
-    yield
-    for path, original in originals.items():
-        path.unlink() if original is None else path.write_bytes(original)
+    try:
+        yield
+    finally:
+        for path, original in originals.items():
+            path.unlink() if original is None else path.write_bytes(original)
 
 
 def mutated(value: Any) -> Any:
