@@ -11,7 +11,7 @@ from transformers import PreTrainedModel
 
 from capas.records import FORMATTED, IGNORE_INDEX, read_records
 
-Example = dict[str, torch.Tensor]  # input_ids [tokens], labels [tokens]
+Example = dict[str, Any]  # input_ids [tokens], labels [tokens], id of the record
 
 
 def read_examples(file: Path) -> list[Example]:
@@ -20,7 +20,8 @@ def read_examples(file: Path) -> list[Example]:
 
 
 def make_example(record: dict[str, Any]) -> Example:
-    return {name: torch.tensor(record[name]) for name in ("input_ids", "labels")}
+    tensors = {name: torch.tensor(record[name]) for name in ("input_ids", "labels")}
+    return {**tensors, "id": record["id"]}
 
 
 class Collator:

@@ -149,7 +149,7 @@ class Lora(Group):
 
 
 class Trainer(Group):
-    """`transformers.TrainingArguments`."""
+    """`transformers.TrainingArguments`; early_stopping_* and divergence_factor are capas' own."""
 
     learning_rate: Annotated[float, Field(gt=0, lt=1)]
     lr_scheduler_type: Literal[
@@ -182,6 +182,11 @@ class Trainer(Group):
     save_total_limit: Annotated[
         int, Field(ge=2)
     ]  # the last may be half-written when a run is killed
+    load_best_model_at_end: bool
+    metric_for_best_model: Literal["loss", "token_accuracy"]
+    early_stopping_patience: Count | None
+    early_stopping_threshold: Annotated[float, Field(ge=0)]
+    divergence_factor: Annotated[float, Field(gt=1)] | None
     seed: Seed
     data_seed: Seed
     full_determinism: bool
@@ -491,6 +496,11 @@ RULES = (
         ("generation.wrong_chat_template", "chat_template.preset"),
         lambda wrong, right: wrong != right,
         "another template than the right one, or null",
+    ),
+    Rule(
+        ("trainer.load_best_model_at_end", "trainer.save_steps", "trainer.eval_steps"),
+        lambda best, save, evaluate: not best or save == evaluate,
+        "save_steps equal to eval_steps: the best checkpoint is one that was evaluated",
     ),
     Rule(("trainer.max_steps",), lambda steps: steps != 0, "-1 (epochs decide) or at least 1"),
     Rule(

@@ -1,4 +1,4 @@
-"""What `transformers.Trainer` lacks: exact resumption, a loss that may not be NaN, a line of progress."""
+"""What `transformers.Trainer` lacks: exact resumption, a loss that may not run away, a line of progress."""
 
 import hashlib
 import json
@@ -6,9 +6,12 @@ import logging
 import math
 import resource
 import shutil
+import signal
 import sys
+import threading
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -23,25 +26,59 @@ from transformers import (
 )
 from transformers.trainer_callback import PrinterCallback, ProgressCallback
 
-from capas.batches import LengthGroupedSampler, score_tokens
+from capas.batches import Example, LengthGroupedSampler, score_tokens
 from capas.errors import CapasError
 from capas.records import IGNORE_INDEX
 
 log = logging.getLogger("capas")
+_OPEN_ROW = "open_row.json"
 _MARK = "complete.json"  # written last into a checkpoint: what was saved, file by file
 
 
 class Trainer(transformers.Trainer):
-    """Counts its tokens, stops at a loss that is no number, and draws batches so that it can resume."""
+    """Counts its tokens, stops at a loss that runs away, and draws batches so that it can resume.
 
-    def __init__(self, **kwargs: Any) -> None:
-        super().__init__(**kwargs)
+    Args:
+        divergence_factor: a mean loss between two rows of the log that is larger than so many times the first
+            one stops the training; None: only a loss that is no number does.
+        kwargs: of transformers.Trainer.
+    """
+
+    def __init__(self, divergence_factor: float | None = None, **kwargs: Any) -> None:
+        self._collate = kwargs.pop("data_collator")
+        super().__init__(data_collator=self._named, **kwargs)
+        self._divergence_factor = divergence_factor
+        self._record_ids: list[str] = []
         self._seen = torch.zeros(2, dtype=torch.long, device=self.args.device)
         for callback in (PrinterCallback, ProgressCallback):
             self.remove_callback(callback)
-
-        for added in (Checkpoints(), Progress()):
+        self._checkpoints = Checkpoints(self)
+        for added in (self._checkpoints, Progress()):
             self.add_callback(added)
+
+    def train(self, *args: Any, **kwargs: Any) -> Any:
+        """On SIGTERM (a preempted job) the step is finished and saved.
+
+        Raises:
+            CapasError: that came before the last step.
+        """
+        checkpoints = self._checkpoints
+        with _on_sigterm(lambda: setattr(checkpoints, "terminated", True)):
+            result = super().train(*args, **kwargs)
+        step, last = self.state.global_step, self.state.max_steps
+        if checkpoints.terminated and step < last:
+            raise CapasError(
+                f"stopped by SIGTERM at step {step} of {last}; it is saved: the same command goes on from it"
+            )
+        return result
+
+    def _named(self, examples: list[Example]) -> dict[str, Any]:
+        return {**self._collate(examples), "record_ids": [example["id"] for example in examples]}
+
+    def _prepare_inputs(self, inputs: dict[str, Any]) -> dict[str, Any]:
+        prepared: dict[str, Any] = super()._prepare_inputs(inputs)
+        self._record_ids = prepared.pop("record_ids", [])
+        return prepared
 
     def training_step(
         self, model: Any, inputs: dict[str, Any], *args: Any, **kwargs: Any
@@ -51,24 +88,60 @@ class Trainer(transformers.Trainer):
         loss = super().training_step(model, inputs, *args, **kwargs)
         if not torch.isfinite(loss):
             raise CapasError(
-                f"the loss is {loss.item()} at step {self.state.global_step + 1}. Usual causes: a learning "
-                f"rate that is too high (trainer.learning_rate={self.args.learning_rate:g}), fp16 without "
-                "loss scaling, or max_grad_norm=0."
+                f"the loss is {loss.item()} at step {self.state.global_step + 1}, in the batch of the "
+                f"records {_listed(self._record_ids)}. Usual causes: a learning rate that is too high "
+                f"(trainer.learning_rate={self.args.learning_rate:g}), fp16 without loss scaling, or "
+                "max_grad_norm=0."
             )
         return loss
+
+    def _check_divergence(self, loss: float) -> None:
+        first = next((row["loss"] for row in self.state.log_history if "loss" in row), loss)
+        if self._divergence_factor is not None and loss > self._divergence_factor * first:
+            raise CapasError(
+                f"the training diverges: the loss is {loss:.4g} at step {self.state.global_step}, and was "
+                f"{first:.4g} at first. The last batch had the records {_listed(self._record_ids)}. Try a "
+                f"smaller trainer.learning_rate than {self.args.learning_rate:g}, more warmup_steps, or a "
+                "smaller max_grad_norm; trainer.divergence_factor=null lets it go on."
+            )
 
     def floating_point_ops(self, inputs: dict[str, Any]) -> int:
         """Not counted: Trainer walks over all modules for it, at every step."""
         return 0
 
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
-        """Adds the tokens trained on so far: checkpoints hold the log, and with it the counts."""
+        """Adds the tokens trained on so far: checkpoints hold the log, and with it the counts.
+
+        Raises:
+            CapasError: the training diverges.
+        """
         counts = ("num_tokens", "num_supervised_tokens")
         before = self.state.log_history[-1] if self.state.log_history else dict.fromkeys(counts, 0)
         for name, seen in zip(counts, self._seen.tolist(), strict=True):
             logs[name] = before[name] + seen
         self._seen.zero_()
         super().log(logs, start_time)
+        if "loss" in logs:
+            self._check_divergence(logs["loss"])
+
+    def _load_best_model(self) -> None:
+        """The last step has no checkpoint: where it is the best one, its weights are in memory."""
+        if self.state.best_global_step != self.state.global_step:
+            super()._load_best_model()
+
+    def open_row(self) -> dict[str, Any]:
+        """What the next row of the log will be made of: the loss and the tokens since the last one."""
+        return {
+            "loss": self._tr_loss.item(),
+            "last_logged": self._globalstep_last_logged,
+            "seen": self._seen.tolist(),
+        }
+
+    def reopen_row(self, row: dict[str, Any]) -> None:
+        """As it was when a checkpoint was written."""
+        self._tr_loss.fill_(row["loss"])
+        self._globalstep_last_logged = row["last_logged"]
+        self._seen.copy_(torch.tensor(row["seen"]))
 
     def check_at_start(self, check: Callable[[], None]) -> None:
         """Run `check` when the optimizer and accelerate's state exist and no step is done yet."""
@@ -94,26 +167,96 @@ class _AtStart(TrainerCallback):
 
 
 class Checkpoints(TrainerCallback):
-    """Makes a resumed training equal to an undisturbed one, and a half-written checkpoint recognisable."""
+    """Makes a resumed training equal to an undisturbed one, and a half-written checkpoint recognisable.
+
+    Once `terminated` the step is finished and saved, and the training stops.
+    """
+
+    def __init__(self, trainer: Trainer) -> None:
+        self._trainer, self.terminated = trainer, False
+
+    def on_train_begin(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+    ) -> None:
+        row = _folder(args, state) / _OPEN_ROW
+        if state.global_step and row.exists():
+            self._trainer.reopen_row(json.loads(row.read_text()))
 
     def on_step_end(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
     ) -> None:
-        """No checkpoint between two rows of the log: the loss since the last row is not saved in it.
-
-        And none after the last step: a Trainer resumed there takes one step too many.
-        """
-        control.should_log |= control.should_save
+        """No checkpoint after the last step: a Trainer resumed there takes one step too many."""
+        control.should_save |= self.terminated
+        control.should_training_stop |= self.terminated
         control.should_save &= state.global_step < state.max_steps
 
     def on_save(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
     ) -> None:
-        folder = Path(args.output_dir) / f"checkpoint-{state.global_step}"
+        folder = _folder(args, state)
         if state.is_world_process_zero:
+            (folder / _OPEN_ROW).write_text(json.dumps(self._trainer.open_row()))
             mark = folder / f".{_MARK}.partial"
             mark.write_text(json.dumps(_digests(folder)))
             mark.rename(folder / _MARK)
+
+
+class EarlyStopping(TrainerCallback):
+    """Stops where so many evaluations in a row brought no better score.
+
+    It is a function of the log alone. `transformers.EarlyStoppingCallback` counts in an attribute of its own,
+    which a resumed training does not have.
+    """
+
+    def __init__(self, metric: str, patience: int, threshold: float) -> None:
+        self.metric, self.patience, self.threshold = metric, patience, threshold
+
+    def on_evaluate(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+    ) -> None:
+        scores = [row[f"eval_{self.metric}"] for row in evaluations(state.log_history)]
+        if waited(scores, bool(args.greater_is_better), self.threshold) >= self.patience:
+            log.info("no better %s in %d evaluations: stopped", self.metric, self.patience)
+            control.should_training_stop = True
+
+
+def waited(scores: list[float], greater_is_better: bool, threshold: float = 0.0) -> int:
+    """How many scores came after the last that was better, by more than `threshold`, than all before."""
+    best, since = None, 0
+    for score in scores:
+        gain = 0.0 if best is None else (score - best if greater_is_better else best - score)
+        if best is None or gain > threshold:
+            best, since = score, 0
+        else:
+            since += 1
+    return since
+
+
+def evaluations(history: list[dict[str, Any]]) -> list[dict[str, Any]]:
+    """The rows of the validation split, less that of the base."""
+    return [row for row in history if "eval_loss" in row and row["step"] > 0]
+
+
+@contextmanager
+def _on_sigterm(act: Callable[[], None]) -> Iterator[None]:
+    """Inside the block; only the main thread may ask for it."""
+    if threading.current_thread() is not threading.main_thread():
+        yield
+        return
+    before = signal.signal(signal.SIGTERM, lambda *_: act())
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGTERM, before)
+
+
+def _folder(args: TrainingArguments, state: TrainerState) -> Path:
+    return Path(args.output_dir) / f"checkpoint-{state.global_step}"
+
+
+def _listed(names: list[str], most: int = 8) -> str:
+    more = f" and {len(names) - most} more" if len(names) > most else ""
+    return ", ".join(names[:most]) + more
 
 
 def last_checkpoint(folder: Path, resume: bool) -> Path | None:
@@ -222,7 +365,7 @@ class Progress(TrainerCallback):
         steps = state.global_step - self._first_step
         tokens = (_last(state, "num_tokens", 0) - self._first_tokens) / elapsed
         remaining = (state.max_steps - state.global_step) * elapsed / steps
-        scored = [row for row in state.log_history if "eval_loss" in row and row["step"] > 0]
+        scored = evaluations(state.log_history)
         shown = f", validation {scored[-1]['eval_loss']:.4f}" if scored else ""
         return (
             f"loss {_last(state, 'loss', math.nan):.4f}{shown}, {tokens:.0f} tokens/s, "

@@ -29,7 +29,7 @@ from capas.tracking import run_name
 
 ARTIFACTS_TAG, MODEL_TAG = "capas.artifacts", "capas.model"
 FILES = {
-    "": ("dvc.lock", "environment.yaml", "params.yaml"),
+    "": ("dvc.lock", "environment.yaml", "params.yaml", "reports/certificate.json"),
     "report": tuple(f"reports/{name}.html" for name in ("index", "index.es", "mask", "mask.es")),
     "samples": ("reports/samples.md", "reports/samples.jsonl"),
 }

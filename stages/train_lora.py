@@ -1,7 +1,8 @@
 """Train LoRA layers on the frozen, quantized base.
 
 Reads   data/formatted (train, validation), data/models/quantized, data/models/tokenizer
-Writes  data/models/adapter, reports/train.json, reports/history.csv, reports/validation.csv
+Writes  data/models/adapter, reports/train.json, reports/history.csv, reports/validation.csv,
+        reports/certificate.json (what was checked of the adapter, and what it was made from)
 Params  hardware, lora, model, trainer
 
 The travelling record is a row of ids; only labels other than -100 carry loss:
@@ -12,6 +13,7 @@ The travelling record is a row of ids; only labels other than -100 carry loss:
 Before, the model goes on as in pretraining ("Okay, 99 minutes from now."); afterwards, with the call.
 """
 
+import hashlib
 import json
 import re
 import shutil
@@ -19,6 +21,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from capas import hardware, live
+from capas.dag import recorded
 from capas.errors import CapasError
 from capas.facts import read_json, write_csv, write_json
 from capas.params import Params
@@ -30,6 +33,11 @@ if TYPE_CHECKING:
     from capas.training import Trainer
 
 FORMATTED, QUANTIZED, TOKENIZER = "data/formatted", "data/models/quantized", "data/models/tokenizer"
+OWN = (
+    "early_stopping_patience",
+    "early_stopping_threshold",
+    "divergence_factor",
+)  # no arguments of Trainer
 HISTORY = ("step", "epoch", "loss", "learning_rate", "grad_norm")
 HEADLINE = ("num_steps", "train_loss", "validation_loss", "validation_token_accuracy")
 VALIDATION = ("step", "epoch", "loss", "token_accuracy")
@@ -37,7 +45,7 @@ VALIDATION = ("step", "epoch", "loss", "token_accuracy")
 
 def main(params: Params, stage: Stage) -> None:
     device = hardware.prepare(params.hardware)  # before torch is imported
-    from capas import training, usage
+    from capas import certificate, training, usage
     from capas.batches import Collator, read_examples
     from capas.model import load_model
 
@@ -48,19 +56,23 @@ def main(params: Params, stage: Stage) -> None:
     base = load_model(stage.dep(QUANTIZED), params.model, device)
     check_lengths(base, [len(example["input_ids"]) for example in [*train, *validation]])
     model = add_lora(base, params)
+    base_sha256 = certificate.fingerprint(model)
     gradient_check = usage.check_gradients(model, collator(validation[:2]))
 
-    folder = stage.checkpoints()
-    checkpoint = training.last_checkpoint(folder, resume=not stage.debug)
+    checkpoints = stage.checkpoints()
+    checkpoint = training.last_checkpoint(checkpoints, resume=not stage.debug)
     trainer = training.Trainer(
+        divergence_factor=params.trainer.divergence_factor,
         model=model,
-        args=training_arguments(params, folder, resumed=checkpoint is not None),
+        args=training_arguments(params, checkpoints, resumed=checkpoint is not None),
         train_dataset=train,
         eval_dataset=validation,
         data_collator=collator,
         preprocess_logits_for_metrics=training.score_batch,
         compute_metrics=training.summarize,
     )
+    if params.trainer.early_stopping_patience:
+        trainer.add_callback(early_stopping(params.trainer))
     trainer.check_at_start(lambda: usage.check_trainer(trainer, params))
     with live.tracker(stage.root, stage.key(), enabled=not stage.debug) as rows:
         trainer.add_callback(training.LiveRows(rows.append))
@@ -71,6 +83,9 @@ def main(params: Params, stage: Stage) -> None:
     write_json(stage.out("reports/metrics/train.json"), {name: facts[name] for name in HEADLINE})
     write_curves(trainer.state.log_history, stage)
     save_adapter(trainer.model, params, chat, stage)
+    folder = stage.out("data/models/adapter")
+    checks = certificate.check_adapter(trainer.model, folder, collator(validation[:4]), base_sha256)
+    write_certificate(folder / certificate.WEIGHTS, checks, params, stage)
 
 
 def add_lora(base: "PreTrainedModel", params: Params) -> Any:
@@ -125,6 +140,13 @@ def check_target_modules(base: "PreTrainedModel", target_modules: list[str] | st
         )
 
 
+def early_stopping(trainer: Params) -> Any:
+    from capas.training import EarlyStopping
+
+    metric, patience = trainer.metric_for_best_model, trainer.early_stopping_patience
+    return EarlyStopping(metric, patience, trainer.early_stopping_threshold)
+
+
 def training_arguments(params: Params, folder: Path, resumed: bool) -> "TrainingArguments":
     """The trainer group as it is, and what follows from the stage.
 
@@ -136,7 +158,7 @@ def training_arguments(params: Params, folder: Path, resumed: bool) -> "Training
     on_cpu = params.hardware.device == "cpu"
     try:
         return TrainingArguments(
-            **params.trainer.without("preset"),
+            **params.trainer.without("preset", *OWN),
             output_dir=str(folder),
             use_cpu=on_cpu,
             eval_strategy="steps",
@@ -157,17 +179,21 @@ def summary(trainer: "Trainer") -> dict[str, Any]:
     """reports/train.json, without seconds: they differ from run to run."""
     state, history = trainer.state, trainer.state.log_history
     num_trainable, num_parameters = trainer.model.get_nb_trainable_parameters()
-    last = next(row for row in reversed(history) if "eval_loss" in row)
+    rows = [row for row in history if "eval_loss" in row]
+    last = rows[-1]
+    kept = state.best_global_step if trainer.args.load_best_model_at_end else state.global_step
+    chosen = next(row for row in rows if row["step"] == kept)
     return {
         "num_steps": state.global_step,
+        "kept_step": kept,  # whose weights the adapter has
         "num_epochs": state.epoch,
         "num_train_tokens": last["num_tokens"],
         "num_supervised_tokens": last["num_supervised_tokens"],
         "num_trainable_parameters": num_trainable,
         "num_parameters": num_parameters,
         "train_loss": mean_loss(history),
-        "validation_loss": last["eval_loss"],
-        "validation_token_accuracy": last["eval_token_accuracy"],
+        "validation_loss": chosen["eval_loss"],
+        "validation_token_accuracy": chosen["eval_token_accuracy"],
         "learning_rate": trainer.args.learning_rate,
     }
 
@@ -216,6 +242,21 @@ def save_adapter(model: Any, params: Params, chat: dict[str, Any], stage: Stage)
         eos_token_id=chat["stop_token_ids"],
         pad_token_id=chat["pad_token_id"],
     ).save_pretrained(folder)
+
+
+def write_certificate(weights: Path, checks: dict[str, Any], params: Params, stage: Stage) -> None:
+    """The adapter's sha256, what was checked, DVC's md5 of its inputs, and the values in effect."""
+    outs = [out for entry in recorded(stage.root).values() for out in entry.get("outs", [])]
+    inputs = {out["path"]: out["md5"] for out in outs if out["path"] in stage.spec.deps}
+    facts = {
+        "adapter_sha256": hashlib.sha256(weights.read_bytes()).hexdigest(),
+        "train_key": stage.key(),
+        "checks": checks,
+        "inputs": dict(sorted(inputs.items())),
+        "params": params.without(),
+        "packages": stage.spec.values(stage.root)["environment.yaml"],
+    }
+    write_json(stage.out("reports/certificate.json"), facts)
 
 
 def commit_of(revision: str | None) -> str | None:

@@ -87,6 +87,7 @@ def _lock(root: Path) -> None:
         stages[name] = {"cmd": spec.cmd, "deps": deps, "params": params, "outs": outs}
     _write(root / "dvc.lock", yaml.safe_dump({"schema": "2.0", "stages": stages}))
     _json(root / "reports/train.json", _train(recorded_key(stages["train"])))
+    _json(root / "reports/certificate.json", {"adapter_sha256": "0" * 64, "checks": {}})
 
 
 def _md5(path: str) -> str:

@@ -138,6 +138,8 @@ def test_all_problems_are_reported_at_once(compose: Callable[[list[str]], Any]) 
         (["trainer.lr_scheduler_type=cosine_with_min_lr"], "exactly one of min_lr and min_lr_rate"),
         (["trainer.lr_scheduler_type=warmup_stable_decay"], "num_decay_steps in"),
         (["trainer.lr_scheduler_type=constant"], "no warm-up in a constant schedule"),
+        (["trainer.load_best_model_at_end=true", "trainer.save_steps=50"], "equal to eval_steps"),
+        (["trainer.divergence_factor=1.0"], "greater than 1"),
         (["trainer.save_total_limit=1"], "greater than or equal to 2"),
         (["generation.wrong_chat_template=chatml"], "another template than the right one"),
         (["trainer.max_steps=0"], "-1 (epochs decide) or at least 1"),

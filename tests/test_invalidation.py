@@ -83,6 +83,7 @@ FILES: dict[str, list[str]] = {
     "data/models/adapter": ["evaluate", "sample", "report", "publish"],
     "reports/evaluation_base.json": ["evaluate", "report", "publish"],
     "reports/predictions_base.parquet": ["evaluate", "report", "publish"],
+    "reports/certificate.json": ["publish"],
     "reports/evaluation.json": ["report", "publish"],
     "reports/format.json": ["report", "publish"],
     "reports/history.csv": ["report", "publish"],

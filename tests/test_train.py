@@ -1,8 +1,11 @@
 """Training a tiny random model: what is trained, what is not, and that equal inputs give equal bytes."""
 
 import csv
+import hashlib
 import math
 import os
+import random
+import re
 import signal
 import subprocess
 import sys
@@ -16,11 +19,11 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 from tiny import REPOSITORY, make_model, read_json, read_params, run_stage, write_workspace
 from transformers import EvalPrediction, GPT2Config, GPT2LMHeadModel
 
-from capas import usage
+from capas import certificate, usage
 from capas.batches import (
     Collator,
     LengthGroupedSampler,
@@ -32,7 +35,7 @@ from capas.composition import composer
 from capas.errors import CapasError
 from capas.model import attach_adapter, load_model
 from capas.params import Params
-from capas.training import Checkpoints, last_checkpoint, summarize
+from capas.training import Checkpoints, last_checkpoint, summarize, waited
 from stages import quantize_model, train_lora
 from stages.train_lora import check_lengths, check_target_modules
 
@@ -283,7 +286,14 @@ def test_other_quantizations_train(tmp_path: Path, preset: str) -> None:
 @pytest.mark.parametrize(
     ("override", "message"),
     [
-        ("trainer.learning_rate=1.0e+30", "the loss is nan at step"),
+        (
+            "trainer.learning_rate=1.0e+30",
+            r"the loss is nan at step \d, in the batch of the records train-\d+, ",
+        ),
+        (
+            "trainer.divergence_factor=1.001",
+            r"the training diverges: the loss is [\d.]+ at step \d, and was [\d.]+ at first. The last batch",
+        ),
         (
             "lora.target_modules=[q_proj,query]",
             "no layer is called query; there are: q_proj, k_proj",
@@ -294,7 +304,131 @@ def test_other_quantizations_train(tmp_path: Path, preset: str) -> None:
 )
 def test_what_cannot_be_trained_is_refused(tmp_path: Path, override: str, message: str) -> None:
     with pytest.raises(CapasError, match=message):
-        train(tmp_path, override)
+        train(tmp_path, "trainer.logging_steps=1", override)
+
+
+BEST = (
+    *("trainer.load_best_model_at_end=true", "trainer.learning_rate=10.0", "trainer.max_steps=24"),
+    *("trainer.eval_steps=2", "trainer.save_steps=2", "trainer.divergence_factor=null"),
+)
+
+
+def scored(root: Path) -> tuple[float, float]:
+    """Validation loss of the adapter in `root`, and the one that train.json tells."""
+    base = load_model(root / "data/models/base", PLAIN, CPU)
+    tuned = attach_adapter(base, root / "data/models/adapter")
+    examples = read_examples(root / "data/formatted/validation.parquet")
+    loss, _, count = score_examples(tuned, examples, Collator(256), batch_size=50).sum(0).tolist()
+    return loss / count, read_json(root / "reports/train.json")["validation_loss"]
+
+
+@pytest.mark.parametrize("metric", ["loss", "token_accuracy"])
+def test_the_best_evaluation_is_kept(tmp_path: Path, metric: str) -> None:
+    root = train(tmp_path, *BEST, f"trainer.metric_for_best_model={metric}")
+    rows = history(root, "validation")[1:]
+    best = (min if metric == "loss" else max)(row[metric] for row in rows)
+    expected = next(row["step"] for row in rows if row[metric] == best)
+    assert read_json(root / "reports/train.json")["kept_step"] == expected < 24
+    found, told = scored(root)
+    assert found == pytest.approx(told, rel=1e-5)
+
+
+def test_the_last_step_may_be_the_best(tmp_path: Path) -> None:
+    root = train(tmp_path, *BEST, "trainer.learning_rate=1.0e-4")
+    assert read_json(root / "reports/train.json")["kept_step"] == 24
+    found, told = scored(root)
+    assert found == pytest.approx(told, rel=1e-5)
+
+
+def test_it_stops_where_nothing_gets_better(tmp_path: Path) -> None:
+    root = train(tmp_path, *BEST, "trainer.early_stopping_patience=2")
+    facts = read_json(root / "reports/train.json")
+    assert facts["num_steps"] == facts["kept_step"] + 4 < 24
+
+
+@pytest.mark.parametrize(
+    ("scores", "greater", "threshold", "expected"),
+    [
+        ([], False, 0.0, 0),
+        ([3.0, 2.0, 1.0], False, 0.0, 0),
+        ([3.0, 2.0, 2.0, 2.5], False, 0.0, 2),
+        ([3.0, 2.0, 1.9, 1.8], False, 0.5, 2),
+        ([0.1, 0.3, 0.2], True, 0.0, 1),
+    ],
+)
+def test_evaluations_without_a_better_one(
+    scores: list[float], greater: bool, threshold: float, expected: int
+) -> None:
+    assert waited(scores, greater, threshold) == expected
+
+
+def test_the_certificate_says_what_was_checked(trained: Path) -> None:
+    facts = read_json(trained / "reports/certificate.json")
+    checks = facts["checks"]
+    weights = load_file(trained / ADAPTER)
+    assert facts["adapter_sha256"] == hashlib.sha256((trained / ADAPTER).read_bytes()).hexdigest()
+    assert checks["num_weights"] == sum(w.numel() for w in weights.values())
+    assert checks["num_lora_b"] == sum("lora_B" in name for name in weights) > 10
+    assert (checks["num_lora_b_zero"], checks["reloaded_logit_difference"]) == (0, 0.0)
+    assert facts["params"]["lora"]["r"] == 4
+    assert facts["packages"]["peft"]
+    assert "data/models/quantized" in facts["inputs"]
+
+
+@pytest.fixture
+def adapted(trained: Path, tmp_path: Path) -> tuple[Any, Path, str]:
+    """A trained model in memory, its adapter saved, and the fingerprint of its base."""
+    base = load_model(trained / "data/models/quantized", PLAIN, CPU)
+    model: Any = train_lora.add_lora(base, read_params("train", trained))
+    sha256 = certificate.fingerprint(model)
+    for name, weight in model.named_parameters():
+        if "lora_B" in name:
+            torch.nn.init.normal_(weight, std=0.1)
+    model.save_pretrained(tmp_path)
+    return model, tmp_path, sha256
+
+
+BATCH = Collator(256)([{"input_ids": torch.arange(20), "labels": torch.arange(20)}])
+
+
+def test_an_adapter_that_is_right_passes(adapted: tuple[Any, Path, str]) -> None:
+    model, folder, sha256 = adapted
+    before = {name: weight.clone() for name, weight in model.state_dict().items()}
+    assert certificate.check_adapter(model, folder, BATCH, sha256)["base_unchanged"]
+    after = model.state_dict()
+    assert before.keys() == after.keys()
+    assert all(torch.equal(before[name], after[name]) for name in before)
+    assert model.active_adapters == ["default"]
+
+
+def test_an_adapter_that_is_wrong_is_refused(adapted: tuple[Any, Path, str]) -> None:
+    model, folder, sha256 = adapted
+    file = folder / certificate.WEIGHTS
+    weights = load_file(file)
+    name = next(name for name in weights if "lora_B" in name)
+
+    def saved(**changes: torch.Tensor) -> None:
+        save_file({**weights, **changes}, file)
+
+    saved(**{name: weights[name] * float("nan")})
+    with pytest.raises(CapasError, match=f"weights that are no numbers: {re.escape(name)}"):
+        certificate.check_adapter(model, folder, BATCH, sha256)
+    saved(**{name: weights[name] * 2})
+    with pytest.raises(CapasError, match="gives other logits than the trained one"):
+        certificate.check_adapter(model, folder, BATCH, sha256)
+    saved(**{n: torch.zeros_like(w) for n, w in weights.items() if "lora_B" in n})
+    with pytest.raises(CapasError, match="nothing was learned: every lora_B is zero"):
+        certificate.check_adapter(model, folder, BATCH, sha256)
+    saved()
+    head = model.get_base_model().lm_head.weight
+    whole = head.data.clone()
+    head.data[:] = float("inf")
+    with pytest.raises(CapasError, match="gives other logits than the trained one"):
+        certificate.check_adapter(model, folder, BATCH, certificate.fingerprint(model))
+    head.data[:] = whole
+    model.get_base_model().model.norm.weight.data[0] += 1e-6
+    with pytest.raises(CapasError, match="changed weights of the base"):
+        certificate.check_adapter(model, folder, BATCH, sha256)
 
 
 def test_bf16_is_used_where_it_is_asked_for(tmp_path: Path) -> None:
@@ -350,6 +484,58 @@ def test_killed_in_a_step_and_in_a_save_it_ends_the_same(tmp_path: Path) -> None
     assert results(root) == results(undisturbed)
 
 
+def test_told_to_end_it_saves_its_step_and_goes_on(tmp_path: Path) -> None:
+    """SIGTERM between two checkpoints and between two rows of the log."""
+    options = ("trainer.max_steps=60", "trainer.save_steps=50", "trainer.logging_steps=7")
+    undisturbed = train(tmp_path / "undisturbed", *options)
+    root = tmp_path / "preempted"
+    root.mkdir()
+    write_workspace(root, options)
+    process = run_in_process(root)
+    live = root / ".dvc/tmp/live"
+    wait_for(lambda: any('"step": 14' in f.read_text() for f in live.glob("*.jsonl")), process)
+    process.send_signal(signal.SIGTERM)
+    said = process.communicate()[0]
+    assert process.returncode == 1
+    step = re.search(r"stopped by SIGTERM at step (\d+) of 60; it is saved", said)
+    assert step, said
+    assert not (root / ADAPTER).exists()
+    again = run_in_process(root)
+    assert f"going on from checkpoint-{step[1]}" in again.communicate()[0]
+    assert results(root) == results(undisturbed)
+
+
+@pytest.mark.slow
+def test_ended_twenty_times_at_random_it_ends_the_same(tmp_path: Path) -> None:
+    """SIGKILL and SIGTERM in turns, after a random time, also while a checkpoint is written."""
+    options = (
+        *("trainer.max_steps=400", "trainer.save_steps=10", "trainer.logging_steps=7"),
+        *("trainer.eval_steps=10", "trainer.load_best_model_at_end=true", "lora.lora_dropout=0.1"),
+    )
+    undisturbed = train(tmp_path / "undisturbed", *options)
+    root = tmp_path / "ended"
+    root.mkdir()
+    write_workspace(root, options)
+    rng, ended = random.Random(0), 0
+    checkpoints = root / ".dvc/tmp/checkpoints"
+    for turn in range(20):
+        process = run_in_process(root)
+        before = set(checkpoints.glob("*/checkpoint-*"))
+
+        def begun(before: set[Path] = before) -> bool:
+            return bool(set(checkpoints.glob("*/checkpoint-*")) - before)
+
+        wait_for(begun, process)
+        time.sleep(rng.random() * 0.3)
+        process.send_signal(signal.SIGTERM if turn % 2 else signal.SIGKILL)
+        process.communicate()
+        ended += process.returncode != 0
+    assert ended == 20
+    last = run_in_process(root)
+    assert "going on from checkpoint-" in last.communicate()[0]
+    assert results(root) == results(undisturbed)
+
+
 @pytest.mark.parametrize("strategy", ["random", "group_by_length"])
 def test_resumed_in_the_second_epoch_it_sees_the_same_batches(
     tmp_path: Path, strategy: str
@@ -377,7 +563,7 @@ def test_half_written_checkpoint_is_passed_over(tmp_path: Path) -> None:
         folder = tmp_path / f"checkpoint-{step}"
         folder.mkdir()
         (folder / "optimizer.pt").write_bytes(b"state")
-        Checkpoints().on_save(
+        Checkpoints(SimpleNamespace(open_row=dict)).on_save(  # type: ignore[arg-type]
             SimpleNamespace(output_dir=tmp_path),
             SimpleNamespace(global_step=step, is_world_process_zero=True),
             None,

@@ -1,0 +1,94 @@
+"""What is certain of a trained adapter: checks that are made when it has been saved."""
+
+import hashlib
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors.torch import load_file
+
+from capas.errors import CapasError
+
+WEIGHTS = "adapter_model.safetensors"
+_MAX_DIFFERENCE = 1e-5  # of the largest logit
+
+
+def fingerprint(model: torch.nn.Module) -> str:
+    """sha256 of all weights but those of LoRA, quantized ones as they are stored."""
+    digest = hashlib.sha256()
+    for name, value in sorted(model.state_dict().items()):
+        if "lora_" not in name and torch.is_tensor(value):
+            digest.update(f"{name} {value.dtype} {tuple(value.shape)}".encode())
+            stored = value.detach().cpu().contiguous().view(-1).view(torch.uint8)
+            digest.update(stored.numpy().data)
+    return digest.hexdigest()
+
+
+def check_adapter(
+    model: Any, folder: Path, batch: dict[str, torch.Tensor], base: str
+) -> dict[str, Any]:
+    """Check what was just saved against the model that was trained.
+
+    Args:
+        model: the `PeftModel` after its last step.
+        folder: where it was saved.
+        batch: records whose logits are compared.
+        base: `fingerprint` from before the training.
+
+    Returns:
+        The facts, for the certificate.
+
+    Raises:
+        CapasError: a weight is no number, nothing was learned, the base was changed, or the saved adapter
+            gives other logits than the trained one.
+    """
+    weights = load_file(folder / WEIGHTS)
+    broken = sorted(name for name, weight in weights.items() if not weight.isfinite().all())
+    if broken:
+        raise CapasError(f"the adapter holds weights that are no numbers: {_some(broken)}")
+    outer = {name: weight for name, weight in weights.items() if "lora_B" in name}
+    zero = sorted(name for name, weight in outer.items() if not weight.any())
+    if outer and len(zero) == len(outer):
+        raise CapasError(
+            "nothing was learned: every lora_B is zero, as before the training. Is trainer.learning_rate "
+            "large enough, and does any record carry loss (reports/mask.html)?"
+        )
+    if fingerprint(model) != base:
+        raise CapasError("the training changed weights of the base, which must stay as they are")
+    difference = _difference(model, folder, batch)
+    if not difference <= _MAX_DIFFERENCE:  # nor NaN
+        raise CapasError(
+            f"the saved adapter gives other logits than the trained one: they differ by {difference:.3g} of "
+            "the largest"
+        )
+    return {
+        "num_weights": sum(weight.numel() for weight in weights.values()),
+        "all_finite": True,
+        "num_lora_b": len(outer),
+        "num_lora_b_zero": len(zero),
+        "base_sha256": base,
+        "base_unchanged": True,
+        "reloaded_logit_difference": difference,
+    }
+
+
+def _difference(model: Any, folder: Path, batch: dict[str, torch.Tensor]) -> float:
+    """Of the logits, as a part of the largest one, once the adapter is loaded beside itself."""
+    inputs = {name: value.to(model.device) for name, value in batch.items() if name != "labels"}
+    was_training = model.training
+    model.eval()
+    model.load_adapter(str(folder), "saved")
+    found = []
+    for name in ("default", "saved"):
+        model.set_adapter(name)
+        with torch.inference_mode():
+            found.append(model(**inputs).logits.float())
+    model.delete_adapter("saved")
+    model.set_adapter("default")
+    model.train(was_training)
+    return float((found[0] - found[1]).abs().max() / found[0].abs().max())
+
+
+def _some(names: list[str], most: int = 4) -> str:
+    more = f" and {len(names) - most} more" if len(names) > most else ""
+    return ", ".join(names[:most]) + more
