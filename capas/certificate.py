@@ -14,13 +14,17 @@ _MAX_DIFFERENCE = 1e-5  # of the largest logit
 
 
 def fingerprint(model: torch.nn.Module) -> str:
-    """sha256 of all weights but those of LoRA, quantized ones as they are stored."""
+    """sha256 of all weights but those of LoRA, quantized ones as they are stored.
+
+    Floats count by their value: bitsandbytes casts the biases of 4-bit layers in their first forward pass.
+    """
     digest = hashlib.sha256()
     for name, value in sorted(model.state_dict().items()):
         if "lora_" not in name and torch.is_tensor(value):
-            digest.update(f"{name} {value.dtype} {tuple(value.shape)}".encode())
-            stored = value.detach().cpu().contiguous().view(-1).view(torch.uint8)
-            digest.update(stored.numpy().data)
+            kept = value.detach().cpu()
+            kept = kept.float() if kept.is_floating_point() else kept
+            digest.update(f"{name} {tuple(kept.shape)}".encode())
+            digest.update(kept.contiguous().view(-1).view(torch.uint8).numpy().data)
     return digest.hexdigest()
 
 
