@@ -25,24 +25,38 @@ def make_example(record: dict[str, Any]) -> Example:
 
 
 class Collator:
-    """Pads a batch on the right. Padding is masked by position, so the pad token may be the end token."""
+    """Pads a batch on the right. Padding is masked by position, so the pad token may be the end token.
 
-    def __init__(self, pad_token_id: int) -> None:
-        self.pad_token_id = pad_token_id
+    Rows of several records (`capas.packing`) have no mask: transformers sees by their positions where a
+    record begins, and padding is one more record.
+
+    Args:
+        pad_token_id: what stands in the padding; nothing depends on it.
+        flatten: put packed rows behind each other into one, as flash attention takes them.
+    """
+
+    def __init__(self, pad_token_id: int, flatten: bool = False) -> None:
+        self.pad_token_id, self.flatten = pad_token_id, flatten
 
     def __call__(self, examples: list[Example]) -> dict[str, torch.Tensor]:
-        """Returns input_ids, attention_mask and labels, all [batch, longest]."""
+        """Returns input_ids, labels, and attention_mask or position_ids: all [batch, longest]."""
+        packed = "position_ids" in examples[0]
+        names = ("input_ids", "labels", *(["position_ids"] if packed else []))
+        if packed and self.flatten:
+            return {name: torch.cat([e[name] for e in examples])[None] for name in names}
         shape = len(examples), max(len(example["input_ids"]) for example in examples)
-        batch = {
-            "input_ids": torch.full(shape, self.pad_token_id),
-            "attention_mask": torch.zeros(shape, dtype=torch.long),
-            "labels": torch.full(shape, IGNORE_INDEX),
-        }
+        fill = {"input_ids": self.pad_token_id, "labels": IGNORE_INDEX}
+        batch = {name: torch.full(shape, fill.get(name, 0)) for name in names}
+        if not packed:
+            batch["attention_mask"] = torch.zeros(shape, dtype=torch.long)
         for row, example in enumerate(examples):
             length = len(example["input_ids"])
-            batch["input_ids"][row, :length] = example["input_ids"]
-            batch["attention_mask"][row, :length] = 1
-            batch["labels"][row, :length] = example["labels"]
+            for name in names:
+                batch[name][row, :length] = example[name]
+            if packed:
+                batch["position_ids"][row, length:] = torch.arange(shape[1] - length)
+            else:
+                batch["attention_mask"][row, :length] = 1
         return batch
 
 

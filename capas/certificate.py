@@ -87,8 +87,8 @@ def _difference(model: Any, folder: Path, batch: dict[str, torch.Tensor]) -> flo
         model.set_adapter(name)
         with torch.inference_mode():
             found.append(model(**inputs).logits.float())
-    model.delete_adapter("saved")
     model.set_adapter("default")
+    model.delete_adapter("saved")
     model.train(was_training)
     return float((found[0] - found[1]).abs().max() / found[0].abs().max())
 

@@ -146,10 +146,11 @@ class Lora(Group):
     bias: Literal["none", "all", "lora_only"]
     use_rslora: bool
     use_dora: bool
+    init_lora_weights: Literal[True] | Literal["gaussian", "orthogonal"]
 
 
 class Trainer(Group):
-    """`transformers.TrainingArguments`; early_stopping_* and divergence_factor are capas' own."""
+    """`transformers.TrainingArguments`; those from packing_length on are capas' own."""
 
     learning_rate: Annotated[float, Field(gt=0, lt=1)]
     lr_scheduler_type: Literal[
@@ -184,12 +185,14 @@ class Trainer(Group):
     ]  # the last may be half-written when a run is killed
     load_best_model_at_end: bool
     metric_for_best_model: Literal["loss", "token_accuracy"]
-    early_stopping_patience: Count | None
-    early_stopping_threshold: Annotated[float, Field(ge=0)]
-    divergence_factor: Annotated[float, Field(gt=1)] | None
     seed: Seed
     data_seed: Seed
     full_determinism: bool
+    packing_length: Annotated[int, Field(ge=8)] | None
+    loraplus_lr_ratio: Annotated[float, Field(ge=1)] | None
+    early_stopping_patience: Count | None
+    early_stopping_threshold: Annotated[float, Field(ge=0)]
+    divergence_factor: Annotated[float, Field(gt=1)] | None
 
 
 class Gate(BaseModel):
@@ -401,6 +404,16 @@ RULES = (
         ("quantization.load_in_4bit", "quantization.load_in_8bit"),
         lambda four, eight: not (four and eight),
         "one of the two at most: choose quantization=nf4, fp4, int8 or none",
+    ),
+    Rule(
+        ("lora.init_lora_weights", "lora.r"),
+        lambda init, r: init != "orthogonal" or r % 2 == 0,
+        "an even lora.r: orthogonal draws A and B in pairs of rows",
+    ),
+    Rule(
+        ("lora.init_lora_weights", "quantization.load_in_4bit", "quantization.load_in_8bit"),
+        lambda init, four, eight: init != "orthogonal" or not (four or eight),
+        "true or gaussian: PEFT gives orthogonal matrices the type of the base's weights, here integers",
     ),
     Rule(
         ("trainer.bf16", "trainer.fp16"),

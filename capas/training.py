@@ -17,6 +17,7 @@ from typing import Any
 
 import torch
 import transformers
+from peft.optimizers import create_loraplus_optimizer
 from transformers import (
     EvalPrediction,
     TrainerCallback,
@@ -41,14 +42,21 @@ class Trainer(transformers.Trainer):
     Args:
         divergence_factor: a mean loss between two rows of the log that is larger than so many times the first
             one stops the training; None: only a loss that is no number does.
+        loraplus_lr_ratio: learning rate of LoRA's B over that of A; None: the same.
         kwargs: of transformers.Trainer.
     """
 
-    def __init__(self, divergence_factor: float | None = None, **kwargs: Any) -> None:
+    def __init__(
+        self,
+        divergence_factor: float | None = None,
+        loraplus_lr_ratio: float | None = None,
+        **kwargs: Any,
+    ) -> None:
         self._collate = kwargs.pop("data_collator")
         super().__init__(data_collator=self._named, **kwargs)
-        self._divergence_factor = divergence_factor
+        self._divergence_factor, self._loraplus_lr_ratio = divergence_factor, loraplus_lr_ratio
         self._record_ids: list[str] = []
+        self._num_tokens = 0
         self._seen = torch.zeros(2, dtype=torch.long, device=self.args.device)
         for callback in (PrinterCallback, ProgressCallback):
             self.remove_callback(callback)
@@ -73,19 +81,23 @@ class Trainer(transformers.Trainer):
         return result
 
     def _named(self, examples: list[Example]) -> dict[str, Any]:
-        return {**self._collate(examples), "record_ids": [example["id"] for example in examples]}
+        """The batch with its records' ids, and its number of tokens without padding."""
+        ids = [name for e in examples for name in (e["ids"] if "ids" in e else [e["id"]])]
+        num_tokens = sum(len(example["input_ids"]) for example in examples)
+        return {**self._collate(examples), "record_ids": ids, "num_tokens": num_tokens}
 
     def _prepare_inputs(self, inputs: dict[str, Any]) -> dict[str, Any]:
         prepared: dict[str, Any] = super()._prepare_inputs(inputs)
         self._record_ids = prepared.pop("record_ids", [])
+        self._num_tokens = prepared.pop("num_tokens", 0)
         return prepared
 
     def training_step(
         self, model: Any, inputs: dict[str, Any], *args: Any, **kwargs: Any
     ) -> torch.Tensor:
-        self._seen[0] += inputs["attention_mask"].sum()
-        self._seen[1] += (inputs["labels"][:, 1:] != IGNORE_INDEX).sum()
         loss = super().training_step(model, inputs, *args, **kwargs)
+        self._seen[0] += self._num_tokens
+        self._seen[1] += (inputs["labels"][:, 1:] != IGNORE_INDEX).sum()
         if not torch.isfinite(loss):
             raise CapasError(
                 f"the loss is {loss.item()} at step {self.state.global_step + 1}, in the batch of the "
@@ -104,6 +116,21 @@ class Trainer(transformers.Trainer):
                 f"smaller trainer.learning_rate than {self.args.learning_rate:g}, more warmup_steps, or a "
                 "smaller max_grad_norm; trainer.divergence_factor=null lets it go on."
             )
+
+    def create_optimizer(self, model: Any = None) -> torch.optim.Optimizer:
+        """With a learning rate of its own for B, as LoRA+ has it (Hayou et al. 2024)."""
+        if getattr(self, "optimizer", None) is None and self._loraplus_lr_ratio is not None:
+            trained = self.model if model is None else model
+            optimizer_cls, kwargs = self.get_optimizer_cls_and_kwargs(self.args, trained)
+            self.optimizer = create_loraplus_optimizer(
+                trained,
+                optimizer_cls,
+                loraplus_lr_ratio=self._loraplus_lr_ratio,
+                loraplus_weight_decay=self.args.weight_decay,
+                **kwargs,
+            )
+        optimizer: torch.optim.Optimizer = super().create_optimizer(model)
+        return optimizer
 
     def floating_point_ops(self, inputs: dict[str, Any]) -> int:
         """Not counted: Trainer walks over all modules for it, at every step."""

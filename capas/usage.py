@@ -75,6 +75,7 @@ def check(used: dict[str, Any], params: Params) -> None:
         "optimizer_fused": settings.optim.endswith("_fused"),
         "optimizer_paged": settings.optim.startswith("paged_"),
         "optimizer_bits": 8 if "8bit" in settings.optim else 32,
+        "loraplus_lr_ratio": settings.loraplus_lr_ratio or 1.0,
         "lr_scheduler_type": settings.lr_scheduler_type,
         "gradient_checkpointing": settings.gradient_checkpointing,
         "mixed_precision": mixed[0] if mixed else "no",
@@ -135,12 +136,16 @@ def _gradient_norm(model: Any, batch: dict[str, torch.Tensor]) -> float:
 
 def _describe_optimizer(optimizer: Any) -> dict[str, Any]:
     inner = getattr(optimizer, "optimizer", optimizer)  # accelerate wraps it
+    rates = [
+        group.get("initial_lr", group["lr"]) for group in inner.param_groups if group["params"]
+    ]
     states = [v for state in inner.state.values() for v in state.values() if torch.is_tensor(v)]
     return {
         "optimizer": f"{type(inner).__module__}.{type(inner).__name__}",
         "optimizer_fused": bool(inner.defaults.get("fused")),
         "optimizer_paged": bool(getattr(inner, "is_paged", False)),
         "optimizer_bits": inner.args.optim_bits if hasattr(inner, "args") else 32,
+        "loraplus_lr_ratio": round(max(rates) / min(rates), 6),
         "optimizer_state_dtypes": sorted({_dtype(v.dtype) for v in states if v.numel() > 1}),
     }
 

@@ -25,19 +25,19 @@ from capas.dag import recorded
 from capas.errors import CapasError
 from capas.facts import read_json, write_csv, write_json
 from capas.params import Params
-from capas.stage import Stage, run
+from capas.stage import Stage, log, run
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, TrainingArguments
 
+    from capas.batches import Collator, Example
     from capas.training import Trainer
 
 FORMATTED, QUANTIZED, TOKENIZER = "data/formatted", "data/models/quantized", "data/models/tokenizer"
-OWN = (
-    "early_stopping_patience",
-    "early_stopping_threshold",
-    "divergence_factor",
-)  # no arguments of Trainer
+OWN = (  # no arguments of transformers.Trainer
+    *("packing_length", "loraplus_lr_ratio"),
+    *("early_stopping_patience", "early_stopping_threshold", "divergence_factor"),
+)
 HISTORY = ("step", "epoch", "loss", "learning_rate", "grad_norm")
 HEADLINE = ("num_steps", "train_loss", "validation_loss", "validation_token_accuracy")
 VALIDATION = ("step", "epoch", "loss", "token_accuracy")
@@ -52,20 +52,23 @@ def main(params: Params, stage: Stage) -> None:
     chat = read_json(stage.dep(FORMATTED) / "chat.json")
     train = read_examples(stage.dep(FORMATTED) / "train.parquet")
     validation = read_examples(stage.dep(FORMATTED) / "validation.parquet")
-    collator = Collator(chat["pad_token_id"])
+    flatten = params.model.attn_implementation == "flash_attention_2"
+    collator = Collator(chat["pad_token_id"], flatten)
     base = load_model(stage.dep(QUANTIZED), params.model, device)
     check_lengths(base, [len(example["input_ids"]) for example in [*train, *validation]])
     model = add_lora(base, params)
     base_sha256 = certificate.fingerprint(model)
+    packed, packing_facts = pack(model, train, collator, params)
     gradient_check = usage.check_gradients(model, collator(validation[:2]))
 
     checkpoints = stage.checkpoints()
     checkpoint = training.last_checkpoint(checkpoints, resume=not stage.debug)
     trainer = training.Trainer(
         divergence_factor=params.trainer.divergence_factor,
+        loraplus_lr_ratio=params.trainer.loraplus_lr_ratio,
         model=model,
         args=training_arguments(params, checkpoints, resumed=checkpoint is not None),
-        train_dataset=train,
+        train_dataset=packed,
         eval_dataset=validation,
         data_collator=collator,
         preprocess_logits_for_metrics=training.score_batch,
@@ -78,7 +81,8 @@ def main(params: Params, stage: Stage) -> None:
         trainer.add_callback(training.LiveRows(rows.append))
         trainer.train(resume_from_checkpoint=str(checkpoint) if checkpoint else None)
 
-    facts = {"train_key": stage.key(), **summary(trainer), "used": usage.describe(trainer)}
+    facts = {"train_key": stage.key(), **summary(trainer), "packing": packing_facts}
+    facts["used"] = usage.describe(trainer)
     write_json(stage.out("reports/train.json"), facts | {"gradient_check": gradient_check})
     write_json(stage.out("reports/metrics/train.json"), {name: facts[name] for name in HEADLINE})
     write_curves(trainer.state.log_history, stage)
@@ -138,6 +142,28 @@ def check_target_modules(base: "PreTrainedModel", target_modules: list[str] | st
         raise CapasError(
             f"lora.target_modules: no layer is called {', '.join(unknown)}; there are: {', '.join(known)}"
         )
+
+
+def pack(
+    model: Any, train: list["Example"], collator: "Collator", params: Params
+) -> tuple[list["Example"], dict[str, Any] | None]:
+    """The rows to train on, and what packing made of the records; None where a row is a record."""
+    from capas import packing
+
+    capacity = params.trainer.packing_length
+    if capacity is None:
+        return train, None
+    rows = packing.pack(train, capacity)
+    num_rows = min(2, params.trainer.per_device_train_batch_size)
+    difference = packing.check_isolation(model, train, rows, collator, num_rows)
+    num_tokens = sum(len(example["input_ids"]) for example in train)
+    log.info("%d records packed into %d rows of %d tokens", len(train), len(rows), capacity)
+    return rows, {
+        "num_records": len(train),
+        "num_rows": len(rows),
+        "filled_fraction": num_tokens / (len(rows) * capacity),
+        "isolation_difference": difference,
+    }
 
 
 def early_stopping(trainer: Params) -> Any:

@@ -202,6 +202,34 @@ def test_dora_trains_and_its_adapter_is_found_again(tmp_path: Path) -> None:
     assert any("lora_magnitude" in name for name, _ in tuned.named_parameters())
 
 
+@pytest.mark.parametrize("kind", ["gaussian", "orthogonal"])
+def test_other_initial_values_change_nothing_at_first(tmp_path: Path, kind: str) -> None:
+    root = train(tmp_path, f"lora.init_lora_weights={kind}", "trainer.max_steps=2")
+    params, ids = read_params("train", root), torch.arange(40).view(2, 20)
+    base = load_model(root / "data/models/base", params.model, CPU)
+    with torch.inference_mode():
+        before = base(ids).logits
+        untrained = train_lora.add_lora(base, params).eval()
+        torch.testing.assert_close(untrained(ids).logits, before)
+
+
+@pytest.mark.parametrize("optim", ["adamw_torch", "adamw_8bit", "sgd"])
+def test_b_learns_faster_than_a(tmp_path: Path, optim: str) -> None:
+    common = (f"trainer.optim={optim}", "trainer.max_steps=2")
+    plain = train(tmp_path / "plain", *common)
+    faster = train(tmp_path / "faster", *common, "trainer.loraplus_lr_ratio=16")
+    ratios = [
+        read_json(r / "reports/train.json")["used"]["loraplus_lr_ratio"] for r in (plain, faster)
+    ]
+    assert ratios == [1.0, 16.0]
+    moved = [
+        sum(w.norm() for name, w in load_file(r / ADAPTER).items() if "lora_B" in name)
+        for r in (plain, faster)
+    ]
+    assert moved[1] > 4 * moved[0]
+    assert history(faster)[0]["learning_rate"] == history(plain)[0]["learning_rate"]
+
+
 def test_a_record_beyond_the_models_positions_is_refused() -> None:
     check_lengths(make_model(), [3, 512])
     with pytest.raises(CapasError, match="513 tokens, and the model has positions for 512"):
@@ -230,6 +258,7 @@ USED = {
     "optimizer_fused": False,
     "optimizer_paged": False,
     "optimizer_bits": 8,
+    "loraplus_lr_ratio": 1.0,
     "lr_scheduler_type": "linear",
     "gradient_checkpointing": False,
     "accelerate": {"mixed_precision": "no", "num_gpus_in_process": 0},
