@@ -21,13 +21,14 @@ from typing import TYPE_CHECKING, Any
 
 from tokenizers import Tokenizer
 
-from capas import hardware, metrics
+from capas import hardware
 from capas.chat.format import ChatFormat
 from capas.chat.messages import TEXT
 from capas.chat.template import Template, TemplateRefusal, place_system
 from capas.chat.tokenizer import TokenizerFiles
 from capas.errors import CapasError
 from capas.facts import read_json, write_csv, write_json
+from capas.metrics.answers import exact_match
 from capas.params import Params
 from capas.prompts import Prompt, first_system_message, held_out_prompts, own_prompts
 from capas.records import FORMATTED, RAW, read_records
@@ -251,7 +252,7 @@ def summarize(rows: list[Row], wrong_rows: list[Row], place: Row, generation: Pa
     def scores(chosen: list[Row]) -> Row:
         asked = [row for row in chosen if row["reference"] is not None]
         answers = [(text, row["reference"]) for row in asked for text in row["completions"]]
-        right = [metrics.exact_match(*answer) for answer in answers]
+        right = [exact_match(*answer) for answer in answers]
         return {
             "distinct_completion_rate": sum(row["num_distinct"] / count for row in chosen)
             / len(chosen),

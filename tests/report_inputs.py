@@ -97,8 +97,8 @@ def _md5(path: str) -> str:
 
 def _environment() -> str:
     packages = (
-        "accelerate bitsandbytes datasets jinja2 matplotlib numpy peft pyarrow safetensors "
-        "tokenizers torch transformers"
+        "accelerate bitsandbytes datasets jinja2 matplotlib numpy peft pyarrow rouge-score sacrebleu "
+        "safetensors tokenizers torch transformers"
     )
     return yaml.safe_dump(dict.fromkeys(packages.split(), "1.2.3"))
 

@@ -88,6 +88,9 @@ def test_loss_alone_generates_nothing(tmp_path: Path) -> None:
     run_stage("evaluate_base", partial(evaluate_model.main, "base"), root)
     facts = read_json(root / "reports/evaluation_base.json")
     assert facts["loss"] > 0
-    assert [facts[name] for name in ("exact_match", "valid_json", "stop_rate", "empty_rate")] == [
-        None
-    ] * 4
+    assert (facts["stop_rate"], facts["empty_rate"]) == (None, None)
+    assert not {"exact_match", "valid_json"} & set(facts)
+    assert read_json(root / "reports/metrics/base.json")["base"]["exact_match"] is None
+    rows = pq.read_table(root / "reports/predictions_base.parquet")
+    assert rows["completion"].null_count == rows["stopped"].null_count == len(rows) == 10
+    assert not {"exact_match", "valid_json"} & set(rows.column_names)

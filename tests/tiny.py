@@ -136,6 +136,7 @@ def _write_data(root: Path) -> None:
         (REPOSITORY / f"conf/chat_template/{name}.jinja").read_text()
         for name in ("chatml", "llama3")
     )
+    (composed / "metrics.json").write_text('{"sources": {}}')
     (composed / "prompts.json").write_text('{"prompts": null}')
     (composed / "wrong_chat_template.jinja").write_text(wrong)
     for folder in (composed, formatted):
