@@ -95,6 +95,7 @@ def metrics(stage: Stage) -> dict[str, float]:
         "base": _scores(base, names),
         "tuned": _scores(evaluation["tuned"], names),
         "difference": evaluation["difference"],
+        "general": evaluation["general"],
         "data": read_json(stage.dep("reports/format.json"))["splits"],
         "quantization": read_json(stage.dep("reports/quantization.json")),
         "training": read_json(stage.dep("reports/train.json")),

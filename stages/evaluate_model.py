@@ -5,7 +5,7 @@
 
 Reads   data/formatted (test), data/models/quantized, data/models/tokenizer, data/composed/metrics.json;
         base: data/models/base; tuned: data/models/adapter, reports/evaluation_base.json,
-        reports/predictions_base.parquet
+        reports/predictions_base.parquet, data/general
 Writes  base: reports/evaluation_base.json, reports/predictions_base.parquet
         tuned: reports/evaluation.json, reports/predictions.parquet, reports/before_after.csv
 Params  evaluation (base: the keys that score one model), hardware, model.attn_implementation,
@@ -24,9 +24,11 @@ from typing import TYPE_CHECKING, Any, Literal
 import pyarrow as pa
 
 from capas import gate, hardware
+from capas.chat.recorded import recorded_format
 from capas.errors import CapasError
 from capas.facts import read_json, write_csv, write_json
 from capas.metrics import comparison
+from capas.metrics.general import format_questions
 from capas.metrics.names import BINARY, headline
 from capas.metrics.scorer import Scorer
 from capas.params import Params
@@ -34,17 +36,16 @@ from capas.records import FORMATTED, evenly_spaced, read_records, write_records
 from capas.stage import Stage, log, run
 
 if TYPE_CHECKING:
+    from peft import PeftModel
     from tokenizers import Tokenizer
     from torch import nn
 
 Row = dict[str, Any]
 DATA, TOKENIZER, METRICS = "data/formatted", "data/models/tokenizer", "data/composed/metrics.json"
+GENERAL = "data/general/records.jsonl"
 BASE, QUANTIZED, ADAPTER = "data/models/base", "data/models/quantized", "data/models/adapter"
 GROUPS = ("kind", "language", "function", "turns")  # keys of metadata that scores are given by
-RATES = {
-    "stopped": "stop_rate",
-    "empty": "empty_rate",
-}  # column of predictions -> key of the reports
+RATES = {"stopped": "stop_rate", "empty": "empty_rate"}  # of predictions -> of the reports
 
 
 def main(which: Literal["base", "tuned"], params: Params, stage: Stage) -> None:
@@ -56,7 +57,7 @@ def main(which: Literal["base", "tuned"], params: Params, stage: Stage) -> None:
         params.evaluation.max_records,
     )
     scorer = Scorer(params.evaluation.metrics, stage.dep(METRICS))
-    names, schema = scorer.names, predictions_schema(scorer.names)
+    names = scorer.names
     records = ask(records, scorer, stage) if names else records
     model = load_model(stage.dep(QUANTIZED), params.model, device)
     if which == "tuned":
@@ -79,23 +80,10 @@ def main(which: Literal["base", "tuned"], params: Params, stage: Stage) -> None:
         write_json(stage.out("reports/evaluation_base.json"), facts)
         # In a name of their own, so that `dvc exp show` calls the tuned model's `loss` and not FILE:loss.
         write_json(stage.out("reports/metrics/base.json"), {"base": side_by_side(facts, names)})
+        schema = predictions_schema(names)
         write_records(stage.out("reports/predictions_base.parquet"), schema, rows)
     else:
-        before = list(read_records(stage.dep("reports/predictions_base.parquet"), schema))
-        base = read_json(stage.dep("reports/evaluation_base.json"))
-        report = compare(before, rows, facts, names, params)
-        for name, found in report["difference"].items():
-            log.info("%s", in_words(name, found))
-        report["gate"] = gate.judge(base, report, params.evaluation.gate)
-        log.info("gate %s", gate.verdict(report["gate"]))
-        write_json(stage.out("reports/evaluation.json"), report)
-        write_json(
-            stage.out("reports/metrics/tuned.json"), side_by_side(facts, names) | gains(report)
-        )
-        write_records(stage.out("reports/predictions.parquet"), schema, rows)
-        bars = before_after({"base": base, "tuned": facts}, headline(names))
-        columns = ("kind", "model", "bar", "metric", "score")
-        write_csv(stage.out("reports/before_after.csv"), columns, bars)
+        report_difference(model, rows, facts, names, params, stage)
 
 
 def predictions_schema(names: list[str]) -> pa.Schema:
@@ -129,9 +117,7 @@ def score(model: "nn.Module", records: list[Row], params: Params, stage: Stage) 
     found = score_examples(model, examples, collator, params.evaluation.batch_size).tolist()
     for record, (loss, _, _) in zip(records, found, strict=True):
         if not math.isfinite(loss):
-            raise CapasError(
-                f"the loss of test record {record['id']} is {loss}: the model is broken"
-            )
+            raise CapasError(f"the loss of record {record['id']} is {loss}: the model is broken")
     return [
         {
             **{name: record[name] for name in ("id", "metadata", "reference")},
@@ -239,10 +225,38 @@ def by_group(rows: list[Row], group: str, names: list[str]) -> dict[str, Any]:
     }
 
 
+def report_difference(
+    model: "PeftModel",
+    rows: list[Row],
+    facts: dict[str, Any],
+    names: list[str],
+    params: Params,
+    stage: Stage,
+) -> None:
+    """Write what the tuned model gained over the base, what it forgot, and whether it passes the gate."""
+    schema = predictions_schema(names)
+    before = list(read_records(stage.dep("reports/predictions_base.parquet"), schema))
+    base = read_json(stage.dep("reports/evaluation_base.json"))
+    report = compare(before, rows, facts, names, params)
+    report["general"] = ask_generally(model, params, stage)
+    report["gate"] = gate.judge(base, report, params.evaluation.gate)
+    changes = {**report["difference"], "loss on general questions": report["general"]["difference"]}
+    for name, change in changes.items():
+        log.info("%s", in_words(name, change))
+    log.info("gate %s", gate.verdict(report["gate"]))
+    write_json(stage.out("reports/evaluation.json"), report)
+    flat = side_by_side(facts, names) | gains(report)
+    write_json(stage.out("reports/metrics/tuned.json"), flat)
+    write_records(stage.out("reports/predictions.parquet"), schema, rows)
+    bars = before_after({"base": base, "tuned": facts}, headline(names))
+    columns = ("kind", "model", "bar", "metric", "score")
+    write_csv(stage.out("reports/before_after.csv"), columns, bars)
+
+
 def compare(
     before: list[Row], after: list[Row], tuned: dict[str, Any], names: list[str], params: Params
 ) -> dict[str, Any]:
-    """The tuned model's scores and what it gained: interval, verdict, records that would show as much.
+    """The tuned model's scores, and what it gained: interval, verdict, records that would show as much.
 
     `shares` are the metrics whose scores all lie between 0 and 1; those of an own function may not.
 
@@ -254,36 +268,53 @@ def compare(
             "reports/predictions_base.parquet holds other records; run `dvc repro evaluate_base`"
         )
 
-    def difference(column: str, weights: list[int], higher_is_better: bool) -> dict[str, Any]:
-        base, ours = ([float(row[column]) for row in rows] for rows in (before, after))
-        confidence = params.evaluation.confidence_fraction
-        interval = comparison.paired_difference(
-            base,
-            ours,
-            weights,
-            resamples=params.evaluation.bootstrap_resamples,
-            confidence_fraction=confidence,
-            seed=params.evaluation.seed,
-        )
-        return {
-            **interval,
-            "verdict": comparison.verdict(interval, higher_is_better),
-            "num_records_needed": comparison.records_needed(
-                base, ours, weights, confidence_fraction=confidence
-            ),
-        }
-
-    tokens = [row["num_supervised_tokens"] for row in after]
-    found = {name: difference(name, [1] * len(after), True) for name in names}
+    columns = [*names, "loss"]
     return {
         "tuned": tuned,
-        "difference": found | {"loss": difference("loss", tokens, False)},
+        "difference": {name: difference(before, after, name, params) for name in columns},
         "metrics": names,
         "shares": [n for n in names if all(0 <= row[n] <= 1 for row in (*before, *after))],
         "confidence_fraction": params.evaluation.confidence_fraction,
         "power_fraction": comparison.POWER_FRACTION,
         "bootstrap_resamples": params.evaluation.bootstrap_resamples,
     }
+
+
+def difference(before: list[Row], after: list[Row], column: str, params: Params) -> dict[str, Any]:
+    """Of a column's means: over tokens for the loss, of which less is better, over records for the rest."""
+    is_loss = column == "loss"
+    weights = [row["num_supervised_tokens"] if is_loss else 1 for row in after]
+    scores = [[float(row[column]) for row in rows] for rows in (before, after)]
+    confidence = params.evaluation.confidence_fraction
+    interval = comparison.paired_difference(
+        scores[0],
+        scores[1],
+        weights,
+        resamples=params.evaluation.bootstrap_resamples,
+        confidence_fraction=confidence,
+        seed=params.evaluation.seed,
+    )
+    needed = comparison.records_needed(
+        scores[0], scores[1], weights, confidence_fraction=confidence
+    )
+    verdict = comparison.verdict(interval, higher_is_better=not is_loss)
+    return {**interval, "verdict": verdict, "num_records_needed": needed}
+
+
+def ask_generally(model: "PeftModel", params: Params, stage: Stage) -> dict[str, Any]:
+    """The loss on general questions without the adapter and with it: what the model forgot."""
+    chat = recorded_format(stage.dep(DATA), stage.dep(TOKENIZER))
+    records = format_questions(stage.dep(GENERAL), chat)
+    with model.disable_adapter():
+        before = score(model, records, params, stage)
+    after = score(model, records, params, stage)
+    losses = {
+        which: {name: facts[name] for name in ("loss", "perplexity")}
+        for which, rows in (("base", before), ("tuned", after))
+        for facts in [summarize(rows, [])]
+    }
+    change = difference(before, after, "loss", params)
+    return {"num_records": len(records), **losses, "difference": change}
 
 
 def in_words(name: str, found: dict[str, Any]) -> str:

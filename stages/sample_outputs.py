@@ -22,8 +22,8 @@ from typing import TYPE_CHECKING, Any
 from tokenizers import Tokenizer
 
 from capas import hardware
-from capas.chat.format import ChatFormat
 from capas.chat.messages import TEXT
+from capas.chat.recorded import recorded_format
 from capas.chat.template import Template, TemplateRefusal, place_system
 from capas.chat.tokenizer import TokenizerFiles
 from capas.errors import CapasError
@@ -48,7 +48,7 @@ def main(params: Params, stage: Stage) -> None:
     device = hardware.prepare(params.hardware)  # before torch is imported
     from capas.model import attach_adapter, load_model
 
-    right = load_format(params, stage)
+    right = recorded_format(stage.dep(DATA), stage.dep(TOKENIZER))
     prompts = choose_prompts(params.generation, stage)
     base = load_model(stage.dep("data/models/quantized"), params.model, device)
     model = attach_adapter(base, stage.dep("data/models/adapter"))
@@ -169,25 +169,6 @@ class Models:
     def _decode(self, ids: list[int]) -> str:
         text: str = self.tokenizer.decode(ids, skip_special_tokens=False)
         return text
-
-
-def load_format(params: Params, stage: Stage) -> ChatFormat:
-    """The template of this run.
-
-    Raises:
-        CapasError: template and tokenizer encode other ids now than when the records were formatted.
-    """
-    text = (stage.dep(DATA) / "chat_template.jinja").read_text(encoding="utf-8")
-    chat = read_chat(stage)
-    chat_format = ChatFormat.load(
-        text, stage.dep(TOKENIZER), chat["date_string"], chat["system"], chat["allowed_tokens"]
-    )
-    if chat_format.probes_sha256() != chat["probes_sha256"]:
-        raise CapasError(
-            f"{DATA}/chat_template.jinja and {TOKENIZER} do not encode as they did for {DATA}: the "
-            "model would be asked in another format than it was trained in. Run `dvc repro`."
-        )
-    return chat_format
 
 
 def choose_prompts(generation: Params, stage: Stage) -> list[Prompt]:

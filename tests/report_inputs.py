@@ -251,6 +251,9 @@ def _reports(root: Path, params: dict[str, Any]) -> None:
     evaluation: dict[str, Any] = {"tuned": _scores(0.5, 0.2, metrics), "difference": difference}
     evaluation |= {"metrics": names, "shares": [name for name in metrics if ":" not in name]}
     evaluation |= {"confidence_fraction": 0.95, "power_fraction": 0.8, "bootstrap_resamples": 2000}
+    change = {"mean": 0.7, "low": 0.6, "high": 0.8, "verdict": "worse", "num_records_needed": 3}
+    losses = {w: {"loss": n, "perplexity": 9.0} for w, n in (("base", 5.1), ("tuned", 5.8))}
+    evaluation["general"] = {"num_records": 40, **losses, "difference": change}
     evaluation["gate"] = gate.judge(base, evaluation, params["evaluation"]["gate"])
     _json(reports / "evaluation.json", evaluation)
     rows = [(k, m, names[0], s) for k in KINDS for m, s in (("base", 0), ("tuned", 0.5)) if names]

@@ -74,6 +74,7 @@ FILES: dict[str, list[str]] = {
     "data/embedded/config.json": ["fetch_model"],
     "data/embedded/generation_config.json": ["fetch_model"],
     "data/embedded/model.safetensors": ["fetch_model"],
+    "data/general/records.jsonl": ["evaluate"],
     "data/own": ["compose", "fetch"],
     "data/raw": ["tokenize", "sample", "report", "publish"],
     "data/models/tokenizer": ["tokenize", "format", *READ_MODEL, "report"],

@@ -172,6 +172,12 @@ def test_every_metric_has_its_difference_its_verdict_and_the_records_it_needs(
     assert f'<tr><th scope="row">Loss on expected answers</th>{loss}' in pages["en"]
 
 
+def test_what_was_forgotten_is_told_in_each_language(pages: dict[str, str]) -> None:
+    row = "<td>5.100</td><td>5.800</td><td>+0.700</td><td>+0.600 … +0.800</td><td>worse</td></tr>"
+    assert row in pages["en"] and "What it forgot" in pages["en"]
+    assert row.replace(".", ",").replace("worse", "peor") in pages["es"]
+
+
 def test_graded_answers_are_shown_from_the_lowest(page_with: Callable[..., str]) -> None:
     page = page_with("evaluation=text")
     text = " ".join(re.sub(r"<[^>]+>", " ", page).split())

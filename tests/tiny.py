@@ -95,6 +95,8 @@ def write_workspace(root: Path, overrides: Iterable[str] = (), quantized: str = 
     link_code(root)
     with composer(REPOSITORY / "conf") as compose:
         (root / "params.yaml").write_text(dump(compose([*SHRUNK, "quantization=none", *overrides])))
+    (root / "data").mkdir(exist_ok=True)
+    (root / "data/general").symlink_to(REPOSITORY / "data/general")
     write_tokenizer(root / "data/models/tokenizer")
     make_model().save_pretrained(root / "data/models/base")
     shutil.copytree(root / "data/models" / quantized, root / "data/models/quantized")

@@ -76,6 +76,7 @@ def scores(base: Row, evaluation: Row) -> dict[str, Any]:
         "power": evaluation["power_fraction"],
         "resamples": evaluation["bootstrap_resamples"],
         "generated": bool(metrics),
+        "general": evaluation["general"],
         "gate": evaluation["gate"],
     }
 
