@@ -44,7 +44,7 @@ def scores(seed: str) -> dict[str, float]:
     """Exact match of each kind of test record, and the scores of all of them."""
     commit = run("git", "for-each-ref", "--format=%(objectname)", f"refs/exps/**/{name(seed)}")
     rows = csv.DictReader(io.StringIO(run("git", "show", f"{commit}:reports/before_after.csv")))
-    kinds = {f"exact_match {r['kind']}": float(r["exact_match"]) for r in rows if is_tuned(r)}
+    kinds = {f"exact_match {r['kind']}": float(r["score"]) for r in rows if is_tuned(r)}
     tuned = json.loads(run("git", "show", f"{commit}:reports/metrics/tuned.json"))
     return kinds | {score: tuned[score] for score in SCORES}
 

@@ -8,7 +8,7 @@ from capas import gate
 
 LOADING = "## How to load it"
 _GROUPS = ("lora", "quantization", "trainer")
-_SCORES = ("exact_match", "valid_json", "loss", "perplexity", "token_accuracy", "stop_rate")
+_SCORES = ("loss", "perplexity", "token_accuracy", "stop_rate")  # after the chosen metrics
 
 
 def write_card(
@@ -87,7 +87,7 @@ def _scores(base: Mapping[str, Any], evaluation: Mapping[str, Any]) -> str:
     tuned, difference = evaluation["tuned"], evaluation["difference"]
     confidence = f"{evaluation['confidence_fraction']:.0%} interval"
     rows = ["| score | base | tuned | difference, " + confidence + " |", "|---|---|---|---|"]
-    for name in _SCORES:
+    for name in (*evaluation["metrics"], *_SCORES):
         if base.get(name) is None or tuned.get(name) is None:
             continue
         gain = difference.get(name)

@@ -13,6 +13,7 @@ from typing import Annotated, Any, Literal
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
 
 from capas.errors import CapasError
+from capas.metrics.names import OWN_FUNCTION, BuiltIn, names_clash
 from capas.params import flatten
 
 Count = Annotated[int, Field(gt=0)]
@@ -205,8 +206,11 @@ class Gate(BaseModel):
     max_quantization_loss: Annotated[float, Field(ge=0)] | None
 
 
+Metric = BuiltIn | Annotated[str, Field(pattern=OWN_FUNCTION)]
+
+
 class Evaluation(Group):
-    metrics: list[Literal["exact_match", "valid_json"]]
+    metrics: list[Metric]
     max_records: Count | None
     batch_size: Count
     max_new_tokens: Count
@@ -509,6 +513,11 @@ RULES = (
         ("generation.wrong_chat_template", "chat_template.preset"),
         lambda wrong, right: wrong != right,
         "another template than the right one, or null",
+    ),
+    Rule(
+        ("evaluation.metrics",),
+        lambda metrics: not names_clash(metrics),
+        "each name once, and a function of your own called like no metric and no column of the reports",
     ),
     Rule(
         ("trainer.load_best_model_at_end", "trainer.save_steps", "trainer.eval_steps"),

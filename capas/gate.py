@@ -3,7 +3,7 @@
 from collections.abc import Mapping
 from typing import Any
 
-_BETTER = {"exact_match": 1, "loss": -1}  # the first that was measured is the headline
+from capas.metrics.names import headline
 
 
 def judge(
@@ -13,13 +13,13 @@ def judge(
 
     Args:
         base: reports/evaluation_base.json.
-        evaluation: `tuned` and `difference` of reports/evaluation.json.
+        evaluation: `tuned`, `difference` and `metrics` of reports/evaluation.json.
         limits: `evaluation.gate`; None switches a check off.
 
     Returns:
         passed, checks, reasons. A check that is off, or whose value was not measured, has `passed` None.
     """
-    tuned, (gain, reason) = evaluation["tuned"], _gain(evaluation["difference"])
+    tuned, (gain, reason) = evaluation["tuned"], _gain(evaluation)
     checks = [
         gain,
         _check("stop_rate", tuned["stop_rate"], "min_stop_rate", limits),
@@ -42,10 +42,11 @@ def quantization_loss(base: Mapping[str, Any]) -> float | None:
     return None if whole is None else float(base["loss"] - whole["loss"])
 
 
-def _gain(difference: Mapping[str, Mapping[str, float]]) -> tuple[dict[str, Any], str]:
-    """An interval that includes zero, or lies on the wrong side of it, proves no gain."""
-    name = next(name for name in _BETTER if name in difference)
-    ends = [difference[name][end] * _BETTER[name] for end in ("low", "high")]
+def _gain(evaluation: Mapping[str, Any]) -> tuple[dict[str, Any], str]:
+    """Of the headline. An interval that includes zero, or lies on the wrong side of it, proves no gain."""
+    name = headline(evaluation["metrics"])
+    sign = -1 if name == "loss" else 1
+    ends = [evaluation["difference"][name][end] * sign for end in ("low", "high")]
     low, high = min(ends), max(ends)
     check = {"name": f"{name}_gain", "value": low, "limit": 0.0, "passed": low > 0}
     return check, f"no gain in {name} is proven: its interval is {low:.4g} to {high:.4g}"

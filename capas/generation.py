@@ -1,5 +1,7 @@
 """Completions of many prompts at once, equal to those of each prompt alone."""
 
+import logging
+import time
 from dataclasses import dataclass
 from typing import Any
 
@@ -15,6 +17,7 @@ from transformers import (
     TypicalLogitsWarper,
 )
 
+log = logging.getLogger("capas")
 _NEUTRAL = {
     "temperature": 1.0,
     "top_k": 0,
@@ -65,7 +68,8 @@ def complete(
     """`config.num_return_sequences` completions of every prompt, in the prompts' order.
 
     Prompts of similar length share a batch. They are padded on the left, so that all of them end where the
-    model goes on; padding is masked by position.
+    model goes on; padding is masked by position. The longest come first: what does not fit into memory fails
+    at once, and the time that is told after the first batch is rather too long than too short.
 
     Args:
         prompts: [prompts][tokens], ids.
@@ -73,11 +77,20 @@ def complete(
     _forget_defaults(model)
     order = sorted(range(len(prompts)), key=lambda i: len(prompts[i]))
     completions: dict[int, list[Completion]] = {}
-    for start in range(0, len(order), batch_size):
+    started = time.perf_counter()
+    for start in reversed(range(0, len(order), batch_size)):
         chosen = order[start : start + batch_size]
         found = _complete_batch(model, [prompts[i] for i in chosen], config)
+        if not completions and len(chosen) < len(order):
+            _tell_ahead((time.perf_counter() - started) / len(chosen), len(order))
         completions.update(zip(chosen, found, strict=True))
     return [completions[i] for i in range(len(prompts))]
+
+
+def _tell_ahead(seconds: float, num_prompts: int) -> None:
+    left = seconds * num_prompts
+    whole = f"{left:.0f} seconds" if left < 120 else f"{left / 60:.0f} minutes"
+    log.info("%.3g seconds a record: about %s for %d", seconds, whole, num_prompts)
 
 
 def next_token_probabilities(

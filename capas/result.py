@@ -4,7 +4,7 @@ import csv
 import hashlib
 import json
 import re
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 from capas import gate, timings
@@ -73,9 +73,10 @@ def headline(stage: Stage) -> dict[str, str]:
     base = read_json(stage.dep("reports/evaluation_base.json"))
     evaluation = read_json(stage.dep("reports/evaluation.json"))
     tuned, verdict = evaluation["tuned"], gate.verdict(evaluation["gate"])
+    names = (*evaluation["metrics"], "loss", "perplexity")
     rows = [
         f"| {name} | {base[name]:.4g} | {tuned[name]:.4g} |"
-        for name in ("exact_match", "valid_json", "loss", "perplexity")
+        for name in names
         if base.get(name) is not None and tuned.get(name) is not None
     ]
     table = ["| test split | base | tuned |", "|---|---|---|", *rows]
@@ -89,10 +90,12 @@ def metrics(stage: Stage) -> dict[str, float]:
     Scores by kind are there, by language and function not: those are in the table of predictions.
     """
     evaluation = read_json(stage.dep("reports/evaluation.json"))
+    base, names = read_json(stage.dep("reports/evaluation_base.json")), evaluation["metrics"]
     facts: dict[str, Any] = {
-        "base": _scores(read_json(stage.dep("reports/evaluation_base.json"))),
-        "tuned": _scores(evaluation["tuned"]),
+        "base": _scores(base, names),
+        "tuned": _scores(evaluation["tuned"], names),
         "difference": evaluation["difference"],
+        "general": evaluation["general"],
         "data": read_json(stage.dep("reports/format.json"))["splits"],
         "quantization": read_json(stage.dep("reports/quantization.json")),
         "training": read_json(stage.dep("reports/train.json")),
@@ -108,10 +111,14 @@ def metrics(stage: Stage) -> dict[str, float]:
     return {_NOT_IN_A_NAME.sub("_", key): float(value) for key, value in _numbers(facts)}
 
 
-def _scores(facts: Mapping[str, Any]) -> dict[str, Any]:
+def _scores(facts: Mapping[str, Any], names: Sequence[str]) -> dict[str, Any]:
+    """By kind the headline alone."""
     kinds = facts["by"].get("kind", {})
-    by_kind = {kind: scores["exact_match"] for kind, scores in kinds.items()}
-    return {**facts, "by": None, "exact_match by kind": by_kind}
+    by_kind = {
+        f"{name} by kind": {kind: scores[name] for kind, scores in kinds.items()}
+        for name in names[:1]
+    }
+    return {**facts, "by": None, **by_kind}
 
 
 def _numbers(facts: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, float]]:
@@ -155,6 +162,7 @@ def predictions(stage: Stage) -> list[dict[str, Any]]:
     """One row for each test record: base beside tuned."""
     import pyarrow.parquet as pq
 
+    names = read_json(stage.dep("reports/evaluation.json"))["metrics"]
     base = {
         row["id"]: row
         for row in pq.read_table(stage.dep("reports/predictions_base.parquet")).to_pylist()
@@ -167,8 +175,7 @@ def predictions(stage: Stage) -> list[dict[str, Any]]:
             "reference": row["reference"],
             "base": base[row["id"]]["completion"],
             "tuned": row["completion"],
-            "exact_match": row["exact_match"],
-            "loss": row["loss"],
+            **{name: row[name] for name in (*names, "loss")},
         }
         for row in pq.read_table(stage.dep("reports/predictions.parquet")).to_pylist()
     ]

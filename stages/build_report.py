@@ -110,11 +110,12 @@ def of_results(stage: Stage) -> dict[str, Any]:
     base_file = stage.dep("reports/predictions_base.parquet")
     tuned_file = stage.dep("reports/predictions.parquet")
     messages = findings.conversations(stage.dep("data/raw") / "test.parquet")
+    scores = findings.scores(base, evaluation)
     lines = read_lines(stage.dep("reports/samples.jsonl"))
     probabilities = read_csv(stage.dep("reports/next_token.csv"))
     return {
-        "scores": findings.scores(base, evaluation),
-        "answers": findings.answers(base_file, tuned_file, messages),
+        "scores": scores,
+        "answers": findings.answers(base_file, tuned_file, messages, scores["headline"]),
         "samples": findings.samples(lines, read_json(stage.dep("reports/samples.json"))),
         "probabilities": probabilities,
         "favourites": findings.favourites(probabilities),
@@ -125,7 +126,8 @@ def draw(facts: dict[str, Any], specs: dict[str, StageSpec], language: Language)
     """Name -> SVG. A plot that has nothing to show is not there; the page says why in words."""
     words: Callable[[str], str] = lambda key: str(language.say(f"plots.{key}"))  # noqa: E731
     number, percent = language.numbers.general, language.numbers.percent
-    kinds = [row for row in facts["scores"]["groups"].get("kind", []) if row["tuned"]]
+    scores = facts["scores"]
+    kinds = [r for r in scores["groups"].get("kind", []) if r["tuned"] and scores["is_share"]]
     kinds = [{**row, "label": label_of(row["label"], language)} for row in kinds]
     history, validation = facts["history"], facts["validation"]
     figures = {

@@ -1,6 +1,7 @@
 """Compose conf/ into params.yaml, the only configuration that stages read, and validate every value.
 
-Reads   conf/, requirements.lock; params.yaml, for values that came in from outside conf/
+Reads   conf/, requirements.lock; data/own, for functions of evaluation.metrics; params.yaml, for values that
+        came in from outside conf/
 Writes  params.yaml, environment.yaml, data/composed/; conf/overrides.yaml where such values came in,
         conf/revisions.yaml where a branch on the Hub, or a folder, is used for the first time
 
@@ -40,6 +41,7 @@ from capas.composition import (
 from capas.config import GROUPS, group_schema, validate
 from capas.errors import CapasError, sweep_instead, told
 from capas.facts import write_whole
+from capas.metrics.own import read_sources
 from capas.overrides import absorb, difference, in_force
 from capas.pins import REVISIONS, Pins
 
@@ -53,7 +55,7 @@ SCHEMAS = Path(".vscode/schema")
 # The packages whose version decides a stage's bytes; stages declare those that they use.
 PACKAGES = (
     "accelerate", "bitsandbytes", "datasets", "jinja2", "matplotlib", "numpy", "peft", "pyarrow",
-    "safetensors", "tokenizers", "torch", "transformers",
+    "rouge-score", "sacrebleu", "safetensors", "tokenizers", "torch", "transformers",
 )  # fmt: skip
 
 
@@ -82,12 +84,14 @@ def main(options: argparse.Namespace) -> None:
     validate(target)
     target = pins.resolve(target)
     outputs = {REVISIONS: pins.dump()} if pins.changed else {}
-    outputs |= {PARAMS: dump(target), ENVIRONMENT: environment(), **resolved_files(target)}
+    files = resolved_files(target)
+    outputs |= {PARAMS: dump(target), ENVIRONMENT: environment(), **files}
     for note in in_force():
         log.info("conf/overrides.yaml sets %s", note)
-    if inputs() != before:
+    if inputs() != before or resolved_files(target) != files:
         raise CapasError(
-            "conf/, params.yaml or requirements.lock was edited while it was composed; run `dvc repro` again"
+            "conf/, params.yaml, requirements.lock or a function of evaluation.metrics was edited while it "
+            "was composed; run `dvc repro` again"
         )
     write_all(outputs)
     log.info("params.yaml written")
@@ -185,6 +189,7 @@ def environment() -> str:
 def resolved_files(values: Values) -> dict[Path, str]:
     """Files that the configuration names, copied where stages can depend on exactly the chosen one."""
     wrong, path = values["generation"]["wrong_chat_template"], values["chat_template"]["path"]
+    sources = read_sources(values["evaluation"]["metrics"], Path())
     other = f"conf/chat_template/{wrong}.jinja"
     return {
         COMPOSED / "chat_template.jinja": (
@@ -193,11 +198,13 @@ def resolved_files(values: Values) -> dict[Path, str]:
         COMPOSED / "wrong_chat_template.jinja": (
             in_conf("generation.wrong_chat_template", other, wrong) if wrong else "{# none #}\n"
         ),
-        COMPOSED / "prompts.json": json.dumps(
-            {"prompts": prompts(values["generation"]["prompts"])}, indent=2, ensure_ascii=False
-        )
-        + "\n",
+        COMPOSED / "metrics.json": as_json({"sources": sources}),
+        COMPOSED / "prompts.json": as_json({"prompts": prompts(values["generation"]["prompts"])}),
     }
+
+
+def as_json(value: Any) -> str:
+    return json.dumps(value, indent=2, ensure_ascii=False) + "\n"
 
 
 def in_conf(key: str, name: str, value: str | None = None) -> str:

@@ -3,8 +3,9 @@
     python stages/evaluate_model.py base     before any training: once per data, template and quantization
     python stages/evaluate_model.py tuned    with the adapter, and the difference to the base
 
-Reads   data/formatted (test), data/models/quantized, data/models/tokenizer; base: data/models/base;
-        tuned: data/models/adapter, reports/evaluation_base.json, reports/predictions_base.parquet
+Reads   data/formatted (test), data/models/quantized, data/models/tokenizer, data/composed/metrics.json;
+        base: data/models/base; tuned: data/models/adapter, reports/evaluation_base.json,
+        reports/predictions_base.parquet, data/general
 Writes  base: reports/evaluation_base.json, reports/predictions_base.parquet
         tuned: reports/evaluation.json, reports/predictions.parquet, reports/before_after.csv
 Params  evaluation (base: the keys that score one model), hardware, model.attn_implementation,
@@ -22,30 +23,29 @@ from typing import TYPE_CHECKING, Any, Literal
 
 import pyarrow as pa
 
-from capas import gate, hardware, metrics
+from capas import gate, hardware
+from capas.chat.recorded import recorded_format
 from capas.errors import CapasError
 from capas.facts import read_json, write_csv, write_json
+from capas.metrics import comparison
+from capas.metrics.general import format_questions
+from capas.metrics.names import BINARY, headline
+from capas.metrics.scorer import Scorer
 from capas.params import Params
 from capas.records import FORMATTED, evenly_spaced, read_records, write_records
 from capas.stage import Stage, log, run
 
 if TYPE_CHECKING:
+    from peft import PeftModel
+    from tokenizers import Tokenizer
     from torch import nn
 
 Row = dict[str, Any]
-DATA, TOKENIZER = "data/formatted", "data/models/tokenizer"
+DATA, TOKENIZER, METRICS = "data/formatted", "data/models/tokenizer", "data/composed/metrics.json"
+GENERAL = "data/general/records.jsonl"
 BASE, QUANTIZED, ADAPTER = "data/models/base", "data/models/quantized", "data/models/adapter"
 GROUPS = ("kind", "language", "function", "turns")  # keys of metadata that scores are given by
-HEADLINE = ("loss", "perplexity", "token_accuracy", "exact_match", "valid_json", "stop_rate")
-PREDICTIONS = pa.schema(
-    [(name, pa.string()) for name in ("id", "metadata", "prompt", "reference", "completion")]
-    + [
-        ("loss", pa.float64()),
-        ("num_supervised_tokens", pa.int32()),
-        ("token_accuracy", pa.float64()),
-    ]
-    + [(name, pa.bool_()) for name in ("exact_match", "valid_json", "stopped", "empty")]
-)
+RATES = {"stopped": "stop_rate", "empty": "empty_rate"}  # of predictions -> of the reports
 
 
 def main(which: Literal["base", "tuned"], params: Params, stage: Stage) -> None:
@@ -56,14 +56,17 @@ def main(which: Literal["base", "tuned"], params: Params, stage: Stage) -> None:
         list(read_records(stage.dep(DATA) / "test.parquet", FORMATTED)),
         params.evaluation.max_records,
     )
+    scorer = Scorer(params.evaluation.metrics, stage.dep(METRICS))
+    names = scorer.names
+    records = ask(records, scorer, stage) if names else records
     model = load_model(stage.dep(QUANTIZED), params.model, device)
     if which == "tuned":
         model = attach_adapter(model, stage.dep(ADAPTER))
     rows = score(model, records, params, stage)
-    if params.evaluation.metrics:
-        rows = answer(model, rows, records, params, stage)
-    facts = summarize(rows)
-    shown = {name: facts[name] for name in ("loss", *params.evaluation.metrics)}
+    if names:
+        rows = answer(model, rows, records, scorer, params, stage)
+    facts = summarize(rows, names)
+    shown = {name: facts[name] for name in ("loss", *names)}
     log.info("%s: %s", which, ", ".join(f"{name} {value:.4f}" for name, value in shown.items()))
 
     if which == "base":
@@ -72,25 +75,28 @@ def main(which: Literal["base", "tuned"], params: Params, stage: Stage) -> None:
             del model  # one model in memory at a time
             model = load_model(stage.dep(BASE), params.model, device)
             came_quantized = quantization_method(model) != "none"
-            whole = None if came_quantized else summarize(score(model, records, params, stage))
+            whole = None if came_quantized else summarize(score(model, records, params, stage), [])
         facts["full_precision"] = whole and {name: whole[name] for name in ("loss", "perplexity")}
         write_json(stage.out("reports/evaluation_base.json"), facts)
         # In a name of their own, so that `dvc exp show` calls the tuned model's `loss` and not FILE:loss.
-        write_json(stage.out("reports/metrics/base.json"), {"base": headline(facts)})
-        write_records(stage.out("reports/predictions_base.parquet"), PREDICTIONS, rows)
+        write_json(stage.out("reports/metrics/base.json"), {"base": side_by_side(facts, names)})
+        schema = predictions_schema(names)
+        write_records(stage.out("reports/predictions_base.parquet"), schema, rows)
     else:
-        before = list(read_records(stage.dep("reports/predictions_base.parquet"), PREDICTIONS))
-        base = read_json(stage.dep("reports/evaluation_base.json"))
-        report = compare(before, rows, facts, params)
-        report["gate"] = gate.judge(base, report, params.evaluation.gate)
-        log.info("gate %s", gate.verdict(report["gate"]))
-        write_json(stage.out("reports/evaluation.json"), report)
-        write_json(stage.out("reports/metrics/tuned.json"), headline(facts) | gains(report))
-        write_records(stage.out("reports/predictions.parquet"), PREDICTIONS, rows)
-        bars = before_after({"base": base, "tuned": facts})
-        write_csv(
-            stage.out("reports/before_after.csv"), ("kind", "model", "bar", "exact_match"), bars
-        )
+        report_difference(model, rows, facts, names, params, stage)
+
+
+def predictions_schema(names: list[str]) -> pa.Schema:
+    """A row for each record; without metrics nothing is generated, and prompt and completion are null."""
+    fields = [
+        *((name, pa.string()) for name in ("id", "metadata", "prompt", "reference", "completion")),
+        ("loss", pa.float64()),
+        ("num_supervised_tokens", pa.int32()),
+        ("token_accuracy", pa.float64()),
+        *((name, pa.bool_() if name in BINARY else pa.float64()) for name in names),
+        *((name, pa.bool_()) for name in RATES),
+    ]
+    return pa.schema(fields)
 
 
 def choose(records: list[Row], max_records: int | None) -> list[Row]:
@@ -111,9 +117,7 @@ def score(model: "nn.Module", records: list[Row], params: Params, stage: Stage) 
     found = score_examples(model, examples, collator, params.evaluation.batch_size).tolist()
     for record, (loss, _, _) in zip(records, found, strict=True):
         if not math.isfinite(loss):
-            raise CapasError(
-                f"the loss of test record {record['id']} is {loss}: the model is broken"
-            )
+            raise CapasError(f"the loss of record {record['id']} is {loss}: the model is broken")
     return [
         {
             **{name: record[name] for name in ("id", "metadata", "reference")},
@@ -125,40 +129,47 @@ def score(model: "nn.Module", records: list[Row], params: Params, stage: Stage) 
     ]
 
 
-def answer(
-    model: "nn.Module", rows: list[Row], records: list[Row], params: Params, stage: Stage
-) -> list[Row]:
-    """The rows with a greedy completion each and what it is worth.
+def ask(records: list[Row], scorer: Scorer, stage: Stage) -> list[Row]:
+    """The records with their prompt as text. What would stop the scoring stops it before the generation.
 
     Raises:
-        CapasError: a prompt is not what training would see before the same answer.
+        CapasError: a prompt is not what training would see before the same answer, or a metric cannot score
+            the records.
     """
-    from tokenizers import Tokenizer
+    check_prompts(records)
+    prompts = [record["prompt_ids"] for record in records]
+    questions = load_tokenizer(stage).decode_batch(prompts, skip_special_tokens=False)
+    asked = [{**r, "prompt": question} for r, question in zip(records, questions, strict=True)]
+    scorer.check(asked)
+    return asked
 
+
+def answer(
+    model: "nn.Module",
+    rows: list[Row],
+    records: list[Row],
+    scorer: Scorer,
+    params: Params,
+    stage: Stage,
+) -> list[Row]:
+    """The rows with a greedy completion each and what it is worth."""
     from capas.generation import complete, generation_config
 
-    tokenizer = Tokenizer.from_file(str(stage.dep(TOKENIZER) / "tokenizer.json"))
     prompts = [record["prompt_ids"] for record in records]
-    check_prompts(records)
     config = generation_config(read_chat(stage), params.evaluation.max_new_tokens)
     found = [group[0] for group in complete(model, prompts, config, params.evaluation.batch_size)]
-    texts = tokenizer.decode_batch([c.input_ids for c in found], skip_special_tokens=False)
-    questions = tokenizer.decode_batch(prompts, skip_special_tokens=False)
-    rules = {
-        "exact_match": metrics.exact_match,
-        "valid_json": lambda text, _: metrics.valid_json(text),
-    }
-    wanted = {name: rules[name] for name in params.evaluation.metrics}
+    ids = [completion.input_ids for completion in found]
+    texts = load_tokenizer(stage).decode_batch(ids, skip_special_tokens=False)
+    asked = [{**row, "prompt": r["prompt"]} for row, r in zip(rows, records, strict=True)]
     return [
         {
             **row,
-            "prompt": question,
             "completion": text,
-            **{name: rule(text, row["reference"]) for name, rule in wanted.items()},
+            **scorer.score(text, row),
             "stopped": completion.stopped,
             "empty": not text.strip(),
         }
-        for row, question, text, completion in zip(rows, questions, texts, found, strict=True)
+        for row, text, completion in zip(asked, texts, found, strict=True)
     ]
 
 
@@ -175,55 +186,79 @@ def check_prompts(records: list[Row]) -> None:
             )
 
 
-def summarize(rows: list[Row]) -> dict[str, Any]:
-    """Loss and token accuracy are means over tokens, the rest over records; None was not asked for."""
+def summarize(rows: list[Row], names: list[str]) -> dict[str, Any]:
+    """Loss and token accuracy are means over tokens, the rest over records; None was not generated."""
     tokens = sum(row["num_supervised_tokens"] for row in rows)
     loss, accuracy = (
         sum(row[name] * row["num_supervised_tokens"] for row in rows) / tokens
         for name in ("loss", "token_accuracy")
     )
-    shares = {
-        "exact_match": "exact_match",
-        "valid_json": "valid_json",
-        "stopped": "stop_rate",
-        "empty": "empty_rate",
-    }
     return {
         "num_records": len(rows),
         "loss": loss,
-        "perplexity": metrics.perplexity(loss),
+        "perplexity": comparison.perplexity(loss),
         "token_accuracy": accuracy,
-        **{name: share(rows, column) for column, name in shares.items()},
+        **{name: mean(rows, name) for name in names},
+        **{name: mean(rows, column) for column, name in RATES.items()},
         "by": {
-            name: by_group(rows, name)
-            for name in GROUPS
-            if all(name in metadata(row) for row in rows)
+            group: by_group(rows, group, names)
+            for group in GROUPS
+            if all(group in metadata(row) for row in rows)
         },
     }
 
 
-def share(rows: list[Row], column: str) -> float | None:
+def mean(rows: list[Row], column: str) -> float | None:
     return (
         sum(row[column] for row in rows) / len(rows) if all(column in row for row in rows) else None
     )
 
 
-def by_group(rows: list[Row], name: str) -> dict[str, Any]:
-    """Scores of the records with each value of metadata's `name`, in the order in which the values come."""
-    groups: dict[str, list[Row]] = {}
+def by_group(rows: list[Row], group: str, names: list[str]) -> dict[str, Any]:
+    """Scores of the records with each value of metadata's `group`, in the order in which the values come."""
+    parts: dict[str, list[Row]] = {}
     for row in rows:
-        groups.setdefault(str(metadata(row)[name]), []).append(row)
-    scores = ("exact_match", "valid_json")
+        parts.setdefault(str(metadata(row)[group]), []).append(row)
     return {
-        value: {"num_records": len(group), **{column: share(group, column) for column in scores}}
-        for value, group in groups.items()
+        value: {"num_records": len(part), **{name: mean(part, name) for name in names}}
+        for value, part in parts.items()
     }
 
 
+def report_difference(
+    model: "PeftModel",
+    rows: list[Row],
+    facts: dict[str, Any],
+    names: list[str],
+    params: Params,
+    stage: Stage,
+) -> None:
+    """Write what the tuned model gained over the base, what it forgot, and whether it passes the gate."""
+    schema = predictions_schema(names)
+    before = list(read_records(stage.dep("reports/predictions_base.parquet"), schema))
+    base = read_json(stage.dep("reports/evaluation_base.json"))
+    report = compare(before, rows, facts, names, params)
+    report["general"] = ask_generally(model, params, stage)
+    report["gate"] = gate.judge(base, report, params.evaluation.gate)
+    changes = {**report["difference"], "loss on general questions": report["general"]["difference"]}
+    for name, change in changes.items():
+        log.info("%s", in_words(name, change))
+    log.info("gate %s", gate.verdict(report["gate"]))
+    write_json(stage.out("reports/evaluation.json"), report)
+    flat = side_by_side(facts, names) | gains(report)
+    write_json(stage.out("reports/metrics/tuned.json"), flat)
+    write_records(stage.out("reports/predictions.parquet"), schema, rows)
+    bars = before_after({"base": base, "tuned": facts}, headline(names))
+    columns = ("kind", "model", "bar", "metric", "score")
+    write_csv(stage.out("reports/before_after.csv"), columns, bars)
+
+
 def compare(
-    before: list[Row], after: list[Row], tuned: dict[str, Any], params: Params
+    before: list[Row], after: list[Row], tuned: dict[str, Any], names: list[str], params: Params
 ) -> dict[str, Any]:
-    """The tuned model's scores and what it gained, with a paired bootstrap interval.
+    """The tuned model's scores, and what it gained: interval, verdict, records that would show as much.
+
+    `shares` are the metrics whose scores all lie between 0 and 1; those of an own function may not.
 
     Raises:
         CapasError: base and tuned model were not scored on the same records.
@@ -233,53 +268,95 @@ def compare(
             "reports/predictions_base.parquet holds other records; run `dvc repro evaluate_base`"
         )
 
-    def difference(column: str, weights: list[int] | None = None) -> dict[str, float]:
-        return metrics.paired_difference(
-            [float(row[column]) for row in before],
-            [float(row[column]) for row in after],
-            weights or [1] * len(after),
-            resamples=params.evaluation.bootstrap_resamples,
-            confidence_fraction=params.evaluation.confidence_fraction,
-            seed=params.evaluation.seed,
-        )
-
-    tokens = [row["num_supervised_tokens"] for row in after]
-    gains = {name: difference(name) for name in params.evaluation.metrics}
+    columns = [*names, "loss"]
     return {
         "tuned": tuned,
-        "difference": gains | {"loss": difference("loss", tokens)},
+        "difference": {name: difference(before, after, name, params) for name in columns},
+        "metrics": names,
+        "shares": [n for n in names if all(0 <= row[n] <= 1 for row in (*before, *after))],
         "confidence_fraction": params.evaluation.confidence_fraction,
+        "power_fraction": comparison.POWER_FRACTION,
         "bootstrap_resamples": params.evaluation.bootstrap_resamples,
     }
 
 
-def headline(facts: dict[str, Any]) -> dict[str, Any]:
-    """What `dvc metrics show` puts side by side for base and tuned model."""
-    return {name: facts[name] for name in HEADLINE}
+def difference(before: list[Row], after: list[Row], column: str, params: Params) -> dict[str, Any]:
+    """Of a column's means: over tokens for the loss, of which less is better, over records for the rest."""
+    is_loss = column == "loss"
+    weights = [row["num_supervised_tokens"] if is_loss else 1 for row in after]
+    scores = [[float(row[column]) for row in rows] for rows in (before, after)]
+    confidence = params.evaluation.confidence_fraction
+    interval = comparison.paired_difference(
+        scores[0],
+        scores[1],
+        weights,
+        resamples=params.evaluation.bootstrap_resamples,
+        confidence_fraction=confidence,
+        seed=params.evaluation.seed,
+    )
+    needed = comparison.records_needed(
+        scores[0], scores[1], weights, confidence_fraction=confidence
+    )
+    verdict = comparison.verdict(interval, higher_is_better=not is_loss)
+    return {**interval, "verdict": verdict, "num_records_needed": needed}
+
+
+def ask_generally(model: "PeftModel", params: Params, stage: Stage) -> dict[str, Any]:
+    """The loss on general questions without the adapter and with it: what the model forgot."""
+    chat = recorded_format(stage.dep(DATA), stage.dep(TOKENIZER))
+    records = format_questions(stage.dep(GENERAL), chat)
+    with model.disable_adapter():
+        before = score(model, records, params, stage)
+    after = score(model, records, params, stage)
+    losses = {
+        which: {name: facts[name] for name in ("loss", "perplexity")}
+        for which, rows in (("base", before), ("tuned", after))
+        for facts in [summarize(rows, [])]
+    }
+    change = difference(before, after, "loss", params)
+    return {"num_records": len(records), **losses, "difference": change}
+
+
+def in_words(name: str, found: dict[str, Any]) -> str:
+    """'exact_match +0.25 (0.1 to 0.4): better; 12 records would show it'."""
+    needed = found["num_records_needed"]
+    seen = f"{name} {found['mean']:+.4g} ({found['low']:+.4g} to {found['high']:+.4g})"
+    shown = "" if needed is None else f"; {needed} records would show a difference of that size"
+    return f"{seen}: {found['verdict']}{shown}"
+
+
+def side_by_side(facts: dict[str, Any], names: list[str]) -> dict[str, Any]:
+    """What `dvc metrics show` puts side by side for base and tuned model.
+
+    `exact_match` stands there even where it was not asked for: it is what a sweep shows beside its objective.
+    """
+    asked = names if "exact_match" in names else ["exact_match", *names]
+    wanted = ("loss", "perplexity", "token_accuracy", *asked, "stop_rate")
+    return {name: facts.get(name) for name in wanted}
 
 
 def gains(report: dict[str, Any]) -> dict[str, float]:
-    """The interval of each score's difference, flat."""
+    """The interval of the first metric's difference, flat."""
     return {
-        f"{score}_gain{suffix}": interval[name]
-        for score, interval in report["difference"].items()
-        if score == "exact_match"
-        for name, suffix in (("mean", ""), ("low", "_low"), ("high", "_high"))
+        f"{name}_gain{suffix}": report["difference"][name][end]
+        for name in report["metrics"][:1]
+        for end, suffix in (("mean", ""), ("low", "_low"), ("high", "_high"))
     }
 
 
-def before_after(facts: dict[str, dict[str, Any]]) -> list[Row]:
-    """A row for all records and for each kind of them, base before tuned."""
+def before_after(facts: dict[str, dict[str, Any]], metric: str) -> list[Row]:
+    """A row for all records and for each kind of them that has such a score, base before tuned."""
     scores = {
         model: {"all": found, **found["by"].get("kind", {})} for model, found in facts.items()
     }
     return [
         {
             **{"kind": kind, "model": model, "bar": f"{kind}, {model}"},
-            "exact_match": scores[model][kind]["exact_match"],
+            **{"metric": metric, "score": scores[model][kind][metric]},
         }
         for kind in scores["tuned"]
         for model in scores
+        if metric in scores[model][kind]
     ]
 
 
@@ -290,6 +367,12 @@ def metadata(row: Row) -> dict[str, Any]:
 
 def read_chat(stage: Stage) -> dict[str, Any]:
     return read_json(stage.dep(DATA) / "chat.json")
+
+
+def load_tokenizer(stage: Stage) -> "Tokenizer":
+    from tokenizers import Tokenizer
+
+    return Tokenizer.from_file(str(stage.dep(TOKENIZER) / "tokenizer.json"))
 
 
 if __name__ == "__main__":

@@ -21,13 +21,14 @@ from typing import TYPE_CHECKING, Any
 
 from tokenizers import Tokenizer
 
-from capas import hardware, metrics
-from capas.chat.format import ChatFormat
+from capas import hardware
 from capas.chat.messages import TEXT
+from capas.chat.recorded import recorded_format
 from capas.chat.template import Template, TemplateRefusal, place_system
 from capas.chat.tokenizer import TokenizerFiles
 from capas.errors import CapasError
 from capas.facts import read_json, write_csv, write_json
+from capas.metrics.answers import exact_match
 from capas.params import Params
 from capas.prompts import Prompt, first_system_message, held_out_prompts, own_prompts
 from capas.records import FORMATTED, RAW, read_records
@@ -47,7 +48,7 @@ def main(params: Params, stage: Stage) -> None:
     device = hardware.prepare(params.hardware)  # before torch is imported
     from capas.model import attach_adapter, load_model
 
-    right = load_format(params, stage)
+    right = recorded_format(stage.dep(DATA), stage.dep(TOKENIZER))
     prompts = choose_prompts(params.generation, stage)
     base = load_model(stage.dep("data/models/quantized"), params.model, device)
     model = attach_adapter(base, stage.dep("data/models/adapter"))
@@ -170,25 +171,6 @@ class Models:
         return text
 
 
-def load_format(params: Params, stage: Stage) -> ChatFormat:
-    """The template of this run.
-
-    Raises:
-        CapasError: template and tokenizer encode other ids now than when the records were formatted.
-    """
-    text = (stage.dep(DATA) / "chat_template.jinja").read_text(encoding="utf-8")
-    chat = read_chat(stage)
-    chat_format = ChatFormat.load(
-        text, stage.dep(TOKENIZER), chat["date_string"], chat["system"], chat["allowed_tokens"]
-    )
-    if chat_format.probes_sha256() != chat["probes_sha256"]:
-        raise CapasError(
-            f"{DATA}/chat_template.jinja and {TOKENIZER} do not encode as they did for {DATA}: the "
-            "model would be asked in another format than it was trained in. Run `dvc repro`."
-        )
-    return chat_format
-
-
 def choose_prompts(generation: Params, stage: Stage) -> list[Prompt]:
     """The user's own requests where there are some, else records of the test split."""
     requests = read_json(stage.dep(f"{COMPOSED}/prompts.json"))["prompts"]
@@ -251,7 +233,7 @@ def summarize(rows: list[Row], wrong_rows: list[Row], place: Row, generation: Pa
     def scores(chosen: list[Row]) -> Row:
         asked = [row for row in chosen if row["reference"] is not None]
         answers = [(text, row["reference"]) for row in asked for text in row["completions"]]
-        right = [metrics.exact_match(*answer) for answer in answers]
+        right = [exact_match(*answer) for answer in answers]
         return {
             "distinct_completion_rate": sum(row["num_distinct"] / count for row in chosen)
             / len(chosen),

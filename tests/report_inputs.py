@@ -19,6 +19,7 @@ from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers, 
 from capas import gate
 from capas.composition import composer, dump
 from capas.dag import StageSpec, read_yaml, recorded_key
+from capas.metrics.names import BINARY, name_of
 from capas.params import flatten
 from capas.records import RAW, write_records
 
@@ -68,7 +69,7 @@ def write_inputs(root: Path, overrides: Iterable[str] = (), **texts: str) -> Pat
     _formatted(root, tokenizer, records)
     _models(root, tokenizer)
     _reports(root, params)
-    _predictions(root, tokenizer, records)
+    _predictions(root, records, params["evaluation"]["metrics"])
     _samples(root, params, records[0], tokenizer, **texts)
     _write(root / "reports/index.html", "<!doctype html><title>report</title>")
     _write(root / "reports/index.es.html", "<!doctype html><title>informe</title>")
@@ -97,8 +98,8 @@ def _md5(path: str) -> str:
 
 def _environment() -> str:
     packages = (
-        "accelerate bitsandbytes datasets jinja2 matplotlib numpy peft pyarrow safetensors "
-        "tokenizers torch transformers"
+        "accelerate bitsandbytes datasets jinja2 matplotlib numpy peft pyarrow rouge-score sacrebleu "
+        "safetensors tokenizers torch transformers"
     )
     return yaml.safe_dump(dict.fromkeys(packages.split(), "1.2.3"))
 
@@ -217,16 +218,17 @@ def _models(root: Path, tokenizer: Tokenizer) -> None:
     _json(adapter / "adapter_config.json", {"r": 16, "lora_alpha": 32, "target_modules": targets})
 
 
-def _scores(exact: float, loss: float, generated: bool) -> dict[str, Any]:
-    rate = (lambda value: value) if generated else (lambda value: None)
-    part = {"num_records": 2, "exact_match": rate(exact), "valid_json": rate(exact)}
+def _scores(exact: float, loss: float, metrics: list[str]) -> dict[str, Any]:
+    """All metrics have the same score, those of own functions one beyond 1."""
+    rate = (lambda value: value) if metrics else (lambda value: None)
+    scores = {name_of(name): 10 * exact if ":" in name else exact for name in metrics}
+    part = {"num_records": 2, **scores}
     return {
         "num_records": 10,
         "loss": loss,
         "perplexity": round(math.exp(loss), 6),
         "token_accuracy": 0.5 + exact / 2,
-        "exact_match": rate(exact),
-        "valid_json": rate(exact),
+        **scores,
         "stop_rate": rate(0.9),
         "empty_rate": rate(0.0),
         "by": {
@@ -239,18 +241,23 @@ def _scores(exact: float, loss: float, generated: bool) -> dict[str, Any]:
 
 
 def _reports(root: Path, params: dict[str, Any]) -> None:
-    reports, generated = root / "reports", bool(params["evaluation"]["metrics"])
-    base = {**_scores(0.0, 3.2, generated), "full_precision": {"loss": 3.1, "perplexity": 22.2}}
-    interval = {"mean": 0.5, "low": 0.3, "high": 0.7}
-    difference = dict.fromkeys(("exact_match", "valid_json"), interval) if generated else {}
-    difference["loss"] = {"mean": -3.0, "low": -3.2, "high": -2.8}
+    reports, metrics = root / "reports", params["evaluation"]["metrics"]
+    names = [name_of(metric) for metric in metrics]
+    base = {**_scores(0.0, 3.2, metrics), "full_precision": {"loss": 3.1, "perplexity": 22.2}}
+    better = {"verdict": "better", "num_records_needed": 12}
+    difference = dict.fromkeys(names, {"mean": 0.5, "low": 0.3, "high": 0.7} | better)
+    difference["loss"] = {"mean": -3.0, "low": -3.2, "high": -2.8} | better
     _json(reports / "evaluation_base.json", base)
-    evaluation: dict[str, Any] = {"tuned": _scores(0.5, 0.2, generated), "difference": difference}
-    evaluation |= {"confidence_fraction": 0.95, "bootstrap_resamples": 2000}
+    evaluation: dict[str, Any] = {"tuned": _scores(0.5, 0.2, metrics), "difference": difference}
+    evaluation |= {"metrics": names, "shares": [name for name in metrics if ":" not in name]}
+    evaluation |= {"confidence_fraction": 0.95, "power_fraction": 0.8, "bootstrap_resamples": 2000}
+    change = {"mean": 0.7, "low": 0.6, "high": 0.8, "verdict": "worse", "num_records_needed": 3}
+    losses = {w: {"loss": n, "perplexity": 9.0} for w, n in (("base", 5.1), ("tuned", 5.8))}
+    evaluation["general"] = {"num_records": 40, **losses, "difference": change}
     evaluation["gate"] = gate.judge(base, evaluation, params["evaluation"]["gate"])
     _json(reports / "evaluation.json", evaluation)
-    rows = [(k, m, s) for k in KINDS for m, s in (("base", 0.0), ("tuned", 0.5)) if generated]
-    _csv(reports / "before_after.csv", "kind,model,exact_match", rows)
+    rows = [(k, m, names[0], s) for k in KINDS for m, s in (("base", 0), ("tuned", 0.5)) if names]
+    _csv(reports / "before_after.csv", "kind,model,metric,score", rows)
     steps = range(10, 101, 10)
     history = [(s, s / 25, 3 / s, 0.004 * (1 - s / 100), 1 / s) for s in steps]
     _csv(reports / "history.csv", "step,epoch,loss,learning_rate,grad_norm", history)
@@ -330,7 +337,8 @@ def _quantization(reports: Path, method: str) -> None:
     _csv(reports / "quantization_error.csv", "layer,relative_error,bits", rows)
 
 
-def _predictions(root: Path, tokenizer: Tokenizer, records: list[dict[str, Any]]) -> None:
+def _predictions(root: Path, records: list[dict[str, Any]], metrics: list[str]) -> None:
+    """Half of the tuned model's answers are right, all of the base's wrong."""
     for name, right in (("predictions_base", ()), ("predictions", range(0, 10, 2))):
         rows = []
         for i, record in enumerate(_split(records)["test"]):
@@ -341,17 +349,22 @@ def _predictions(root: Path, tokenizer: Tokenizer, records: list[dict[str, Any]]
                     "metadata": json.dumps(record["metadata"]),
                     "prompt": _chat(record["messages"][:-1]),
                     "reference": reference,
-                    "completion": reference if i in right else "Okay, a timer.",
+                    "completion": (reference if i in right else "Okay.") if metrics else None,
                     "loss": 0.2,
                     "num_supervised_tokens": 20,
                     "token_accuracy": 0.9,
-                    "exact_match": i in right,
-                    "valid_json": i in right,
+                    **{name_of(m): _score(m, i in right, i) for m in metrics},
                     "stopped": True,
                     "empty": False,
                 }
             )
         _parquet(root / f"reports/{name}.parquet", rows)
+
+
+def _score(metric: str, right: bool, i: int) -> float | bool:
+    if ":" in metric:
+        return 10.0 * right
+    return right if metric in BINARY else 0.8 * right + i / 100
 
 
 def _samples(

@@ -1,5 +1,6 @@
 """conf/, params.yaml and conf/overrides.yaml agree, whichever way a value came in."""
 
+import json
 import shutil
 from collections.abc import Iterator
 from pathlib import Path
@@ -154,6 +155,36 @@ def test_prompts_of_ones_own_come_from_a_file(workspace: Workspace) -> None:
     assert '"Call Ana.",\n    "Pon música."' in workspace.read("data/composed/prompts.json")
     (workspace.root / "conf/generation/mine.txt").unlink()
     assert "there is no such file" in workspace.repro("compose", check=False)
+
+
+def test_a_function_of_ones_own_is_copied_and_an_edit_of_it_is_seen(workspace: Workspace) -> None:
+    own, composed = workspace.root / "data/own/scores.py", "data/composed/metrics.json"
+    chosen = "metrics: [exact_match, data/own/scores.py:politeness]"
+    workspace.edit("conf/evaluation/_base.yaml", "metrics: [exact_match, valid_json]", chosen)
+    assert "there is no data/own/scores.py" in workspace.repro("compose", check=False)
+    own.write_text("def politeness(completion, reference, record):\n    return 1\n")
+    workspace.repro("compose")
+    assert json.loads(workspace.read(composed))["sources"] == {
+        "data/own/scores.py": own.read_text()
+    }
+    before = workspace.outputs()[composed]
+    own.write_text(own.read_text().replace("return 1", "return 0"))
+    assert stages_run(workspace.repro("compose")) == ["compose"]
+    assert workspace.outputs()[composed] != before
+    own.write_text("def politeness(\n")
+    assert "data/own/scores.py is no Python" in workspace.repro("compose", check=False)
+    own.unlink()
+
+
+def test_a_dataset_that_was_tried_brings_its_evaluation_and_pins_none(workspace: Workspace) -> None:
+    dataset, commit = "dataset=gsm8k", f"dataset.revision={'0' * 40}"
+    workspace.run("dvc", "exp", "run", "-S", dataset, "-S", commit, "compose")
+    assert "preset: final_number\n" in workspace.read("params.yaml")
+    assert "override /evaluation" not in workspace.read("conf/overrides.yaml")
+    workspace.run(
+        "dvc", "exp", "run", "-S", dataset, "-S", commit, "-S", "evaluation=json", "compose"
+    )
+    assert "override /evaluation: json" in workspace.read("conf/overrides.yaml")
 
 
 def test_a_git_conflict_stops_dvc_itself(workspace: Workspace) -> None:

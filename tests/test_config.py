@@ -41,7 +41,7 @@ def problems(values: dict[str, Any]) -> str:
 
 
 def test_there_are_as_many_options_as_we_think() -> None:
-    assert len(OPTIONS) == 45
+    assert len(OPTIONS) == 48
     assert {group for group, _ in OPTIONS} == set(GROUPS)
 
 
@@ -151,6 +151,15 @@ def test_all_problems_are_reported_at_once(compose: Callable[[list[str]], Any]) 
         (["trainer.warmup_steps=1.5"], "a whole number of steps"),
         (["dataset.overflow_budget_fraction=0.1"], "overflow: error allows no record"),
         (["+generation.settings.greedy.top_k=3"], "top_k only where do_sample is true"),
+        (
+            ["evaluation.metrics=[rouge]"],
+            "evaluation.metrics.0='rouge': input should be 'exact_match'",
+        ),
+        (["evaluation.metrics=[chrf,chrf]"], "each name once"),
+        (["evaluation.metrics=[conf/x.py:loss]"], "called like no metric and no column"),
+        (["evaluation.metrics=[conf/x.py:chrf]"], "called like no metric and no column"),
+        (["evaluation.metrics=[conf/x.py:f,conf/y.py:f]"], "each name once"),
+        (["evaluation.metrics=['conf/x.py:my f']"], "string should match pattern"),
         (["lora.target_modules=3"], "valid string or input should be a valid list"),
         (["seed=-1"], "greater than or equal to 0"),
     ],
@@ -217,3 +226,27 @@ def test_a_model_brings_its_template_and_leaves_it_to_be_overridden(
     assert compose([f"model={model}"])["chat_template"]["preset"] == template
     other = compose([f"model={model}", "chat_template=llama3", "chat_template.train_on=all"])
     assert (other["chat_template"]["preset"], other["model"]["preset"]) == ("llama3", model)
+
+
+@pytest.mark.parametrize(
+    ("dataset", "evaluation"),
+    [("embedded", "exact_match"), ("own_jsonl", "exact_match"), ("gsm8k", "final_number")]
+    + [
+        (name, "text")
+        for name in ("alpaca", "dolly", "oasst", "somos-clean-alpaca-es", "ultrachat")
+    ],
+)
+def test_a_dataset_brings_its_evaluation_and_leaves_it_to_be_overridden(
+    compose: Callable[[list[str]], Any], dataset: str, evaluation: str
+) -> None:
+    assert compose([f"dataset={dataset}"])["evaluation"]["preset"] == evaluation
+    other = compose([f"dataset={dataset}", "evaluation=json", "evaluation.max_records=7"])
+    assert (other["evaluation"]["preset"], other["dataset"]["preset"]) == ("json", dataset)
+    assert other["evaluation"]["max_records"] == 7
+
+
+def test_functions_of_ones_own_are_metrics(compose: Callable[[list[str]], Any]) -> None:
+    metrics = ["data/own/scores.py:politeness", "exact_match", "conf/evaluation/a-b.py:_tone2"]
+    values = compose([])
+    values["evaluation"]["metrics"] = metrics
+    validate(values)

@@ -117,7 +117,7 @@ def test_the_packages_that_a_stage_imports_decide_its_bytes(name: str) -> None:
         module
         for file in imported_modules(script(name))
         for node in ast.walk(ast.parse((REPOSITORY / file).read_text(encoding="utf-8")))
-        for module in _packages_of(node)
+        for module in (name.replace("_", "-") for name in _packages_of(node))
     }
     needed = imported & recorded_packages if name != "publish" else set()
     declared = set(spec(name).params.get("environment.yaml", []))
@@ -153,7 +153,7 @@ def test_packages_hold_nothing_but_a_docstring() -> None:
     capas/__init__.py alone says more: where its modules are.
     """
     packages = sorted((REPOSITORY / "capas").glob("*/__init__.py"))
-    assert len(packages) == 5
+    assert len(packages) == 6
     assert all(len(ast.parse(file.read_text()).body) == 1 for file in packages)
 
 

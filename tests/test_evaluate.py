@@ -1,16 +1,25 @@
 """Evaluation of base and tuned model on the test split of a tiny workspace."""
 
 import csv
+import json
 import math
+import re
 from functools import partial
 from pathlib import Path
+from typing import Any
 
 import pyarrow.parquet as pq
 import pytest
-from tiny import read_json, run_stage, write_workspace
+import torch
+from tiny import read_json, read_params, run_stage, write_workspace
 
 from capas import gate
+from capas.chat.recorded import recorded_format
+from capas.dag import StageSpec
 from capas.errors import CapasError
+from capas.metrics.general import format_questions
+from capas.model import attach_adapter, load_model
+from capas.stage import Stage
 from stages import evaluate_model, train_lora
 
 
@@ -58,6 +67,98 @@ def test_the_gate_judges_the_tuned_model(evaluated: Path) -> None:
     assert report["gate"]["checks"][1]["value"] == report["tuned"]["stop_rate"]
 
 
+def test_the_verdict_is_that_of_the_interval(evaluated: Path) -> None:
+    report = read_json(evaluated / "reports/evaluation.json")
+    assert list(report["difference"]) == ["exact_match", "valid_json", "loss"]
+    assert report["metrics"] == report["shares"] == ["exact_match", "valid_json"]
+    loss, match = report["difference"]["loss"], report["difference"]["exact_match"]
+    assert (loss["verdict"], match["verdict"]) == ("better", "no difference seen")
+    assert loss["num_records_needed"] >= 2 and match["num_records_needed"] is None
+    assert report["power_fraction"] == 0.8
+
+
+def test_what_was_forgotten_is_the_loss_on_general_questions(evaluated: Path) -> None:
+    """The adapter switched off is the base as it was loaded."""
+    found = read_json(evaluated / "reports/evaluation.json")["general"]
+    rows = [losses(evaluated, "base", adapted) for adapted in (False, True)]
+    means = [sum(r["loss"] * r["num_supervised_tokens"] for r in side) for side in rows]
+    tokens = sum(r["num_supervised_tokens"] for r in rows[0])
+    assert found["num_records"] == len(rows[0]) == 40
+    assert found["base"]["loss"] == pytest.approx(means[0] / tokens, rel=1e-5)
+    assert found["tuned"]["loss"] == pytest.approx(means[1] / tokens, rel=1e-5)
+    assert found["difference"]["mean"] == pytest.approx((means[1] - means[0]) / tokens, rel=1e-3)
+    assert found["base"]["loss"] != found["tuned"]["loss"]
+
+
+def losses(root: Path, name: str, adapted: bool) -> list[dict[str, Any]]:
+    stage = Stage(StageSpec.read("evaluate", root), root)
+    params = read_params("evaluate", root)
+    model = load_model(root / f"data/models/{name}", params.model, torch.device("cpu"))
+    if adapted:
+        model = attach_adapter(model, root / "data/models/adapter")
+    chat = recorded_format(root / "data/formatted", root / "data/models/tokenizer")
+    records = format_questions(root / "data/general/records.jsonl", chat)
+    return evaluate_model.score(model, records, params, stage)
+
+
+OWN = """
+def brevity(completion, reference, record):
+    assert record["prompt"].endswith("<|im_start|>assistant\\n") and record["metadata"]["kind"]
+    return len(completion) / len(reference)
+"""
+
+
+def test_other_metrics_stand_in_columns_reports_and_log(
+    evaluated: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    metrics = ["conf/x.py:brevity", "rougeL", "json_fields"]
+    root = write_workspace(tmp_path, [f"evaluation.metrics=[{','.join(metrics)}]"])
+    composed = root / "data/composed/metrics.json"
+    composed.write_text(json.dumps({"sources": {"conf/x.py": OWN}}))
+    (root / "data/models/adapter").symlink_to(evaluated / "data/models/adapter")
+    with caplog.at_level("INFO", logger="capas"):
+        run_stage("evaluate_base", partial(evaluate_model.main, "base"), root)
+        run_stage("evaluate", partial(evaluate_model.main, "tuned"), root)
+    report = read_json(root / "reports/evaluation.json")
+    rows = pq.read_table(root / "reports/predictions.parquet").to_pylist()
+    for name in ("brevity", "rougeL", "json_fields"):
+        assert report["tuned"][name] == pytest.approx(sum(r[name] for r in rows) / 10, rel=1e-5)
+        assert report["tuned"]["by"]["kind"]["seen"].keys() >= {name}
+    assert rows[0]["brevity"] == len(rows[0]["completion"]) / len(rows[0]["reference"])
+    assert report["metrics"][0] == "brevity"
+    assert report["gate"]["checks"][0]["name"] == "brevity_gain"
+    flat = read_json(root / "reports/metrics/tuned.json")
+    assert flat["brevity_gain"] == report["difference"]["brevity"]["mean"]
+    assert flat["exact_match"] is None and "rougeL_gain" not in flat
+    lines = list(csv.DictReader((root / "reports/before_after.csv").open()))
+    assert {line["metric"] for line in lines} == {"brevity"}
+    assert re.search(r"brevity [+-]\S+ \(\S+ to \S+\): (better|worse|no difference)", caplog.text)
+    assert re.search(r"seconds a record: about \d+ seconds for 10", caplog.text)
+
+
+def test_the_loss_alone_has_a_verdict_and_no_bars_for_kinds(
+    evaluated: Path, tmp_path: Path
+) -> None:
+    root = write_workspace(tmp_path, ["evaluation=loss"])
+    (root / "data/models/adapter").symlink_to(evaluated / "data/models/adapter")
+    run_stage("evaluate_base", partial(evaluate_model.main, "base"), root)
+    run_stage("evaluate", partial(evaluate_model.main, "tuned"), root)
+    report = read_json(root / "reports/evaluation.json")
+    assert report["metrics"] == [] and report["difference"]["loss"]["verdict"] == "better"
+    lines = list(csv.DictReader((root / "reports/before_after.csv").open()))
+    assert [(line["bar"], line["metric"]) for line in lines] == [
+        ("all, base", "loss"),
+        ("all, tuned", "loss"),
+    ]
+
+
+def test_a_difference_of_that_size_in_words() -> None:
+    found = {"mean": 0.25, "low": 0.1, "high": 0.4, "verdict": "better", "num_records_needed": 12}
+    assert evaluate_model.in_words("chrf", found) == (
+        "chrf +0.25 (+0.1 to +0.4): better; 12 records would show a difference of that size"
+    )
+
+
 def test_groups_add_up(evaluated: Path) -> None:
     facts = read_json(evaluated / "reports/evaluation.json")["tuned"]
     assert set(facts["by"]) == {"kind", "language", "function", "turns"}
@@ -88,6 +189,9 @@ def test_loss_alone_generates_nothing(tmp_path: Path) -> None:
     run_stage("evaluate_base", partial(evaluate_model.main, "base"), root)
     facts = read_json(root / "reports/evaluation_base.json")
     assert facts["loss"] > 0
-    assert [facts[name] for name in ("exact_match", "valid_json", "stop_rate", "empty_rate")] == [
-        None
-    ] * 4
+    assert (facts["stop_rate"], facts["empty_rate"]) == (None, None)
+    assert not {"exact_match", "valid_json"} & set(facts)
+    assert read_json(root / "reports/metrics/base.json")["base"]["exact_match"] is None
+    rows = pq.read_table(root / "reports/predictions_base.parquet")
+    assert rows["completion"].null_count == rows["stopped"].null_count == len(rows) == 10
+    assert not {"exact_match", "valid_json"} & set(rows.column_names)

@@ -18,11 +18,15 @@ def judged(
     limits: dict[str, Any] = LIMITS,
     **tuned: float | None,
 ) -> dict[str, Any]:
-    difference = {"loss": loss}
+    difference, metrics = {"loss": loss}, []
     if match:
-        difference["exact_match"] = {"mean": sum(match) / 2, "low": match[0], "high": match[1]}
+        worse = {"mean": -0.5, "low": -0.6, "high": -0.4}
+        found = {"mean": sum(match) / 2, "low": match[0], "high": match[1]}
+        difference |= {"valid_json": worse, "exact_match": found}
+        metrics = ["exact_match", "valid_json"]
     rates = {"stop_rate": 0.95, "empty_rate": 0.0}
-    return judge(base, {"tuned": rates | tuned, "difference": difference}, limits)
+    evaluation = {"tuned": rates | tuned, "difference": difference, "metrics": metrics}
+    return judge(base, evaluation, limits)
 
 
 def test_a_good_model_passes_every_check() -> None:
@@ -46,7 +50,20 @@ def test_an_interval_that_is_not_above_zero_proves_no_gain(match: tuple[float, f
     assert verdict(gate).startswith("failed: no gain in exact_match")
 
 
-def test_without_exact_match_a_lower_loss_is_the_gain() -> None:
+def test_the_first_metric_is_the_one_that_must_gain() -> None:
+    gain = {"mean": 0.1, "low": 0.05, "high": 0.2}
+    evaluation = {"tuned": {"stop_rate": 1.0, "empty_rate": 0.0}, "metrics": ["rougeL", "chrf"]}
+    evaluation["difference"] = {"chrf": {**gain, "low": -0.1}, "rougeL": gain, "loss": LOSS}
+    assert judge(BASE, evaluation, LIMITS)["checks"][0] == {
+        **{"name": "rougeL_gain", "value": 0.05, "limit": 0.0, "passed": True}
+    }
+    evaluation["metrics"].reverse()
+    assert judge(BASE, evaluation, LIMITS)["reasons"] == [
+        "no gain in chrf is proven: its interval is -0.1 to 0.2"
+    ]
+
+
+def test_without_metrics_a_lower_loss_is_the_gain() -> None:
     generated_nothing = {"match": None, "stop_rate": None, "empty_rate": None}
     gate = judged(**generated_nothing)
     assert gate["passed"]

@@ -82,6 +82,8 @@ def test_the_run_holds_params_metrics_and_where_it_comes_from(root: Path) -> Non
     assert data.metrics["tuned/exact_match"] == 0.5
     assert data.metrics["tuned/exact_match by kind/seen"] == 0.5
     assert data.metrics["difference/loss/mean"] == -3.0
+    assert data.metrics["difference/loss/num_records_needed"] == 12
+    assert data.metrics["general/difference/mean"] == 0.7
     assert data.metrics["seconds/train"] == 12.5
     assert (
         "seconds/format" not in data.metrics

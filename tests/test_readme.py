@@ -51,7 +51,7 @@ def results(texts: dict[str, str]) -> str:
     base = base["base"]
     shares: dict[str, dict[str, float]] = {}
     for row in csv.DictReader((ROOT / "reports/before_after.csv").open()):
-        shares.setdefault(row["kind"], {})[row["model"]] = float(row["exact_match"])
+        shares.setdefault(row["kind"], {})[row["model"]] = float(row["score"])
     shares["valid_json"] = {"base": base["valid_json"], "tuned": tuned["valid_json"]}
     order = [*(kind for kind in shares if kind not in ("all", "valid_json")), "all", "valid_json"]
     lines = [texts["head"], "|---|---:|---:|"]

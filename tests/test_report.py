@@ -13,6 +13,7 @@ from report_inputs import REPOSITORY, write_inputs
 from capas.dag import StageSpec, read_yaml
 from capas.dataset.flaws import KEEP, MERGE, REPLACE, WAYS_OUT
 from capas.dataset.selection import BEYOND, DUPLICATE, LEAK, NOT_DRAWN
+from capas.metrics.names import BUILT_IN
 from capas.params import Params, flatten, select
 from capas.stage import Stage
 from stages import build_report
@@ -155,8 +156,56 @@ def test_a_model_that_fails_its_gate_is_told_so(page_with: Callable[..., str]) -
 def test_without_completions_the_page_compares_losses(page_with: Callable[..., str]) -> None:
     page = page_with("evaluation=loss")
     assert "Test loss from 3.200 to 0.200" in page
-    assert "There is no exact match" in page
+    assert "Nothing was generated, because" in page
     assert 'id="figure-kinds"' not in page
+
+
+def test_every_metric_has_its_difference_its_verdict_and_the_records_it_needs(
+    pages: dict[str, str],
+) -> None:
+    row = r'<tr><th scope="row">{}</th><td>\+50.0 {}</td><td>\+30.0 … \+70.0</td><td>{}</td><td>12</td></tr>'
+    english = [row.format(name, "points", "better") for name in ("Exact match", "Valid JSON")]
+    spanish = row.format("Acierto exacto", "puntos", "mejor").replace(".0", ",0")
+    assert all(re.search(pattern, pages["en"]) for pattern in english)
+    assert re.search(spanish, pages["es"])
+    loss = "<td>−3.000</td><td>−3.200 … −2.800</td><td>better</td><td>12</td>"
+    assert f'<tr><th scope="row">Loss on expected answers</th>{loss}' in pages["en"]
+
+
+def test_what_was_forgotten_is_told_in_each_language(pages: dict[str, str]) -> None:
+    row = "<td>5.100</td><td>5.800</td><td>+0.700</td><td>+0.600 … +0.800</td><td>worse</td></tr>"
+    assert row in pages["en"] and "What it forgot" in pages["en"]
+    assert row.replace(".", ",").replace("worse", "peor") in pages["es"]
+
+
+def test_graded_answers_are_shown_from_the_lowest(page_with: Callable[..., str]) -> None:
+    page = page_with("evaluation=text")
+    text = " ".join(re.sub(r"<[^>]+>", " ", page).split())
+    assert "ROUGE-L from 0% to 50.0%" in text
+    assert "that the tuned model answers with a higher score than the base" in text
+    assert "Gain: ROUGE-L, worse end of the interval" in text
+    assert "chrF : F-score of runs of 1 to 6 characters" in text
+    lowest = text.partition("Where it scores lowest")[2]
+    assert "Okay. 1.0%" in lowest  # the second record: the first that is wrong
+    assert lowest.index("Okay. 1.0%") < lowest.index("Okay. 3.0%") < lowest.index("Okay. 9.0%")
+    assert "Exact match" not in text
+
+
+def test_a_score_beyond_1_is_no_percentage(page_with: Callable[..., str]) -> None:
+    page = page_with("evaluation.metrics=[conf/x.py:tone,exact_match]")
+    text = " ".join(re.sub(r"<[^>]+>", " ", page).split())
+    assert "tone from 0.000 to 5.000" in text
+    assert "tone : a function of this repository" in text
+    assert "tone differs by 0.500, interval 0.300 to 0.700." in text
+    assert 'id="figure-kinds"' not in page
+    assert "Exact match 0% 50.0%" in text
+
+
+def test_every_metric_is_explained_in_both_languages() -> None:
+    for code in ("en", "es"):
+        texts = read_yaml(PAGE / f"{code}.yaml")
+        assert tuple(texts["metrics"]) == BUILT_IN
+        assert set(texts["verdicts"]) == {"better", "worse", "no_difference_seen"}
 
 
 def test_without_quantization_the_page_says_so(page_with: Callable[..., str]) -> None:

@@ -95,6 +95,8 @@ def write_workspace(root: Path, overrides: Iterable[str] = (), quantized: str = 
     link_code(root)
     with composer(REPOSITORY / "conf") as compose:
         (root / "params.yaml").write_text(dump(compose([*SHRUNK, "quantization=none", *overrides])))
+    (root / "data").mkdir(exist_ok=True)
+    (root / "data/general").symlink_to(REPOSITORY / "data/general")
     write_tokenizer(root / "data/models/tokenizer")
     make_model().save_pretrained(root / "data/models/base")
     shutil.copytree(root / "data/models" / quantized, root / "data/models/quantized")
@@ -136,6 +138,7 @@ def _write_data(root: Path) -> None:
         (REPOSITORY / f"conf/chat_template/{name}.jinja").read_text()
         for name in ("chatml", "llama3")
     )
+    (composed / "metrics.json").write_text('{"sources": {}}')
     (composed / "prompts.json").write_text('{"prompts": null}')
     (composed / "wrong_chat_template.jinja").write_text(wrong)
     for folder in (composed, formatted):

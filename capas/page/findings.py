@@ -14,6 +14,7 @@ from typing import Any
 import pyarrow.csv as pa_csv
 import pyarrow.parquet as pq
 
+from capas.metrics.names import headline
 from capas.page.intervals import wilson_interval
 from capas.page.neighbours import read_header
 
@@ -44,41 +45,58 @@ def changes(splits: Mapping[str, Row]) -> dict[str, int]:
 
 
 def scores(base: Row, evaluation: Row) -> dict[str, Any]:
-    """Base and tuned side by side; `kinds` holds every part of the test split with its intervals."""
+    """Base and tuned side by side; `groups` holds every part of the test split with its intervals.
+
+    `is_share`: the headline lies between 0 and 1, so that it can be a percentage and have an interval.
+    """
     tuned, confidence = evaluation["tuned"], evaluation["confidence_fraction"]
+    metrics, shares = evaluation["metrics"], evaluation["shares"]
+    name = headline(metrics)
     groups = {
         group: [
-            {"label": label, **_pair(base["by"][group][label], part, confidence)}
+            {
+                "label": label,
+                **_pair(base["by"][group][label], part, name, name in shares, confidence),
+            }
             for label, part in parts.items()
         ]
         for group, parts in tuned["by"].items()
     }
-    difference = evaluation["difference"]
     return {
         "base": base,
         "tuned": tuned,
-        "overall": _pair(base, tuned, confidence),
+        "metrics": metrics,
+        "shares": shares,
+        "headline": name,
+        "is_share": name in shares,
+        "overall": _pair(base, tuned, name, name in shares, confidence),
         "groups": groups,
-        "difference": {
-            name: difference.get(name) for name in ("exact_match", "valid_json", "loss")
-        },
+        "difference": evaluation["difference"],
         "confidence": confidence,
+        "power": evaluation["power_fraction"],
         "resamples": evaluation["bootstrap_resamples"],
-        "generated": tuned.get("exact_match") is not None,
+        "generated": bool(metrics),
+        "general": evaluation["general"],
         "gate": evaluation["gate"],
     }
 
 
-def _pair(base: Row, tuned: Row, confidence: float) -> Row:
-    pair = {name: _share(part, confidence) for name, part in (("base", base), ("tuned", tuned))}
+def _pair(base: Row, tuned: Row, name: str, is_share: bool, confidence: float) -> Row:
+    models = (("base", base), ("tuned", tuned))
+    pair = {model: _score(part, name, is_share, confidence) for model, part in models}
     return {**pair, "num_records": tuned["num_records"]}
 
 
-def _share(part: Row, confidence: float) -> tuple[float, float, float] | None:
-    share, num_records = part.get("exact_match"), part["num_records"]
-    if share is None or not num_records:
+def _score(
+    part: Row, name: str, is_share: bool, confidence: float
+) -> tuple[float, float | None, float | None] | None:
+    """(score, low, high). Wilson's interval is that of right or wrong: too wide for scores in between."""
+    score, num_records = part.get(name), part["num_records"]
+    if score is None or not num_records:
         return None
-    return (share, *wilson_interval(share * num_records, num_records, confidence))
+    if not is_share:
+        return score, None, None
+    return (score, *wilson_interval(score * num_records, num_records, confidence))
 
 
 def origin(source: Row) -> dict[str, Any]:
@@ -96,28 +114,46 @@ def origin(source: Row) -> dict[str, Any]:
     }
 
 
-def answers(base_file: Path, tuned_file: Path, messages: Mapping[str, list[Row]]) -> dict[str, Any]:
-    """The first test record that the tuned model gets right, and one that it gets wrong of each kind."""
-    base = {row["id"]: row["completion"] for row in pq.read_table(base_file).to_pylist()}
+def answers(
+    base_file: Path, tuned_file: Path, messages: Mapping[str, list[Row]], metric: str
+) -> dict[str, Any]:
+    """The first test record that the tuned model gets right, and one that it gets wrong of each kind.
+
+    Where scores lie in between (`graded`): the first that it answers better than the base, and the lowest.
+    """
+    base = {row["id"]: row for row in pq.read_table(base_file).to_pylist()}
     rows = [
         {
+            **json.loads(row["metadata"]),
             "messages": messages[row["id"]],
             "reference": row["reference"],
-            "base": base[row["id"]],
+            "base": base[row["id"]]["completion"],
             "tuned": row["completion"],
-            "right": row["exact_match"],
-            **json.loads(row["metadata"]),
+            "score": row[metric],
+            "right": row[metric] == 1,
+            "gain": row[metric] - base[row["id"]][metric],
         }
         for row in pq.read_table(tuned_file).to_pylist()
         if row["completion"] is not None and row["id"] in base and row["id"] in messages
     ]
+    if any(row["score"] not in (0, 1) for row in rows):
+        return _graded(rows)
     example = next((row for row in rows if row["right"]), rows[0] if rows else None)
-    wrong = [row for row in rows if row["right"] is False]
+    wrong = [row for row in rows if not row["right"]]
     first: dict[Any, Row] = {}
     for row in wrong:
         first.setdefault(row.get("kind"), row)
     shown = list(first.values()) if len(first) > 1 else wrong[:NUM_WRONG]
-    return {"example": example, "wrong": shown[:NUM_WRONG], "num_wrong": len(wrong)}
+    found = {"example": example, "wrong": shown[:NUM_WRONG], "num_wrong": len(wrong)}
+    return {**found, "graded": False}
+
+
+def _graded(rows: list[Row]) -> dict[str, Any]:
+    for row in rows:
+        row["right"] = row["gain"] > 0
+    example = next((row for row in rows if row["right"]), rows[0])
+    lowest = sorted(rows, key=lambda row: float(row["score"]))[:NUM_WRONG]
+    return {"example": example, "wrong": lowest, "num_wrong": len(rows), "graded": True}
 
 
 def conversations(file: Path) -> dict[str, list[Row]]:

@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from jinja2 import Environment, FileSystemLoader, StrictUndefined
-from markupsafe import Markup
+from markupsafe import Markup, escape
 
 from capas.dag import read_yaml
 from capas.errors import CapasError
@@ -68,6 +68,14 @@ class Numbers:
         """A difference of two shares, with its sign."""
         return ("+" if fraction > 0 else "") + self.dec(100 * fraction, digits)
 
+    def score(self, value: float | None, is_share: bool) -> str:
+        """Of a metric: a percentage, or a plain number where it may lie beyond 0 and 1."""
+        return self.pct(value) if is_share else self.dec(value, 3)
+
+    def gain(self, value: float, is_share: bool) -> str:
+        """A difference of two scores, with its sign."""
+        return self.points(value) if is_share else ("+" if value > 0 else "") + self.dec(value, 3)
+
     def size(self, num_bytes: float) -> str:
         """Bytes in powers of ten, as disks and downloads are sold."""
         for unit, digits in (("B", 0), ("kB", 0), ("MB", 1)):
@@ -94,10 +102,12 @@ class Language:
             trim_blocks=True,
             lstrip_blocks=True,
         )
-        for name in ("num", "dec", "sig", "general", "pct", "points", "size"):
+        for name in ("num", "dec", "sig", "general", "pct", "points", "score", "gain", "size"):
             self._environment.filters[name] = getattr(self.numbers, name)
         self._environment.filters["json"] = partial(json.dumps, ensure_ascii=False)
-        self._environment.globals.update(facts, say=self.say, has_text=self.has, lang=code)
+        self._environment.globals.update(
+            facts, say=self.say, has_text=self.has, metric=self.metric, lang=code
+        )
 
     def has(self, key: str) -> bool:
         return key in self._texts
@@ -111,6 +121,11 @@ class Language:
         if key not in self._texts:
             raise CapasError(f"{self._file} has no text '{key}'")
         return Markup(self._environment.from_string(self._texts[key]).render(**more).strip())
+
+    def metric(self, name: str) -> Markup:
+        """What a metric is called; a function of the user's own by its name."""
+        key = f"metrics.{name}.name"
+        return self.say(key) if self.has(key) else escape(name)
 
     def render(self, template: str, **more: Any) -> str:
         """A template of the folder."""

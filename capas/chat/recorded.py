@@ -1,0 +1,30 @@
+"""The chat format that data/formatted was made with, for stages that format more in it."""
+
+from pathlib import Path
+
+from capas.chat.format import ChatFormat
+from capas.errors import CapasError
+from capas.facts import read_json
+
+
+def recorded_format(formatted: Path, tokenizer: Path) -> ChatFormat:
+    """The template of this run with its tokenizer.
+
+    Args:
+        formatted: data/formatted.
+        tokenizer: data/models/tokenizer.
+
+    Raises:
+        CapasError: template and tokenizer encode other ids now than when the records were formatted.
+    """
+    text = (formatted / "chat_template.jinja").read_text(encoding="utf-8")
+    chat = read_json(formatted / "chat.json")
+    found = ChatFormat.load(
+        text, tokenizer, chat["date_string"], chat["system"], chat["allowed_tokens"]
+    )
+    if found.probes_sha256() != chat["probes_sha256"]:
+        raise CapasError(
+            f"{formatted}/chat_template.jinja and {tokenizer} do not encode as they did for {formatted}: the "
+            "model would be asked in another format than it was trained in. Run `dvc repro`."
+        )
+    return found
