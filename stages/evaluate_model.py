@@ -22,6 +22,7 @@ from functools import partial
 from typing import TYPE_CHECKING, Any, Literal
 
 import pyarrow as pa
+import pyarrow.parquet as pq
 
 from capas import gate, hardware
 from capas.chat.recorded import recorded_format
@@ -234,8 +235,7 @@ def report_difference(
     stage: Stage,
 ) -> None:
     """Write what the tuned model gained over the base, what it forgot, and whether it passes the gate."""
-    schema = predictions_schema(names)
-    before = list(read_records(stage.dep("reports/predictions_base.parquet"), schema))
+    before = read_base(names, stage)
     base = read_json(stage.dep("reports/evaluation_base.json"))
     report = compare(before, rows, facts, names, params)
     report["general"] = ask_generally(model, params, stage)
@@ -247,10 +247,28 @@ def report_difference(
     write_json(stage.out("reports/evaluation.json"), report)
     flat = side_by_side(facts, names) | gains(report)
     write_json(stage.out("reports/metrics/tuned.json"), flat)
-    write_records(stage.out("reports/predictions.parquet"), schema, rows)
+    write_records(stage.out("reports/predictions.parquet"), predictions_schema(names), rows)
     bars = before_after({"base": base, "tuned": facts}, headline(names))
     columns = ("kind", "model", "bar", "metric", "score")
     write_csv(stage.out("reports/before_after.csv"), columns, bars)
+
+
+def read_base(names: list[str], stage: Stage) -> list[Row]:
+    """What the base scored.
+
+    Raises:
+        CapasError: in other metrics.
+    """
+    file, schema = stage.dep("reports/predictions_base.parquet"), predictions_schema(names)
+    found = pq.read_schema(file).names
+    if found != schema.names:
+        other = ", ".join(sorted({*found} ^ {*schema.names})) or "their order"
+        raise CapasError(
+            "reports/predictions_base.parquet holds the scores of other metrics than evaluation.metrics "
+            f"({other}); run `dvc repro evaluate_base`, or try other metrics on the base: "
+            "python stages/evaluate_model.py base ..."
+        )
+    return list(read_records(file, schema))
 
 
 def compare(

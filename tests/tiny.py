@@ -95,8 +95,6 @@ def write_workspace(root: Path, overrides: Iterable[str] = (), quantized: str = 
     link_code(root)
     with composer(REPOSITORY / "conf") as compose:
         (root / "params.yaml").write_text(dump(compose([*SHRUNK, "quantization=none", *overrides])))
-    (root / "data").mkdir(exist_ok=True)
-    (root / "data/general").symlink_to(REPOSITORY / "data/general")
     write_tokenizer(root / "data/models/tokenizer")
     make_model().save_pretrained(root / "data/models/base")
     shutil.copytree(root / "data/models" / quantized, root / "data/models/quantized")
@@ -106,10 +104,11 @@ def write_workspace(root: Path, overrides: Iterable[str] = (), quantized: str = 
 
 
 def link_code(root: Path) -> None:
-    """dvc.yaml, environment.yaml and the code, which is hashed into the key of the checkpoints."""
+    """dvc.yaml, environment.yaml, the code, which checkpoints are keyed by, and data that ships."""
     for name in ("dvc.yaml", "environment.yaml"):
         shutil.copy(REPOSITORY / name, root / name)
-    for name in ("capas", "stages"):
+    (root / "data").mkdir(exist_ok=True)
+    for name in ("capas", "stages", "data/general"):
         (root / name).symlink_to(REPOSITORY / name)
 
 
