@@ -24,6 +24,15 @@ def make_example(record: dict[str, Any]) -> Example:
     return {**tensors, "id": record["id"]}
 
 
+NUM_PROBED = 128  # tokens of a record that are enough to look at what a model computes
+
+
+def tails(examples: list[Example]) -> list[Example]:
+    """The last tokens of each, the end of an answer among them: whole ones would take memory for nothing."""
+    names = ("input_ids", "labels")
+    return [{**e, **{name: e[name][-NUM_PROBED:] for name in names}} for e in examples]
+
+
 class Collator:
     """Pads a batch on the right. Padding is masked by position, so the pad token may be the end token.
 

@@ -4,10 +4,17 @@ import argparse
 import sys
 import traceback
 
-from capas import merge, push, rebuild, registry, talk
+from capas import merge, preflight, push, rebuild, registry, talk
 from capas.errors import CapasError
 
-COMMANDS = {"chat": talk, "merge": merge, "push": push, "register": registry, "rebuild": rebuild}
+COMMANDS = {
+    "chat": talk,
+    "memory": preflight,
+    "merge": merge,
+    "push": push,
+    "register": registry,
+    "rebuild": rebuild,
+}
 
 
 def main(argv: list[str] | None = None) -> int:

@@ -106,8 +106,9 @@ def metrics(stage: Stage) -> dict[str, float]:
             continue  # that of the publish before this one: every repetition would change the run
         if name not in lock or recorded_key(lock[name]) != cost["key"]:
             continue  # restored from DVC's cache: this was the cost of other inputs
-        for measure in ("seconds", "peak_memory_bytes"):
-            facts.setdefault(measure, {})[name] = cost[measure]
+        for measure in timings.MEASURES:
+            if measure in cost:
+                facts.setdefault(measure, {})[name] = cost[measure]
     return {_NOT_IN_A_NAME.sub("_", key): float(value) for key, value in _numbers(facts)}
 
 

@@ -43,6 +43,7 @@ class Stage:
         self.spec, self.root, self._aside = spec, root, aside
         self._pending: dict[Path, Path] = {}
         self._checkpoints: Path | None = None
+        self.costs: dict[str, Any] = {}  # for reports/timings, beside seconds and peak memory
 
     @property
     def name(self) -> str:
@@ -290,6 +291,7 @@ def _write_timing(stage: Stage, seconds: float) -> None:
             "seconds": round(seconds, 2),
             "cpu_seconds": round(sum(os.times()[:4]), 2),  # of its processes, too
             "peak_memory_bytes": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * kib,
+            **stage.costs,
         }
         folder.mkdir(parents=True, exist_ok=True)
         (folder / f"{stage.name}.json").write_text(json.dumps(facts) + "\n")

@@ -28,6 +28,7 @@ from capas.params import Params
 from capas.stage import Stage, log, run
 
 if TYPE_CHECKING:
+    import torch
     from transformers import PreTrainedModel, TrainingArguments
 
     from capas.batches import Collator, Example
@@ -45,8 +46,8 @@ VALIDATION = ("step", "epoch", "loss", "token_accuracy")
 
 def main(params: Params, stage: Stage) -> None:
     device = hardware.prepare(params.hardware)  # before torch is imported
-    from capas import certificate, training, usage
-    from capas.batches import Collator, read_examples
+    from capas import capacity, certificate, training, usage
+    from capas.batches import Collator, read_examples, tails
     from capas.model import load_model
 
     chat = read_json(stage.dep(FORMATTED) / "chat.json")
@@ -54,12 +55,14 @@ def main(params: Params, stage: Stage) -> None:
     validation = read_examples(stage.dep(FORMATTED) / "validation.parquet")
     flatten = params.model.attn_implementation == "flash_attention_2"
     collator = Collator(chat["pad_token_id"], flatten)
+    lengths = [[len(example["input_ids"]) for example in split] for split in (train, validation)]
+    check_memory(lengths, params, device, stage)
     base = load_model(stage.dep(QUANTIZED), params.model, device)
-    check_lengths(base, [len(example["input_ids"]) for example in [*train, *validation]])
+    check_lengths(base, [*lengths[0], *lengths[1]])
     model = add_lora(base, params)
     base_sha256 = certificate.fingerprint(model)
     packed, packing_facts = pack(model, train, collator, params)
-    gradient_check = usage.check_gradients(model, collator(validation[:2]))
+    gradient_check = usage.check_gradients(model, collator(tails(validation[:2])))
 
     checkpoints = stage.checkpoints()
     checkpoint = training.last_checkpoint(checkpoints, resume=not stage.debug)
@@ -88,8 +91,36 @@ def main(params: Params, stage: Stage) -> None:
     write_curves(trainer.state.log_history, stage)
     save_adapter(trainer.model, params, chat, stage)
     folder = stage.out("data/models/adapter")
-    checks = certificate.check_adapter(trainer.model, folder, collator(validation[:4]), base_sha256)
+    probes = collator(tails(validation[:4]))
+    checks = certificate.check_adapter(trainer.model, folder, probes, base_sha256)
     write_certificate(folder / certificate.WEIGHTS, checks, params, stage)
+    stage.costs |= capacity.device_costs(device)
+
+
+def check_memory(
+    lengths: list[list[int]], params: Params, device: "torch.device", stage: Stage
+) -> None:
+    """Before any weight is read: whether the training fits. The estimate goes beside the measured peak.
+
+    Args:
+        lengths: tokens of the records of train and of validation.
+
+    Raises:
+        CapasError: it needs more memory than there is.
+    """
+    from capas import capacity, memory
+
+    workload = memory.Workload.of(params.trainer, lengths[0], lengths[1], device.type == "cpu")
+    groups = params.model, params.lora, params.trainer
+    try:
+        found = memory.estimate(stage.dep(QUANTIZED), *groups, workload)
+    except memory.EstimateError as error:
+        log.warning("%s", error)
+        return
+    used, free = capacity.used_bytes(device), capacity.free_bytes(device)
+    log.info("%s", memory.summary(found, used, free))
+    memory.check(found, used, free, memory.ways_out(found, workload, params.trainer))
+    stage.costs |= memory.costs(found, used)
 
 
 def add_lora(base: "PreTrainedModel", params: Params) -> Any:

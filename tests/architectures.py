@@ -90,7 +90,33 @@ REAL: dict[str, dict[str, Any]] = {
     "gemma_2_2b_it": GEMMA2,
     "gemma_3_1b_it": GEMMA3,
 }
+SIZES = {  # intermediate_size, num_hidden_layers, vocab_size; parameters as the Hub counts them
+    "llama_3.2_1b_instruct": (8192, 16, 128256, 1_235_814_400),
+    "llama_3.2_3b_instruct": (8192, 28, 128256, 3_212_749_824),
+    "llama_3.1_8b_instruct": (14336, 32, 128256, 8_030_261_248),
+    "mistral_7b_instruct_v0.3": (14336, 32, 32768, 7_248_023_552),
+    "qwen2.5_0.5b": (4864, 24, 151936, 494_032_768),
+    "qwen2.5_0.5b_instruct": (4864, 24, 151936, 494_032_768),
+    "qwen2.5_7b_instruct": (18944, 28, 152064, 7_615_616_512),
+    "qwen3_4b": (9728, 36, 151936, 4_022_468_096),
+    "gemma_2_2b_it": (9216, 26, 256000, 2_614_341_888),
+    "gemma_3_1b_it": (6912, 26, 262144, 999_885_952),
+}
 HEAD, BLOCK = 32, 64  # widths in small: of a head, and what that of every layer is a multiple of
+
+
+def whole(preset: str) -> dict[str, Any]:
+    """config.json as on the Hub, for what needs no weights."""
+    intermediate, layers, vocabulary, _ = SIZES[preset]
+    sizes = {"intermediate_size": intermediate, "num_hidden_layers": layers}
+    return {**REAL[preset], **sizes, "vocab_size": vocabulary, "torch_dtype": "bfloat16"}
+
+
+def write_whole(preset: str, folder: Path) -> Path:
+    """A folder with that config.json and nothing else."""
+    folder.mkdir(parents=True, exist_ok=True)
+    (folder / "config.json").write_text(json.dumps(whole(preset)))
+    return folder
 
 
 def small(preset: str, vocab_size: int) -> dict[str, Any]:

@@ -39,6 +39,7 @@ def root(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
     assert len(keys) == 2
     for name, key in {**keys, "format": "of other inputs"}.items():
         timing = {"key": key, "seconds": 12.5, "cpu_seconds": 20.0, "peak_memory_bytes": 1000}
+        timing |= {"estimated_memory_bytes": 900} if name == "train" else {}
         (folder / f"reports/timings/{name}.json").write_text(json.dumps(timing))
     with pytest.MonkeyPatch.context() as patch:
         for name in ("MLFLOW_TRACKING_URI", "DVC_EXP_NAME", "DVC_ROOT"):
@@ -85,6 +86,8 @@ def test_the_run_holds_params_metrics_and_where_it_comes_from(root: Path) -> Non
     assert data.metrics["difference/loss/num_records_needed"] == 12
     assert data.metrics["general/difference/mean"] == 0.7
     assert data.metrics["seconds/train"] == 12.5
+    assert data.metrics["estimated_memory_bytes/train"] == 900
+    assert data.metrics["peak_memory_bytes/train"] == 1000
     assert (
         "seconds/format" not in data.metrics
     )  # DVC restored it: that was the cost of other inputs

@@ -1,0 +1,87 @@
+"""How much memory there is for a training on this machine, and how much this process holds."""
+
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import psutil  # type: ignore[import-untyped]
+
+if TYPE_CHECKING:
+    import torch
+
+_CGROUPS = Path("/sys/fs/cgroup")
+_SELF = Path("/proc/self/cgroup")
+
+
+def free_bytes(device: "torch.device") -> int:
+    """What the process can still get: on a GPU, or in the machine and in its container or job.
+
+    Swap does not count: a training that swaps does not end.
+    """
+    if device.type == "cuda":
+        import torch
+
+        return int(torch.cuda.mem_get_info(device)[0])
+    return min([psutil.virtual_memory().available, *cgroup_free_bytes()])
+
+
+def used_bytes(device: "torch.device") -> int:
+    """What the process holds there now, of the machine or of the GPU."""
+    if device.type == "cuda":
+        import torch
+
+        return int(torch.cuda.memory_allocated(device))
+    return int(psutil.Process().memory_info().rss)
+
+
+def device_costs(device: "torch.device") -> dict[str, int]:
+    """For reports/timings: most bytes of tensors on the GPU at once. Of a CPU the process's peak is there."""
+    if device.type != "cuda":
+        return {}
+    import torch
+
+    return {"peak_device_memory_bytes": int(torch.cuda.max_memory_allocated(device))}
+
+
+def cgroup_free_bytes(root: Path = _CGROUPS, own: Path = _SELF) -> list[int]:
+    """Limit less use of every control group around the process that has a limit, version 1 or 2.
+
+    Pages of files that nobody used for long are no use: the kernel takes them back first.
+
+    Args:
+        root, own: where Linux mounts the groups, and where it says which are the process's.
+    """
+    if not own.exists():
+        return []
+    free = []
+    for line in own.read_text().splitlines():
+        _, controllers, path = line.split(":", 2)
+        if controllers in (
+            "",
+            "memory",
+        ):  # version 2 has one tree, version 1 one for each controller
+            top = root / "memory" if controllers else root
+            inner = top / path.lstrip("/")
+            # In a container the process's own group is mounted as the top one.
+            groups = [g for g in (inner, *inner.parents) if g.is_relative_to(top) and g.is_dir()]
+            free += [n for n in map(_free, groups) if n is not None]
+    return free
+
+
+_NAMES = (  # limit, use, and the key of memory.stat: of version 2, of version 1
+    ("memory.max", "memory.current", "inactive_file"),
+    ("memory.limit_in_bytes", "memory.usage_in_bytes", "total_inactive_file"),
+)
+
+
+def _free(group: Path) -> int | None:
+    for limit, use, inactive in _NAMES:
+        if not (group / limit).exists():
+            continue
+        text = (group / limit).read_text().strip()
+        if text == "max":
+            return None
+        lines = (group / "memory.stat").read_text().splitlines()
+        stat = dict(line.split(maxsplit=1) for line in lines)
+        used = int((group / use).read_text()) - int(stat.get(inactive, 0))
+        return max(0, int(text) - used)
+    return None

@@ -1,0 +1,292 @@
+"""What a training needs in memory, estimated before it starts, and whether the machine has it.
+
+    weights              of the base; under quantization 4 or 8 bits in linear layers, float32 in the others
+    quantization_state   the scales of 4-bit blocks (Dettmers et al. 2023, section 3) or of int8 rows
+    adapter              float32, as PEFT keeps it
+    gradients            float32, of the adapter alone
+    optimizer            per parameter of the adapter: 8 bytes of AdamW, 2 and the scales of 8-bit AdamW, ...
+    activations          what a step, or an evaluation, keeps at most: `capas.activations`
+    allocator            on a CPU, the holes in malloc's heap between them: `capas.heap`
+
+All but the last follow from configuration, data and the installed packages alone. What Python and its
+libraries take is measured where the training runs.
+"""
+
+import logging
+import math
+import os
+import re
+from collections.abc import Iterable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from capas.architecture import check_causal, stored_quantization
+from capas.errors import CapasError
+from capas.facts import read_json
+from capas.params import Params
+
+if TYPE_CHECKING:
+    from capas.activations import Batch, Phase
+
+log = logging.getLogger("capas")
+CHECK = "CAPAS_MEMORY_CHECK"  # warn: the estimate refuses nothing. No result depends on it
+WARN_FRACTION = 0.9
+_BLOCK, _SCALES_BLOCK = 64, 256  # weights of a 4-bit block, scales that share a scale
+_OPTIMIZER_BLOCK, _OPTIMIZER_SMALLEST = 256, 4096  # of 8-bit AdamW; smaller tensors stay in float32
+_FLOAT32 = 4
+
+# Whatever a model's code raises where it meets tensors without numbers, or PEFT where nothing fits.
+_ANY_REASON = (
+    *(RuntimeError, ValueError, TypeError, LookupError, AttributeError, ImportError, re.error),
+)
+
+Shape = tuple[int, ...]
+
+
+class EstimateError(CapasError):
+    """A model whose step cannot be followed without its numbers, e.g. one that routes tokens to experts."""
+
+
+@dataclass(frozen=True)
+class Workload:
+    """The largest batches of a training, and where it computes."""
+
+    training: "Batch"
+    evaluation: "Batch"
+    gradient_check: "Batch"  # of `usage.check_gradients`
+    on_cpu: bool
+
+    @classmethod
+    def of(
+        cls, trainer: Params, train: list[int], validation: list[int], on_cpu: bool
+    ) -> "Workload":
+        """Each batch full of the longest records.
+
+        Args:
+            trainer: the params group.
+            train, validation: tokens of the records; neither is empty.
+            on_cpu: whether the device is the CPU.
+        """
+        from capas.activations import Batch
+        from capas.batches import NUM_PROBED
+
+        sizes = trainer.per_device_train_batch_size, trainer.per_device_eval_batch_size
+        return cls(
+            Batch(min(sizes[0], len(train)), max(train)),
+            Batch(min(sizes[1], len(validation)), max(validation)),
+            Batch(len(validation[:2]), min(NUM_PROBED, max(validation))),
+            on_cpu,
+        )
+
+
+@dataclass(frozen=True)
+class Estimate:
+    """Bytes by part; `phase` is when the activations are most: training, evaluation, gradient check."""
+
+    parts: dict[str, int]
+    phase: str
+
+    @property
+    def total(self) -> int:
+        return sum(self.parts.values())
+
+
+def estimate(
+    folder: Path,
+    model: Params,
+    lora: Params,
+    trainer: Params,
+    workload: Workload,
+    quantization: dict[str, Any] | None = None,
+) -> Estimate:
+    """What the training of a model needs; its weights are not read and need not be there.
+
+    Args:
+        folder: with the model's config.json, which may say how its weights are quantized.
+        model, lora, trainer: params groups, or the part of them that a stage declares.
+        workload: the largest batches.
+        quantization: the params group's keys, of a base that is not quantized yet.
+
+    Raises:
+        EstimateError: the model cannot be traced.
+        CapasError: config.json is none of a causal language model.
+    """
+    from transformers import AutoConfig
+
+    from capas import activations
+
+    facts = read_json(folder / "config.json")
+    check_causal(facts, str(folder))
+    stored = stored_quantization(facts, str(folder)) or quantization
+    quantized = stored if stored and (stored["load_in_4bit"] or stored["load_in_8bit"]) else None
+    if quantized:
+        quantized = {"bnb_4bit_compute_dtype": model.dtype, **quantized}
+    try:
+        config = AutoConfig.from_pretrained(folder, trust_remote_code=model.trust_remote_code)
+        if hasattr(config, "quantization_config"):
+            del config.quantization_config
+        built = activations.build(config, model, lora, quantized)
+        phases = _phases(workload, trainer, quantized is not None)
+        alive, held = activations.measure(built, phases, of_heap=workload.on_cpu)
+    except _ANY_REASON as error:
+        raise EstimateError(
+            f"the memory of {facts['architectures'][0]} cannot be estimated: "
+            f"{type(error).__name__}: {error}"
+        ) from error
+    phase = max(alive, key=lambda name: alive[name])
+    adapter = [tuple(p.shape) for p in built.parameters() if p.requires_grad]
+    frozen = [p for p in built.parameters() if not p.requires_grad]
+    num_adapter_bytes = _FLOAT32 * sum(map(math.prod, adapter))
+    parts = {
+        "weights": sum(_weight_bytes(p, quantized) for p in frozen),
+        "quantization_state": sum(_state_bytes(p, quantized) for p in frozen),
+        "adapter": num_adapter_bytes,
+        "gradients": num_adapter_bytes,
+        "optimizer": optimizer_bytes(trainer.optim, adapter),
+        "activations": alive[phase],
+    }
+    if held is not None:
+        parts["allocator"] = max(0, held - alive[phase])
+    return Estimate(parts, phase)
+
+
+def _phases(workload: Workload, trainer: Params, quantized: bool) -> "list[Phase]":
+    """In the order of the stage. The gradients are checked on a CPU alone, and before there is a Trainer."""
+    from capas.activations import Phase
+
+    mixed = bool(trainer.bf16 or trainer.fp16)
+    evaluation = Phase("evaluation", workload.evaluation, False, False, mixed)
+    training = Phase("training", workload.training, True, trainer.gradient_checkpointing, mixed)
+    check = Phase("gradient check", workload.gradient_check, True, False, False)
+    return [*([check] if workload.on_cpu and quantized else []), evaluation, training]
+
+
+def _is_quantized(parameter: Any) -> bool:
+    return bool(getattr(parameter, "of_bitsandbytes", False))
+
+
+def _weight_bytes(parameter: Any, quantization: dict[str, Any] | None) -> int:
+    number = int(parameter.numel())
+    if not _is_quantized(parameter) or quantization is None:
+        return number * int(parameter.element_size())
+    return -(-number // 2) if quantization["load_in_4bit"] else number
+
+
+def _state_bytes(parameter: Any, quantization: dict[str, Any] | None) -> int:
+    """Beside the 4 or 8 bits of a weight, [out, in]."""
+    if not _is_quantized(parameter) or quantization is None:
+        return 0
+    if not quantization["load_in_4bit"]:
+        return _FLOAT32 * int(parameter.shape[0])
+    blocks = -(-int(parameter.numel()) // _BLOCK)
+    if not quantization["bnb_4bit_use_double_quant"]:
+        return _FLOAT32 * blocks
+    return blocks + _FLOAT32 * -(-blocks // _SCALES_BLOCK)
+
+
+def optimizer_bytes(optim: str, shapes: Iterable[Shape]) -> int:
+    """What an optimizer of `trainer.optim` keeps from step to step for parameters of these shapes.
+
+    Raises:
+        KeyError: an optimizer that is not in the schema.
+    """
+    keep = _OPTIMIZERS[optim]
+    return sum(keep(shape) for shape in shapes)
+
+
+def _eight_bit(shape: Shape) -> int:
+    """Two moments of a byte each and their scales (Dettmers et al. 2021, block-wise quantization)."""
+    number = math.prod(shape)
+    if number < _OPTIMIZER_SMALLEST:
+        return 2 * _FLOAT32 * number
+    return 2 * (number + _FLOAT32 * -(-number // _OPTIMIZER_BLOCK))
+
+
+def _factored(shape: Shape) -> int:
+    """Adafactor: of a matrix the second moment's rows and columns (Shazeer and Stern 2018)."""
+    if len(shape) < 2:
+        return _FLOAT32 * math.prod(shape)
+    return _FLOAT32 * (math.prod(shape[:-1]) + math.prod(shape[:-2]) * shape[-1])
+
+
+def _floats(number: int) -> Any:
+    return lambda shape: _FLOAT32 * number * math.prod(shape)
+
+
+_OPTIMIZERS: dict[str, Any] = {
+    "adamw_torch": _floats(2),
+    "adamw_torch_fused": _floats(2),
+    "paged_adamw_32bit": _floats(2),
+    "adagrad": _floats(1),
+    "rmsprop": _floats(1),
+    "sgd": _floats(0),  # no momentum: Trainer gives it none
+    "adafactor": _factored,
+    **dict.fromkeys(("adamw_8bit", "adamw_bnb_8bit", "paged_adamw_8bit"), _eight_bit),
+}
+
+
+def check(found: Estimate, used_bytes: int, free_bytes: int, ways: list[str]) -> None:
+    """Compare with what there is; warns above nine tenths of it.
+
+    Args:
+        used_bytes: what the process holds already, which is not in the estimate (`capacity`).
+        free_bytes: what it can still get.
+        ways: of `ways_out`.
+
+    Raises:
+        CapasError: more is needed than there is, and CAPAS_MEMORY_CHECK is not warn.
+    """
+    there, needed = used_bytes + free_bytes, used_bytes + found.total
+    if needed <= WARN_FRACTION * there:
+        return
+    text = f"{summary(found, used_bytes, free_bytes)}. To need less: {'; '.join(ways)}"
+    if needed > there and os.environ.get(CHECK) != "warn":
+        raise CapasError(f"{text}. With {CHECK}=warn in the environment it is tried all the same.")
+    log.warning("%s", text)
+
+
+def summary(found: Estimate, used_bytes: int, free_bytes: int) -> str:
+    """One line: what is needed, by part, the largest first, and what there is."""
+    parts = {**found.parts, "Python and its libraries": used_bytes}
+    listed = sorted(parts.items(), key=lambda item: -item[1])
+    text = ", ".join(f"{_named(name, found)} {show(n)}" for name, n in listed if n)
+    needed, there = show(used_bytes + found.total), show(used_bytes + free_bytes)
+    return f"the training needs about {needed} of memory, and there are {there}: {text}"
+
+
+def _named(part: str, found: Estimate) -> str:
+    return f"activations of the {found.phase}" if part == "activations" else part.replace("_", " ")
+
+
+def costs(found: Estimate, used_bytes: int) -> dict[str, Any]:
+    """For reports/timings: to be compared with peak_memory_bytes, on a GPU with peak_device_memory_bytes."""
+    parts = {**found.parts, "process": used_bytes}
+    return {"estimated_memory_bytes": used_bytes + found.total, "estimated_memory_parts": parts}
+
+
+def ways_out(found: Estimate, workload: Workload, trainer: Params) -> list[str]:
+    """The keys to turn, those that help most first."""
+    ways = []
+    of_evaluation = found.phase == "evaluation"
+    size = "per_device_eval_batch_size" if of_evaluation else "per_device_train_batch_size"
+    if found.phase != "gradient check" and trainer[size] > 1:
+        accumulate = "" if of_evaluation else " with more gradient_accumulation_steps"
+        ways.append(f"trainer.{size} below {trainer[size]}{accumulate}")
+    if found.phase == "training" and not trainer.gradient_checkpointing:
+        ways.append("trainer.gradient_checkpointing=true")
+    batch = workload.evaluation if of_evaluation else workload.training
+    ways.append(f"dataset.max_length below {batch.num_tokens}")
+    by_weights = [] if found.parts["quantization_state"] else ["quantization=nf4"]
+    by_adapter = [f"a smaller lora.r, or trainer.optim=adamw_8bit instead of {trainer.optim}"]
+    mostly_weights = found.parts["weights"] > found.parts["activations"]
+    return (
+        [*by_weights, *ways, *by_adapter] if mostly_weights else [*ways, *by_weights, *by_adapter]
+    )
+
+
+def show(num_bytes: int) -> str:
+    """In MiB, or from 10 GiB on in GiB."""
+    if num_bytes < 10 * 2**30:
+        return f"{num_bytes / 2**20:,.0f} MiB"
+    return f"{num_bytes / 2**30:,.1f} GiB"

@@ -1,0 +1,132 @@
+"""Estimate what a training needs in memory, before anything is downloaded or run.
+
+    capas memory                                        conf/ as it stands
+    capas memory experiment=llama_3.1_8b_qlora_24gb     another configuration, as overrides of Hydra
+    capas memory trainer.per_device_train_batch_size=8 quantization=none
+    capas memory --tokens 600                           the longest record has so many tokens
+
+Of the model it needs config.json alone: that of the last `dvc repro`, of a folder, of the Hub's cache or of
+the Hub.
+
+Every record of a batch is taken to be as long as dataset.max_length allows; `train` estimates again with the
+records that there are, and stops before it begins where the machine has less.
+
+Exit code: 0 it fits, or there is no such device here; 1 it does not fit; 2 it cannot be estimated.
+"""
+
+import argparse
+import sys
+from pathlib import Path
+from typing import Any
+
+from capas.composition import CONF, composer
+from capas.dag import recorded
+from capas.errors import CapasError
+from capas.params import Params
+from capas.pins import Pins
+from capas.sources import CODE_FILES, Source, find_source, on_hub
+
+BASE = Path("data/models/base")
+_IDENTITY = ("model.model_name_or_path", "model.revision")
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument(
+        "overrides", nargs="*", metavar="OVERRIDE", help="as `dvc exp run -S` takes it"
+    )
+    parser.add_argument(
+        "--tokens",
+        type=int,
+        metavar="N",
+        help="of the longest record (default: dataset.max_length)",
+    )
+
+
+def command(options: argparse.Namespace) -> int:
+    root = Path.cwd()
+    if not (root / CONF).is_dir():
+        raise CapasError(f"{root} has no conf/; start it in the repository's top folder")
+    if options.tokens is not None and options.tokens < 1:
+        raise CapasError(f"--tokens {options.tokens}: a record has at least one token")
+    from capas.config import validate
+
+    with composer(root / CONF) as compose:
+        values = compose(options.overrides)
+    validate(values)
+    params = Params(Pins.read(root=root).known(values))
+    folder = config_folder(params.model, root)
+
+    import torch
+
+    from capas import capacity, memory
+
+    on_cpu = params.hardware.device == "cpu"
+    number = options.tokens or params.dataset.max_length
+    sizes = params.trainer.per_device_train_batch_size, params.trainer.per_device_eval_batch_size
+    lengths = [[number] * size for size in sizes]
+    workload = memory.Workload.of(params.trainer, lengths[0], lengths[1], on_cpu)
+    groups = params.model, params.lora, params.trainer
+    found = memory.estimate(folder, *groups, workload, params.quantization.without("preset"))
+
+    device = torch.device(params.hardware.device)
+    here = on_cpu or torch.cuda.is_available()
+    used = capacity.used_bytes(device) if here else 0
+    free = capacity.free_bytes(device) if here else None
+    _say(table(found, workload, used, free))
+    fits = free is None or found.total <= free
+    if not fits:
+        _say(f"To need less: {'; '.join(memory.ways_out(found, workload, params.trainer))}")
+    return 0 if fits else 1
+
+
+def config_folder(model: Params, root: Path) -> Path:
+    """Where the model's config.json is.
+
+    Raises:
+        CapasError: it is nowhere here and cannot be downloaded.
+    """
+    if _fetched(root) == (model.model_name_or_path, model.revision):
+        return root / BASE
+    source = find_source(model.model_name_or_path, root)
+    if source is not Source.HUB:
+        return root / model.model_name_or_path
+    files = ("config.json", *(CODE_FILES if model.trust_remote_code else ()))
+    try:
+        return on_hub(model.model_name_or_path).download(model.revision or "main", files)
+    except CapasError as error:
+        raise CapasError(
+            f"{error}\nThe estimate needs config.json alone. Without a network: put that file into a folder "
+            "and add model.model_name_or_path=FOLDER model.revision=null"
+        ) from None
+
+
+def _fetched(root: Path) -> tuple[Any, ...] | None:
+    """Name and revision of the model in data/models/base; None where there is none."""
+    entry = recorded(root).get("fetch_model")
+    if entry is None or not (root / BASE / "config.json").exists():
+        return None
+    return tuple(entry["params"]["params.yaml"].get(key) for key in _IDENTITY)
+
+
+def table(found: Any, workload: Any, used_bytes: int, free_bytes: int | None) -> str:
+    """The parts, a line each, their sum, and what the machine has; None: it has no such device."""
+    from capas.memory import show
+
+    batch = getattr(workload, found.phase.replace(" ", "_"))
+    note = f"  of the {found.phase}: {batch.num_records} records of {batch.num_tokens} tokens"
+    rows = [(name.replace("_", " "), n, "") for name, n in found.parts.items() if n]
+    rows = [(name, n, note if name == "activations" else "") for name, n, _ in rows]
+    rows += [("Python and libraries", used_bytes, "")] if used_bytes else []
+    total = found.total + used_bytes
+    lines = [f"{name:20}  {show(n):>11}{more}" for name, n, more in rows]
+    end = f"{'total':20}  {show(total):>11}"
+    there = (
+        "no GPU here to compare with; one also holds the CUDA context and what its allocator cannot use"
+        if free_bytes is None
+        else f"there are {show(used_bytes + free_bytes)}"
+    )
+    return "\n".join([*lines, "-" * len(end), f"{end}  {there}"])
+
+
+def _say(text: str) -> None:
+    sys.stdout.write(text + "\n")

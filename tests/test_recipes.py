@@ -1,0 +1,165 @@
+"""Every recipe of conf/experiment, as a tiny model of its architecture, from the records to the report."""
+
+import json
+import re
+import shutil
+from collections.abc import Callable, Iterator
+from functools import partial
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import pytest
+from architectures import family_of, write_small, write_whole
+from conftest import template_text
+from safetensors.torch import load_file
+from tiny import REPOSITORY, link_code, read_json, run_stage, write_lock, write_tokenizer
+
+from capas import memory
+from capas.composition import composer, dump
+from capas.config import validate
+from capas.overrides import absorb
+from capas.params import Params
+from capas.sources import folder_revision
+from stages import (
+    build_report,
+    evaluate_model,
+    fetch_dataset,
+    fetch_model,
+    fetch_tokenizer,
+    format_chat,
+    publish_run,
+    quantize_model,
+    sample_outputs,
+    tokenize_messages,
+    train_lora,
+)
+from stages.compose_params import resolved_files
+
+EXPERIMENTS = sorted(f.stem for f in (REPOSITORY / "conf/experiment").glob("*.yaml"))
+RECIPES = [name for name in EXPERIMENTS if name not in ("none", "quick")]
+QUICK = "qwen2.5_0.5b_lora_cpu"  # the others in the slow tier
+STAGES: dict[str, Callable[..., None]] = {
+    "fetch": fetch_dataset.main,
+    "fetch_tokenizer": fetch_tokenizer.main,
+    "fetch_model": fetch_model.main,
+    "tokenize": tokenize_messages.main,
+    "format": format_chat.main,
+    "quantize": quantize_model.main,
+    "evaluate_base": partial(evaluate_model.main, "base"),
+    "train": train_lora.main,
+    "evaluate": partial(evaluate_model.main, "tuned"),
+    "sample": sample_outputs.main,
+    "report": build_report.main,
+    "publish": publish_run.main,
+}
+OWN = ("dataset=own_jsonl", "dataset.validation_fraction=0.2", "dataset.test_fraction=0.2")
+
+
+class Made(NamedTuple):
+    name: str
+    root: Path
+    values: dict[str, Any]
+
+
+def compose(*overrides: str) -> dict[str, Any]:
+    with composer(REPOSITORY / "conf") as run:
+        values = run(list(overrides))
+    validate(values)
+    return values
+
+
+@pytest.fixture(
+    scope="module",
+    params=[pytest.param(n, marks=() if n == QUICK else pytest.mark.slow) for n in RECIPES],
+)
+def made(request: pytest.FixtureRequest, tmp_path_factory: Any) -> Iterator[Made]:
+    name, root = request.param, tmp_path_factory.mktemp("recipe")
+    values = write_recipe(name, root)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.chdir(root)
+        for stage, main in STAGES.items():
+            run_stage(stage, main, root)
+    yield Made(name, root, values)
+
+
+def write_recipe(name: str, root: Path) -> dict[str, Any]:
+    """The recipe in small, with a model of its architecture in `local` and records of one's own."""
+    preset = compose(f"experiment={name}")["model"]["preset"]
+    family, local = family_of(preset), root / "local"
+    link_code(root)
+    tokenizer = write_tokenizer(local, family.controls, family.named)
+    (local / "chat_template.jinja").write_text(template_text(family.template))
+    write_small(preset, tokenizer.get_vocab_size(), local)
+    model = ["model.model_name_or_path=local", f"model.revision={folder_revision(local)}"]
+    values = compose(f"experiment={name}", "+smoke=tiny", *model, *OWN)
+    (root / "params.yaml").write_text(dump(values))
+    for file, text in resolved_files(values).items():
+        (root / file).parent.mkdir(parents=True, exist_ok=True)
+        (root / file).write_text(text)
+    rows = [{"question": f"timer {n}", "answer": f"{n} minutes"} for n in range(40)]
+    (root / "data/own").mkdir()
+    (root / "data/own/mine.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    write_lock(root)
+    return values
+
+
+def test_there_are_as_many_recipes_as_we_think() -> None:
+    assert len(RECIPES) == 5
+    assert QUICK in RECIPES
+
+
+def test_the_recipe_goes_through_all_stages(made: Made) -> None:
+    spec = (REPOSITORY / "dvc.yaml").read_text()
+    assert {*STAGES, "compose"} == set(re.findall(r"^  (\w+):$", spec.split("\nplots:")[0], re.M))
+    facts = read_json(made.root / "reports/train.json")
+    assert facts["num_steps"] == 2
+    adapter = load_file(made.root / "data/models/adapter/adapter_model.safetensors")
+    assert all(weight.any() for weight in adapter.values())
+    assert "<html" in (made.root / "reports/index.html").read_text()
+
+
+def test_it_trains_as_the_recipe_says(made: Made) -> None:
+    """But for the optimizer, which needs the GPU, and for sizes: smoke changes those alone."""
+    used = read_json(made.root / "reports/train.json")["used"]
+    recipe = compose(f"experiment={made.name}")
+    assert used["quantization"] == recipe["quantization"]["preset"]
+    assert used["gradient_checkpointing"] is recipe["trainer"]["gradient_checkpointing"]
+    assert used["attn_implementation"] == recipe["model"]["attn_implementation"]
+    mixed = "bf16" if recipe["trainer"]["bf16"] else "no"
+    assert used["accelerate"]["mixed_precision"] == mixed
+    for key in ("learning_rate", "lr_scheduler_type", "warmup_steps", "gradient_checkpointing"):
+        assert made.values["trainer"][key] == recipe["trainer"][key]
+
+
+@pytest.mark.parametrize("name", RECIPES)
+def test_a_recipe_takes_records_of_ones_own(name: str) -> None:
+    values = compose(f"experiment={name}", "dataset=own_jsonl")
+    assert values["dataset"]["preset"] == "own_jsonl"
+    assert values["experiment"]["preset"] == name
+
+
+@pytest.mark.parametrize("name", RECIPES)
+def test_a_recipe_that_was_run_in_small_is_recorded(name: str, tmp_path: Path) -> None:
+    """What `dvc exp run -S experiment=... -S +smoke=tiny` leaves in conf/ composes to the same."""
+    conf = Path(shutil.copytree(REPOSITORY / "conf", tmp_path / "conf"))
+    wanted = compose(f"experiment={name}", "+smoke=tiny")
+    absorb(wanted, lambda values: values, conf)
+    with composer(conf) as run:
+        assert run([]) == wanted
+
+
+@pytest.mark.parametrize("name", RECIPES)
+def test_the_memory_in_the_comment_is_the_estimate(name: str, tmp_path: Path) -> None:
+    """Of the largest batch that dataset.max_length allows; the card must hold it, and its reserve."""
+    comment = (REPOSITORY / f"conf/experiment/{name}.yaml").read_text()
+    (told,) = re.findall(r"(\d+\.\d) GiB", comment)
+    params = Params(compose(f"experiment={name}"))
+    folder = write_whole(params.model.preset, tmp_path)
+    sizes = params.trainer.per_device_train_batch_size, params.trainer.per_device_eval_batch_size
+    lengths = [[params.dataset.max_length] * size for size in sizes]
+    workload = memory.Workload.of(params.trainer, lengths[0], lengths[1], on_cpu=False)
+    groups = params.model, params.lora, params.trainer
+    found = memory.estimate(folder, *groups, workload, params.quantization.without("preset"))
+    assert f"{found.total / 2**30:.1f}" == told
+    if card := re.search(r"(\d+)gb$", name):
+        assert found.total < 0.9 * int(card[1]) * 1e9
