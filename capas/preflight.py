@@ -63,8 +63,8 @@ def command(options: argparse.Namespace) -> int:
     on_cpu = params.hardware.device == "cpu"
     number = options.tokens or params.dataset.max_length
     sizes = params.trainer.per_device_train_batch_size, params.trainer.per_device_eval_batch_size
-    lengths = [[number] * size for size in sizes]
-    workload = memory.Workload.of(params.trainer, lengths[0], lengths[1], on_cpu)
+    row = params.trainer.packing_length or number
+    workload = memory.Workload.of(params.trainer, [row] * sizes[0], [number] * sizes[1], on_cpu)
     groups = params.model, params.lora, params.trainer
     found = memory.estimate(folder, *groups, workload, params.quantization.without("preset"))
 

@@ -49,19 +49,21 @@ def main(params: Params, stage: Stage) -> None:
     from capas import capacity, certificate, training, usage
     from capas.batches import Collator, read_examples, tails
     from capas.model import load_model
+    from capas.packing import pack
 
     chat = read_json(stage.dep(FORMATTED) / "chat.json")
     train = read_examples(stage.dep(FORMATTED) / "train.parquet")
     validation = read_examples(stage.dep(FORMATTED) / "validation.parquet")
     flatten = params.model.attn_implementation == "flash_attention_2"
     collator = Collator(chat["pad_token_id"], flatten)
-    lengths = [[len(example["input_ids"]) for example in split] for split in (train, validation)]
-    check_memory(lengths, params, device, stage)
+    packed = params.trainer.packing_length
+    rows = train if packed is None else pack(train, packed)
+    check_memory(num_tokens(rows), num_tokens(validation), params, device, stage)
     base = load_model(stage.dep(QUANTIZED), params.model, device)
-    check_lengths(base, [*lengths[0], *lengths[1]])
+    check_lengths(base, num_tokens([*train, *validation]))
     model = add_lora(base, params)
     base_sha256 = certificate.fingerprint(model)
-    packed, packing_facts = pack(model, train, collator, params)
+    packing = prove_packing(model, train, rows, collator, params.trainer)
     gradient_check = usage.check_gradients(model, collator(tails(validation[:2])))
 
     checkpoints = stage.checkpoints()
@@ -71,7 +73,7 @@ def main(params: Params, stage: Stage) -> None:
         loraplus_lr_ratio=params.trainer.loraplus_lr_ratio,
         model=model,
         args=training_arguments(params, checkpoints, resumed=checkpoint is not None),
-        train_dataset=packed,
+        train_dataset=rows,
         eval_dataset=validation,
         data_collator=collator,
         preprocess_logits_for_metrics=training.score_batch,
@@ -80,11 +82,11 @@ def main(params: Params, stage: Stage) -> None:
     if params.trainer.early_stopping_patience:
         trainer.add_callback(early_stopping(params.trainer))
     trainer.check_at_start(lambda: usage.check_trainer(trainer, params))
-    with live.tracker(stage.root, stage.key(), enabled=not stage.debug) as rows:
-        trainer.add_callback(training.LiveRows(rows.append))
+    with live.tracker(stage.root, stage.key(), enabled=not stage.debug) as log_rows:
+        trainer.add_callback(training.LiveRows(log_rows.append))
         trainer.train(resume_from_checkpoint=str(checkpoint) if checkpoint else None)
 
-    facts = {"train_key": stage.key(), **summary(trainer), "packing": packing_facts}
+    facts = {"train_key": stage.key(), **summary(trainer), "packing": packing}
     facts["used"] = usage.describe(trainer)
     write_json(stage.out("reports/train.json"), facts | {"gradient_check": gradient_check})
     write_json(stage.out("reports/metrics/train.json"), {name: facts[name] for name in HEADLINE})
@@ -98,19 +100,19 @@ def main(params: Params, stage: Stage) -> None:
 
 
 def check_memory(
-    lengths: list[list[int]], params: Params, device: "torch.device", stage: Stage
+    train: list[int], validation: list[int], params: Params, device: "torch.device", stage: Stage
 ) -> None:
     """Before any weight is read: whether the training fits. The estimate goes beside the measured peak.
 
     Args:
-        lengths: tokens of the records of train and of validation.
+        train, validation: tokens of the rows that batches are made of.
 
     Raises:
         CapasError: it needs more memory than there is.
     """
     from capas import capacity, memory
 
-    workload = memory.Workload.of(params.trainer, lengths[0], lengths[1], device.type == "cpu")
+    workload = memory.Workload.of(params.trainer, train, validation, device.type == "cpu")
     groups = params.model, params.lora, params.trainer
     try:
         found = memory.estimate(stage.dep(QUANTIZED), *groups, workload)
@@ -175,25 +177,33 @@ def check_target_modules(base: "PreTrainedModel", target_modules: list[str] | st
         )
 
 
-def pack(
-    model: Any, train: list["Example"], collator: "Collator", params: Params
-) -> tuple[list["Example"], dict[str, Any] | None]:
-    """The rows to train on, and what packing made of the records; None where a row is a record."""
-    from capas import packing
+def num_tokens(examples: list["Example"]) -> list[int]:
+    return [len(example["input_ids"]) for example in examples]
 
-    capacity = params.trainer.packing_length
-    if capacity is None:
-        return train, None
-    rows = packing.pack(train, capacity)
-    num_rows = min(2, params.trainer.per_device_train_batch_size)
-    difference = packing.check_isolation(model, train, rows, collator, num_rows)
-    num_tokens = sum(len(example["input_ids"]) for example in train)
-    log.info("%d records packed into %d rows of %d tokens", len(train), len(rows), capacity)
-    return rows, {
+
+def prove_packing(
+    model: Any,
+    train: list["Example"],
+    rows: list["Example"],
+    collator: "Collator",
+    trainer: Params,
+) -> dict[str, Any] | None:
+    """What packing made of the records; None where a row is a record.
+
+    Raises:
+        CapasError: packed records would see each other.
+    """
+    if trainer.packing_length is None:
+        return None
+    from capas.packing import check_isolation
+
+    log.info("%d records in %d rows of %d tokens", len(train), len(rows), trainer.packing_length)
+    num_rows = min(2, trainer.per_device_train_batch_size)
+    return {
         "num_records": len(train),
         "num_rows": len(rows),
-        "filled_fraction": num_tokens / (len(rows) * capacity),
-        "isolation_difference": difference,
+        "filled_fraction": sum(num_tokens(train)) / (len(rows) * trainer.packing_length),
+        "isolation_difference": check_isolation(model, train, rows, collator, num_rows),
     }
 
 
