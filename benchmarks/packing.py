@@ -1,10 +1,10 @@
 """Real tokens a second of packed, padded and length-grouped batches: one pass over the same records.
 
-    python benchmarks/packing.py [--records 640]      a few minutes; prints a JSON object
+    python benchmarks/packing.py [--records 160]      a few minutes; prints a JSON object
 
 Real instruction records (the kit's, no part of the repository) in the token lengths of a real tokenizer; a
 random Llama of 5 M parameters with LoRA on all linear layers. Batches have about equally many real tokens:
-16 records, or 2 rows of 1,024 tokens. Turns are interleaved, and ratios are taken within a turn.
+16 records, or 4 rows of 512 tokens. Turns are interleaved, and ratios are taken within a turn.
 """
 
 import argparse
@@ -26,16 +26,16 @@ from capas import packing
 from capas.batches import Collator, Example, LengthGroupedSampler
 
 KIT = Path(__file__).resolve().parents[2] / "shared/kit"
-VOCABULARY, LONGEST = 4096, 1024
-RECORDS, ROWS, CAPACITY = 16, 2, 1024  # of a batch
+VOCABULARY, LONGEST = 4096, 512
+RECORDS, ROWS, CAPACITY = 16, 4, 512  # of a batch
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawTextHelpFormatter
     )
-    parser.add_argument("--records", type=int, default=640)
-    parser.add_argument("--turns", type=int, default=3)
+    parser.add_argument("--records", type=int, default=160)
+    parser.add_argument("--turns", type=int, default=2)
     options = parser.parse_args()
     if not KIT.is_dir():
         raise SystemExit(f"the kit of real tokenizers and records is not there: {KIT}")
