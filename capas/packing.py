@@ -7,7 +7,7 @@ import torch
 
 from capas.batches import Collator, Example
 from capas.errors import CapasError
-from capas.model import quantization_method
+from capas.model import quantization_method, quantized_linears
 from capas.records import IGNORE_INDEX
 
 # Largest difference of logits, as a part of the largest one: what rounding alone may do.
@@ -130,5 +130,8 @@ def _each_record(rows: list[Example], logits: torch.Tensor, flat: bool) -> Any:
 
 
 def _allowed(model: Any) -> float:
-    rounding = _ROUNDING[str(model.dtype).removeprefix("torch.")]
+    """By the coarsest type that the model computes in; 4-bit layers have one of their own."""
+    layers = [getattr(layer, "compute_dtype", None) for _, layer in quantized_linears(model)]
+    dtypes = {model.dtype, *filter(None, layers)}
+    rounding = max(_ROUNDING[str(dtype).removeprefix("torch.")] for dtype in dtypes)
     return max(rounding, _INT8_ROUNDING) if quantization_method(model) == "int8" else rounding
