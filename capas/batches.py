@@ -103,6 +103,17 @@ class LengthGroupedSampler(Sampler[int]):
         return (index for batch in batches + last for index in batch)
 
 
+def compute_logits(model: Any, batch: dict[str, torch.Tensor]) -> torch.Tensor:
+    """[batch, tokens, vocabulary] of a batch, as in an evaluation; the model keeps its mode."""
+    inputs = {name: value.to(model.device) for name, value in batch.items() if name != "labels"}
+    was_training = model.training
+    model.eval()
+    with torch.inference_mode():
+        logits: torch.Tensor = model(**inputs, use_cache=False).logits
+    model.train(was_training)
+    return logits
+
+
 def score_tokens(logits: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
     """What each record's supervised tokens cost, without a second copy of the logits.
 
@@ -135,10 +146,7 @@ def score_examples(
     scores = torch.zeros(len(examples), 3, dtype=torch.float64)
     for start in range(0, len(order), batch_size):
         chosen = order[start : start + batch_size]
-        batch = {k: v.to(model.device) for k, v in collator([examples[i] for i in chosen]).items()}
-        with torch.inference_mode():
-            logits = model(
-                batch["input_ids"], attention_mask=batch["attention_mask"], use_cache=False
-            ).logits
-        scores[chosen] = score_tokens(logits, batch["labels"]).cpu()
+        batch = collator([examples[i] for i in chosen])
+        logits = compute_logits(model, batch)
+        scores[chosen] = score_tokens(logits, batch["labels"].to(logits.device)).cpu()
     return scores

@@ -10,6 +10,7 @@ import logging
 import shutil
 from collections.abc import Mapping
 from importlib.metadata import version
+from itertools import chain
 from pathlib import Path
 from typing import Any
 
@@ -54,8 +55,8 @@ def served_facts(
     stage: Stage,
 ) -> dict[str, Any]:
     """How the model was evaluated, and what stands before a bare prompt."""
-    records = list(read_records(stage.dep("data/raw") / "test.parquet", RAW))
-    record, system = records[0], generation.system
+    records = read_records(stage.dep("data/raw") / "test.parquet", RAW)
+    record, system = next(records), generation.system
     packed = num_bytes(stage.dep(QUANTIZED)) <= MAX_PACKED_BYTES
     asked = quantization.without("preset")
     own = read_json(stage.dep("reports/quantization.json"))
@@ -76,7 +77,7 @@ def served_facts(
         "max_new_tokens": evaluation.max_new_tokens,
         "batch_size": evaluation.batch_size,
         "system": first_system_message(record) if system is None else system,
-        "multi_turn": any(sum(m["role"] == "user" for m in r["messages"]) > 1 for r in records),
+        "multi_turn": any(map(_has_turns, chain([record], records))),
         "role": TEXT if record["messages"][0]["role"] == TEXT else "user",
     }
 
@@ -170,6 +171,10 @@ def code_digest(stage: Stage) -> str:
 
 def num_bytes(folder: Path) -> int:
     return sum(file.stat().st_size for file in folder.rglob("*") if file.is_file())
+
+
+def _has_turns(record: Mapping[str, Any]) -> bool:
+    return sum(message["role"] == "user" for message in record["messages"]) > 1
 
 
 def _copy(source: Path, target: Path) -> None:

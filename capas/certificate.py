@@ -7,7 +7,9 @@ from typing import Any
 import torch
 from safetensors.torch import load_file
 
+from capas.batches import compute_logits
 from capas.errors import CapasError
+from capas.training import listed
 
 WEIGHTS = "adapter_model.safetensors"
 _MAX_DIFFERENCE = 1e-5  # of the largest logit
@@ -49,7 +51,7 @@ def check_adapter(
     weights = load_file(folder / WEIGHTS)
     broken = sorted(name for name, weight in weights.items() if not weight.isfinite().all())
     if broken:
-        raise CapasError(f"the adapter holds weights that are no numbers: {_some(broken)}")
+        raise CapasError(f"the adapter holds weights that are no numbers: {listed(broken)}")
     outer = {name: weight for name, weight in weights.items() if "lora_B" in name}
     zero = sorted(name for name, weight in outer.items() if not weight.any())
     if outer and len(zero) == len(outer):
@@ -78,21 +80,10 @@ def check_adapter(
 
 def _difference(model: Any, folder: Path, batch: dict[str, torch.Tensor]) -> float:
     """Of the logits, as a part of the largest one, once the adapter is loaded beside itself."""
-    inputs = {name: value.to(model.device) for name, value in batch.items() if name != "labels"}
-    was_training = model.training
-    model.eval()
+    trained = compute_logits(model, batch).float()
     model.load_adapter(str(folder), "saved")
-    found = []
-    for name in ("default", "saved"):
-        model.set_adapter(name)
-        with torch.inference_mode():
-            found.append(model(**inputs).logits.float())
+    model.set_adapter("saved")
+    saved = compute_logits(model, batch).float()
     model.set_adapter("default")
     model.delete_adapter("saved")
-    model.train(was_training)
-    return float((found[0] - found[1]).abs().max() / found[0].abs().max())
-
-
-def _some(names: list[str], most: int = 4) -> str:
-    more = f" and {len(names) - most} more" if len(names) > most else ""
-    return ", ".join(names[:most]) + more
+    return float((trained - saved).abs().max() / trained.abs().max())

@@ -18,7 +18,6 @@ Exit code: 0 merged, 1 refused (the difference is told), 2 it failed, 130 stoppe
 import argparse
 import copy
 import shutil
-import sys
 from collections.abc import Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -64,14 +63,16 @@ def command(options: argparse.Namespace) -> int:
     with tuned.tuned(Path.cwd(), options.run) as source:
         try:
             facts = merge(source, partial, options.dtype, options.tolerance)
-            _say(told(facts))
+            tuned.say(told(facts))
             if facts["difference"] > facts["tolerance"]:
-                _say(f"capas: {options.folder} was not written: merged and adapted model differ")
+                tuned.say(
+                    f"capas: {options.folder} was not written: merged and adapted model differ"
+                )
                 return 1
             partial.rename(options.folder)
         finally:
             shutil.rmtree(partial, ignore_errors=True)
-    _say(f"{options.folder} holds {source.name}, merged")
+    tuned.say(f"{options.folder} holds {source.name}, merged")
     return 0
 
 
@@ -247,7 +248,3 @@ def told(facts: dict[str, Any]) -> str:
         f"the most probable next token is the same for {facts['num_same_next_token']} of "
         f"{facts['num_tokens']} tokens"
     )
-
-
-def _say(text: str) -> None:
-    sys.stderr.write(f"{text}\n")

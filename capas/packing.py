@@ -5,7 +5,7 @@ from typing import Any
 
 import torch
 
-from capas.batches import Collator, Example
+from capas.batches import Collator, Example, compute_logits
 from capas.errors import CapasError
 from capas.model import quantization_method, quantized_linears
 from capas.records import IGNORE_INDEX
@@ -91,17 +91,12 @@ def check_isolation(
     """
     fullest = sorted(rows, key=lambda row: -len(row["ids"]))[:num_rows]
     known = {example["id"]: example for example in examples}
-    batch = _inputs(collator(fullest), model)
-    was_training = model.training
-    model.eval()
     largest = difference = 0.0
-    with torch.inference_mode():
-        logits = model(**batch, use_cache=False).logits
-        for record_id, packed in _each_record(fullest, logits, flat=collator.flatten):
-            alone = model(**_inputs(collator([known[record_id]]), model), use_cache=False).logits[0]
-            difference = max(difference, float((packed.float() - alone.float()).abs().max()))
-            largest = max(largest, float(alone.abs().max()))
-    model.train(was_training)
+    logits = compute_logits(model, collator(fullest))
+    for record_id, packed in _each_record(fullest, logits, flat=collator.flatten):
+        alone = compute_logits(model, collator([known[record_id]]))[0].float()
+        difference = max(difference, float((packed.float() - alone).abs().max()))
+        largest = max(largest, float(alone.abs().max()))
     part, allowed = difference / largest, _allowed(model)
     if not part <= allowed:  # nor NaN
         raise CapasError(
@@ -111,10 +106,6 @@ def check_isolation(
             "trainer.packing_length=null, or another attn_implementation"
         )
     return part
-
-
-def _inputs(batch: dict[str, torch.Tensor], model: Any) -> dict[str, torch.Tensor]:
-    return {name: value.to(model.device) for name, value in batch.items() if name != "labels"}
 
 
 def _each_record(rows: list[Example], logits: torch.Tensor, flat: bool) -> Any:

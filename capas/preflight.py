@@ -114,11 +114,13 @@ def table(found: Any, workload: Any, used_bytes: int, free_bytes: int | None) ->
 
     batch = getattr(workload, found.phase.replace(" ", "_"))
     note = f"  of the {found.phase}: {batch.num_records} records of {batch.num_tokens} tokens"
-    rows = [(name.replace("_", " "), n, "") for name, n in found.parts.items() if n]
-    rows = [(name, n, note if name == "activations" else "") for name, n, _ in rows]
-    rows += [("Python and libraries", used_bytes, "")] if used_bytes else []
+    parts = {**found.parts, "Python and libraries": used_bytes}
+    lines = [
+        f"{name.replace('_', ' '):20}  {show(n):>11}{note if name == 'activations' else ''}"
+        for name, n in parts.items()
+        if n
+    ]
     total = found.total + used_bytes
-    lines = [f"{name:20}  {show(n):>11}{more}" for name, n, more in rows]
     end = f"{'total':20}  {show(total):>11}"
     there = (
         "no GPU here to compare with; one also holds the CUDA context and what its allocator cannot use"

@@ -56,8 +56,7 @@ def command(options: argparse.Namespace) -> int:
             try:
                 admit(client, run, options.force)
             except RefusedError as error:
-                reasons = "".join(f"  {reason}\n" for reason in error.reasons)
-                sys.stderr.write(f"capas: {run.info.run_name} is not pushed:\n{reasons}")
+                sys.stderr.write(error.told(f"{run.info.run_name} is not pushed"))
                 return 1
             client.download_artifacts(run.info.run_id, MODEL, temporary)
         data = Path(temporary, SERVED)

@@ -42,6 +42,10 @@ class RefusedError(Exception):
         super().__init__("\n".join(reasons))
         self.reasons = reasons
 
+    def told(self, what: str) -> str:
+        """`what` is not done, and why, a line each."""
+        return f"capas: {what}:\n" + "".join(f"  {reason}\n" for reason in self.reasons)
+
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("run", metavar="RUN", help="id, its beginning, name, or experiment of DVC")
@@ -58,8 +62,7 @@ def command(options: argparse.Namespace) -> int:
     try:
         done = register(root, options.run, options.name, options.alias, options.force)
     except RefusedError as error:
-        reasons = "".join(f"  {reason}\n" for reason in error.reasons)
-        sys.stderr.write(f"capas: {options.run} is not registered:\n{reasons}")
+        sys.stderr.write(error.told(f"{options.run} is not registered"))
         return 1
     how = "registered" if done.created else "was there already"
     moved = f", which was version {done.moved_from}" if done.moved_from else ""

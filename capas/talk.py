@@ -49,19 +49,21 @@ def command(options: argparse.Namespace) -> int:
         served = Served(source.folder)
         talk = Talk(served, source, options)
         if sys.stdin.isatty():
-            _say(
+            tuned.say(
                 f"{source.name}, {talk.setting}. /base compares, /quit ends, `capas chat -h` tells more."
             )
             if not talk.keeps:
-                _say("Each question stands alone, as in the training data (--history keeps them).")
+                tuned.say(
+                    "Each question stands alone, as in the training data (--history keeps them)."
+                )
         for line in _lines():
             try:
                 going_on = talk.hear(line)
             except CapasError as error:
-                _say(f"capas: {error}")
+                tuned.say(f"capas: {error}")
                 continue
             except KeyboardInterrupt:  # ends the answer; where nothing is answered, the program
-                _say("\n(stopped)")
+                tuned.say("\n(stopped)")
                 continue
             if not going_on:
                 break
@@ -205,9 +207,5 @@ def _lines() -> Iterator[str]:
         try:
             yield input("> ")
         except EOFError:
-            _say("")
+            tuned.say("")
             return
-
-
-def _say(text: str) -> None:
-    sys.stderr.write(f"{text}\n")

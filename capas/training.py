@@ -101,7 +101,7 @@ class Trainer(transformers.Trainer):
         if not torch.isfinite(loss):
             raise CapasError(
                 f"the loss is {loss.item()} at step {self.state.global_step + 1}, in the batch of the "
-                f"records {_listed(self._record_ids)}. Usual causes: a learning rate that is too high "
+                f"records {listed(self._record_ids)}. Usual causes: a learning rate that is too high "
                 f"(trainer.learning_rate={self.args.learning_rate:g}), fp16 without loss scaling, or "
                 "max_grad_norm=0."
             )
@@ -112,7 +112,7 @@ class Trainer(transformers.Trainer):
         if self._divergence_factor is not None and loss > self._divergence_factor * first:
             raise CapasError(
                 f"the training diverges: the loss is {loss:.4g} at step {self.state.global_step}, and was "
-                f"{first:.4g} at first. The last batch had the records {_listed(self._record_ids)}. Try a "
+                f"{first:.4g} at first. The last batch had the records {listed(self._record_ids)}. Try a "
                 f"smaller trainer.learning_rate than {self.args.learning_rate:g}, more warmup_steps, or a "
                 "smaller max_grad_norm; trainer.divergence_factor=null lets it go on."
             )
@@ -281,7 +281,8 @@ def _folder(args: TrainingArguments, state: TrainerState) -> Path:
     return Path(args.output_dir) / f"checkpoint-{state.global_step}"
 
 
-def _listed(names: list[str], most: int = 8) -> str:
+def listed(names: list[str], most: int = 8) -> str:
+    """The first of them, and how many more there are."""
     more = f" and {len(names) - most} more" if len(names) > most else ""
     return ", ".join(names[:most]) + more
 

@@ -2,6 +2,7 @@
 
 import argparse
 import json
+import sys
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -45,6 +46,11 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--run", metavar="RUN", help="of MLflow, instead of the result of `dvc repro` here"
     )
+
+
+def say(text: str) -> None:
+    """To the user, beside what a command answers."""
+    sys.stderr.write(f"{text}\n")
 
 
 @contextmanager

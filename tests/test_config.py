@@ -254,3 +254,5 @@ def test_functions_of_ones_own_are_metrics(compose: Callable[[list[str]], Any]) 
     values = compose([])
     values["evaluation"]["metrics"] = metrics
     validate(values)
+    values["evaluation"]["metrics"] = [*metrics, "conf/other.py:politeness"]
+    assert "each name once" in problems(values)

@@ -7,14 +7,13 @@ from typing import Any
 import pytest
 import torch
 from architectures import REAL, small
-from test_train import history, results, stop_after, train
-from tiny import make_model, read_json, run_stage, write_workspace
+from test_train import history, results, stopped_once, train
+from tiny import make_model, read_json
 from transformers import AutoConfig, AutoModelForCausalLM
 
 from capas import packing
 from capas.batches import Collator, Example, score_tokens
 from capas.errors import CapasError
-from stages import train_lora
 
 LENGTHS = [7, 3, 12, 5, 9, 4, 2, 11]
 
@@ -166,14 +165,7 @@ def test_a_packed_training_counts_its_tokens_and_proves_its_isolation(tmp_path: 
 def test_a_packed_training_goes_on_as_if_nothing_had_been(tmp_path: Path) -> None:
     options = ("trainer.packing_length=128", "trainer.loraplus_lr_ratio=4", "trainer.save_steps=3")
     undisturbed = train(tmp_path / "undisturbed", *options)
-    root = tmp_path / "stopped"
-    root.mkdir()
-    write_workspace(root, options)
-    with pytest.MonkeyPatch.context() as patch, pytest.raises(KeyboardInterrupt):
-        patch.setattr("capas.training.LiveRows.on_log", stop_after(4))
-        run_stage("train", train_lora.main, root)
-    run_stage("train", train_lora.main, root)
-    assert results(root) == results(undisturbed)
+    assert results(stopped_once(tmp_path / "stopped", 4, *options)) == results(undisturbed)
 
 
 def test_a_row_that_is_too_short_stops_the_stage(tmp_path: Path) -> None:

@@ -96,22 +96,31 @@ def made(request: pytest.FixtureRequest, tmp_path_factory: Any) -> Iterator[Made
 
 def write_preset(preset: str, root: Path, *overrides: str) -> dict[str, Any]:
     """Model and tokenizer in the folder `local`, the rest as the preset says; returns params.yaml."""
+    chosen = [f"model={preset}", *write_local(preset, root), "trainer=qlora", "trainer.max_steps=2"]
+    with composer(REPOSITORY / "conf") as compose:
+        values = compose([*SHRUNK, *chosen, *overrides])
+    write_composed(values, root)
+    write_raw(root, {"train": 8, "validation": 2, "test": 4})
+    write_lock(root)
+    return values
+
+
+def write_local(preset: str, root: Path) -> list[str]:
+    """The code, and the preset's tiny model with its tokenizer in `local`; the overrides that name it."""
     family, local = family_of(preset), root / "local"
     link_code(root)
     tokenizer = write_tokenizer(local, family.controls, family.named)
     (local / "chat_template.jinja").write_text(template_text(family.template))
     write_small(preset, tokenizer.get_vocab_size(), local)
-    chosen = [f"model={preset}", "trainer=qlora", "model.model_name_or_path=local"]
-    chosen += [f"model.revision={folder_revision(local)}", "trainer.max_steps=2"]
-    with composer(REPOSITORY / "conf") as compose:
-        values = compose([*SHRUNK, *chosen, *overrides])
+    return ["model.model_name_or_path=local", f"model.revision={folder_revision(local)}"]
+
+
+def write_composed(values: dict[str, Any], root: Path) -> None:
+    """params.yaml and data/composed, as compose writes them."""
     (root / "params.yaml").write_text(dump(values))
     for file, text in resolved_files(values).items():
         (root / file).parent.mkdir(parents=True, exist_ok=True)
         (root / file).write_text(text)
-    write_raw(root, {"train": 8, "validation": 2, "test": 4})
-    write_lock(root)
-    return values
 
 
 def test_there_is_a_tiny_model_for_every_preset() -> None:

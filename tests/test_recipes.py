@@ -4,51 +4,28 @@ import json
 import re
 import shutil
 from collections.abc import Callable, Iterator
-from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import pytest
-from architectures import family_of, write_small, write_whole
-from conftest import template_text
+import test_presets
+from architectures import write_whole
 from safetensors.torch import load_file
-from tiny import REPOSITORY, link_code, read_json, run_stage, write_lock, write_tokenizer
+from tiny import REPOSITORY, read_json, run_stage, write_lock
 
 from capas import memory
-from capas.composition import composer, dump
+from capas.composition import composer
 from capas.config import validate
 from capas.overrides import absorb
 from capas.params import Params
-from capas.sources import folder_revision
-from stages import (
-    build_report,
-    evaluate_model,
-    fetch_dataset,
-    fetch_model,
-    fetch_tokenizer,
-    format_chat,
-    publish_run,
-    quantize_model,
-    sample_outputs,
-    tokenize_messages,
-    train_lora,
-)
-from stages.compose_params import resolved_files
+from stages import build_report, fetch_dataset, publish_run
 
 EXPERIMENTS = sorted(f.stem for f in (REPOSITORY / "conf/experiment").glob("*.yaml"))
 RECIPES = [name for name in EXPERIMENTS if name not in ("none", "quick")]
 QUICK = "qwen2.5_0.5b_lora_cpu"  # the others in the slow tier
 STAGES: dict[str, Callable[..., None]] = {
     "fetch": fetch_dataset.main,
-    "fetch_tokenizer": fetch_tokenizer.main,
-    "fetch_model": fetch_model.main,
-    "tokenize": tokenize_messages.main,
-    "format": format_chat.main,
-    "quantize": quantize_model.main,
-    "evaluate_base": partial(evaluate_model.main, "base"),
-    "train": train_lora.main,
-    "evaluate": partial(evaluate_model.main, "tuned"),
-    "sample": sample_outputs.main,
+    **test_presets.STAGES,
     "report": build_report.main,
     "publish": publish_run.main,
 }
@@ -85,17 +62,9 @@ def made(request: pytest.FixtureRequest, tmp_path_factory: Any) -> Iterator[Made
 def write_recipe(name: str, root: Path) -> dict[str, Any]:
     """The recipe in small, with a model of its architecture in `local` and records of one's own."""
     preset = compose(f"experiment={name}")["model"]["preset"]
-    family, local = family_of(preset), root / "local"
-    link_code(root)
-    tokenizer = write_tokenizer(local, family.controls, family.named)
-    (local / "chat_template.jinja").write_text(template_text(family.template))
-    write_small(preset, tokenizer.get_vocab_size(), local)
-    model = ["model.model_name_or_path=local", f"model.revision={folder_revision(local)}"]
+    model = test_presets.write_local(preset, root)
     values = compose(f"experiment={name}", "+smoke=tiny", *model, *OWN)
-    (root / "params.yaml").write_text(dump(values))
-    for file, text in resolved_files(values).items():
-        (root / file).parent.mkdir(parents=True, exist_ok=True)
-        (root / file).write_text(text)
+    test_presets.write_composed(values, root)
     rows = [{"question": f"timer {n}", "answer": f"{n} minutes"} for n in range(40)]
     (root / "data/own").mkdir()
     (root / "data/own/mine.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))

@@ -45,9 +45,14 @@ RESULTS += tuple(f"reports/{name}" for name in ("train.json", "history.csv", "va
 PLAIN, CPU = Params({"dtype": "float32"}), torch.device("cpu")
 
 
-def train(root: Path, *overrides: str, quantize: bool = False) -> Path:
+def prepared(root: Path, *overrides: str) -> Path:
+    """As it stands before train."""
     root.mkdir(parents=True, exist_ok=True)
-    write_workspace(root, overrides)
+    return write_workspace(root, overrides)
+
+
+def train(root: Path, *overrides: str, quantize: bool = False) -> Path:
+    prepared(root, *overrides)
     if quantize:
         run_stage("quantize", quantize_model.main, root)
     run_stage("train", train_lora.main, root)
@@ -490,9 +495,7 @@ def test_killed_in_a_step_and_in_a_save_it_ends_the_same(tmp_path: Path) -> None
     """Killed twice: the first time in the middle of writing a checkpoint, the second one between two."""
     options = ("trainer.max_steps=40", "trainer.save_steps=3", "lora.lora_dropout=0.1")
     undisturbed = train(tmp_path / "undisturbed", *options)
-    root = tmp_path / "killed"
-    root.mkdir()
-    write_workspace(root, options)
+    root = prepared(tmp_path / "killed", *options)
 
     def saving(step: int) -> bool:
         return any(
@@ -517,9 +520,7 @@ def test_told_to_end_it_saves_its_step_and_goes_on(tmp_path: Path) -> None:
     """SIGTERM between two checkpoints and between two rows of the log."""
     options = ("trainer.max_steps=60", "trainer.save_steps=50", "trainer.logging_steps=7")
     undisturbed = train(tmp_path / "undisturbed", *options)
-    root = tmp_path / "preempted"
-    root.mkdir()
-    write_workspace(root, options)
+    root = prepared(tmp_path / "preempted", *options)
     process = run_in_process(root)
     live = root / ".dvc/tmp/live"
     wait_for(lambda: any('"step": 14' in f.read_text() for f in live.glob("*.jsonl")), process)
@@ -542,9 +543,7 @@ def test_ended_twenty_times_at_random_it_ends_the_same(tmp_path: Path) -> None:
         *("trainer.eval_steps=10", "trainer.load_best_model_at_end=true", "lora.lora_dropout=0.1"),
     )
     undisturbed = train(tmp_path / "undisturbed", *options)
-    root = tmp_path / "ended"
-    root.mkdir()
-    write_workspace(root, options)
+    root = prepared(tmp_path / "ended", *options)
     rng, ended = random.Random(0), 0
     checkpoints = root / ".dvc/tmp/checkpoints"
     for turn in range(20):
@@ -576,14 +575,7 @@ def test_resumed_in_the_second_epoch_it_sees_the_same_batches(
         "trainer.save_steps=15",
     )
     undisturbed = train(tmp_path / "undisturbed", *options)
-    root = tmp_path / "stopped"
-    root.mkdir()
-    write_workspace(root, options)
-    with pytest.MonkeyPatch.context() as patch, pytest.raises(KeyboardInterrupt):
-        patch.setattr("capas.training.LiveRows.on_log", stop_after(18))
-        run_stage("train", train_lora.main, root)
-    run_stage("train", train_lora.main, root)
-    assert results(root) == results(undisturbed)
+    assert results(stopped_once(tmp_path / "stopped", 18, *options)) == results(undisturbed)
 
 
 def test_half_written_checkpoint_is_passed_over(tmp_path: Path) -> None:
@@ -603,6 +595,16 @@ def test_half_written_checkpoint_is_passed_over(tmp_path: Path) -> None:
     assert last_checkpoint(tmp_path, resume=True) == tmp_path / "checkpoint-5"
     assert [folder.name for folder in tmp_path.iterdir()] == ["checkpoint-5"]
     assert last_checkpoint(tmp_path, resume=False) is None
+
+
+def stopped_once(root: Path, step: int, *options: str) -> Path:
+    """A training that is stopped after `step` and run again."""
+    prepared(root, *options)
+    with pytest.MonkeyPatch.context() as patch, pytest.raises(KeyboardInterrupt):
+        patch.setattr("capas.training.LiveRows.on_log", stop_after(step))
+        run_stage("train", train_lora.main, root)
+    run_stage("train", train_lora.main, root)
+    return root
 
 
 def stop_after(step: int) -> Callable[..., None]:
