@@ -9,7 +9,7 @@ export PATH := $(CURDIR)/.venv/bin:$(PATH)
 export PYTHONNOUSERSITE := 1
 
 .DEFAULT_GOAL := help
-.PHONY: help repro test test-slow lint ui embedded lock clean
+.PHONY: help repro test test-slow test-gpu lint ui embedded lock clean
 
 help: ## show this list
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "  make %-10s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
@@ -24,6 +24,9 @@ test: $(READY) ## the default tests: offline, CPU, minutes
 
 test-slow: $(READY) ## whole pipelines in temporary clones: kills, threads, second clones
 	python -m pytest $(PARALLEL) -m slow
+
+test-gpu: $(READY) ## what holds on a CPU holds on an NVIDIA GPU
+	python -m pytest -m gpu
 
 lint: $(READY) ## ruff and mypy
 	ruff check .

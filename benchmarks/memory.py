@@ -1,13 +1,16 @@
 """The memory that a training is estimated to need, against the most that its process really had.
 
-    python benchmarks/memory.py           about twelve minutes, 1 GB of disk; prints a JSON object
-    python benchmarks/memory.py NAME ...  only those runs
+    python benchmarks/memory.py                 about twelve minutes, 1 GB of disk; prints a JSON object
+    python benchmarks/memory.py --device cuda   on an NVIDIA GPU, a minute or two
+    python benchmarks/memory.py NAME ...        only those runs
 
 Random models go through the stage `train` as DVC runs it, two steps and two evaluations each, in a process
 of its own. `error_fraction`: estimate over measured peak, less 1. `error_fraction_without_process`: the same
 without what Python and its libraries take before the model is loaded, which is measured and not estimated.
+On a GPU the peak is that of tensors.
 """
 
+import argparse
 import json
 import os
 import random
@@ -64,6 +67,15 @@ RUNS = (
     Run("llama_130m", "nf4", "float32", 4, 256, (CHECKPOINTED,)),
     Run("gemma2_45m", "none", "float32", 4, 256, ("model.attn_implementation=eager",)),
 )
+MIXED = "trainer.bf16=true"
+GPU_RUNS = (
+    Run("llama_130m", "none", "float32", 8, 512),
+    Run("llama_130m", "none", "bfloat16", 8, 512, (MIXED,)),
+    Run("llama_130m", "nf4", "bfloat16", 8, 512, (MIXED,)),
+    Run("llama_130m", "nf4", "bfloat16", 8, 512, (MIXED, CHECKPOINTED)),
+    Run("llama_130m", "int8", "bfloat16", 8, 512, (MIXED,)),
+    Run("gemma2_45m", "nf4", "bfloat16", 4, 512, (MIXED, "model.attn_implementation=eager")),
+)
 MAKE = """
 import json, sys, torch
 from pathlib import Path
@@ -99,27 +111,35 @@ print(json.dumps({**stage.costs, "peak_memory_bytes": peak}))
 """
 
 
-def main(names: list[str]) -> None:
-    chosen = [run for run in RUNS if not names or run.name in names]
-    if len(chosen) < len(names):
-        sys.exit(f"there are: {', '.join(run.name for run in RUNS)}")
+def main() -> None:
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawTextHelpFormatter
+    )
+    parser.add_argument("names", nargs="*", metavar="NAME")
+    parser.add_argument("--device", choices=("cpu", "cuda"), default="cpu")
+    options = parser.parse_args()
+    runs = GPU_RUNS if options.device == "cuda" else RUNS
+    chosen = [run for run in runs if not options.names or run.name in options.names]
+    if len(chosen) < len(options.names):
+        parser.error(f"there are: {', '.join(run.name for run in runs)}")
     rows = []
     for run in chosen:
-        rows.append(measure(run))
+        rows.append(measure(run, options.device))
         print(f"{run.name}: {100 * rows[-1]['error_fraction']:+.1f} %", file=sys.stderr)
     facts = {"runs": rows, **machine.describe("torch", "transformers", "peft", "bitsandbytes")}
     print(json.dumps(facts, indent=2))
 
 
-def measure(run: Run) -> dict[str, Any]:
+def measure(run: Run, device: str) -> dict[str, Any]:
     with TemporaryDirectory() as folder:
         root = Path(folder)
-        values = write_workspace(run, root)
+        values = write_workspace(run, root, device)
         quantization = {k: v for k, v in values["quantization"].items() if k != "preset"}
         config = json.dumps(MODELS[run.model])
         call(MAKE, config, run.dtype, json.dumps(quantization), folder, cwd=ROOT)
         costs = json.loads(call(TRAIN, cwd=root))
-    peak, estimated = costs["peak_memory_bytes"], costs["estimated_memory_bytes"]
+    peak = costs["peak_device_memory_bytes" if device == "cuda" else "peak_memory_bytes"]
+    estimated = costs["estimated_memory_bytes"]
     process = costs["estimated_memory_parts"]["process"]
     return {
         "name": run.name,
@@ -129,11 +149,12 @@ def measure(run: Run) -> dict[str, Any]:
     }
 
 
-def write_workspace(run: Run, root: Path) -> dict[str, Any]:
+def write_workspace(run: Run, root: Path, device: str) -> dict[str, Any]:
     """All that the stage reads but the model; returns params.yaml."""
     for name in ("dvc.yaml", "environment.yaml", "capas", "stages"):
         (root / name).symlink_to(ROOT / name)
     overrides = [f"quantization={run.quantization}", f"model.dtype={run.dtype}", "tracking=none"]
+    overrides += ["hardware=gpu"] if device == "cuda" else []
     overrides += [f"trainer.per_device_{part}_batch_size={run.num_records}" for part in PARTS]
     overrides += [
         "trainer.max_steps=2",
@@ -181,7 +202,7 @@ def call(code: str, *arguments: str, cwd: Path) -> str:
     done = subprocess.run(
         [sys.executable, "-c", code, *arguments],
         cwd=cwd,
-        env={**os.environ, "PYTHONPATH": str(ROOT)},
+        env={**os.environ, "PYTHONPATH": f"{ROOT}:{os.environ.get('PYTHONPATH', '')}"},
         capture_output=True,
         text=True,
         check=False,
@@ -192,4 +213,4 @@ def call(code: str, *arguments: str, cwd: Path) -> str:
 
 
 if __name__ == "__main__":
-    main(sys.argv[1:])
+    main()

@@ -26,7 +26,6 @@ from capas import heap
 from capas.params import Params
 
 _FEW, _MORE = 2, 6  # layers that are traced; a model of more is extrapolated from both
-_LOW = (torch.float16, torch.bfloat16)
 
 
 @dataclass(frozen=True)
@@ -45,6 +44,9 @@ class Phase(NamedTuple):
     backward: bool
     checkpointing: bool
     mixed_precision: bool
+    fused_loss: bool = (
+        False  # Liger's: the loss of a few tokens at a time, without all their logits
+    )
 
 
 def measure(
@@ -87,11 +89,14 @@ def _step(model: Any, phase: Phase, malloc: heap.Heap | None) -> int:
         with Alive(malloc) as alive:
             # A batch of one has no padding: transformers then needs no mask.
             mask = {"attention_mask": torch.ones_like(ids)} if number > 1 else {}
-            output = _forward(model, phase)(input_ids=ids, labels=ids.clone(), **mask)
-            loss = output["loss"]
-            if phase.backward:
-                del output
-                loss.backward()
+            if phase.fused_loss:
+                _fused_loss(model, phase, ids, mask)
+            else:
+                output = _forward(model, phase)(input_ids=ids, labels=ids.clone(), **mask)
+                loss = output["loss"]
+                if phase.backward:
+                    del output
+                    loss.backward()
         return alive.most
 
 
@@ -102,6 +107,22 @@ def _forward(model: Any, phase: Phase) -> Any:
     from accelerate.utils.operations import convert_outputs_to_fp32
 
     return convert_outputs_to_fp32(torch.autocast("cpu", torch.bfloat16)(model.forward))
+
+
+def _fused_loss(model: Any, phase: Phase, ids: torch.Tensor, mask: dict[str, Any]) -> None:
+    """What Liger's loss (Hsu et al. 2024, section 3.2) keeps: the gradient of the hidden states, and the
+    logits of one chunk of tokens.
+    """
+    base = model.get_base_model()
+    with torch.autocast("cpu", torch.bfloat16, enabled=phase.mixed_precision):
+        hidden = base.get_decoder()(input_ids=ids, **mask, use_cache=False).last_hidden_state
+    vocabulary, size = base.get_output_embeddings().weight.shape
+    gradient = torch.empty_like(hidden)
+    chunk = -(-ids.numel() // -(-vocabulary // size))
+    logits = hidden.new_empty(2 ** (chunk - 1).bit_length(), vocabulary)
+    kept = (logits, logits.float())
+    del logits, kept
+    hidden.backward(gradient)
 
 
 def _extrapolated(model: nn.Module, measured: Callable[[], list[int]]) -> list[int]:
@@ -235,13 +256,13 @@ def build(
 
 
 def _quantize(base: Any, quantization: dict[str, Any]) -> None:
-    """As loading and `peft.prepare_model_for_kbit_training` leave it: what is not quantized is float32."""
+    """As loading and `stages.train_lora` leave it: of a float16 base what is not quantized is float32."""
     four = bool(quantization["load_in_4bit"])
     base.is_loaded_in_4bit, base.is_loaded_in_8bit = four, not four
     for layer in quantizable(base):
         _disguise(layer, quantization if four else None)
     for parameter in base.parameters():
-        if parameter.dtype in _LOW and not getattr(parameter, "of_bitsandbytes", False):
+        if parameter.dtype == torch.float16 and not getattr(parameter, "of_bitsandbytes", False):
             parameter.data = parameter.data.to(torch.float32)
 
 

@@ -178,6 +178,7 @@ class Trainer(Group):
     bf16: bool
     fp16: bool
     gradient_checkpointing: bool
+    use_liger_kernel: bool
     logging_steps: Count
     eval_steps: Count
     save_steps: Count
@@ -190,6 +191,7 @@ class Trainer(Group):
     data_seed: Seed
     full_determinism: bool
     packing_length: Annotated[int, Field(ge=8)] | None
+    fused_lora: bool
     loraplus_lr_ratio: Annotated[float, Field(ge=1)] | None
     early_stopping_patience: Count | None
     early_stopping_threshold: Annotated[float, Field(ge=0)]
@@ -438,6 +440,24 @@ RULES = (
         ("trainer.optim", "hardware.device"),
         lambda optim, device: not optim.startswith("paged_") or device == "cuda",
         "a paged optimizer needs a GPU's unified memory: trainer.optim=adamw_torch, or hardware=gpu",
+    ),
+    Rule(
+        ("trainer.use_liger_kernel", "hardware.device"),
+        lambda liger, device: not liger or device == "cuda",
+        "Liger's kernels are written for a GPU: hardware=gpu, or trainer.use_liger_kernel=false",
+    ),
+    Rule(
+        ("trainer.fused_lora", "quantization.load_in_4bit", "trainer.bf16", "trainer.fp16"),
+        lambda fused, four, bf16, fp16: not fused or (four and (bf16 or fp16)),
+        "it is for 4-bit layers and mixed precision: quantization=nf4 with trainer.bf16=true, or "
+        "trainer.fused_lora=false",
+    ),
+    Rule(
+        ("trainer.fused_lora", "lora.lora_dropout", "lora.use_dora", "lora.bias"),
+        lambda fused, dropout, dora, bias: (
+            not fused or (not dropout and not dora and bias == "none")
+        ),
+        "without lora_dropout, use_dora and trained biases, or trainer.fused_lora=false",
     ),
     Rule(
         ("model.attn_implementation", "hardware.device"),

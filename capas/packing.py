@@ -11,7 +11,7 @@ from capas.model import quantization_method, quantized_linears
 from capas.records import IGNORE_INDEX
 
 # Largest difference of logits, as a part of the largest one: what rounding alone may do.
-_ROUNDING = {"float32": 1e-4, "float16": 1e-2, "bfloat16": 5e-2}
+_ROUNDING = {"float32": 1e-4, "tf32": 1e-2, "float16": 1e-2, "bfloat16": 5e-2}
 _INT8_ROUNDING = 5e-2  # int8 layers choose the columns that they do not round by the whole batch
 
 
@@ -123,6 +123,8 @@ def _each_record(rows: list[Example], logits: torch.Tensor, flat: bool) -> Any:
 def _allowed(model: Any) -> float:
     """By the coarsest type that the model computes in; 4-bit layers have one of their own."""
     layers = [getattr(layer, "compute_dtype", None) for _, layer in quantized_linears(model)]
-    dtypes = {model.dtype, *filter(None, layers)}
-    rounding = max(_ROUNDING[str(dtype).removeprefix("torch.")] for dtype in dtypes)
+    dtypes = {str(d).removeprefix("torch.") for d in {model.dtype, *filter(None, layers)}}
+    if model.device.type == "cuda" and torch.backends.cuda.matmul.allow_tf32:
+        dtypes.add("tf32")  # 10 bits, as float16 has
+    rounding = max(_ROUNDING[dtype] for dtype in dtypes)
     return max(rounding, _INT8_ROUNDING) if quantization_method(model) == "int8" else rounding

@@ -4,6 +4,7 @@ import hashlib
 import json
 import logging
 import math
+import os
 import resource
 import shutil
 import signal
@@ -32,6 +33,7 @@ from capas.errors import CapasError
 from capas.records import IGNORE_INDEX
 
 log = logging.getLogger("capas")
+_CUBLAS_WORKSPACE = "CUBLAS_WORKSPACE_CONFIG"
 _OPEN_ROW = "open_row.json"
 _MARK = "complete.json"  # written last into a checkpoint: what was saved, file by file
 
@@ -53,7 +55,10 @@ class Trainer(transformers.Trainer):
         **kwargs: Any,
     ) -> None:
         self._collate = kwargs.pop("data_collator")
+        workspace = os.environ.get(_CUBLAS_WORKSPACE)
         super().__init__(data_collator=self._named, **kwargs)
+        if workspace is not None:  # full_determinism sets the smaller of the two that repeat
+            os.environ[_CUBLAS_WORKSPACE] = workspace
         self._divergence_factor, self._loraplus_lr_ratio = divergence_factor, loraplus_lr_ratio
         self._record_ids: list[str] = []
         self._num_tokens = 0

@@ -1,5 +1,6 @@
 """What a training really computed with, and that it is what was asked for."""
 
+from importlib.metadata import version
 from typing import Any
 
 import torch
@@ -8,6 +9,7 @@ import transformers
 from capas import hardware
 from capas.cores import at_most
 from capas.errors import CapasError
+from capas.fused import is_fused
 from capas.model import quantization_method, quantized_linears
 from capas.params import Params
 
@@ -44,6 +46,8 @@ def describe(trainer: transformers.Trainer) -> dict[str, Any]:
         **_describe_optimizer(trainer.optimizer),
         "lr_scheduler_type": trainer.args.lr_scheduler_type.value,
         "gradient_checkpointing": bool(base.is_gradient_checkpointing),
+        "fused_lora": is_fused(model),
+        "liger_kernel": _liger_kernel(base),
         "accelerate": {
             "distributed_type": accelerator.distributed_type.value,
             "num_processes": accelerator.num_processes,
@@ -78,6 +82,8 @@ def check(used: dict[str, Any], params: Params) -> None:
         "loraplus_lr_ratio": settings.loraplus_lr_ratio or 1.0,
         "lr_scheduler_type": settings.lr_scheduler_type,
         "gradient_checkpointing": settings.gradient_checkpointing,
+        "fused_lora": settings.fused_lora,
+        "liger_kernel": version("liger-kernel") if settings.use_liger_kernel else None,
         "mixed_precision": mixed[0] if mixed else "no",
     }
     if machine.device == "cuda":
@@ -148,6 +154,12 @@ def _describe_optimizer(optimizer: Any) -> dict[str, Any]:
         "loraplus_lr_ratio": round(max(rates) / min(rates), 6),
         "optimizer_state_dtypes": sorted({_dtype(v.dtype) for v in states if v.numel() > 1}),
     }
+
+
+def _liger_kernel(base: Any) -> str | None:
+    """The version of what replaced the model's own forward."""
+    replaced = getattr(base.forward, "__func__", base.forward).__module__.partition(".")[0]
+    return version("liger-kernel") if replaced == "liger_kernel" else None
 
 
 def _dtype(dtype: torch.dtype) -> str:

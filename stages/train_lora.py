@@ -17,6 +17,7 @@ import hashlib
 import json
 import re
 import shutil
+from importlib.util import find_spec
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -36,7 +37,7 @@ if TYPE_CHECKING:
 
 FORMATTED, QUANTIZED, TOKENIZER = "data/formatted", "data/models/quantized", "data/models/tokenizer"
 OWN = (  # no arguments of transformers.Trainer
-    *("packing_length", "loraplus_lr_ratio"),
+    *("packing_length", "fused_lora", "loraplus_lr_ratio"),
     *("early_stopping_patience", "early_stopping_threshold", "divergence_factor"),
 )
 HISTORY = ("step", "epoch", "loss", "learning_rate", "grad_norm")
@@ -46,7 +47,7 @@ VALIDATION = ("step", "epoch", "loss", "token_accuracy")
 
 def main(params: Params, stage: Stage) -> None:
     device = hardware.prepare(params.hardware)  # before torch is imported
-    from capas import capacity, certificate, training, usage
+    from capas import capacity, certificate, fused, training, usage
     from capas.batches import Collator, read_examples, tails
     from capas.model import load_model
     from capas.packing import pack
@@ -64,6 +65,8 @@ def main(params: Params, stage: Stage) -> None:
     model = add_lora(base, params)
     base_sha256 = certificate.fingerprint(model)
     packing = prove_packing(model, train, rows, collator, params.trainer)
+    if params.trainer.fused_lora:
+        fused.fuse(model)
     gradient_check = usage.check_gradients(model, collator(tails(validation[:2])))
 
     checkpoints = stage.checkpoints()
@@ -126,7 +129,12 @@ def check_memory(
 
 
 def add_lora(base: "PreTrainedModel", params: Params) -> Any:
-    """The base, frozen, with LoRA layers: B is zero, so that at first they change nothing."""
+    """The base, frozen, with LoRA layers: B is zero, so that at first they change nothing.
+
+    Its norms, embeddings and head keep their type, which is what the tuned model will be used with; PEFT's
+    `prepare_model_for_kbit_training` makes them float32. Of float16 the range is too small for that.
+    """
+    import torch
     from peft import LoraConfig, get_peft_model, prepare_model_for_kbit_training
     from transformers import set_seed
 
@@ -134,7 +142,7 @@ def add_lora(base: "PreTrainedModel", params: Params) -> Any:
 
     check_target_modules(base, params.lora.target_modules)
     set_seed(params.trainer.seed)  # A is drawn at random
-    if quantization_method(base) != "none":
+    if quantization_method(base) != "none" and base.dtype == torch.float16:
         base = prepare_model_for_kbit_training(base, use_gradient_checkpointing=False)
     config = LoraConfig(task_type="CAUSAL_LM", **params.lora.without("preset"))
     try:
@@ -223,6 +231,10 @@ def training_arguments(params: Params, folder: Path, resumed: bool) -> "Training
     from transformers import TrainingArguments
 
     on_cpu = params.hardware.device == "cpu"
+    if params.trainer.use_liger_kernel and find_spec("liger_kernel") is None:
+        raise CapasError(
+            "trainer.use_liger_kernel=true, and liger-kernel is not installed: pip install 'capas[gpu]'"
+        )
     try:
         return TrainingArguments(
             **params.trainer.without("preset", *OWN),

@@ -266,6 +266,8 @@ USED = {
     "loraplus_lr_ratio": 1.0,
     "lr_scheduler_type": "linear",
     "gradient_checkpointing": False,
+    "fused_lora": False,
+    "liger_kernel": None,
     "accelerate": {"mixed_precision": "no", "num_gpus_in_process": 0},
 }
 
