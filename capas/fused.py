@@ -76,7 +76,7 @@ def _last(
 ) -> Any:
     """LoRA first: what it saves is all that backward needs."""
     adapted = linear(linear(x, a), b)
-    return _Frozen.apply(x, weight, bias).add_(adapted, alpha=scaling)
+    return _Frozen.apply(x, adapted, weight, bias, scaling)
 
 
 def _product(x: torch.Tensor, weight: Any, bias: torch.Tensor | None) -> torch.Tensor:
@@ -92,16 +92,19 @@ def _dequantized(weight: Any, dtype: torch.dtype) -> torch.Tensor:
 
 
 class _Frozen(torch.autograd.Function):
-    """x [..., in] times a 4-bit weight that has no gradient; saves no tensor."""
+    """x W + scaling times what LoRA gives, [..., out]; saves no tensor."""
 
     @staticmethod
-    def forward(ctx: Any, x: torch.Tensor, weight: Any, bias: Any) -> torch.Tensor:
-        ctx.weight = weight
-        return _product(x, weight, bias)
+    def forward(
+        ctx: Any, x: torch.Tensor, adapted: torch.Tensor, weight: Any, bias: Any, scaling: float
+    ) -> torch.Tensor:
+        ctx.weight, ctx.scaling = weight, scaling
+        return _product(x, weight, bias).add_(adapted, alpha=scaling)
 
     @staticmethod
     def backward(ctx: Any, gradient: torch.Tensor) -> Any:
-        return gradient @ _dequantized(ctx.weight, gradient.dtype), None, None
+        of_x = gradient @ _dequantized(ctx.weight, gradient.dtype)
+        return of_x, gradient * ctx.scaling, None, None, None
 
 
 class _Linear(torch.autograd.Function):
