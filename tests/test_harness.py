@@ -32,7 +32,7 @@ dataset_kwargs:
 test_split: test
 output_type: multiple_choice
 doc_to_text: "timer {{minutes}}"
-doc_to_choice: ['{"minutes": {{minutes}}}', "As you like."]
+doc_to_choice: ['{"minutes": {{minutes}}}', '{"minutes": {{minutes + 1}}}']
 doc_to_target: "{{label}}"
 metric_list:
   - metric: acc
