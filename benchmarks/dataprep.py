@@ -31,12 +31,12 @@ from tempfile import TemporaryDirectory
 from typing import Any
 
 import machine
+from arena import ROOT, make_workspace
+from environments import environment
 from process import ProgramError, measure
 
-ROOT = Path(__file__).resolve().parents[1]
 HERE = Path(__file__).resolve().parent / "contestants"
 KIT = ROOT.parent / "shared/kit"
-ENVIRONMENTS = ROOT / ".dvc/tmp/benchmarks"
 PACKAGES = {
     "c": ["--no-deps", "trl==1.15.0"],
     "d": ["torchtune==0.6.1", "torchao==0.10.0", "torch==2.13.0"],
@@ -147,9 +147,12 @@ class Arena:
         runs: dict[str, Callable[[], Facts]] = {
             "a": lambda: self._program("tokenizers_limit", self.folder, self.tokenizer),
             "b": lambda: self._chat("datasets_map"),
-            "c": lambda: self._chat("trl_sft", environment("c", parent=True)),
+            "c": lambda: self._chat("trl_sft", environment("trl", PACKAGES["c"], parent=True)),
             "d": lambda: self._program(
-                "torchtune_sft", self.folder, self.tokenizer, python=environment("d")
+                "torchtune_sft",
+                self.folder,
+                self.tokenizer,
+                python=environment("torchtune", PACKAGES["d"]),
             ),
             "e": self._capas,
         }
@@ -197,37 +200,13 @@ class Arena:
 
     def _make_workspace(self) -> None:
         """What the two stages read, beside the records."""
-        for name in ("capas", "stages", "conf"):
-            (self.workspace / name).symlink_to(ROOT / name)
-        for name in ("dvc.yaml", "dvc.lock", "environment.yaml"):
-            shutil.copy(ROOT / name, self.workspace)
         folder = self.workspace / "data/models/tokenizer"
         folder.mkdir(parents=True)
         for name in ("tokenizer.json", "tokenizer_config.json"):
             shutil.copy(self.tokenizer / name, folder)
         preset = self.options.chat_template or PRESETS[self.tokenizer.name]
         values = [f"chat_template={preset}", "dataset.max_length=1000000"]
-        compose = [sys.executable, "stages/compose_params.py", "--print", "--files"]
-        with (self.workspace / "params.yaml").open("w") as out:  # JSON is YAML as well
-            command = [*compose, str(self.workspace), *values]
-            subprocess.run(command, cwd=ROOT, env=self.env, stdout=out, check=True)
-
-
-def environment(key: str, parent: bool = False) -> str:
-    """The Python of a virtual environment with PACKAGES[key]; made once. `parent`: on top of this one."""
-    folder = ENVIRONMENTS / key
-    python, ready = folder / "bin/python", folder / "ready"
-    if ready.exists() and ready.read_text() == str(PACKAGES[key]):
-        return str(python)
-    print(f"an environment for {NAMES[key]} is made in {folder} ...", file=sys.stderr)
-    shutil.rmtree(folder, ignore_errors=True)
-    subprocess.run([sys.executable, "-m", "venv", folder], check=True)
-    if parent:
-        (site,) = folder.glob("lib/python*/site-packages")
-        (site / "parent.pth").write_text(next(p for p in sys.path if p.endswith("site-packages")))
-    subprocess.run([python, "-m", "pip", "install", "-q", *PACKAGES[key]], check=True)
-    ready.write_text(str(PACKAGES[key]))
-    return str(python)
+        make_workspace(self.workspace, values, self.env)
 
 
 def summary(runs: list[Facts]) -> Facts:

@@ -208,6 +208,18 @@ class Gate(BaseModel):
     max_quantization_loss: Annotated[float, Field(ge=0)] | None
 
 
+class Harness(BaseModel):
+    """Arguments of `lm_eval.simple_evaluate` and of its TaskManager."""
+
+    model_config = ConfigDict(extra="forbid", strict=True)
+
+    tasks: list[Annotated[str, Field(min_length=1)]]
+    include_path: Annotated[str, Field(min_length=1)] | None
+    num_fewshot: Annotated[int, Field(ge=0)] | None
+    limit: Count | None
+    apply_chat_template: bool
+
+
 Metric = BuiltIn | Annotated[str, Field(pattern=OWN_FUNCTION)]
 
 
@@ -220,6 +232,7 @@ class Evaluation(Group):
     confidence_fraction: Annotated[float, Field(gt=0.5, lt=1)]
     seed: Seed
     gate: Gate
+    harness: Harness
 
 
 class Decoding(BaseModel):
@@ -406,6 +419,11 @@ def _of_dataset() -> Iterator[Rule]:
 
 
 RULES = (
+    Rule(
+        ("evaluation.harness.tasks", "evaluation.harness.include_path"),
+        lambda tasks, include_path: bool(tasks) or include_path is None,
+        "the names of its tasks in evaluation.harness.tasks, or no folder of tasks (null)",
+    ),
     Rule(
         ("quantization.load_in_4bit", "quantization.load_in_8bit"),
         lambda four, eight: not (four and eight),

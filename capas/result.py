@@ -96,6 +96,10 @@ def metrics(stage: Stage) -> dict[str, float]:
         "tuned": _scores(evaluation["tuned"], names),
         "difference": evaluation["difference"],
         "general": evaluation["general"],
+        "harness": {
+            task: found["metrics"]
+            for task, found in evaluation.get("harness", {}).get("tasks", {}).items()
+        },
         "data": read_json(stage.dep("reports/format.json"))["splits"],
         "quantization": read_json(stage.dep("reports/quantization.json")),
         "training": read_json(stage.dep("reports/train.json")),

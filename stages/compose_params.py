@@ -1,7 +1,7 @@
 """Compose conf/ into params.yaml, the only configuration that stages read, and validate every value.
 
-Reads   conf/, requirements.lock; data/own, for functions of evaluation.metrics; params.yaml, for values that
-        came in from outside conf/
+Reads   conf/, requirements.lock; data/own, for functions of evaluation.metrics and tasks of
+        evaluation.harness; params.yaml, for values that came in from outside conf/
 Writes  params.yaml, environment.yaml, data/composed/; conf/overrides.yaml where such values came in,
         conf/revisions.yaml where a branch on the Hub, or a folder, is used for the first time
 
@@ -41,6 +41,7 @@ from capas.composition import (
 from capas.config import GROUPS, group_schema, validate
 from capas.errors import CapasError, sweep_instead, told
 from capas.facts import write_whole
+from capas.metrics.harness import read_tasks
 from capas.metrics.own import read_sources
 from capas.overrides import absorb, difference, in_force
 from capas.pins import REVISIONS, Pins
@@ -90,8 +91,8 @@ def main(options: argparse.Namespace) -> None:
         log.info("conf/overrides.yaml sets %s", note)
     if inputs() != before or resolved_files(target) != files:
         raise CapasError(
-            "conf/, params.yaml, requirements.lock or a function of evaluation.metrics was edited while it "
-            "was composed; run `dvc repro` again"
+            "conf/, params.yaml, requirements.lock, a function of evaluation.metrics or a task of "
+            "evaluation.harness was edited while it was composed; run `dvc repro` again"
         )
     write_all(outputs)
     log.info("params.yaml written")
@@ -190,6 +191,8 @@ def resolved_files(values: Values) -> dict[Path, str]:
     """Files that the configuration names, copied where stages can depend on exactly the chosen one."""
     wrong, path = values["generation"]["wrong_chat_template"], values["chat_template"]["path"]
     sources = read_sources(values["evaluation"]["metrics"], Path())
+    harness = values["evaluation"]["harness"]
+    tasks = read_tasks(harness["tasks"], harness["include_path"], Path())
     other = f"conf/chat_template/{wrong}.jinja"
     return {
         COMPOSED / "chat_template.jinja": (
@@ -198,6 +201,7 @@ def resolved_files(values: Values) -> dict[Path, str]:
         COMPOSED / "wrong_chat_template.jinja": (
             in_conf("generation.wrong_chat_template", other, wrong) if wrong else "{# none #}\n"
         ),
+        COMPOSED / "harness.json": as_json(tasks),
         COMPOSED / "metrics.json": as_json({"sources": sources}),
         COMPOSED / "prompts.json": as_json({"prompts": prompts(values["generation"]["prompts"])}),
     }

@@ -5,7 +5,7 @@
 
 Reads   data/formatted (test), data/models/quantized, data/models/tokenizer, data/composed/metrics.json;
         base: data/models/base; tuned: data/models/adapter, reports/evaluation_base.json,
-        reports/predictions_base.parquet, data/general
+        reports/predictions_base.parquet, data/general, data/composed/harness.json
 Writes  base: reports/evaluation_base.json, reports/predictions_base.parquet
         tuned: reports/evaluation.json, reports/predictions.parquet, reports/before_after.csv
 Params  evaluation (base: the keys that score one model), hardware, model.attn_implementation,
@@ -28,7 +28,7 @@ from capas import gate, hardware
 from capas.chat.recorded import recorded_format
 from capas.errors import CapasError
 from capas.facts import read_json, write_csv, write_json
-from capas.metrics import comparison
+from capas.metrics import comparison, harness
 from capas.metrics.general import format_questions
 from capas.metrics.names import BINARY, headline
 from capas.metrics.scorer import Scorer
@@ -43,6 +43,7 @@ if TYPE_CHECKING:
 
 Row = dict[str, Any]
 DATA, TOKENIZER, METRICS = "data/formatted", "data/models/tokenizer", "data/composed/metrics.json"
+HARNESS = "data/composed/harness.json"
 GENERAL = "data/general/records.jsonl"
 BASE, QUANTIZED, ADAPTER = "data/models/base", "data/models/quantized", "data/models/adapter"
 GROUPS = ("kind", "language", "function", "turns")  # keys of metadata that scores are given by
@@ -239,6 +240,8 @@ def report_difference(
     base = read_json(stage.dep("reports/evaluation_base.json"))
     report = compare(before, rows, facts, names, params)
     report["general"] = ask_generally(model, params, stage)
+    if params.evaluation.harness.tasks:
+        report["harness"] = ask_harness(model, params, stage)
     report["gate"] = gate.judge(base, report, params.evaluation.gate)
     changes = {**report["difference"], "loss on general questions": report["general"]["difference"]}
     for name, change in changes.items():
@@ -333,6 +336,22 @@ def ask_generally(model: "PeftModel", params: Params, stage: Stage) -> dict[str,
     }
     change = difference(before, after, "loss", params)
     return {"num_records": len(records), **losses, "difference": change}
+
+
+def ask_harness(model: "PeftModel", params: Params, stage: Stage) -> dict[str, Any]:
+    """Tasks of the lm-evaluation-harness, without the adapter and with it."""
+    from transformers import AutoTokenizer
+
+    tokenizer = AutoTokenizer.from_pretrained(stage.dep(TOKENIZER))
+    tokenizer.chat_template = (stage.dep(DATA) / "chat_template.jinja").read_text(encoding="utf-8")
+    settings, composed = params.evaluation, stage.dep(HARNESS)
+    found = harness.evaluate(
+        model, tokenizer, settings.harness, composed, settings.batch_size, settings.seed
+    )
+    for task, facts in found["tasks"].items():
+        for name, scores in facts["metrics"].items():
+            log.info("%s, %s: base %s, tuned %s", task, name, scores["base"], scores["tuned"])
+    return found
 
 
 def in_words(name: str, found: dict[str, Any]) -> str:

@@ -65,6 +65,7 @@ FILES: dict[str, list[str]] = {
     "requirements.lock": ["compose"],
     "conf": ["compose"],
     "data/composed/chat_template.jinja": ["format"],
+    "data/composed/harness.json": ["evaluate"],
     "data/composed/metrics.json": ["evaluate_base", "evaluate"],
     "data/composed/prompts.json": ["sample"],
     "data/composed/wrong_chat_template.jinja": ["sample"],

@@ -138,6 +138,7 @@ def _write_data(root: Path) -> None:
         for name in ("chatml", "llama3")
     )
     (composed / "metrics.json").write_text('{"sources": {}}')
+    (composed / "harness.json").write_text('{"version": null, "files": {}}')
     (composed / "prompts.json").write_text('{"prompts": null}')
     (composed / "wrong_chat_template.jinja").write_text(wrong)
     for folder in (composed, formatted):

@@ -77,6 +77,7 @@ def scores(base: Row, evaluation: Row) -> dict[str, Any]:
         "resamples": evaluation["bootstrap_resamples"],
         "generated": bool(metrics),
         "general": evaluation["general"],
+        "harness": evaluation.get("harness"),
         "gate": evaluation["gate"],
     }
 
