@@ -30,7 +30,12 @@ class Group(BaseModel):
 
 
 class Hardware(Group):
+    """num_processes and num_machines are those of `accelerate launch`."""
+
     device: Literal["cpu", "cuda"]
+    num_processes: Count
+    num_machines: Count
+    distributed_type: Literal["ddp", "fsdp2"]
     num_threads: Count
     instruction_set: Literal["default", "avx2", "avx512"]
     allow_tf32: bool
@@ -463,6 +468,21 @@ RULES = (
         ("hardware.cudnn_benchmark", "hardware.cudnn_deterministic"),
         lambda benchmark, deterministic: not (benchmark and deterministic),
         "one of the two at most: what cuDNN's benchmark chooses differs from run to run",
+    ),
+    Rule(
+        ("hardware.num_processes", "hardware.num_machines"),
+        lambda processes, machines: processes % machines == 0,
+        "as many processes on each machine: num_processes is of all together",
+    ),
+    Rule(
+        ("hardware.distributed_type", "hardware.num_processes"),
+        lambda kind, processes: kind == "ddp" or processes > 1,
+        "hardware.num_processes=2 or more: fsdp2 divides the model among them",
+    ),
+    Rule(
+        ("hardware.distributed_type", "hardware.device"),
+        lambda kind, device: kind == "ddp" or device == "cuda",
+        "ddp on a CPU: accelerate divides models among GPUs alone (hardware=gpu_fsdp2)",
     ),
     Rule(
         ("trainer.full_determinism", "hardware.cudnn_deterministic"),

@@ -4,6 +4,7 @@
     quantization_state   the scales of 4-bit blocks (Dettmers et al. 2023, section 3) or of int8 rows
     adapter              float32, as PEFT keeps it
     gradients            float32, of the adapter alone
+    gradient_buckets     the same once more, where several processes average them (DDP)
     optimizer            per parameter of the adapter: 8 bytes of AdamW, 2 and the scales of 8-bit AdamW, ...
     activations          what a step, or an evaluation, keeps at most: `capas.activations`
     allocator            on a CPU, the holes in malloc's heap between them: `capas.heap`
@@ -56,17 +57,24 @@ class Workload:
     evaluation: "Batch"
     gradient_check: "Batch"  # of `usage.check_gradients`
     on_cpu: bool
+    num_processes: int = 1
 
     @classmethod
     def of(
-        cls, trainer: Params, train: list[int], validation: list[int], on_cpu: bool
+        cls,
+        trainer: Params,
+        train: list[int],
+        validation: list[int],
+        on_cpu: bool,
+        num_processes: int = 1,
     ) -> "Workload":
-        """Each batch full of the longest records.
+        """Each batch full of the longest records; of one process, where several train together.
 
         Args:
             trainer: the params group.
             train, validation: tokens of the records; neither is empty.
             on_cpu: whether the device is the CPU.
+            num_processes: that train together.
         """
         from capas.activations import Batch
         from capas.batches import NUM_PROBED
@@ -77,6 +85,7 @@ class Workload:
             Batch(min(sizes[1], len(validation)), max(validation)),
             Batch(len(validation[:2]), min(NUM_PROBED, max(validation))),
             on_cpu,
+            num_processes,
         )
 
 
@@ -146,6 +155,8 @@ def estimate(
         "optimizer": optimizer_bytes(trainer.optim, adapter),
         "activations": alive[phase],
     }
+    if workload.num_processes > 1:
+        parts["gradient_buckets"] = num_adapter_bytes
     if held is not None:
         parts["allocator"] = max(0, held - alive[phase])
     return Estimate(parts, phase)

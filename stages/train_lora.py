@@ -20,12 +20,12 @@ import shutil
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from capas import hardware, live
+from capas import hardware, launch, live
 from capas.dag import recorded
 from capas.errors import CapasError
 from capas.facts import read_json, write_csv, write_json
 from capas.params import Params
-from capas.stage import Stage, log, run
+from capas.stage import Stage, log
 
 if TYPE_CHECKING:
     import torch
@@ -45,7 +45,8 @@ VALIDATION = ("step", "epoch", "loss", "token_accuracy")
 
 
 def main(params: Params, stage: Stage) -> None:
-    device = hardware.prepare(params.hardware)  # before torch is imported
+    # before torch is imported
+    device = hardware.prepare(params.hardware, params.hardware.num_processes)
     from capas import capacity, certificate, training, usage
     from capas.batches import Collator, read_examples, tails
     from capas.model import load_model
@@ -67,12 +68,15 @@ def main(params: Params, stage: Stage) -> None:
     gradient_check = usage.check_gradients(model, collator(tails(validation[:2])))
 
     checkpoints = stage.checkpoints()
-    checkpoint = training.last_checkpoint(checkpoints, resume=not stage.debug)
+    args = training_arguments(params, checkpoints)
+    with args.main_process_first(local=False):  # which removes what is half-written
+        checkpoint = training.last_checkpoint(checkpoints, resume=not stage.debug)
+    args.eval_on_start = checkpoint is None  # the curve begins with the base
     trainer = training.Trainer(
         divergence_factor=params.trainer.divergence_factor,
         loraplus_lr_ratio=params.trainer.loraplus_lr_ratio,
         model=model,
-        args=training_arguments(params, checkpoints, resumed=checkpoint is not None),
+        args=args,
         train_dataset=rows,
         eval_dataset=validation,
         data_collator=collator,
@@ -82,9 +86,12 @@ def main(params: Params, stage: Stage) -> None:
     if params.trainer.early_stopping_patience:
         trainer.add_callback(early_stopping(params.trainer))
     trainer.check_at_start(lambda: usage.check_trainer(trainer, params))
-    with live.tracker(stage.root, stage.key(), enabled=not stage.debug) as log_rows:
+    follows = launch.is_main() and not stage.debug
+    with live.tracker(stage.root, stage.key(), enabled=follows) as log_rows:
         trainer.add_callback(training.LiveRows(log_rows.append))
         trainer.train(resume_from_checkpoint=str(checkpoint) if checkpoint else None)
+    if not launch.is_main():
+        return
 
     facts = {"train_key": stage.key(), **summary(trainer), "packing": packing}
     facts["used"] = usage.describe(trainer)
@@ -112,16 +119,22 @@ def check_memory(
     """
     from capas import capacity, memory
 
-    workload = memory.Workload.of(params.trainer, train, validation, device.type == "cpu")
+    on_cpu, processes = device.type == "cpu", params.hardware.num_processes
+    workload = memory.Workload.of(params.trainer, train, validation, on_cpu, processes)
     groups = params.model, params.lora, params.trainer
     try:
         found = memory.estimate(stage.dep(QUANTIZED), *groups, workload)
     except memory.EstimateError as error:
         log.warning("%s", error)
         return
-    used, free = capacity.used_bytes(device), capacity.free_bytes(device)
+    num_sharing = capacity.num_sharing(params.hardware)
+    used, free = capacity.used_bytes(device), capacity.free_bytes(device) // num_sharing
+    ways = memory.ways_out(found, workload, params.trainer)
+    if num_sharing > 1:
+        log.info("%d processes share the memory; of each:", num_sharing)
+        ways.append(f"hardware.num_processes below {params.hardware.num_processes}")
     log.info("%s", memory.summary(found, used, free))
-    memory.check(found, used, free, memory.ways_out(found, workload, params.trainer))
+    memory.check(found, used, free, ways)
     stage.costs |= memory.costs(found, used)
 
 
@@ -214,7 +227,7 @@ def early_stopping(trainer: Params) -> Any:
     return EarlyStopping(metric, patience, trainer.early_stopping_threshold)
 
 
-def training_arguments(params: Params, folder: Path, resumed: bool) -> "TrainingArguments":
+def training_arguments(params: Params, folder: Path) -> "TrainingArguments":
     """The trainer group as it is, and what follows from the stage.
 
     Raises:
@@ -229,12 +242,13 @@ def training_arguments(params: Params, folder: Path, resumed: bool) -> "Training
             output_dir=str(folder),
             use_cpu=on_cpu,
             eval_strategy="steps",
-            eval_on_start=not resumed,  # the curve begins with the base
             save_strategy="steps",
             logging_nan_inf_filter=False,  # Trainer would log the mean of earlier losses instead of NaN
             gradient_checkpointing_kwargs={"use_reentrant": False},
             remove_unused_columns=False,
             dataloader_pin_memory=not on_cpu,
+            # DDP then keeps its buckets: sums of three and more depend on them, also after a resumption.
+            ddp_find_unused_parameters=True,
             report_to="none",  # see capas/live.py
             disable_tqdm=True,  # see capas.training.Progress
         )
@@ -342,4 +356,4 @@ def sort_target_modules(file: Path) -> None:
 
 
 if __name__ == "__main__":
-    run("train", main)
+    launch.run("train", main)

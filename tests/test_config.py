@@ -45,7 +45,7 @@ def problems(values: dict[str, Any]) -> str:
 
 
 def test_there_are_as_many_options_as_we_think() -> None:
-    assert len(OPTIONS) == 53
+    assert len(OPTIONS) == 55
     assert {group for group, _ in OPTIONS} == set(GROUPS)
 
 
@@ -117,6 +117,13 @@ def test_all_problems_are_reported_at_once(compose: Callable[[list[str]], Any]) 
         (["model.attn_implementation=flash_attention_2", "hardware=gpu"], "bfloat16 or float16"),
         (["hardware.allow_tf32=true"], "TF32"),
         (["hardware.device=cuda"], "default where the device is not a CPU"),
+        (
+            ["hardware.num_processes=3", "hardware.num_machines=2"],
+            "as many processes on each machine",
+        ),
+        (["hardware=gpu_ddp", "hardware.num_processes=0"], "greater than 0"),
+        (["hardware=gpu", "hardware.distributed_type=fsdp2"], "num_processes=2 or more"),
+        (["hardware.num_processes=2", "hardware.distributed_type=fsdp2"], "ddp on a CPU"),
         (["hardware.cudnn_benchmark=true"], "differs from run to run"),
         (["hardware.cudnn_deterministic=false"], "full_determinism switches"),
         (["model.revision=main"], "the embedded base ships with the repository"),
