@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from torch.distributed.tensor import DTensor
 from torch.utils.data import Sampler
 from transformers import PreTrainedModel
 
@@ -133,6 +134,11 @@ def make_filler(example: Example) -> Example:
     """A row of one token, without loss, that is no record."""
     row = {name: e[:1] for name, e in example.items() if torch.is_tensor(e)}
     return {**row, "labels": torch.full((1,), IGNORE_INDEX), "ids": []}
+
+
+def whole(tensor: torch.Tensor) -> torch.Tensor:
+    """All of it, also where each process has a part (FSDP); then all must ask."""
+    return tensor.full_tensor() if isinstance(tensor, DTensor) else tensor
 
 
 def compute_logits(model: Any, batch: dict[str, torch.Tensor]) -> torch.Tensor:

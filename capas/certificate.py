@@ -7,7 +7,7 @@ from typing import Any
 import torch
 from safetensors.torch import load_file
 
-from capas.batches import compute_logits
+from capas.batches import compute_logits, whole
 from capas.errors import CapasError
 from capas.training import listed
 
@@ -18,12 +18,14 @@ _MAX_DIFFERENCE = 1e-5  # of the largest logit
 def fingerprint(model: torch.nn.Module) -> str:
     """sha256 of all weights but those of LoRA, quantized ones as they are stored.
 
+    Of a model that is divided all processes ask for it.
+
     Floats count by their value: bitsandbytes casts the biases of 4-bit layers in their first forward pass.
     """
     digest = hashlib.sha256()
     for name, value in sorted(model.state_dict().items()):
         if "lora_" not in name and torch.is_tensor(value):
-            kept = value.detach().cpu()
+            kept = whole(value.detach()).cpu()
             kept = kept.float() if kept.is_floating_point() else kept
             digest.update(f"{name} {tuple(kept.shape)}".encode())
             digest.update(kept.contiguous().view(-1).view(torch.uint8).numpy().data)

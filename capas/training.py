@@ -18,7 +18,7 @@ from typing import Any
 import torch
 import transformers
 from accelerate.data_loader import SeedableRandomSampler
-from accelerate.utils import gather_object
+from accelerate.utils import broadcast_object_list, gather_object
 from peft.optimizers import create_loraplus_optimizer
 from torch.utils.data import SequentialSampler
 from transformers import (
@@ -446,6 +446,11 @@ class Progress(TrainerCallback):
             f"loss {_last(state, 'loss', math.nan):.4f}{shown}, {tokens:.0f} tokens/s, "
             f"{int(remaining // 60)}:{int(remaining % 60):02d} left"
         )
+
+
+def told_by_main(value: Any) -> Any:
+    """What the first process has, when that has come so far; all must ask."""
+    return broadcast_object_list([value])[0]
 
 
 def score_batch(logits: Any, labels: torch.Tensor) -> torch.Tensor:

@@ -90,20 +90,22 @@ def main(params: Params, stage: Stage) -> None:
     with live.tracker(stage.root, stage.key(), enabled=follows) as log_rows:
         trainer.add_callback(training.LiveRows(log_rows.append))
         trainer.train(resume_from_checkpoint=str(checkpoint) if checkpoint else None)
-    if not launch.is_main():
-        return
 
-    facts = {"train_key": stage.key(), **summary(trainer), "packing": packing}
-    facts["used"] = usage.describe(trainer)
-    write_json(stage.out("reports/train.json"), facts | {"gradient_check": gradient_check})
-    write_json(stage.out("reports/metrics/train.json"), {name: facts[name] for name in HEADLINE})
-    write_curves(trainer.state.log_history, stage)
-    save_adapter(trainer.model, params, chat, stage)
-    folder = stage.out("data/models/adapter")
+    weights = adapter_weights(trainer.model)
+    if launch.is_main():
+        facts = {"train_key": stage.key(), **summary(trainer), "packing": packing}
+        facts["used"] = usage.describe(trainer)
+        write_json(stage.out("reports/train.json"), facts | {"gradient_check": gradient_check})
+        headline = {name: facts[name] for name in HEADLINE}
+        write_json(stage.out("reports/metrics/train.json"), headline)
+        write_curves(trainer.state.log_history, stage)
+        save_adapter(trainer.model, weights, params, chat, stage)
+    folder = training.told_by_main(launch.is_main() and stage.out("data/models/adapter"))
     probes = collator(tails(validation[:4]))
     checks = certificate.check_adapter(trainer.model, folder, probes, base_sha256)
-    write_certificate(folder / certificate.WEIGHTS, checks, params, stage)
-    stage.costs |= capacity.device_costs(device)
+    if launch.is_main():
+        write_certificate(folder / certificate.WEIGHTS, checks, params, stage)
+        stage.costs |= capacity.device_costs(device)
 
 
 def check_memory(
@@ -236,8 +238,11 @@ def training_arguments(params: Params, folder: Path) -> "TrainingArguments":
     from transformers import TrainingArguments
 
     on_cpu = params.hardware.device == "cpu"
+    sharded = params.hardware.distributed_type == "fsdp2"
     try:
         return TrainingArguments(
+            fsdp=sharded or None,
+            fsdp_config={"version": 2} if sharded else None,
             **params.trainer.without("preset", *OWN),
             output_dir=str(folder),
             use_cpu=on_cpu,
@@ -304,7 +309,21 @@ def write_curves(history: list[dict[str, Any]], stage: Stage) -> None:
     write_csv(stage.out("reports/validation.csv"), VALIDATION, validation)
 
 
-def save_adapter(model: Any, params: Params, chat: dict[str, Any], stage: Stage) -> None:
+def adapter_weights(model: Any) -> dict[str, "torch.Tensor"]:
+    """Those of LoRA, whole in every process."""
+    from capas.batches import whole
+
+    named = model.named_parameters()
+    return {name: whole(weight.detach()) for name, weight in named if "lora_" in name}
+
+
+def save_adapter(
+    model: Any,
+    weights: dict[str, "torch.Tensor"],
+    params: Params,
+    chat: dict[str, Any],
+    stage: Stage,
+) -> None:
     """A folder that PEFT and inference servers load: weights, tokenizer, template, end tokens."""
     from transformers import GenerationConfig
 
@@ -312,7 +331,7 @@ def save_adapter(model: Any, params: Params, chat: dict[str, Any], stage: Stage)
     config = model.peft_config["default"]
     config.base_model_name_or_path = params.model.model_name_or_path
     config.revision = commit_of(params.model.revision)
-    model.save_pretrained(folder, save_embedding_layers=False)
+    model.save_pretrained(folder, save_embedding_layers=False, state_dict=weights)
     (folder / "README.md").unlink()  # a model card that PEFT fills with guesses
     sort_target_modules(folder / "adapter_config.json")
     for file in sorted(stage.dep(TOKENIZER).iterdir()):
