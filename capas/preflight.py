@@ -65,8 +65,8 @@ def command(options: argparse.Namespace) -> int:
     sizes = params.trainer.per_device_train_batch_size, params.trainer.per_device_eval_batch_size
     row = params.trainer.packing_length or number
     lengths = [row] * sizes[0], [number] * sizes[1]
-    processes = params.hardware.num_processes
-    workload = memory.Workload.of(params.trainer, *lengths, on_cpu, processes)
+    processes, divided = params.hardware.num_processes, params.hardware.distributed_type == "fsdp2"
+    workload = memory.Workload.of(params.trainer, *lengths, on_cpu, processes, divided)
     groups = params.model, params.lora, params.trainer
     found = memory.estimate(folder, *groups, workload, params.quantization.without("preset"))
 

@@ -49,7 +49,6 @@ def main(params: Params, stage: Stage) -> None:
     device = hardware.prepare(params.hardware, params.hardware.num_processes)
     from capas import capacity, certificate, training, usage
     from capas.batches import Collator, read_examples, tails
-    from capas.model import load_model
     from capas.packing import pack
 
     chat = read_json(stage.dep(FORMATTED) / "chat.json")
@@ -60,7 +59,7 @@ def main(params: Params, stage: Stage) -> None:
     packed = params.trainer.packing_length
     rows = train if packed is None else pack(train, packed)
     check_memory(num_tokens(rows), num_tokens(validation), params, device, stage)
-    base = load_model(stage.dep(QUANTIZED), params.model, device)
+    base = load_base(stage.dep(QUANTIZED), params, device)
     check_lengths(base, num_tokens([*train, *validation]))
     model = add_lora(base, params)
     base_sha256 = certificate.fingerprint(model)
@@ -93,12 +92,9 @@ def main(params: Params, stage: Stage) -> None:
 
     weights = adapter_weights(trainer.model)
     if launch.is_main():
-        facts = {"train_key": stage.key(), **summary(trainer), "packing": packing}
-        facts["used"] = usage.describe(trainer)
-        write_json(stage.out("reports/train.json"), facts | {"gradient_check": gradient_check})
-        headline = {name: facts[name] for name in HEADLINE}
-        write_json(stage.out("reports/metrics/train.json"), headline)
-        write_curves(trainer.state.log_history, stage)
+        used = usage.describe(trainer)
+        checked = {"packing": packing, "used": used, "gradient_check": gradient_check}
+        write_reports(trainer, checked, stage)
         save_adapter(trainer.model, weights, params, chat, stage)
     folder = training.told_by_main(launch.is_main() and stage.out("data/models/adapter"))
     probes = collator(tails(validation[:4]))
@@ -122,7 +118,8 @@ def check_memory(
     from capas import capacity, memory
 
     on_cpu, processes = device.type == "cpu", params.hardware.num_processes
-    workload = memory.Workload.of(params.trainer, train, validation, on_cpu, processes)
+    divided = params.hardware.distributed_type == "fsdp2"
+    workload = memory.Workload.of(params.trainer, train, validation, on_cpu, processes, divided)
     groups = params.model, params.lora, params.trainer
     try:
         found = memory.estimate(stage.dep(QUANTIZED), *groups, workload)
@@ -138,6 +135,27 @@ def check_memory(
     log.info("%s", memory.summary(found, used, free))
     memory.check(found, used, free, ways)
     stage.costs |= memory.costs(found, used)
+
+
+def load_base(folder: Path, params: Params, device: "torch.device") -> "PreTrainedModel":
+    """Of a model that will be divided, the parts go to the GPUs later, one by one.
+
+    Raises:
+        CapasError: it comes quantized, and should be divided.
+    """
+    import torch
+
+    from capas.model import load_model, quantization_method
+
+    if params.hardware.distributed_type == "ddp":
+        return load_model(folder, params.model, device)
+    base = load_model(folder, params.model, torch.device("cpu"))
+    if (method := quantization_method(base)) != "none":
+        raise CapasError(
+            f"hardware.distributed_type=fsdp2 cannot divide {params.model.model_name_or_path}, whose weights "
+            f"are {method}: choose ddp, or a model that is not quantized"
+        )
+    return base
 
 
 def add_lora(base: "PreTrainedModel", params: Params) -> Any:
@@ -238,11 +256,11 @@ def training_arguments(params: Params, folder: Path) -> "TrainingArguments":
     from transformers import TrainingArguments
 
     on_cpu = params.hardware.device == "cpu"
-    sharded = params.hardware.distributed_type == "fsdp2"
+    divided = params.hardware.distributed_type == "fsdp2"
     try:
         return TrainingArguments(
-            fsdp=sharded or None,
-            fsdp_config={"version": 2} if sharded else None,
+            fsdp=divided or None,
+            fsdp_config={"version": 2} if divided else None,
             **params.trainer.without("preset", *OWN),
             output_dir=str(folder),
             use_cpu=on_cpu,
@@ -259,6 +277,13 @@ def training_arguments(params: Params, folder: Path) -> "TrainingArguments":
         )
     except (ValueError, ImportError) as error:
         raise CapasError(f"transformers refuses the trainer group: {error}") from None
+
+
+def write_reports(trainer: "Trainer", checked: dict[str, Any], stage: Stage) -> None:
+    facts = {"train_key": stage.key(), **summary(trainer), **checked}
+    write_json(stage.out("reports/train.json"), facts)
+    write_json(stage.out("reports/metrics/train.json"), {name: facts[name] for name in HEADLINE})
+    write_curves(trainer.state.log_history, stage)
 
 
 def summary(trainer: "Trainer") -> dict[str, Any]:

@@ -12,8 +12,9 @@ import psutil
 import pytest
 import torch
 from accelerate.data_loader import BatchSamplerShard
+from safetensors.torch import load_file
 from test_train import ADAPTER, history, prepared, results, run_in_process, wait_for
-from tiny import read_json, run_stage
+from tiny import REPOSITORY, read_json, read_params, run_stage
 from torch.utils.data import BatchSampler, SequentialSampler
 
 from capas import capacity, launch
@@ -34,6 +35,7 @@ COMMON = (
 )
 ALONE = (*COMMON, "trainer.per_device_train_batch_size=6")
 TWO = (*COMMON, "trainer.per_device_train_batch_size=3", "hardware.num_processes=2")
+HARDWARE_DIVIDED = {"distributed_type": "fsdp2"}
 HARDWARE = {"device": "cuda", "num_threads": 4, "num_processes": 8, "num_machines": 1}
 
 
@@ -238,6 +240,71 @@ def test_two_machines_of_a_job_give_the_bytes_of_one(two: Path, tmp_path: Path) 
     launched(root, **fake_slurm(tmp_path / "bin"))
     assert (root / ADAPTER).read_bytes() == (two / ADAPTER).read_bytes()
     assert history(root) == history(two)
+
+
+# accelerate divides models among GPUs alone; torch does so among CPUs, too.
+AS_GPUS = """
+import os
+if "RANK" in os.environ:
+    from accelerate import state
+    from accelerate.utils import DistributedType
+
+    begin = state.PartialState.__init__
+
+    def begin_as_gpus(self, *args, **kwargs):
+        begin(self, *args, **kwargs)
+        if self.distributed_type == DistributedType.MULTI_CPU:
+            self.distributed_type = DistributedType.MULTI_GPU
+
+    state.PartialState.__init__ = begin_as_gpus
+"""
+DIVIDED = (*TWO, "hardware.distributed_type=fsdp2")
+
+
+def as_gpus(folder: Path) -> dict[str, str]:
+    folder.mkdir()
+    (folder / "sitecustomize.py").write_text(AS_GPUS)
+    return {"PYTHONPATH": f"{folder}:{REPOSITORY}"}
+
+
+def test_a_divided_model_learns_what_a_whole_one_learns(two: Path, tmp_path: Path) -> None:
+    root = prepared(tmp_path / "work", *DIVIDED)
+    launched(root, **as_gpus(tmp_path / "as_gpus"))
+    for name in ("history", "validation"):
+        losses = [[row["loss"] for row in history(r, name)] for r in (two, root)]
+        assert losses[1] == pytest.approx(losses[0], abs=1e-5)
+    weights, whole = load_file(root / ADAPTER), load_file(two / ADAPTER)
+    torch.testing.assert_close(weights, whole, rtol=0, atol=1e-4)
+    used = read_json(root / "reports/train.json")["used"]["accelerate"]
+    assert (used["distributed_type"], used["num_processes"]) == ("FSDP", 2)
+    checks = read_json(root / "reports/certificate.json")["checks"]
+    assert (
+        checks["base_sha256"]
+        == read_json(two / "reports/certificate.json")["checks"]["base_sha256"]
+    )
+
+
+@pytest.mark.slow
+def test_a_divided_training_resumes_to_the_same_bytes(tmp_path: Path) -> None:
+    options, env = (*DIVIDED, "trainer.save_steps=7"), as_gpus(tmp_path / "as_gpus")
+    whole = prepared(tmp_path / "whole", *options)
+    launched(whole, **env)
+    root = prepared(tmp_path / "stopped", *options)
+    process, live = run_in_process(root, **env), root / ".dvc/tmp/live"
+    wait_for(lambda: any('"step": 9' in f.read_text() for f in live.glob("*.jsonl")), process)
+    process.send_signal(signal.SIGTERM)
+    assert "it is saved" in process.communicate()[0]
+    assert "going on from checkpoint-" in launched(root, **env)
+    assert results(root) == results(whole)
+
+
+def test_a_model_that_comes_quantized_is_not_divided(tmp_path: Path) -> None:
+    root = quantized(tmp_path, *TWO, "quantization=nf4")
+    params = Params({**read_params("train", root).without(), "hardware": HARDWARE_DIVIDED})
+    with pytest.raises(
+        CapasError, match=r"fsdp2 cannot divide data/embedded, .* are nf4: choose ddp"
+    ):
+        train_lora.load_base(root / "data/models/quantized", params, torch.device("cpu"))
 
 
 OPTIONS = (
