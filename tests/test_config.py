@@ -26,6 +26,7 @@ OPTIONS = sorted(
 )
 
 
+BESIDE = {"gpu_fsdp2": ["quantization=none"]}  # what an option refuses of the default
 DIVIDED = ("hardware=gpu_fsdp2", "quantization=none")
 
 
@@ -56,7 +57,7 @@ def test_there_are_as_many_options_as_we_think() -> None:
 def test_every_option_composes_is_valid_and_names_itself(
     compose: Callable[[list[str]], Any], group: str, option: str
 ) -> None:
-    values = compose([f"{group}={option}"])
+    values = compose([f"{group}={option}", *BESIDE.get(option, [])])
     validate(values)
     assert values[group]["preset"] == option
 
