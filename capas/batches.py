@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from torch.distributed.tensor import DTensor
 from torch.utils.data import Sampler
 from transformers import PreTrainedModel
 
@@ -101,6 +102,43 @@ class LengthGroupedSampler(Sampler[int]):
         last = [batches.pop()] if batches and len(batches[-1]) < self.batch_size else []
         rng.shuffle(batches)
         return (index for batch in batches + last for index in batch)
+
+
+class Filled(Sampler[int]):
+    """The records of another sampler, and at the end as often `filler` as makes all processes' batches full.
+
+    accelerate would repeat the first records there, which would count twice.
+
+    Args:
+        order: the records of an epoch.
+        multiple: records of a batch, of all processes together.
+        filler: index of `make_filler` in the data set.
+    """
+
+    def __init__(self, order: Any, multiple: int, filler: int) -> None:
+        self.order, self.multiple, self.filler = order, multiple, filler
+
+    def set_epoch(self, epoch: int) -> None:
+        if hasattr(self.order, "set_epoch"):
+            self.order.set_epoch(epoch)
+
+    def __len__(self) -> int:
+        return -(-len(self.order) // self.multiple) * self.multiple
+
+    def __iter__(self) -> Iterator[int]:
+        yield from self.order
+        yield from [self.filler] * (len(self) - len(self.order))
+
+
+def make_filler(example: Example) -> Example:
+    """A row of one token, without loss, that is no record."""
+    row = {name: e[:1] for name, e in example.items() if torch.is_tensor(e)}
+    return {**row, "labels": torch.full((1,), IGNORE_INDEX), "ids": []}
+
+
+def whole(tensor: torch.Tensor) -> torch.Tensor:
+    """All of it, also where each process has a part (FSDP); then all must ask."""
+    return tensor.full_tensor() if isinstance(tensor, DTensor) else tensor
 
 
 def compute_logits(model: Any, batch: dict[str, torch.Tensor]) -> torch.Tensor:

@@ -5,6 +5,8 @@ from typing import TYPE_CHECKING
 
 import psutil  # type: ignore[import-untyped]
 
+from capas.params import Params
+
 if TYPE_CHECKING:
     import torch
 
@@ -22,6 +24,13 @@ def free_bytes(device: "torch.device") -> int:
 
         return int(torch.cuda.mem_get_info(device)[0])
     return min([psutil.virtual_memory().available, *cgroup_free_bytes()])
+
+
+def num_sharing(hardware: Params) -> int:
+    """Processes of a training that share the memory of a machine; on a GPU each is alone."""
+    if hardware.device != "cpu":
+        return 1
+    return int(hardware.num_processes // hardware.num_machines)
 
 
 def used_bytes(device: "torch.device") -> int:

@@ -6,8 +6,9 @@ from typing import Any
 
 import torch
 from safetensors.torch import load_file
+from torch.distributed.tensor import DTensor
 
-from capas.batches import compute_logits
+from capas.batches import compute_logits, whole
 from capas.errors import CapasError
 from capas.training import listed
 
@@ -18,12 +19,14 @@ _MAX_DIFFERENCE = 1e-5  # of the largest logit
 def fingerprint(model: torch.nn.Module) -> str:
     """sha256 of all weights but those of LoRA, quantized ones as they are stored.
 
+    Of a model that is divided all processes ask for it.
+
     Floats count by their value: bitsandbytes casts the biases of 4-bit layers in their first forward pass.
     """
     digest = hashlib.sha256()
     for name, value in sorted(model.state_dict().items()):
         if "lora_" not in name and torch.is_tensor(value):
-            kept = value.detach().cpu()
+            kept = whole(value.detach()).cpu()
             kept = kept.float() if kept.is_floating_point() else kept
             digest.update(f"{name} {tuple(kept.shape)}".encode())
             digest.update(kept.contiguous().view(-1).view(torch.uint8).numpy().data)
@@ -46,7 +49,7 @@ def check_adapter(
 
     Raises:
         CapasError: a weight is no number, nothing was learned, the base was changed, or the saved adapter
-            gives other logits than the trained one.
+            gives other logits than the trained one (of a model that is divided: has other weights).
     """
     weights = load_file(folder / WEIGHTS)
     broken = sorted(name for name, weight in weights.items() if not weight.isfinite().all())
@@ -61,10 +64,12 @@ def check_adapter(
         )
     if fingerprint(model) != base:
         raise CapasError("the training changed weights of the base, which must stay as they are")
-    difference = _difference(model, folder, batch)
+    divided = any(isinstance(parameter, DTensor) for parameter in model.parameters())
+    what = "weight" if divided else "logit"
+    difference = _of_weights(model, weights) if divided else _of_logits(model, folder, batch)
     if not difference <= _MAX_DIFFERENCE:  # nor NaN
         raise CapasError(
-            f"the saved adapter gives other logits than the trained one: they differ by {difference:.3g} of "
+            f"the saved adapter gives other {what}s than the trained one: they differ by {difference:.3g} of "
             "the largest"
         )
     return {
@@ -74,11 +79,25 @@ def check_adapter(
         "num_lora_b_zero": len(zero),
         "base_sha256": base,
         "base_unchanged": True,
-        "reloaded_logit_difference": difference,
+        f"reloaded_{what}_difference": difference,
     }
 
 
-def _difference(model: Any, folder: Path, batch: dict[str, torch.Tensor]) -> float:
+def _of_weights(model: Any, saved: dict[str, torch.Tensor]) -> float:
+    """As `_of_logits`, of a model that is divided: it takes no second adapter."""
+    from peft import get_peft_model_state_dict
+
+    named = {
+        name: whole(p.detach()).cpu() for name, p in model.named_parameters() if "lora_" in name
+    }
+    trained = get_peft_model_state_dict(model, state_dict=named, save_embedding_layers=False)
+    if trained.keys() != saved.keys():
+        return float("inf")
+    largest = max(weight.abs().max() for weight in trained.values())
+    return float(max((trained[name] - saved[name]).abs().max() for name in saved) / largest)
+
+
+def _of_logits(model: Any, folder: Path, batch: dict[str, torch.Tensor]) -> float:
     """Of the logits, as a part of the largest one, once the adapter is loaded beside itself."""
     trained = compute_logits(model, batch).float()
     model.load_adapter(str(folder), "saved")

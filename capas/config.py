@@ -30,7 +30,12 @@ class Group(BaseModel):
 
 
 class Hardware(Group):
+    """num_processes and num_machines are those of `accelerate launch`."""
+
     device: Literal["cpu", "cuda"]
+    num_processes: Count
+    num_machines: Count
+    distributed_type: Literal["ddp", "fsdp2"]
     num_threads: Count
     instruction_set: Literal["default", "avx2", "avx512"]
     allow_tf32: bool
@@ -501,6 +506,57 @@ RULES = (
         ("hardware.cudnn_benchmark", "hardware.cudnn_deterministic"),
         lambda benchmark, deterministic: not (benchmark and deterministic),
         "one of the two at most: what cuDNN's benchmark chooses differs from run to run",
+    ),
+    Rule(
+        ("hardware.num_processes", "hardware.num_machines"),
+        lambda processes, machines: processes % machines == 0,
+        "as many processes on each machine: num_processes is of all together",
+    ),
+    Rule(
+        ("hardware.distributed_type", "hardware.num_processes"),
+        lambda kind, processes: kind == "ddp" or processes > 1,
+        "hardware.num_processes=2 or more: fsdp2 divides the model among them",
+    ),
+    Rule(
+        ("hardware.distributed_type", "hardware.device"),
+        lambda kind, device: kind == "ddp" or device == "cuda",
+        "ddp on a CPU: accelerate divides models among GPUs alone (hardware=gpu_fsdp2)",
+    ),
+    Rule(
+        (
+            "hardware.distributed_type",
+            "quantization.load_in_4bit",
+            "quantization.load_in_8bit",
+        ),
+        lambda kind, four, eight: kind == "ddp" or not (four or eight),
+        "quantization=none: FSDP2 leaves the integers of bitsandbytes whole in each process; or ddp",
+    ),
+    Rule(
+        ("hardware.distributed_type", "trainer.optim"),
+        lambda kind, optim: kind == "ddp" or optim.startswith("adamw_torch"),
+        "adamw_torch or adamw_torch_fused with fsdp2, whose states torch divides; or ddp",
+    ),
+    Rule(
+        ("hardware.distributed_type", "lora.use_dora"),
+        lambda kind, dora: kind == "ddp" or not dora,
+        "lora.use_dora=false with fsdp2: PEFT 0.21 takes norms of whole weights; or ddp",
+    ),
+    Rule(
+        ("hardware.distributed_type", "trainer.fp16"),
+        lambda kind, fp16: kind == "ddp" or not fp16,
+        "trainer.bf16=true with fsdp2, or ddp",
+    ),
+    Rule(
+        (
+            "hardware.distributed_type",
+            "model.attn_implementation",
+            "trainer.packing_length",
+        ),
+        lambda kind, attention, packing: (
+            kind == "ddp" or attention != "flash_attention_2" or packing is None
+        ),
+        "sdpa with fsdp2: that packed records do not see each other is proven on the CPU, while the model is "
+        "whole; or packing_length=null, or ddp",
     ),
     Rule(
         ("trainer.full_determinism", "hardware.cudnn_deterministic"),

@@ -34,18 +34,19 @@ _CPU_FLAGS = {"avx2": {"avx2", "fma"}, "avx512": {"avx512f", "avx512bw", "avx512
 _CAPABILITY = {"avx2": "AVX2", "avx512": "AVX512"}  # of torch.backends.cpu
 
 
-def prepare(hardware: Params) -> "torch.device":
+def prepare(hardware: Params, num_processes: int = 1) -> "torch.device":
     """Set the environment, import torch and set its flags; the device that the stage computes on.
 
-    One process sees one GPU, so that nothing can fall back to DataParallel. On a CPU no GPU is visible.
+    A process that is alone sees one GPU, so that nothing can fall back to DataParallel; of several on a
+    machine each takes the one of its LOCAL_RANK. On a CPU no GPU is visible.
 
     Raises:
         CapasError: the machine lacks the device or the instruction set, torch was imported before, or
-            several processes were launched.
+            other than `num_processes` processes were launched.
     """
-    _check_alone(int(os.environ.get("WORLD_SIZE", "1")))
+    _check_launched(int(os.environ.get("WORLD_SIZE", "1")), num_processes)
     _check_instruction_set(hardware.instruction_set)
-    os.environ.update(environment(hardware))
+    os.environ.update(environment(hardware, num_processes))
     import torch
 
     _check_capability(hardware.instruction_set, torch.backends.cpu.get_cpu_capability())
@@ -55,6 +56,10 @@ def prepare(hardware: Params) -> "torch.device":
             f"(torch {torch.__version__}, built for CUDA {torch.version.cuda}). "
             "Choose hardware=cpu, or install a CUDA build of torch and check `nvidia-smi`."
         )
+    local_rank = int(os.environ["LOCAL_RANK"]) if num_processes > 1 else 0
+    if hardware.device == "cuda" and num_processes > 1:
+        _check_gpu(local_rank, torch.cuda.device_count())
+        torch.cuda.set_device(local_rank)
     torch.set_num_threads(at_most(hardware.num_threads))
     torch.use_deterministic_algorithms(hardware.cudnn_deterministic)
     # A debugging aid that writes every buffer twice.
@@ -63,10 +68,10 @@ def prepare(hardware: Params) -> "torch.device":
     torch.backends.cudnn.allow_tf32 = hardware.allow_tf32
     torch.backends.cudnn.deterministic = hardware.cudnn_deterministic
     torch.backends.cudnn.benchmark = hardware.cudnn_benchmark
-    return torch.device("cpu") if hardware.device == "cpu" else torch.device(hardware.device, 0)
+    return torch.device("cpu") if hardware.device == "cpu" else torch.device("cuda", local_rank)
 
 
-def environment(hardware: Params) -> dict[str, str]:
+def environment(hardware: Params, num_processes: int = 1) -> dict[str, str]:
     """The variables that libraries read when they are loaded."""
     threads = str(at_most(hardware.num_threads))
     variables = {
@@ -74,11 +79,14 @@ def environment(hardware: Params) -> dict[str, str]:
         "MKL_NUM_THREADS": threads,
         "OMP_WAIT_POLICY": "PASSIVE",  # spinning threads make a busy machine ten times slower
         "CUBLAS_WORKSPACE_CONFIG": ":4096:8",  # what cuBLAS needs to be deterministic
-        "CUDA_VISIBLE_DEVICES": _visible_devices(hardware.device),
         "TORCHDYNAMO_DISABLE": "1",  # bitsandbytes would compile kernels where it finds a C compiler
         "HF_HUB_OFFLINE": "1",  # the fetch stages alone reach for a network
         "TOKENIZERS_PARALLELISM": "false",
     }
+    if hardware.device == "cpu" or num_processes == 1:
+        variables["CUDA_VISIBLE_DEVICES"] = _visible_devices(hardware.device)
+    if hardware.device == "cpu" and num_processes > 1:
+        variables["ACCELERATE_TORCH_DEVICE"] = "cpu"  # not cpu:0, for which torch.load has no place
     if hardware.instruction_set in _KERNELS:
         aten, mkl, onednn = _KERNELS[hardware.instruction_set]
         variables |= {"ATEN_CPU_CAPABILITY": aten, "MKL_CBWR": mkl, "ONEDNN_MAX_CPU_ISA": onednn}
@@ -107,11 +115,19 @@ def _visible_devices(device: str) -> str:
     return "" if device == "cpu" else visible.split(",")[0]
 
 
-def _check_alone(num_processes: int) -> None:
-    if num_processes > 1:
+def _check_launched(there: int, asked: int) -> None:
+    if there != asked:
         raise CapasError(
-            f"{num_processes} processes were launched (WORLD_SIZE): a stage is one process on one device. "
-            "Start it by itself: dvc repro"
+            f"{there} processes were launched (WORLD_SIZE), and this stage is {asked}: start it by itself, "
+            "`dvc repro`. Training starts the processes of hardware.num_processes"
+        )
+
+
+def _check_gpu(local_rank: int, num_gpus: int) -> None:
+    if local_rank >= num_gpus:
+        raise CapasError(
+            f"a process has no GPU: this machine has {num_gpus}, and hardware.num_processes needs "
+            f"{local_rank + 1} or more on each"
         )
 
 

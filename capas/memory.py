@@ -4,6 +4,8 @@
     quantization_state   the scales of 4-bit blocks (Dettmers et al. 2023, section 3) or of int8 rows
     adapter              float32, as PEFT keeps it
     gradients            float32, of the adapter alone
+    gradient_buckets     the same once more, where several processes average them (DDP)
+    gathered_weights     of two layers, where each process has a part of all others (FSDP2)
     optimizer            per parameter of the adapter: 8 bytes of AdamW, 2 and the scales of 8-bit AdamW, ...
     activations          what a step, or an evaluation, keeps at most: `capas.activations`
     allocator            on a CPU, the holes in malloc's heap between them: `capas.heap`
@@ -36,6 +38,7 @@ WARN_FRACTION = 0.9
 _BLOCK, _SCALES_BLOCK = 64, 256  # weights of a 4-bit block, scales that share a scale
 _OPTIMIZER_BLOCK, _OPTIMIZER_SMALLEST = 256, 4096  # of 8-bit AdamW; smaller tensors stay in float32
 _FLOAT32 = 4
+_NUMBERED = re.compile(r".*?\.\d+\.")  # of a parameter's name: its layer
 
 # Whatever a model's code raises where it meets tensors without numbers, or PEFT where nothing fits.
 _ANY_REASON = (
@@ -57,17 +60,27 @@ class Workload:
     evaluation: "Batch"
     gradient_check: "Batch"  # of `usage.check_gradients`
     on_cpu: bool
+    num_processes: int = 1
+    divided: bool = False
 
     @classmethod
     def of(
-        cls, trainer: Params, train: list[int], validation: list[int], on_cpu: bool
+        cls,
+        trainer: Params,
+        train: list[int],
+        validation: list[int],
+        on_cpu: bool,
+        num_processes: int = 1,
+        divided: bool = False,
     ) -> "Workload":
-        """Each batch full of the longest records.
+        """Each batch full of the longest records; of one process, where several train together.
 
         Args:
             trainer: the params group.
             train, validation: tokens of the records; neither is empty.
             on_cpu: whether the device is the CPU.
+            num_processes: that train together.
+            divided: whether each of them has a part of the model (FSDP2).
         """
         from capas.activations import Batch
         from capas.batches import NUM_PROBED
@@ -78,6 +91,8 @@ class Workload:
             Batch(min(sizes[1], len(validation)), max(validation)),
             Batch(len(validation[:2]), min(NUM_PROBED, max(validation))),
             on_cpu,
+            num_processes,
+            divided,
         )
 
 
@@ -147,9 +162,25 @@ def estimate(
         "optimizer": optimizer_bytes(trainer.optim, adapter),
         "activations": alive[phase],
     }
+    if workload.divided:
+        parts = _divided(parts, built, workload.num_processes)
+    elif workload.num_processes > 1:
+        parts["gradient_buckets"] = num_adapter_bytes
     if held is not None:
         parts["allocator"] = max(0, held - alive[phase])
     return Estimate(parts, phase)
+
+
+def _divided(parts: dict[str, int], built: Any, num_processes: int) -> dict[str, int]:
+    """FSDP2: a part of what lasts; a layer is whole while it computes and the next one on its way."""
+    lasting = ("weights", "adapter", "gradients", "optimizer")
+    layers: dict[str, int] = {}
+    for name, parameter in built.named_parameters():
+        layer = (_NUMBERED.match(name) or [name])[0]
+        layers[layer] = layers.get(layer, 0) + int(parameter.numel() * parameter.element_size())
+    gathered = sum(sorted(layers.values())[-2:])
+    shares = {name: -(-n // num_processes) if name in lasting else n for name, n in parts.items()}
+    return {**shares, "gathered_weights": gathered}
 
 
 def _phases(workload: Workload, trainer: Params, quantized: bool) -> "list[Phase]":
@@ -286,6 +317,8 @@ def ways_out(found: Estimate, workload: Workload, trainer: Params) -> list[str]:
     batch = workload.evaluation if of_evaluation else workload.training
     ways.append(f"dataset.max_length below {batch.num_tokens}")
     by_weights = [] if found.parts["quantization_state"] else ["quantization=nf4"]
+    if workload.divided:
+        by_weights = [f"hardware.num_processes above {workload.num_processes}"]
     by_adapter = [f"a smaller lora.r, or trainer.optim=adamw_8bit instead of {trainer.optim}"]
     mostly_weights = found.parts["weights"] > found.parts["activations"]
     return (

@@ -64,14 +64,19 @@ def command(options: argparse.Namespace) -> int:
     number = options.tokens or params.dataset.max_length
     sizes = params.trainer.per_device_train_batch_size, params.trainer.per_device_eval_batch_size
     row = params.trainer.packing_length or number
-    workload = memory.Workload.of(params.trainer, [row] * sizes[0], [number] * sizes[1], on_cpu)
+    lengths = [row] * sizes[0], [number] * sizes[1]
+    processes, divided = params.hardware.num_processes, params.hardware.distributed_type == "fsdp2"
+    workload = memory.Workload.of(params.trainer, *lengths, on_cpu, processes, divided)
     groups = params.model, params.lora, params.trainer
     found = memory.estimate(folder, *groups, workload, params.quantization.without("preset"))
 
     device = torch.device(params.hardware.device)
     here = on_cpu or torch.cuda.is_available()
     used = capacity.used_bytes(device) if here else 0
-    free = capacity.free_bytes(device) if here else None
+    num_sharing = capacity.num_sharing(params.hardware)
+    free = capacity.free_bytes(device) // num_sharing if here else None
+    if processes > 1:
+        _say(f"Of each of {processes} processes:")
     _say(table(found, workload, used, free))
     fits = free is None or found.total <= free
     if not fits:

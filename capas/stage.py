@@ -40,7 +40,7 @@ class Stage:
     """The files of one run of a stage; paths are relative to `root`, the repository."""
 
     def __init__(self, spec: StageSpec, root: Path, aside: Path | None = None) -> None:
-        self.spec, self.root, self._aside = spec, root, aside
+        self.spec, self.root, self.aside = spec, root, aside
         self._pending: dict[Path, Path] = {}
         self._checkpoints: Path | None = None
         self.costs: dict[str, Any] = {}  # for reports/timings, beside seconds and peak memory
@@ -52,7 +52,7 @@ class Stage:
     @property
     def debug(self) -> bool:
         """Whether outputs go aside, to where DVC does not look."""
-        return self._aside is not None
+        return self.aside is not None
 
     def dep(self, path: str) -> Path:
         """The declared dependency `path`.
@@ -62,8 +62,8 @@ class Stage:
         """
         self._check_declared(path, self.spec.deps, "dep")
         found = self.root / path
-        if self._aside and (self._aside / path).exists() and path.startswith("data/composed/"):
-            return self._aside / path  # what the overrides of a debug run compose to
+        if self.aside and (self.aside / path).exists() and path.startswith("data/composed/"):
+            return self.aside / path  # what the overrides of a debug run compose to
         if not found.exists():
             raise CapasError(f"{path} is missing; the stage that makes it has not run: `dvc repro`")
         return found
@@ -74,7 +74,7 @@ class Stage:
         The parent folder exists. The path itself does not.
         """
         self._check_declared(path, self.spec.outs, "output")
-        final = (self._aside or self.root) / path
+        final = (self.aside or self.root) / path
         partial = final.with_name(f".{final.name}.partial")
         if partial not in self._pending:
             partial.parent.mkdir(parents=True, exist_ok=True)
@@ -91,7 +91,7 @@ class Stage:
 
         It goes once DVC has recorded the outputs, so that a run which dies before that loses nothing.
         """
-        parent = self._aside / "checkpoints" if self._aside else self.root / CHECKPOINTS
+        parent = self.aside / "checkpoints" if self.aside else self.root / CHECKPOINTS
         self._checkpoints = parent / f"{self.name}-{self.key()}"
         self._checkpoints.mkdir(parents=True, exist_ok=True)
         return self._checkpoints
@@ -103,13 +103,13 @@ class Stage:
             CapasError: an output that dvc.yaml declares was not written.
         """
         finals = {final for partial, final in self._pending.items() if partial.exists()}
-        missing = [out for out in self.spec.outs if (self._aside or self.root) / out not in finals]
+        missing = [out for out in self.spec.outs if (self.aside or self.root) / out not in finals]
         if missing:
             raise CapasError(f"the stage '{self.name}' did not write {', '.join(missing)}")
         for partial, final in self._pending.items():
             _remove(final)
             partial.rename(final)
-        if self._checkpoints and self._aside:
+        if self._checkpoints and self.aside:
             _remove(self._checkpoints)
         elif self._checkpoints:
             (self._checkpoints / FINISHED).touch()

@@ -18,7 +18,10 @@ from typing import Any
 
 import torch
 import transformers
+from accelerate.data_loader import SeedableRandomSampler
+from accelerate.utils import broadcast_object_list, gather_object
 from peft.optimizers import create_loraplus_optimizer
+from torch.utils.data import SequentialSampler
 from transformers import (
     EvalPrediction,
     TrainerCallback,
@@ -28,18 +31,20 @@ from transformers import (
 )
 from transformers.trainer_callback import PrinterCallback, ProgressCallback
 
-from capas.batches import Example, LengthGroupedSampler, score_tokens
+from capas.batches import Example, Filled, LengthGroupedSampler, make_filler, score_tokens
 from capas.errors import CapasError
 from capas.records import IGNORE_INDEX
 
 log = logging.getLogger("capas")
 _CUBLAS_WORKSPACE = "CUBLAS_WORKSPACE_CONFIG"
-_OPEN_ROW = "open_row.json"
+_OPEN_ROWS = "open_rows.json"  # of each process
 _MARK = "complete.json"  # written last into a checkpoint: what was saved, file by file
 
 
 class Trainer(transformers.Trainer):
     """Counts its tokens, stops at a loss that runs away, and draws batches so that it can resume.
+
+    In several processes (`capas.launch`) a step has the records, and the loss, that it would have in one.
 
     Args:
         divergence_factor: a mean loss between two rows of the log that is larger than so many times the first
@@ -56,18 +61,25 @@ class Trainer(transformers.Trainer):
     ) -> None:
         self._collate = kwargs.pop("data_collator")
         workspace = os.environ.get(_CUBLAS_WORKSPACE)
+        if kwargs["args"].world_size > 1:
+            kwargs["train_dataset"] = [
+                *kwargs["train_dataset"],
+                make_filler(kwargs["train_dataset"][0]),
+            ]
         super().__init__(data_collator=self._named, **kwargs)
         if workspace is not None:  # full_determinism sets the smaller of the two that repeat
             os.environ[_CUBLAS_WORKSPACE] = workspace
         self._divergence_factor, self._loraplus_lr_ratio = divergence_factor, loraplus_lr_ratio
         self._record_ids: list[str] = []
         self._num_tokens = 0
+        self._filled: Filled | None = None
         self._seen = torch.zeros(2, dtype=torch.long, device=self.args.device)
         for callback in (PrinterCallback, ProgressCallback):
             self.remove_callback(callback)
         self._checkpoints = Checkpoints(self)
-        for added in (self._checkpoints, Progress()):
-            self.add_callback(added)
+        self.add_callback(self._checkpoints)
+        if self.is_world_process_zero():
+            self.add_callback(Progress())
 
     def train(self, *args: Any, **kwargs: Any) -> Any:
         """On SIGTERM (a preempted job) the step is finished and saved.
@@ -88,7 +100,7 @@ class Trainer(transformers.Trainer):
     def _named(self, examples: list[Example]) -> dict[str, Any]:
         """The batch with its records' ids, and its number of tokens without padding."""
         ids = [name for e in examples for name in (e["ids"] if "ids" in e else [e["id"]])]
-        num_tokens = sum(len(example["input_ids"]) for example in examples)
+        num_tokens = sum(len(e["input_ids"]) for e in examples if e.get("ids") != [])
         return {**self._collate(examples), "record_ids": ids, "num_tokens": num_tokens}
 
     def _prepare_inputs(self, inputs: dict[str, Any]) -> dict[str, Any]:
@@ -149,7 +161,8 @@ class Trainer(transformers.Trainer):
         """
         counts = ("num_tokens", "num_supervised_tokens")
         before = self.state.log_history[-1] if self.state.log_history else dict.fromkeys(counts, 0)
-        for name, seen in zip(counts, self._seen.tolist(), strict=True):
+        everywhere = self.accelerator.reduce(self._seen, "sum")
+        for name, seen in zip(counts, everywhere.tolist(), strict=True):
             logs[name] = before[name] + seen
         self._seen.zero_()
         super().log(logs, start_time)
@@ -162,7 +175,7 @@ class Trainer(transformers.Trainer):
             super()._load_best_model()
 
     def open_row(self) -> dict[str, Any]:
-        """What the next row of the log will be made of: the loss and the tokens since the last one."""
+        """What the next row of the log will be made of here: the loss and the tokens since the last one."""
         return {
             "loss": self._tr_loss.item(),
             "last_logged": self._globalstep_last_logged,
@@ -179,13 +192,38 @@ class Trainer(transformers.Trainer):
         """Run `check` when the optimizer and accelerate's state exist and no step is done yet."""
         self.add_callback(_AtStart(check))
 
+    def anywhere(self, told: bool) -> bool:
+        """Whether `told` is true in any of the processes, which all ask this at the same step."""
+        if self.args.world_size == 1:
+            return told
+        return bool(
+            self.accelerator.reduce(torch.tensor(told, device=self.args.device).int(), "sum")
+        )
+
     def _get_train_sampler(self, train_dataset: Any = None) -> Any:
         dataset = self.train_dataset if train_dataset is None else train_dataset
-        if self.args.train_sampling_strategy != "group_by_length":
-            return super()._get_train_sampler(dataset)
-        batch_size = self.args.train_batch_size * self.args.gradient_accumulation_steps
-        lengths = [len(example["input_ids"]) for example in dataset]
-        return LengthGroupedSampler(lengths, batch_size, self.args.data_seed)
+        world_size, batch_size = self.args.world_size, self.args.train_batch_size
+        if world_size == 1:
+            return self._records_in_order(dataset, batch_size)
+        order = self._records_in_order(dataset[:-1], batch_size * world_size)
+        self._filled = Filled(order, batch_size * world_size, filler=len(dataset) - 1)
+        return self._filled
+
+    def begin_epoch(self, epoch: int) -> None:
+        """accelerate tells an epoch that is resumed in several processes that it is the first one."""
+        if self._filled is not None:
+            self._filled.set_epoch(epoch)
+
+    def _records_in_order(self, dataset: Any, batch_size: int) -> Any:
+        """Of an epoch, whatever the number of processes that share a batch."""
+        if self.args.train_sampling_strategy == "group_by_length":
+            lengths = [len(example["input_ids"]) for example in dataset]
+            of_step = batch_size * self.args.gradient_accumulation_steps
+            return LengthGroupedSampler(lengths, of_step, self.args.data_seed)
+        if self.args.train_sampling_strategy == "sequential":
+            return SequentialSampler(dataset)
+        # What accelerate makes of RandomSampler, but where another sampler contains that.
+        return SeedableRandomSampler(dataset, data_seed=self.args.data_seed)
 
 
 class _AtStart(TrainerCallback):
@@ -210,14 +248,20 @@ class Checkpoints(TrainerCallback):
     def on_train_begin(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
     ) -> None:
-        row = _folder(args, state) / _OPEN_ROW
-        if state.global_step and row.exists():
-            self._trainer.reopen_row(json.loads(row.read_text()))
+        rows = _folder(args, state) / _OPEN_ROWS
+        if state.global_step and rows.exists():
+            self._trainer.reopen_row(json.loads(rows.read_text())[args.process_index])
+
+    def on_epoch_begin(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+    ) -> None:
+        self._trainer.begin_epoch(int(state.epoch or 0))
 
     def on_step_end(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
     ) -> None:
         """No checkpoint after the last step: a Trainer resumed there takes one step too many."""
+        self.terminated = self._trainer.anywhere(self.terminated)
         control.should_save |= self.terminated
         control.should_training_stop |= self.terminated
         control.should_save &= state.global_step < state.max_steps
@@ -225,12 +269,15 @@ class Checkpoints(TrainerCallback):
     def on_save(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
     ) -> None:
+        """Each process wrote files of its own before it hands out its row, and none ends before the mark."""
         folder = _folder(args, state)
+        rows = gather_object([self._trainer.open_row()])
         if state.is_world_process_zero:
-            (folder / _OPEN_ROW).write_text(json.dumps(self._trainer.open_row()))
+            (folder / _OPEN_ROWS).write_text(json.dumps(rows))
             mark = folder / f".{_MARK}.partial"
             mark.write_text(json.dumps(_digests(folder)))
             mark.rename(folder / _MARK)
+        self._trainer.accelerator.wait_for_everyone()
 
 
 class EarlyStopping(TrainerCallback):
@@ -404,6 +451,11 @@ class Progress(TrainerCallback):
             f"loss {_last(state, 'loss', math.nan):.4f}{shown}, {tokens:.0f} tokens/s, "
             f"{int(remaining // 60)}:{int(remaining % 60):02d} left"
         )
+
+
+def told_by_main(value: Any) -> Any:
+    """What the first process has, when that has come so far; all must ask."""
+    return broadcast_object_list([value])[0]
 
 
 def score_batch(logits: Any, labels: torch.Tensor) -> torch.Tensor:

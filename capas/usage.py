@@ -85,6 +85,8 @@ def check(used: dict[str, Any], params: Params) -> None:
         "fused_lora": settings.fused_lora,
         "liger_kernel": version("liger-kernel") if settings.use_liger_kernel else None,
         "mixed_precision": mixed[0] if mixed else "no",
+        "num_processes": machine.num_processes,
+        "distributed_type": _distributed_type(machine),
     }
     if machine.device == "cuda":
         asked["tf32"] = machine.allow_tf32
@@ -100,6 +102,15 @@ def check(used: dict[str, Any], params: Params) -> None:
         )
     if wrong:
         raise CapasError("the training would not use what was asked for: " + "; ".join(wrong))
+
+
+def _distributed_type(machine: Params) -> str:
+    """What accelerate calls it."""
+    if machine.num_processes == 1:
+        return "NO"
+    if machine.distributed_type == "fsdp2":
+        return "FSDP"
+    return "MULTI_CPU" if machine.device == "cpu" else "MULTI_GPU"
 
 
 def check_gradients(model: Any, batch: dict[str, torch.Tensor]) -> dict[str, float] | None:

@@ -21,12 +21,12 @@ from importlib.util import find_spec
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from capas import hardware, live
+from capas import hardware, launch, live
 from capas.dag import recorded
 from capas.errors import CapasError
 from capas.facts import read_json, write_csv, write_json
 from capas.params import Params
-from capas.stage import Stage, log, run
+from capas.stage import Stage, log
 
 if TYPE_CHECKING:
     import torch
@@ -46,10 +46,10 @@ VALIDATION = ("step", "epoch", "loss", "token_accuracy")
 
 
 def main(params: Params, stage: Stage) -> None:
-    device = hardware.prepare(params.hardware)  # before torch is imported
+    # before torch is imported
+    device = hardware.prepare(params.hardware, params.hardware.num_processes)
     from capas import capacity, certificate, fused, training, usage
     from capas.batches import Collator, read_examples, tails
-    from capas.model import load_model
     from capas.packing import pack
 
     chat = read_json(stage.dep(FORMATTED) / "chat.json")
@@ -60,7 +60,7 @@ def main(params: Params, stage: Stage) -> None:
     packed = params.trainer.packing_length
     rows = train if packed is None else pack(train, packed)
     check_memory(num_tokens(rows), num_tokens(validation), params, device, stage)
-    base = load_model(stage.dep(QUANTIZED), params.model, device)
+    base = load_base(stage.dep(QUANTIZED), params, device)
     check_lengths(base, num_tokens([*train, *validation]))
     model = add_lora(base, params)
     base_sha256 = certificate.fingerprint(model)
@@ -70,12 +70,15 @@ def main(params: Params, stage: Stage) -> None:
     gradient_check = usage.check_gradients(model, collator(tails(validation[:2])))
 
     checkpoints = stage.checkpoints()
-    checkpoint = training.last_checkpoint(checkpoints, resume=not stage.debug)
+    args = training_arguments(params, checkpoints)
+    with args.main_process_first(local=False):  # which removes what is half-written
+        checkpoint = training.last_checkpoint(checkpoints, resume=not stage.debug)
+    args.eval_on_start = checkpoint is None  # the curve begins with the base
     trainer = training.Trainer(
         divergence_factor=params.trainer.divergence_factor,
         loraplus_lr_ratio=params.trainer.loraplus_lr_ratio,
         model=model,
-        args=training_arguments(params, checkpoints, resumed=checkpoint is not None),
+        args=args,
         train_dataset=rows,
         eval_dataset=validation,
         data_collator=collator,
@@ -85,21 +88,23 @@ def main(params: Params, stage: Stage) -> None:
     if params.trainer.early_stopping_patience:
         trainer.add_callback(early_stopping(params.trainer))
     trainer.check_at_start(lambda: usage.check_trainer(trainer, params))
-    with live.tracker(stage.root, stage.key(), enabled=not stage.debug) as log_rows:
+    follows = launch.is_main() and not stage.debug
+    with live.tracker(stage.root, stage.key(), enabled=follows) as log_rows:
         trainer.add_callback(training.LiveRows(log_rows.append))
         trainer.train(resume_from_checkpoint=str(checkpoint) if checkpoint else None)
 
-    facts = {"train_key": stage.key(), **summary(trainer), "packing": packing}
-    facts["used"] = usage.describe(trainer)
-    write_json(stage.out("reports/train.json"), facts | {"gradient_check": gradient_check})
-    write_json(stage.out("reports/metrics/train.json"), {name: facts[name] for name in HEADLINE})
-    write_curves(trainer.state.log_history, stage)
-    save_adapter(trainer.model, params, chat, stage)
-    folder = stage.out("data/models/adapter")
+    weights = adapter_weights(trainer.model)
+    if launch.is_main():
+        used = usage.describe(trainer)
+        checked = {"packing": packing, "used": used, "gradient_check": gradient_check}
+        write_reports(trainer, checked, stage)
+        save_adapter(trainer.model, weights, params, chat, stage)
+    folder = training.told_by_main(launch.is_main() and stage.out("data/models/adapter"))
     probes = collator(tails(validation[:4]))
     checks = certificate.check_adapter(trainer.model, folder, probes, base_sha256)
-    write_certificate(folder / certificate.WEIGHTS, checks, params, stage)
-    stage.costs |= capacity.device_costs(device)
+    if launch.is_main():
+        write_certificate(folder / certificate.WEIGHTS, checks, params, stage)
+        stage.costs |= capacity.device_costs(device)
 
 
 def check_memory(
@@ -115,17 +120,45 @@ def check_memory(
     """
     from capas import capacity, memory
 
-    workload = memory.Workload.of(params.trainer, train, validation, device.type == "cpu")
+    on_cpu, processes = device.type == "cpu", params.hardware.num_processes
+    divided = params.hardware.distributed_type == "fsdp2"
+    workload = memory.Workload.of(params.trainer, train, validation, on_cpu, processes, divided)
     groups = params.model, params.lora, params.trainer
     try:
         found = memory.estimate(stage.dep(QUANTIZED), *groups, workload)
     except memory.EstimateError as error:
         log.warning("%s", error)
         return
-    used, free = capacity.used_bytes(device), capacity.free_bytes(device)
+    num_sharing = capacity.num_sharing(params.hardware)
+    used, free = capacity.used_bytes(device), capacity.free_bytes(device) // num_sharing
+    ways = memory.ways_out(found, workload, params.trainer)
+    if num_sharing > 1:
+        log.info("%d processes share the memory; of each:", num_sharing)
+        ways.append(f"hardware.num_processes below {params.hardware.num_processes}")
     log.info("%s", memory.summary(found, used, free))
-    memory.check(found, used, free, memory.ways_out(found, workload, params.trainer))
+    memory.check(found, used, free, ways)
     stage.costs |= memory.costs(found, used)
+
+
+def load_base(folder: Path, params: Params, device: "torch.device") -> "PreTrainedModel":
+    """Of a model that will be divided, the parts go to the GPUs later, one by one.
+
+    Raises:
+        CapasError: it comes quantized, and should be divided.
+    """
+    import torch
+
+    from capas.model import load_model, quantization_method
+
+    if params.hardware.distributed_type == "ddp":
+        return load_model(folder, params.model, device)
+    base = load_model(folder, params.model, torch.device("cpu"))
+    if (method := quantization_method(base)) != "none":
+        raise CapasError(
+            f"hardware.distributed_type=fsdp2 cannot divide {params.model.model_name_or_path}, whose weights "
+            f"are {method}: choose ddp, or a model that is not quantized"
+        )
+    return base
 
 
 def add_lora(base: "PreTrainedModel", params: Params) -> Any:
@@ -222,7 +255,7 @@ def early_stopping(trainer: Params) -> Any:
     return EarlyStopping(metric, patience, trainer.early_stopping_threshold)
 
 
-def training_arguments(params: Params, folder: Path, resumed: bool) -> "TrainingArguments":
+def training_arguments(params: Params, folder: Path) -> "TrainingArguments":
     """The trainer group as it is, and what follows from the stage.
 
     Raises:
@@ -235,23 +268,34 @@ def training_arguments(params: Params, folder: Path, resumed: bool) -> "Training
         raise CapasError(
             "trainer.use_liger_kernel=true, and liger-kernel is not installed: pip install 'capas[gpu]'"
         )
+    divided = params.hardware.distributed_type == "fsdp2"
     try:
         return TrainingArguments(
+            fsdp=divided or None,
+            fsdp_config={"version": 2} if divided else None,
             **params.trainer.without("preset", *OWN),
             output_dir=str(folder),
             use_cpu=on_cpu,
             eval_strategy="steps",
-            eval_on_start=not resumed,  # the curve begins with the base
             save_strategy="steps",
             logging_nan_inf_filter=False,  # Trainer would log the mean of earlier losses instead of NaN
             gradient_checkpointing_kwargs={"use_reentrant": False},
             remove_unused_columns=False,
             dataloader_pin_memory=not on_cpu,
+            # DDP then keeps its buckets: sums of three and more depend on them, also after a resumption.
+            ddp_find_unused_parameters=True,
             report_to="none",  # see capas/live.py
             disable_tqdm=True,  # see capas.training.Progress
         )
     except (ValueError, ImportError) as error:
         raise CapasError(f"transformers refuses the trainer group: {error}") from None
+
+
+def write_reports(trainer: "Trainer", checked: dict[str, Any], stage: Stage) -> None:
+    facts = {"train_key": stage.key(), **summary(trainer), **checked}
+    write_json(stage.out("reports/train.json"), facts)
+    write_json(stage.out("reports/metrics/train.json"), {name: facts[name] for name in HEADLINE})
+    write_curves(trainer.state.log_history, stage)
 
 
 def summary(trainer: "Trainer") -> dict[str, Any]:
@@ -302,7 +346,21 @@ def write_curves(history: list[dict[str, Any]], stage: Stage) -> None:
     write_csv(stage.out("reports/validation.csv"), VALIDATION, validation)
 
 
-def save_adapter(model: Any, params: Params, chat: dict[str, Any], stage: Stage) -> None:
+def adapter_weights(model: Any) -> dict[str, "torch.Tensor"]:
+    """Those of LoRA, whole in every process."""
+    from capas.batches import whole
+
+    named = model.named_parameters()
+    return {name: whole(weight.detach()) for name, weight in named if "lora_" in name}
+
+
+def save_adapter(
+    model: Any,
+    weights: dict[str, "torch.Tensor"],
+    params: Params,
+    chat: dict[str, Any],
+    stage: Stage,
+) -> None:
     """A folder that PEFT and inference servers load: weights, tokenizer, template, end tokens."""
     from transformers import GenerationConfig
 
@@ -310,7 +368,7 @@ def save_adapter(model: Any, params: Params, chat: dict[str, Any], stage: Stage)
     config = model.peft_config["default"]
     config.base_model_name_or_path = params.model.model_name_or_path
     config.revision = commit_of(params.model.revision)
-    model.save_pretrained(folder, save_embedding_layers=False)
+    model.save_pretrained(folder, save_embedding_layers=False, state_dict=weights)
     (folder / "README.md").unlink()  # a model card that PEFT fills with guesses
     sort_target_modules(folder / "adapter_config.json")
     for file in sorted(stage.dep(TOKENIZER).iterdir()):
@@ -354,4 +412,4 @@ def sort_target_modules(file: Path) -> None:
 
 
 if __name__ == "__main__":
-    run("train", main)
+    launch.run("train", main)

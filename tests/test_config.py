@@ -26,6 +26,10 @@ OPTIONS = sorted(
 )
 
 
+BESIDE = {"gpu_fsdp2": ["quantization=none"]}  # what an option refuses of the default
+DIVIDED = ("hardware=gpu_fsdp2", "quantization=none")
+
+
 @pytest.fixture(scope="module")
 def compose() -> Any:
     with composer(CONF) as run:
@@ -45,7 +49,7 @@ def problems(values: dict[str, Any]) -> str:
 
 
 def test_there_are_as_many_options_as_we_think() -> None:
-    assert len(OPTIONS) == 53
+    assert len(OPTIONS) == 56
     assert {group for group, _ in OPTIONS} == set(GROUPS)
 
 
@@ -53,7 +57,7 @@ def test_there_are_as_many_options_as_we_think() -> None:
 def test_every_option_composes_is_valid_and_names_itself(
     compose: Callable[[list[str]], Any], group: str, option: str
 ) -> None:
-    values = compose([f"{group}={option}"])
+    values = compose([f"{group}={option}", *BESIDE.get(option, [])])
     validate(values)
     assert values[group]["preset"] == option
 
@@ -63,6 +67,13 @@ def test_all_options_of_a_group_have_the_same_keys(compose: Callable[[list[str]]
     for group, option in OPTIONS:
         found = set(compose([f"{group}={option}"])[group])
         assert found == keys.setdefault(group, found), f"{group}={option}"
+
+
+def test_a_divided_model_is_one_that_is_not_quantized(
+    compose: Callable[[list[str]], Any],
+) -> None:
+    validate(compose([*DIVIDED]))
+    validate(compose(["hardware=gpu_ddp", "quantization=nf4"]))
 
 
 def test_schema_and_conf_have_the_same_keys(compose: Callable[[list[str]], Any]) -> None:
@@ -117,6 +128,21 @@ def test_all_problems_are_reported_at_once(compose: Callable[[list[str]], Any]) 
         (["model.attn_implementation=flash_attention_2", "hardware=gpu"], "bfloat16 or float16"),
         (["hardware.allow_tf32=true"], "TF32"),
         (["hardware.device=cuda"], "default where the device is not a CPU"),
+        (
+            ["hardware.num_processes=3", "hardware.num_machines=2"],
+            "as many processes on each machine",
+        ),
+        (["hardware=gpu_ddp", "hardware.num_processes=0"], "greater than 0"),
+        (["hardware=gpu", "hardware.distributed_type=fsdp2"], "num_processes=2 or more"),
+        (["hardware.num_processes=2", "hardware.distributed_type=fsdp2"], "ddp on a CPU"),
+        (["hardware=gpu_fsdp2"], "leaves the integers of bitsandbytes whole"),
+        ([*DIVIDED, "trainer.optim=adamw_8bit"], "adamw_torch_fused with fsdp2"),
+        ([*DIVIDED, "lora.use_dora=true"], "lora.use_dora=false with fsdp2"),
+        ([*DIVIDED, "trainer.fp16=true"], "trainer.bf16=true with fsdp2"),
+        (
+            [*DIVIDED, "model.attn_implementation=flash_attention_2", "trainer.packing_length=64"],
+            "sdpa with fsdp2",
+        ),
         (["hardware.cudnn_benchmark=true"], "differs from run to run"),
         (["hardware.cudnn_deterministic=false"], "full_determinism switches"),
         (["model.revision=main"], "the embedded base ships with the repository"),

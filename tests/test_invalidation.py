@@ -23,6 +23,10 @@ FETCH_MODEL = ["fetch_tokenizer", "fetch_model"]
 # here is what the model that it writes for MLflow answers with.
 EXPECTED: dict[str, list[str]] = {
     "hardware": [*COMPUTE, "report", "publish"],
+    "hardware.preset": ["train", "report"],
+    "hardware.num_processes": ["train", "report"],
+    "hardware.num_machines": ["train", "report"],
+    "hardware.distributed_type": ["train", "report"],
     "model.preset": ["report"],
     "model.licence": ["report", "publish"],
     "model.model_name_or_path": [*FETCH_MODEL, "train", "report", "publish"],

@@ -184,6 +184,25 @@ def test_mixed_precision_and_dora_and_every_quantization_are_followed(tmp_path: 
     assert estimate(folder, records=8).parts["activations"] > 1.8 * plain["activations"]
 
 
+def test_what_several_processes_add_and_divide(tmp_path: Path) -> None:
+    params, batch, folder = compose(), Batch(4, 48), save(tmp_path, num_hidden_layers=6)
+    groups = params.model, params.lora, params.trainer
+    found = []
+    for several in ({}, {"num_processes": 3}, {"num_processes": 3, "divided": True}):
+        workload = Workload(batch, batch, batch, on_cpu=False, **several)
+        found.append(memory.estimate(folder, *groups, workload).parts)
+    alone, ddp, fsdp2 = found
+    assert ddp == alone | {"gradient_buckets": alone["adapter"]}
+    for name in ("weights", "adapter", "gradients", "optimizer"):
+        assert fsdp2[name] == -(-alone[name] // 3)
+    assert fsdp2["activations"] == alone["activations"]
+    # Two of six layers, which hold nearly all weights.
+    expected = (alone["weights"] + alone["adapter"]) / 3
+    assert fsdp2["gathered_weights"] == pytest.approx(expected, rel=0.1)
+    ways = memory.ways_out(Estimate(fsdp2, "training"), workload, params.trainer)
+    assert "hardware.num_processes above 3" in ways and "quantization=nf4" not in ways
+
+
 def test_a_large_evaluation_decides(tmp_path: Path) -> None:
     params = compose()
     workload = Workload(Batch(1, 8), Batch(64, 64), Batch(2, 8), on_cpu=False)

@@ -3,6 +3,8 @@
 import json
 import re
 import shutil
+import subprocess
+import sys
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -55,7 +57,10 @@ def made(request: pytest.FixtureRequest, tmp_path_factory: Any) -> Iterator[Made
     with pytest.MonkeyPatch.context() as patch:
         patch.chdir(root)
         for stage, main in STAGES.items():
-            run_stage(stage, main, root)
+            if stage == "train" and values["hardware"]["num_processes"] > 1:
+                subprocess.run([sys.executable, "stages/train_lora.py"], cwd=root, check=True)
+            else:
+                run_stage(stage, main, root)
     yield Made(name, root, values)
 
 
@@ -73,7 +78,7 @@ def write_recipe(name: str, root: Path) -> dict[str, Any]:
 
 
 def test_there_are_as_many_recipes_as_we_think() -> None:
-    assert len(RECIPES) == 5
+    assert len(RECIPES) == 6
     assert QUICK in RECIPES
 
 
@@ -96,6 +101,7 @@ def test_it_trains_as_the_recipe_says(made: Made) -> None:
     assert used["attn_implementation"] == recipe["model"]["attn_implementation"]
     mixed = "bf16" if recipe["trainer"]["bf16"] else "no"
     assert used["accelerate"]["mixed_precision"] == mixed
+    assert used["accelerate"]["num_processes"] == recipe["hardware"]["num_processes"]
     for key in ("learning_rate", "lr_scheduler_type", "warmup_steps", "gradient_checkpointing"):
         assert made.values["trainer"][key] == recipe["trainer"][key]
 
@@ -126,7 +132,8 @@ def test_the_memory_in_the_comment_is_the_estimate(name: str, tmp_path: Path) ->
     folder = write_whole(params.model.preset, tmp_path)
     sizes = params.trainer.per_device_train_batch_size, params.trainer.per_device_eval_batch_size
     lengths = [[params.dataset.max_length] * size for size in sizes]
-    workload = memory.Workload.of(params.trainer, lengths[0], lengths[1], on_cpu=False)
+    processes = params.hardware.num_processes
+    workload = memory.Workload.of(params.trainer, *lengths, False, processes)
     groups = params.model, params.lora, params.trainer
     found = memory.estimate(folder, *groups, workload, params.quantization.without("preset"))
     assert f"{found.total / 2**30:.1f}" == told

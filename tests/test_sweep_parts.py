@@ -29,7 +29,7 @@ from capas.sweep.process import follow
 from capas.sweep.ranking import Row, rank
 from capas.sweep.screen import verdict
 from capas.sweep.shared import stage_keys
-from capas.sweep.slots import one_of, place, visible_gpus
+from capas.sweep.slots import place, some_of, visible_gpus
 from capas.sweep.state import DONE, FAILED, RUNNING, State, read_states
 from capas.sweep.task import Task, is_of_sweep, prepare
 
@@ -152,8 +152,8 @@ def test_each_point_has_a_gpu_of_its_own(tmp_path: Path, monkeypatch: pytest.Mon
         third: list[str] = []
 
         def take() -> None:
-            with one_of(tmp_path.joinpath, "gpu", ["3", "GPU-ab"]) as name:
-                third.append(name)
+            with some_of(tmp_path.joinpath, "gpu", ["3", "GPU-ab"], 1) as names:
+                third.extend(names)
 
         waiting = threading.Thread(target=take)
         waiting.start()
@@ -183,9 +183,70 @@ def test_a_point_takes_its_share_but_for_a_job_that_has_it(
     monkeypatch.setenv(AT_ONCE, "2")
     monkeypatch.setattr("capas.sweep.slots.usable_cores", lambda: 6)
     monkeypatch.setattr("capas.sweep.point.usable_cores", lambda: 6)
-    point = Point(plan, [], {"hardware": {"device": "cpu"}}, {}, launcher)
+    point = Point(plan, [], {"hardware": hardware_of("cpu")}, {}, launcher)
     with point._place() as given:
         assert given == variables
+
+
+def hardware_of(device: str, num_processes: int = 1, num_machines: int = 1) -> dict[str, Any]:
+    return {"device": device, "num_processes": num_processes, "num_machines": num_machines}
+
+
+def test_a_point_of_two_processes_has_two_gpus_or_waits_for_them(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "0,1,2")
+    taken: list[str] = []
+
+    def take() -> None:
+        with place(tmp_path.joinpath, "cuda", 1, 2) as variables:
+            taken.append(variables["CUDA_VISIBLE_DEVICES"])
+
+    with place(tmp_path.joinpath, "cuda", 1, 2) as first:
+        assert first == {"CUDA_VISIBLE_DEVICES": "0,1"}
+        points = [threading.Thread(target=take) for _ in range(3)]  # each could hold one and wait
+        for point in points:
+            point.start()
+        time.sleep(1)
+        assert taken == []
+    for point in points:
+        point.join(timeout=20)
+    assert len(taken) == 3
+    assert all(len(set(gpus.split(","))) == 2 for gpus in taken)
+
+
+def test_the_processes_of_a_point_share_its_cores(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("capas.sweep.slots.usable_cores", lambda: 8)
+    with place(tmp_path.joinpath, "cpu", 2, 2) as variables:
+        assert variables == {MAX_THREADS: "2"}
+
+
+@pytest.mark.parametrize(
+    ("hardware", "gpus", "message"),
+    [
+        (hardware_of("cuda", 4), 1, "hydra.launcher.gpus_per_node=1: set it to 4"),
+        (hardware_of("cuda", 4, 2), 4, "num_machines=2: a point of a sweep has one machine"),
+    ],
+)
+def test_a_job_with_too_few_gpus_is_refused(
+    plan: Plan, hardware: dict[str, Any], gpus: int, message: str
+) -> None:
+    launcher = {"_target_": "hydra_plugins.x.SlurmLauncher", "gpus_per_node": gpus}
+    with pytest.raises(CapasError, match=message):
+        Point(plan, [], {"hardware": hardware}, {}, launcher)._place()
+
+
+def test_more_processes_than_gpus_are_refused(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "0,1")
+    with (
+        pytest.raises(CapasError, match=r"num_processes=3, .*visible here: 0, 1"),
+        place(tmp_path.joinpath, "cuda", 1, 3),
+    ):
+        pass
 
 
 def test_no_gpu_is_an_error(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:

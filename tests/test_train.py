@@ -268,18 +268,23 @@ USED = {
     "gradient_checkpointing": False,
     "fused_lora": False,
     "liger_kernel": None,
-    "accelerate": {"mixed_precision": "no", "num_gpus_in_process": 0},
+    "accelerate": {
+        "mixed_precision": "no",
+        "num_gpus_in_process": 0,
+        "num_processes": 1,
+        "distributed_type": "NO",
+    },
 }
 
 
-@pytest.mark.parametrize("name", [*USED, "mixed_precision", "num_gpus_in_process"])
+@pytest.mark.parametrize("name", [*USED, *USED["accelerate"]])
 def test_whatever_is_used_and_not_asked_for_stops_the_training(name: str) -> None:
     usage.check(USED, asked())
     accelerate = USED["accelerate"]
     if name in accelerate:
         changed = {**USED, "accelerate": {**accelerate, name: 2}}
     elif name == "accelerate":
-        changed = {**USED, "accelerate": {"mixed_precision": "bf16", "num_gpus_in_process": 0}}
+        changed = {**USED, "accelerate": {**accelerate, "mixed_precision": "bf16"}}
     else:
         changed = {**USED, name: "other"}
     with pytest.raises(CapasError, match="would not use what was asked for"):
@@ -586,7 +591,9 @@ def test_half_written_checkpoint_is_passed_over(tmp_path: Path) -> None:
         folder = tmp_path / f"checkpoint-{step}"
         folder.mkdir()
         (folder / "optimizer.pt").write_bytes(b"state")
-        Checkpoints(SimpleNamespace(open_row=dict)).on_save(  # type: ignore[arg-type]
+        accelerator = SimpleNamespace(wait_for_everyone=lambda: None)
+        trainer: Any = SimpleNamespace(open_row=dict, accelerator=accelerator)
+        Checkpoints(trainer).on_save(
             SimpleNamespace(output_dir=tmp_path),
             SimpleNamespace(global_step=step, is_world_process_zero=True),
             None,

@@ -161,11 +161,27 @@ class Point:
                 self._run_experiment(stages, variables, lock)
 
     def _place(self) -> AbstractContextManager[dict[str, str]]:
-        """A scheduler has given its job GPUs and cores; for what runs inside of a job it has not."""
+        """A scheduler has given its job GPUs and cores; for what runs inside of a job it has not.
+
+        Raises:
+            CapasError: the point trains in more processes than it has GPUs, or on several machines.
+        """
+        hardware = self.values["hardware"]
+        device, processes = hardware["device"], hardware["num_processes"]
+        if hardware["num_machines"] > 1:
+            raise CapasError(
+                f"hardware.num_machines={hardware['num_machines']}: a point of a sweep has one machine; set 1"
+            )
         if self.launcher["_target_"].endswith("SlurmLauncher"):
+            gpus = self.launcher.get("gpus_per_node") or 0
+            if device == "cuda" and gpus < processes:
+                raise CapasError(
+                    f"hardware.num_processes={processes}, and hydra.launcher.gpus_per_node={gpus}: set it to "
+                    f"{processes}"
+                )
             return nullcontext({})
         workers = min(num_workers(self.launcher), int(os.environ[AT_ONCE]))
-        return place(self.plan.lock, self.values["hardware"]["device"], workers)
+        return place(self.plan.lock, device, workers, processes)
 
     def _run_experiment(self, stages: SharedStages, variables: dict[str, str], lock: int) -> None:
         sets = [word for override in self.overrides for word in ("-S", override)]

@@ -1,4 +1,4 @@
-"""Who computes where: one point on one GPU; where there is none, the cores are divided."""
+"""Who computes where: a process of a point on one GPU; where there is none, the cores are divided."""
 
 import itertools
 import os
@@ -6,7 +6,7 @@ import shutil
 import socket
 import subprocess
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack, contextmanager, suppress
 from pathlib import Path
 
 from capas.cores import MAX_THREADS, usable_cores
@@ -17,37 +17,56 @@ _SECONDS_FOR_ALL = 0.5
 
 
 @contextmanager
-def place(lock: Callable[[str], Path], device: str, num_workers: int) -> Iterator[dict[str, str]]:
+def place(
+    lock: Callable[[str], Path], device: str, num_workers: int, num_processes: int = 1
+) -> Iterator[dict[str, str]]:
     """Environment variables of a point, which has its place for itself in this block.
 
-    `lock` gives the file that stands for a name.
+    Args:
+        lock: gives the file that stands for a name.
+        num_workers: points at once on this machine.
+        num_processes: that train together in a point.
 
     Raises:
-        CapasError: `device` is cuda and no GPU is visible.
+        CapasError: `device` is cuda and fewer GPUs are visible.
     """
     if device == "cuda":
-        with one_of(lock, "gpu", visible_gpus()) as gpu:
-            yield {"CUDA_VISIBLE_DEVICES": gpu}
+        with some_of(lock, "gpu", visible_gpus(), num_processes) as gpus:
+            yield {"CUDA_VISIBLE_DEVICES": ",".join(gpus)}
     else:
         cores = usable_cores()
-        with one_of(lock, "cpu", [str(i) for i in range(max(cores, num_workers))]):
-            yield {MAX_THREADS: str(max(1, cores // num_workers))}
+        with some_of(lock, "cpu", [str(i) for i in range(max(cores, num_workers))], 1):
+            yield {MAX_THREADS: str(max(1, cores // (num_workers * num_processes)))}
 
 
 @contextmanager
-def one_of(lock: Callable[[str], Path], kind: str, names: Sequence[str]) -> Iterator[str]:
-    """A place that no other point on this machine has; waits until one is free."""
-    host = socket.gethostname()
+def some_of(
+    lock: Callable[[str], Path], kind: str, names: Sequence[str], number: int
+) -> Iterator[list[str]]:
+    """So many places that no other point on this machine has; waits until they are free.
+
+    Raises:
+        CapasError: there are fewer.
+    """
+    if number > len(names):
+        raise CapasError(
+            f"hardware.num_processes={number}, and a point would need as many GPUs; visible here: "
+            f"{', '.join(names)}"
+        )
+    place_of = f"{kind}-{socket.gethostname()}"
+    taken: list[str] = []
     with ExitStack() as held:
-        for name in itertools.cycle(names):
-            try:
-                held.enter_context(
-                    exclusive(lock(f"{kind}-{host}-{name}"), _SECONDS_FOR_ALL / len(names))
-                )
-                break
-            except BusyError:
-                continue
-        yield name
+        with exclusive(lock(place_of)):  # who waits for the rest of its places waits alone
+            for name in itertools.cycle(names):
+                if len(taken) == number:
+                    break
+                with suppress(BusyError):
+                    if name not in taken:
+                        held.enter_context(
+                            exclusive(lock(f"{place_of}-{name}"), _SECONDS_FOR_ALL / len(names))
+                        )
+                        taken.append(name)
+        yield taken
 
 
 def visible_gpus() -> list[str]:
