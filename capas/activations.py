@@ -217,8 +217,10 @@ def build(
     Raises:
         ValueError: transformers or PEFT refuses.
     """
-    from peft import LoraConfig, get_peft_model
+    from peft import get_peft_model
     from transformers import AutoModelForCausalLM
+
+    from capas.lora import make_config
 
     dtype = getattr(torch, model.dtype)
     flash = model.attn_implementation == "flash_attention_2"  # keeps what sdpa keeps
@@ -231,7 +233,7 @@ def build(
         )
         if quantization:
             _quantize(base, quantization)
-        return get_peft_model(base, LoraConfig(task_type="CAUSAL_LM", **lora.without("preset")))
+        return get_peft_model(base, make_config(lora))
 
 
 def _quantize(base: Any, quantization: dict[str, Any]) -> None:

@@ -19,6 +19,7 @@ def write_card(
     source: Mapping[str, Any],
     base: Mapping[str, Any],
     evaluation: Mapping[str, Any],
+    initial: Mapping[str, Any] | None = None,
 ) -> str:
     """Markdown with the header that the Hub reads.
 
@@ -27,11 +28,12 @@ def write_card(
         served: `capas.bundle.served_facts`.
         source: data/raw/source.json.
         base, evaluation: the two reports of scores.
+        initial: the adapter that the training started from, as the certificate has it.
     """
     parts = [
         _header(served["base"], source),
         f"# LoRA adapter of {served['base']['model_name_or_path']}, training {key}",
-        _made_from(served["base"], source),
+        _made_from(served["base"], source, initial),
         "## Scores on the test split",
         _scores(base, evaluation),
         "## Template",
@@ -58,12 +60,19 @@ def _header(base: Mapping[str, Any], source: Mapping[str, Any]) -> str:
     return "\n".join([*lines, "tags: [lora, capas]", "---"])
 
 
-def _made_from(base: Mapping[str, Any], source: Mapping[str, Any]) -> str:
+def _made_from(
+    base: Mapping[str, Any], source: Mapping[str, Any], initial: Mapping[str, Any] | None
+) -> str:
     revision = f" at `{base['revision']}`" if base["revision"] else ""
     lines = [
         f"- Base model: `{base['model_name_or_path']}`{revision}, licence {base['licence']}. "
         + _base_weights(base)
     ]
+    if initial is not None:
+        lines.append(
+            f"- Trained on from the adapter `{initial['adapter_name_or_path']}` at "
+            f"`{initial['adapter_revision']}`, sha256 `{initial['sha256']}`."
+        )
     for origin in source["sources"]:
         at = f" at `{origin['revision']}`" if origin["revision"] else ""
         lines.append(

@@ -31,7 +31,11 @@ def fingerprint(model: torch.nn.Module) -> str:
 
 
 def check_adapter(
-    model: Any, folder: Path, batch: dict[str, torch.Tensor], base: str
+    model: Any,
+    folder: Path,
+    batch: dict[str, torch.Tensor],
+    base: str,
+    initial: Path | None = None,
 ) -> dict[str, Any]:
     """Check what was just saved against the model that was trained.
 
@@ -40,6 +44,7 @@ def check_adapter(
         folder: where it was saved.
         batch: records whose logits are compared.
         base: `fingerprint` from before the training.
+        initial: folder of the adapter that the training started from.
 
     Returns:
         The facts, for the certificate.
@@ -59,6 +64,11 @@ def check_adapter(
             "nothing was learned: every lora_B is zero, as before the training. Is trainer.learning_rate "
             "large enough, and does any record carry loss (reports/mask.html)?"
         )
+    if initial is not None and _are_equal(weights, load_file(initial / WEIGHTS)):
+        raise CapasError(
+            "nothing was learned: the adapter is the one that the training started from. Is "
+            "trainer.learning_rate large enough, and does any record carry loss (reports/mask.html)?"
+        )
     if fingerprint(model) != base:
         raise CapasError("the training changed weights of the base, which must stay as they are")
     difference = _difference(model, folder, batch)
@@ -76,6 +86,10 @@ def check_adapter(
         "base_unchanged": True,
         "reloaded_logit_difference": difference,
     }
+
+
+def _are_equal(weights: dict[str, torch.Tensor], others: dict[str, torch.Tensor]) -> bool:
+    return all(weight.equal(others[name].to(weight.dtype)) for name, weight in weights.items())
 
 
 def _difference(model: Any, folder: Path, batch: dict[str, torch.Tensor]) -> float:

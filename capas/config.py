@@ -138,7 +138,7 @@ class Quantization(Group):
 
 
 class Lora(Group):
-    """`peft.LoraConfig`."""
+    """`peft.LoraConfig`; the adapter that a training starts from is capas' own."""
 
     r: Count
     lora_alpha: Annotated[float, Field(gt=0)] | Count
@@ -148,6 +148,8 @@ class Lora(Group):
     use_rslora: bool
     use_dora: bool
     init_lora_weights: Literal[True] | Literal["gaussian", "orthogonal"]
+    adapter_name_or_path: Annotated[str, Field(min_length=1)] | None
+    adapter_revision: str | None
 
 
 class Trainer(Group):
@@ -418,6 +420,16 @@ RULES = (
         ("lora.init_lora_weights", "quantization.load_in_4bit", "quantization.load_in_8bit"),
         lambda init, four, eight: init != "orthogonal" or not (four or eight),
         "true or gaussian: PEFT gives orthogonal matrices the type of the base's weights, here integers",
+    ),
+    Rule(
+        ("lora.init_lora_weights", "lora.adapter_name_or_path"),
+        lambda init, name: name is None or init is True,
+        "true: the adapter that the training starts from brings its weights",
+    ),
+    Rule(
+        ("lora.adapter_revision", "lora.adapter_name_or_path"),
+        lambda revision, name: name is not None or revision is None,
+        "null where the training starts from no adapter",
     ),
     Rule(
         ("trainer.bf16", "trainer.fp16"),

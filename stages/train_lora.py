@@ -1,6 +1,7 @@
 """Train LoRA layers on the frozen, quantized base.
 
-Reads   data/formatted (train, validation), data/models/quantized, data/models/tokenizer
+Reads   data/formatted (train, validation), data/models/quantized, data/models/tokenizer;
+        data/models/initial_adapter, whose weights are the first ones where it holds an adapter
 Writes  data/models/adapter, reports/train.json, reports/history.csv, reports/validation.csv,
         reports/certificate.json (what was checked of the adapter, and what it was made from)
 Params  hardware, lora, model, trainer
@@ -20,7 +21,7 @@ import shutil
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from capas import hardware, live
+from capas import adapter, hardware, live
 from capas.dag import recorded
 from capas.errors import CapasError
 from capas.facts import read_json, write_csv, write_json
@@ -46,6 +47,7 @@ VALIDATION = ("step", "epoch", "loss", "token_accuracy")
 
 def main(params: Params, stage: Stage) -> None:
     device = hardware.prepare(params.hardware)  # before torch is imported
+    initial = initial_adapter(params.lora, stage)
     from capas import capacity, certificate, training, usage
     from capas.batches import Collator, read_examples, tails
     from capas.model import load_model
@@ -61,7 +63,7 @@ def main(params: Params, stage: Stage) -> None:
     check_memory(num_tokens(rows), num_tokens(validation), params, device, stage)
     base = load_model(stage.dep(QUANTIZED), params.model, device)
     check_lengths(base, num_tokens([*train, *validation]))
-    model = add_lora(base, params)
+    model = add_lora(base, params, initial)
     base_sha256 = certificate.fingerprint(model)
     packing = prove_packing(model, train, rows, collator, params.trainer)
     gradient_check = usage.check_gradients(model, collator(tails(validation[:2])))
@@ -94,9 +96,24 @@ def main(params: Params, stage: Stage) -> None:
     save_adapter(trainer.model, params, chat, stage)
     folder = stage.out("data/models/adapter")
     probes = collator(tails(validation[:4]))
-    checks = certificate.check_adapter(trainer.model, folder, probes, base_sha256)
+    checks = certificate.check_adapter(trainer.model, folder, probes, base_sha256, initial)
     write_certificate(folder / certificate.WEIGHTS, checks, params, stage)
     stage.costs |= capacity.device_costs(device)
+
+
+def initial_adapter(lora: Params, stage: Stage) -> Path | None:
+    """The folder of the adapter that the training starts from.
+
+    Raises:
+        CapasError: the lora group contradicts it, or another one is there than it names.
+    """
+    folder = stage.dep(adapter.FOLDER)
+    adapter.check_origin(folder, lora.without())
+    if lora.adapter_name_or_path is None:
+        return None
+    config = read_json(folder / adapter.CONFIG)
+    adapter.check_agreement(config, lora.without(), lora.adapter_name_or_path)
+    return folder
 
 
 def check_memory(
@@ -125,22 +142,29 @@ def check_memory(
     stage.costs |= memory.costs(found, used)
 
 
-def add_lora(base: "PreTrainedModel", params: Params) -> Any:
-    """The base, frozen, with LoRA layers: B is zero, so that at first they change nothing."""
-    from peft import LoraConfig, get_peft_model, prepare_model_for_kbit_training
+def add_lora(base: "PreTrainedModel", params: Params, initial: Path | None = None) -> Any:
+    """The base, frozen, with LoRA layers: B is zero, so that at first they change nothing.
+
+    Args:
+        initial: of an adapter, whose weights they begin with instead.
+    """
+    from peft import get_peft_model, prepare_model_for_kbit_training
     from transformers import set_seed
 
+    from capas import lora
     from capas.model import quantization_method
 
     check_target_modules(base, params.lora.target_modules)
     set_seed(params.trainer.seed)  # A is drawn at random
     if quantization_method(base) != "none":
         base = prepare_model_for_kbit_training(base, use_gradient_checkpointing=False)
-    config = LoraConfig(task_type="CAUSAL_LM", **params.lora.without("preset"))
     try:
-        return get_peft_model(base, config)
+        model = get_peft_model(base, lora.make_config(params.lora))
     except (ValueError, re.error) as error:  # a regular expression that fits no layer, or is none
         raise CapasError(f"PEFT refuses the lora group: {error}") from None
+    if initial is not None:
+        lora.load_initial(model, initial, params.model.model_name_or_path)
+    return model
 
 
 def check_lengths(base: "PreTrainedModel", lengths: list[int]) -> None:
@@ -323,6 +347,10 @@ def write_certificate(weights: Path, checks: dict[str, Any], params: Params, sta
         "params": params.without(),
         "packages": stage.spec.values(stage.root)["environment.yaml"],
     }
+    if params.lora.adapter_name_or_path is not None:
+        folder = stage.dep(adapter.FOLDER)
+        sha256 = hashlib.sha256((folder / adapter.WEIGHTS).read_bytes()).hexdigest()
+        facts["initial_adapter"] = {**read_json(folder / adapter.ORIGIN), "sha256": sha256}
     write_json(stage.out("reports/certificate.json"), facts)
 
 

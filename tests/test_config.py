@@ -141,6 +141,11 @@ def test_all_problems_are_reported_at_once(compose: Callable[[list[str]], Any]) 
         (["lora.init_lora_weights=orthogonal"], "here integers"),
         (["lora.init_lora_weights=orthogonal", "quantization=none", "lora.r=3"], "an even lora.r"),
         (["lora.init_lora_weights=pissa"], "init_lora_weights='pissa'"),
+        (["lora.adapter_revision=main"], "null where the training starts from no adapter"),
+        (
+            ["lora.adapter_name_or_path=a/b", "lora.init_lora_weights=gaussian"],
+            "the adapter that the training starts from brings its weights",
+        ),
         (["trainer.packing_length=4"], "greater than or equal to 8"),
         (["trainer.loraplus_lr_ratio=0.5"], "greater than or equal to 1"),
         (["+trainer.lr_scheduler_kwargs.power=2"], "linear: none; "),
