@@ -53,7 +53,7 @@ def measure(
     """Most bytes alive at once in each phase, less weights, adapter, gradients and optimizer.
 
     Args:
-        model: with LoRA layers, on the meta device (`build`).
+        model: as it is trained, on the meta device (`build`).
         phases: in the order in which they come.
         of_heap: whether tensors come from malloc, as they do on a CPU.
 
@@ -207,7 +207,7 @@ def _fake(tensor: torch.Tensor) -> torch.Tensor:
 def build(
     config: Any, model: Params, lora: Params, quantization: dict[str, Any] | None
 ) -> nn.Module:
-    """The model with LoRA layers on the meta device, its linear layers behaving as bitsandbytes' do.
+    """The model as it is trained, on the meta device, its linear layers behaving as bitsandbytes' do.
 
     Args:
         config: `transformers.PretrainedConfig`.
@@ -220,7 +220,7 @@ def build(
     from peft import get_peft_model
     from transformers import AutoModelForCausalLM
 
-    from capas.lora import make_config
+    from capas.lora import make_config, trains_all
 
     dtype = getattr(torch, model.dtype)
     flash = model.attn_implementation == "flash_attention_2"  # keeps what sdpa keeps
@@ -233,7 +233,7 @@ def build(
         )
         if quantization:
             _quantize(base, quantization)
-        return get_peft_model(base, make_config(lora))
+        return base if trains_all(lora) else get_peft_model(base, make_config(lora))
 
 
 def _quantize(base: Any, quantization: dict[str, Any]) -> None:

@@ -1,6 +1,7 @@
-"""What is certain of a trained adapter: checks that are made when it has been saved."""
+"""What is certain of a trained model: checks that are made when it has been saved."""
 
 import hashlib
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -16,7 +17,7 @@ _MAX_DIFFERENCE = 1e-5  # of the largest logit
 
 
 def fingerprint(model: torch.nn.Module) -> str:
-    """sha256 of all weights but those of LoRA, quantized ones as they are stored.
+    """sha256 of all weights but those of LoRA, quantized ones as they are stored; tied ones count twice.
 
     Floats count by their value: bitsandbytes casts the biases of 4-bit layers in their first forward pass.
     """
@@ -54,9 +55,7 @@ def check_adapter(
             gives other logits than the trained one.
     """
     weights = load_file(folder / WEIGHTS)
-    broken = sorted(name for name, weight in weights.items() if not weight.isfinite().all())
-    if broken:
-        raise CapasError(f"the adapter holds weights that are no numbers: {listed(broken)}")
+    _check_finite("the adapter", weights)
     outer = {name: weight for name, weight in weights.items() if "lora_B" in name}
     zero = sorted(name for name, weight in outer.items() if not weight.any())
     if outer and len(zero) == len(outer):
@@ -72,11 +71,7 @@ def check_adapter(
     if fingerprint(model) != base:
         raise CapasError("the training changed weights of the base, which must stay as they are")
     difference = _difference(model, folder, batch)
-    if not difference <= _MAX_DIFFERENCE:  # nor NaN
-        raise CapasError(
-            f"the saved adapter gives other logits than the trained one: they differ by {difference:.3g} of "
-            "the largest"
-        )
+    _check_difference("adapter", difference)
     return {
         "num_weights": sum(weight.numel() for weight in weights.values()),
         "all_finite": True,
@@ -86,6 +81,60 @@ def check_adapter(
         "base_unchanged": True,
         "reloaded_logit_difference": difference,
     }
+
+
+def check_whole(
+    model: torch.nn.Module,
+    folder: Path,
+    batch: dict[str, torch.Tensor],
+    base: str,
+    load: Callable[[], torch.nn.Module],
+) -> dict[str, Any]:
+    """As `check_adapter`, where all weights were trained.
+
+    Args:
+        model: after its last step, as it computes outside of mixed precision.
+        load: loads what is in `folder`, a second model beside this one.
+
+    Raises:
+        CapasError: a weight is no number, none was changed, or the saved model gives other logits than the
+            trained one.
+    """
+    num_weights = 0
+    for file in sorted(folder.glob("*.safetensors")):
+        weights = load_file(file)
+        _check_finite("the model", weights)
+        num_weights += sum(weight.numel() for weight in weights.values())
+    if fingerprint(model) == base:
+        raise CapasError(
+            "nothing was learned: all weights are as before the training. Is trainer.learning_rate large "
+            "enough for the type of the weights, and does any record carry loss (reports/mask.html)?"
+        )
+    trained = compute_logits(model, batch).float()
+    saved = compute_logits(load(), batch).float()
+    difference = float((trained - saved).abs().max() / trained.abs().max())
+    _check_difference("model", difference)
+    return {
+        "num_weights": num_weights,
+        "all_finite": True,
+        "base_sha256": base,
+        "weights_changed": True,
+        "reloaded_logit_difference": difference,
+    }
+
+
+def _check_finite(what: str, weights: dict[str, torch.Tensor]) -> None:
+    broken = sorted(name for name, weight in weights.items() if not weight.isfinite().all())
+    if broken:
+        raise CapasError(f"{what} holds weights that are no numbers: {listed(broken)}")
+
+
+def _check_difference(what: str, difference: float) -> None:
+    if not difference <= _MAX_DIFFERENCE:  # nor NaN
+        raise CapasError(
+            f"the saved {what} gives other logits than the trained one: they differ by {difference:.3g} of "
+            "the largest"
+        )
 
 
 def _are_equal(weights: dict[str, torch.Tensor], others: dict[str, torch.Tensor]) -> bool:

@@ -138,12 +138,15 @@ class Quantization(Group):
 
 
 class Lora(Group):
-    """`peft.LoraConfig`; the adapter that a training starts from is capas' own."""
+    """`peft.LoraConfig`; the adapter that a training starts from is capas' own.
 
-    r: Count
-    lora_alpha: Annotated[float, Field(gt=0)] | Count
-    lora_dropout: Annotated[float, Field(ge=0, lt=1)]
-    target_modules: str | Annotated[list[str], Field(min_length=1)]
+    The first four are null where all weights are trained.
+    """
+
+    r: Count | None
+    lora_alpha: Annotated[float, Field(gt=0)] | Count | None
+    lora_dropout: Annotated[float, Field(ge=0, lt=1)] | None
+    target_modules: str | Annotated[list[str], Field(min_length=1)] | None
     bias: Literal["none", "all", "lora_only"]
     use_rslora: bool
     use_dora: bool
@@ -413,13 +416,36 @@ RULES = (
     ),
     Rule(
         ("lora.init_lora_weights", "lora.r"),
-        lambda init, r: init != "orthogonal" or r % 2 == 0,
+        lambda init, r: init != "orthogonal" or r is None or r % 2 == 0,
         "an even lora.r: orthogonal draws A and B in pairs of rows",
     ),
     Rule(
         ("lora.init_lora_weights", "quantization.load_in_4bit", "quantization.load_in_8bit"),
         lambda init, four, eight: init != "orthogonal" or not (four or eight),
         "true or gaussian: PEFT gives orthogonal matrices the type of the base's weights, here integers",
+    ),
+    Rule(
+        ("lora.r", "lora.lora_alpha", "lora.lora_dropout", "lora.target_modules"),
+        lambda *values: len({value is None for value in values}) == 1,
+        "values for all four, or null for all four: lora=none trains all weights, without LoRA",
+    ),
+    Rule(
+        (
+            *("lora.r", "lora.use_rslora", "lora.use_dora", "lora.init_lora_weights"),
+            *("lora.adapter_name_or_path", "trainer.loraplus_lr_ratio"),
+        ),
+        lambda r, *of_lora: r is not None or of_lora == (False, False, True, None, None),
+        "no option of LoRA where all weights are trained: lora=all_linear, or leave it out",
+    ),
+    Rule(
+        ("lora.r", "quantization.load_in_4bit", "quantization.load_in_8bit"),
+        lambda r, four, eight: r is not None or not (four or eight),
+        "quantization=none where all weights are trained (lora=none): quantized ones cannot be",
+    ),
+    Rule(
+        ("lora.r", "model.dtype"),
+        lambda r, dtype: r is not None or dtype != "float16",
+        "model.dtype=float32, or bfloat16, where all weights are trained: float16 overflows",
     ),
     Rule(
         ("lora.init_lora_weights", "lora.adapter_name_or_path"),

@@ -16,6 +16,11 @@ log = logging.getLogger("capas")
 OWN = ("preset", "adapter_name_or_path", "adapter_revision")  # no arguments of peft.LoraConfig
 
 
+def trains_all(lora: Params) -> bool:
+    """Whether there is no LoRA (lora=none): all weights are trained."""
+    return lora.r is None
+
+
 def make_config(lora: Params) -> "LoraConfig":
     from peft import LoraConfig
 

@@ -1,9 +1,10 @@
-"""Train LoRA layers on the frozen, quantized base.
+"""Train LoRA layers on the frozen, quantized base; or, with lora=none, all weights of one in full precision.
 
 Reads   data/formatted (train, validation), data/models/quantized, data/models/tokenizer;
         data/models/initial_adapter, whose weights are the first ones where it holds an adapter
-Writes  data/models/adapter, reports/train.json, reports/history.csv, reports/validation.csv,
-        reports/certificate.json (what was checked of the adapter, and what it was made from)
+Writes  data/models/adapter (a whole model, where all weights are trained), reports/train.json,
+        reports/history.csv, reports/validation.csv,
+        reports/certificate.json (what was checked of the result, and what it was made from)
 Params  hardware, lora, model, trainer
 
 The travelling record is a row of ids; only labels other than -100 carry loss:
@@ -14,14 +15,14 @@ The travelling record is a row of ids; only labels other than -100 carry loss:
 Before, the model goes on as in pretraining ("Okay, 99 minutes from now."); afterwards, with the call.
 """
 
-import hashlib
 import json
 import re
 import shutil
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from capas import adapter, hardware, live
+from capas import adapter, hardware, live, saved
 from capas.dag import recorded
 from capas.errors import CapasError
 from capas.facts import read_json, write_csv, write_json
@@ -48,7 +49,7 @@ VALIDATION = ("step", "epoch", "loss", "token_accuracy")
 def main(params: Params, stage: Stage) -> None:
     device = hardware.prepare(params.hardware)  # before torch is imported
     initial = initial_adapter(params.lora, stage)
-    from capas import capacity, certificate, training, usage
+    from capas import capacity, certificate, lora, training, usage
     from capas.batches import Collator, read_examples, tails
     from capas.model import load_model
     from capas.packing import pack
@@ -63,7 +64,7 @@ def main(params: Params, stage: Stage) -> None:
     check_memory(num_tokens(rows), num_tokens(validation), params, device, stage)
     base = load_model(stage.dep(QUANTIZED), params.model, device)
     check_lengths(base, num_tokens([*train, *validation]))
-    model = add_lora(base, params, initial)
+    model = unfreeze(base) if lora.trains_all(params.lora) else add_lora(base, params, initial)
     base_sha256 = certificate.fingerprint(model)
     packing = prove_packing(model, train, rows, collator, params.trainer)
     gradient_check = usage.check_gradients(model, collator(tails(validation[:2])))
@@ -93,11 +94,15 @@ def main(params: Params, stage: Stage) -> None:
     write_json(stage.out("reports/train.json"), facts | {"gradient_check": gradient_check})
     write_json(stage.out("reports/metrics/train.json"), {name: facts[name] for name in HEADLINE})
     write_curves(trainer.state.log_history, stage)
-    save_adapter(trainer.model, params, chat, stage)
-    folder = stage.out("data/models/adapter")
-    probes = collator(tails(validation[:4]))
-    checks = certificate.check_adapter(trainer.model, folder, probes, base_sha256, initial)
-    write_certificate(folder / certificate.WEIGHTS, checks, params, stage)
+    save_tuned(trainer.model, params, chat, stage)
+    folder, probes = stage.out("data/models/adapter"), collator(tails(validation[:4]))
+    if lora.trains_all(params.lora):
+        whole = release(trainer)
+        load = partial(load_model, folder, params.model, device)
+        checks = certificate.check_whole(whole, folder, probes, base_sha256, load)
+    else:
+        checks = certificate.check_adapter(trainer.model, folder, probes, base_sha256, initial)
+    write_certificate(folder, checks, params, stage)
     stage.costs |= capacity.device_costs(device)
 
 
@@ -140,6 +145,28 @@ def check_memory(
     log.info("%s", memory.summary(found, used, free))
     memory.check(found, used, free, memory.ways_out(found, workload, params.trainer))
     stage.costs |= memory.costs(found, used)
+
+
+def unfreeze(base: "PreTrainedModel") -> "PreTrainedModel":
+    """The base, all of whose weights are trained."""
+    import torch
+
+    base.requires_grad_(True)
+    if base.dtype == torch.bfloat16:
+        log.warning(
+            "the weights are bfloat16, which keeps 8 bits: a step of less than 1/256 of a weight is lost. "
+            "model.dtype=float32 with trainer.bf16=true loses none"
+        )
+    return base
+
+
+def release(trainer: "Trainer") -> Any:
+    """The trained model outside of mixed precision; gradients and optimizer go: their memory is needed."""
+    trainer.optimizer = trainer.lr_scheduler = None
+    trainer.accelerator.free_memory()
+    model = trainer.accelerator.unwrap_model(trainer.model, keep_fp32_wrapper=False)
+    model.zero_grad()
+    return model
 
 
 def add_lora(base: "PreTrainedModel", params: Params, initial: Path | None = None) -> Any:
@@ -269,7 +296,7 @@ def training_arguments(params: Params, folder: Path, resumed: bool) -> "Training
 def summary(trainer: "Trainer") -> dict[str, Any]:
     """reports/train.json, without seconds: they differ from run to run."""
     state, history = trainer.state, trainer.state.log_history
-    num_trainable, num_parameters = trainer.model.get_nb_trainable_parameters()
+    num_trainable, num_parameters = count_parameters(trainer.model)
     rows = [row for row in history if "eval_loss" in row]
     last = rows[-1]
     kept = state.best_global_step if trainer.args.load_best_model_at_end else state.global_step
@@ -287,6 +314,14 @@ def summary(trainer: "Trainer") -> dict[str, Any]:
         "validation_token_accuracy": chosen["eval_token_accuracy"],
         "learning_rate": trainer.args.learning_rate,
     }
+
+
+def count_parameters(model: Any) -> tuple[int, int]:
+    """Those that are trained, and all; tied ones count once."""
+    if hasattr(model, "get_nb_trainable_parameters"):
+        found: tuple[int, int] = model.get_nb_trainable_parameters()
+        return found
+    return model.num_parameters(only_trainable=True), model.num_parameters()
 
 
 def mean_loss(history: list[dict[str, Any]]) -> float:
@@ -314,17 +349,17 @@ def write_curves(history: list[dict[str, Any]], stage: Stage) -> None:
     write_csv(stage.out("reports/validation.csv"), VALIDATION, validation)
 
 
-def save_adapter(model: Any, params: Params, chat: dict[str, Any], stage: Stage) -> None:
-    """A folder that PEFT and inference servers load: weights, tokenizer, template, end tokens."""
+def save_tuned(model: Any, params: Params, chat: dict[str, Any], stage: Stage) -> None:
+    """A folder that PEFT, transformers and servers load: weights, tokenizer, template, end tokens."""
     from transformers import GenerationConfig
 
+    from capas.lora import trains_all
+
     folder = stage.out("data/models/adapter")
-    config = model.peft_config["default"]
-    config.base_model_name_or_path = params.model.model_name_or_path
-    config.revision = commit_of(params.model.revision)
-    model.save_pretrained(folder, save_embedding_layers=False)
-    (folder / "README.md").unlink()  # a model card that PEFT fills with guesses
-    sort_target_modules(folder / "adapter_config.json")
+    if trains_all(params.lora):
+        save_whole(model, folder, stage)
+    else:
+        save_adapter(model, folder, params)
     for file in sorted(stage.dep(TOKENIZER).iterdir()):
         shutil.copyfile(file, folder / file.name)
     shutil.copyfile(stage.dep(FORMATTED) / "chat_template.jinja", folder / "chat_template.jinja")
@@ -335,12 +370,32 @@ def save_adapter(model: Any, params: Params, chat: dict[str, Any], stage: Stage)
     ).save_pretrained(folder)
 
 
-def write_certificate(weights: Path, checks: dict[str, Any], params: Params, stage: Stage) -> None:
-    """The adapter's sha256, what was checked, DVC's md5 of its inputs, and the values in effect."""
+def save_adapter(model: Any, folder: Path, params: Params) -> None:
+    config = model.peft_config["default"]
+    config.base_model_name_or_path = params.model.model_name_or_path
+    config.revision = commit_of(params.model.revision)
+    model.save_pretrained(folder, save_embedding_layers=False)
+    (folder / "README.md").unlink()  # a model card that PEFT fills with guesses
+    sort_target_modules(folder / "adapter_config.json")
+
+
+def save_whole(model: Any, folder: Path, stage: Stage) -> None:
+    """Tied weights are written once. config.json is the base's: a training changes nothing in it."""
+    from capas.model import MAX_SHARD_SIZE
+
+    model.save_pretrained(folder, max_shard_size=MAX_SHARD_SIZE)
+    for file in folder.iterdir():
+        file.chmod(0o644)  # safetensors writes files that only their owner can read
+    for file in [stage.dep(QUANTIZED) / "config.json", *sorted(stage.dep(QUANTIZED).glob("*.py"))]:
+        shutil.copyfile(file, folder / file.name)
+
+
+def write_certificate(folder: Path, checks: dict[str, Any], params: Params, stage: Stage) -> None:
+    """The weights' sha256, what was checked, DVC's md5 of its inputs, and the values in effect."""
     outs = [out for entry in recorded(stage.root).values() for out in entry.get("outs", [])]
     inputs = {out["path"]: out["md5"] for out in outs if out["path"] in stage.spec.deps}
     facts = {
-        "adapter_sha256": hashlib.sha256(weights.read_bytes()).hexdigest(),
+        f"{'adapter' if saved.is_adapter(folder) else 'model'}_sha256": saved.sha256(folder),
         "train_key": stage.key(),
         "checks": checks,
         "inputs": dict(sorted(inputs.items())),
@@ -348,9 +403,10 @@ def write_certificate(weights: Path, checks: dict[str, Any], params: Params, sta
         "packages": stage.spec.values(stage.root)["environment.yaml"],
     }
     if params.lora.adapter_name_or_path is not None:
-        folder = stage.dep(adapter.FOLDER)
-        sha256 = hashlib.sha256((folder / adapter.WEIGHTS).read_bytes()).hexdigest()
-        facts["initial_adapter"] = {**read_json(folder / adapter.ORIGIN), "sha256": sha256}
+        start = stage.dep(adapter.FOLDER)
+        facts["initial_adapter"] = read_json(start / adapter.ORIGIN) | {
+            "sha256": saved.sha256(start)
+        }
     write_json(stage.out("reports/certificate.json"), facts)
 
 

@@ -38,6 +38,9 @@ MORE = (
 )
 
 
+FULL = ("lora=none", "quantization=none")
+
+
 def problems(values: dict[str, Any]) -> str:
     with pytest.raises(CapasError) as caught:
         validate(values)
@@ -45,7 +48,7 @@ def problems(values: dict[str, Any]) -> str:
 
 
 def test_there_are_as_many_options_as_we_think() -> None:
-    assert len(OPTIONS) == 53
+    assert len(OPTIONS) == 55
     assert {group for group, _ in OPTIONS} == set(GROUPS)
 
 
@@ -53,7 +56,8 @@ def test_there_are_as_many_options_as_we_think() -> None:
 def test_every_option_composes_is_valid_and_names_itself(
     compose: Callable[[list[str]], Any], group: str, option: str
 ) -> None:
-    values = compose([f"{group}={option}"])
+    beside = ["quantization=none"] if (group, option) == ("lora", "none") else []
+    values = compose([f"{group}={option}", *beside])
     validate(values)
     assert values[group]["preset"] == option
 
@@ -141,6 +145,23 @@ def test_all_problems_are_reported_at_once(compose: Callable[[list[str]], Any]) 
         (["lora.init_lora_weights=orthogonal"], "here integers"),
         (["lora.init_lora_weights=orthogonal", "quantization=none", "lora.r=3"], "an even lora.r"),
         (["lora.init_lora_weights=pissa"], "init_lora_weights='pissa'"),
+        (["lora=none"], "quantization=none where all weights are trained"),
+        (
+            ["lora=none", "quantization=none", "lora.r=8"],
+            "values for all four, or null for all four",
+        ),
+        (["lora.target_modules=null"], "values for all four, or null for all four"),
+        (["lora=none", "quantization=none", "model.dtype=float16"], "float16 overflows"),
+        (
+            [*FULL, "trainer.loraplus_lr_ratio=16"],
+            "no option of LoRA where all weights are trained",
+        ),
+        ([*FULL, "lora.use_dora=true"], "no option of LoRA where all weights are trained"),
+        ([*FULL, "lora.init_lora_weights=orthogonal"], "no option of LoRA where all weights are"),
+        (
+            [*FULL, "lora.adapter_name_or_path=a/b"],
+            "no option of LoRA where all weights are trained",
+        ),
         (["lora.adapter_revision=main"], "null where the training starts from no adapter"),
         (
             ["lora.adapter_name_or_path=a/b", "lora.init_lora_weights=gaussian"],
