@@ -59,6 +59,7 @@ RUNS = (
     Run("llama_60m", "none", "float32", 4, 256),
     Run("llama_60m", "none", "float32", 4, 256, (CHECKPOINTED,)),
     Run("llama_60m", "none", "float32", 1, 1024),
+    Run("llama_60m", "none", "float32", 4, 256, ("lora=none",)),
     Run("llama_60m", "nf4", "float32", 4, 256),
     Run("llama_60m", "nf4", "bfloat16", 4, 256),
     Run("llama_60m", "int8", "float32", 4, 256),
@@ -166,7 +167,10 @@ def write_workspace(run: Run, root: Path, device: str) -> dict[str, Any]:
         values = compose(overrides)
     (root / "params.yaml").write_text(dump(values))
     (root / "data/formatted").mkdir(parents=True)
-    (root / "data/models/tokenizer").mkdir(parents=True)
+    for name in ("tokenizer", "initial_adapter"):
+        (root / "data/models" / name).mkdir(parents=True)
+    origin = {"adapter_name_or_path": None, "adapter_revision": None}
+    (root / "data/models/initial_adapter/origin.json").write_text(json.dumps(origin))
     chat = {"bos_token_id": None, "pad_token_id": 0, "stop_token_ids": [2]}
     (root / "data/formatted/chat.json").write_text(json.dumps(chat))
     (root / "data/formatted/chat_template.jinja").write_text("{# none #}")
@@ -174,7 +178,8 @@ def write_workspace(run: Run, root: Path, device: str) -> dict[str, Any]:
     for split, count in (("train", 2 * run.num_records), ("validation", run.num_records)):
         records = [record(f"{split}-{i}", run.num_tokens, vocabulary) for i in range(count)]
         write_records(root / f"data/formatted/{split}.parquet", FORMATTED, records)
-    outs = [*("data/formatted", "data/models/quantized", "data/models/tokenizer")]
+    names = ("initial_adapter", "quantized", "tokenizer")
+    outs = ["data/formatted", *(f"data/models/{name}" for name in names)]
     lines = "".join(f"    - {{path: {out}, md5: {'0' * 32}}}\n" for out in outs)
     (root / "dvc.lock").write_text(f"stages:\n  earlier:\n    outs:\n{lines}")
     return values

@@ -55,7 +55,7 @@ def measure(
     """Most bytes alive at once in each phase, less weights, adapter, gradients and optimizer.
 
     Args:
-        model: with LoRA layers, on the meta device (`build`).
+        model: as it is trained, on the meta device (`build`).
         phases: in the order in which they come.
         of_heap: whether tensors come from malloc, as they do on a CPU.
 
@@ -113,7 +113,7 @@ def _fused_loss(model: Any, phase: Phase, ids: torch.Tensor, mask: dict[str, Any
     """What Liger's loss (Hsu et al. 2024, section 3.2) keeps: the gradient of the hidden states, and the
     logits of one chunk of tokens.
     """
-    base = model.get_base_model()
+    base = getattr(model, "get_base_model", lambda: model)()
     with torch.autocast("cpu", torch.bfloat16, enabled=phase.mixed_precision):
         hidden = base.get_decoder()(input_ids=ids, **mask, use_cache=False).last_hidden_state
     vocabulary, size = base.get_output_embeddings().weight.shape
@@ -228,7 +228,7 @@ def _fake(tensor: torch.Tensor) -> torch.Tensor:
 def build(
     config: Any, model: Params, lora: Params, quantization: dict[str, Any] | None
 ) -> nn.Module:
-    """The model with LoRA layers on the meta device, its linear layers behaving as bitsandbytes' do.
+    """The model as it is trained, on the meta device, its linear layers behaving as bitsandbytes' do.
 
     Args:
         config: `transformers.PretrainedConfig`.
@@ -238,8 +238,10 @@ def build(
     Raises:
         ValueError: transformers or PEFT refuses.
     """
-    from peft import LoraConfig, get_peft_model
+    from peft import get_peft_model
     from transformers import AutoModelForCausalLM
+
+    from capas.lora import make_config, trains_all
 
     dtype = getattr(torch, model.dtype)
     flash = model.attn_implementation == "flash_attention_2"  # keeps what sdpa keeps
@@ -252,7 +254,7 @@ def build(
         )
         if quantization:
             _quantize(base, quantization)
-        return get_peft_model(base, LoraConfig(task_type="CAUSAL_LM", **lora.without("preset")))
+        return base if trains_all(lora) else get_peft_model(base, make_config(lora))
 
 
 def _quantize(base: Any, quantization: dict[str, Any]) -> None:

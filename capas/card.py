@@ -1,4 +1,4 @@
-"""The card of an adapter: what it was made from, what it scores, how it is loaded."""
+"""The card of an adapter, or of a whole model: what it was made from, what it scores, how it is loaded."""
 
 import json
 from collections.abc import Mapping
@@ -7,6 +7,7 @@ from typing import Any
 from capas import gate
 
 LOADING = "## How to load it"
+_WHOLE = "All of its weights were trained on; it is not needed to use the model."
 _GROUPS = ("lora", "quantization", "trainer")
 _SCORES = ("loss", "perplexity", "token_accuracy", "stop_rate")  # after the chosen metrics
 
@@ -19,6 +20,7 @@ def write_card(
     source: Mapping[str, Any],
     base: Mapping[str, Any],
     evaluation: Mapping[str, Any],
+    initial: Mapping[str, Any] | None = None,
 ) -> str:
     """Markdown with the header that the Hub reads.
 
@@ -27,17 +29,20 @@ def write_card(
         served: `capas.bundle.served_facts`.
         source: data/raw/source.json.
         base, evaluation: the two reports of scores.
+        initial: the adapter that the training started from, as the certificate has it.
     """
+    whole = values["lora.r"] is None
+    kind = "All weights trained of" if whole else "LoRA adapter of"
     parts = [
-        _header(served["base"], source),
-        f"# LoRA adapter of {served['base']['model_name_or_path']}, training {key}",
-        _made_from(served["base"], source),
+        _header(served["base"], source, whole),
+        f"# {kind} {served['base']['model_name_or_path']}, training {key}",
+        _made_from(served["base"], source, initial, whole),
         "## Scores on the test split",
         _scores(base, evaluation),
         "## Template",
         _template(values),
         LOADING,
-        _loading(run_id, served["base"]),
+        _loading(run_id, served["base"], whole),
         "## How to rebuild it",
         f"`capas rebuild {run_id}` in the repository that it comes from lays out the files as they were, "
         "trains again and compares the bytes.",
@@ -47,23 +52,34 @@ def write_card(
     return "\n\n".join(parts) + "\n"
 
 
-def _header(base: Mapping[str, Any], source: Mapping[str, Any]) -> str:
-    lines = ["---", "library_name: peft", "pipeline_tag: text-generation"]
+def _header(base: Mapping[str, Any], source: Mapping[str, Any], whole: bool) -> str:
+    library = "transformers" if whole else "peft"
+    lines = ["---", f"library_name: {library}", "pipeline_tag: text-generation"]
     if base["licence"]:
         lines.append(f"license: {base['licence']}")
     if base["hub"]:
         lines.append(f"base_model: {base['model_name_or_path']}")
     if "/" in source["path"]:
         lines.append(f"datasets: [{json.dumps(source['path'])}]")
-    return "\n".join([*lines, "tags: [lora, capas]", "---"])
+    return "\n".join([*lines, f"tags: [{'' if whole else 'lora, '}capas]", "---"])
 
 
-def _made_from(base: Mapping[str, Any], source: Mapping[str, Any]) -> str:
+def _made_from(
+    base: Mapping[str, Any],
+    source: Mapping[str, Any],
+    initial: Mapping[str, Any] | None,
+    whole: bool,
+) -> str:
     revision = f" at `{base['revision']}`" if base["revision"] else ""
     lines = [
         f"- Base model: `{base['model_name_or_path']}`{revision}, licence {base['licence']}. "
-        + _base_weights(base)
+        + (_WHOLE if whole else _base_weights(base))
     ]
+    if initial is not None:
+        lines.append(
+            f"- Trained on from the adapter `{initial['adapter_name_or_path']}` at "
+            f"`{initial['adapter_revision']}`, sha256 `{initial['sha256']}`."
+        )
     for origin in source["sources"]:
         at = f" at `{origin['revision']}`" if origin["revision"] else ""
         lines.append(
@@ -97,16 +113,20 @@ def _scores(base: Mapping[str, Any], evaluation: Mapping[str, Any]) -> str:
     return "\n".join([f"{tuned['num_records']:,} records. {judged}", "", *rows])
 
 
-def _loading(run_id: str, base: Mapping[str, Any]) -> str:
-    before = "" if base["packed"] or base["hub"] else "Set `CAPAS_BASE` first.\n\n"
+def _loading(run_id: str, base: Mapping[str, Any], whole: bool) -> str:
+    before = "" if whole or base["packed"] or base["hub"] else "Set `CAPAS_BASE` first.\n\n"
+    alone = (
+        "With transformers alone: `AutoModelForCausalLM.from_pretrained(FOLDER)`"
+        if whole
+        else "With PEFT alone: `PeftModel.from_pretrained(base, FOLDER)`"
+    )
     return (
         f"{before}With MLflow, greedy completions in the template of the training:\n\n"
         "```python\nimport mlflow, pandas as pd\n\n"
         f'model = mlflow.pyfunc.load_model("runs:/{run_id}/model")\n'
         'model.predict(pd.DataFrame({"prompt": ["..."]}))["completion"]\n```\n\n'
         "`messages`, a list of role and content (or that as JSON), instead of `prompt`, is a whole "
-        "conversation. With PEFT alone: `PeftModel.from_pretrained(base, FOLDER)` on the folder `adapter`, "
-        "whose tokenizer brings the chat template."
+        f"conversation. {alone} on the folder `adapter`, whose tokenizer brings the chat template."
     )
 
 
@@ -119,7 +139,11 @@ def _template(values: Mapping[str, Any]) -> str:
 
 
 def for_hub(
-    card: str, name: str, base: Mapping[str, Any], merged: Mapping[str, Any] | None = None
+    card: str,
+    name: str,
+    base: Mapping[str, Any],
+    merged: Mapping[str, Any] | None = None,
+    whole: bool = False,
 ) -> str:
     """The card as it stands in a repository of the Hub.
 
@@ -128,13 +152,14 @@ def for_hub(
         name: of the repository, OWNER/NAME.
         base: `capas.bundle.served_facts()["base"]`.
         merged: merge.json, where the repository holds the merged model.
+        whole: whether all weights were trained.
     """
     before, _, rest = card.partition(f"\n\n{LOADING}\n\n")
     after = rest.partition("\n\n## ")[2]
     if merged is not None:
         before = before.replace("library_name: peft", "library_name: transformers", 1)
         before = before.replace("# LoRA adapter of", "# With its LoRA adapter merged in:", 1)
-    code = _merged_code(name) if merged is not None else _adapter_code(name, base)
+    code = _whole_code(name) if whole or merged is not None else _adapter_code(name, base)
     told = [LOADING, f"```python\n{code}\n```"]
     if merged is not None:
         told.append(
@@ -142,14 +167,14 @@ def for_hub(
             f"{merged['difference']:.2g} of the largest; the most probable next token is the same for "
             f"{merged['num_same_next_token']} of {merged['num_tokens']} tokens."
         )
-    elif not base["hub"] and not base["packed"]:
+    elif not whole and not base["hub"] and not base["packed"]:
         told.append(
             f"BASE is a folder with `{base['model_name_or_path']}`, which is not on the Hub."
         )
     return "\n\n".join([before, *told, f"## {after}"])
 
 
-def _merged_code(name: str) -> str:
+def _whole_code(name: str) -> str:
     return (
         "from transformers import AutoModelForCausalLM, AutoTokenizer\n\n"
         f'model = AutoModelForCausalLM.from_pretrained("{name}")\n'

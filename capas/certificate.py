@@ -1,6 +1,7 @@
-"""What is certain of a trained adapter: checks that are made when it has been saved."""
+"""What is certain of a trained model: checks that are made when it has been saved."""
 
 import hashlib
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -17,7 +18,7 @@ _MAX_DIFFERENCE = 1e-5  # of the largest logit
 
 
 def fingerprint(model: torch.nn.Module) -> str:
-    """sha256 of all weights but those of LoRA, quantized ones as they are stored.
+    """sha256 of all weights but those of LoRA, quantized ones as they are stored; tied ones count twice.
 
     Of a model that is divided all processes ask for it.
 
@@ -34,7 +35,11 @@ def fingerprint(model: torch.nn.Module) -> str:
 
 
 def check_adapter(
-    model: Any, folder: Path, batch: dict[str, torch.Tensor], base: str
+    model: Any,
+    folder: Path,
+    batch: dict[str, torch.Tensor],
+    base: str,
+    initial: Path | None = None,
 ) -> dict[str, Any]:
     """Check what was just saved against the model that was trained.
 
@@ -43,6 +48,7 @@ def check_adapter(
         folder: where it was saved.
         batch: records whose logits are compared.
         base: `fingerprint` from before the training.
+        initial: folder of the adapter that the training started from.
 
     Returns:
         The facts, for the certificate.
@@ -52,9 +58,7 @@ def check_adapter(
             gives other logits than the trained one (of a model that is divided: has other weights).
     """
     weights = load_file(folder / WEIGHTS)
-    broken = sorted(name for name, weight in weights.items() if not weight.isfinite().all())
-    if broken:
-        raise CapasError(f"the adapter holds weights that are no numbers: {listed(broken)}")
+    _check_finite("the adapter", weights)
     outer = {name: weight for name, weight in weights.items() if "lora_B" in name}
     zero = sorted(name for name, weight in outer.items() if not weight.any())
     if outer and len(zero) == len(outer):
@@ -62,16 +66,17 @@ def check_adapter(
             "nothing was learned: every lora_B is zero, as before the training. Is trainer.learning_rate "
             "large enough, and does any record carry loss (reports/mask.html)?"
         )
+    if initial is not None and _are_equal(weights, load_file(initial / WEIGHTS)):
+        raise CapasError(
+            "nothing was learned: the adapter is the one that the training started from. Is "
+            "trainer.learning_rate large enough, and does any record carry loss (reports/mask.html)?"
+        )
     if fingerprint(model) != base:
         raise CapasError("the training changed weights of the base, which must stay as they are")
     divided = any(isinstance(parameter, DTensor) for parameter in model.parameters())
     what = "weight" if divided else "logit"
     difference = _of_weights(model, weights) if divided else _of_logits(model, folder, batch)
-    if not difference <= _MAX_DIFFERENCE:  # nor NaN
-        raise CapasError(
-            f"the saved adapter gives other {what}s than the trained one: they differ by {difference:.3g} of "
-            "the largest"
-        )
+    _check_difference("adapter", what, difference)
     return {
         "num_weights": sum(weight.numel() for weight in weights.values()),
         "all_finite": True,
@@ -81,6 +86,64 @@ def check_adapter(
         "base_unchanged": True,
         f"reloaded_{what}_difference": difference,
     }
+
+
+def check_whole(
+    model: torch.nn.Module,
+    folder: Path,
+    batch: dict[str, torch.Tensor],
+    base: str,
+    load: Callable[[], torch.nn.Module],
+) -> dict[str, Any]:
+    """As `check_adapter`, where all weights were trained.
+
+    Args:
+        model: after its last step, as it computes outside of mixed precision.
+        load: loads what is in `folder`, a second model beside this one.
+
+    Raises:
+        CapasError: a weight is no number, none was changed, or the saved model gives other logits than the
+            trained one.
+    """
+    num_weights = 0
+    for file in sorted(folder.glob("*.safetensors")):
+        weights = load_file(file)
+        _check_finite("the model", weights)
+        num_weights += sum(weight.numel() for weight in weights.values())
+    if fingerprint(model) == base:
+        raise CapasError(
+            "nothing was learned: all weights are as before the training. Is trainer.learning_rate large "
+            "enough for the type of the weights, and does any record carry loss (reports/mask.html)?"
+        )
+    trained = compute_logits(model, batch).float()
+    saved = compute_logits(load(), batch).float()
+    difference = float((trained - saved).abs().max() / trained.abs().max())
+    _check_difference("model", "logit", difference)
+    return {
+        "num_weights": num_weights,
+        "all_finite": True,
+        "base_sha256": base,
+        "weights_changed": True,
+        "reloaded_logit_difference": difference,
+    }
+
+
+def _check_finite(what: str, weights: dict[str, torch.Tensor]) -> None:
+    broken = sorted(name for name, weight in weights.items() if not weight.isfinite().all())
+    if broken:
+        raise CapasError(f"{what} holds weights that are no numbers: {listed(broken)}")
+
+
+def _check_difference(saved: str, what: str, difference: float) -> None:
+    if not difference <= _MAX_DIFFERENCE:  # nor NaN
+        raise CapasError(
+            f"the saved {saved} gives other {what}s than the trained one: they differ by {difference:.3g} of "
+            "the largest"
+        )
+
+
+def _are_equal(weights: dict[str, torch.Tensor], others: dict[str, torch.Tensor]) -> bool:
+    return all(weight.equal(others[name].to(weight.dtype)) for name, weight in weights.items())
 
 
 def _of_weights(model: Any, saved: dict[str, torch.Tensor]) -> float:

@@ -143,16 +143,21 @@ class Quantization(Group):
 
 
 class Lora(Group):
-    """`peft.LoraConfig`."""
+    """`peft.LoraConfig`; the adapter that a training starts from is capas' own.
 
-    r: Count
-    lora_alpha: Annotated[float, Field(gt=0)] | Count
-    lora_dropout: Annotated[float, Field(ge=0, lt=1)]
-    target_modules: str | Annotated[list[str], Field(min_length=1)]
+    The first four are null where all weights are trained.
+    """
+
+    r: Count | None
+    lora_alpha: Annotated[float, Field(gt=0)] | Count | None
+    lora_dropout: Annotated[float, Field(ge=0, lt=1)] | None
+    target_modules: str | Annotated[list[str], Field(min_length=1)] | None
     bias: Literal["none", "all", "lora_only"]
     use_rslora: bool
     use_dora: bool
     init_lora_weights: Literal[True] | Literal["gaussian", "orthogonal"]
+    adapter_name_or_path: Annotated[str, Field(min_length=1)] | None
+    adapter_revision: str | None
 
 
 class Trainer(Group):
@@ -436,13 +441,46 @@ RULES = (
     ),
     Rule(
         ("lora.init_lora_weights", "lora.r"),
-        lambda init, r: init != "orthogonal" or r % 2 == 0,
+        lambda init, r: init != "orthogonal" or r is None or r % 2 == 0,
         "an even lora.r: orthogonal draws A and B in pairs of rows",
     ),
     Rule(
         ("lora.init_lora_weights", "quantization.load_in_4bit", "quantization.load_in_8bit"),
         lambda init, four, eight: init != "orthogonal" or not (four or eight),
         "true or gaussian: PEFT gives orthogonal matrices the type of the base's weights, here integers",
+    ),
+    Rule(
+        ("lora.r", "lora.lora_alpha", "lora.lora_dropout", "lora.target_modules"),
+        lambda *values: len({value is None for value in values}) == 1,
+        "values for all four, or null for all four: lora=none trains all weights, without LoRA",
+    ),
+    Rule(
+        (
+            *("lora.r", "lora.use_rslora", "lora.use_dora", "lora.init_lora_weights"),
+            *("lora.adapter_name_or_path", "trainer.loraplus_lr_ratio"),
+        ),
+        lambda r, *of_lora: r is not None or of_lora == (False, False, True, None, None),
+        "no option of LoRA where all weights are trained: lora=all_linear, or leave it out",
+    ),
+    Rule(
+        ("lora.r", "quantization.load_in_4bit", "quantization.load_in_8bit"),
+        lambda r, four, eight: r is not None or not (four or eight),
+        "quantization=none where all weights are trained (lora=none): quantized ones cannot be",
+    ),
+    Rule(
+        ("lora.r", "model.dtype"),
+        lambda r, dtype: r is not None or dtype != "float16",
+        "model.dtype=float32, or bfloat16, where all weights are trained: float16 overflows",
+    ),
+    Rule(
+        ("lora.init_lora_weights", "lora.adapter_name_or_path"),
+        lambda init, name: name is None or init is True,
+        "true: the adapter that the training starts from brings its weights",
+    ),
+    Rule(
+        ("lora.adapter_revision", "lora.adapter_name_or_path"),
+        lambda revision, name: name is not None or revision is None,
+        "null where the training starts from no adapter",
     ),
     Rule(
         ("trainer.bf16", "trainer.fp16"),
@@ -506,6 +544,11 @@ RULES = (
         ("hardware.cudnn_benchmark", "hardware.cudnn_deterministic"),
         lambda benchmark, deterministic: not (benchmark and deterministic),
         "one of the two at most: what cuDNN's benchmark chooses differs from run to run",
+    ),
+    Rule(
+        ("hardware.num_processes", "lora.r"),
+        lambda processes, r: processes == 1 or r is not None,
+        "one process where all weights are trained: lora=none learns on one device",
     ),
     Rule(
         ("hardware.num_processes", "hardware.num_machines"),

@@ -18,7 +18,7 @@ from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any
 
-from capas import inputs
+from capas import inputs, saved
 from capas.dag import StageSpec, input_key, md5, recorded, recorded_key
 from capas.errors import CapasError
 from capas.facts import read_json
@@ -100,8 +100,7 @@ def send(store: Store, run: Any, stage: Stage, is_new: bool) -> None:
     One that leads back to the training is not replaced by one that does not.
     """
     have, run_id = run.data.tags, run.info.run_id
-    adapter = stage.dep("data/models/adapter") / "adapter_model.safetensors"
-    tags = {ADAPTER: inputs.sha256(adapter)}
+    tags = {ADAPTER: saved.sha256(stage.dep(saved.FOLDER))}
     is_known = have.get(BASE, UNKNOWN) != UNKNOWN
     if is_new or not is_known:
         tags |= _send_state(store, run_id, have, stage, is_known)

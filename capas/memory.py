@@ -1,13 +1,15 @@
 """What a training needs in memory, estimated before it starts, and whether the machine has it.
 
     weights              of the base; quantized ones 4 or 8 bits a weight, the others model.dtype
+                         (where all of them are trained there is no adapter, and what follows is theirs)
     quantization_state   the scales of 4-bit blocks (Dettmers et al. 2023, section 3) or of int8 rows
     adapter              float32, as PEFT keeps it
-    gradients            float32, of the adapter alone
+    gradients            of the adapter alone, float32
     gradient_buckets     the same once more, where several processes average them (DDP)
     gathered_weights     of two layers, where each process has a part of all others (FSDP2)
     optimizer            per parameter of the adapter: 8 bytes of AdamW, 2 and the scales of 8-bit AdamW, ...
     activations          what a step, or an evaluation, keeps at most: `capas.activations`
+    update               where all weights are trained: what the optimizer's step needs beyond that
     allocator            on a CPU, the holes in malloc's heap between them: `capas.heap`
 
 All but the last follow from configuration, data and the installed packages alone. What Python and its
@@ -131,6 +133,7 @@ def estimate(
     from transformers import AutoConfig
 
     from capas import activations
+    from capas.lora import trains_all
 
     facts = read_json(folder / "config.json")
     check_causal(facts, str(folder))
@@ -151,24 +154,53 @@ def estimate(
             f"{type(error).__name__}: {error}"
         ) from error
     phase = max(alive, key=lambda name: alive[name])
-    adapter = [tuple(p.shape) for p in built.parameters() if p.requires_grad]
-    frozen = [p for p in built.parameters() if not p.requires_grad]
-    num_adapter_bytes = _FLOAT32 * sum(map(math.prod, adapter))
     parts = {
-        "weights": sum(_weight_bytes(p, quantized) for p in frozen),
-        "quantization_state": sum(_state_bytes(p, quantized) for p in frozen),
-        "adapter": num_adapter_bytes,
-        "gradients": num_adapter_bytes,
-        "optimizer": optimizer_bytes(trainer.optim, adapter),
+        **(
+            _of_all(built, trainer.optim)
+            if trains_all(lora)
+            else _of_lora(built, quantized, trainer)
+        ),
         "activations": alive[phase],
     }
     if workload.divided:
         parts = _divided(parts, built, workload.num_processes)
     elif workload.num_processes > 1:
-        parts["gradient_buckets"] = num_adapter_bytes
+        parts["gradient_buckets"] = parts["gradients"]
+    if trains_all(lora):
+        parts["update"] = max(0, _update_bytes(built, workload.on_cpu) - alive[phase])
     if held is not None:
         parts["allocator"] = max(0, held - alive[phase])
     return Estimate(parts, phase)
+
+
+def _of_lora(built: Any, quantized: dict[str, Any] | None, trainer: Params) -> dict[str, int]:
+    adapter = [tuple(p.shape) for p in built.parameters() if p.requires_grad]
+    frozen = [p for p in built.parameters() if not p.requires_grad]
+    num_adapter_bytes = _FLOAT32 * sum(map(math.prod, adapter))
+    return {
+        "weights": sum(_weight_bytes(p, quantized) for p in frozen),
+        "quantization_state": sum(_state_bytes(p, quantized) for p in frozen),
+        "adapter": num_adapter_bytes,
+        "gradients": num_adapter_bytes,
+        "optimizer": optimizer_bytes(trainer.optim, adapter),
+    }
+
+
+def _of_all(built: Any, optim: str) -> dict[str, int]:
+    """Gradients have the type of their weights."""
+    weights = list(built.parameters())
+    num_bytes = sum(p.numel() * p.element_size() for p in weights)
+    states = (optimizer_bytes(optim, [tuple(p.shape)], p.element_size()) for p in weights)
+    return {
+        **{"weights": num_bytes, "quantization_state": 0, "adapter": 0},
+        **{"gradients": num_bytes, "optimizer": sum(states)},
+    }
+
+
+def _update_bytes(built: Any, on_cpu: bool) -> int:
+    """torch steps weight by weight on a CPU, on a GPU over all at once, with a copy of a moment."""
+    sizes = [p.numel() * p.element_size() for p in built.parameters()]
+    return 2 * max(sizes) if on_cpu else sum(sizes)
 
 
 def _divided(parts: dict[str, int], built: Any, num_processes: int) -> dict[str, int]:
@@ -224,14 +256,18 @@ def _state_bytes(parameter: Any, quantization: dict[str, Any] | None) -> int:
     return blocks + _FLOAT32 * -(-blocks // _SCALES_BLOCK)
 
 
-def optimizer_bytes(optim: str, shapes: Iterable[Shape]) -> int:
+def optimizer_bytes(optim: str, shapes: Iterable[Shape], element_size: int = _FLOAT32) -> int:
     """What an optimizer of `trainer.optim` keeps from step to step for parameters of these shapes.
+
+    Args:
+        element_size: bytes of a parameter's number; torch's own optimizers keep theirs in the same type.
 
     Raises:
         KeyError: an optimizer that is not in the schema.
     """
     keep = _OPTIMIZERS[optim]
-    return sum(keep(shape) for shape in shapes)
+    kept: int = sum(keep(shape) for shape in shapes)
+    return kept * element_size // _FLOAT32 if optim in _AS_WEIGHTS else kept
 
 
 def _eight_bit(shape: Shape) -> int:
@@ -253,6 +289,7 @@ def _floats(number: int) -> Any:
     return lambda shape: _FLOAT32 * number * math.prod(shape)
 
 
+_AS_WEIGHTS = ("adamw_torch", "adamw_torch_fused", "adagrad", "rmsprop")
 _OPTIMIZERS: dict[str, Any] = {
     "adamw_torch": _floats(2),
     "adamw_torch_fused": _floats(2),
@@ -320,6 +357,9 @@ def ways_out(found: Estimate, workload: Workload, trainer: Params) -> list[str]:
     if workload.divided:
         by_weights = [f"hardware.num_processes above {workload.num_processes}"]
     by_adapter = [f"a smaller lora.r, or trainer.optim=adamw_8bit instead of {trainer.optim}"]
+    if "update" in found.parts:
+        by_weights = ["lora=all_linear quantization=nf4 instead of lora=none"]
+        by_adapter = [f"trainer.optim=adamw_8bit instead of {trainer.optim}"]
     mostly_weights = found.parts["weights"] > found.parts["activations"]
     return (
         [*by_weights, *ways, *by_adapter] if mostly_weights else [*ways, *by_weights, *by_adapter]

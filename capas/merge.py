@@ -22,7 +22,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from capas import inputs, tuned
+from capas import saved, tuned
 from capas.errors import CapasError
 from capas.facts import write_json
 from capas.tuned import Tuned
@@ -36,7 +36,6 @@ DTYPES = ("float32", "bfloat16", "float16")
 # Of the largest logit: what rounding every weight to this precision may move (measured: tests/test_merge.py).
 TOLERANCE = {"float32": 1e-3, "float16": 2e-2, "bfloat16": 1e-1}
 INT8_TOLERANCE = 1e-1  # int8 layers round what goes through them, too; a merged layer does not
-MAX_SHARD_SIZE = "2GB"
 NUM_NEW_TOKENS = 32  # of each answer that is compared
 _OF_ADAPTER = ("adapter_config.json", "adapter_model.safetensors", "README.md")
 
@@ -61,6 +60,7 @@ def command(options: argparse.Namespace) -> int:
         raise CapasError(f"{options.folder} exists already; name a folder that does not")
     partial = options.folder.with_name(f".{options.folder.name}.partial")
     with tuned.tuned(Path.cwd(), options.run) as source:
+        check_is_adapter(source)
         try:
             facts = merge(source, partial, options.dtype, options.tolerance)
             tuned.say(told(facts))
@@ -74,6 +74,16 @@ def command(options: argparse.Namespace) -> int:
             shutil.rmtree(partial, ignore_errors=True)
     tuned.say(f"{options.folder} holds {source.name}, merged")
     return 0
+
+
+def check_is_adapter(source: Tuned) -> None:
+    """Raises CapasError: all weights were trained, so that there is nothing to merge."""
+    if not saved.is_adapter(source.folder / "adapter"):
+        where = saved.FOLDER if source.run_id is None else f"the artifact adapter of {source.name}"
+        raise CapasError(
+            f"{source.name} needs no merging, it is a whole model already: {where}, for "
+            "AutoModelForCausalLM.from_pretrained"
+        )
 
 
 def merge(
@@ -90,7 +100,7 @@ def merge(
     """
     import torch
 
-    from capas.model import quantization_method
+    from capas.model import MAX_SHARD_SIZE, quantization_method
     from capas.served import Served
 
     served = Served(source.folder)
@@ -107,7 +117,7 @@ def merge(
             shutil.copyfile(file, folder / file.name)
     del served, plain
     facts = {
-        "adapter_sha256": inputs.sha256(source.folder / "adapter/adapter_model.safetensors"),
+        "adapter_sha256": saved.sha256(source.folder / "adapter"),
         "dtype": chosen,
         **compare(folder, chosen, trusted, ids, expected),
         "tolerance": allowed if tolerance is None else tolerance,

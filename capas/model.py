@@ -1,7 +1,8 @@
-"""Models as the stages load them: the base in full precision or quantized, with or without an adapter."""
+"""Models as the stages load them: the base in full precision or quantized, and the tuned model."""
 
 import logging
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -15,9 +16,11 @@ from capas.architecture import check_causal, stored_quantization
 from capas.errors import CapasError
 from capas.facts import read_json
 from capas.params import Params
+from capas.saved import is_adapter
 
 transformers_logging.disable_progress_bar()
 log = logging.getLogger("capas")
+MAX_SHARD_SIZE = "2GB"  # a shard is copied before it is written
 
 
 def load_model(folder: Path, model: Params, device: torch.device, **kwargs: Any) -> PreTrainedModel:
@@ -50,6 +53,43 @@ def load_model(folder: Path, model: Params, device: torch.device, **kwargs: Any)
     _check_blocks(loaded)
     _keep_kernel(loaded)
     return loaded.eval()
+
+
+class Tuned:
+    """The tuned model, `model`, and its base.
+
+    Args:
+        folder: what the training left, an adapter or a whole model.
+        model, device: as of `load_model`.
+        load_base: loads what an adapter belongs to; beside a whole model only where the base is asked for.
+    """
+
+    def __init__(
+        self,
+        folder: Path,
+        model: Params,
+        device: torch.device,
+        load_base: Callable[[], PreTrainedModel],
+    ) -> None:
+        self.is_adapter, self._load_base = is_adapter(folder), load_base
+        self._base: Any = None
+        self.model: Any = (
+            attach_adapter(load_base(), folder)
+            if self.is_adapter
+            else load_model(folder, model, device)
+        )
+
+    @contextmanager
+    def base(self) -> Iterator[Any]:
+        """The model before the training: the adapter switched off, or the base beside the whole model."""
+        if self.is_adapter:
+            with self.model.disable_adapter():
+                yield self.model
+            return
+        if self._base is None:
+            with torch.random.fork_rng():  # of whoever is about to sample
+                self._base = self._load_base()
+        yield self._base
 
 
 def attach_adapter(model: PreTrainedModel, folder: Path) -> nn.Module:

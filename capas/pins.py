@@ -24,11 +24,23 @@ from capas.dag import read_yaml
 from capas.dataset.files import is_url, url_revision
 from capas.errors import CapasError
 from capas.hub import Repository, is_commit
-from capas.sources import Source, find_source, folder_revision, on_hub
+from capas.sources import (
+    ADAPTER,
+    MODEL,
+    Kind,
+    Source,
+    adapter_revision,
+    find_source,
+    folder_revision,
+    on_hub,
+)
 
 log = logging.getLogger("capas")
 REVISIONS = CONF / "revisions.yaml"
-KEYS = frozenset({"model.revision", "dataset.revision", "dataset.mix"})  # what a pin changes
+KEYS = frozenset(  # what a pin changes
+    {"model.revision", "lora.adapter_revision", "dataset.revision", "dataset.mix"}
+)
+SECTIONS = ("models", "adapters", "datasets")  # an adapter on the Hub is a model there
 MAIN = "main"
 _FILE = re.compile(r".*\.(jsonl?|ndjson|csv|tsv|parquet|txt|arrow)(\.(gz|zst|bz2|xz))?")
 _PINNED = re.compile(r"[0-9a-f]{40}|[0-9a-f]{16}(-[0-9a-f]{16})?")
@@ -54,10 +66,14 @@ class Place:
     entry: str  # in that section
     ask: Callable[[], str]  # what it stands for now
 
+    @property
+    def leaf(self) -> str:
+        return self.key.rpartition(".")[2]
+
 
 def _of_hub(node: dict[str, Any], key: str, repository: Repository) -> Iterator[Place]:
     """None where conf/ gives the commit itself."""
-    revision = node.get("revision")  # a source of a mixture may leave it out
+    revision = node.get(key.rpartition(".")[2])  # a source of a mixture may leave it out
     if is_commit(revision):
         return
 
@@ -87,9 +103,10 @@ class Pins:
         """Raises CapasError: the file is not as this module writes it."""
         entries = read_yaml(file) if file.exists() else {}
         for section, pins in entries.items():
-            if section not in ("models", "datasets") or not isinstance(pins, dict):
+            if section not in SECTIONS or not isinstance(pins, dict):
                 raise CapasError(
-                    f"{file}: {section}: expected models or datasets, with their entries"
+                    f"{file}: {section}: expected {', '.join(SECTIONS[:-1])} or {SECTIONS[-1]}, with their "
+                    "entries"
                 )
             for entry, pin in pins.items():
                 if not isinstance(pin, str) or not _PINNED.fullmatch(pin):
@@ -144,7 +161,7 @@ class Pins:
                 log.info("%s is %s, from now on: conf/revisions.yaml", place.entry, pin)
                 self._record(place, pin)
             if pin is not None:
-                place.node["revision"] = pin
+                place.node[place.leaf] = pin
         return values
 
     def _recorded(self, place: Place) -> str | None:
@@ -155,26 +172,32 @@ class Pins:
 
     def _places(self, values: Values, strict: bool) -> Iterator[Place]:
         """Where a revision that may move stands; `strict` minds a name that means nothing."""
-        yield from self._model(values, strict)
+        yield from self._model(values, strict, MODEL)
+        yield from self._model(values, strict, ADAPTER)
         yield from self._datasets(values)
 
-    def _model(self, values: Values, strict: bool) -> Iterator[Place]:
-        node, key = _named(values.get("model"), "model_name_or_path"), "model.revision"
+    def _model(self, values: Values, strict: bool, kind: Kind) -> Iterator[Place]:
+        """Of the base, or of the adapter that a training starts from."""
+        group, _, key = kind.key.partition(".")
+        revision = kind.revision.rpartition(".")[2]
+        node = _named(values.get(group), key, revision)
         if node is None:
             return
-        name = node["model_name_or_path"]
+        name = node[key]
         try:
-            source = find_source(name, self.root)
+            source = find_source(name, self.root, kind)
         except CapasError:
             if strict:
                 raise
             return
         if source is Source.HUB:
-            yield from _of_hub(node, key, on_hub(name))
+            yield from _of_hub(node, kind.revision, on_hub(name, kind))
         elif (
-            source is Source.FOLDER and node.get("revision") is None
+            source is Source.FOLDER and node.get(revision) is None
         ):  # a given one the stages compare
-            yield Place(node, key, "models", name, partial(folder_revision, self.root / name))
+            stands_for = folder_revision if kind is MODEL else adapter_revision
+            ask = partial(stands_for, self.root / name)
+            yield Place(node, kind.revision, f"{kind.called}s", name, ask)
 
     def _datasets(self, values: Values) -> Iterator[Place]:
         dataset = values.get("dataset")
@@ -208,8 +231,8 @@ def _texts(value: Any) -> list[str]:
     return [value] if isinstance(value, str) else []
 
 
-def _named(node: Any, key: str) -> dict[str, Any] | None:
+def _named(node: Any, key: str, revision: str = "revision") -> dict[str, Any] | None:
     """The node, if its name and revision have the right types; the schema reports what is wrong."""
     if not isinstance(node, dict) or not isinstance(node.get(key), str):
         return None
-    return node if isinstance(node.get("revision"), str | None) else None
+    return node if isinstance(node.get(revision), str | None) else None

@@ -1,6 +1,7 @@
 """Push the model of a run to the Hugging Face Hub, with its card.
 
-    capas push OWNER/NAME                      the adapter of the workspace's training, as it was published
+    capas push OWNER/NAME                      the adapter of the workspace's training, as it was published;
+                                               the whole model, where all weights were trained
     capas push OWNER/NAME --run RUN            of another run: its id, its beginning, its name, an experiment
     capas push OWNER/NAME --merged FOLDER      what `capas merge` wrote, instead of the adapter
 
@@ -19,7 +20,7 @@ from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any
 
-from capas import card, runs
+from capas import card, runs, saved
 from capas.errors import CapasError
 from capas.facts import read_json
 from capas.lineage import ADAPTER
@@ -60,11 +61,14 @@ def command(options: argparse.Namespace) -> int:
                 return 1
             client.download_artifacts(run.info.run_id, MODEL, temporary)
         data = Path(temporary, SERVED)
-        files = of_adapter(data) if options.merged is None else of_merged(options.merged, run)
+        whole = not saved.is_adapter(data / "adapter")
+        if whole and options.merged:
+            raise CapasError("--merged: the run's model is a whole one already; leave it out")
+        files = of_tuned(data) if options.merged is None else of_merged(options.merged, run)
         text = (data / "adapter/README.md").read_text(encoding="utf-8")
         facts = read_json(options.merged / "merge.json") if options.merged else None
         base = read_json(data / "served.json")["base"]
-        shown = card.for_hub(text, options.name, base, facts)
+        shown = card.for_hub(text, options.name, base, facts, whole)
         url = send(options.name, files, shown, run, options.private, options.branch)
     sys.stdout.write(f"{url}\n")
     return 0
@@ -79,9 +83,11 @@ def own_training(root: Path) -> str:
     return str(read_json(root / "reports/train.json")["train_key"])
 
 
-def of_adapter(data: Path) -> dict[str, Path]:
-    """{path in the repository: file}."""
+def of_tuned(data: Path) -> dict[str, Path]:
+    """{path in the repository: file}; an adapter takes its base along, where that was packed."""
     adapter = {file.name: file for file in (data / "adapter").iterdir() if file.name != "README.md"}
+    if not saved.is_adapter(data / "adapter"):
+        return adapter
     base = {f"base/{file.name}": file for file in (data / "base").glob("*")}
     return adapter | base
 

@@ -22,7 +22,7 @@ from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from typing import Any
 
-from capas import dag, inputs, links, runs
+from capas import dag, links, runs, saved
 from capas.clone import bring, cache_of, environment, share_cache, stored
 from capas.dag import StageSpec, read_yaml, recorded, recorded_key
 from capas.errors import CapasError
@@ -36,7 +36,7 @@ from capas.sweep.process import follow
 from capas.worktree import check_out, empty_clone, git
 
 FOLDER = Path(".dvc/tmp/rebuild")
-WEIGHTS, FACTS = "data/models/adapter/adapter_model.safetensors", "reports/train.json"
+FACTS = "reports/train.json"
 _TOLD = ("Running stage", "Stage '")
 
 
@@ -104,7 +104,7 @@ class Rebuilt:
         """Take the adapter out of the cache or the remote."""
         self._pull(["train"])
         self._dvc("checkout", "--quiet", "train", allowed="cannot be restored")
-        if not (self.work / WEIGHTS).exists():
+        if not any((self.work / saved.FOLDER).glob("*.safetensors")):
             raise CapasError(
                 "neither DVC's cache here nor a remote has the adapter. Without --restore it is trained anew"
             )
@@ -168,7 +168,7 @@ class Rebuilt:
 
     def _compared(self, how: str, everything: bool = False) -> int:
         expected = self._run.data.tags[ADAPTER]
-        found = inputs.sha256(self.work / WEIGHTS)
+        found = saved.sha256(self.work / saved.FOLDER)
         sys.stdout.write(f"recorded  {expected}\nhere      {found}\n")
         differing = differences(self.lock, recorded(self.work))
         if found == expected and not (everything and differing):

@@ -7,7 +7,8 @@ A row has a `prompt`, which is put after the system message that the training ha
 content, as a list or as JSON; `tools`, the same way, where the template has a place for them. This module and
 what it imports travel with the model. `capas.bundle` writes the folder:
 
-    adapter/   weights, tokenizer, template      base/   the base, where it is small enough to take along
+    adapter/   weights (of a whole model where all were trained), tokenizer, template
+    base/      the base, where it is small enough to take along
     chat.json  the template's tokens             served.json   how all of it was run
 """
 
@@ -44,9 +45,8 @@ class Served:
 
     def __init__(self, folder: Path) -> None:
         self.facts, self.chat = read_json(folder / "served.json"), read_json(folder / "chat.json")
-        base = base_folder(folder, self.facts["base"])
         device = choose_device(self.facts["hardware"])
-        from capas.model import attach_adapter, load_model
+        from capas.model import Tuned, load_model
 
         adapter, chat = folder / "adapter", self.chat
         text = (adapter / "chat_template.jinja").read_text(encoding="utf-8")
@@ -57,8 +57,14 @@ class Served:
                 f"{folder}: template and tokenizer do not encode as they did in the training; install "
                 "the packages of the model's requirements.txt"
             )
-        model = load_model(base, Params(self.facts["model"]), device, **self._quantization())
-        self.model: Any = attach_adapter(model, adapter)
+        model = Params(self.facts["model"])
+
+        def load_base() -> Any:
+            base = base_folder(folder, self.facts["base"])
+            return load_model(base, model, device, **self._quantization())
+
+        self.tuned = Tuned(adapter, model, device, load_base)
+        self.model: Any = self.tuned.model
 
     def predict(
         self, model_input: "pd.DataFrame", params: Mapping[str, Any] | None = None
@@ -150,7 +156,7 @@ def base_folder(folder: Path, base: Mapping[str, Any]) -> Path:
         return Path(own)
     if revision is None or not base["hub"]:
         raise CapasError(
-            f"this adapter belongs to the base {name}, a local folder of whoever trained it: set {BASE} "
+            f"this model belongs to the base {name}, a local folder of whoever trained it: set {BASE} "
             "to a folder with that model"
         )
     from huggingface_hub import snapshot_download

@@ -144,7 +144,8 @@ class Talk:
             if self._system is None or asked[0]["role"] == TEXT
             else [{"role": "system", "content": self._system}]
         )
-        model, ids = self._served.model, self._served.format.prompt_ids([*before, *asked])
+        tuned, ids = self._served.tuned, self._served.format.prompt_ids([*before, *asked])
+        model = tuned.model
         limit = getattr(model.config.get_text_config(), "max_position_embeddings", None)
         if limit is not None and len(ids) + self._max_new_tokens > limit:
             raise CapasError(
@@ -155,8 +156,8 @@ class Talk:
         config = generation_config(self._served.chat, self._max_new_tokens, **settings.without())
         inputs = torch.tensor([ids], device=model.device)
         streamer = _streamer(self._served)
-        with torch.inference_mode(), model.disable_adapter() if base else nullcontext():
-            model.generate(
+        with torch.inference_mode(), tuned.base() if base else nullcontext(model) as answering:
+            answering.generate(
                 input_ids=inputs,
                 attention_mask=torch.ones_like(inputs),
                 generation_config=config,

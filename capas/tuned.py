@@ -34,12 +34,16 @@ _MADE = (
 
 @dataclass(frozen=True)
 class Tuned:
-    """`folder` is one that `capas.served.Served` reads; `prompts` are conversations that end with a user."""
+    """`folder` is one that `capas.served.Served` reads; `prompts` are conversations that end with a user.
+
+    `run_id` is MLflow's; None: the model is the workspace's own.
+    """
 
     name: str
     folder: Path
     params: Params
     prompts: list[list[dict[str, Any]]]
+    run_id: str | None = None
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -130,4 +134,5 @@ def _of_run(root: Path, word: str, folder: Path) -> Tuned:
     asked = [dict(zip(rows["columns"], row, strict=True)) for row in rows["data"]]
     prompts = [messages_of(row, facts["system"], facts["role"]) for row in asked]
     params = Params(read_yaml(folder / "params.yaml"))
-    return Tuned(f"run {run.info.run_name} ({run.info.run_id})", data, params, prompts)
+    name, run_id = run.info.run_name, run.info.run_id
+    return Tuned(f"run {name} ({run_id})", data, params, prompts, run_id)

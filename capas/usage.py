@@ -5,6 +5,7 @@ from typing import Any
 
 import torch
 import transformers
+from peft import PeftModel
 
 from capas import hardware
 from capas.cores import at_most
@@ -32,14 +33,15 @@ _OPTIMIZERS = {
 def describe(trainer: transformers.Trainer) -> dict[str, Any]:
     """The facts, read off the live objects. Nothing in it varies between machines that compute the same."""
     model, accelerator = trainer.model, trainer.accelerator
-    adapter = next(p for p in model.parameters() if p.requires_grad)
-    base = model.get_base_model()
+    trained = next(p for p in model.parameters() if p.requires_grad)
+    is_whole = not isinstance(model, PeftModel)
+    base = model if is_whole else model.get_base_model()
     kernels = {_KERNELS[type(layer).__name__] for _, layer in quantized_linears(model)}
     return {
-        **hardware.facts(adapter.device),
+        **hardware.facts(trained.device),
         "model_class": type(base).__name__,
         "dtype": _dtype(base.dtype),
-        "adapter_dtype": _dtype(adapter.dtype),
+        **({} if is_whole else {"adapter_dtype": _dtype(trained.dtype)}),
         "attn_implementation": base.config._attn_implementation,
         "quantization": quantization_method(model),
         "linear_kernel": "+".join(sorted(kernels)) or "torch.nn.functional.linear",
@@ -58,8 +60,30 @@ def describe(trainer: transformers.Trainer) -> dict[str, Any]:
 
 
 def check_trainer(trainer: transformers.Trainer, params: Params) -> None:
-    """As `check`; the number of threads is compared, too, and not recorded: no byte depends on it."""
+    """As `check`; the number of threads is compared, too, and not recorded: no byte depends on it.
+
+    Raises:
+        CapasError: as `check`; or the optimizer does not have all weights where all are trained.
+    """
+    check_trained(trainer, all_weights=params.lora.r is None)
     check({**describe(trainer), "num_threads": torch.get_num_threads()}, params)
+
+
+def check_trained(trainer: transformers.Trainer, all_weights: bool) -> None:
+    """Raises CapasError: the optimizer has other weights than those that are to be trained."""
+    groups = trainer.optimizer.param_groups
+    found = {id(weight) for group in groups for weight in group["params"]}
+    wanted = {
+        name: id(weight)
+        for name, weight in trainer.model.named_parameters()
+        if all_weights or "lora_" in name
+    }
+    if wrong := sorted(name for name, key in wanted.items() if key not in found):
+        raise CapasError(f"the training would leave out {len(wrong)} weights, e.g. {wrong[0]}")
+    if len(found) > len(wanted):
+        raise CapasError(
+            f"the training would change {len(found) - len(wanted)} weights of the base"
+        )
 
 
 def check(used: dict[str, Any], params: Params) -> None:
@@ -117,7 +141,7 @@ def check_gradients(model: Any, batch: dict[str, torch.Tensor]) -> dict[str, flo
     """Prove that an evaluation leaves the gradients as they are (`capas.model` says why that may fail).
 
     Returns:
-        Norm of all gradients of the adapter on `batch`, before and after an eval-mode forward. None where
+        Norm of all gradients on `batch`, before and after an eval-mode forward. None where
         nothing can go wrong, on a GPU or without quantized layers.
 
     Raises:

@@ -16,6 +16,7 @@ from typing import Any
 
 from tokenizers import Tokenizer
 
+from capas import saved
 from capas.dag import StageSpec, read_yaml
 from capas.facts import read_json
 from capas.page import findings, pipeline, plots, tokens
@@ -86,7 +87,7 @@ def of_data(params: Params, stage: Stage) -> dict[str, Any]:
 
 
 def of_models(params: Params, stage: Stage) -> dict[str, Any]:
-    train, adapter = read_json(stage.dep("reports/train.json")), stage.dep("data/models/adapter")
+    train = read_json(stage.dep("reports/train.json"))
     base, history = stage.dep("data/models/base"), read_csv(stage.dep("reports/history.csv"))
     config = read_json(base / "config.json")
     return {
@@ -95,9 +96,7 @@ def of_models(params: Params, stage: Stage) -> dict[str, Any]:
         "layer_errors": read_csv(stage.dep("reports/quantization_error.csv")),
         "train": train,
         "used": train["used"],
-        "adapter": read_json(adapter / "adapter_config.json"),
-        "adapted": findings.adapted(adapter / "adapter_model.safetensors"),
-        "adapter_bytes": (adapter / "adapter_model.safetensors").stat().st_size,
+        **findings.adapter(stage.dep(saved.FOLDER)),
         "history": history,
         "validation": read_csv(stage.dep("reports/validation.csv")),
         "curve": findings.curve(history, params.trainer.max_grad_norm, config["vocab_size"]),

@@ -37,9 +37,10 @@ from capas.records import FORMATTED, evenly_spaced, read_records, write_records
 from capas.stage import Stage, log, run
 
 if TYPE_CHECKING:
-    from peft import PeftModel
     from tokenizers import Tokenizer
     from torch import nn
+
+    from capas.model import Tuned
 
 Row = dict[str, Any]
 DATA, TOKENIZER, METRICS = "data/formatted", "data/models/tokenizer", "data/composed/metrics.json"
@@ -52,7 +53,7 @@ RATES = {"stopped": "stop_rate", "empty": "empty_rate"}  # of predictions -> of 
 
 def main(which: Literal["base", "tuned"], params: Params, stage: Stage) -> None:
     device = hardware.prepare(params.hardware)  # before torch is imported
-    from capas.model import attach_adapter, load_model, quantization_method
+    from capas.model import Tuned, load_model, quantization_method
 
     records = choose(
         list(read_records(stage.dep(DATA) / "test.parquet", FORMATTED)),
@@ -61,9 +62,10 @@ def main(which: Literal["base", "tuned"], params: Params, stage: Stage) -> None:
     scorer = Scorer(params.evaluation.metrics, stage.dep(METRICS))
     names = scorer.names
     records = ask(records, scorer, stage) if names else records
-    model = load_model(stage.dep(QUANTIZED), params.model, device)
+    load_base = partial(load_model, stage.dep(QUANTIZED), params.model, device)
     if which == "tuned":
-        model = attach_adapter(model, stage.dep(ADAPTER))
+        tuned = Tuned(stage.dep(ADAPTER), params.model, device, load_base)
+    model = load_base() if which == "base" else tuned.model
     rows = score(model, records, params, stage)
     if names:
         rows = answer(model, rows, records, scorer, params, stage)
@@ -85,7 +87,7 @@ def main(which: Literal["base", "tuned"], params: Params, stage: Stage) -> None:
         schema = predictions_schema(names)
         write_records(stage.out("reports/predictions_base.parquet"), schema, rows)
     else:
-        report_difference(model, rows, facts, names, params, stage)
+        report_difference(tuned, rows, facts, names, params, stage)
 
 
 def predictions_schema(names: list[str]) -> pa.Schema:
@@ -228,7 +230,7 @@ def by_group(rows: list[Row], group: str, names: list[str]) -> dict[str, Any]:
 
 
 def report_difference(
-    model: "PeftModel",
+    tuned: "Tuned",
     rows: list[Row],
     facts: dict[str, Any],
     names: list[str],
@@ -239,9 +241,9 @@ def report_difference(
     before = read_base(names, stage)
     base = read_json(stage.dep("reports/evaluation_base.json"))
     report = compare(before, rows, facts, names, params)
-    report["general"] = ask_generally(model, params, stage)
+    report["general"] = ask_generally(tuned, params, stage)
     if params.evaluation.harness.tasks:
-        report["harness"] = ask_harness(model, params, stage)
+        report["harness"] = ask_harness(tuned, params, stage)
     report["gate"] = gate.judge(base, report, params.evaluation.gate)
     changes = {**report["difference"], "loss on general questions": report["general"]["difference"]}
     for name, change in changes.items():
@@ -322,13 +324,13 @@ def difference(before: list[Row], after: list[Row], column: str, params: Params)
     return {**interval, "verdict": verdict, "num_records_needed": needed}
 
 
-def ask_generally(model: "PeftModel", params: Params, stage: Stage) -> dict[str, Any]:
-    """The loss on general questions without the adapter and with it: what the model forgot."""
+def ask_generally(tuned: "Tuned", params: Params, stage: Stage) -> dict[str, Any]:
+    """The loss of base and tuned model on general questions: what the model forgot."""
     chat = recorded_format(stage.dep(DATA), stage.dep(TOKENIZER))
     records = format_questions(stage.dep(GENERAL), chat)
-    with model.disable_adapter():
-        before = score(model, records, params, stage)
-    after = score(model, records, params, stage)
+    with tuned.base() as base:
+        before = score(base, records, params, stage)
+    after = score(tuned.model, records, params, stage)
     losses = {
         which: {name: facts[name] for name in ("loss", "perplexity")}
         for which, rows in (("base", before), ("tuned", after))
@@ -338,15 +340,15 @@ def ask_generally(model: "PeftModel", params: Params, stage: Stage) -> dict[str,
     return {"num_records": len(records), **losses, "difference": change}
 
 
-def ask_harness(model: "PeftModel", params: Params, stage: Stage) -> dict[str, Any]:
-    """Tasks of the lm-evaluation-harness, without the adapter and with it."""
+def ask_harness(tuned: "Tuned", params: Params, stage: Stage) -> dict[str, Any]:
+    """Tasks of the lm-evaluation-harness, of base and tuned model."""
     from transformers import AutoTokenizer
 
     tokenizer = AutoTokenizer.from_pretrained(stage.dep(TOKENIZER))
     tokenizer.chat_template = (stage.dep(DATA) / "chat_template.jinja").read_text(encoding="utf-8")
     settings, composed = params.evaluation, stage.dep(HARNESS)
     found = harness.evaluate(
-        model, tokenizer, settings.harness, composed, settings.batch_size, settings.seed
+        tuned, tokenizer, settings.harness, composed, settings.batch_size, settings.seed
     )
     for task, facts in found["tasks"].items():
         for name, scores in facts["metrics"].items():

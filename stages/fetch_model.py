@@ -1,8 +1,10 @@
-"""Get the base model's weights: the embedded ones, a local folder, or a revision on the Hub.
+"""Get the base model's weights, and the adapter that the training starts from, if it starts from one.
 
-Reads   data/embedded (where the model is the embedded one)
+Reads   data/embedded (where the model is the embedded one); else a local folder or a revision on the Hub
 Writes  data/models/base: config.json, generation_config.json, model*.safetensors
-Params  model.model_name_or_path, model.revision, model.trust_remote_code
+        data/models/initial_adapter: origin.json; adapter_config.json, adapter_model.safetensors
+Params  lora.adapter_name_or_path, lora.adapter_revision,
+        model.model_name_or_path, model.revision, model.trust_remote_code
 
 The tokenizer is fetched apart (fetch_tokenizer): looking at a mask needs no weights.
 """
@@ -10,13 +12,16 @@ The tokenizer is fetched apart (fetch_tokenizer): looking at a mask needs no wei
 from collections.abc import Callable
 from pathlib import Path
 
+from capas import adapter
 from capas.architecture import check_causal, stored_quantization
 from capas.embedded import FOLDER, MANIFEST, verify
 from capas.errors import CapasError
-from capas.facts import read_json
+from capas.facts import read_json, write_json
 from capas.links import place
 from capas.params import Params
 from capas.sources import (
+    ADAPTER,
+    ADAPTER_FILES,
     CODE_FILES,
     MODEL_FILES,
     Source,
@@ -33,6 +38,7 @@ PICKLES = (".bin", ".pt", ".pth", ".ckpt", ".pkl", ".h5", ".msgpack")
 
 
 def main(params: Params, stage: Stage) -> None:
+    fetch_adapter(params.lora, stage)
     name, revision = params.model.model_name_or_path, params.model.revision
     patterns = (*MODEL_FILES, *(CODE_FILES if params.model.trust_remote_code else ()))
     source = find_source(name, stage.root)
@@ -55,6 +61,47 @@ def main(params: Params, stage: Stage) -> None:
     immutable = source is Source.HUB  # its cache is addressed by content: nobody edits a file in it
     ways = {place(file, folder / file.name, immutable) for file in found}
     log.info("%s: %d files (%s)", name, len(found), ", ".join(sorted(ways)))
+
+
+def fetch_adapter(lora: Params, stage: Stage) -> None:
+    """The adapter, or the note that there is none.
+
+    Raises:
+        CapasError: it is none of LoRA in PEFT's format, or none that a training can go on with.
+    """
+    folder, name = stage.out(adapter.FOLDER), lora.adapter_name_or_path
+    folder.mkdir()
+    write_json(folder / adapter.ORIGIN, lora.without())
+    if name is None:
+        return
+    is_folder = find_source(name, stage.root, ADAPTER) is Source.FOLDER
+
+    def get(*patterns: str) -> Path:
+        there = stage.root / name
+        return there if is_folder else snapshot(name, lora.adapter_revision, patterns, ADAPTER)
+
+    check_adapter(get(adapter.CONFIG), name)  # before the weights come
+    found = get(*ADAPTER_FILES)
+    if not (found / adapter.WEIGHTS).is_file():
+        raise CapasError(
+            f"{name} holds no {adapter.WEIGHTS}. Reading an adapter_model.bin can run any code in it: load "
+            "it once with PEFT where you trust it, and save it again (save_pretrained)"
+        )
+    for file in matching(found, ADAPTER_FILES):
+        place(file, folder / file.name, immutable=not is_folder)
+    if is_folder:
+        check_folder(found, name, lora.adapter_revision, "adapter")
+    log.info("the training starts from the adapter %s", name)
+
+
+def check_adapter(folder: Path, name: str) -> None:
+    """Raises CapasError: as `adapter.check_kind`, or there is no adapter_config.json."""
+    if not (folder / adapter.CONFIG).is_file():
+        raise CapasError(
+            f"lora.adapter_name_or_path={name} holds no {adapter.CONFIG}: it is no adapter in PEFT's format. "
+            "A whole model goes into model.model_name_or_path"
+        )
+    adapter.check_kind(read_json(folder / adapter.CONFIG), name)
 
 
 def refuse_pickles(name: str, found: list[Path], all_names: Callable[[], list[str]]) -> None:

@@ -28,6 +28,7 @@ from capas.store import MODEL, TRAIN_KEY, Store, locked, reachable, tracking_uri
 from capas.tracking import run_name
 
 ARTIFACTS_TAG, MODEL_TAG = "capas.artifacts", "capas.model"
+INITIAL_TAG = "initial_adapter.sha256"
 FILES = {
     "": ("dvc.lock", "environment.yaml", "params.yaml", "reports/certificate.json"),
     "report": tuple(f"reports/{name}.html" for name in ("index", "index.es", "mask", "mask.es")),
@@ -81,6 +82,8 @@ def publish(
     of_training, others = result.values(lock)
     send_params(store, run_id, have, of_training)
     tags = {**result.clipped(others), **lineage.names(), **result.headline(stage)}
+    if initial := initial_adapter(stage):
+        tags[INITIAL_TAG] = initial["sha256"]
     store.send_tags(run_id, have.tags, tags)
     send_metrics(store, run_id, have, result.metrics(stage))
     store.log_points(run_id, result.curve(stage))
@@ -95,6 +98,12 @@ def publish(
     if have.tags.get(MODEL_TAG) != answering:
         send_model(store, found, of_training, params, stage)
         store.client.set_tag(run_id, MODEL_TAG, answering)
+
+
+def initial_adapter(stage: Stage) -> dict[str, Any] | None:
+    """Name, revision and sha256 of the adapter that the training started from."""
+    found: dict[str, Any] = read_json(stage.dep("reports/certificate.json"))
+    return found.get("initial_adapter")
 
 
 def send_params(store: Store, run_id: str, have: Any, of_training: dict[str, Any]) -> None:
@@ -164,6 +173,7 @@ def send_model(
         read_json(stage.dep("data/raw") / "source.json"),
         read_json(stage.dep("reports/evaluation_base.json")),
         read_json(stage.dep("reports/evaluation.json")),
+        initial_adapter(stage),
     )
     with tempfile.TemporaryDirectory(prefix="capas-model-") as folder:
         data, model = Path(folder, "data"), Path(folder, MODEL)

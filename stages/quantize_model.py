@@ -32,7 +32,6 @@ if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
 BASE, QUANTIZED = "data/models/base", "data/models/quantized"
-MAX_SHARD_SIZE = "2GB"  # a shard is copied before it is written
 HEADLINE = ("bytes_before", "bytes_after", "relative_error_mean")
 
 
@@ -70,6 +69,8 @@ def main(params: Params, stage: Stage) -> None:
 
 def save(model: "PreTrainedModel", base: Path, folder: Path, as_it_is: bool) -> None:
     """As safetensors. A base that is neither quantized here nor converted is not written a second time."""
+    from capas.model import MAX_SHARD_SIZE
+
     config = read_json(base / "config.json")
     stored = config.get("dtype") or config.get("torch_dtype")  # the older name
     quantized = getattr(model, "quantization_method", None) is not None

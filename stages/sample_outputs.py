@@ -17,6 +17,7 @@ import re
 from collections.abc import Iterator
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
+from functools import partial
 from typing import TYPE_CHECKING, Any
 
 from tokenizers import Tokenizer
@@ -46,13 +47,13 @@ NUM_TOKENS = 8  # of a next-token distribution
 
 def main(params: Params, stage: Stage) -> None:
     device = hardware.prepare(params.hardware)  # before torch is imported
-    from capas.model import attach_adapter, load_model
+    from capas.model import Tuned, load_model
 
     right = recorded_format(stage.dep(DATA), stage.dep(TOKENIZER))
     prompts = choose_prompts(params.generation, stage)
-    base = load_model(stage.dep("data/models/quantized"), params.model, device)
-    model = attach_adapter(base, stage.dep("data/models/adapter"))
-    models = Models(model, read_chat(stage), load_tokenizer(stage), params.generation)
+    load_base = partial(load_model, stage.dep("data/models/quantized"), params.model, device)
+    tuned = Tuned(stage.dep("data/models/adapter"), params.model, device, load_base)
+    models = Models(tuned, read_chat(stage), load_tokenizer(stage), params.generation)
 
     rows = [
         models.ask(which, prompt, right.prompt_ids(prompt.messages, prompt.tools), setting)
@@ -78,9 +79,9 @@ def main(params: Params, stage: Stage) -> None:
 
 @dataclass(frozen=True)
 class Models:
-    """The tuned model, which is the base while its adapter is switched off, and how it is asked."""
+    """The tuned model with its base, and how they are asked."""
 
-    model: Any
+    tuned: Any
     chat: dict[str, Any]
     tokenizer: Tokenizer
     generation: Params
@@ -134,18 +135,16 @@ class Models:
         from capas.generation import complete, generation_config
 
         config = generation_config(self.chat, self.generation.max_new_tokens, **settings)
-        with self._as(which):
-            return [
-                completion.input_ids for completion in complete(self.model, [ids], config, 1)[0]
-            ]
+        with self._as(which) as model:
+            return [completion.input_ids for completion in complete(model, [ids], config, 1)[0]]
 
     def _logits(self, which: str, ids: list[int], answer: list[int]) -> "torch.Tensor":
         """[answer + 1, vocabulary]: what the model expects for each token of the answer, and after it."""
         import torch
 
-        inputs = torch.tensor([ids + answer], device=self.model.device)
-        with torch.inference_mode(), self._as(which):
-            return self.model(inputs).logits[0, len(ids) - 1 :].float().cpu()
+        inputs = torch.tensor([ids + answer], device=self.tuned.model.device)
+        with torch.inference_mode(), self._as(which) as model:
+            return model(inputs).logits[0, len(ids) - 1 :].float().cpu()
 
     def _probabilities(self, logits: "torch.Tensor", input_ids: list[int]) -> Iterator[Row]:
         from capas.generation import next_token_probabilities
@@ -164,7 +163,7 @@ class Models:
                 }
 
     def _as(self, which: str) -> AbstractContextManager[Any]:
-        return self.model.disable_adapter() if which == "base" else nullcontext()
+        return self.tuned.base() if which == "base" else nullcontext(self.tuned.model)
 
     def _decode(self, ids: list[int]) -> str:
         text: str = self.tokenizer.decode(ids, skip_special_tokens=False)

@@ -1,8 +1,10 @@
-"""Train LoRA layers on the frozen, quantized base.
+"""Train LoRA layers on the frozen, quantized base; or, with lora=none, all weights of one in full precision.
 
-Reads   data/formatted (train, validation), data/models/quantized, data/models/tokenizer
-Writes  data/models/adapter, reports/train.json, reports/history.csv, reports/validation.csv,
-        reports/certificate.json (what was checked of the adapter, and what it was made from)
+Reads   data/formatted (train, validation), data/models/quantized, data/models/tokenizer;
+        data/models/initial_adapter, whose weights are the first ones where it holds an adapter
+Writes  data/models/adapter (a whole model, where all weights are trained), reports/train.json,
+        reports/history.csv, reports/validation.csv,
+        reports/certificate.json (what was checked of the result, and what it was made from)
 Params  hardware, lora, model, trainer
 
 The travelling record is a row of ids; only labels other than -100 carry loss:
@@ -13,15 +15,15 @@ The travelling record is a row of ids; only labels other than -100 carry loss:
 Before, the model goes on as in pretraining ("Okay, 99 minutes from now."); afterwards, with the call.
 """
 
-import hashlib
 import json
 import re
 import shutil
+from functools import partial
 from importlib.util import find_spec
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from capas import hardware, launch, live
+from capas import adapter, hardware, launch, live, saved
 from capas.dag import recorded
 from capas.errors import CapasError
 from capas.facts import read_json, write_csv, write_json
@@ -48,7 +50,8 @@ VALIDATION = ("step", "epoch", "loss", "token_accuracy")
 def main(params: Params, stage: Stage) -> None:
     # before torch is imported
     device = hardware.prepare(params.hardware, params.hardware.num_processes)
-    from capas import capacity, certificate, fused, training, usage
+    initial = initial_adapter(params.lora, stage)
+    from capas import capacity, certificate, fused, lora, training, usage
     from capas.batches import Collator, read_examples, tails
     from capas.packing import pack
 
@@ -62,7 +65,7 @@ def main(params: Params, stage: Stage) -> None:
     check_memory(num_tokens(rows), num_tokens(validation), params, device, stage)
     base = load_base(stage.dep(QUANTIZED), params, device)
     check_lengths(base, num_tokens([*train, *validation]))
-    model = add_lora(base, params)
+    model = unfreeze(base) if lora.trains_all(params.lora) else add_lora(base, params, initial)
     base_sha256 = certificate.fingerprint(model)
     packing = prove_packing(model, train, rows, collator, params.trainer)
     if params.trainer.fused_lora:
@@ -93,18 +96,38 @@ def main(params: Params, stage: Stage) -> None:
         trainer.add_callback(training.LiveRows(log_rows.append))
         trainer.train(resume_from_checkpoint=str(checkpoint) if checkpoint else None)
 
-    weights = adapter_weights(trainer.model)
+    weights = None if lora.trains_all(params.lora) else adapter_weights(trainer.model)
     if launch.is_main():
         used = usage.describe(trainer)
         checked = {"packing": packing, "used": used, "gradient_check": gradient_check}
         write_reports(trainer, checked, stage)
-        save_adapter(trainer.model, weights, params, chat, stage)
+        save_tuned(trainer.model, weights, params, chat, stage)
     folder = training.told_by_main(launch.is_main() and stage.out("data/models/adapter"))
     probes = collator(tails(validation[:4]))
-    checks = certificate.check_adapter(trainer.model, folder, probes, base_sha256)
+    if weights is None:
+        whole = release(trainer)
+        load = partial(load_base, folder, params, device)
+        checks = certificate.check_whole(whole, folder, probes, base_sha256, load)
+    else:
+        checks = certificate.check_adapter(trainer.model, folder, probes, base_sha256, initial)
     if launch.is_main():
-        write_certificate(folder / certificate.WEIGHTS, checks, params, stage)
+        write_certificate(folder, checks, params, stage)
         stage.costs |= capacity.device_costs(device)
+
+
+def initial_adapter(lora: Params, stage: Stage) -> Path | None:
+    """The folder of the adapter that the training starts from.
+
+    Raises:
+        CapasError: the lora group contradicts it, or another one is there than it names.
+    """
+    folder = stage.dep(adapter.FOLDER)
+    adapter.check_origin(folder, lora.without())
+    if lora.adapter_name_or_path is None:
+        return None
+    config = read_json(folder / adapter.CONFIG)
+    adapter.check_agreement(config, lora.without(), lora.adapter_name_or_path)
+    return folder
 
 
 def check_memory(
@@ -161,27 +184,55 @@ def load_base(folder: Path, params: Params, device: "torch.device") -> "PreTrain
     return base
 
 
-def add_lora(base: "PreTrainedModel", params: Params) -> Any:
+def unfreeze(base: "PreTrainedModel") -> "PreTrainedModel":
+    """The base, all of whose weights are trained."""
+    import torch
+
+    base.requires_grad_(True)
+    if base.dtype == torch.bfloat16:
+        log.warning(
+            "the weights are bfloat16, which keeps 8 bits: a step of less than 1/256 of a weight is lost. "
+            "model.dtype=float32 with trainer.bf16=true loses none"
+        )
+    return base
+
+
+def release(trainer: "Trainer") -> Any:
+    """The trained model outside of mixed precision; gradients and optimizer go: their memory is needed."""
+    trainer.optimizer = trainer.lr_scheduler = None
+    trainer.accelerator.free_memory()
+    model = trainer.accelerator.unwrap_model(trainer.model, keep_fp32_wrapper=False)
+    model.zero_grad()
+    return model
+
+
+def add_lora(base: "PreTrainedModel", params: Params, initial: Path | None = None) -> Any:
     """The base, frozen, with LoRA layers: B is zero, so that at first they change nothing.
 
     Its norms, embeddings and head keep their type, which is what the tuned model will be used with; PEFT's
     `prepare_model_for_kbit_training` makes them float32. Of float16 the range is too small for that.
+
+    Args:
+        initial: of an adapter, whose weights they begin with instead.
     """
     import torch
-    from peft import LoraConfig, get_peft_model, prepare_model_for_kbit_training
+    from peft import get_peft_model, prepare_model_for_kbit_training
     from transformers import set_seed
 
+    from capas import lora
     from capas.model import quantization_method
 
     check_target_modules(base, params.lora.target_modules)
     set_seed(params.trainer.seed)  # A is drawn at random
     if quantization_method(base) != "none" and base.dtype == torch.float16:
         base = prepare_model_for_kbit_training(base, use_gradient_checkpointing=False)
-    config = LoraConfig(task_type="CAUSAL_LM", **params.lora.without("preset"))
     try:
-        return get_peft_model(base, config)
+        model = get_peft_model(base, lora.make_config(params.lora))
     except (ValueError, re.error) as error:  # a regular expression that fits no layer, or is none
         raise CapasError(f"PEFT refuses the lora group: {error}") from None
+    if initial is not None:
+        lora.load_initial(model, initial, params.model.model_name_or_path)
+    return model
 
 
 def check_lengths(base: "PreTrainedModel", lengths: list[int]) -> None:
@@ -301,7 +352,7 @@ def write_reports(trainer: "Trainer", checked: dict[str, Any], stage: Stage) -> 
 def summary(trainer: "Trainer") -> dict[str, Any]:
     """reports/train.json, without seconds: they differ from run to run."""
     state, history = trainer.state, trainer.state.log_history
-    num_trainable, num_parameters = trainer.model.get_nb_trainable_parameters()
+    num_trainable, num_parameters = count_parameters(trainer.model)
     rows = [row for row in history if "eval_loss" in row]
     last = rows[-1]
     kept = state.best_global_step if trainer.args.load_best_model_at_end else state.global_step
@@ -319,6 +370,14 @@ def summary(trainer: "Trainer") -> dict[str, Any]:
         "validation_token_accuracy": chosen["eval_token_accuracy"],
         "learning_rate": trainer.args.learning_rate,
     }
+
+
+def count_parameters(model: Any) -> tuple[int, int]:
+    """Those that are trained, and all; tied ones count once."""
+    if hasattr(model, "get_nb_trainable_parameters"):
+        found: tuple[int, int] = model.get_nb_trainable_parameters()
+        return found
+    return model.num_parameters(only_trainable=True), model.num_parameters()
 
 
 def mean_loss(history: list[dict[str, Any]]) -> float:
@@ -354,23 +413,25 @@ def adapter_weights(model: Any) -> dict[str, "torch.Tensor"]:
     return {name: whole(weight.detach()) for name, weight in named if "lora_" in name}
 
 
-def save_adapter(
+def save_tuned(
     model: Any,
-    weights: dict[str, "torch.Tensor"],
+    weights: dict[str, "torch.Tensor"] | None,
     params: Params,
     chat: dict[str, Any],
     stage: Stage,
 ) -> None:
-    """A folder that PEFT and inference servers load: weights, tokenizer, template, end tokens."""
+    """A folder that PEFT, transformers and servers load: weights, tokenizer, template, end tokens.
+
+    Args:
+        weights: of `adapter_weights`; None: all weights were trained.
+    """
     from transformers import GenerationConfig
 
     folder = stage.out("data/models/adapter")
-    config = model.peft_config["default"]
-    config.base_model_name_or_path = params.model.model_name_or_path
-    config.revision = commit_of(params.model.revision)
-    model.save_pretrained(folder, save_embedding_layers=False, state_dict=weights)
-    (folder / "README.md").unlink()  # a model card that PEFT fills with guesses
-    sort_target_modules(folder / "adapter_config.json")
+    if weights is None:
+        save_whole(model, folder, stage)
+    else:
+        save_adapter(model, weights, folder, params)
     for file in sorted(stage.dep(TOKENIZER).iterdir()):
         shutil.copyfile(file, folder / file.name)
     shutil.copyfile(stage.dep(FORMATTED) / "chat_template.jinja", folder / "chat_template.jinja")
@@ -381,18 +442,45 @@ def save_adapter(
     ).save_pretrained(folder)
 
 
-def write_certificate(weights: Path, checks: dict[str, Any], params: Params, stage: Stage) -> None:
-    """The adapter's sha256, what was checked, DVC's md5 of its inputs, and the values in effect."""
+def save_adapter(
+    model: Any, weights: dict[str, "torch.Tensor"], folder: Path, params: Params
+) -> None:
+    config = model.peft_config["default"]
+    config.base_model_name_or_path = params.model.model_name_or_path
+    config.revision = commit_of(params.model.revision)
+    model.save_pretrained(folder, save_embedding_layers=False, state_dict=weights)
+    (folder / "README.md").unlink()  # a model card that PEFT fills with guesses
+    sort_target_modules(folder / "adapter_config.json")
+
+
+def save_whole(model: Any, folder: Path, stage: Stage) -> None:
+    """Tied weights are written once. config.json is the base's: a training changes nothing in it."""
+    from capas.model import MAX_SHARD_SIZE
+
+    model.save_pretrained(folder, max_shard_size=MAX_SHARD_SIZE)
+    for file in folder.iterdir():
+        file.chmod(0o644)  # safetensors writes files that only their owner can read
+    for file in [stage.dep(QUANTIZED) / "config.json", *sorted(stage.dep(QUANTIZED).glob("*.py"))]:
+        shutil.copyfile(file, folder / file.name)
+
+
+def write_certificate(folder: Path, checks: dict[str, Any], params: Params, stage: Stage) -> None:
+    """The weights' sha256, what was checked, DVC's md5 of its inputs, and the values in effect."""
     outs = [out for entry in recorded(stage.root).values() for out in entry.get("outs", [])]
     inputs = {out["path"]: out["md5"] for out in outs if out["path"] in stage.spec.deps}
     facts = {
-        "adapter_sha256": hashlib.sha256(weights.read_bytes()).hexdigest(),
+        f"{'adapter' if saved.is_adapter(folder) else 'model'}_sha256": saved.sha256(folder),
         "train_key": stage.key(),
         "checks": checks,
         "inputs": dict(sorted(inputs.items())),
         "params": params.without(),
         "packages": stage.spec.values(stage.root)["environment.yaml"],
     }
+    if params.lora.adapter_name_or_path is not None:
+        start = stage.dep(adapter.FOLDER)
+        facts["initial_adapter"] = read_json(start / adapter.ORIGIN) | {
+            "sha256": saved.sha256(start)
+        }
     write_json(stage.out("reports/certificate.json"), facts)
 
 

@@ -42,6 +42,9 @@ MORE = (
 )
 
 
+FULL = ("lora=none", "quantization=none")
+
+
 def problems(values: dict[str, Any]) -> str:
     with pytest.raises(CapasError) as caught:
         validate(values)
@@ -49,7 +52,7 @@ def problems(values: dict[str, Any]) -> str:
 
 
 def test_there_are_as_many_options_as_we_think() -> None:
-    assert len(OPTIONS) == 56
+    assert len(OPTIONS) == 58
     assert {group for group, _ in OPTIONS} == set(GROUPS)
 
 
@@ -57,7 +60,8 @@ def test_there_are_as_many_options_as_we_think() -> None:
 def test_every_option_composes_is_valid_and_names_itself(
     compose: Callable[[list[str]], Any], group: str, option: str
 ) -> None:
-    values = compose([f"{group}={option}", *BESIDE.get(option, [])])
+    beside = ["quantization=none"] if (group, option) == ("lora", "none") else []
+    values = compose([f"{group}={option}", *beside, *BESIDE.get(option, [])])
     validate(values)
     assert values[group]["preset"] == option
 
@@ -171,6 +175,29 @@ def test_all_problems_are_reported_at_once(compose: Callable[[list[str]], Any]) 
         (["trainer.fused_lora=true", "trainer.bf16=true", "quantization=none"], "for 4-bit layers"),
         (["trainer.fused_lora=true"], "with trainer.bf16=true"),
         (["trainer.fused_lora=true", "trainer.bf16=true", "lora.lora_dropout=0.1"], "lora_dropout"),
+        ([*FULL, "hardware.num_processes=2"], "one process where all weights are trained"),
+        (["lora=none"], "quantization=none where all weights are trained"),
+        (
+            ["lora=none", "quantization=none", "lora.r=8"],
+            "values for all four, or null for all four",
+        ),
+        (["lora.target_modules=null"], "values for all four, or null for all four"),
+        (["lora=none", "quantization=none", "model.dtype=float16"], "float16 overflows"),
+        (
+            [*FULL, "trainer.loraplus_lr_ratio=16"],
+            "no option of LoRA where all weights are trained",
+        ),
+        ([*FULL, "lora.use_dora=true"], "no option of LoRA where all weights are trained"),
+        ([*FULL, "lora.init_lora_weights=orthogonal"], "no option of LoRA where all weights are"),
+        (
+            [*FULL, "lora.adapter_name_or_path=a/b"],
+            "no option of LoRA where all weights are trained",
+        ),
+        (["lora.adapter_revision=main"], "null where the training starts from no adapter"),
+        (
+            ["lora.adapter_name_or_path=a/b", "lora.init_lora_weights=gaussian"],
+            "the adapter that the training starts from brings its weights",
+        ),
         (["trainer.packing_length=4"], "greater than or equal to 8"),
         (["trainer.loraplus_lr_ratio=0.5"], "greater than or equal to 1"),
         (["+trainer.lr_scheduler_kwargs.power=2"], "linear: none; "),

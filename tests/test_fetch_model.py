@@ -35,7 +35,8 @@ def digest(file: Path) -> str:
 def fetch(root: Path, name: str, revision: str | None = None) -> list[str]:
     revision = folder_revision(root / name) if name == "local" and revision is None else revision
     model = {"model_name_or_path": name, "revision": revision, "trust_remote_code": False}
-    lines = [f"model: {json.dumps(model)}"]
+    lora = {"adapter_name_or_path": None, "adapter_revision": None}
+    lines = [f"model: {json.dumps(model)}", f"lora: {json.dumps(lora)}"]
     (root / "params.yaml").write_text("\n".join(lines))
     run_stage("fetch_model", fetch_model.main, root)
     return sorted(file.name for file in (root / "data/models/base").iterdir())

@@ -103,7 +103,8 @@ def root(tmp_path: Path) -> Path:
 
 def fetch(root: Path, commit: str, *stages: str) -> None:
     model = {"model_name_or_path": MODEL, "revision": commit, "trust_remote_code": False}
-    (root / "params.yaml").write_text(f"model: {json.dumps(model)}")
+    lora = {"adapter_name_or_path": None, "adapter_revision": None}
+    (root / "params.yaml").write_text(json.dumps({"model": model, "lora": lora}))
     mains = {"fetch_tokenizer": fetch_tokenizer.main, "fetch_model": fetch_model.main}
     for name in stages or mains:
         run_stage(name, mains[name], root)

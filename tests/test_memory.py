@@ -96,6 +96,40 @@ def test_optimizers_keep_what_the_table_says(optim: str, tmp_path: Path) -> None
     assert memory.optimizer_bytes(optim, shapes) == kept
 
 
+@pytest.mark.parametrize("optim", ["adamw_torch", "adafactor", "adamw_8bit", "rmsprop"])
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+def test_all_weights_have_gradients_and_optimizer(optim: str, dtype: str, tmp_path: Path) -> None:
+    """A step of a real model against the estimate; tied weights count once."""
+    folder = save(tmp_path, tie_word_embeddings=True)
+    found = estimate(folder, "lora=none", f"trainer.optim={optim}", f"model.dtype={dtype}").parts
+    model: Any = load_model(folder, Params({"dtype": dtype}), CPU)
+    model.requires_grad_(True)
+    args = TrainingArguments(output_dir=str(tmp_path), optim=optim, use_cpu=True, report_to="none")
+    make, kwargs = Trainer.get_optimizer_cls_and_kwargs(args)
+    optimizer = make(model.parameters(), **kwargs)
+    ids = torch.ones(1, 4, dtype=torch.long)
+    model(ids, labels=ids).loss.backward()
+    optimizer.step()
+    weights = list(model.parameters())
+    state = [v for s in optimizer.state.values() for v in s.values() if torch.is_tensor(v)]
+    kept = sum(v.nbytes for v in state if v.dim() and v.shape != (256,))  # a table of 8 bits
+    assert found["weights"] == sum(p.nbytes for p in weights)
+    assert found["gradients"] == sum(p.grad.nbytes for p in weights)
+    assert found["optimizer"] == kept
+    assert (found["adapter"], found["update"]) == (0, max(0, found["update"]))
+    assert found["activations"] > 0
+
+
+def test_ways_out_of_a_full_training_lead_to_lora(tmp_path: Path) -> None:
+    params, folder = compose("lora=none"), save(tmp_path, hidden_size=512)
+    batch = Batch(1, 8)
+    workload = Workload(batch, batch, batch, on_cpu=True)
+    found = memory.estimate(folder, params.model, params.lora, params.trainer, workload)
+    ways = memory.ways_out(found, workload, params.trainer)
+    assert ways[0] == "lora=all_linear quantization=nf4 instead of lora=none"
+    assert ways[-1] == "trainer.optim=adamw_8bit instead of adamw_torch"
+
+
 def test_every_optimizer_of_the_schema_is_in_the_table() -> None:
     from typing import get_args
 

@@ -166,8 +166,8 @@ def test_values_of_a_wrong_type_are_left_to_the_schema(tmp_path: Path, wrong: An
 @pytest.mark.parametrize(
     ("text", "message"),
     [
-        ("model:\n  a: b\n", "revisions.yaml: model: expected models or datasets"),
-        ("models: [a]\n", "models: expected models or datasets"),
+        ("model:\n  a: b\n", "revisions.yaml: model: expected models, adapters or datasets"),
+        ("models: [a]\n", "models: expected models, adapters or datasets"),
         ("models:\n  org/x@main: main\n", "models: org/x@main: 'main' is no commit"),
     ],
 )

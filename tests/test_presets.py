@@ -87,8 +87,8 @@ def made(request: pytest.FixtureRequest, tmp_path_factory: Any) -> Iterator[Made
     values = write_preset(preset, root)
     kept: list[Any] = []
     with pytest.MonkeyPatch.context() as patch:
-        save = train_lora.save_adapter
-        patch.setattr(train_lora, "save_adapter", lambda m, *rest: (kept.append(m), save(m, *rest)))
+        save = train_lora.save_tuned
+        patch.setattr(train_lora, "save_tuned", lambda m, *rest: (kept.append(m), save(m, *rest)))
         for name, main in STAGES.items():
             run_stage(name, main, root)
     yield Made(preset, root, kept[0], values)

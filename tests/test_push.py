@@ -64,7 +64,9 @@ def root(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 def make(root: Path) -> Make:
     store = Store.open(root, "capas")
 
-    def run(key: str = "k1", gate: str = "passed", weights: bytes = b"adapter") -> str:
+    def run(
+        key: str = "k1", gate: str = "passed", weights: bytes = b"adapter", whole: bool = False
+    ) -> str:
         folder = root / "made" / key / "model"
         data = folder / "data/data"
         adapter = data / "adapter"
@@ -73,8 +75,9 @@ def make(root: Path) -> Make:
         (data / "served.json").write_text(json.dumps({"base": BASE}))
         (data / "base").mkdir()
         (data / "base/model.safetensors").write_bytes(b"base of " + key.encode())
-        (adapter / "adapter_model.safetensors").write_bytes(weights)
-        (adapter / "adapter_config.json").write_text("{}")
+        start = "" if whole else "adapter_"
+        (adapter / f"{start}model.safetensors").write_bytes(weights)
+        (adapter / f"{start}config.json").write_text("{}")
         (adapter / "README.md").write_text(CARD)
         tags = {"train_key": key, "gate": gate, "adapter.sha256": f"sha of {key}"}
         made = store.client.create_run(store.experiment_id, tags=tags, run_name=f"run-{key}")
@@ -110,6 +113,19 @@ def test_the_adapter_its_base_and_its_card(hub: Hub, make: Make, capsys: Any) ->
     assert "MLflow" not in card
     assert not hub.repos[NAME].private
     assert capsys.readouterr().out.strip().startswith(f"{hub.url}/me/timer/commit/")
+
+
+def test_a_whole_model_goes_without_base_and_peft(hub: Hub, root: Path, make: Make) -> None:
+    made = Store.open(root, "capas").client
+    run_id = make(whole=True)
+    assert made.get_run(run_id).data.tags["gate"] == "passed"
+    assert push() == 0
+    found = files(hub)
+    assert set(found) == {"README.md", "config.json", "model.safetensors"}
+    card = found["README.md"].decode()
+    assert 'AutoModelForCausalLM.from_pretrained("me/timer")' in card
+    assert "PeftModel" not in card
+    assert push("--merged", str(root)) == 2
 
 
 def test_the_same_again_is_no_second_commit(hub: Hub, make: Make) -> None:

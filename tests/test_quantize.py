@@ -108,7 +108,7 @@ def test_shards_are_read_and_written(tmp_path: Path, monkeypatch: pytest.MonkeyP
     shards = write_workspace(make_folder(tmp_path / "shards"), ["quantization=nf4"])
     (shards / "data/models/base/model.safetensors").unlink()
     make_model().save_pretrained(shards / "data/models/base", max_shard_size="50KB")
-    monkeypatch.setattr(quantize_model, "MAX_SHARD_SIZE", "30KB")
+    monkeypatch.setattr("capas.model.MAX_SHARD_SIZE", "30KB")
     run_stage("quantize", quantize_model.main, shards)
     facts = read_json(shards / "reports/quantization.json")
     assert facts["num_shards_before"] > 2 < facts["num_shards_after"]

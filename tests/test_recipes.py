@@ -67,8 +67,13 @@ def made(request: pytest.FixtureRequest, tmp_path_factory: Any) -> Iterator[Made
 def write_recipe(name: str, root: Path) -> dict[str, Any]:
     """The recipe in small, with a model of its architecture in `local` and records of one's own."""
     preset = compose(f"experiment={name}")["model"]["preset"]
+    return write_tiny(preset, root, f"experiment={name}")
+
+
+def write_tiny(preset: str, root: Path, *overrides: str) -> dict[str, Any]:
+    """A workspace in small as it stands before fetch, with a model of the preset's architecture."""
     model = test_presets.write_local(preset, root)
-    values = compose(f"experiment={name}", "+smoke=tiny", *model, *OWN)
+    values = compose(f"model={preset}", "+smoke=tiny", *model, *OWN, *overrides)
     test_presets.write_composed(values, root)
     rows = [{"question": f"timer {n}", "answer": f"{n} minutes"} for n in range(40)]
     (root / "data/own").mkdir()

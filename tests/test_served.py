@@ -113,6 +113,14 @@ def test_the_card_says_from_what_with_which_scores_and_how_to_load(root: Path) -
     assert "`capas rebuild 42`" in card
     assert "`qwen` (`chat_template.jinja`" in card
     assert "dataset.seed" not in card
+    assert "Trained on from" not in card
+    whole = write_card("42", "a1b2", {**values, "lora.r": None}, facts, source, *reports)
+    assert "library_name: transformers" in whole and "tags: [capas]" in whole
+    assert "# All weights trained of data/embedded, training a1b2" in whole
+    assert "PEFT" not in whole and "AutoModelForCausalLM.from_pretrained(FOLDER)" in whole
+    start = {"adapter_name_or_path": "a/b", "adapter_revision": "01", "sha256": "ff"}
+    started = write_card("42", "a1b2", values, facts, source, *reports, start)
+    assert "- Trained on from the adapter `a/b` at `01`, sha256 `ff`." in started
     assert not card.count("base_model:")  # no model of the Hub
     named = {**facts, "base": {**facts["base"], "packed": False, "hub": True}}
     assert "base_model: data/embedded" in write_card("42", "a", values, named, source, *reports)

@@ -1,4 +1,6 @@
 import argparse
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -35,6 +37,7 @@ class Model:
         torch.manual_seed(0)
         lora = LoraConfig(r=4, target_modules="all-linear", init_lora_weights=False)
         self.model: Any = get_peft_model(AutoModelForCausalLM.from_pretrained(folder), lora).eval()
+        self.tuned = SimpleNamespace(model=self.model, base=self._base)
         self.asked: list[list[dict[str, Any]]] = []
         encode = self.format.prompt_ids
 
@@ -43,6 +46,11 @@ class Model:
             return encode(messages, tools)
 
         self.format.prompt_ids = prompt_ids  # type: ignore[method-assign]
+
+    @contextmanager
+    def _base(self) -> Iterator[Any]:
+        with self.model.disable_adapter():
+            yield self.model
 
     def answer(self, base: bool = False) -> str:
         """To the last conversation."""

@@ -88,14 +88,14 @@ def test_b_is_zero_at_first_and_not_in_the_end(trained: Path) -> None:
 def test_training_leaves_the_base_bit_identical(tmp_path: Path) -> None:
     """The weights that live in the model after the last step, not those on disk."""
     kept: dict[str, Any] = {}
-    original = train_lora.save_adapter
+    original = train_lora.save_tuned
 
     def keep(model: Any, *args: Any) -> None:
         kept.update({k: v.clone() for k, v in model.state_dict().items() if "lora_" not in k})
         original(model, *args)
 
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(train_lora, "save_adapter", keep)
+        patch.setattr(train_lora, "save_tuned", keep)
         train(tmp_path, "quantization=nf4", quantize=True)
     fresh = train_lora.add_lora(
         load_model(tmp_path / "data/models/quantized", PLAIN, CPU), read_params("train", tmp_path)

@@ -98,9 +98,17 @@ def write_workspace(root: Path, overrides: Iterable[str] = (), quantized: str = 
     write_tokenizer(root / "data/models/tokenizer")
     make_model().save_pretrained(root / "data/models/base")
     shutil.copytree(root / "data/models" / quantized, root / "data/models/quantized")
+    write_origin(root)
     _write_data(root)
     write_lock(root)
     return root
+
+
+def write_origin(root: Path) -> None:
+    """data/models/initial_adapter where the training starts from none."""
+    (root / "data/models/initial_adapter").mkdir()
+    origin = {"adapter_name_or_path": None, "adapter_revision": None}
+    (root / "data/models/initial_adapter/origin.json").write_text(json.dumps(origin))
 
 
 def link_code(root: Path) -> None:

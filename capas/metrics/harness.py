@@ -14,12 +14,15 @@ from collections.abc import Iterator, Mapping
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path, PurePosixPath
 from tempfile import TemporaryDirectory
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from capas.errors import CapasError
 from capas.facts import read_json
 from capas.metrics.own import FOLDERS
 from capas.params import Params
+
+if TYPE_CHECKING:
+    from capas.model import Tuned
 
 PACKAGE = "lm_eval"
 KEY = "evaluation.harness"
@@ -66,12 +69,12 @@ def _texts(include_path: str, root: Path) -> dict[str, str]:
 
 
 def evaluate(
-    model: Any, tokenizer: Any, settings: Params, composed: Path, batch_size: int, seed: int
+    models: "Tuned", tokenizer: Any, settings: Params, composed: Path, batch_size: int, seed: int
 ) -> dict[str, Any]:
-    """Scores of every task, without the adapter and with it.
+    """Scores of every task, of base and tuned model.
 
     Args:
-        model: `peft.PeftModel`.
+        models: both.
         settings: evaluation.harness.
         composed: data/composed/harness.json.
 
@@ -87,10 +90,14 @@ def evaluate(
     facts = read_json(composed)
     with _laid_out(facts["files"]) as folder:
         tasks = _known(list(settings.tasks), folder)
-        subject = HFLM(pretrained=model, tokenizer=tokenizer, batch_size=batch_size)
-        with model.disable_adapter():
-            base = _run(subject, tasks, settings, seed)
-        tuned = _run(subject, tasks, settings, seed)
+
+        def run(model: Any) -> dict[str, Any]:
+            subject = HFLM(pretrained=model, tokenizer=tokenizer, batch_size=batch_size)
+            return _run(subject, tasks, settings, seed)
+
+        with models.base() as model:
+            base = run(model)
+        tuned = run(models.model)
     scores = {name: _side_by_side(name, base, tuned) for name in sorted(tuned["results"])}
     return {"version": facts["version"], "tasks": scores}
 

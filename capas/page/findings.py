@@ -14,6 +14,8 @@ from typing import Any
 import pyarrow.csv as pa_csv
 import pyarrow.parquet as pq
 
+from capas import saved
+from capas.facts import read_json
 from capas.metrics.names import headline
 from capas.page.intervals import wilson_interval
 from capas.page.neighbours import read_header
@@ -168,11 +170,22 @@ def _before_last_answer(messages: list[Row]) -> list[Row]:
     return messages[: answers[-1]] if answers else messages
 
 
-def adapted(adapter_file: Path) -> dict[str, Any]:
-    """How many layers the adapter stands beside, and of what kinds."""
-    tensors, _ = read_header(adapter_file)
+def adapter(folder: Path) -> dict[str, Any]:
+    """The adapter's rank, its bytes, how many layers it stands beside and of what kinds.
+
+    `adapter` and `adapted` are None of a whole model, all of whose weights were trained.
+    """
+    found = {"adapter": None, "adapted": None, "adapter_bytes": saved.weight_bytes(folder)}
+    if not saved.is_adapter(folder):
+        return found
+    tensors, _ = read_header(folder / "adapter_model.safetensors")
     layers = {name.split(".lora_")[0] for name in tensors if ".lora_" in name}
-    return {"num_layers": len(layers), "kinds": sorted({layer.split(".")[-1] for layer in layers})}
+    kinds = sorted({layer.split(".")[-1] for layer in layers})
+    return {
+        **found,
+        "adapter": read_json(folder / "adapter_config.json"),
+        "adapted": {"num_layers": len(layers), "kinds": kinds},
+    }
 
 
 def curve(history: Sequence[Row], max_grad_norm: float, vocab_size: int) -> dict[str, Any]:

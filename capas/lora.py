@@ -1,0 +1,107 @@
+"""LoRA layers as the lora group describes them, and the adapter whose weights they may begin with."""
+
+import logging
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from capas import adapter
+from capas.errors import CapasError
+from capas.facts import read_json
+from capas.params import Params
+
+if TYPE_CHECKING:
+    from peft import LoraConfig
+
+log = logging.getLogger("capas")
+OWN = ("preset", "adapter_name_or_path", "adapter_revision")  # no arguments of peft.LoraConfig
+
+
+def trains_all(lora: Params) -> bool:
+    """Whether there is no LoRA (lora=none): all weights are trained."""
+    return lora.r is None
+
+
+def make_config(lora: Params) -> "LoraConfig":
+    from peft import LoraConfig
+
+    return LoraConfig(task_type="CAUSAL_LM", **lora.without(*OWN))
+
+
+def load_initial(model: Any, folder: Path, base_name: str) -> None:
+    """Give the LoRA layers of a `PeftModel` the weights of the adapter in `folder`.
+
+    Args:
+        base_name: of the base, to be compared with the one that the adapter names.
+
+    Raises:
+        CapasError: they are not those of this base and this lora group, or are no numbers.
+    """
+    from peft import get_peft_model_state_dict, set_peft_model_state_dict
+    from safetensors import SafetensorError
+    from safetensors.torch import load_file
+
+    name = read_json(folder / adapter.ORIGIN)["adapter_name_or_path"]
+    own = read_json(folder / adapter.CONFIG).get("base_model_name_or_path")
+    try:
+        weights = load_file(folder / adapter.WEIGHTS)
+    except SafetensorError as error:
+        raise CapasError(f"{adapter.WEIGHTS} of {name} is damaged: {error}") from None
+    if base_name != own:
+        log.warning("%s was trained on %s, and goes on here on %s", name, own, base_name)
+    broken = sorted(key for key, weight in weights.items() if not weight.isfinite().all())
+    if broken:
+        raise CapasError(f"{name} holds weights that are no numbers: {_few(broken)}")
+    expected = get_peft_model_state_dict(model, save_embedding_layers=False)
+    _check_layers(name, weights, expected, model)
+    if wrong := sorted(k for k, v in weights.items() if v.shape != expected[k].shape):
+        raise CapasError(
+            f"{name} does not fit the base {base_name}: the shapes of {_few(wrong)} differ; it is an adapter "
+            "of another base"
+        )
+    set_peft_model_state_dict(model, weights)
+    loaded = get_peft_model_state_dict(model, save_embedding_layers=False)
+    lost = [k for k, v in weights.items() if not loaded[k].cpu().equal(v.to(loaded[k].dtype))]
+    if lost:
+        raise CapasError(f"PEFT did not take all weights of {name}: {_few(sorted(lost))}")
+
+
+def _check_layers(name: str, weights: dict[str, Any], expected: dict[str, Any], model: Any) -> None:
+    others = sorted(key for key in weights if ".lora_" not in key)
+    if others:
+        raise CapasError(
+            f"{name} holds weights beside those of LoRA, for which capas has no place: {_few(others)}. Merge "
+            "it into its base and name that model in model.model_name_or_path"
+        )
+    found, asked = _layers(weights), _layers(expected)
+    there = {layer for layer, _ in model.named_modules()}
+    if strange := sorted(found - there):
+        raise CapasError(
+            f"{name} is an adapter of another base: this one has no layer called {_few(strange)}"
+        )
+    if found != asked:
+        raise CapasError(
+            f"the lora group contradicts the adapter that the training starts from, {name}: "
+            f"lora.target_modules={_show(model.peft_config['default'].target_modules)} adapts {len(asked)} "
+            f"layers, and the adapter {len(found)}. Set lora.target_modules={_show(_shortest(found, there))}"
+        )
+    if odd := sorted(weights.keys() ^ expected.keys()):
+        raise CapasError(f"{name} does not hold what PEFT expects of it: {_few(odd)}")
+
+
+def _layers(names: Any) -> set[str]:
+    return {key.partition(".lora_")[0] for key in names}
+
+
+def _shortest(found: set[str], there: set[str]) -> set[str]:
+    """Their last names, where no other layer has one of them."""
+    last = {layer.rpartition(".")[2] for layer in found}
+    return last if {n for n in there if n.rpartition(".")[2] in last} == found else found
+
+
+def _show(modules: Any) -> str:
+    return modules if isinstance(modules, str) else f"[{','.join(sorted(modules or ()))}]"
+
+
+def _few(names: list[str]) -> str:
+    more = f" and {len(names) - 3} more" if len(names) > 3 else ""
+    return ", ".join(names[:3]) + more
