@@ -317,7 +317,7 @@ def training_arguments(params: Params, folder: Path) -> "TrainingArguments":
     on_cpu = params.hardware.device == "cpu"
     if params.trainer.use_liger_kernel and find_spec("liger_kernel") is None:
         raise CapasError(
-            "trainer.use_liger_kernel=true, and liger-kernel is not installed: pip install 'capas[gpu]'"
+            "trainer.use_liger_kernel=true, and liger-kernel is not installed: pip install -e '.[gpu]'"
         )
     divided = params.hardware.distributed_type == "fsdp2"
     try:
