@@ -361,7 +361,7 @@ def train_capas(way: str, options: argparse.Namespace) -> tuple[Any, Any, dict[s
         for layer in model.get_base_model().model.layers:
             layer.compile(dynamic=False)
     clock = make_clock(options.device)
-    arguments = train_lora.training_arguments(params, Path("scratch"), resumed=False)
+    arguments = train_lora.training_arguments(params, Path("scratch"))
     trainer = training.Trainer(
         model=model,
         args=replace(
@@ -393,14 +393,14 @@ def estimated_gib(params: Any, options: argparse.Namespace) -> float:
 
 
 def compose(changed: dict[str, Any], options: argparse.Namespace) -> Any:
-    """The shipped recipe's values, with this benchmark's batch."""
+    """The shipped recipe's values, with this benchmark's batch and nothing but the row's kernels."""
     from capas.composition import composer
     from capas.dag import StageSpec
     from capas.params import Params, select
 
     deterministic = changed.get("deterministic", True)
     micro_batch = changed.get("micro_batch", MICRO_BATCH)
-    turned = ("use_liger_kernel", "fused_lora", "gradient_checkpointing")
+    turned = {"use_liger_kernel": False, "fused_lora": False, "gradient_checkpointing": True}
     overrides = [
         "experiment=llama_3.1_8b_qlora_24gb",
         "trainer.packing_length=null",
@@ -415,7 +415,7 @@ def compose(changed: dict[str, Any], options: argparse.Namespace) -> Any:
         f"trainer.max_steps={options.steps}",
         f"trainer.per_device_train_batch_size={micro_batch}",
         f"trainer.gradient_accumulation_steps={ROWS // micro_batch}",
-        *(f"trainer.{name}={changed[name]}" for name in turned if name in changed),
+        *(f"trainer.{name}={changed.get(name, value)}" for name, value in turned.items()),
         f"trainer.full_determinism={deterministic}",
         f"hardware.cudnn_deterministic={deterministic}",
     ]
