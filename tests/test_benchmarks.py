@@ -42,4 +42,4 @@ def test_the_ladder_of_the_gpu_runs_dry() -> None:
     before, shipped, liger = json.loads(done.stdout)["ways"]
     assert shipped["losses"] == pytest.approx(before["losses"], rel=1e-3)
     assert len(shipped["losses"]) == 4 and shipped["tokens_per_second"] > 0
-    assert "written for a GPU" in liger["error"]
+    assert "liger" in liger["error"]
