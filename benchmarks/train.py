@@ -41,6 +41,7 @@ from process import ProgramError, measure
 
 from capas import hardware
 from capas.batches import LengthGroupedSampler
+from capas.lora import OWN
 from capas.params import Params
 from capas.records import FORMATTED, read_records
 
@@ -152,7 +153,7 @@ class Arena:
             **files,
             "out": str(self.folder / "out"),
             "pad_token_id": json.loads((formatted / "chat.json").read_text())["pad_token_id"],
-            "lora": {name: value for name, value in params["lora"].items() if name != "preset"},
+            "lora": {n: v for n, v in params["lora"].items() if n not in OWN},
             "trainer": training_arguments(params["trainer"]),
         }
 

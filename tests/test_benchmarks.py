@@ -10,6 +10,7 @@ import pytest
 ROOT = Path(__file__).resolve().parents[1]
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(
     not (ROOT / "data/formatted").is_dir(), reason="data/formatted is missing: run `dvc repro`"
 )

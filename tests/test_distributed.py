@@ -267,6 +267,7 @@ def as_gpus(folder: Path) -> dict[str, str]:
     return {"PYTHONPATH": f"{folder}:{REPOSITORY}"}
 
 
+@pytest.mark.slow
 def test_a_divided_model_learns_what_a_whole_one_learns(two: Path, tmp_path: Path) -> None:
     root = prepared(tmp_path / "work", *DIVIDED)
     launched(root, **as_gpus(tmp_path / "as_gpus"))

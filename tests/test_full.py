@@ -162,6 +162,7 @@ def test_a_second_run_and_a_stopped_one_give_the_same_bytes(trained: Path, tmp_p
     assert results(stopped_once(tmp_path / "stopped", 4, *FULL)) == results(trained)
 
 
+@pytest.mark.slow
 def test_killed_and_told_to_end_it_ends_the_same(tmp_path: Path) -> None:
     """SIGKILL while a checkpoint of the whole model is written, then SIGTERM."""
     options = (*FULL, "trainer.max_steps=40", "trainer.save_steps=3", "trainer.logging_steps=7")

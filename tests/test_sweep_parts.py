@@ -306,8 +306,8 @@ def plan(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Plan:
 def test_a_glob_is_all_choices_but_the_base_of_the_group(plan: Plan) -> None:
     task = prepare(plan, ["lora=glob(*)", "model=glob(llama*,exclude=*8b*)", "seed=1,2"], True)
     models = "llama_3.2_1b_instruct,llama_3.2_3b_instruct"
-    assert task.words == ["lora=all_linear,attention", f"model={models}", "seed=1,2"]
-    assert (task.expected, task.at_once) == (8, 8)
+    assert task.words == ["lora=all_linear,attention,none", f"model={models}", "seed=1,2"]
+    assert (task.expected, task.at_once) == (12, 12)
     with pytest.raises(CapasError, match="has no such choice"):
         prepare(plan, ["lora=glob(x*)"], True)
 

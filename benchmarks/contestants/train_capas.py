@@ -17,8 +17,8 @@ from capas import hardware
 def main() -> None:
     clock, prepare = race.Clock(), hardware.prepare
 
-    def prepare_and_listen(values: Any) -> Any:
-        device = prepare(values)  # before torch is imported
+    def prepare_and_listen(*values: Any) -> Any:
+        device = prepare(*values)  # before torch is imported
         import transformers
 
         make = transformers.Trainer.__init__
