@@ -70,7 +70,7 @@ SAME = (
     *("max_steps", "learning_rate", "lr_scheduler_type", "weight_decay", "max_grad_norm", "optim"),
     *("per_device_train_batch_size", "per_device_eval_batch_size", "seed", "data_seed"),
 )
-DATA = ("formatted", "models/base", "models/tokenizer")
+DATA = ("formatted", "models/base", "models/initial_adapter", "models/tokenizer")
 MOST_DIFFERENCE = 1e-4  # of a loss
 
 Facts = dict[str, Any]
@@ -82,7 +82,7 @@ def main(options: argparse.Namespace) -> None:
         rounds = [arena.turn(options.contestants) for _ in range(options.rounds)]
     contestants = {key: summary([turn[key] for turn in rounds]) for key in options.contestants}
     for key, facts in contestants.items():
-        if "failed" not in facts:
+        if "failed" not in contestants["a"] and "failed" not in facts:
             facts["curve_difference"] = difference(rounds[-1]["a"], rounds[-1][key])
     result = {
         "model": "data/models/base, fp32",
