@@ -37,16 +37,17 @@ class Batch:
 
 
 class Phase(NamedTuple):
-    """A part of the stage. What comes before the Trainer is neither checkpointed nor of mixed precision."""
+    """A part of the stage. What comes before the Trainer is neither checkpointed nor of mixed precision.
+
+    A fused loss is Liger's: of a few tokens at a time, without the logits of all.
+    """
 
     name: str
     batch: Batch
     backward: bool
     checkpointing: bool
     mixed_precision: bool
-    fused_loss: bool = (
-        False  # Liger's: the loss of a few tokens at a time, without all their logits
-    )
+    fused_loss: bool = False
 
 
 def measure(

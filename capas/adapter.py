@@ -14,12 +14,8 @@ from capas.facts import read_json
 
 FOLDER = "data/models/initial_adapter"
 ORIGIN, CONFIG, WEIGHTS = "origin.json", "adapter_config.json", "adapter_model.safetensors"
-COMPARED = {
-    "r": None,
-    "lora_alpha": None,
-    "use_rslora": False,
-    "use_dora": False,
-}  # PEFT's defaults
+# With PEFT's defaults.
+COMPARED = {"r": None, "lora_alpha": None, "use_rslora": False, "use_dora": False}
 _KEPT_BASE = (True, False, "gaussian", "orthogonal", "eva")  # the others change the base's weights
 # Without effect on what an adapter computes, or told by the names of its tensors.
 _WITHOUT_EFFECT = {

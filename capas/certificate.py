@@ -9,6 +9,7 @@ import torch
 from safetensors.torch import load_file
 from torch.distributed.tensor import DTensor
 
+from capas import lora
 from capas.batches import compute_logits, whole
 from capas.errors import CapasError
 from capas.training import listed
@@ -58,7 +59,7 @@ def check_adapter(
             gives other logits than the trained one (of a model that is divided: has other weights).
     """
     weights = load_file(folder / WEIGHTS)
-    _check_finite("the adapter", weights)
+    check_finite("the adapter", weights)
     outer = {name: weight for name, weight in weights.items() if "lora_B" in name}
     zero = sorted(name for name, weight in outer.items() if not weight.any())
     if outer and len(zero) == len(outer):
@@ -108,16 +109,15 @@ def check_whole(
     num_weights = 0
     for file in sorted(folder.glob("*.safetensors")):
         weights = load_file(file)
-        _check_finite("the model", weights)
+        check_finite("the model", weights)
         num_weights += sum(weight.numel() for weight in weights.values())
     if fingerprint(model) == base:
         raise CapasError(
             "nothing was learned: all weights are as before the training. Is trainer.learning_rate large "
             "enough for the type of the weights, and does any record carry loss (reports/mask.html)?"
         )
-    trained = compute_logits(model, batch).float()
-    saved = compute_logits(load(), batch).float()
-    difference = float((trained - saved).abs().max() / trained.abs().max())
+    trained = compute_logits(model, batch)
+    difference = _difference(trained, compute_logits(load(), batch))
     _check_difference("model", "logit", difference)
     return {
         "num_weights": num_weights,
@@ -128,7 +128,8 @@ def check_whole(
     }
 
 
-def _check_finite(what: str, weights: dict[str, torch.Tensor]) -> None:
+def check_finite(what: str, weights: dict[str, torch.Tensor]) -> None:
+    """Raises CapasError: one is no number."""
     broken = sorted(name for name, weight in weights.items() if not weight.isfinite().all())
     if broken:
         raise CapasError(f"{what} holds weights that are no numbers: {listed(broken)}")
@@ -150,9 +151,7 @@ def _of_weights(model: Any, saved: dict[str, torch.Tensor]) -> float:
     """As `_of_logits`, of a model that is divided: it takes no second adapter."""
     from peft import get_peft_model_state_dict
 
-    named = {
-        name: whole(p.detach()).cpu() for name, p in model.named_parameters() if "lora_" in name
-    }
+    named = {name: weight.cpu() for name, weight in lora.whole_weights(model).items()}
     trained = get_peft_model_state_dict(model, state_dict=named, save_embedding_layers=False)
     if trained.keys() != saved.keys():
         return float("inf")
@@ -162,10 +161,15 @@ def _of_weights(model: Any, saved: dict[str, torch.Tensor]) -> float:
 
 def _of_logits(model: Any, folder: Path, batch: dict[str, torch.Tensor]) -> float:
     """Of the logits, as a part of the largest one, once the adapter is loaded beside itself."""
-    trained = compute_logits(model, batch).float()
+    trained = compute_logits(model, batch)
     model.load_adapter(str(folder), "saved")
     model.set_adapter("saved")
-    saved = compute_logits(model, batch).float()
+    saved = compute_logits(model, batch)
     model.set_adapter("default")
     model.delete_adapter("saved")
-    return float((trained - saved).abs().max() / trained.abs().max())
+    return _difference(trained, saved)
+
+
+def _difference(trained: torch.Tensor, saved: torch.Tensor) -> float:
+    """The largest, as a part of the largest logit."""
+    return float((trained.float() - saved.float()).abs().max() / trained.float().abs().max())

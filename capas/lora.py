@@ -27,6 +27,14 @@ def make_config(lora: Params) -> "LoraConfig":
     return LoraConfig(task_type="CAUSAL_LM", **lora.without(*OWN))
 
 
+def whole_weights(model: Any) -> dict[str, Any]:
+    """Those of the LoRA layers of a `PeftModel`, whole in every process (`batches.whole`)."""
+    from capas.batches import whole
+
+    named = model.named_parameters()
+    return {name: whole(weight.detach()) for name, weight in named if "lora_" in name}
+
+
 def load_initial(model: Any, folder: Path, base_name: str) -> None:
     """Give the LoRA layers of a `PeftModel` the weights of the adapter in `folder`.
 
@@ -40,6 +48,9 @@ def load_initial(model: Any, folder: Path, base_name: str) -> None:
     from safetensors import SafetensorError
     from safetensors.torch import load_file
 
+    from capas.certificate import check_finite
+    from capas.training import listed
+
     name = read_json(folder / adapter.ORIGIN)["adapter_name_or_path"]
     own = read_json(folder / adapter.CONFIG).get("base_model_name_or_path")
     try:
@@ -48,35 +59,35 @@ def load_initial(model: Any, folder: Path, base_name: str) -> None:
         raise CapasError(f"{adapter.WEIGHTS} of {name} is damaged: {error}") from None
     if base_name != own:
         log.warning("%s was trained on %s, and goes on here on %s", name, own, base_name)
-    broken = sorted(key for key, weight in weights.items() if not weight.isfinite().all())
-    if broken:
-        raise CapasError(f"{name} holds weights that are no numbers: {_few(broken)}")
+    check_finite(name, weights)
     expected = get_peft_model_state_dict(model, save_embedding_layers=False)
     _check_layers(name, weights, expected, model)
     if wrong := sorted(k for k, v in weights.items() if v.shape != expected[k].shape):
         raise CapasError(
-            f"{name} does not fit the base {base_name}: the shapes of {_few(wrong)} differ; it is an adapter "
-            "of another base"
+            f"{name} does not fit the base {base_name}: the shapes of {listed(wrong)} differ; it is an "
+            "adapter of another base"
         )
     set_peft_model_state_dict(model, weights)
     loaded = get_peft_model_state_dict(model, save_embedding_layers=False)
     lost = [k for k, v in weights.items() if not loaded[k].cpu().equal(v.to(loaded[k].dtype))]
     if lost:
-        raise CapasError(f"PEFT did not take all weights of {name}: {_few(sorted(lost))}")
+        raise CapasError(f"PEFT did not take all weights of {name}: {listed(sorted(lost))}")
 
 
 def _check_layers(name: str, weights: dict[str, Any], expected: dict[str, Any], model: Any) -> None:
+    from capas.training import listed
+
     others = sorted(key for key in weights if ".lora_" not in key)
     if others:
         raise CapasError(
-            f"{name} holds weights beside those of LoRA, for which capas has no place: {_few(others)}. Merge "
-            "it into its base and name that model in model.model_name_or_path"
+            f"{name} holds weights beside those of LoRA, for which capas has no place: {listed(others)}. "
+            "Merge it into its base and name that model in model.model_name_or_path"
         )
     found, asked = _layers(weights), _layers(expected)
     there = {layer for layer, _ in model.named_modules()}
     if strange := sorted(found - there):
         raise CapasError(
-            f"{name} is an adapter of another base: this one has no layer called {_few(strange)}"
+            f"{name} is an adapter of another base: this one has no layer called {listed(strange)}"
         )
     if found != asked:
         raise CapasError(
@@ -85,7 +96,7 @@ def _check_layers(name: str, weights: dict[str, Any], expected: dict[str, Any], 
             f"layers, and the adapter {len(found)}. Set lora.target_modules={_show(_shortest(found, there))}"
         )
     if odd := sorted(weights.keys() ^ expected.keys()):
-        raise CapasError(f"{name} does not hold what PEFT expects of it: {_few(odd)}")
+        raise CapasError(f"{name} does not hold what PEFT expects of it: {listed(odd)}")
 
 
 def _layers(names: Any) -> set[str]:
@@ -100,8 +111,3 @@ def _shortest(found: set[str], there: set[str]) -> set[str]:
 
 def _show(modules: Any) -> str:
     return modules if isinstance(modules, str) else f"[{','.join(sorted(modules or ()))}]"
-
-
-def _few(names: list[str]) -> str:
-    more = f" and {len(names) - 3} more" if len(names) > 3 else ""
-    return ", ".join(names[:3]) + more

@@ -46,7 +46,7 @@ class Served:
     def __init__(self, folder: Path) -> None:
         self.facts, self.chat = read_json(folder / "served.json"), read_json(folder / "chat.json")
         device = choose_device(self.facts["hardware"])
-        from capas.model import Tuned, load_model
+        from capas.model import TunedModel, load_model
 
         adapter, chat = folder / "adapter", self.chat
         text = (adapter / "chat_template.jinja").read_text(encoding="utf-8")
@@ -63,7 +63,7 @@ class Served:
             base = base_folder(folder, self.facts["base"])
             return load_model(base, model, device, **self._quantization())
 
-        self.tuned = Tuned(adapter, model, device, load_base)
+        self.tuned = TunedModel(adapter, model, device, load_base)
         self.model: Any = self.tuned.model
 
     def predict(

@@ -40,7 +40,7 @@ if TYPE_CHECKING:
     from tokenizers import Tokenizer
     from torch import nn
 
-    from capas.model import Tuned
+    from capas.model import TunedModel
 
 Row = dict[str, Any]
 DATA, TOKENIZER, METRICS = "data/formatted", "data/models/tokenizer", "data/composed/metrics.json"
@@ -53,7 +53,7 @@ RATES = {"stopped": "stop_rate", "empty": "empty_rate"}  # of predictions -> of 
 
 def main(which: Literal["base", "tuned"], params: Params, stage: Stage) -> None:
     device = hardware.prepare(params.hardware)  # before torch is imported
-    from capas.model import Tuned, load_model, quantization_method
+    from capas.model import TunedModel, load_model, quantization_method
 
     records = choose(
         list(read_records(stage.dep(DATA) / "test.parquet", FORMATTED)),
@@ -63,9 +63,11 @@ def main(which: Literal["base", "tuned"], params: Params, stage: Stage) -> None:
     names = scorer.names
     records = ask(records, scorer, stage) if names else records
     load_base = partial(load_model, stage.dep(QUANTIZED), params.model, device)
-    if which == "tuned":
-        tuned = Tuned(stage.dep(ADAPTER), params.model, device, load_base)
-    model = load_base() if which == "base" else tuned.model
+    if which == "base":
+        model = load_base()
+    else:
+        tuned = TunedModel(stage.dep(ADAPTER), params.model, device, load_base)
+        model = tuned.model
     rows = score(model, records, params, stage)
     if names:
         rows = answer(model, rows, records, scorer, params, stage)
@@ -230,7 +232,7 @@ def by_group(rows: list[Row], group: str, names: list[str]) -> dict[str, Any]:
 
 
 def report_difference(
-    tuned: "Tuned",
+    tuned: "TunedModel",
     rows: list[Row],
     facts: dict[str, Any],
     names: list[str],
@@ -324,7 +326,7 @@ def difference(before: list[Row], after: list[Row], column: str, params: Params)
     return {**interval, "verdict": verdict, "num_records_needed": needed}
 
 
-def ask_generally(tuned: "Tuned", params: Params, stage: Stage) -> dict[str, Any]:
+def ask_generally(tuned: "TunedModel", params: Params, stage: Stage) -> dict[str, Any]:
     """The loss of base and tuned model on general questions: what the model forgot."""
     chat = recorded_format(stage.dep(DATA), stage.dep(TOKENIZER))
     records = format_questions(stage.dep(GENERAL), chat)
@@ -340,7 +342,7 @@ def ask_generally(tuned: "Tuned", params: Params, stage: Stage) -> dict[str, Any
     return {"num_records": len(records), **losses, "difference": change}
 
 
-def ask_harness(tuned: "Tuned", params: Params, stage: Stage) -> dict[str, Any]:
+def ask_harness(tuned: "TunedModel", params: Params, stage: Stage) -> dict[str, Any]:
     """Tasks of the lm-evaluation-harness, of base and tuned model."""
     from transformers import AutoTokenizer
 

@@ -69,7 +69,7 @@ def main(params: Params, stage: Stage) -> None:
 
 def save(model: "PreTrainedModel", base: Path, folder: Path, as_it_is: bool) -> None:
     """As safetensors. A base that is neither quantized here nor converted is not written a second time."""
-    from capas.model import MAX_SHARD_SIZE
+    from capas.model import save_model
 
     config = read_json(base / "config.json")
     stored = config.get("dtype") or config.get("torch_dtype")  # the older name
@@ -79,9 +79,7 @@ def save(model: "PreTrainedModel", base: Path, folder: Path, as_it_is: bool) -> 
         for file in sorted(base.iterdir()):
             place(file, folder / file.name)
     else:
-        model.save_pretrained(folder, max_shard_size=MAX_SHARD_SIZE)
-        for file in folder.iterdir():
-            file.chmod(0o644)  # safetensors writes files that only their owner can read
+        save_model(model, folder)
 
 
 def layer_errors(model: "PreTrainedModel", base: Path, params: Params) -> list[dict[str, Any]]:

@@ -47,12 +47,12 @@ NUM_TOKENS = 8  # of a next-token distribution
 
 def main(params: Params, stage: Stage) -> None:
     device = hardware.prepare(params.hardware)  # before torch is imported
-    from capas.model import Tuned, load_model
+    from capas.model import TunedModel, load_model
 
     right = recorded_format(stage.dep(DATA), stage.dep(TOKENIZER))
     prompts = choose_prompts(params.generation, stage)
     load_base = partial(load_model, stage.dep("data/models/quantized"), params.model, device)
-    tuned = Tuned(stage.dep("data/models/adapter"), params.model, device, load_base)
+    tuned = TunedModel(stage.dep("data/models/adapter"), params.model, device, load_base)
     models = Models(tuned, read_chat(stage), load_tokenizer(stage), params.generation)
 
     rows = [

@@ -77,26 +77,13 @@ def main(params: Params, stage: Stage) -> None:
     with args.main_process_first(local=False):  # which removes what is half-written
         checkpoint = training.last_checkpoint(checkpoints, resume=not stage.debug)
     args.eval_on_start = checkpoint is None  # the curve begins with the base
-    trainer = training.Trainer(
-        divergence_factor=params.trainer.divergence_factor,
-        loraplus_lr_ratio=params.trainer.loraplus_lr_ratio,
-        model=model,
-        args=args,
-        train_dataset=rows,
-        eval_dataset=validation,
-        data_collator=collator,
-        preprocess_logits_for_metrics=training.score_batch,
-        compute_metrics=training.summarize,
-    )
-    if params.trainer.early_stopping_patience:
-        trainer.add_callback(early_stopping(params.trainer))
-    trainer.check_at_start(lambda: usage.check_trainer(trainer, params))
+    trainer = make_trainer(model, args, rows, validation, collator, params)
     follows = launch.is_main() and not stage.debug
     with live.tracker(stage.root, stage.key(), enabled=follows) as log_rows:
         trainer.add_callback(training.LiveRows(log_rows.append))
         trainer.train(resume_from_checkpoint=str(checkpoint) if checkpoint else None)
 
-    weights = None if lora.trains_all(params.lora) else adapter_weights(trainer.model)
+    weights = None if lora.trains_all(params.lora) else lora.whole_weights(trainer.model)
     if launch.is_main():
         used = usage.describe(trainer)
         checked = {"packing": packing, "used": used, "gradient_check": gradient_check}
@@ -299,6 +286,34 @@ def prove_packing(
     }
 
 
+def make_trainer(
+    model: Any,
+    args: "TrainingArguments",
+    rows: list["Example"],
+    validation: list["Example"],
+    collator: "Collator",
+    params: Params,
+) -> "Trainer":
+    """It checks at its first step that it computes with what `params` asks for."""
+    from capas import training, usage
+
+    trainer = training.Trainer(
+        divergence_factor=params.trainer.divergence_factor,
+        loraplus_lr_ratio=params.trainer.loraplus_lr_ratio,
+        model=model,
+        args=args,
+        train_dataset=rows,
+        eval_dataset=validation,
+        data_collator=collator,
+        preprocess_logits_for_metrics=training.score_batch,
+        compute_metrics=training.summarize,
+    )
+    if params.trainer.early_stopping_patience:
+        trainer.add_callback(early_stopping(params.trainer))
+    trainer.check_at_start(lambda: usage.check_trainer(trainer, params))
+    return trainer
+
+
 def early_stopping(trainer: Params) -> Any:
     from capas.training import EarlyStopping
 
@@ -405,14 +420,6 @@ def write_curves(history: list[dict[str, Any]], stage: Stage) -> None:
     write_csv(stage.out("reports/validation.csv"), VALIDATION, validation)
 
 
-def adapter_weights(model: Any) -> dict[str, "torch.Tensor"]:
-    """Those of LoRA, whole in every process."""
-    from capas.batches import whole
-
-    named = model.named_parameters()
-    return {name: whole(weight.detach()) for name, weight in named if "lora_" in name}
-
-
 def save_tuned(
     model: Any,
     weights: dict[str, "torch.Tensor"] | None,
@@ -423,7 +430,7 @@ def save_tuned(
     """A folder that PEFT, transformers and servers load: weights, tokenizer, template, end tokens.
 
     Args:
-        weights: of `adapter_weights`; None: all weights were trained.
+        weights: of `lora.whole_weights`; None: all weights were trained.
     """
     from transformers import GenerationConfig
 
@@ -454,12 +461,10 @@ def save_adapter(
 
 
 def save_whole(model: Any, folder: Path, stage: Stage) -> None:
-    """Tied weights are written once. config.json is the base's: a training changes nothing in it."""
-    from capas.model import MAX_SHARD_SIZE
+    """config.json is the base's: a training changes nothing in it."""
+    from capas.model import save_model
 
-    model.save_pretrained(folder, max_shard_size=MAX_SHARD_SIZE)
-    for file in folder.iterdir():
-        file.chmod(0o644)  # safetensors writes files that only their owner can read
+    save_model(model, folder)
     for file in [stage.dep(QUANTIZED) / "config.json", *sorted(stage.dep(QUANTIZED).glob("*.py"))]:
         shutil.copyfile(file, folder / file.name)
 

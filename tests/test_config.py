@@ -76,8 +76,11 @@ def test_all_options_of_a_group_have_the_same_keys(compose: Callable[[list[str]]
 def test_a_divided_model_is_one_that_is_not_quantized(
     compose: Callable[[list[str]], Any],
 ) -> None:
-    validate(compose([*DIVIDED]))
-    validate(compose(["hardware=gpu_ddp", "quantization=nf4"]))
+    chosen = {"fsdp2": [*DIVIDED], "ddp": ["hardware=gpu_ddp", "quantization=nf4"]}
+    for kind, overrides in chosen.items():
+        values = compose(overrides)
+        validate(values)
+        assert values["hardware"]["distributed_type"] == kind
 
 
 def test_schema_and_conf_have_the_same_keys(compose: Callable[[list[str]], Any]) -> None:

@@ -1,10 +1,8 @@
 """A training in several processes is the training in one, and ends, fails and goes on like it."""
 
 import os
-import random
 import re
 import signal
-import socket
 import sys
 from pathlib import Path
 
@@ -13,6 +11,7 @@ import pytest
 import torch
 from accelerate.data_loader import BatchSamplerShard
 from safetensors.torch import load_file
+from servers import free_port
 from test_train import ADAPTER, history, prepared, results, run_in_process, wait_for
 from tiny import REPOSITORY, read_json, read_params, run_stage
 from torch.utils.data import BatchSampler, SequentialSampler
@@ -224,13 +223,9 @@ def fake_slurm(folder: Path) -> dict[str, str]:
     for name, text in scripts.items():
         (folder / name).write_text(text)
         (folder / name).chmod(0o755)
-    with socket.socket() as free:
-        while free.getsockname()[1] == 0:
-            port = random.randrange(20_000, 30_000)
-            try:
-                free.bind(("127.0.0.1", port))
-            except OSError:
-                continue
+    ports = range(launch._FIRST_PORT, launch._FIRST_PORT + launch._NUM_PORTS)
+    while (port := free_port()) not in ports:
+        continue
     job = {"SLURM_JOB_ID": str(port), "SLURM_JOB_NUM_NODES": "2"}
     return job | {"SLURM_JOB_NODELIST": "local[1-2]", "PATH": f"{folder}:{os.environ['PATH']}"}
 

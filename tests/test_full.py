@@ -19,7 +19,7 @@ from transformers import AutoModelForCausalLM
 from capas import certificate, cli, usage
 from capas.batches import Collator
 from capas.errors import CapasError
-from capas.model import Tuned, load_model
+from capas.model import TunedModel, load_model
 from capas.params import Params
 from stages import train_lora
 
@@ -259,7 +259,7 @@ def test_it_needs_no_merging(made: Path, monkeypatch: pytest.MonkeyPatch, capsys
 def test_the_base_is_there_beside_the_whole_model(trained: Path) -> None:
     params = read_params("evaluate", trained).model
     base = load_model(trained / "data/models/quantized", params, CPU)
-    tuned = Tuned(trained / "data/models/adapter", params, CPU, lambda: base)
+    tuned = TunedModel(trained / "data/models/adapter", params, CPU, lambda: base)
     state = torch.get_rng_state()
     with torch.inference_mode(), tuned.base() as before:
         assert torch.equal(before(IDS).logits, base(IDS).logits)

@@ -22,7 +22,7 @@ from capas.metrics.own import FOLDERS
 from capas.params import Params
 
 if TYPE_CHECKING:
-    from capas.model import Tuned
+    from capas.model import TunedModel
 
 PACKAGE = "lm_eval"
 KEY = "evaluation.harness"
@@ -69,7 +69,12 @@ def _texts(include_path: str, root: Path) -> dict[str, str]:
 
 
 def evaluate(
-    models: "Tuned", tokenizer: Any, settings: Params, composed: Path, batch_size: int, seed: int
+    models: "TunedModel",
+    tokenizer: Any,
+    settings: Params,
+    composed: Path,
+    batch_size: int,
+    seed: int,
 ) -> dict[str, Any]:
     """Scores of every task, of base and tuned model.
 
