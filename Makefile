@@ -45,7 +45,7 @@ embedded: $(READY) ## make the embedded base model again and compare it with dat
 
 lock: ## resolve pyproject.toml anew into requirements.lock
 	rm -rf .venv-lock && $(PYTHON) -m venv .venv-lock
-	.venv-lock/bin/pip install --quiet '.[sweep,dev]'
+	.venv-lock/bin/pip install --quiet '.[sweep,harness,serve,dev]'
 	set -o pipefail; { sed -n '1,/^[^#]/{/^#/p;}' requirements.lock; \
 	  .venv-lock/bin/pip freeze --exclude capas | sed 's/+[a-z0-9.]*$$//'; } > requirements.lock.new
 	mv requirements.lock.new requirements.lock && rm -rf .venv-lock

@@ -8,6 +8,7 @@ key in params.yaml have the same name.
 import difflib
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from functools import partial
 from typing import Annotated, Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
@@ -161,8 +162,9 @@ class Lora(Group):
 
 
 class Trainer(Group):
-    """`transformers.TrainingArguments`; those from packing_length on are capas' own."""
+    """`transformers.TrainingArguments`; backend and those from packing_length on are capas' own."""
 
+    backend: Literal["transformers", "unsloth"]
     learning_rate: Annotated[float, Field(gt=0, lt=1)]
     lr_scheduler_type: Literal[
         "linear", "cosine", "cosine_with_restarts", "polynomial", "constant",
@@ -428,6 +430,40 @@ def _of_dataset() -> Iterator[Rule]:
     )
 
 
+# What trainer.backend=unsloth leaves out: of a key the one value that goes with it, and why.
+_WITH_UNSLOTH: dict[str, tuple[Any, str]] = {
+    "hardware.device": ("cuda", "hardware=gpu: Unsloth's kernels are written for an NVIDIA GPU"),
+    "hardware.num_processes": (1, "one process with Unsloth"),
+    "model.trust_remote_code": (False, "a model of transformers' own: Unsloth has code for those"),
+    "quantization.load_in_8bit": (False, "quantization=nf4, fp4 or none with Unsloth"),
+    "lora.use_dora": (False, "no DoRA: Unsloth's kernels leave it out"),
+    "trainer.packing_length": (
+        None,
+        "null: Unsloth does not see by positions where a record begins",
+    ),
+    "trainer.use_liger_kernel": (False, "false: Unsloth has kernels of its own"),
+    "trainer.fused_lora": (False, "false: Unsloth has kernels of its own"),
+}
+
+
+def _of_unsloth() -> Iterator[Rule]:
+    for key, (wanted, why) in _WITH_UNSLOTH.items():
+        yield Rule(
+            ("trainer.backend", key),
+            partial(_goes_with_unsloth, wanted),
+            f"{why}; or trainer.backend=transformers",
+        )
+    yield Rule(
+        ("trainer.backend", "lora.r"),
+        lambda backend, r: backend != "unsloth" or r is not None,
+        "LoRA with Unsloth: lora=all_linear; or trainer.backend=transformers",
+    )
+
+
+def _goes_with_unsloth(wanted: Any, backend: str, found: Any) -> bool:
+    return backend != "unsloth" or bool(found == wanted)
+
+
 RULES = (
     Rule(
         ("evaluation.harness.tasks", "evaluation.harness.include_path"),
@@ -520,6 +556,7 @@ RULES = (
         ),
         "without lora_dropout, use_dora and trained biases, or trainer.fused_lora=false",
     ),
+    *_of_unsloth(),
     Rule(
         ("model.attn_implementation", "hardware.device"),
         lambda attention, device: attention != "flash_attention_2" or device == "cuda",

@@ -100,7 +100,7 @@ def merge(
     """
     import torch
 
-    from capas.model import MAX_SHARD_SIZE, quantization_method
+    from capas.model import quantization_method, save_model
     from capas.served import Served
 
     served = Served(source.folder)
@@ -111,7 +111,7 @@ def merge(
     trusted = served.facts["model"]["trust_remote_code"]
     plain = merged(served.model, getattr(torch, chosen), trusted)
     shutil.rmtree(folder, ignore_errors=True)
-    plain.save_pretrained(folder, max_shard_size=MAX_SHARD_SIZE)
+    save_model(plain, folder)
     for file in sorted((source.folder / "adapter").iterdir()):
         if file.name not in _OF_ADAPTER:
             shutil.copyfile(file, folder / file.name)

@@ -48,11 +48,16 @@ def load_model(folder: Path, model: Params, device: torch.device, **kwargs: Any)
         raise CapasError(f"{folder} cannot be loaded as asked ({asked}): {error}") from None
     _check_weights(folder, info)
     _check_loaded(asked, loaded)
-    if stored and quantization_method(loaded) == "none":
-        raise CapasError(f"{folder} holds quantized weights, which were loaded as if they were not")
+    check_quantized(loaded, stored, folder)
     _check_blocks(loaded)
     _keep_kernel(loaded)
     return loaded.eval()
+
+
+def check_quantized(model: nn.Module, stored: dict[str, Any] | None, folder: Path) -> None:
+    """Raises CapasError: the weights in `folder` are quantized (`stored`), and those of `model` are not."""
+    if stored and quantization_method(model) == "none":
+        raise CapasError(f"{folder} holds quantized weights, which were loaded as if they were not")
 
 
 def save_model(model: PreTrainedModel, folder: Path) -> None:

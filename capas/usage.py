@@ -7,7 +7,7 @@ import torch
 import transformers
 from peft import PeftModel
 
-from capas import hardware
+from capas import extras, hardware, unsloth
 from capas.cores import at_most
 from capas.errors import CapasError
 from capas.fused import is_fused
@@ -15,6 +15,7 @@ from capas.model import quantization_method, quantized_linears
 from capas.params import Params
 
 _KERNELS = {"Linear4bit": "bitsandbytes.matmul_4bit", "Linear8bitLt": "bitsandbytes.matmul"}
+_LINEAR = "torch.nn.functional.linear"
 _BITSANDBYTES = "bitsandbytes.optim.adamw.AdamW"
 _OPTIMIZERS = {
     "adamw_torch": "torch.optim.adamw.AdamW",
@@ -37,14 +38,16 @@ def describe(trainer: transformers.Trainer) -> dict[str, Any]:
     is_whole = not isinstance(model, PeftModel)
     base = model if is_whole else model.get_base_model()
     kernels = {_KERNELS[type(layer).__name__] for _, layer in quantized_linears(model)}
+    own = unsloth.version_of(base)
     return {
         **hardware.facts(trained.device),
+        **({} if own is None else {"unsloth": own}),
         "model_class": type(base).__name__,
         "dtype": _dtype(base.dtype),
         **({} if is_whole else {"adapter_dtype": _dtype(trained.dtype)}),
         "attn_implementation": base.config._attn_implementation,
         "quantization": quantization_method(model),
-        "linear_kernel": "+".join(sorted(kernels)) or "torch.nn.functional.linear",
+        "linear_kernel": "unsloth" if own else "+".join(sorted(kernels)) or _LINEAR,
         **_describe_optimizer(trainer.optimizer),
         "lr_scheduler_type": trainer.args.lr_scheduler_type.value,
         "gradient_checkpointing": bool(base.is_gradient_checkpointing),
@@ -114,7 +117,10 @@ def check(used: dict[str, Any], params: Params) -> None:
     }
     if machine.device == "cuda":
         asked["tf32"] = machine.allow_tf32
-    found = {**used, **used["accelerate"]}
+    if settings.backend == "unsloth":
+        asked["unsloth"] = extras.VERSIONS["unsloth"]["unsloth"]
+        del asked["attn_implementation"]  # Unsloth takes what suits it
+    found = {"unsloth": None, **used, **used["accelerate"]}
     wrong = [
         f"{name} is {found[name]}, not {value}"
         for name, value in asked.items()

@@ -19,11 +19,10 @@ import json
 import re
 import shutil
 from functools import partial
-from importlib.util import find_spec
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from capas import adapter, hardware, launch, live, saved
+from capas import adapter, extras, hardware, launch, live, saved, unsloth
 from capas.dag import recorded
 from capas.errors import CapasError
 from capas.facts import read_json, write_csv, write_json
@@ -39,6 +38,7 @@ if TYPE_CHECKING:
 
 FORMATTED, QUANTIZED, TOKENIZER = "data/formatted", "data/models/quantized", "data/models/tokenizer"
 OWN = (  # no arguments of transformers.Trainer
+    "backend",
     *("packing_length", "fused_lora", "loraplus_lr_ratio"),
     *("early_stopping_patience", "early_stopping_threshold", "divergence_factor"),
 )
@@ -48,8 +48,10 @@ VALIDATION = ("step", "epoch", "loss", "token_accuracy")
 
 
 def main(params: Params, stage: Stage) -> None:
-    # before torch is imported
+    # before torch, and Unsloth before transformers, is imported
     device = hardware.prepare(params.hardware, params.hardware.num_processes)
+    if params.trainer.backend == "unsloth":
+        unsloth.prepare(stage.root)
     initial = initial_adapter(params.lora, stage)
     from capas import capacity, certificate, fused, lora, training, usage
     from capas.batches import Collator, read_examples, tails
@@ -63,8 +65,13 @@ def main(params: Params, stage: Stage) -> None:
     packed = params.trainer.packing_length
     rows = train if packed is None else pack(train, packed)
     check_memory(num_tokens(rows), num_tokens(validation), params, device, stage)
-    base = load_base(stage.dep(QUANTIZED), params, device)
-    check_lengths(base, num_tokens([*train, *validation]))
+    lengths = num_tokens([*train, *validation])
+    if params.trainer.backend == "unsloth":
+        folders = stage.dep(QUANTIZED), stage.dep(TOKENIZER)
+        base = unsloth.load_base(*folders, params.model, max(lengths))
+    else:
+        base = load_base(stage.dep(QUANTIZED), params, device)
+    check_lengths(base, lengths)
     model = unfreeze(base) if lora.trains_all(params.lora) else add_lora(base, params, initial)
     base_sha256 = certificate.fingerprint(model)
     packing = prove_packing(model, train, rows, collator, params.trainer)
@@ -202,24 +209,32 @@ def add_lora(base: "PreTrainedModel", params: Params, initial: Path | None = Non
     Args:
         initial: of an adapter, whose weights they begin with instead.
     """
-    import torch
-    from peft import get_peft_model, prepare_model_for_kbit_training
     from transformers import set_seed
 
     from capas import lora
-    from capas.model import quantization_method
 
     check_target_modules(base, params.lora.target_modules)
     set_seed(params.trainer.seed)  # A is drawn at random
-    if quantization_method(base) != "none" and base.dtype == torch.float16:
-        base = prepare_model_for_kbit_training(base, use_gradient_checkpointing=False)
+    add = unsloth.add_lora if params.trainer.backend == "unsloth" else add_with_peft
     try:
-        model = get_peft_model(base, lora.make_config(params.lora))
+        model = add(base, params)
     except (ValueError, re.error) as error:  # a regular expression that fits no layer, or is none
         raise CapasError(f"PEFT refuses the lora group: {error}") from None
     if initial is not None:
         lora.load_initial(model, initial, params.model.model_name_or_path)
     return model
+
+
+def add_with_peft(base: "PreTrainedModel", params: Params) -> Any:
+    import torch
+    from peft import get_peft_model, prepare_model_for_kbit_training
+
+    from capas import lora
+    from capas.model import quantization_method
+
+    if quantization_method(base) != "none" and base.dtype == torch.float16:
+        base = prepare_model_for_kbit_training(base, use_gradient_checkpointing=False)
+    return get_peft_model(base, lora.make_config(params.lora))
 
 
 def check_lengths(base: "PreTrainedModel", lengths: list[int]) -> None:
@@ -329,17 +344,17 @@ def training_arguments(params: Params, folder: Path) -> "TrainingArguments":
     """
     from transformers import TrainingArguments
 
-    on_cpu = params.hardware.device == "cpu"
-    if params.trainer.use_liger_kernel and find_spec("liger_kernel") is None:
-        raise CapasError(
-            "trainer.use_liger_kernel=true, and liger-kernel is not installed: pip install -e '.[gpu]'"
-        )
+    on_cpu, given = params.hardware.device == "cpu", params.trainer.without("preset", *OWN)
+    if params.trainer.use_liger_kernel:
+        extras.require("gpu", "trainer.use_liger_kernel=true")
+    if params.trainer.backend == "unsloth":
+        given["gradient_checkpointing"] = False  # the model has Unsloth's own
     divided = params.hardware.distributed_type == "fsdp2"
     try:
         return TrainingArguments(
             fsdp=divided or None,
             fsdp_config={"version": 2} if divided else None,
-            **params.trainer.without("preset", *OWN),
+            **given,
             output_dir=str(folder),
             use_cpu=on_cpu,
             eval_strategy="steps",

@@ -4,13 +4,14 @@ import json
 import subprocess
 import sys
 from functools import partial
+from importlib.util import find_spec
 from pathlib import Path
 
 import pytest
-from test_train import history, results, stopped_once, train
+from test_train import history, prepared, results, run_in_process, stopped_once, train
 from tiny import REPOSITORY, read_json, run_stage
 
-from stages import evaluate_model, sample_outputs
+from stages import evaluate_model, quantize_model, sample_outputs
 
 pytestmark = pytest.mark.gpu
 GPU = ("hardware=gpu", "hardware.num_threads=1")
@@ -19,6 +20,11 @@ QLORA = (  # as the recipes for GPUs have it
     *("quantization=nf4", "model.dtype=bfloat16", "trainer.bf16=true"),
     *("trainer.gradient_checkpointing=true", "trainer.optim=paged_adamw_8bit"),
     "trainer.packing_length=160",
+)
+UNSLOTH = (
+    *GPU,
+    *("quantization=nf4", "model.dtype=bfloat16", "trainer.bf16=true"),
+    *("trainer.gradient_checkpointing=true", "trainer.optim=paged_adamw_8bit"),
 )
 FLOAT32 = (*GPU, "hardware.allow_tf32=false")
 
@@ -92,6 +98,25 @@ def test_a_combination_trains(tmp_path: Path, options: tuple[str, ...]) -> None:
     root = train(tmp_path, *GPU, *options, quantize=True)
     losses = [row["loss"] for row in history(root, "validation")]
     assert losses[-1] < losses[0]
+
+
+@pytest.mark.skipif(find_spec("unsloth") is None, reason="needs pip install -e '.[unsloth]'")
+def test_unsloth_learns_the_same(tmp_path: Path) -> None:
+    """In processes of their own: Unsloth changes transformers for all that comes after it."""
+    losses = []
+    for backend in ("transformers", "unsloth"):
+        root = prepared(tmp_path / backend, *UNSLOTH, f"trainer.backend={backend}")
+        run_stage("quantize", quantize_model.main, root)
+        out, _ = (process := run_in_process(root)).communicate()
+        assert process.returncode == 0, out
+        assert ("unsloth" in read_json(root / "reports/train.json")["used"]) == (
+            backend == "unsloth"
+        )
+        run_stage("evaluate_base", partial(evaluate_model.main, "base"), root)
+        run_stage("evaluate", partial(evaluate_model.main, "tuned"), root)
+        losses.append([row["loss"] for row in history(root)])
+    assert losses[1] == pytest.approx(losses[0], rel=0.02)
+    assert losses[1][-1] < losses[1][0]
 
 
 def test_evaluation_and_samples_repeat(trained: Path) -> None:

@@ -1,0 +1,170 @@
+"""trainer.backend=unsloth: refused where it cannot be, and otherwise another way to the same adapter.
+
+Its kernels need a GPU (tests/test_gpu.py). Here a stand-in has its interface; where the extra is installed,
+Unsloth itself takes part, with what it computes on CPUs.
+"""
+
+import os
+import shutil
+import subprocess
+import sys
+import tomllib
+from importlib.util import find_spec
+from pathlib import Path
+
+import pytest
+from test_train import ADAPTER, history, prepared, results, train
+from tiny import REPOSITORY, read_json, run_stage
+
+from capas import extras
+from capas.composition import composer
+from capas.config import validate
+from capas.errors import CapasError
+from stages import quantize_model
+
+# Unsloth on a CPU takes the fused AdamW.
+OPTIONS = ("quantization=nf4", "trainer.max_steps=8", "trainer.optim=adamw_torch_fused")
+PYPROJECT = tomllib.loads((REPOSITORY / "pyproject.toml").read_text())
+PINS = {
+    extra: dict(item.split("==") for item in PYPROJECT["project"]["optional-dependencies"][extra])
+    for extra in extras.VERSIONS
+}
+
+
+def compose(*overrides: str) -> None:
+    with composer(REPOSITORY / "conf") as composed:
+        validate(composed(["trainer.backend=unsloth", *overrides]))
+
+
+@pytest.mark.parametrize(
+    ("overrides", "message"),
+    [
+        ((), r"trainer.backend='unsloth', hardware.device='cpu': .*written for an NVIDIA GPU"),
+        (("hardware=gpu_ddp",), "one process with Unsloth"),
+        (("hardware=gpu", "lora=none", "quantization=none", "trainer=full"), "LoRA with Unsloth"),
+        (("hardware=gpu", "lora.use_dora=true"), "no DoRA"),
+        (("hardware=gpu", "quantization=int8"), "nf4, fp4 or none with Unsloth"),
+        (("hardware=gpu", "trainer.packing_length=512"), "does not see by positions"),
+        (("hardware=gpu", "trainer.use_liger_kernel=true"), "kernels of its own"),
+        (
+            ("hardware=gpu", "trainer.bf16=true", "trainer.fused_lora=true"),
+            "kernels of its own",
+        ),
+    ],
+)
+def test_what_it_cannot_do_is_refused_when_conf_is_composed(
+    overrides: tuple[str, ...], message: str
+) -> None:
+    with pytest.raises(CapasError, match=message) as told:
+        compose(*overrides)
+    assert "or trainer.backend=transformers" in str(told.value)
+
+
+def test_with_a_gpu_it_is_composed() -> None:
+    compose("hardware=gpu", "model.dtype=bfloat16", "trainer.bf16=true")
+
+
+def test_the_extras_are_the_versions_that_the_code_was_made_for() -> None:
+    assert extras.VERSIONS == PINS
+
+
+def test_another_version_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(extras, "VERSIONS", {"gpu": {"torch": "1.0"}, "none": {"no-such": "1"}})
+    with pytest.raises(CapasError, match=r"needs torch 1\.0, and torch 2\..* is installed: pip"):
+        extras.require("gpu", "trainer.x=true")
+    with pytest.raises(CapasError, match=r"no-such is not installed: pip install -e '\.\[none\]'"):
+        extras.require("none", "trainer.x=true")
+
+
+def with_unsloth(
+    root: Path, *site: Path, fallback: str = "0"
+) -> "subprocess.CompletedProcess[str]":
+    """The stage as DVC runs it, on params that name Unsloth for a CPU, which compose would refuse."""
+    params = root / "params.yaml"
+    params.write_text(params.read_text().replace("backend: transformers", "backend: unsloth"))
+    path = os.pathsep.join([*map(str, (REPOSITORY, *site)), os.environ.get("PYTHONPATH", "")])
+    env = {**os.environ, "PYTHONPATH": path, "UNSLOTH_DISABLE_CPU_FALLBACK": fallback}
+    return subprocess.run(
+        [sys.executable, "stages/train_lora.py"], cwd=root, env=env, capture_output=True, text=True
+    )
+
+
+def quantized(root: Path, *overrides: str) -> Path:
+    prepared(root, *OPTIONS, *overrides)
+    run_stage("quantize", quantize_model.main, root)
+    return root
+
+
+@pytest.fixture(scope="module")
+def standin(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    site = tmp_path_factory.mktemp("site")
+    (site / "unsloth").mkdir()
+    shutil.copy(REPOSITORY / "tests/unsloth_standin.py", site / "unsloth/__init__.py")
+    for name, version in extras.VERSIONS["unsloth"].items():
+        info = site / f"{name}-{version}.dist-info"
+        info.mkdir()
+        (info / "METADATA").write_text(f"Metadata-Version: 2.1\nName: {name}\nVersion: {version}\n")
+    return site
+
+
+@pytest.mark.parametrize(
+    "option", ["trainer.gradient_checkpointing=true", "lora.init_lora_weights=gaussian"]
+)
+def test_data_adapter_and_reports_are_the_same(tmp_path: Path, standin: Path, option: str) -> None:
+    plain = train(tmp_path / "plain", *OPTIONS, option, quantize=True)
+    other = quantized(tmp_path / "unsloth", option)
+    done = with_unsloth(other, standin)
+    assert done.returncode == 0, done.stderr
+    assert results(other).items() - results(plain).items() == {
+        ("reports/train.json", (other / "reports/train.json").read_bytes())
+    }
+    facts, expected = (read_json(root / "reports/train.json") for root in (other, plain))
+    assert facts["used"].pop("unsloth") == extras.VERSIONS["unsloth"]["unsloth"]
+    assert (facts["used"].pop("linear_kernel"), expected["used"].pop("linear_kernel")) == (
+        "unsloth",
+        "bitsandbytes.matmul_4bit",
+    )
+    assert facts.pop("train_key") != expected.pop("train_key")
+    assert facts == expected
+
+
+def test_without_a_gpu_the_stage_says_what_unsloth_says(tmp_path: Path, standin: Path) -> None:
+    done = with_unsloth(quantized(tmp_path), standin, fallback="1")
+    assert done.returncode == 1
+    assert "Unsloth refuses this machine: Unsloth cannot find any torch accelerator" in done.stderr
+    assert "Traceback" not in done.stderr
+
+
+@pytest.mark.skipif(find_spec("unsloth") is not None, reason="Unsloth is installed")
+def test_not_installed_it_is_named(tmp_path: Path) -> None:
+    done = with_unsloth(quantized(tmp_path))
+    assert done.returncode == 1
+    assert (
+        "trainer.backend=unsloth needs unsloth 2026.10.9, and unsloth is not installed"
+        in done.stderr
+    )
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(find_spec("unsloth") is None, reason="needs pip install -e '.[unsloth]'")
+def test_unsloth_itself_trains_on_a_cpu(tmp_path: Path) -> None:
+    """Its loader, its LoRA and its patches of transformers; the kernels are torch's there."""
+    plain = train(tmp_path / "plain", *OPTIONS, quantize=True)
+    other = quantized(tmp_path / "unsloth")
+    done = with_unsloth(other)
+    assert done.returncode == 0, done.stderr
+    losses = [[row["loss"] for row in history(root)] for root in (other, plain)]
+    assert losses[0] == pytest.approx(losses[1], abs=1e-5)
+    folder = Path(ADAPTER).parent / "adapter_config.json"
+    assert (other / folder).read_bytes() == (plain / folder).read_bytes()
+
+
+def test_the_extra_resolves_against_the_lock(tmp_path: Path) -> None:
+    """pip finds versions of all that Unsloth needs beside those of requirements.lock."""
+    wanted = [f"{name}=={version}" for name, version in PINS["unsloth"].items()]
+    command = [sys.executable, "-m", "pip", "install", "--dry-run", "--quiet", "--retries", "0"]
+    lock = ["--constraint", str(REPOSITORY / "requirements.lock")]
+    done = subprocess.run([*command, *lock, *wanted], capture_output=True, text=True)
+    if "No matching distribution" in done.stderr and "CI" not in os.environ:
+        pytest.skip("no package index here")
+    assert done.returncode == 0, done.stderr
