@@ -21,7 +21,10 @@ from stages.train_lora import add_lora
 CPU = torch.device("cpu")
 PLAIN = Params({"dtype": "float32"})
 LORA = Params(
-    {"trainer": {"seed": 0}, "lora": {"preset": "x", "r": 4, "target_modules": "all-linear"}}
+    {
+        "trainer": {"seed": 0, "backend": "transformers"},
+        "lora": {"preset": "x", "r": 4, "target_modules": "all-linear"},
+    }
 )
 BATCH = Collator(0)([{"input_ids": torch.arange(9), "labels": torch.arange(9)}])
 
