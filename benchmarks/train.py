@@ -16,11 +16,11 @@ and after the last step, log every step, and save the adapter at the end. Nothin
 
 `ms_per_step`: mean time from the end of a step to the end of the next, never with an evaluation between;
 `cpu_ms_per_step`: processor time of all its threads, which a busy machine changes less.
-`whole_seconds`: the process from start to end. The contestants take turns (`--rounds`); figures are medians,
-and ratios are taken within a round. `curve_difference`: the largest difference of a step's loss to capas';
-above 1e-4 the exit code is 1, but for f, which takes minutes on most CPUs and runs where it is asked for.
-d, e and f get environments of their own in .dvc/tmp/benchmarks, on top of this one. The table is printed, the
-figures go to results/train.json.
+`whole_seconds`: the process from start to end. The contestants take turns, each round with another one
+first (`--rounds`); figures are medians, and ratios are taken within a round. `curve_difference`: the largest
+difference of a step's loss to capas'; above 1e-4 the exit code is 1, but for f, which takes minutes on most
+CPUs and runs where it is asked for. d, e and f get environments of their own in .dvc/tmp/benchmarks, on top
+of this one. The table is printed, the figures go to results/train.json.
 """
 
 import argparse
@@ -92,7 +92,9 @@ Facts = dict[str, Any]
 def main(options: argparse.Namespace) -> None:
     with TemporaryDirectory(ignore_cleanup_errors=True) as folder:
         arena = Arena(Path(folder), options.steps)
-        rounds = [arena.turn(options.contestants) for _ in range(options.rounds)]
+        rounds = [
+            arena.turn(rotated(options.contestants, index)) for index in range(options.rounds)
+        ]
     contestants = {key: summary([turn[key] for turn in rounds]) for key in options.contestants}
     for key, facts in contestants.items():
         if "failed" not in contestants["a"] and "failed" not in facts:
@@ -198,6 +200,12 @@ class Arena:
         saved.save_to_disk(self.folder / "tokenized")
         files = {split: str(self.folder / f"{split}.parquet") for split in SPLITS}
         return {**files, "tokenized": str(self.folder / "tokenized")}
+
+
+def rotated(contestants: list[str], by: int) -> list[str]:
+    """Who comes first, comes last in the next round: what the machine did before weighs on nobody alone."""
+    start = by % len(contestants)
+    return contestants[start:] + contestants[:start]
 
 
 def training_arguments(trainer: Facts) -> Facts:
