@@ -434,6 +434,14 @@ def _of_dataset() -> Iterator[Rule]:
 _WITH_UNSLOTH: dict[str, tuple[Any, str]] = {
     "hardware.device": ("cuda", "hardware=gpu: Unsloth's kernels are written for an NVIDIA GPU"),
     "hardware.num_processes": (1, "one process with Unsloth"),
+    "hardware.cudnn_deterministic": (
+        False,
+        "false: Unsloth's attention gives other last bits in each run, and no two adapters are equal",
+    ),
+    "model.attn_implementation": (
+        "sdpa",
+        "sdpa for the other stages: Unsloth has an attention of its own",
+    ),
     "model.trust_remote_code": (False, "a model of transformers' own: Unsloth has code for those"),
     "quantization.load_in_8bit": (False, "quantization=nf4, fp4 or none with Unsloth"),
     "lora.use_dora": (False, "no DoRA: Unsloth's kernels leave it out"),
@@ -457,6 +465,11 @@ def _of_unsloth() -> Iterator[Rule]:
         ("trainer.backend", "lora.r"),
         lambda backend, r: backend != "unsloth" or r is not None,
         "LoRA with Unsloth: lora=all_linear; or trainer.backend=transformers",
+    )
+    yield Rule(
+        ("trainer.backend", "model.dtype"),
+        lambda backend, dtype: backend != "unsloth" or dtype != "float32",
+        "bfloat16 with Unsloth, whose kernels take no float32; or trainer.backend=transformers",
     )
 
 

@@ -1,7 +1,8 @@
 """Packages of an extra that a training computes with.
 
 requirements.lock, and with it environment.yaml, has only what every installation has. Their versions stand
-here instead: whoever changes one changes a dependency of `train`, which then runs again.
+here instead: whoever changes one changes a dependency of `train`, which then runs again. triton has no place
+here: torch needs the very version that it was built with.
 """
 
 from importlib.metadata import PackageNotFoundError, version
@@ -10,7 +11,7 @@ from capas.errors import CapasError
 
 VERSIONS = {
     "gpu": {"liger-kernel": "0.8.5"},
-    "unsloth": {"unsloth": "2026.10.9", "unsloth_zoo": "2026.10.9"},
+    "unsloth": {"unsloth": "2026.10.9", "unsloth_zoo": "2026.10.9", "xformers": "0.0.35"},
 }
 
 

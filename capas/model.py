@@ -47,7 +47,7 @@ def load_model(folder: Path, model: Params, device: torch.device, **kwargs: Any)
             raise
         raise CapasError(f"{folder} cannot be loaded as asked ({asked}): {error}") from None
     _check_weights(folder, info)
-    _check_loaded(asked, loaded)
+    check_loaded(asked, loaded)
     check_quantized(loaded, stored, folder)
     _check_blocks(loaded)
     _keep_kernel(loaded)
@@ -178,7 +178,7 @@ def _check_weights(folder: Path, info: dict[str, Any]) -> None:
         )  # fmt: skip
 
 
-def _check_loaded(asked: dict[str, Any], model: PreTrainedModel) -> None:
+def check_loaded(asked: dict[str, Any], model: PreTrainedModel) -> None:
     """transformers leaves the soft-capping of attention logits (Gemma 2) out where sdpa computes them."""
     capped = getattr(model.config.get_text_config(), "attn_logit_softcapping", None)
     if capped is not None and asked.get("attn_implementation") == "sdpa":

@@ -7,7 +7,7 @@ import torch
 import transformers
 from peft import PeftModel
 
-from capas import extras, hardware, unsloth
+from capas import hardware, unsloth
 from capas.cores import at_most
 from capas.errors import CapasError
 from capas.fused import is_fused
@@ -38,16 +38,18 @@ def describe(trainer: transformers.Trainer) -> dict[str, Any]:
     is_whole = not isinstance(model, PeftModel)
     base = model if is_whole else model.get_base_model()
     kernels = {_KERNELS[type(layer).__name__] for _, layer in quantized_linears(model)}
-    own = unsloth.version_of(base)
+    own = unsloth.describe(base)
+    if own and any(own["fused"].values()):
+        kernels.add("unsloth")
     return {
         **hardware.facts(trained.device),
         **({} if own is None else {"unsloth": own}),
         "model_class": type(base).__name__,
         "dtype": _dtype(base.dtype),
         **({} if is_whole else {"adapter_dtype": _dtype(trained.dtype)}),
-        "attn_implementation": base.config._attn_implementation,
+        "attn_implementation": "unsloth" if own else base.config._attn_implementation,
         "quantization": quantization_method(model),
-        "linear_kernel": "unsloth" if own else "+".join(sorted(kernels)) or _LINEAR,
+        "linear_kernel": "+".join(sorted(kernels)) or _LINEAR,
         **_describe_optimizer(trainer.optimizer),
         "lr_scheduler_type": trainer.args.lr_scheduler_type.value,
         "gradient_checkpointing": bool(base.is_gradient_checkpointing),
@@ -118,9 +120,8 @@ def check(used: dict[str, Any], params: Params) -> None:
     if machine.device == "cuda":
         asked["tf32"] = machine.allow_tf32
     if settings.backend == "unsloth":
-        asked["unsloth"] = extras.VERSIONS["unsloth"]["unsloth"]
-        del asked["attn_implementation"]  # Unsloth takes what suits it
-    found = {"unsloth": None, **used, **used["accelerate"]}
+        asked["attn_implementation"] = "unsloth"
+    found = {**used, **used["accelerate"]}
     wrong = [
         f"{name} is {found[name]}, not {value}"
         for name, value in asked.items()

@@ -66,12 +66,12 @@ def main(params: Params, stage: Stage) -> None:
     rows = train if packed is None else pack(train, packed)
     check_memory(num_tokens(rows), num_tokens(validation), params, device, stage)
     lengths = num_tokens([*train, *validation])
+    check_lengths(stage.dep(QUANTIZED), lengths, params.model.trust_remote_code)
     if params.trainer.backend == "unsloth":
         folders = stage.dep(QUANTIZED), stage.dep(TOKENIZER)
-        base = unsloth.load_base(*folders, params.model, max(lengths))
+        base = unsloth.load_base(*folders, params.model, max(lengths), device)
     else:
         base = load_base(stage.dep(QUANTIZED), params, device)
-    check_lengths(base, lengths)
     model = unfreeze(base) if lora.trains_all(params.lora) else add_lora(base, params, initial)
     base_sha256 = certificate.fingerprint(model)
     packing = prove_packing(model, train, rows, collator, params.trainer)
@@ -237,9 +237,12 @@ def add_with_peft(base: "PreTrainedModel", params: Params) -> Any:
     return get_peft_model(base, lora.make_config(params.lora))
 
 
-def check_lengths(base: "PreTrainedModel", lengths: list[int]) -> None:
-    """Raises CapasError: a record is longer than what the model was made for."""
-    limit = getattr(base.config.get_text_config(), "max_position_embeddings", None)
+def check_lengths(folder: Path, lengths: list[int], trust_remote_code: bool) -> None:
+    """Raises CapasError: a record is longer than what the model in `folder` was made for."""
+    from transformers import AutoConfig
+
+    config = AutoConfig.from_pretrained(folder, trust_remote_code=trust_remote_code)
+    limit = getattr(config.get_text_config(), "max_position_embeddings", None)
     if limit is not None and max(lengths) > limit:
         raise CapasError(
             f"the longest record has {max(lengths)} tokens, and the model has positions for {limit}: set "

@@ -26,7 +26,10 @@ OPTIONS = sorted(
 )
 
 
-BESIDE = {"gpu_fsdp2": ["quantization=none"]}  # what an option refuses of the default
+BESIDE = {  # what an option refuses of the default
+    "gpu_fsdp2": ["quantization=none"],
+    "unsloth": ["hardware=gpu", "hardware.cudnn_deterministic=false", "model.dtype=bfloat16"],
+}
 DIVIDED = ("hardware=gpu_fsdp2", "quantization=none")
 
 
@@ -52,7 +55,7 @@ def problems(values: dict[str, Any]) -> str:
 
 
 def test_there_are_as_many_options_as_we_think() -> None:
-    assert len(OPTIONS) == 58
+    assert len(OPTIONS) == 59
     assert {group for group, _ in OPTIONS} == set(GROUPS)
 
 

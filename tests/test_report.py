@@ -254,8 +254,11 @@ def test_a_gpu_run_names_its_card_and_its_libraries(tmp_path: Path) -> None:
 def test_unsloth_is_a_layer_with_a_version(tmp_path: Path) -> None:
     root = write_inputs(tmp_path)
     assert "Unsloth" not in build_words(root)
-    edit(root / "reports/train.json", lambda train: train["used"].update(unsloth="2026.10.9"))
-    assert "Unsloth 2026.10.9 Replaced parts of the model by faster kernels." in build_words(root)
+    edit(
+        root / "reports/train.json",
+        lambda train: train["used"].update(unsloth={"version": "2026.10.9"}),
+    )
+    assert '<h3>Unsloth <span class="version">2026.10.9</span></h3>' in build_words(root)
 
 
 def test_records_without_metadata_are_scored_as_a_whole(tmp_path: Path) -> None:

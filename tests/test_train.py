@@ -235,10 +235,11 @@ def test_b_learns_faster_than_a(tmp_path: Path, optim: str) -> None:
     assert history(faster)[0]["learning_rate"] == history(plain)[0]["learning_rate"]
 
 
-def test_a_record_beyond_the_models_positions_is_refused() -> None:
-    check_lengths(make_model(), [3, 512])
-    with pytest.raises(CapasError, match="513 tokens, and the model has positions for 512"):
-        check_lengths(make_model(), [3, 513])
+def test_a_record_beyond_the_models_positions_is_refused(tmp_path: Path) -> None:
+    make_model().config.save_pretrained(tmp_path)
+    check_lengths(tmp_path, [512, 3], trust_remote_code=False)
+    with pytest.raises(CapasError, match=r"513 tokens, .* positions for 512: .*max_length=512"):
+        check_lengths(tmp_path, [3, 513], trust_remote_code=False)
 
 
 def test_the_linear_layers_of_gpt2_are_found() -> None:

@@ -1,6 +1,6 @@
 """What capas calls of Unsloth, computed by transformers and PEFT: the package of that name in test_unsloth.
 
-Arguments and their defaults are those of Unsloth 2026.10.9; what it leaves behind in a model, too.
+Its arguments are some of those of Unsloth 2026.10.9, and it does to a model what capas has to undo.
 """
 
 import os
@@ -29,24 +29,28 @@ class FastLanguageModel:
         max_seq_length=2048,
         dtype=None,
         load_in_4bit=True,
-        *,
-        tokenizer_name=None,
+        device_map="sequential",
         fix_tokenizer=True,
+        offload_embedding="auto",
+        **kwargs,
     ):
-        assert isinstance(dtype, torch.dtype) and not fix_tokenizer and max_seq_length > 0
-        model = AutoModelForCausalLM.from_pretrained(
-            model_name, dtype=dtype, device_map={"": "cpu"}
+        assert isinstance(dtype, torch.dtype) and not fix_tokenizer and not offload_embedding
+        model = AutoModelForCausalLM.from_pretrained(model_name, dtype=dtype, device_map=device_map)
+        model.config.max_position_embeddings = max(
+            max_seq_length, model.config.max_position_embeddings
         )
+        with torch.no_grad():
+            model.get_input_embeddings().weight[3] = 0  # where the pad token has a row of its own
         quantized = any(type(layer).__name__ == "Linear4bit" for layer in model.modules())
         assert load_in_4bit == quantized
         model.forward = MethodType(_forward, model)
-        return model, AutoTokenizer.from_pretrained(tokenizer_name)
+        return model, AutoTokenizer.from_pretrained(kwargs["tokenizer_name"])
 
     @staticmethod
     def get_peft_model(
         model,
         r=16,
-        target_modules=("q_proj", "k_proj", "v_proj", "o_proj"),
+        target_modules=None,
         lora_alpha=16,
         lora_dropout=0.0,
         bias="none",
