@@ -33,15 +33,17 @@ PINS = {
     extra: dict(item.split("==") for item in PYPROJECT["project"]["optional-dependencies"][extra])
     for extra in extras.VERSIONS
 }
+GPU = (
+    *("hardware=gpu", "hardware.cudnn_deterministic=false"),
+    *("trainer=unsloth", "model.dtype=bfloat16"),
+)
 
 
-GPU = ("hardware=gpu", "trainer=unsloth", "hardware.cudnn_deterministic=false")
-GPU += ("model.dtype=bfloat16",)
-
-
-def compose(*overrides: str) -> None:
+def compose(*overrides: str) -> dict[str, Any]:
     with composer(REPOSITORY / "conf") as composed:
-        validate(composed(["trainer.backend=unsloth", *overrides]))
+        values: dict[str, Any] = composed(["trainer.backend=unsloth", *overrides])
+    validate(values)
+    return values
 
 
 @pytest.mark.parametrize(
@@ -70,7 +72,8 @@ def test_what_it_cannot_do_is_refused_when_conf_is_composed(
 
 
 def test_with_a_gpu_it_is_composed() -> None:
-    compose(*GPU)
+    trainer = compose(*GPU)["trainer"]
+    assert (trainer["preset"], trainer["backend"]) == ("unsloth", "unsloth")
 
 
 def test_the_extras_are_the_versions_that_the_code_was_made_for() -> None:
@@ -211,7 +214,7 @@ def test_unsloth_itself_trains_on_a_cpu(tmp_path: Path) -> None:
 
 def test_the_extra_resolves_against_the_lock(tmp_path: Path) -> None:
     """pip finds versions of all that Unsloth needs beside those of requirements.lock."""
-    wanted = [f"{name}=={version}" for name, version in PINS["unsloth"].items()]
+    wanted = [f"{name}=={version}" for name, version in extras.VERSIONS["unsloth"].items()]
     command = [sys.executable, "-m", "pip", "install", "--dry-run", "--quiet", "--retries", "0"]
     lock = ["--constraint", str(REPOSITORY / "requirements.lock")]
     done = subprocess.run([*command, *lock, *wanted], capture_output=True, text=True)
