@@ -386,8 +386,7 @@ def estimated_gib(params: Any, options: argparse.Namespace) -> float:
     from capas import memory
 
     lengths = [LENGTH[options.shape]] * ROWS
-    on_cpu = options.device == "cpu"
-    workload = memory.Workload.of(params.trainer, lengths, lengths[:1], on_cpu)
+    workload = memory.Workload.of(params.trainer, params.hardware, lengths, lengths[:1])
     groups = params.model, params.lora, params.trainer
     return round(memory.estimate(options.folder, *groups, workload).total / 2**30, 2)
 

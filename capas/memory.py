@@ -13,8 +13,9 @@
     allocator            on a CPU, the holes in malloc's heap between them: `capas.heap`
 
 All but the last follow from configuration, data and the installed packages alone. What Python and its
-libraries take is measured where the training runs. Liger's kernels and fused LoRA keep less than is
-estimated: 9.5 GiB of 10.8 on an H200, 41 of 64 without checkpoints (benchmarks/results/train_gpu.json).
+libraries take is measured where the training runs. Kernels that keep less are not followed: of Liger's and
+fused LoRA 9.5 GiB of 10.8 are used on an H200, 41 of 64 without checkpoints
+(benchmarks/results/train_gpu.json); Unsloth's keep less, too.
 """
 
 import logging
@@ -56,7 +57,10 @@ class EstimateError(CapasError):
 
 @dataclass(frozen=True)
 class Workload:
-    """The largest batches of a training, and where it computes."""
+    """The largest batches of a training, and where it computes.
+
+    `divided`: each of the processes has a part of the model (FSDP2).
+    """
 
     training: "Batch"
     evaluation: "Batch"
@@ -69,20 +73,15 @@ class Workload:
     def of(
         cls,
         trainer: Params,
+        hardware: Params,
         train: list[int],
         validation: list[int],
-        on_cpu: bool,
-        num_processes: int = 1,
-        divided: bool = False,
     ) -> "Workload":
         """Each batch full of the longest records; of one process, where several train together.
 
         Args:
-            trainer: the params group.
+            trainer, hardware: params groups.
             train, validation: tokens of the records; neither is empty.
-            on_cpu: whether the device is the CPU.
-            num_processes: that train together.
-            divided: whether each of them has a part of the model (FSDP2).
         """
         from capas.activations import Batch
         from capas.batches import NUM_PROBED
@@ -92,9 +91,9 @@ class Workload:
             Batch(min(sizes[0], len(train)), max(train)),
             Batch(min(sizes[1], len(validation)), max(validation)),
             Batch(len(validation[:2]), min(NUM_PROBED, max(validation))),
-            on_cpu,
-            num_processes,
-            divided,
+            hardware.device == "cpu",
+            hardware.num_processes,
+            hardware.distributed_type == "fsdp2",
         )
 
 
@@ -137,10 +136,7 @@ def estimate(
 
     facts = read_json(folder / "config.json")
     check_causal(facts, str(folder))
-    stored = stored_quantization(facts, str(folder)) or quantization
-    quantized = stored if stored and (stored["load_in_4bit"] or stored["load_in_8bit"]) else None
-    if quantized:
-        quantized = {"bnb_4bit_compute_dtype": model.dtype, **quantized}
+    quantized = _quantized(stored_quantization(facts, str(folder)) or quantization, model)
     try:
         config = AutoConfig.from_pretrained(folder, trust_remote_code=model.trust_remote_code)
         if hasattr(config, "quantization_config"):
@@ -154,23 +150,25 @@ def estimate(
             f"{type(error).__name__}: {error}"
         ) from error
     phase = max(alive, key=lambda name: alive[name])
-    parts = {
-        **(
-            _of_all(built, trainer.optim)
-            if trains_all(lora)
-            else _of_lora(built, quantized, trainer)
-        ),
-        "activations": alive[phase],
-    }
+    whole = trains_all(lora)
+    kept = _of_all(built, trainer.optim) if whole else _of_lora(built, quantized, trainer)
+    parts = {**kept, "activations": alive[phase]}
     if workload.divided:
         parts = _divided(parts, built, workload.num_processes)
     elif workload.num_processes > 1:
         parts["gradient_buckets"] = parts["gradients"]
-    if trains_all(lora):
+    if whole:
         parts["update"] = max(0, _update_bytes(built, workload.on_cpu) - alive[phase])
     if held is not None:
         parts["allocator"] = max(0, held - alive[phase])
     return Estimate(parts, phase)
+
+
+def _quantized(config: dict[str, Any] | None, model: Params) -> dict[str, Any] | None:
+    """How the weights are quantized; None: they are not."""
+    if not config or not (config["load_in_4bit"] or config["load_in_8bit"]):
+        return None
+    return {"bnb_4bit_compute_dtype": model.dtype, **config}
 
 
 def _of_lora(built: Any, quantized: dict[str, Any] | None, trainer: Params) -> dict[str, int]:

@@ -60,23 +60,21 @@ def command(options: argparse.Namespace) -> int:
 
     from capas import capacity, memory
 
-    on_cpu = params.hardware.device == "cpu"
     number = options.tokens or params.dataset.max_length
     sizes = params.trainer.per_device_train_batch_size, params.trainer.per_device_eval_batch_size
     row = params.trainer.packing_length or number
     lengths = [row] * sizes[0], [number] * sizes[1]
-    processes, divided = params.hardware.num_processes, params.hardware.distributed_type == "fsdp2"
-    workload = memory.Workload.of(params.trainer, *lengths, on_cpu, processes, divided)
+    workload = memory.Workload.of(params.trainer, params.hardware, *lengths)
     groups = params.model, params.lora, params.trainer
     found = memory.estimate(folder, *groups, workload, params.quantization.without("preset"))
 
     device = torch.device(params.hardware.device)
-    here = on_cpu or torch.cuda.is_available()
+    here = workload.on_cpu or torch.cuda.is_available()
     used = capacity.used_bytes(device) if here else 0
     num_sharing = capacity.num_sharing(params.hardware)
     free = capacity.free_bytes(device) // num_sharing if here else None
-    if processes > 1:
-        _say(f"Of each of {processes} processes:")
+    if workload.num_processes > 1:
+        _say(f"Of each of {workload.num_processes} processes:")
     _say(table(found, workload, used, free))
     fits = free is None or found.total <= free
     if not fits:

@@ -67,11 +67,7 @@ def main(params: Params, stage: Stage) -> None:
     check_memory(num_tokens(rows), num_tokens(validation), params, device, stage)
     lengths = num_tokens([*train, *validation])
     check_lengths(stage.dep(QUANTIZED), lengths, params.model.trust_remote_code)
-    if params.trainer.backend == "unsloth":
-        folders = stage.dep(QUANTIZED), stage.dep(TOKENIZER)
-        base = unsloth.load_base(*folders, params.model, max(lengths), device)
-    else:
-        base = load_base(stage.dep(QUANTIZED), params, device)
+    base = load_base(params, max(lengths), device, stage)
     model = unfreeze(base) if lora.trains_all(params.lora) else add_lora(base, params, initial)
     base_sha256 = certificate.fingerprint(model)
     packing = prove_packing(model, train, rows, collator, params.trainer)
@@ -100,7 +96,7 @@ def main(params: Params, stage: Stage) -> None:
     probes = collator(tails(validation[:4]))
     if weights is None:
         whole = release(trainer)
-        load = partial(load_base, folder, params, device)
+        load = partial(load_plain, folder, params, device)
         checks = certificate.check_whole(whole, folder, probes, base_sha256, load)
     else:
         checks = certificate.check_adapter(trainer.model, folder, probes, base_sha256, initial)
@@ -137,9 +133,7 @@ def check_memory(
     """
     from capas import capacity, memory
 
-    on_cpu, processes = device.type == "cpu", params.hardware.num_processes
-    divided = params.hardware.distributed_type == "fsdp2"
-    workload = memory.Workload.of(params.trainer, train, validation, on_cpu, processes, divided)
+    workload = memory.Workload.of(params.trainer, params.hardware, train, validation)
     groups = params.model, params.lora, params.trainer
     try:
         found = memory.estimate(stage.dep(QUANTIZED), *groups, workload)
@@ -151,13 +145,23 @@ def check_memory(
     ways = memory.ways_out(found, workload, params.trainer)
     if num_sharing > 1:
         log.info("%d processes share the memory; of each:", num_sharing)
-        ways.append(f"hardware.num_processes below {params.hardware.num_processes}")
+        ways.append(f"hardware.num_processes below {workload.num_processes}")
     log.info("%s", memory.summary(found, used, free))
     memory.check(found, used, free, ways)
     stage.costs |= memory.costs(found, used)
 
 
-def load_base(folder: Path, params: Params, device: "torch.device") -> "PreTrainedModel":
+def load_base(
+    params: Params, max_length: int, device: "torch.device", stage: Stage
+) -> "PreTrainedModel":
+    """As the backend loads it, for records of up to `max_length` tokens."""
+    folder = stage.dep(QUANTIZED)
+    if params.trainer.backend == "unsloth":
+        return unsloth.load_base(folder, stage.dep(TOKENIZER), params.model, max_length, device)
+    return load_plain(folder, params, device)
+
+
+def load_plain(folder: Path, params: Params, device: "torch.device") -> "PreTrainedModel":
     """Of a model that will be divided, the parts go to the GPUs later, one by one.
 
     Raises:
@@ -209,32 +213,32 @@ def add_lora(base: "PreTrainedModel", params: Params, initial: Path | None = Non
     Args:
         initial: of an adapter, whose weights they begin with instead.
     """
-    from transformers import set_seed
-
     from capas import lora
 
     check_target_modules(base, params.lora.target_modules)
-    set_seed(params.trainer.seed)  # A is drawn at random
     add = unsloth.add_lora if params.trainer.backend == "unsloth" else add_with_peft
-    try:
-        model = add(base, params)
-    except (ValueError, re.error) as error:  # a regular expression that fits no layer, or is none
-        raise CapasError(f"PEFT refuses the lora group: {error}") from None
+    model = add(base, params)
     if initial is not None:
         lora.load_initial(model, initial, params.model.model_name_or_path)
     return model
 
 
 def add_with_peft(base: "PreTrainedModel", params: Params) -> Any:
+    """Raises CapasError: PEFT refuses the lora group."""
     import torch
     from peft import get_peft_model, prepare_model_for_kbit_training
+    from transformers import set_seed
 
     from capas import lora
     from capas.model import quantization_method
 
     if quantization_method(base) != "none" and base.dtype == torch.float16:
         base = prepare_model_for_kbit_training(base, use_gradient_checkpointing=False)
-    return get_peft_model(base, lora.make_config(params.lora))
+    set_seed(params.trainer.seed)  # A is drawn at random
+    try:
+        return get_peft_model(base, lora.make_config(params.lora))
+    except (ValueError, re.error) as error:  # a regular expression that fits no layer, or is none
+        raise CapasError(f"PEFT refuses the lora group: {error}") from None
 
 
 def check_lengths(folder: Path, lengths: list[int], trust_remote_code: bool) -> None:

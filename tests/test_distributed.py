@@ -300,7 +300,7 @@ def test_a_model_that_comes_quantized_is_not_divided(tmp_path: Path) -> None:
     with pytest.raises(
         CapasError, match=r"fsdp2 cannot divide data/embedded, .* are nf4: choose ddp"
     ):
-        train_lora.load_base(root / "data/models/quantized", params, torch.device("cpu"))
+        train_lora.load_plain(root / "data/models/quantized", params, torch.device("cpu"))
 
 
 OPTIONS = (

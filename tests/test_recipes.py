@@ -137,8 +137,7 @@ def test_the_memory_in_the_comment_is_the_estimate(name: str, tmp_path: Path) ->
     folder = write_whole(params.model.preset, tmp_path)
     sizes = params.trainer.per_device_train_batch_size, params.trainer.per_device_eval_batch_size
     lengths = [[params.dataset.max_length] * size for size in sizes]
-    processes = params.hardware.num_processes
-    workload = memory.Workload.of(params.trainer, *lengths, False, processes)
+    workload = memory.Workload.of(params.trainer, params.hardware, *lengths)
     groups = params.model, params.lora, params.trainer
     found = memory.estimate(folder, *groups, workload, params.quantization.without("preset"))
     assert f"{found.total / 2**30:.1f}" == told
