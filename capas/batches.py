@@ -29,9 +29,16 @@ NUM_PROBED = 128  # tokens of a record that are enough to look at what a model c
 
 
 def tails(examples: list[Example]) -> list[Example]:
-    """The last tokens of each, the end of an answer among them: whole ones would take memory for nothing."""
-    names = ("input_ids", "labels")
-    return [{**e, **{name: e[name][-NUM_PROBED:] for name in names}} for e in examples]
+    """The last tokens of each, some with loss among them: whole records would take memory for nothing."""
+    return [_tail(example) for example in examples]
+
+
+def _tail(example: Example) -> Example:
+    last, end = int((example["labels"] != IGNORE_INDEX).nonzero().max()), len(example["labels"])
+    if last <= end - NUM_PROBED:  # the first token of a tail is predicted from nothing
+        end = last + 1
+    start = max(0, end - NUM_PROBED)
+    return {**example, **{name: example[name][start:end] for name in ("input_ids", "labels")}}
 
 
 class Collator:
@@ -176,14 +183,35 @@ def score_tokens(logits: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
     )
 
 
+_MOST_LOGITS = 2**29 // 4  # of a scored batch, in float32
+
+
+def batches_by_length(lengths: list[int], batch_size: int, most_tokens: int) -> Iterator[list[int]]:
+    """Indices of records, the shortest first; a batch has one, or up to `most_tokens` with padding."""
+    chosen: list[int] = []
+    for index in sorted(range(len(lengths)), key=lambda i: lengths[i]):
+        if chosen and (
+            len(chosen) == batch_size or (len(chosen) + 1) * lengths[index] > most_tokens
+        ):
+            yield chosen
+            chosen = []
+        chosen.append(index)
+    if chosen:
+        yield chosen
+
+
 def score_examples(
     model: PreTrainedModel, examples: list[Example], collator: Collator, batch_size: int
 ) -> torch.Tensor:
-    """`score_tokens` of every record, [records, 3]; records of similar length share a batch."""
-    order = sorted(range(len(examples)), key=lambda i: len(examples[i]["input_ids"]))
+    """`score_tokens` of every record, [records, 3]; records of similar length share a batch.
+
+    Args:
+        batch_size: records in a batch; fewer where their logits would take more than half a gibibyte.
+    """
+    lengths = [len(example["input_ids"]) for example in examples]
+    most = _MOST_LOGITS // model.config.get_text_config().vocab_size
     scores = torch.zeros(len(examples), 3, dtype=torch.float64)
-    for start in range(0, len(order), batch_size):
-        chosen = order[start : start + batch_size]
+    for chosen in batches_by_length(lengths, batch_size, most):
         batch = collator([examples[i] for i in chosen])
         logits = compute_logits(model, batch)
         scores[chosen] = score_tokens(logits, batch["labels"].to(logits.device)).cpu()

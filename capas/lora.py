@@ -27,6 +27,23 @@ def make_config(lora: Params) -> "LoraConfig":
     return LoraConfig(task_type="CAUSAL_LM", **lora.without(*OWN))
 
 
+def check_untied(model: Any) -> None:
+    """Raises CapasError: a layer of a `PeftModel` with LoRA has its weights from the embedding.
+
+    A head that is tied to it cannot be merged: the sum would be the embedding, too.
+    """
+    from peft.tuners.lora import LoraLayer
+
+    embedding = model.get_input_embeddings()
+    shared = getattr(embedding, "base_layer", embedding).weight
+    layers = [(n, m) for n, m in model.named_modules() if isinstance(m, LoraLayer)]
+    if tied := [name for name, layer in layers if layer.get_base_layer().weight is shared]:
+        raise CapasError(
+            f"lora.target_modules: {', '.join(n.rpartition('.')[2] for n in tied)} has the weights of the "
+            "embedding (tie_word_embeddings): a merged model could not hold what it learns. Leave it out"
+        )
+
+
 def whole_weights(model: Any) -> dict[str, Any]:
     """Those of the LoRA layers of a `PeftModel`, whole in every process (`batches.whole`)."""
     from capas.batches import whole

@@ -5,7 +5,8 @@
     capas push OWNER/NAME --run RUN            of another run: its id, its beginning, its name, an experiment
     capas push OWNER/NAME --merged FOLDER      what `capas merge` wrote, instead of the adapter
 
-The repository is made where there is none, and gets one commit; the same model twice makes no second one.
+The repository is made where there is none, and gets one commit; the same model twice makes no second one. Of
+another model that was there weights and configuration go in the same commit; files of your own stay.
 The card says from which base and data the model was made, under which licences, in which template, what it
 scores with intervals, and how it is loaded and rebuilt. An adapter whose base is not on the Hub and is small
 takes the base along, in the folder `base`. Log in once: `hf auth login`, or set HF_TOKEN.
@@ -29,6 +30,11 @@ from capas.store import MODEL, existing, reachable, tracking_uri
 from capas.tuned import SERVED
 
 _NAME = re.compile(r"[\w.-]+/[\w.-]+")
+# What makes a model: left beside another one, transformers or PEFT would load it, or a part of both.
+_OF_MODEL = re.compile(
+    r"base/.+|[\w.-]+\.(safetensors|safetensors\.index\.json|py)|"
+    r"(adapter_config|config|generation_config|merge)\.json"
+)
 _STATUS = {
     401: "the Hub does not know you: log in with `hf auth login`, or set HF_TOKEN to a token that may write",
     403: "your token may not write there: make one with write access, or choose another OWNER",
@@ -106,23 +112,26 @@ def of_merged(folder: Path, run: Any) -> dict[str, Path]:
 def send(
     name: str, files: dict[str, Path], shown: str, run: Any, private: bool, branch: str
 ) -> str:
-    """One commit; its address.
+    """One commit, which also removes what an earlier push left of another model; its address.
 
     Raises:
         CapasError: the Hub refuses it or cannot be reached.
     """
     import httpx
-    from huggingface_hub import CommitOperationAdd, HfApi
+    from huggingface_hub import CommitOperationAdd, CommitOperationDelete, HfApi
     from huggingface_hub.errors import HfHubHTTPError, OfflineModeIsEnabled
 
-    operations = [CommitOperationAdd(path, str(file)) for path, file in sorted(files.items())]
-    operations.append(CommitOperationAdd("README.md", shown.encode()))
+    sent = [CommitOperationAdd(path, str(file)) for path, file in sorted(files.items())]
+    sent.append(CommitOperationAdd("README.md", shown.encode()))
     message = f"capas: run {run.info.run_name}"
     try:
         api = HfApi()
         api.create_repo(name, private=private or None, exist_ok=True)
         if branch != "main":
             api.create_branch(name, branch=branch, exist_ok=True)
+        there = api.list_repo_files(name, revision=branch)
+        stale = [p for p in sorted(there) if _OF_MODEL.fullmatch(p) and p not in files]
+        operations = [*sent, *(CommitOperationDelete(path) for path in stale)]
         done = api.create_commit(name, operations, commit_message=message, revision=branch)
     except HfHubHTTPError as error:
         status = error.response.status_code

@@ -30,6 +30,7 @@ from transformers import (
     TrainingArguments,
 )
 from transformers.trainer_callback import PrinterCallback, ProgressCallback
+from transformers.trainer_utils import rotate_checkpoints
 
 from capas.batches import Example, Filled, LengthGroupedSampler, make_filler, score_tokens
 from capas.errors import CapasError
@@ -47,6 +48,8 @@ class Trainer(transformers.Trainer):
     In several processes (`capas.launch`) a step has the records, and the loss, that it would have in one.
 
     Args:
+        save_total_limit: checkpoints that are kept, the best one among them; older ones go once the newest is
+            complete.
         divergence_factor: a mean loss between two rows of the log that is larger than so many times the first
             one stops the training; None: only a loss that is no number does.
         loraplus_lr_ratio: learning rate of LoRA's B over that of A; None: the same.
@@ -55,6 +58,7 @@ class Trainer(transformers.Trainer):
 
     def __init__(
         self,
+        save_total_limit: int | None = None,
         divergence_factor: float | None = None,
         loraplus_lr_ratio: float | None = None,
         **kwargs: Any,
@@ -76,7 +80,7 @@ class Trainer(transformers.Trainer):
         self._seen = torch.zeros(2, dtype=torch.long, device=self.args.device)
         for callback in (PrinterCallback, ProgressCallback):
             self.remove_callback(callback)
-        self._checkpoints = Checkpoints(self)
+        self._checkpoints = Checkpoints(self, save_total_limit)
         self.add_callback(self._checkpoints)
         if self.is_world_process_zero():
             self.add_callback(Progress())
@@ -85,17 +89,21 @@ class Trainer(transformers.Trainer):
         """On SIGTERM (a preempted job) the step is finished and saved.
 
         Raises:
-            CapasError: that came before the last step.
+            CapasError: that came before the end.
         """
         checkpoints = self._checkpoints
         with _on_sigterm(lambda: setattr(checkpoints, "terminated", True)):
             result = super().train(*args, **kwargs)
         step, last = self.state.global_step, self.state.max_steps
-        if checkpoints.terminated and step < last:
+        if checkpoints.terminated and step < last and not self._stopped_early():
             raise CapasError(
                 f"stopped by SIGTERM at step {step} of {last}; it is saved: the same command goes on from it"
             )
         return result
+
+    def _stopped_early(self) -> bool:
+        callbacks = self.callback_handler.callbacks
+        return any(isinstance(c, EarlyStopping) and c.stopped for c in callbacks)
 
     def _named(self, examples: list[Example]) -> dict[str, Any]:
         """The batch with its records' ids, and its number of tokens without padding."""
@@ -131,7 +139,7 @@ class Trainer(transformers.Trainer):
                 f"the training diverges: the loss is {loss:.4g} at step {self.state.global_step}, and was "
                 f"{first:.4g} at first. The last batch had the records {listed(self._record_ids)}. Try a "
                 f"smaller trainer.learning_rate than {self.args.learning_rate:g}, more warmup_steps, or a "
-                "smaller max_grad_norm; trainer.divergence_factor=null lets it go on."
+                "smaller max_grad_norm; trainer.divergence_factor=null trains, anew, to the end all the same."
             )
 
     def create_optimizer(self, model: Any = None) -> torch.optim.Optimizer:
@@ -239,11 +247,12 @@ class _AtStart(TrainerCallback):
 class Checkpoints(TrainerCallback):
     """Makes a resumed training equal to an undisturbed one, and a half-written checkpoint recognisable.
 
-    Once `terminated` the step is finished and saved, and the training stops.
+    Once `terminated` the step is finished and saved, and the training stops. Trainer itself would remove the
+    last complete checkpoint while the next one is not yet marked as such.
     """
 
-    def __init__(self, trainer: Trainer) -> None:
-        self._trainer, self.terminated = trainer, False
+    def __init__(self, trainer: Trainer, total_limit: int | None = None) -> None:
+        self._trainer, self._total_limit, self.terminated = trainer, total_limit, False
 
     def on_train_begin(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
@@ -277,6 +286,7 @@ class Checkpoints(TrainerCallback):
             mark = folder / f".{_MARK}.partial"
             mark.write_text(json.dumps(_digests(folder)))
             mark.rename(folder / _MARK)
+            rotate_checkpoints(args.output_dir, self._total_limit, state.best_model_checkpoint)
         self._trainer.accelerator.wait_for_everyone()
 
 
@@ -284,11 +294,13 @@ class EarlyStopping(TrainerCallback):
     """Stops where so many evaluations in a row brought no better score.
 
     It is a function of the log alone. `transformers.EarlyStoppingCallback` counts in an attribute of its own,
-    which a resumed training does not have.
+    which a resumed training does not have. The step where it stops has no checkpoint, as the last one has
+    none: a Trainer resumed there would go on.
     """
 
     def __init__(self, metric: str, patience: int, threshold: float) -> None:
         self.metric, self.patience, self.threshold = metric, patience, threshold
+        self.stopped = False
 
     def on_evaluate(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
@@ -296,7 +308,8 @@ class EarlyStopping(TrainerCallback):
         scores = [row[f"eval_{self.metric}"] for row in evaluations(state.log_history)]
         if waited(scores, bool(args.greater_is_better), self.threshold) >= self.patience:
             log.info("no better %s in %d evaluations: stopped", self.metric, self.patience)
-            control.should_training_stop = True
+            control.should_training_stop = self.stopped = True
+            control.should_save = False
 
 
 def waited(scores: list[float], greater_is_better: bool, threshold: float = 0.0) -> int:
@@ -361,7 +374,12 @@ def _is_complete(checkpoint: Path) -> bool:
 
 def _digests(checkpoint: Path) -> dict[str, str]:
     files = (path for path in sorted(checkpoint.iterdir()) if _MARK not in path.name)
-    return {path.name: hashlib.sha256(path.read_bytes()).hexdigest() for path in files}
+    return {path.name: _sha256(path) for path in files}
+
+
+def _sha256(file: Path) -> str:
+    with file.open("rb") as opened:
+        return hashlib.file_digest(opened, "sha256").hexdigest()
 
 
 class LiveRows(TrainerCallback):

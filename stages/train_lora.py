@@ -39,7 +39,7 @@ if TYPE_CHECKING:
 FORMATTED, QUANTIZED, TOKENIZER = "data/formatted", "data/models/quantized", "data/models/tokenizer"
 OWN = (  # no arguments of transformers.Trainer
     "backend",
-    *("packing_length", "fused_lora", "loraplus_lr_ratio"),
+    *("packing_length", "fused_lora", "loraplus_lr_ratio", "save_total_limit"),
     *("early_stopping_patience", "early_stopping_threshold", "divergence_factor"),
 )
 HISTORY = ("step", "epoch", "loss", "learning_rate", "grad_norm")
@@ -218,6 +218,7 @@ def add_lora(base: "PreTrainedModel", params: Params, initial: Path | None = Non
     check_target_modules(base, params.lora.target_modules)
     add = unsloth.add_lora if params.trainer.backend == "unsloth" else add_with_peft
     model = add(base, params)
+    lora.check_untied(model)
     if initial is not None:
         lora.load_initial(model, initial, params.model.model_name_or_path)
     return model
@@ -320,6 +321,7 @@ def make_trainer(
     from capas import training, usage
 
     trainer = training.Trainer(
+        save_total_limit=params.trainer.save_total_limit,
         divergence_factor=params.trainer.divergence_factor,
         loraplus_lr_ratio=params.trainer.loraplus_lr_ratio,
         model=model,

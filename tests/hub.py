@@ -235,7 +235,10 @@ class _Handler(BaseHTTPRequestHandler):
                 answer = {"files": [_mode(f["path"], there) for f in json.loads(form)["files"]]}
             else:
                 added = [json.loads(line) for line in form.splitlines()][1:]
-                files = there | {f["value"]["path"]: self._content_of(f) for f in added}
+                gone = {f["value"]["path"] for f in added if f["key"] == "deletedFile"}
+                added = [f for f in added if f["key"] != "deletedFile"]
+                files = {name: body for name, body in there.items() if name not in gone}
+                files |= {f["value"]["path"]: self._content_of(f) for f in added}
                 oid = self.hub.commit(name, files, branch)
                 url = f"{self.hub.url}/{found['id']}/commit/{oid}"
                 answer = {"commitUrl": url, "commitOid": oid, "success": True}

@@ -129,7 +129,7 @@ def test_the_result_is_asked_and_merged(workspace: Workspace, tmp_path: Path) ->
     for source in ([], ["--run", key]):
         folder = tmp_path / f"merged{len(source)}"
         said = workspace.run("python", "-m", "capas", "merge", str(folder), *source)
-        assert "(tolerance for float32: 0.001)" in said
+        assert "(tolerance for float32: 0.001; the adapter changes" in said
         weights.append((folder / "model.safetensors").read_bytes())
     assert weights[0] == weights[1]
     asked = f"printf 'set a timer for 99 minutes\\n/base\\n' | python -m capas chat --run {key}"

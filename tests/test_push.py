@@ -160,6 +160,22 @@ def test_a_merged_model(hub: Hub, make: Make, root: Path) -> None:
     )
 
 
+def test_nothing_is_left_of_the_model_before(hub: Hub, make: Make, root: Path) -> None:
+    """A merged model beside adapter_config.json would be loaded as the old adapter, on its base."""
+    make()
+    assert push() == 0
+    hub.commit(NAME, {**files(hub), "plot.png": b"mine", "model-00001-of-00002.safetensors": b"x"})
+    (root / "merged").mkdir()
+    facts = {"dtype": "float32", "difference": 2e-6, "num_tokens": 9, "num_same_next_token": 9}
+    (root / "merged/merge.json").write_text(json.dumps({**facts, "adapter_sha256": "sha of k1"}))
+    (root / "merged/model.safetensors").write_bytes(b"merged")
+    assert push("--merged", "merged") == 0
+    assert set(files(hub)) == {"README.md", "plot.png", "merge.json", "model.safetensors"}
+    assert push() == 0
+    adapter = {"adapter_config.json", "adapter_model.safetensors", "base/model.safetensors"}
+    assert set(files(hub)) == {"README.md", "plot.png", *adapter}
+
+
 def test_merged_from_another_adapter_is_refused(
     hub: Hub, make: Make, root: Path, capsys: Any
 ) -> None:

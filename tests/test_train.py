@@ -19,23 +19,28 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from peft import LoraConfig, get_peft_model
 from safetensors.torch import load_file, save_file
 from tiny import REPOSITORY, make_model, read_json, read_params, run_stage, write_workspace
 from transformers import EvalPrediction, GPT2Config, GPT2LMHeadModel
 
-from capas import certificate, usage
+from capas import certificate, training, usage
 from capas.batches import (
     Collator,
     LengthGroupedSampler,
+    batches_by_length,
     read_examples,
     score_examples,
     score_tokens,
+    tails,
 )
 from capas.composition import composer
 from capas.errors import CapasError
+from capas.lora import check_untied
 from capas.model import attach_adapter, load_model
 from capas.params import Params
-from capas.training import Checkpoints, last_checkpoint, summarize, waited
+from capas.records import IGNORE_INDEX
+from capas.training import Checkpoints, EarlyStopping, last_checkpoint, summarize, waited
 from stages import quantize_model, train_lora
 from stages.train_lora import check_lengths, check_target_modules
 
@@ -250,6 +255,43 @@ def test_the_linear_layers_of_gpt2_are_found() -> None:
         check_target_modules(model, ["q_proj"])
 
 
+def test_a_head_that_is_the_embedding_gets_no_lora() -> None:
+    """Merged, it would change the embedding, too."""
+    model = make_model(tie_word_embeddings=True)
+    lora = {"r": 2, "task_type": "CAUSAL_LM"}
+    with pytest.raises(
+        CapasError, match=r"target_modules: lm_head has the weights of the embedding"
+    ):
+        check_untied(
+            get_peft_model(model, LoraConfig(target_modules=["q_proj", "lm_head"], **lora))
+        )
+    check_untied(
+        get_peft_model(
+            make_model(tie_word_embeddings=False), LoraConfig(target_modules=["lm_head"], **lora)
+        )
+    )
+
+
+@pytest.mark.parametrize(
+    ("supervised", "start", "end"),
+    [([0, 299], 172, 300), ([100], 0, 101), ([200], 172, 300), ([171], 44, 172), ([250], 172, 300)],
+)
+def test_a_tail_holds_tokens_with_loss(supervised: list[int], start: int, end: int) -> None:
+    """The first label predicts nothing, so that one is needed behind it."""
+    labels = torch.full((300,), IGNORE_INDEX)
+    labels[supervised] = 1
+    (tail,) = tails([{"input_ids": torch.arange(300), "labels": labels, "id": "a"}])
+    assert tail["input_ids"].tolist() == list(range(start, end))
+    assert (tail["labels"][1:] != IGNORE_INDEX).any()
+
+
+def test_batches_of_similar_length_keep_to_their_tokens() -> None:
+    lengths = [9, 2, 2, 30, 3, 2, 3]
+    assert list(batches_by_length(lengths, 3, 10)) == [[1, 2, 5], [4, 6], [0], [3]]
+    assert list(batches_by_length(lengths, 64, 10**9)) == [[1, 2, 5, 4, 6, 0, 3]]
+    assert list(batches_by_length([], 3, 10)) == []
+
+
 def asked(*overrides: str) -> Params:
     with composer(REPOSITORY / "conf") as compose:
         return Params(compose(["hardware.num_threads=1", "trainer.optim=adamw_8bit", *overrides]))
@@ -386,6 +428,42 @@ def test_it_stops_where_nothing_gets_better(tmp_path: Path) -> None:
     root = train(tmp_path, *BEST, "trainer.early_stopping_patience=2")
     facts = read_json(root / "reports/train.json")
     assert facts["num_steps"] == facts["kept_step"] + 4 < 24
+    before = results(root)
+    run_stage("train", train_lora.main, root)  # killed before DVC recorded the outputs
+    assert results(root) == before
+
+
+def test_sigterm_in_the_evaluation_that_stops_it_is_too_late(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    whole = train(tmp_path / "whole", *BEST, "trainer.early_stopping_patience=2")
+    last = read_json(whole / "reports/train.json")["num_steps"]
+    evaluate = EarlyStopping.on_evaluate
+
+    def ended(self: Any, args: Any, state: Any, *rest: Any, **kwargs: Any) -> None:
+        if state.global_step == last:
+            os.kill(os.getpid(), signal.SIGTERM)
+        evaluate(self, args, state, *rest, **kwargs)
+
+    monkeypatch.setattr(EarlyStopping, "on_evaluate", ended)
+    root = train(tmp_path / "ended", *BEST, "trainer.early_stopping_patience=2")
+    assert results(root) == results(whole)
+
+
+def test_the_last_complete_checkpoint_outlives_the_next_one(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Killed while that is not marked as complete yet, a training goes on from the one before."""
+    seen: list[list[str]] = []
+    digests = training._digests
+
+    def noted(folder: Path) -> dict[str, str]:
+        seen.append(sorted(mark.parent.name for mark in folder.parent.glob("*/complete.json")))
+        return digests(folder)
+
+    monkeypatch.setattr(training, "_digests", noted)
+    train(tmp_path, "trainer.max_steps=8", "trainer.save_steps=2", "trainer.eval_steps=4")
+    assert seen == [[], ["checkpoint-2"], ["checkpoint-2", "checkpoint-4"]]
 
 
 @pytest.mark.parametrize(
@@ -596,7 +674,9 @@ def test_half_written_checkpoint_is_passed_over(tmp_path: Path) -> None:
         trainer: Any = SimpleNamespace(open_row=dict, accelerator=accelerator)
         Checkpoints(trainer).on_save(
             SimpleNamespace(output_dir=tmp_path),
-            SimpleNamespace(global_step=step, is_world_process_zero=True),
+            SimpleNamespace(
+                global_step=step, is_world_process_zero=True, best_model_checkpoint=None
+            ),
             None,
         )  # type: ignore[arg-type]
     (tmp_path / "checkpoint-20/complete.json").unlink()
