@@ -5,7 +5,7 @@ import sys
 import traceback
 
 from capas import merge, preflight, push, rebuild, registry, talk
-from capas.errors import CapasError
+from capas.errors import CapasError, reason_of
 
 COMMANDS = {
     "chat": talk,
@@ -41,6 +41,9 @@ def main(argv: list[str] | None = None) -> int:
         sys.stderr.write("capas: stopped\n")
         return 130
     except Exception as error:  # noqa: BLE001  told with its traceback, so that it can be reported
+        if reason := reason_of(error):
+            sys.stderr.write(f"capas: {reason}\n")
+            return 2
         traceback.print_exc()
         sys.stderr.write(f"capas: unexpected: {type(error).__name__}: {error}\n")
         return 2

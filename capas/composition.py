@@ -18,6 +18,7 @@ from capas.errors import CapasError
 CONF, PARAMS, OVERRIDES = Path("conf"), Path("params.yaml"), Path("conf/overrides.yaml")
 NOTHING_OVERRIDDEN = "# Nothing overridden.\n"
 _HEADER = "# Composed from conf/ by stages/compose_params.py: edit conf/, not this file. values:{digest}\n"
+_UNKNOWN = re.compile(r"Could not override '(?P<key>[^']+)'")
 _STAMP = re.compile(r"^# Composed from conf/ .* values:(?P<digest>\w+)$", re.MULTILINE)
 
 Values = dict[str, Any]
@@ -89,10 +90,15 @@ def hydra_errors() -> Iterator[None]:
     from omegaconf.errors import OmegaConfBaseException
     from yaml import YAMLError
 
+    from capas.config import nearest
+
     try:
         yield
     except (HydraException, OmegaConfBaseException, YAMLError, UnicodeDecodeError) as error:
-        raise CapasError(f"conf/ does not compose: {_reasons(error)}") from None
+        reasons = _reasons(error)
+        if unknown := _UNKNOWN.match(reasons):
+            reasons = f"{unknown['key']}: no such key{nearest(unknown['key'])}"
+        raise CapasError(f"conf/ does not compose: {reasons}") from None
 
 
 def _reasons(error: BaseException | None) -> str:

@@ -744,7 +744,7 @@ def validate(values: dict[str, Any]) -> None:
         clean = not any(p == k or p.startswith(k + ".") for p in problems for k in rule.keys)
         if clean and all(f is not _ABSENT for f in found) and not rule.holds(*found):
             given = ", ".join(f"{k}={_show(f)}" for k, f in zip(rule.keys, found, strict=True))
-            problems[f"{given} {rule.expected}"] = f"{given}: expected {rule.expected}"
+            problems[f"{given} {rule.expected}"] = f"{given}: {rule.expected}"
     if problems:
         lines = "\n".join(f"  {text}" for text in problems.values())
         raise CapasError(f"conf/ has {len(problems)} problem(s); no stage was run:\n{lines}")
@@ -757,12 +757,20 @@ def _field_problems(values: dict[str, Any]) -> Iterator[tuple[str, str, str]]:
     except ValidationError as error:
         for item in error.errors():
             key = _dotted(item["loc"], values)
-            message = item["msg"].removeprefix("Value error, ")
+            message = _in_words(item).removeprefix("Value error, ")
             yield (
                 key,
                 explain(key, item["type"], message, item["input"]),
                 message[0].lower() + message[1:],
             )
+
+
+def _in_words(item: Any) -> str:
+    if item.get("ctx", {}).get("pattern") == OWN_FUNCTION:
+        return "a function of your own, FILE.py:FUNCTION"
+    if item["type"] == "list_type" and isinstance(item["input"], str):
+        return f"expected a list: [{item['input']}]"
+    return str(item["msg"])
 
 
 def _dotted(location: tuple[int | str, ...], values: dict[str, Any]) -> str:
@@ -783,13 +791,32 @@ def explain(key: str, kind: str, message: str, value: Any) -> str:
     if kind == "missing":
         return f"{key}: is missing; every option of a group must set it"
     if kind == "extra_forbidden":
-        return f"{key}={_show(value)}: no such key{_nearest(key)}"
+        return f"{key}={_show(value)}: no such key{nearest(key)}"
     return f"{key}={_show(value)}: {message[0].lower()}{message[1:]}"
 
 
-def _nearest(key: str) -> str:
+def nearest(key: str) -> str:
+    """The key that was meant, or those that there are, to be put behind `no such key`."""
+    group, _, name = key.partition(".")
+    if group in GROUPS:
+        known = list(GROUPS[group].model_fields)
+        meant = [n for n in (_ELSEWHERE.get(name),) if n in known]
+        close = meant or difflib.get_close_matches(name, known, n=1, cutoff=0.6)
+        there = f"; {group} has {', '.join(n for n in known if n != 'preset')}"
+        return f"; did you mean {group}.{close[0]}?" if close else there
     close = difflib.get_close_matches(key, known_keys(), n=1, cutoff=0.6)
     return f"; did you mean {close[0]}?" if close else ""
+
+
+_ELSEWHERE = {  # what keys are called in PEFT's and TRL's examples, axolotl or LLaMA-Factory
+    **{"lr": "learning_rate", "scheduler": "lr_scheduler_type", "warmup_ratio": "warmup_steps"},
+    **dict.fromkeys(("epochs", "num_epochs"), "num_train_epochs"),
+    **dict.fromkeys(("batch_size", "micro_batch_size"), "per_device_train_batch_size"),
+    **dict.fromkeys(("packing", "sample_packing"), "packing_length"),
+    **dict.fromkeys(("rank", "lora_r", "lora_rank"), "r"),
+    **{"alpha": "lora_alpha", "dropout": "lora_dropout", "lora_target": "target_modules"},
+    **dict.fromkeys(("max_seq_length", "sequence_len", "cutoff_len"), "max_length"),
+}
 
 
 def known_keys() -> list[str]:

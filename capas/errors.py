@@ -38,13 +38,13 @@ def told(name: str) -> Iterator[None]:
     except CapasError as error:
         sys.exit(f"{name}: {error}")
     except Exception as error:
-        reason = _reason(error)
+        reason = reason_of(error)
         if reason is None:
             raise
         sys.exit(f"{name}: {reason}. Nothing was recorded; mend it and run `dvc repro` again.")
 
 
-def _reason(error: Exception) -> str | None:
+def reason_of(error: Exception) -> str | None:
     """A full disk or a missing permission, in words."""
     if isinstance(error, OSError) and error.errno in _OF_THE_MACHINE:
         return f"{error.strerror} ({error.filename})" if error.filename else error.strerror

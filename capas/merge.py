@@ -11,13 +11,14 @@ test split. FOLDER appears only where the largest difference is within the toler
 what the adapter changes.
 
 FOLDER holds config.json, weights, tokenizer, chat template, generation_config.json, and merge.json, which
-says what was compared. `AutoModelForCausalLM.from_pretrained(FOLDER)` needs nothing else.
+says what was compared. `AutoModelForCausalLM.from_pretrained(FOLDER)` needs nothing else; git ignores it.
 
 Exit code: 0 merged, 1 refused (the difference is told), 2 it failed, 130 stopped.
 """
 
 import argparse
 import copy
+import math
 import shutil
 from collections.abc import Iterator
 from pathlib import Path
@@ -47,12 +48,19 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--dtype", choices=DTYPES, help="(default: that of the training)")
     parser.add_argument(
         "--tolerance",
-        type=float,
+        type=_fraction,
         metavar="X",
         help="largest difference of a logit, as a part of the largest logit (default: "
         + ", ".join(f"{t:g} for {name}" for name, t in TOLERANCE.items())
         + f"; {INT8_TOLERANCE:g} for an int8 base)",
     )
+
+
+def _fraction(text: str) -> float:
+    value = float(text)
+    if not 0 <= value < math.inf:
+        raise argparse.ArgumentTypeError(f"{text}: expected a number from 0 on")
+    return value
 
 
 def command(options: argparse.Namespace) -> int:
@@ -65,7 +73,7 @@ def command(options: argparse.Namespace) -> int:
         try:
             facts = merge(source, partial, options.dtype, options.tolerance)
             tuned.say(told(facts))
-            if facts["difference"] > facts["tolerance"]:
+            if not facts["difference"] <= facts["tolerance"]:
                 rounded = "" if facts["dtype"] == "float32" else "; --dtype float32 rounds less"
                 tuned.say(
                     f"capas: {options.folder} was not written: merged and adapted model differ{rounded}"
@@ -121,6 +129,9 @@ def merge(
     for file in sorted((source.folder / "adapter").iterdir()):
         if file.name not in _OF_ADAPTER:
             shutil.copyfile(file, folder / file.name)
+    (folder / ".gitignore").write_text(
+        "*\n"
+    )  # lineage and experiments keep what git does not ignore
     del served, plain
     facts = {
         "adapter_sha256": saved.sha256(source.folder / "adapter"),
@@ -244,6 +255,11 @@ def compare(
         raise CapasError(f"{folder} was not written whole: {', '.join(lost[:4])}")
     model.eval()
     found = [logits(model, row) for row in ids]
+    if not all(bool(row.isfinite().all()) for row in found):
+        raise CapasError(
+            f"the merged model's logits are not all numbers in {dtype}"
+            + (", whose range ends at 65,504: --dtype bfloat16" if dtype == "float16" else "")
+        )
     same = [f.argmax(dim=-1) == e.argmax(dim=-1) for f, e in zip(found, expected, strict=True)]
     return {
         "max_logit": max(float(row.abs().max()) for row in expected),
@@ -255,9 +271,11 @@ def compare(
 
 def difference(found: list["torch.Tensor"], expected: list["torch.Tensor"]) -> float:
     """The largest one, as a part of the largest logit."""
-    largest = max(float(row.abs().max()) for row in expected)
+    import torch
+
+    largest = torch.stack([row.abs().max() for row in expected]).max()
     pairs = zip(found, expected, strict=True)
-    return max(float((row - wanted).abs().max()) for row, wanted in pairs) / largest
+    return float(torch.stack([(row - wanted).abs().max() for row, wanted in pairs]).max() / largest)
 
 
 def told(facts: dict[str, Any]) -> str:

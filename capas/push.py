@@ -106,7 +106,8 @@ def of_merged(folder: Path, run: Any) -> dict[str, Path]:
             f"{folder} was merged from the adapter {merged[:12]}..., and run {run.info.run_name} has "
             f"{str(own)[:12]}...: name its run with --run, or merge again"
         )
-    return {file.name: file for file in folder.iterdir() if file.name != "README.md"}
+    own = ("README.md", ".gitignore")
+    return {file.name: file for file in folder.iterdir() if file.name not in own}
 
 
 def send(

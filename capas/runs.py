@@ -6,7 +6,7 @@ from typing import Any
 
 from capas.dag import parse_yaml, recorded_key
 from capas.errors import CapasError
-from capas.store import TRAIN_KEY
+from capas.store import TRAIN_KEY, UNNAMED
 from capas.worktree import git
 
 
@@ -18,11 +18,15 @@ def find(client: Any, word: str, root: Path) -> Any:
     """
     runs = list(_all(client))
     keys = {word, *_experiment_keys(word, root)}
+    start = word.removeprefix(
+        UNNAMED
+    )  # its name until a sweep or an experiment gives it another one
     ways = (
         [run for run in runs if run.info.run_id == word],
         [run for run in runs if run.info.run_name == word],
         [run for run in runs if run.data.tags[TRAIN_KEY] in keys],
         [run for run in runs if run.info.run_id.startswith(word)],
+        [run for run in runs if start != word and run.data.tags[TRAIN_KEY].startswith(start)],
     )
     found = next(filter(None, ways), [])
     if not found:

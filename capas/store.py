@@ -19,6 +19,7 @@ from urllib.parse import urlsplit
 from capas.errors import CapasError
 from capas.locks import BusyError, exclusive, is_held
 
+UNNAMED = "train-"  # begins the name of a run that is no experiment; the key follows
 TRAIN_KEY, GATE = "train_key", "gate"  # tags of a run
 MODEL = "model"  # the folder of its artifacts that MLflow loads
 HOME = "CAPAS_HOME"  # set by a sweep; DVC sets DVC_ROOT where it works elsewhere itself

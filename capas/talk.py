@@ -10,9 +10,13 @@ a second question, each question begins a new conversation. Between the question
 
     /base           what the base answers to the last question
     /setting NAME   decode another way; without NAME: which ways there are
-    /system TEXT    another system message, and a new conversation; without TEXT: none
+    /system TEXT    another system message, and a new conversation; /system none: no such message;
+                    without TEXT: which one it is
     /reset          a new conversation
+    /help           these lines
     /quit           or Ctrl-D
+
+Exit code: 0 all was answered, 2 something could not be, 130 stopped.
 """
 
 import argparse
@@ -38,8 +42,22 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--history", action="store_true", help="keep it, though the data has one question a record"
     )
-    parser.add_argument("--max-new-tokens", type=int, metavar="N", help="(default: generation's)")
-    parser.add_argument("--seed", type=int, default=0, help="of what is drawn at random")
+    parser.add_argument(
+        "--max-new-tokens", type=_count, metavar="N", help="of an answer (default: generation's)"
+    )
+    parser.add_argument("--seed", type=_seed, default=0, help="of what is drawn at random")
+
+
+def _count(text: str) -> int:
+    if (value := int(text)) < 1:
+        raise argparse.ArgumentTypeError(f"{text}: expected 1 or more")
+    return value
+
+
+def _seed(text: str) -> int:
+    if not 0 <= (value := int(text)) < 2**63:
+        raise argparse.ArgumentTypeError(f"{text}: expected 0 or more")
+    return value
 
 
 def command(options: argparse.Namespace) -> int:
@@ -56,18 +74,23 @@ def command(options: argparse.Namespace) -> int:
                 tuned.say(
                     "Each question stands alone, as in the training data (--history keeps them)."
                 )
+        code = 0
         for line in _lines():
             try:
                 going_on = talk.hear(line)
             except CapasError as error:
                 tuned.say(f"capas: {error}")
+                code = 0 if sys.stdin.isatty() else 2
                 continue
             except KeyboardInterrupt:  # ends the answer; where nothing is answered, the program
                 tuned.say("\n(stopped)")
                 continue
             if not going_on:
                 break
-    return 0
+    return code
+
+
+_HELP = (__doc__ or "").partition("questions:\n\n")[2].partition("\n\n")[0]
 
 
 class Talk:
@@ -102,8 +125,9 @@ class Talk:
             return False
         acts = {
             "/base": lambda: self._compare(),
-            "/reset": lambda: self._told.clear(),
-            "/setting": lambda: self._choose(rest.strip()),
+            "/help": lambda: tuned.say(_HELP),
+            "/reset": lambda: self._reset(),
+            "/setting": lambda: self._set(rest.strip()),
             "/system": lambda: self._begin(rest.strip()),
         }
         if word not in acts:
@@ -123,6 +147,14 @@ class Talk:
             raise CapasError("nothing was asked yet")
         self._answer(self._told[:-1], base=True)
 
+    def _reset(self) -> None:
+        self._told.clear()
+        tuned.say("A new conversation.")
+
+    def _set(self, name: str) -> None:
+        self._choose(name)
+        tuned.say(f"Answers are decoded as {name} says.")
+
     def _choose(self, name: str) -> None:
         if name not in self._settings:
             what = f"generation.settings has no {name!r}" if name else f"now: {self.setting}"
@@ -130,8 +162,11 @@ class Talk:
         self.setting = name
 
     def _begin(self, system: str) -> None:
-        self._system = system or None
-        self._told.clear()
+        if system:
+            self._system = None if system == "none" else system
+            self._told.clear()
+        now = "none" if self._system is None else self._system
+        tuned.say(f"System message{' of a new conversation' if system else ''}: {now}")
 
     def _answer(self, asked: list[Message], base: bool = False) -> str:
         """Written as it comes."""
@@ -148,9 +183,13 @@ class Talk:
         model = tuned.model
         limit = getattr(model.config.get_text_config(), "max_position_embeddings", None)
         if limit is not None and len(ids) + self._max_new_tokens > limit:
+            ways = [f"--max-new-tokens {limit - len(ids)}"] if len(ids) < limit else []
+            ways.append(
+                "/reset begins anew" if self._told and self.keeps else "shorten the question"
+            )
             raise CapasError(
                 f"the conversation has {len(ids)} tokens and its answer may have {self._max_new_tokens}, "
-                f"but the model was made for {limit}: /reset begins anew"
+                f"but the model was made for {limit}: {', or '.join(ways)}"
             )
         settings: Params = self._settings[self.setting]
         config = generation_config(self._served.chat, self._max_new_tokens, **settings.without())
@@ -200,7 +239,14 @@ def _streamer(served: Any) -> Any:
 def _lines() -> Iterator[str]:
     """What the user types, or a file holds."""
     if not sys.stdin.isatty():
-        yield from sys.stdin
+        for number, line in enumerate(sys.stdin.buffer, 1):
+            try:
+                yield line.decode()
+            except UnicodeDecodeError as error:
+                raise CapasError(
+                    f"line {number} of standard input is not UTF-8 ({error.reason} at byte {error.start}): "
+                    "convert it, e.g. iconv -f LATIN1 -t UTF-8 FILE"
+                ) from None
         return
     import readline  # noqa: F401  input() then edits its line, and knows those before
 

@@ -20,7 +20,7 @@ from typing import Any
 
 from capas.dag import read_yaml
 from capas.errors import CapasError
-from capas.store import Point, Store, locked, reachable, tracking_uri
+from capas.store import UNNAMED, Point, Store, locked, reachable, tracking_uri
 
 log = logging.getLogger("capas")
 # A row of Trainer's log -> a metric of MLflow. `publish` gives the recorded curve the same names.
@@ -49,7 +49,7 @@ def points_of(row: dict[str, Any]) -> list[Point]:
 
 
 def run_name(train_key: str) -> str:
-    return os.environ.get("DVC_EXP_NAME") or f"train-{train_key[:8]}"
+    return os.environ.get("DVC_EXP_NAME") or f"{UNNAMED}{train_key[:8]}"
 
 
 class Follower:

@@ -269,11 +269,15 @@ class Checkpoints(TrainerCallback):
     def on_step_end(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
     ) -> None:
-        """No checkpoint after the last step: a Trainer resumed there takes one step too many."""
+        """No checkpoint after the last step: a Trainer resumed there takes one step too many.
+
+        Where the validation split is scored, the log has the loss up to there, too, also of the last steps.
+        """
         self.terminated = self._trainer.anywhere(self.terminated)
         control.should_save |= self.terminated
         control.should_training_stop |= self.terminated
         control.should_save &= state.global_step < state.max_steps
+        control.should_log |= control.should_evaluate
 
     def on_save(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any

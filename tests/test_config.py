@@ -2,6 +2,7 @@
 
 import inspect
 import json
+import re
 from collections.abc import Callable
 from typing import Any
 
@@ -124,7 +125,24 @@ def test_all_problems_are_reported_at_once(compose: Callable[[list[str]], Any]) 
     assert "trainer.bf16='yes'" in text
     assert "dataset.overflow='cut': input should be 'error', 'drop' or 'truncate'" in text
     assert "lora.bias: is missing" in text
-    assert "load_in_4bit=True, quantization.load_in_8bit=True: expected one of the two" in text
+    assert "load_in_4bit=True, quantization.load_in_8bit=True: one of the two" in text
+
+
+@pytest.mark.parametrize(
+    ("key", "meant"),
+    [
+        ("trainer.lr", "did you mean trainer.learning_rate?"),
+        ("lora.rank", "did you mean lora.r?"),
+        ("trainer.packing", "did you mean trainer.packing_length?"),
+        ("lora.modules_to_save", "lora has r, lora_alpha,"),
+        ("dataste.max_length", "did you mean dataset.max_length?"),
+    ],
+)
+def test_an_override_of_no_key_is_told_the_one_that_was_meant(
+    compose: Callable[[list[str]], Any], key: str, meant: str
+) -> None:
+    with pytest.raises(CapasError, match=rf"{re.escape(key)}: no such key; {re.escape(meant)}"):
+        compose([f"{key}=1"])
 
 
 @pytest.mark.parametrize(
@@ -226,7 +244,7 @@ def test_all_problems_are_reported_at_once(compose: Callable[[list[str]], Any]) 
         (["evaluation.metrics=[conf/x.py:loss]"], "called like no metric and no column"),
         (["evaluation.metrics=[conf/x.py:chrf]"], "called like no metric and no column"),
         (["evaluation.metrics=[conf/x.py:f,conf/y.py:f]"], "each name once"),
-        (["evaluation.metrics=['conf/x.py:my f']"], "string should match pattern"),
+        (["evaluation.metrics=['conf/x.py:my f']"], "or a function of your own, FILE.py:FUNCTION"),
         (["lora.target_modules=3"], "valid string or input should be a valid list"),
         (["seed=-1"], "greater than or equal to 0"),
     ],

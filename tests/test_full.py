@@ -244,9 +244,18 @@ def test_it_is_talked_to_and_its_base_too(
     made: Path, monkeypatch: pytest.MonkeyPatch, capsys: Any
 ) -> None:
     monkeypatch.chdir(made)
-    monkeypatch.setattr("sys.stdin", io.StringIO("timer 5\n/base\n"))
-    assert cli.main(["chat", "--max-new-tokens", "4"]) == 0
-    assert len(capsys.readouterr().out.splitlines()) >= 2
+
+    def heard(text: bytes) -> tuple[int, Any]:
+        monkeypatch.setattr("sys.stdin", io.TextIOWrapper(io.BytesIO(text)))
+        return cli.main(["chat", "--max-new-tokens", "4"]), capsys.readouterr()
+
+    code, said = heard(b"timer 5\n/base\n")
+    assert (code, len(said.out.splitlines()) >= 2) == (0, True)
+    code, said = heard(b"timer 5\n/nothing\n")
+    assert code == 2 and "there is no /nothing" in said.err
+    code, said = heard("timer 5\nm\xfasica\n".encode("latin1"))
+    assert code == 2 and said.out
+    assert "capas: line 2 of standard input is not UTF-8 (invalid start byte at byte 1)" in said.err
 
 
 def test_it_needs_no_merging(made: Path, monkeypatch: pytest.MonkeyPatch, capsys: Any) -> None:

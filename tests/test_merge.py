@@ -1,3 +1,4 @@
+import math
 from pathlib import Path
 from typing import Any
 
@@ -7,7 +8,7 @@ from peft import LoraConfig, get_peft_model
 from transformers import AutoModelForCausalLM, BitsAndBytesConfig, GPT2Config, GPT2LMHeadModel
 
 from capas.errors import CapasError
-from capas.merge import INT8_TOLERANCE, TOLERANCE, compare, logits, merged
+from capas.merge import INT8_TOLERANCE, TOLERANCE, compare, difference, logits, merged
 from capas.model import dequantize, quantized_linears
 
 METHODS: dict[str, dict[str, Any]] = {
@@ -123,3 +124,17 @@ def test_a_weight_that_is_no_number_is_named(tiny_model_dir: Path) -> None:
     torch.nn.init.constant_(layer.lora_B["default"].weight, float("nan"))
     with pytest.raises(CapasError, match=r"model\.layers\.1\.mlp\.up_proj cannot be merged"):
         merged(model, torch.float32, False)
+
+
+def test_logits_that_are_no_numbers_are_refused(tiny_model_dir: Path, tmp_path: Path) -> None:
+    """Also where the first prompt has none of them."""
+    model = adapted(tiny_model_dir, "none")
+    expected = [logits(model, ids) for ids in IDS]
+    plain = merged(model, torch.float32, False)
+    with torch.no_grad():
+        plain.get_input_embeddings().weight[250] = float("nan")
+    plain.save_pretrained(tmp_path)
+    with pytest.raises(CapasError, match=r"are not all numbers in float16, .* --dtype bfloat16"):
+        compare(tmp_path, "float16", False, IDS, expected)
+    found = [expected[0], expected[1] * float("nan")]
+    assert math.isnan(difference(found, expected))

@@ -140,6 +140,7 @@ def test_the_memory_in_the_comment_is_the_estimate(name: str, tmp_path: Path) ->
     workload = memory.Workload.of(params.trainer, params.hardware, *lengths)
     groups = params.model, params.lora, params.trainer
     found = memory.estimate(folder, *groups, workload, params.quantization.without("preset"))
-    assert f"{found.total / 2**30:.1f}" == told
+    tensors = found.total - found.parts.get("allocator", 0)  # that one is asked anew each time
+    assert f"{tensors / 2**30:.1f}" == told
     if card := re.search(r"(\d+)gb$", name):
         assert found.total < 0.9 * int(card[1]) * 1e9

@@ -205,10 +205,22 @@ def test_an_error_that_nobody_expected_is_no_answer(
     name: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     def broken(_: object) -> int:
-        raise OSError(errno.ENOSPC, "No space left on device")
+        raise OSError(errno.EIO, "Input/output error")
 
     monkeypatch.setattr(cli.COMMANDS[name], "command", broken)
     assert cli.main([name, *([] if name == "chat" else ["abc"])]) == 2
     said = capsys.readouterr().err
     assert "in broken" in said
-    assert said.endswith("capas: unexpected: OSError: [Errno 28] No space left on device\n")
+    assert said.endswith("capas: unexpected: OSError: [Errno 5] Input/output error\n")
+
+
+def test_a_full_disk_is_told_in_a_line(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def full(_: object) -> int:
+        raise OSError(errno.ENOSPC, "No space left on device", "merged/model.safetensors")
+
+    monkeypatch.setattr(cli.COMMANDS["merge"], "command", full)
+    assert cli.main(["merge", "merged"]) == 2
+    said = capsys.readouterr().err
+    assert said == "capas: No space left on device (merged/model.safetensors)\n"

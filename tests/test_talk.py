@@ -119,14 +119,25 @@ def test_a_seed_draws_the_same_answer(model: Model, capsys: Any) -> None:
     assert said[0] == said[1] != said[2]
 
 
-def test_another_system_message(model: Model) -> None:
+def test_the_help_names_every_command(model: Model, capsys: Any) -> None:
+    talk(model).hear("/help")
+    told = capsys.readouterr().err
+    assert all(f"    /{c} " in told for c in ("base", "setting", "system", "reset", "help", "quit"))
+
+
+def test_another_system_message(model: Model, capsys: Any) -> None:
     conversation = talk(model, system="Sing.")
     conversation.hear("Hi")
     assert model.asked[-1][0]["content"] == "Sing."
     conversation.hear("/system Shout, please.")
     conversation.hear("Hi")
     assert [m["content"] for m in model.asked[-1]] == ["Shout, please.", "Hi"]
+    capsys.readouterr()
     conversation.hear("/system")
+    assert capsys.readouterr().err == "System message: Shout, please.\n"
+    conversation.hear("And now?")
+    assert len(model.asked[-1]) == 4
+    conversation.hear("/system none")
     conversation.hear("Hi")
     assert [m["content"] for m in model.asked[-1]] == ["Hi"]
 
@@ -134,7 +145,10 @@ def test_another_system_message(model: Model) -> None:
 @pytest.mark.parametrize(
     ("line", "told"),
     [
-        ("/nothing", "there is no /nothing; there are /base, /reset, /setting, /system, /quit"),
+        (
+            "/nothing",
+            "there is no /nothing; there are /base, /help, /reset, /setting, /system, /quit",
+        ),
         ("/setting cold", "generation.settings has no 'cold'; there are greedy, warm"),
         ("/setting", "now: greedy; there are greedy, warm"),
         ("word " * 200, "the model was made for 512: /reset begins anew"),

@@ -450,6 +450,14 @@ def test_sigterm_in_the_evaluation_that_stops_it_is_too_late(
     assert results(root) == results(whole)
 
 
+def test_a_training_shorter_than_a_row_of_the_log_has_one(tmp_path: Path) -> None:
+    root = train(
+        tmp_path, "trainer.logging_steps=10", "trainer.eval_steps=50", "trainer.max_steps=5"
+    )
+    assert [row["step"] for row in history(root)] == [5]
+    assert read_json(root / "reports/train.json")["train_loss"] == history(root)[0]["loss"]
+
+
 def test_the_last_complete_checkpoint_outlives_the_next_one(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
