@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import Any
 
 from capas import served
-from capas.chat.messages import TEXT
+from capas.chat.messages import TEXT, conversation
 from capas.dag import read_yaml
 from capas.facts import read_json, write_json
 from capas.params import Params
@@ -77,6 +77,7 @@ def served_facts(
         "max_new_tokens": evaluation.max_new_tokens,
         "batch_size": evaluation.batch_size,
         "system": first_system_message(record) if system is None else system,
+        "tools": conversation(record)[1],
         "multi_turn": any(map(_has_turns, chain([record], records))),
         "role": TEXT if record["messages"][0]["role"] == TEXT else "user",
     }

@@ -539,28 +539,29 @@ RULES = (
     Rule(
         ("trainer.fp16", "hardware.device"),
         lambda fp16, device: not fp16 or device == "cuda",
-        "fp16 training needs a GPU: hardware=gpu, or trainer.fp16=false (bf16 works on a CPU)",
+        "hardware=gpu, or trainer.fp16=false (bf16 works on a CPU): fp16 training needs a GPU",
     ),
     Rule(
         ("trainer.fp16", "model.dtype"),
         lambda fp16, dtype: not fp16 or dtype == "float32",
-        "fp16 training scales gradients of float32 weights: model.dtype=float32",
+        "model.dtype=float32: fp16 training scales gradients of float32 weights",
     ),
     Rule(
         ("trainer.optim", "hardware.device"),
         lambda optim, device: not optim.startswith("paged_") or device == "cuda",
-        "a paged optimizer needs a GPU's unified memory: trainer.optim=adamw_torch, or hardware=gpu",
+        "trainer.optim=adamw_torch, or hardware=gpu: a paged optimizer needs a GPU's unified "
+        "memory",
     ),
     Rule(
         ("trainer.use_liger_kernel", "hardware.device"),
         lambda liger, device: not liger or device == "cuda",
-        "Liger's kernels are written for a GPU: hardware=gpu, or trainer.use_liger_kernel=false",
+        "hardware=gpu, or trainer.use_liger_kernel=false: Liger's kernels are written for a GPU",
     ),
     Rule(
         ("trainer.fused_lora", "quantization.load_in_4bit", "trainer.bf16", "trainer.fp16"),
         lambda fused, four, bf16, fp16: not fused or (four and (bf16 or fp16)),
-        "it is for 4-bit layers and mixed precision: quantization=nf4 with trainer.bf16=true, or "
-        "trainer.fused_lora=false",
+        "quantization=nf4 with trainer.bf16=true, or trainer.fused_lora=false: it is for "
+        "4-bit layers and mixed precision",
     ),
     Rule(
         ("trainer.fused_lora", "lora.lora_dropout", "lora.use_dora", "lora.bias"),
@@ -573,17 +574,17 @@ RULES = (
     Rule(
         ("model.attn_implementation", "hardware.device"),
         lambda attention, device: attention != "flash_attention_2" or device == "cuda",
-        "flash_attention_2 needs a GPU: model.attn_implementation=sdpa, or hardware=gpu",
+        "model.attn_implementation=sdpa, or hardware=gpu: flash_attention_2 needs a GPU",
     ),
     Rule(
         ("model.attn_implementation", "model.dtype"),
         lambda attention, dtype: attention != "flash_attention_2" or dtype != "float32",
-        "flash_attention_2 computes in bfloat16 or float16: set model.dtype",
+        "half precision in model.dtype: flash_attention_2 computes in bfloat16 or float16",
     ),
     Rule(
         ("hardware.allow_tf32", "hardware.device"),
         lambda tf32, device: not tf32 or device == "cuda",
-        "TF32 is a GPU's format: false on a CPU",
+        "false on a CPU: TF32 is a GPU's format",
     ),
     Rule(
         ("hardware.instruction_set", "hardware.device"),
@@ -654,7 +655,8 @@ RULES = (
     Rule(
         ("trainer.full_determinism", "hardware.cudnn_deterministic"),
         lambda full, deterministic: not full or deterministic,
-        "full_determinism switches deterministic algorithms on: both, or trainer.full_determinism=false",
+        "both, or trainer.full_determinism=false: full_determinism switches deterministic "
+        "algorithms on",
     ),
     Rule(
         ("model.model_name_or_path", "model.revision"),
@@ -671,7 +673,8 @@ RULES = (
     Rule(
         ("lora.use_dora", "quantization.load_in_8bit"),
         lambda dora, eight: not (dora and eight),
-        "DoRA cannot go through int8 layers (PEFT 0.21): quantization=nf4 or none, or lora.use_dora=false",
+        "quantization=nf4 or none, or lora.use_dora=false: DoRA cannot go through int8 layers"
+        " (PEFT 0.21)",
     ),
     Rule(
         ("trainer.lr_scheduler_type", "trainer.lr_scheduler_kwargs"),
@@ -720,12 +723,13 @@ RULES = (
     Rule(
         ("chat_template.refused", "chat_template.refused_budget_fraction"),
         lambda refused, budget: refused == "drop" or budget == 0,
-        "refused: error allows none: a budget of 0.0, or refused=drop",
+        "a budget of 0.0, or refused=drop: refused=error allows none",
     ),
     Rule(
         ("dataset.overflow", "dataset.overflow_budget_fraction"),
         lambda overflow, budget: overflow != "error" or budget == 0,
-        "overflow: error allows no record to be too long: a budget of 0.0, or overflow=drop or truncate",
+        "a budget of 0.0, or overflow=drop or truncate: overflow=error allows no record to be"
+        " too long",
     ),
 )
 
@@ -744,7 +748,7 @@ def validate(values: dict[str, Any]) -> None:
         clean = not any(p == k or p.startswith(k + ".") for p in problems for k in rule.keys)
         if clean and all(f is not _ABSENT for f in found) and not rule.holds(*found):
             given = ", ".join(f"{k}={_show(f)}" for k, f in zip(rule.keys, found, strict=True))
-            problems[f"{given} {rule.expected}"] = f"{given}: {rule.expected}"
+            problems[f"{given} {rule.expected}"] = f"{given}: expected {rule.expected}"
     if problems:
         lines = "\n".join(f"  {text}" for text in problems.values())
         raise CapasError(f"conf/ has {len(problems)} problem(s); no stage was run:\n{lines}")

@@ -149,7 +149,7 @@ def conversations(served: Any, prompts: list[list[dict[str, Any]]]) -> Iterator[
     from capas.generation import complete, generation_config
 
     config = generation_config(served.chat, NUM_NEW_TOKENS)
-    asked = [served.format.prompt_ids(messages) for messages in prompts]
+    asked = [served.format.prompt_ids(messages, served.tools) for messages in prompts]
     answers = complete(served.model, asked, config, batch_size=1)
     for prompt, (answer,) in zip(asked, answers, strict=True):
         yield [*prompt, *answer.input_ids]

@@ -3,9 +3,9 @@
     model = mlflow.pyfunc.load_model("runs:/RUN_ID/model")
     model.predict(pd.DataFrame({"prompt": ["set a timer for 99 minutes"]}))   # a column `completion`
 
-A row has a `prompt`, which is put after the system message that the training had, or `messages`: role and
-content, as a list or as JSON; `tools`, the same way, where the template has a place for them. This module and
-what it imports travel with the model. `capas.bundle` writes the folder:
+A row has a `prompt`, which is put after the system message that the training had, with its tools, or
+`messages`: role and content, as a list or as JSON; `tools`, the same way, where the template has a place for
+them. This module and what it imports travel with the model. `capas.bundle` writes the folder:
 
     adapter/   weights (of a whole model where all were trained), tokenizer, template
     base/      the base, where it is small enough to take along
@@ -63,6 +63,7 @@ class Served:
             base = base_folder(folder, self.facts["base"])
             return load_model(base, model, device, **self._quantization())
 
+        self.tools = self.facts.get("tools")  # models published by an earlier capas do not say
         self.tuned = TunedModel(adapter, model, device, load_base)
         self.model: Any = self.tuned.model
 
@@ -92,7 +93,10 @@ class Served:
     def _prompt_ids(self, number: int, row: Mapping[Any, Any]) -> list[int]:
         try:
             told = messages_of(row, self.facts["system"], self.facts["role"])
-            return self.format.prompt_ids(told, _parsed(row, "tools"))
+            tools = _parsed(row, "tools")
+            if tools is None and _parsed(row, "messages") is None:
+                tools = self.tools
+            return self.format.prompt_ids(told, tools)
         except CapasError as error:
             raise CapasError(f"row {number}: {error}") from None
 

@@ -5,8 +5,9 @@
     capas chat --setting top_p      decode as a setting of conf/generation says (default: the first one)
     echo "set a timer" | capas chat      one answer for each line
 
-The template, its end tokens and the system message are those of the training. Where no record of the data has
-a second question, each question begins a new conversation. Between the questions:
+The template, its end tokens, the system message and the tools that are offered are those of the training's
+data (of the first test record). Where no record of the data has a second question, each question begins a new
+conversation. Between the questions:
 
     /base           what the base answers to the last question
     /setting NAME   decode another way; without NAME: which ways there are
@@ -20,6 +21,7 @@ Exit code: 0 all was answered, 2 something could not be, 130 stopped.
 """
 
 import argparse
+import json
 import sys
 from collections.abc import Iterator
 from contextlib import nullcontext
@@ -39,6 +41,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     tuned.add_arguments(parser)
     parser.add_argument("--setting", metavar="NAME", help="of generation.settings")
     parser.add_argument("--system", metavar="TEXT", help="message (default: that of the training)")
+    parser.add_argument(
+        "--tools", type=Path, metavar="FILE", help="a JSON list of tools; [] offers none"
+    )
     parser.add_argument(
         "--history", action="store_true", help="keep it, though the data has one question a record"
     )
@@ -74,6 +79,8 @@ def command(options: argparse.Namespace) -> int:
                 tuned.say(
                     "Each question stands alone, as in the training data (--history keeps them)."
                 )
+            if talk.tools:
+                tuned.say(f"{len(talk.tools)} tools are offered (--tools FILE: others).")
         code = 0
         for line in _lines():
             try:
@@ -102,6 +109,7 @@ class Talk:
         self._served, self._settings = served, source.params.generation.settings
         self._max_new_tokens = options.max_new_tokens or source.params.generation.max_new_tokens
         self._system = served.facts["system"] if options.system is None else options.system
+        self.tools = served.tools if options.tools is None else read_tools(options.tools)
         self._told: list[Message] = []
         facts = served.facts  # models published by an earlier capas do not say
         self.keeps = options.history or "multi_turn" not in facts or facts["multi_turn"]
@@ -179,7 +187,10 @@ class Talk:
             if self._system is None or asked[0]["role"] == TEXT
             else [{"role": "system", "content": self._system}]
         )
-        tuned, ids = self._served.tuned, self._served.format.prompt_ids([*before, *asked])
+        tuned, ids = (
+            self._served.tuned,
+            self._served.format.prompt_ids([*before, *asked], self.tools),
+        )
         model = tuned.model
         limit = getattr(model.config.get_text_config(), "max_position_embeddings", None)
         if limit is not None and len(ids) + self._max_new_tokens > limit:
@@ -203,6 +214,19 @@ class Talk:
                 streamer=streamer,
             )
         return streamer.text
+
+
+def read_tools(file: Path) -> list[Any] | None:
+    """Raises CapasError: it is not there, or holds no JSON list of objects."""
+    try:
+        found = json.loads(file.read_text(encoding="utf-8"))
+    except (OSError, ValueError) as error:
+        raise CapasError(f"--tools {file}: {error}") from None
+    if not isinstance(found, list) or not all(isinstance(tool, dict) for tool in found):
+        raise CapasError(
+            f"--tools {file}: expected a JSON list of objects, as records hold in `tools`"
+        )
+    return found or None
 
 
 def _streamer(served: Any) -> Any:

@@ -125,7 +125,7 @@ def test_all_problems_are_reported_at_once(compose: Callable[[list[str]], Any]) 
     assert "trainer.bf16='yes'" in text
     assert "dataset.overflow='cut': input should be 'error', 'drop' or 'truncate'" in text
     assert "lora.bias: is missing" in text
-    assert "load_in_4bit=True, quantization.load_in_8bit=True: one of the two" in text
+    assert "load_in_4bit=True, quantization.load_in_8bit=True: expected one of the two" in text
 
 
 @pytest.mark.parametrize(
@@ -234,7 +234,7 @@ def test_an_override_of_no_key_is_told_the_one_that_was_meant(
         (["generation.wrong_chat_template=chatml"], "another template than the right one"),
         (["trainer.max_steps=0"], "-1 (epochs decide) or at least 1"),
         (["trainer.warmup_steps=1.5"], "a whole number of steps"),
-        (["dataset.overflow_budget_fraction=0.1"], "overflow: error allows no record"),
+        (["dataset.overflow_budget_fraction=0.1"], "overflow=error allows no record"),
         (["+generation.settings.greedy.top_k=3"], "top_k only where do_sample is true"),
         (
             ["evaluation.metrics=[rouge]"],

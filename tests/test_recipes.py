@@ -11,6 +11,7 @@ from typing import Any, NamedTuple
 
 import pytest
 import test_presets
+import yaml
 from architectures import write_whole
 from safetensors.torch import load_file
 from tiny import REPOSITORY, read_json, run_stage, write_lock
@@ -109,6 +110,20 @@ def test_it_trains_as_the_recipe_says(made: Made) -> None:
     assert used["accelerate"]["num_processes"] == recipe["hardware"]["num_processes"]
     for key in ("learning_rate", "lr_scheduler_type", "warmup_steps", "gradient_checkpointing"):
         assert made.values["trainer"][key] == recipe["trainer"][key]
+
+
+STATED = (
+    *("per_device_train_batch_size", "gradient_accumulation_steps", "packing_length", "optim"),
+    *("learning_rate", "lr_scheduler_type", "warmup_steps", "gradient_checkpointing"),
+)
+
+
+@pytest.mark.parametrize("name", RECIPES)
+def test_a_recipe_states_what_decides(name: str) -> None:
+    """In its own file, so that it can be read there and no edit of another one changes it."""
+    own = yaml.safe_load((REPOSITORY / f"conf/experiment/{name}.yaml").read_text())
+    assert set(STATED) <= own["trainer"].keys()
+    assert "max_length" in own["dataset"]
 
 
 @pytest.mark.parametrize("name", RECIPES)

@@ -39,11 +39,14 @@ class Model:
         self.model: Any = get_peft_model(AutoModelForCausalLM.from_pretrained(folder), lora).eval()
         self.tuned = SimpleNamespace(model=self.model, base=self._base)
         self.asked: list[list[dict[str, Any]]] = []
+        self.tools: Any = None
+        self.offered: Any = None
         encode = self.format.prompt_ids
 
         def prompt_ids(messages: Any, tools: Any = None) -> list[int]:
             self.asked.append(messages)
-            return encode(messages, tools)
+            self.offered = tools
+            return encode(messages)  # the tiny template has no place for tools
 
         self.format.prompt_ids = prompt_ids  # type: ignore[method-assign]
 
@@ -71,6 +74,7 @@ def model(tiny_model_dir: Path, tiny_tokenizer_dir: Path) -> Model:
 
 def talk(model: Model, **options: Any) -> Talk:
     given = {"setting": None, "system": None, "max_new_tokens": None, "seed": 0, "history": False}
+    given["tools"] = None
     source: Any = SimpleNamespace(params=Params({"generation": GENERATION}))
     return Talk(model, source, argparse.Namespace(**{**given, **options}))
 
@@ -109,6 +113,24 @@ def test_data_with_one_question_a_record(model: Model, history: bool) -> None:
     conversation.hear("Hi")
     conversation.hear("And now?")
     assert len(model.asked[-1]) == (4 if history else 2)
+
+
+def test_the_tools_of_the_data_or_others_are_offered(model: Model, tmp_path: Path) -> None:
+    model.tools = [{"type": "function", "function": {"name": "set_timer"}}]
+    talk(model).hear("Hi")
+    assert model.offered == model.tools
+    file = tmp_path / "tools.json"
+    for text, expected in (('[{"name": "play"}]', [{"name": "play"}]), ("[]", None)):
+        file.write_text(text)
+        talk(model, tools=file).hear("Hi")
+        assert model.offered == expected
+    for text, told in (
+        ("{}", "expected a JSON list of objects"),
+        ("[", "tools.json: Expecting value"),
+    ):
+        file.write_text(text)
+        with pytest.raises(CapasError, match=told):
+            talk(model, tools=file)
 
 
 def test_a_seed_draws_the_same_answer(model: Model, capsys: Any) -> None:
