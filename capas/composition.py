@@ -90,13 +90,13 @@ def hydra_errors() -> Iterator[None]:
     from omegaconf.errors import OmegaConfBaseException
     from yaml import YAMLError
 
-    from capas.config import nearest
-
     try:
         yield
     except (HydraException, OmegaConfBaseException, YAMLError, UnicodeDecodeError) as error:
         reasons = _reasons(error)
         if unknown := _UNKNOWN.match(reasons):
+            from capas.config import nearest
+
             reasons = f"{unknown['key']}: no such key{nearest(unknown['key'])}"
         raise CapasError(f"conf/ does not compose: {reasons}") from None
 

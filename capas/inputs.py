@@ -1,6 +1,5 @@
 """Files that stages read and no stage makes, and which of them git does not have."""
 
-import hashlib
 from pathlib import Path
 
 from capas.dag import StageSpec
@@ -33,8 +32,3 @@ def ignored(root: Path, tree: str) -> list[str]:
                 continue
             found.append(relative)
     return found
-
-
-def sha256(file: Path) -> str:
-    with file.open("rb") as stream:
-        return hashlib.file_digest(stream, "sha256").hexdigest()

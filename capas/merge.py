@@ -18,9 +18,9 @@ Exit code: 0 merged, 1 refused (the difference is told), 2 it failed, 130 stoppe
 
 import argparse
 import copy
-import math
 import shutil
-from collections.abc import Iterator
+import sys
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -48,19 +48,12 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--dtype", choices=DTYPES, help="(default: that of the training)")
     parser.add_argument(
         "--tolerance",
-        type=_fraction,
+        type=tuned.bounded(float, 0, sys.float_info.max),
         metavar="X",
         help="largest difference of a logit, as a part of the largest logit (default: "
         + ", ".join(f"{t:g} for {name}" for name, t in TOLERANCE.items())
         + f"; {INT8_TOLERANCE:g} for an int8 base)",
     )
-
-
-def _fraction(text: str) -> float:
-    value = float(text)
-    if not 0 <= value < math.inf:
-        raise argparse.ArgumentTypeError(f"{text}: expected a number from 0 on")
-    return value
 
 
 def command(options: argparse.Namespace) -> int:
@@ -120,7 +113,7 @@ def merge(
     ids = list(conversations(served, source.prompts))
     expected = [logits(served.model, row) for row in ids]
     with served.model.disable_adapter():
-        changed = difference([logits(served.model, row) for row in ids], expected)
+        changed = difference((logits(served.model, row) for row in ids), expected)
     allowed = min(allowed, changed / 2)  # nearer to the adapted model than to its base
     trusted = served.facts["model"]["trust_remote_code"]
     plain = merged(served.model, getattr(torch, chosen), trusted)
@@ -129,9 +122,8 @@ def merge(
     for file in sorted((source.folder / "adapter").iterdir()):
         if file.name not in _OF_ADAPTER:
             shutil.copyfile(file, folder / file.name)
-    (folder / ".gitignore").write_text(
-        "*\n"
-    )  # lineage and experiments keep what git does not ignore
+    # Lineage and experiments keep all that git does not ignore.
+    (folder / ".gitignore").write_text("*\n")
     del served, plain
     facts = {
         "adapter_sha256": saved.sha256(source.folder / "adapter"),
@@ -254,23 +246,35 @@ def compare(
     if lost := sorted(map(str, [*info["missing_keys"], *info["unexpected_keys"]])):
         raise CapasError(f"{folder} was not written whole: {', '.join(lost[:4])}")
     model.eval()
-    found = [logits(model, row) for row in ids]
-    if not all(bool(row.isfinite().all()) for row in found):
+    same = 0
+
+    def answers() -> "Iterator[torch.Tensor]":
+        """One after the other: those of a long prompt take gigabytes."""
+        nonlocal same
+        for row, wanted in zip(ids, expected, strict=True):
+            found = logits(model, row)
+            _check_finite(found, dtype)
+            same += int((found.argmax(dim=-1) == wanted.argmax(dim=-1)).sum())
+            yield found
+
+    return {
+        "max_logit": max(float(row.abs().max()) for row in expected),
+        "difference": difference(answers(), expected),
+        "num_tokens": sum(len(row) for row in ids),
+        "num_same_next_token": same,
+    }
+
+
+def _check_finite(found: "torch.Tensor", dtype: str) -> None:
+    if not bool(found.isfinite().all()):
         raise CapasError(
             f"the merged model's logits are not all numbers in {dtype}"
             + (", whose range ends at 65,504: --dtype bfloat16" if dtype == "float16" else "")
         )
-    same = [f.argmax(dim=-1) == e.argmax(dim=-1) for f, e in zip(found, expected, strict=True)]
-    return {
-        "max_logit": max(float(row.abs().max()) for row in expected),
-        "difference": difference(found, expected),
-        "num_tokens": sum(len(row) for row in ids),
-        "num_same_next_token": sum(int(row.sum()) for row in same),
-    }
 
 
-def difference(found: list["torch.Tensor"], expected: list["torch.Tensor"]) -> float:
-    """The largest one, as a part of the largest logit."""
+def difference(found: Iterable["torch.Tensor"], expected: list["torch.Tensor"]) -> float:
+    """The largest one, as a part of the largest logit; NaN where any logit is no number."""
     import torch
 
     largest = torch.stack([row.abs().max() for row in expected]).max()

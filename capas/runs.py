@@ -18,9 +18,7 @@ def find(client: Any, word: str, root: Path) -> Any:
     """
     runs = list(_all(client))
     keys = {word, *_experiment_keys(word, root)}
-    start = word.removeprefix(
-        UNNAMED
-    )  # its name until a sweep or an experiment gives it another one
+    start = word.removeprefix(UNNAMED)  # what a run is called until it is an experiment
     ways = (
         [run for run in runs if run.info.run_id == word],
         [run for run in runs if run.info.run_name == word],

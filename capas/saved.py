@@ -17,11 +17,13 @@ def weight_bytes(folder: Path) -> int:
 def sha256(folder: Path) -> str:
     """Of the weights' file; of several the sha256 of their names and sums, as sha256sum writes them."""
     files = sorted(folder.glob("*.safetensors"))
-    sums = []
-    for file in files:
-        with file.open("rb") as content:
-            sums.append(hashlib.file_digest(content, "sha256").hexdigest())
+    sums = [file_sha256(file) for file in files]
     if len(files) == 1:
         return sums[0]
     lines = [f"{found}  {file.name}\n" for found, file in zip(sums, files, strict=True)]
     return hashlib.sha256("".join(lines).encode()).hexdigest()
+
+
+def file_sha256(file: Path) -> str:
+    with file.open("rb") as content:
+        return hashlib.file_digest(content, "sha256").hexdigest()

@@ -47,22 +47,11 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--history", action="store_true", help="keep it, though the data has one question a record"
     )
+    counts, seeds = tuned.bounded(int, 1, sys.maxsize), tuned.bounded(int, 0, 2**63 - 1)
     parser.add_argument(
-        "--max-new-tokens", type=_count, metavar="N", help="of an answer (default: generation's)"
+        "--max-new-tokens", type=counts, metavar="N", help="of an answer (default: generation's)"
     )
-    parser.add_argument("--seed", type=_seed, default=0, help="of what is drawn at random")
-
-
-def _count(text: str) -> int:
-    if (value := int(text)) < 1:
-        raise argparse.ArgumentTypeError(f"{text}: expected 1 or more")
-    return value
-
-
-def _seed(text: str) -> int:
-    if not 0 <= (value := int(text)) < 2**63:
-        raise argparse.ArgumentTypeError(f"{text}: expected 0 or more")
-    return value
+    parser.add_argument("--seed", type=seeds, default=0, help="of what is drawn at random")
 
 
 def command(options: argparse.Namespace) -> int:
@@ -187,10 +176,8 @@ class Talk:
             if self._system is None or asked[0]["role"] == TEXT
             else [{"role": "system", "content": self._system}]
         )
-        tuned, ids = (
-            self._served.tuned,
-            self._served.format.prompt_ids([*before, *asked], self.tools),
-        )
+        tuned = self._served.tuned
+        ids = self._served.format.prompt_ids([*before, *asked], self.tools)
         model = tuned.model
         limit = getattr(model.config.get_text_config(), "max_position_embeddings", None)
         if limit is not None and len(ids) + self._max_new_tokens > limit:

@@ -1,6 +1,5 @@
 """What `transformers.Trainer` lacks: exact resumption, a loss that may not run away, a line of progress."""
 
-import hashlib
 import json
 import logging
 import math
@@ -35,6 +34,7 @@ from transformers.trainer_utils import rotate_checkpoints
 from capas.batches import Example, Filled, LengthGroupedSampler, make_filler, score_tokens
 from capas.errors import CapasError
 from capas.records import IGNORE_INDEX
+from capas.saved import file_sha256
 
 log = logging.getLogger("capas")
 _CUBLAS_WORKSPACE = "CUBLAS_WORKSPACE_CONFIG"
@@ -378,12 +378,7 @@ def _is_complete(checkpoint: Path) -> bool:
 
 def _digests(checkpoint: Path) -> dict[str, str]:
     files = (path for path in sorted(checkpoint.iterdir()) if _MARK not in path.name)
-    return {path.name: _sha256(path) for path in files}
-
-
-def _sha256(file: Path) -> str:
-    with file.open("rb") as opened:
-        return hashlib.file_digest(opened, "sha256").hexdigest()
+    return {path.name: file_sha256(path) for path in files}
 
 
 class LiveRows(TrainerCallback):

@@ -16,6 +16,7 @@ from capas.errors import CapasError
 from capas.generation import complete, generation_config
 from capas.params import Params
 from capas.talk import Talk
+from capas.tuned import bounded
 
 GENERATION = {
     "max_new_tokens": 12,
@@ -196,3 +197,12 @@ def test_nothing_to_compare_and_the_end(model: Model, capsys: Any) -> None:
     assert capsys.readouterr().out == ""
     with pytest.raises(CapasError, match="has no 'cold'"):
         talk(model, setting="cold")
+
+
+@pytest.mark.parametrize("text", ["0", "-5", "nan", "inf", "x", ""])
+def test_a_number_out_of_bounds_is_none(text: str) -> None:
+    parser = argparse.ArgumentParser(exit_on_error=False)
+    parser.add_argument("--number", type=bounded(float, 1, 1e300))
+    assert parser.parse_args(["--number", "2.5"]).number == 2.5
+    with pytest.raises(argparse.ArgumentError, match=r"expected a number from 1 on|invalid number"):
+        parser.parse_args([f"--number={text}"])

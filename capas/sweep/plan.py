@@ -19,6 +19,7 @@ from capas.clone import cache_of, stored
 from capas.composition import CONF
 from capas.errors import CapasError
 from capas.facts import write_whole
+from capas.saved import file_sha256
 from capas.worktree import Snapshot, git, snapshot
 
 FOLDER = Path(".dvc/tmp/sweep")
@@ -99,7 +100,7 @@ class Plan:
         found = inputs.ignored(home, taken.tree)
         ignored = tuple(name for name in found if not name.startswith(f"{CONF}/"))
         deciding = _deciding(home, taken, {name: home / name for name in ignored})
-        own = {name: inputs.sha256(home / name) for name in found if name.startswith(f"{CONF}/")}
+        own = {name: file_sha256(home / name) for name in found if name.startswith(f"{CONF}/")}
         listed = git(home, "ls-tree", "-r", taken.tree, "--", str(CONF))
         return cls(
             home=home,
@@ -168,9 +169,7 @@ def digest(*parts: Any) -> str:
 
 def _deciding(home: Path, taken: Snapshot, ignored: Mapping[str, Path]) -> str:
     """Identity of all files that decide a result, with those that git ignores."""
-    return digest(
-        _files(home, taken), {name: inputs.sha256(file) for name, file in ignored.items()}
-    )
+    return digest(_files(home, taken), {name: file_sha256(file) for name, file in ignored.items()})
 
 
 def _files(home: Path, taken: Snapshot) -> list[str]:
