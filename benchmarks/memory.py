@@ -1,6 +1,6 @@
 """The memory that a training is estimated to need, against the most that its process really had.
 
-    python benchmarks/memory.py                 about twelve minutes, 1 GB of disk; prints a JSON object
+    python benchmarks/memory.py                 about twenty minutes, 1 GB of disk; prints a JSON object
     python benchmarks/memory.py --device cuda   on an NVIDIA GPU, a minute or two
     python benchmarks/memory.py NAME ...        only those runs
 
