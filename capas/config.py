@@ -20,6 +20,7 @@ from capas.params import flatten
 Count = Annotated[int, Field(gt=0)]
 Fraction = Annotated[float, Field(ge=0, le=1)]
 Seed = Annotated[int, Field(ge=0, lt=2**32)]
+Dtype = Literal["float32", "bfloat16", "float16"]
 
 
 class Group(BaseModel):
@@ -31,9 +32,10 @@ class Group(BaseModel):
 
 
 class Hardware(Group):
-    """num_processes and num_machines are those of `accelerate launch`."""
+    """num_processes and num_machines are those of `accelerate launch`; model.dtype is dtype by default."""
 
     device: Literal["cpu", "cuda"]
+    dtype: Dtype
     num_processes: Count
     num_machines: Count
     distributed_type: Literal["ddp", "fsdp2"]
@@ -49,7 +51,7 @@ class Model(Group):
 
     model_name_or_path: Annotated[str, Field(min_length=1)]
     revision: str | None
-    dtype: Literal["float32", "bfloat16", "float16"]
+    dtype: Dtype
     attn_implementation: Literal["eager", "sdpa", "flash_attention_2"]
     trust_remote_code: bool
     pad_token: Annotated[str, Field(min_length=1)] | None
@@ -139,7 +141,7 @@ class Quantization(Group):
     load_in_4bit: bool
     load_in_8bit: bool
     bnb_4bit_quant_type: Literal["nf4", "fp4"]
-    bnb_4bit_compute_dtype: Literal["float32", "bfloat16", "float16"]
+    bnb_4bit_compute_dtype: Dtype
     bnb_4bit_use_double_quant: bool
 
 
@@ -752,6 +754,20 @@ def validate(values: dict[str, Any]) -> None:
     if problems:
         lines = "\n".join(f"  {text}" for text in problems.values())
         raise CapasError(f"conf/ has {len(problems)} problem(s); no stage was run:\n{lines}")
+
+
+def advice(values: dict[str, Any]) -> list[str]:
+    """What is allowed, and hardly ever meant: a line each. The values are valid."""
+    half = [
+        f"{key}={_show(value)}"
+        for key in ("model.dtype", "trainer.bf16")
+        if (value := _lookup(values, key)) not in ("float32", False)
+    ]
+    if values["hardware"]["device"] != "cpu" or not half:
+        return []
+    return [
+        f"{' and '.join(half)} on a CPU, whose kernels for it are many times slower than those for float32"
+    ]
 
 
 def _field_problems(values: dict[str, Any]) -> Iterator[tuple[str, str, str]]:

@@ -38,7 +38,7 @@ from capas.composition import (
     dump,
     read,
 )  # fmt: skip
-from capas.config import GROUPS, group_schema, validate
+from capas.config import GROUPS, advice, group_schema, validate
 from capas.errors import CapasError, sweep_instead, told
 from capas.facts import write_whole
 from capas.metrics.harness import read_tasks
@@ -89,6 +89,8 @@ def main(options: argparse.Namespace) -> None:
     outputs |= {PARAMS: dump(target), ENVIRONMENT: environment(), **files}
     for note in in_force():
         log.info("conf/overrides.yaml sets %s", note)
+    for line in advice(target):
+        log.warning("%s", line)
     if inputs() != before or resolved_files(target) != files:
         raise CapasError(
             "conf/, params.yaml, requirements.lock, a function of evaluation.metrics or a task of "

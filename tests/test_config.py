@@ -11,7 +11,7 @@ import yaml
 from workspace import REPOSITORY
 
 from capas.composition import composer, digest, dump
-from capas.config import _SCHEDULE_KWARGS, GROUPS, group_schema, known_keys, validate
+from capas.config import _SCHEDULE_KWARGS, GROUPS, advice, group_schema, known_keys, validate
 from capas.errors import CapasError
 from capas.params import flatten
 
@@ -85,6 +85,43 @@ def test_a_divided_model_is_one_that_is_not_quantized(
         values = compose(overrides)
         validate(values)
         assert values["hardware"]["distributed_type"] == kind
+
+
+@pytest.mark.parametrize("model", [option for group, option in OPTIONS if group == "model"])
+def test_a_model_computes_in_what_its_hardware_is_fast_in(
+    compose: Callable[[list[str]], Any], model: str
+) -> None:
+    on_cpu, on_gpu = (compose([f"model={model}", f"hardware={h}"]) for h in ("cpu", "gpu"))
+    found = [
+        (v["model"]["dtype"], v["quantization"]["bnb_4bit_compute_dtype"]) for v in (on_cpu, on_gpu)
+    ]
+    fast = "float32" if model == "embedded" else "bfloat16"  # its file says so
+    assert found == [("float32", "float32"), (fast, fast)]
+    assert not advice(on_cpu)
+    assert not advice(on_gpu)
+
+
+@pytest.mark.parametrize(
+    ("overrides", "named"),
+    [
+        (
+            ["hardware.dtype=bfloat16", "model=qwen2.5_0.5b_instruct"],
+            "model.dtype='bfloat16' on a CPU",
+        ),
+        (["trainer.bf16=true"], "trainer.bf16=True on a CPU"),
+        (
+            ["model.dtype=float16", "trainer.bf16=true"],
+            "model.dtype='float16' and trainer.bf16=True on",
+        ),
+    ],
+)
+def test_half_precision_on_a_cpu_is_told(
+    compose: Callable[[list[str]], Any], overrides: list[str], named: str
+) -> None:
+    values = compose(overrides)
+    validate(values)
+    (line,) = advice(values)
+    assert line.startswith(named)
 
 
 def test_schema_and_conf_have_the_same_keys(compose: Callable[[list[str]], Any]) -> None:

@@ -96,7 +96,8 @@ def made(request: pytest.FixtureRequest, tmp_path_factory: Any) -> Iterator[Made
 
 def write_preset(preset: str, root: Path, *overrides: str) -> dict[str, Any]:
     """Model and tokenizer in the folder `local`, the rest as the preset says; returns params.yaml."""
-    chosen = [f"model={preset}", *write_local(preset, root), "trainer=qlora", "trainer.max_steps=2"]
+    chosen = [f"model={preset}", *write_local(preset, root), "model.dtype=bfloat16"]
+    chosen += ["trainer=qlora", "trainer.max_steps=2"]
     with composer(REPOSITORY / "conf") as compose:
         values = compose([*SHRUNK, *chosen, *overrides])
     write_composed(values, root)
