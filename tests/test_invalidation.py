@@ -24,6 +24,7 @@ FETCH_MODEL = ["fetch_tokenizer", "fetch_model"]
 EXPECTED: dict[str, list[str]] = {
     "hardware": [*COMPUTE, "report", "publish"],
     "hardware.preset": ["train", "report"],
+    "hardware.dtype": ["train", "report"],  # model.dtype has its value
     "hardware.num_processes": ["train", "report"],
     "hardware.num_machines": ["train", "report"],
     "hardware.distributed_type": ["train", "report"],
