@@ -9,18 +9,22 @@ export PATH := $(CURDIR)/.venv/bin:$(PATH)
 export PYTHONNOUSERSITE := 1
 
 .DEFAULT_GOAL := help
-.PHONY: help repro test test-slow test-gpu lint ui embedded lock clean
+.PHONY: help repro test test-shuffled test-slow test-gpu lint ui embedded lock clean
 
 help: ## show this list
-	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "  make %-10s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
+	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "  make %-14s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
 
 repro: $(READY) ## run the pipeline (dvc repro), then show what each stage cost
 	dvc repro
 	@python -m capas.timings
+	@python -m capas.reproduced
 	@echo "Report: reports/index.html   En español: reports/index.es.html   Runs: make ui"
 
 test: $(READY) ## the default tests: offline, CPU, minutes
 	python -m pytest $(PARALLEL)
+
+test-shuffled: $(READY) ## the default tests in an order drawn by chance; the seed it prints repeats it
+	python -m pytest $(PARALLEL) -p randomly $(if $(SEED),--randomly-seed=$(SEED))
 
 test-slow: $(READY) ## whole pipelines in temporary clones: kills, threads, second clones
 	python -m pytest $(PARALLEL) -m slow

@@ -21,6 +21,7 @@ Count = Annotated[int, Field(gt=0)]
 Fraction = Annotated[float, Field(ge=0, le=1)]
 Seed = Annotated[int, Field(ge=0, lt=2**32)]
 Dtype = Literal["float32", "bfloat16", "float16"]
+InstructionSet = Literal["portable", "native", "avx2", "avx512"]
 
 
 class Group(BaseModel):
@@ -32,22 +33,25 @@ class Group(BaseModel):
 
 
 class Hardware(Group):
-    """num_processes and num_machines are those of `accelerate launch`; model.dtype is dtype by default."""
+    """num_processes and num_machines are those of `accelerate launch`; model.dtype is dtype by default.
+
+    num_threads=None: as many as there are physical cores.
+    """
 
     device: Literal["cpu", "cuda"]
     dtype: Dtype
     num_processes: Count
     num_machines: Count
     distributed_type: Literal["ddp", "fsdp2"]
-    num_threads: Count
-    instruction_set: Literal["default", "avx2", "avx512"]
+    num_threads: Count | None
+    instruction_set: InstructionSet
     allow_tf32: bool
     cudnn_deterministic: bool
     cudnn_benchmark: bool
 
 
 class Model(Group):
-    """`AutoModelForCausalLM.from_pretrained`; pad_token and licence are capas' own."""
+    """`AutoModelForCausalLM.from_pretrained`; pad_token, licence and cpu_* are capas' own."""
 
     model_name_or_path: Annotated[str, Field(min_length=1)]
     revision: str | None
@@ -55,6 +59,8 @@ class Model(Group):
     attn_implementation: Literal["eager", "sdpa", "flash_attention_2"]
     trust_remote_code: bool
     pad_token: Annotated[str, Field(min_length=1)] | None
+    cpu_instruction_set: InstructionSet
+    cpu_num_threads: Count | None
     licence: str
 
 
@@ -590,8 +596,8 @@ RULES = (
     ),
     Rule(
         ("hardware.instruction_set", "hardware.device"),
-        lambda instruction_set, device: instruction_set == "default" or device == "cpu",
-        "default where the device is not a CPU",
+        lambda instruction_set, device: instruction_set == "native" or device == "cpu",
+        "native where the device is not a CPU",
     ),
     Rule(
         ("hardware.cudnn_benchmark", "hardware.cudnn_deterministic"),
@@ -756,18 +762,31 @@ def validate(values: dict[str, Any]) -> None:
         raise CapasError(f"conf/ has {len(problems)} problem(s); no stage was run:\n{lines}")
 
 
+PORTABLE_OPTIMIZERS = ("adamw_torch_fused", "sgd")  # they call no vector function of oneMKL
+
+
 def advice(values: dict[str, Any]) -> list[str]:
-    """What is allowed, and hardly ever meant: a line each. The values are valid."""
-    half = [
+    """Return a line for each choice that is allowed and hardly ever meant. The values are valid."""
+    if values["hardware"]["device"] != "cpu":
+        return []
+    lines = []
+    if half := [
         f"{key}={_show(value)}"
         for key in ("model.dtype", "trainer.bf16")
         if (value := _lookup(values, key)) not in ("float32", False)
-    ]
-    if values["hardware"]["device"] != "cpu" or not half:
-        return []
-    return [
-        f"{' and '.join(half)} on a CPU, whose kernels for it are many times slower than those for float32"
-    ]
+    ]:
+        lines.append(
+            f"{' and '.join(half)} on a CPU, whose kernels for it are many times "
+            "slower than those for float32"
+        )
+    optim = values["trainer"]["optim"]
+    if values["hardware"]["instruction_set"] == "portable" and optim not in PORTABLE_OPTIMIZERS:
+        lines.append(
+            f"trainer.optim={optim} takes square roots from oneMKL, which rounds them differently on "
+            "Intel's and on other CPUs: the bytes repeat on this kind of machine alone, whatever "
+            f"hardware.instruction_set=portable says. {' and '.join(PORTABLE_OPTIMIZERS)} do not"
+        )
+    return lines
 
 
 def _field_problems(values: dict[str, Any]) -> Iterator[tuple[str, str, str]]:

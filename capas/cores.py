@@ -12,6 +12,16 @@ def usable_cores() -> int:
     return at_most(os.cpu_count() or 1)  # macOS
 
 
+def physical_cores() -> int:
+    """Return how many cores compute apart from each other, of those that the process may use.
+
+    Two threads of one core share its units for floats: a second one makes products no faster.
+    """
+    import psutil  # type: ignore[import-untyped]
+
+    return min(psutil.cpu_count(logical=False) or usable_cores(), usable_cores())
+
+
 def at_most(num_threads: int) -> int:
     """`num_threads`, or fewer where the variable CAPAS_MAX_THREADS says so. No result depends on it."""
     return min(num_threads, int(os.environ.get(MAX_THREADS, num_threads)))

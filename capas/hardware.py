@@ -1,18 +1,17 @@
 """Which device computes, and with which kernels.
 
-torch, MKL and oneDNN choose their kernels when they are loaded, so `prepare` comes before the first
-import of torch. Kernels of another instruction set round differently: the last bits of every float,
-and with them the bytes of an adapter, depend on it.
+torch, oneMKL and oneDNN choose their kernels when they are loaded, so `prepare` comes before the first
+import of torch; `capas.kernels` says which.
 """
 
 import logging
 import os
 import platform
 import sys
-from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
-from capas.cores import at_most
+from capas import kernels
+from capas.cores import at_most, physical_cores
 from capas.errors import CapasError
 from capas.params import Params
 
@@ -25,31 +24,31 @@ log = logging.getLogger("capas")
 for _talkative in ("bitsandbytes.autograd._functions", "bitsandbytes.backends.cpu.ops"):
     logging.getLogger(_talkative).setLevel(logging.ERROR)
 
-# ATen's, MKL's and oneDNN's names of one instruction set, and the flags that /proc/cpuinfo shows for it.
-_KERNELS = {
-    "avx2": ("avx2", "AVX2,STRICT", "AVX2"),
-    "avx512": ("avx512", "AVX512,STRICT", "AVX512_CORE"),
-}
-_CPU_FLAGS = {"avx2": {"avx2", "fma"}, "avx512": {"avx512f", "avx512bw", "avx512dq", "avx512vl"}}
-_CAPABILITY = {"avx2": "AVX2", "avx512": "AVX512"}  # of torch.backends.cpu
+_NOT_X86 = (
+    "hardware.instruction_set=portable is one of x86 and this machine is %s: the results repeat here, "
+    "but their bytes differ from those of an x86 machine"
+)
 
 
 def prepare(hardware: Params, num_processes: int = 1) -> "torch.device":
-    """Set the environment, import torch and set its flags; the device that the stage computes on.
+    """Set the environment, import torch and set its flags; return the device that the stage computes on.
 
     A process that is alone sees one GPU, so that nothing can fall back to DataParallel; of several on a
     machine each takes the one of its LOCAL_RANK. On a CPU no GPU is visible.
 
     Raises:
-        CapasError: the machine lacks the device or the instruction set, torch was imported before, or
-            other than `num_processes` processes were launched.
+        CapasError: the machine lacks the device or the instruction set, or a library ignores it; or
+        other than `num_processes` processes were launched.
     """
     _check_launched(int(os.environ.get("WORLD_SIZE", "1")), num_processes)
-    _check_instruction_set(hardware.instruction_set)
+    torch_was_loaded = "torch" in sys.modules
+    kernels.check_supported(hardware.instruction_set)
+    if hardware.instruction_set == "portable" and not kernels.is_x86():
+        log.warning(_NOT_X86, platform.machine())
     os.environ.update(environment(hardware, num_processes))
     import torch
 
-    _check_capability(hardware.instruction_set, torch.backends.cpu.get_cpu_capability())
+    kernels.check_in_use(hardware.instruction_set, torch_was_loaded)
     if hardware.device == "cuda" and not torch.cuda.is_available():
         raise CapasError(
             "hardware.device=cuda, but torch finds no usable NVIDIA GPU here "
@@ -60,7 +59,7 @@ def prepare(hardware: Params, num_processes: int = 1) -> "torch.device":
     if hardware.device == "cuda" and num_processes > 1:
         _check_gpu(local_rank, torch.cuda.device_count())
         torch.cuda.set_device(local_rank)
-    torch.set_num_threads(at_most(hardware.num_threads))
+    torch.set_num_threads(num_threads(hardware, num_processes))
     torch.use_deterministic_algorithms(hardware.cudnn_deterministic)
     # A debugging aid that writes every buffer twice.
     torch.utils.deterministic.fill_uninitialized_memory = False  # type: ignore[attr-defined]
@@ -68,12 +67,13 @@ def prepare(hardware: Params, num_processes: int = 1) -> "torch.device":
     torch.backends.cudnn.allow_tf32 = hardware.allow_tf32
     torch.backends.cudnn.deterministic = hardware.cudnn_deterministic
     torch.backends.cudnn.benchmark = hardware.cudnn_benchmark
+    kernels.warm_up()
     return torch.device("cpu") if hardware.device == "cpu" else torch.device("cuda", local_rank)
 
 
 def environment(hardware: Params, num_processes: int = 1) -> dict[str, str]:
     """The variables that libraries read when they are loaded."""
-    threads = str(at_most(hardware.num_threads))
+    threads = str(num_threads(hardware, num_processes))
     variables = {
         "OMP_NUM_THREADS": threads,
         "MKL_NUM_THREADS": threads,
@@ -87,19 +87,24 @@ def environment(hardware: Params, num_processes: int = 1) -> dict[str, str]:
         variables["CUDA_VISIBLE_DEVICES"] = _visible_devices(hardware.device)
     if hardware.device == "cpu" and num_processes > 1:
         variables["ACCELERATE_TORCH_DEVICE"] = "cpu"  # not cpu:0, for which torch.load has no place
-    if hardware.instruction_set in _KERNELS:
-        aten, mkl, onednn = _KERNELS[hardware.instruction_set]
-        variables |= {"ATEN_CPU_CAPABILITY": aten, "MKL_CBWR": mkl, "ONEDNN_MAX_CPU_ISA": onednn}
-    return variables
+    return variables | kernels.asked(hardware.instruction_set)
+
+
+def num_threads(hardware: Params, num_processes: int = 1) -> int:
+    """Return hardware.num_threads; null: this process's share of the physical cores."""
+    here = int(os.environ.get("LOCAL_WORLD_SIZE", num_processes))
+    return at_most(hardware.num_threads or max(1, physical_cores() // here))
 
 
 def facts(device: "torch.device") -> dict[str, object]:
-    """What computes, as torch reports it; nothing that may differ between machines that give equal bytes."""
+    """Return what computes; nothing that may differ between machines that give equal bytes."""
     import torch
 
     found: dict[str, object] = {
         "device": device.type,
-        "cpu_capability": torch.backends.cpu.get_cpu_capability(),
+        "kernels_asked_for": {
+            name: os.environ.get(variable) for name, variable in kernels.VARIABLES.items()
+        },
         "deterministic_algorithms": torch.are_deterministic_algorithms_enabled(),
     }
     if device.type == "cuda":
@@ -108,6 +113,11 @@ def facts(device: "torch.device") -> dict[str, object]:
         found["cudnn"] = torch.backends.cudnn.version()
         found["tf32"] = torch.backends.cuda.matmul.allow_tf32
     return found
+
+
+def machine() -> dict[str, Any]:
+    """Return the CPU and the kernels in use, for reports/timings and MLflow: they differ between machines."""
+    return {"cpu": kernels.cpu()["model"], "kernels": kernels.in_use()}
 
 
 def _visible_devices(device: str) -> str:
@@ -128,44 +138,4 @@ def _check_gpu(local_rank: int, num_gpus: int) -> None:
         raise CapasError(
             f"a process has no GPU: this machine has {num_gpus}, and hardware.num_processes needs "
             f"{local_rank + 1} or more on each"
-        )
-
-
-def _check_instruction_set(instruction_set: str) -> None:
-    """An instruction set that the CPU lacks would end the process with SIGILL, without a word."""
-    if instruction_set == "default":
-        return
-    if platform.machine().lower() not in ("x86_64", "amd64"):
-        log.warning(
-            "hardware.instruction_set=%s is one of x86 and this machine is %s: the results repeat here, "
-            "but their bytes differ from those of an x86 machine",
-            instruction_set,
-            platform.machine(),
-        )
-        return
-    missing = _CPU_FLAGS[instruction_set] - cpu_flags()
-    if missing:
-        raise CapasError(
-            f"hardware.instruction_set={instruction_set}, but this CPU does not report "
-            f"{', '.join(sorted(missing))}. Choose hardware.instruction_set=default (other bytes than on "
-            "machines that have it)."
-        )
-
-
-def cpu_flags(cpuinfo: Path = Path("/proc/cpuinfo")) -> set[str]:
-    """Features of the CPU as Linux names them; elsewhere (macOS on Intel) AVX2 is taken for granted."""
-    if not cpuinfo.exists():
-        return set(_CPU_FLAGS["avx2"])
-    lines = cpuinfo.read_text().splitlines()
-    return next(
-        (set(line.split(":", 1)[1].split()) for line in lines if line.startswith("flags")), set()
-    )
-
-
-def _check_capability(instruction_set: str, found: str) -> None:
-    x86 = platform.machine().lower() in ("x86_64", "amd64")
-    if x86 and instruction_set in _CAPABILITY and found != _CAPABILITY[instruction_set]:
-        raise CapasError(
-            f"hardware.instruction_set={instruction_set}, but torch computes with {found}: it was imported "
-            f"before the stage could choose. Start the stage by itself: python {Path(sys.argv[0]).name}"
         )

@@ -33,6 +33,7 @@ from capas.cores import usable_cores
 from capas.dag import StageSpec
 from capas.errors import CapasError, told
 from capas.facts import read_json
+from capas.hardware import num_threads
 from capas.params import Params
 from capas.stage import Stage
 
@@ -89,7 +90,7 @@ def agents(hardware: Params, script: Path, environ: Mapping[str, str]) -> list[s
     options = {
         "num_processes": hardware.num_processes,
         "num_machines": hardware.num_machines,
-        "num_cpu_threads_per_process": hardware.num_threads,
+        "num_cpu_threads_per_process": num_threads(hardware, _here(hardware)),
         "gpu_ids": "all",
         "mixed_precision": "no",  # the trainer group decides
         "dynamo_backend": "no",
@@ -128,12 +129,18 @@ def _first_host(nodes: str) -> str:
 
 
 def _warn_of_threads(hardware: Params) -> None:
-    here = hardware.num_processes // hardware.num_machines
-    if here * hardware.num_threads > usable_cores():
+    here = _here(hardware)
+    threads = num_threads(hardware, here)
+    if here * threads > usable_cores():
         log.warning(
             "%d processes with hardware.num_threads=%d each, on %d cores: fewer threads are faster",
-            here, hardware.num_threads, usable_cores(),
+            here, threads, usable_cores(),
         )  # fmt: skip
+
+
+def _here(hardware: Params) -> int:
+    """Return the number of processes on each machine."""
+    return int(hardware.num_processes // hardware.num_machines)
 
 
 def _follow(command: list[str], env: dict[str, str]) -> int:

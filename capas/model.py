@@ -15,10 +15,12 @@ from transformers.utils import logging as transformers_logging
 from capas.architecture import check_causal, stored_quantization
 from capas.errors import CapasError
 from capas.facts import read_json
+from capas.kernels import keep_weights_unpacked
 from capas.params import Params
 from capas.saved import is_adapter
 
 transformers_logging.disable_progress_bar()
+keep_weights_unpacked()  # here, since whoever loads a model imports this module: tests/test_kernels.py
 log = logging.getLogger("capas")
 MAX_SHARD_SIZE = "2GB"  # a shard is copied before it is written
 
@@ -50,7 +52,6 @@ def load_model(folder: Path, model: Params, device: torch.device, **kwargs: Any)
     check_loaded(asked, loaded)
     check_quantized(loaded, stored, folder)
     _check_blocks(loaded)
-    _keep_kernel(loaded)
     return loaded.eval()
 
 
@@ -208,14 +209,3 @@ def _check_blocks(model: nn.Module) -> None:
                 f"{name} has {layer.in_features} inputs, no multiple of {state.blocksize}: on a CPU "
                 "bitsandbytes computes such 4-bit layers wrongly. Choose quantization=int8 or none, or a GPU"
             )
-
-
-def _keep_kernel(model: nn.Module) -> None:
-    """Keep bitsandbytes from repacking weights on CPUs with AVX512-BF16.
-
-    There, an evaluation repacks every Linear4bit in place and computes in bf16 from then on: a training
-    that goes on afterwards crashes or silently loses gradient through the base (bitsandbytes 0.50).
-    """
-    for _, module in quantized_linears(model):
-        if hasattr(module, "support_avx512bf16_for_cpu"):
-            module.support_avx512bf16_for_cpu = False

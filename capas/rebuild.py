@@ -22,7 +22,7 @@ from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from typing import Any
 
-from capas import dag, links, runs, saved
+from capas import dag, links, runs, saved, timings
 from capas.clone import bring, cache_of, environment, share_cache, stored
 from capas.dag import StageSpec, read_yaml, recorded, recorded_key
 from capas.errors import CapasError
@@ -30,6 +30,7 @@ from capas.facts import read_json
 from capas.lineage import ADAPTER, CHANGED, State, read_state
 from capas.locks import exclusive, is_held
 from capas.params import flatten
+from capas.reproduced import differences
 from capas.result import ancestors
 from capas.store import TRAIN_KEY, existing, reachable, tracking_uri
 from capas.sweep.process import follow
@@ -184,17 +185,16 @@ class Rebuilt:
         return 1
 
     def _machine(self) -> list[str]:
-        """What the training met here and did not meet then, as far as the cache still has its facts."""
+        """Return what computed here and did not compute then, as far as the run and the cache tell."""
+        then, now = self._run.data.tags, timings.read(self.work).get("train", {})
+        here = flatten({key: now[key] for key in ("cpu", "kernels") if key in now})
+        differing = [(k, here[k], then[k]) for k in here if then.get(k, here[k]) != here[k]]
         md5 = {out["path"]: out["md5"] for out in self.lock["train"]["outs"]}.get(FACTS, "")
-        then, now = stored(self._cache, md5), self.work / FACTS
-        if not md5 or not then.exists() or not now.exists():
-            return []
-        old, new = (flatten(read_json(file).get("used", {})) for file in (then, now))
-        return [
-            f"on this machine {k} is {new[k]}, was {old[k]}"
-            for k in new
-            if old.get(k, new[k]) != new[k]
-        ]
+        old, new = stored(self._cache, md5), self.work / FACTS
+        if md5 and old.exists() and new.exists():
+            used, uses = (flatten(read_json(file).get("used", {})) for file in (old, new))
+            differing += [(k, uses[k], used[k]) for k in uses if used.get(k, uses[k]) != uses[k]]
+        return [f"on this machine {key} is {found}, was {was}" for key, found, was in differing]
 
 
 def lay_out(home: Path, target: Path, state: State) -> None:
@@ -271,24 +271,6 @@ def _copy_ignored(home: Path, work: Path, ignored: dict[str, str]) -> None:
             f"the training read files that git ignores: {'; '.join(wrong)}. Bring back what the run had (its "
             "artifact source/ignored.json has their md5)"
         )
-
-
-def differences(before: dict[str, Any], after: dict[str, Any]) -> list[str]:
-    """A line for each stage whose results differ, in the order of the pipeline; the first is the cause."""
-    lines: list[str] = []
-    for name in sorted(set(before) & set(after), key=lambda stage: len(ancestors(stage, before))):
-        changed = {kind: _changed(before[name], after[name], kind) for kind in ("deps", "outs")}
-        if changed["outs"]:
-            first = "first to differ: " if not lines else "differs too: "
-            from_other = f", from other {', '.join(changed['deps'])}" if changed["deps"] else ""
-            lines.append(f"{first}{name}: {', '.join(changed['outs'])}{from_other}")
-    return lines
-
-
-def _changed(before: dict[str, Any], after: dict[str, Any], kind: str) -> list[str]:
-    old = {entry["path"]: entry["md5"] for entry in before.get(kind, [])}
-    new = {entry["path"]: entry["md5"] for entry in after.get(kind, [])}
-    return [path for path in new if old.get(path) != new[path]]
 
 
 @contextmanager

@@ -84,6 +84,15 @@ def headline(stage: Stage) -> dict[str, str]:
     return {"mlflow.note.content": "\n".join([*table, "", *words]), GATE: verdict}
 
 
+def machine(stage: Stage) -> dict[str, str]:
+    """Return the CPU that trained and the kernels it used, where the training really ran here."""
+    cost, lock = timings.read(stage.root).get("train", {}), recorded(stage.root)
+    if "cpu" not in cost or recorded_key(lock["train"]) != cost["key"]:
+        return {}
+    kernels = {f"kernels.{name}": used for name, used in cost["kernels"].items()}
+    return {"cpu": cost["cpu"], **kernels}
+
+
 def metrics(stage: Stage) -> dict[str, float]:
     """The numbers of the JSON reports, and what each stage cost where that is known.
 

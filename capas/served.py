@@ -181,16 +181,16 @@ def choose_device(recorded: Mapping[str, Any]) -> "torch.device":
     chosen = dict(recorded)
     if recorded["device"] == "cuda" and not _has_gpu():
         log.warning("the model was evaluated on a GPU; here it answers on the CPU")
-        chosen |= {"device": "cpu", "instruction_set": "default"}
+        chosen |= {"device": "cpu", "instruction_set": "native"}
     elif "torch" in sys.modules:  # its kernels are chosen already
-        chosen["instruction_set"] = "default"
+        chosen["instruction_set"] = "native"
     try:
         return hardware.prepare(Params(chosen))
     except CapasError as error:
-        if chosen["instruction_set"] == "default":
+        if chosen["instruction_set"] == "native":
             raise
         log.warning("%s: completions may differ from those of the evaluation", error)
-        return hardware.prepare(Params(chosen | {"instruction_set": "default"}))
+        return hardware.prepare(Params(chosen | {"instruction_set": "native"}))
 
 
 def _has_gpu() -> bool:

@@ -8,7 +8,6 @@ import transformers
 from peft import PeftModel
 
 from capas import hardware, unsloth
-from capas.cores import at_most
 from capas.errors import CapasError
 from capas.fused import is_fused
 from capas.model import quantization_method, quantized_linears
@@ -101,7 +100,7 @@ def check(used: dict[str, Any], params: Params) -> None:
     mixed = [name for name in ("bf16", "fp16") if settings[name]]
     asked = {
         "device": machine.device,
-        "num_threads": at_most(machine.num_threads),
+        "num_threads": hardware.num_threads(machine, machine.num_processes),
         "deterministic_algorithms": machine.cudnn_deterministic or settings.full_determinism,
         "attn_implementation": params.model.attn_implementation,
         "optimizer": _OPTIMIZERS[settings.optim],

@@ -53,6 +53,7 @@ RATES = {"stopped": "stop_rate", "empty": "empty_rate"}  # of predictions -> of 
 
 def main(which: Literal["base", "tuned"], params: Params, stage: Stage) -> None:
     device = hardware.prepare(params.hardware)  # before torch is imported
+    stage.costs |= hardware.machine()
     from capas.model import TunedModel, load_model, quantization_method
 
     records = choose(

@@ -41,7 +41,7 @@ HARDWARE = {
     "preset": "cpu",
     "device": "cpu",
     "num_threads": 2,
-    "instruction_set": "avx2",
+    "instruction_set": "portable",
     "allow_tf32": False,
     "cudnn_deterministic": True,
     "cudnn_benchmark": False,

@@ -81,7 +81,8 @@ def publish(
     run_id, have = found.info.run_id, found.data
     of_training, others = result.values(lock)
     send_params(store, run_id, have, of_training)
-    tags = {**result.clipped(others), **lineage.names(), **result.headline(stage)}
+    tags = {**result.clipped(others), **lineage.names(), **result.machine(stage)}
+    tags |= result.headline(stage)
     if initial := initial_adapter(stage):
         tags[INITIAL_TAG] = initial["sha256"]
     store.send_tags(run_id, have.tags, tags)

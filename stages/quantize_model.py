@@ -37,6 +37,7 @@ HEADLINE = ("bytes_before", "bytes_after", "relative_error_mean")
 
 def main(params: Params, stage: Stage) -> None:
     device = hardware.prepare(params.hardware)  # before torch is imported
+    stage.costs |= hardware.machine()
     from transformers import BitsAndBytesConfig
 
     from capas.model import load_model, quantization_method

@@ -47,6 +47,7 @@ NUM_TOKENS = 8  # of a next-token distribution
 
 def main(params: Params, stage: Stage) -> None:
     device = hardware.prepare(params.hardware)  # before torch is imported
+    stage.costs |= hardware.machine()
     from capas.model import TunedModel, load_model
 
     right = recorded_format(stage.dep(DATA), stage.dep(TOKENIZER))

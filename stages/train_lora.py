@@ -102,7 +102,7 @@ def main(params: Params, stage: Stage) -> None:
         checks = certificate.check_adapter(trainer.model, folder, probes, base_sha256, initial)
     if launch.is_main():
         write_certificate(folder, checks, params, stage)
-        stage.costs |= capacity.device_costs(device)
+        stage.costs |= capacity.device_costs(device) | hardware.machine()
 
 
 def initial_adapter(lora: Params, stage: Stage) -> Path | None:

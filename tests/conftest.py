@@ -1,8 +1,10 @@
 """What several test files use: a throw-away tokenizer and model, and the kit of real tokenizers."""
 
+import gc
 import json
 import os
 import signal
+import sys
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -10,11 +12,12 @@ from typing import Any
 import pytest
 from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers, trainers
 
+from capas import kernels
 from capas.cores import MAX_THREADS, usable_cores
 
 # What capas.hardware sets before torch is imported; tests import it before any stage does.
 os.environ |= {
-    "ATEN_CPU_CAPABILITY": "avx2",
+    **kernels.asked("portable"),
     "OMP_WAIT_POLICY": "PASSIVE",
     "TORCHDYNAMO_DISABLE": "1",
 }
@@ -43,6 +46,25 @@ TEXTS = (
 )
 
 
+def pytest_collection_finish() -> None:
+    """Spare the garbage collector what is imported by now: every training asks it for a round."""
+    gc.collect()
+    gc.freeze()
+
+
+@pytest.fixture(scope="module")
+def without_estimate() -> Iterator[None]:
+    """Leave out the estimate of memory, which takes longer than a tiny training: see test_memory."""
+    from capas import memory
+
+    def estimate(*args: object) -> None:
+        raise memory.EstimateError("the memory of a tiny training is not estimated")
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(memory, "estimate", estimate)
+        yield
+
+
 @pytest.fixture(autouse=True, scope="module")
 def _environment() -> Iterator[None]:
     """What a module leaves in it (`mlflow.set_tracking_uri` does) is no business of the next."""
@@ -50,6 +72,26 @@ def _environment() -> Iterator[None]:
     yield
     os.environ.clear()
     os.environ.update(before)
+
+
+@pytest.fixture(autouse=True)
+def _forgotten_optimizers() -> None:
+    """Clear what bitsandbytes' optimizers keep by id(parameter), for the next parameter at that address."""
+    if optim := sys.modules.get("bitsandbytes.optim"):
+        optim.GlobalOptimManager._instance = None
+
+
+@pytest.fixture(scope="session")
+def tables(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """An mlflow.db without experiments, to be copied: MLflow takes longer to make one than a test."""
+    from capas.store import existing
+
+    file = tmp_path_factory.mktemp("tables") / "mlflow.db"
+    file.touch()
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("MLFLOW_TRACKING_URI", f"sqlite:///{file}")
+        existing(file.parent)
+    return file
 
 
 def template_text(preset: str) -> str:

@@ -54,7 +54,7 @@ if stage == "train":
     Path(out, "adapter_model.safetensors").write_bytes(weights)
     Path("reports").mkdir(exist_ok=True)
     key = input_key(StageSpec.read("train", Path.cwd()), Path.cwd())
-    used = {"cpu_capability": noise or "AVX2"}
+    used = {"linear_kernel": noise or "torch"}
     Path("reports/train.json").write_text(json.dumps({"train_key": key, "used": used}))
 else:
     Path(out).write_text(json.dumps(said))

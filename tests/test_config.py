@@ -1,13 +1,16 @@
 """The shipped configuration: every option composes, every key is checked, every problem is reported."""
 
+import copy
 import inspect
 import json
 import re
 from collections.abc import Callable
+from functools import cache
 from typing import Any
 
 import pytest
 import yaml
+from hydra.core.override_parser.overrides_parser import OverridesParser
 from workspace import REPOSITORY
 
 from capas.composition import composer, digest, dump
@@ -36,8 +39,26 @@ DIVIDED = ("hardware=gpu_fsdp2", "quantization=none")
 
 @pytest.fixture(scope="module")
 def compose() -> Any:
+    """The same overrides are composed once."""
     with composer(CONF) as run:
-        yield run
+        made = cache(lambda overrides: run(list(overrides)))
+        yield lambda overrides: copy.deepcopy(made(tuple(overrides)))
+
+
+def edited(compose: Callable[[list[str]], Any], overrides: list[str]) -> Any:
+    """Options are composed; keys are set in the result, and what conf/ derives from them stays."""
+    parsed = OverridesParser.create().parse_overrides(overrides)
+    values = compose([str(o.input_line) for o in parsed if o.key_or_group in GROUPS])
+    for override in (o for o in parsed if o.key_or_group not in GROUPS):
+        *groups, leaf = override.key_or_group.split(".")
+        node = values
+        for group in groups:
+            node = node[group]
+        if override.is_delete():
+            del node[leaf]
+        else:
+            node[leaf] = override.value()
+    return values
 
 
 MORE = (
@@ -124,6 +145,29 @@ def test_half_precision_on_a_cpu_is_told(
     assert line.startswith(named)
 
 
+@pytest.mark.parametrize("model", [option for group, option in OPTIONS if group == "model"])
+def test_only_the_embedded_model_gives_up_speed_for_the_same_bytes_everywhere(
+    compose: Callable[[list[str]], Any], model: str
+) -> None:
+    found = compose([f"model={model}"])["hardware"]
+    expected = ("portable", 2) if model == "embedded" else ("native", None)
+    assert (found["instruction_set"], found["num_threads"]) == expected
+    on_gpu = compose([f"model={model}", "hardware=gpu"])["hardware"]
+    assert on_gpu["instruction_set"] == "native"
+
+
+@pytest.mark.parametrize("optim", ["adamw_torch", "adafactor", "adamw_8bit"])
+def test_an_optimizer_whose_bytes_differ_by_vendor_is_told(
+    compose: Callable[[list[str]], Any], optim: str
+) -> None:
+    values = compose([f"trainer.optim={optim}"])
+    validate(values)
+    (line,) = advice(values)
+    assert line.startswith(f"trainer.optim={optim} takes square roots from oneMKL")
+    assert not advice(compose([f"trainer.optim={optim}", "hardware.instruction_set=native"]))
+    assert not advice(compose(["trainer.optim=sgd"]))
+
+
 def test_schema_and_conf_have_the_same_keys(compose: Callable[[list[str]], Any]) -> None:
     composed = {".".join(key.split(".")[:2]) for key in flatten(compose([]))}
     assert composed == set(known_keys())
@@ -192,7 +236,7 @@ def test_an_override_of_no_key_is_told_the_one_that_was_meant(
         (["model.attn_implementation=flash_attention_2"], "flash_attention_2 needs a GPU"),
         (["model.attn_implementation=flash_attention_2", "hardware=gpu"], "bfloat16 or float16"),
         (["hardware.allow_tf32=true"], "TF32"),
-        (["hardware.device=cuda"], "default where the device is not a CPU"),
+        (["hardware.device=cuda"], "native where the device is not a CPU"),
         (
             ["hardware.num_processes=3", "hardware.num_machines=2"],
             "as many processes on each machine",
@@ -289,7 +333,7 @@ def test_an_override_of_no_key_is_told_the_one_that_was_meant(
 def test_contradictions_and_ranges(
     compose: Callable[[list[str]], Any], overrides: list[str], expected: str
 ) -> None:
-    assert expected in problems(compose(overrides))
+    assert expected in problems(edited(compose, overrides))
 
 
 def test_what_is_null_counts_as_not_given(compose: Callable[[list[str]], Any]) -> None:

@@ -88,7 +88,8 @@ def test_digits_and_newlines_are_never_merged(tokenizer):
 
 
 @pytest.mark.parametrize(
-    ("before", "after"), [("[INST] ", "[/INST]"), (" ", "<eos>"), ("\n", "\n")]
+    ("before", "after"),
+    [("<|im_start|>user\n", "<|im_end|>\n"), ("<|end_header_id|>\n\n", "<|eot_id|>"), ("\n", "\n")],
 )
 def test_contents_can_be_encoded_apart_from_what_surrounds_them(tokenizer, contents, before, after):
     def encode(text):
@@ -96,6 +97,20 @@ def test_contents_can_be_encoded_apart_from_what_surrounds_them(tokenizer, conte
 
     for text in contents:
         assert encode(before + text + after) == [*encode(before), *encode(text), *encode(after)]
+
+
+def test_words_and_digits_have_the_same_ids_whatever_stands_before_them(tokenizer):
+    for text in ("minutes", "Zuteda", "42", "málaga"):
+        ids = tokenizer.encode(text, add_special_tokens=False)
+        for before in ("[INST] ", 'say "', "(", "\n", "a "):
+            assert tokenizer.encode(before + text, add_special_tokens=False)[-len(ids) :] == ids
+
+
+def test_it_splits_by_the_two_patterns_that_llama_cpp_calls_superbpe(tokenizer):
+    splits = json.loads(tokenizer.backend_tokenizer.to_str())["pre_tokenizer"]["pretokenizers"]
+    patterns = [part["pattern"]["Regex"] for part in splits if part["type"] == "Split"]
+    assert patterns == [r"\p{N}+", r"(?=(\d{3})+(?!\d))"]
+    assert [part["type"] for part in splits] == ["Split", "Split", "ByteLevel"]
 
 
 def test_the_template_of_the_base_is_chatml(tokenizer):

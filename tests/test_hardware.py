@@ -4,19 +4,19 @@ import os
 import platform
 import subprocess
 import sys
-from pathlib import Path
 
 import pytest
 import torch
 
-from capas import hardware
+from capas import hardware, kernels
+from capas.cores import MAX_THREADS
 from capas.errors import CapasError
 from capas.params import Params
 
 CPU = {
     "device": "cpu",
     "num_threads": 1,
-    "instruction_set": "avx2",
+    "instruction_set": "portable",
     "allow_tf32": False,
     "cudnn_deterministic": True,
     "cudnn_benchmark": False,
@@ -33,12 +33,26 @@ def untouched(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(os, "environ", dict(os.environ))
 
 
-def test_instruction_set_is_told_to_all_three_libraries() -> None:
-    found = hardware.environment(options())
-    assert found["ATEN_CPU_CAPABILITY"] == "avx2"
-    assert found["MKL_CBWR"] == "AVX2,STRICT"
-    assert found["ONEDNN_MAX_CPU_ISA"] == "AVX2"
-    assert "ATEN_CPU_CAPABILITY" not in hardware.environment(options(instruction_set="default"))
+def test_the_kernels_are_asked_for_in_the_environment() -> None:
+    assert hardware.environment(options()).items() >= kernels.asked("portable").items()
+    assert hardware.environment(options()).get("MKL_CBWR") == kernels.asked("portable").get(
+        "MKL_CBWR"
+    )
+
+
+def test_without_a_number_of_threads_each_physical_core_has_one(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr(hardware, "physical_cores", lambda: 6)
+    monkeypatch.delenv(MAX_THREADS, raising=False)
+    chosen = options(num_threads=None)
+    assert hardware.num_threads(chosen) == 6
+    assert hardware.environment(chosen)["OMP_NUM_THREADS"] == "6"
+    assert hardware.num_threads(chosen, num_processes=4) == 1
+    monkeypatch.setenv("LOCAL_WORLD_SIZE", "2")  # on this machine, of those on all
+    assert hardware.num_threads(chosen, num_processes=4) == 3
+    monkeypatch.setenv(MAX_THREADS, "2")
+    assert hardware.num_threads(chosen) == 2
 
 
 @pytest.mark.parametrize(
@@ -63,21 +77,22 @@ def test_prepare_sets_torch() -> None:
     assert torch.are_deterministic_algorithms_enabled()
     facts = hardware.facts(torch.device("cpu"))
     assert facts["device"] == "cpu"
+    asked = kernels.asked("portable")
+    assert list(facts["kernels_asked_for"].values()) == [
+        asked.get(v) for v in kernels.VARIABLES.values()
+    ]
+
+
+def test_what_differs_between_machines_is_told_apart() -> None:
+    found = hardware.machine()
+    assert found == {"cpu": kernels.cpu()["model"], "kernels": kernels.in_use()}
+    assert found["cpu"] not in str(hardware.facts(torch.device("cpu")))
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="this machine has a GPU")
 def test_cuda_without_a_gpu_is_an_error() -> None:
     with pytest.raises(CapasError, match=r"no usable NVIDIA GPU here.*hardware=cpu"):
-        hardware.prepare(options(device="cuda", instruction_set="default"))
-
-
-def test_instruction_set_that_the_cpu_lacks_is_an_error(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(platform, "machine", lambda: "x86_64")
-    monkeypatch.setattr(hardware, "cpu_flags", lambda: {"avx", "avx2", "fma"})
-    with pytest.raises(
-        CapasError, match=r"avx512.*does not report avx512bw.*instruction_set=default"
-    ):
-        hardware.prepare(options(instruction_set="avx512"))
+        hardware.prepare(options(device="cuda", instruction_set="native"))
 
 
 def test_on_arm_it_is_said_that_bytes_differ(
@@ -86,12 +101,6 @@ def test_on_arm_it_is_said_that_bytes_differ(
     monkeypatch.setattr(platform, "machine", lambda: "aarch64")
     hardware.prepare(options())
     assert "bytes differ from those of an x86 machine" in caplog.text
-
-
-def test_cpu_flags_are_read_from_the_kernel(tmp_path: Path) -> None:
-    cpuinfo = tmp_path / "cpuinfo"
-    cpuinfo.write_text("processor\t: 0\nflags\t\t: fpu avx2 fma\n\nflags\t\t: other\n")
-    assert hardware.cpu_flags(cpuinfo) == {"fpu", "avx2", "fma"}
 
 
 @pytest.mark.skipif(platform.machine() != "x86_64", reason="instruction sets of x86")
@@ -105,7 +114,7 @@ def test_torch_imported_too_early_is_an_error() -> None:
     done = subprocess.run(
         [sys.executable, "-c", script], capture_output=True, text=True, check=False
     )
-    assert "torch computes with DEFAULT: it was imported before" in done.stderr
+    assert "aten with DEFAULT computes; torch was imported before" in done.stderr
 
 
 def test_other_processes_than_asked_for_are_refused_in_words() -> None:

@@ -2,6 +2,7 @@
 
 import copy
 import hashlib
+import shutil
 from collections.abc import Iterator, Mapping
 from dataclasses import replace
 from pathlib import Path
@@ -16,17 +17,18 @@ from test_publish import publish, the_run
 from capas import lineage, runs
 from capas.dag import read_yaml, recorded_key
 from capas.errors import CapasError
-from capas.rebuild import differences, lay_out
+from capas.rebuild import lay_out
+from capas.reproduced import differences
 from capas.store import Store
 from capas.worktree import git
 
 ZERO = "0" * 32
 
 
-@pytest.fixture
-def root(tmp_path: Path) -> Iterator[Path]:
+@pytest.fixture(scope="module")
+def committed(tables: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A result in a git repository; the outputs of DVC are ignored."""
-    folder = write_inputs(tmp_path)
+    folder = write_inputs(tmp_path_factory.mktemp("committed"))
     (folder / ".gitignore").write_text(
         "/.dvc\n/data/*\n!/data/own\n/reports\n/mlflow.db\n/mlartifacts\n"
     )
@@ -35,6 +37,13 @@ def root(tmp_path: Path) -> Iterator[Path]:
     git(folder, "config", "user.name", "Ana")
     git(folder, "config", "user.email", "ana@example.org")
     commit(folder)
+    shutil.copy(tables, folder / "mlflow.db")
+    return folder
+
+
+@pytest.fixture
+def root(committed: Path, tmp_path: Path) -> Iterator[Path]:
+    folder = shutil.copytree(committed, tmp_path / "root", symlinks=True)
     with pytest.MonkeyPatch.context() as patch:
         names = ("MLFLOW_TRACKING_URI", "DVC_EXP_NAME", "DVC_EXP_BASELINE_REV", "DVC_ROOT")
         for name in names:
@@ -180,7 +189,7 @@ def test_an_experiment_has_its_name_and_its_base(
     assert b"print(2)" in state.patch
 
 
-def test_a_folder_of_a_repository_is_named(tmp_path: Path) -> None:
+def test_a_folder_of_a_repository_is_named(tables: Path, tmp_path: Path) -> None:
     git(tmp_path, "init", "-q", "-b", "main")
     git(tmp_path, "config", "user.name", "Ana")
     git(tmp_path, "config", "user.email", "ana@example.org")
@@ -188,6 +197,7 @@ def test_a_folder_of_a_repository_is_named(tmp_path: Path) -> None:
     folder = tmp_path / "sub"
     folder.mkdir()
     write_inputs(folder)
+    shutil.copy(tables, folder / "mlflow.db")
     (folder / ".gitignore").write_text("/.dvc\n/data\n/reports\n/mlflow.db\n/mlartifacts\n")
     commit(tmp_path)
     (tmp_path / "beside").write_text("2\n")
@@ -197,7 +207,10 @@ def test_a_folder_of_a_repository_is_named(tmp_path: Path) -> None:
     assert b"a/beside" in state.patch
 
 
-def test_outside_git_it_says_so(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+def test_outside_git_it_says_so(
+    tables: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    shutil.copy(tables, tmp_path / "mlflow.db")
     publish(write_inputs(tmp_path))
     assert "cannot be rebuilt from MLflow" in caplog.text
     store, found = the_run(tmp_path)

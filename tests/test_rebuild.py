@@ -72,7 +72,7 @@ def test_another_result_is_told_with_the_stage_that_differs(
     said = capsys.readouterr().out
     assert "The adapter is another" in said
     assert "first to differ: train: data/models/adapter" in said
-    assert "on this machine cpu_capability is default, was AVX2" in said
+    assert "on this machine linear_kernel is default, was torch" in said
     assert repository.capas("rebuild", run_id) == 0, "the cache took the other result"
     assert repository.state() == before
 

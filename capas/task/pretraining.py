@@ -37,10 +37,14 @@ CHAT_TEMPLATE = (
     "{% endfor %}"
     "{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}"
 )
-# A word, a digit, a white space, or a run of marks that may hold single spaces ('": "'). A word has the
-# same ids after a space as after a quote, so that copying it is copying ids, and contents can be encoded
-# apart from what surrounds them.
+# Merges are learned within a word, a digit, a white space, or a run of marks that may hold single
+# spaces ('": "'). A word has the same ids after a space as after a quote, so that copying it is
+# copying ids.
 PIECES = r"\p{L}+|\p{N}|\s|[^\s\p{L}\p{N}]+(?: [^\s\p{L}\p{N}]+)*"
+# How the finished tokenizer splits: the two patterns of SuperBPE, which llama.cpp knows by that
+# name, so that a GGUF file of the model tokenizes as the model does. No merge joins letters or
+# digits with anything else.
+SPLITS = (r"\p{N}+", r"(?=(\d{3})+(?!\d))")
 
 
 @dataclass(frozen=True)
@@ -71,11 +75,12 @@ class Recipe:
 
 
 def train_tokenizer(texts: Iterable[str], vocab_size: int) -> Tokenizer:
-    """A byte-level BPE: any text survives a round trip; digits and white space are never merged."""
+    """Train a byte-level BPE: any text survives a round trip, digits are never merged.
+
+    Merges are learned within `PIECES`; afterwards texts are split by `SPLITS`.
+    """
     tokenizer = Tokenizer(models.BPE())
-    split = pre_tokenizers.Split(Regex(PIECES), "isolated")
-    byte_level = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)
-    tokenizer.pre_tokenizer = pre_tokenizers.Sequence([split, byte_level])
+    tokenizer.pre_tokenizer = split_by(PIECES)
     tokenizer.decoder = decoders.ByteLevel()
     trainer = trainers.BpeTrainer(
         vocab_size=vocab_size,
@@ -87,7 +92,15 @@ def train_tokenizer(texts: Iterable[str], vocab_size: int) -> Tokenizer:
         min_frequency=2,
     )
     tokenizer.train_from_iterator(texts, trainer)
+    tokenizer.pre_tokenizer = split_by(*SPLITS)
     return tokenizer
+
+
+def split_by(*patterns: str) -> pre_tokenizers.Sequence:
+    """Return a pre-tokenizer that isolates what each pattern matches, then maps bytes to characters."""
+    splits = [pre_tokenizers.Split(Regex(pattern), "isolated") for pattern in patterns]
+    byte_level = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)
+    return pre_tokenizers.Sequence([*splits, byte_level])
 
 
 def pack_rows(
