@@ -47,9 +47,14 @@ TEXTS = (
 
 
 def pytest_collection_finish() -> None:
-    """Spare the garbage collector what is imported by now: every training asks it for a round."""
+    """Spare the garbage collector what is imported by now: every training asks it for a round.
+
+    And let oneMKL choose its kernels: at its first use it would take those that a test asked for.
+    """
     gc.collect()
     gc.freeze()
+    if "torch" in sys.modules:
+        kernels.in_use()
 
 
 @pytest.fixture(scope="module")
@@ -82,11 +87,11 @@ def _forgotten_optimizers() -> None:
 
 
 @pytest.fixture(scope="session")
-def tables(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """An mlflow.db without experiments, to be copied: MLflow takes longer to make one than a test."""
+def empty_mlflow_db(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """An mlflow.db without experiments, to copy: MLflow takes a second to make one."""
     from capas.store import existing
 
-    file = tmp_path_factory.mktemp("tables") / "mlflow.db"
+    file = tmp_path_factory.mktemp("empty_mlflow_db") / "mlflow.db"
     file.touch()
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("MLFLOW_TRACKING_URI", f"sqlite:///{file}")

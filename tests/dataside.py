@@ -6,8 +6,8 @@ from pathlib import Path
 from typing import Any
 
 from conftest import REPOSITORY
+from shipped import composed
 
-from capas.composition import composer
 from capas.dag import StageSpec
 from capas.params import Params, select
 from capas.records import FORMATTED, RAW, SPLITS, read_records
@@ -35,9 +35,8 @@ class DataSide:
 
     def run(self, *names: str, overrides: tuple[str, ...] = ()) -> "DataSide":
         """Run stages (all of them where none is named) with Hydra overrides."""
-        with composer(REPOSITORY / "conf") as compose:
-            local = f"model.revision={folder_revision(self.root / 'tokenizer')}"
-            values = compose([*SHRUNK, "model.model_name_or_path=tokenizer", local, *overrides])
+        local = f"model.revision={folder_revision(self.root / 'tokenizer')}"
+        values = composed([*SHRUNK, "model.model_name_or_path=tokenizer", local, *overrides])
         template = self.root / "data/composed/chat_template.jinja"
         template.parent.mkdir(parents=True, exist_ok=True)
         path = values["chat_template"]["path"]

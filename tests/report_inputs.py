@@ -5,7 +5,9 @@ import hashlib
 import json
 import math
 import shutil
+import tempfile
 from collections.abc import Iterable
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -14,11 +16,11 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import yaml
 from safetensors.numpy import save_file
+from shipped import composed, composed_text
 from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers, trainers
 
 from capas import gate
-from capas.composition import composer, dump
-from capas.dag import StageSpec, read_yaml, recorded_key
+from capas.dag import StageSpec, recorded_key
 from capas.metrics.names import BINARY, name_of
 from capas.params import flatten
 from capas.records import RAW, write_records
@@ -56,12 +58,27 @@ LAYERS = [
 
 def write_inputs(root: Path, overrides: Iterable[str] = (), **texts: str) -> Path:
     """A workspace as it stands when `report` runs; `overrides` as on Hydra's command line."""
+    made = _made(tuple(overrides), tuple(sorted(texts.items())))
+    shutil.copytree(made.name, root, dirs_exist_ok=True)
+    return root
+
+
+@cache
+def _made(
+    overrides: tuple[str, ...], texts: tuple[tuple[str, str], ...]
+) -> tempfile.TemporaryDirectory[str]:
+    """The workspace, written once a process; the folder goes with its object."""
+    folder = tempfile.TemporaryDirectory(prefix="capas-report-inputs-")
+    _write_workspace(Path(folder.name), overrides, **dict(texts))
+    return folder
+
+
+def _write_workspace(root: Path, overrides: tuple[str, ...], **texts: str) -> None:
     shutil.copy(REPOSITORY / "dvc.yaml", root / "dvc.yaml")
     shutil.copytree(REPOSITORY / "capas", root / "capas", ignore=shutil.ignore_patterns("*.pyc"))
     (root / "stages").mkdir(exist_ok=True)
-    with composer(REPOSITORY / "conf") as compose:
-        params = compose(list(overrides))
-    _write(root / "params.yaml", dump(params))
+    params = composed(overrides)
+    _write(root / "params.yaml", composed_text(overrides))
     _write(root / "environment.yaml", _environment())
     records = [_record(i, **texts) for i in range(25)]
     tokenizer = _tokenizer(root, records)
@@ -74,14 +91,12 @@ def write_inputs(root: Path, overrides: Iterable[str] = (), **texts: str) -> Pat
     _write(root / "reports/index.html", "<!doctype html><title>report</title>")
     _write(root / "reports/index.es.html", "<!doctype html><title>informe</title>")
     _lock(root)
-    return root
 
 
 def _lock(root: Path) -> None:
     """dvc.lock as DVC would have written it, and the key of its training in train.json."""
     stages = {}
-    for name in read_yaml(root / "dvc.yaml")["stages"]:
-        spec = StageSpec.read(name, root)
+    for name, spec in StageSpec.read_all(root).items():
         params = {file: flatten(values) for file, values in spec.values(root).items()}
         deps = [{"path": dep, "md5": _md5(dep)} for dep in spec.deps]
         outs = [{"path": out, "md5": _md5(out)} for out in spec.outs]

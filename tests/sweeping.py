@@ -1,20 +1,25 @@
 """A repository with the real conf/, compose stage and sweep, whose other stages take no time."""
 
+import io
 import json
+import logging
 import os
+import runpy
 import shutil
 import signal
 import subprocess
 import sys
 import time
 from collections import Counter
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import chdir, contextmanager, redirect_stderr, redirect_stdout
 from pathlib import Path
-from typing import Any
+from typing import Any, Self
+from unittest import mock
 
 import psutil
 import yaml
-from workspace import Workspace, make_workspace
+from workspace import REPOSITORY, Workspace, make_workspace
 
 STAGES = """
 stages:
@@ -87,13 +92,43 @@ if stage == "evaluate":
 """
 
 
+# Found before DVC's own package, whose modules it leaves as they are.
+DVC_PACKAGE = """
+from pkgutil import extend_path
+
+__path__ = extend_path(__path__, __name__)
+from dvc.version import __version__, version_tuple
+"""
+
+
 class Sweeper(Workspace):
     """Its commands; `ran` counts the executions of stages."""
 
     @classmethod
     def make(cls, root: Path) -> "Sweeper":
+        made = cls._with_fakes(root)
+        made.repro()
+        made.commit()
+        made.forget()
+        return made
+
+    @classmethod
+    def make_quick(cls, root: Path) -> "Sweeper":
+        """A repository whose points call tests/dvc_standin.py in place of DVC."""
+        made = cls._with_fakes(root)
+        for unused in ("tests", "benchmarks", ".vscode"):
+            shutil.rmtree(root / unused)
+        (root / ".dvc/tmp").mkdir(exist_ok=True)
+        (root / "dvc").mkdir()
+        (root / "dvc/__init__.py").write_text(DVC_PACKAGE)
+        shutil.copyfile(REPOSITORY / "tests/dvc_standin.py", root / "dvc/__main__.py")
+        made.commit()
+        return made
+
+    @classmethod
+    def _with_fakes(cls, root: Path) -> "Sweeper":
         root.mkdir(parents=True, exist_ok=True)
-        made = make_workspace(root)
+        made = cls(make_workspace(root).root)
         (root / "dvc.yaml").write_text(STAGES)
         (root / "fake.py").write_text(FAKE)
         (root / "note.txt").write_text("committed\n")
@@ -102,14 +137,31 @@ class Sweeper(Workspace):
         made.edit("conf/config.yaml", "tracking: mlflow", "tracking: none")
         made.run("git", "config", "user.name", "test")
         made.run("git", "config", "user.email", "test@example.org")
-        made.repro()
-        made.commit()
-        swept = cls(root)
-        swept.forget()
-        return swept
+        return made
+
+    def copy(self, root: Path) -> Self:
+        return type(self)(Path(shutil.copytree(self.root, root, symlinks=True)))
 
     def sweep(self, *words: str, check: bool = True) -> str:
         return self.run(sys.executable, "stages/sweep.py", *words, check=check)
+
+    def sweep_here(self, *words: str) -> tuple[int, str]:
+        """The exit code and the output of the script, run in this process: for launchers that start none."""
+        said, code = io.StringIO(), 0
+        with (
+            mock.patch.dict(os.environ, self._env(), clear=True),
+            mock.patch.object(sys, "argv", ["stages/sweep.py", *words]),
+            chdir(self.root),
+            redirect_stdout(said),
+            redirect_stderr(said),
+            logging_as_at_the_start(),
+        ):
+            try:
+                runpy.run_path("stages/sweep.py", run_name="__main__")
+            except SystemExit as end:
+                code = end.code if isinstance(end.code, int) else 1
+                said.write(end.code if isinstance(end.code, str) else "")
+        return code, said.getvalue()
 
     def sweep_beside(self, *words: str) -> "subprocess.Popen[str]":
         """The same, started and not waited for."""
@@ -171,6 +223,19 @@ class Sweeper(Workspace):
 
     def _is_in_a_point(self, process: psutil.Process) -> bool:
         return str(process.info["cwd"] or "").startswith(str(self.root / ".dvc/tmp/sweep/work"))
+
+
+@contextmanager
+def logging_as_at_the_start() -> Iterator[None]:
+    """No handlers and no levels but those that the block sets."""
+    logs = [logging.root, logging.getLogger("capas"), logging.getLogger("hydra_plugins")]
+    levels = [log.level for log in logs]
+    try:
+        with mock.patch.object(logging.root, "handlers", []):
+            yield
+    finally:
+        for log, level in zip(logs, levels, strict=True):
+            log.setLevel(level)
 
 
 def wait(until: Callable[[], bool], seconds: float = 15, told: Callable[[], object] = str) -> None:

@@ -1,19 +1,54 @@
 """conf/, params.yaml and conf/overrides.yaml agree, whichever way a value came in."""
 
 import json
+import logging
 import shutil
+import sys
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import pytest
 import yaml
-from hub import Hub
+from hub import Hub, go_offline, use
 from workspace import Workspace, make_workspace, stages_run
 
+from capas.composition import composer, dump
+from capas.errors import told
 from capas.sources import folder_revision
+from stages.compose_params import main, parse_options
 
-COMPOSE = ("python", "stages/compose_params.py")
+
+class Composing(Workspace):
+    """Composes in this process. Where `dvc` has a part in what is tested, a test runs it."""
+
+    def __init__(self, root: Path, caplog: pytest.LogCaptureFixture) -> None:
+        super().__init__(root)
+        self.caplog = caplog
+
+    def compose(self, *options: str, **env: str) -> str:
+        """What `python stages/compose_params.py` logs; SystemExit with its message where it refuses."""
+        self.caplog.clear()
+        with pytest.MonkeyPatch.context() as patch, told("compose"):
+            patch.chdir(self.root)
+            patch.setattr(sys, "argv", ["compose_params.py", *options])
+            patch.delenv("DVC_EXP_NAME", raising=False)
+            for name, value in env.items():
+                patch.setenv(name, value)
+            main(parse_options())
+        return "\n".join(self.caplog.messages)
+
+    def refusal(self, *options: str, **env: str) -> str:
+        with pytest.raises(SystemExit) as ended:
+            self.compose(*options, **env)
+        return str(ended.value.code)
+
+    def experiment(self, *overrides: str) -> str:
+        """What `dvc exp run -S` does: params.yaml as DVC composes it, and its variable for the stage."""
+        with composer(self.root / "conf") as run:
+            _, values = dump(run(list(overrides))).split("\n", 1)
+        (self.root / "params.yaml").write_text(values)
+        return self.compose(DVC_EXP_NAME="tried")
 
 
 @pytest.fixture(scope="module")
@@ -30,78 +65,83 @@ def composed(tmp_path_factory: pytest.TempPathFactory) -> Workspace:
 
 
 @pytest.fixture
-def workspace(composed: Workspace) -> Workspace:
-    composed.run("git", "checkout", "-q", ".")
-    composed.run(*COMPOSE, "--force")
-    return composed
+def workspace(
+    composed: Workspace, caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
+) -> Composing:
+    go_offline(monkeypatch)
+    caplog.set_level(logging.INFO, "capas")
+    made = Composing(composed.root, caplog)
+    made.run("git", "checkout", "-q", ".")
+    made.compose("--force")
+    return made
 
 
-def test_an_edit_of_conf_reaches_params(workspace: Workspace) -> None:
+def test_an_edit_of_conf_reaches_params(workspace: Composing) -> None:
     workspace.edit("conf/lora/_base.yaml", "r: 16", "r: 8")
-    assert "lora.r: 16 -> 8" in workspace.run(*COMPOSE, "--check")
+    assert "lora.r: 16 -> 8" in workspace.compose("--check")
     assert stages_run(workspace.repro("compose")) == ["compose"]
     assert "  r: 8\n" in workspace.read("params.yaml")
 
 
-def test_composing_again_changes_no_byte(workspace: Workspace) -> None:
+def test_composing_again_changes_no_byte(workspace: Composing) -> None:
     before = {name: workspace.read(name) for name in ("params.yaml", "environment.yaml")}
     workspace.edit("conf/config.yaml", "# The whole pipeline", "# All of the pipeline")
-    workspace.repro("compose")
+    workspace.compose()
     assert {name: workspace.read(name) for name in before} == before
 
 
-def test_a_hand_edit_of_params_becomes_an_override(workspace: Workspace) -> None:
+def test_a_hand_edit_of_params_becomes_an_override(workspace: Composing) -> None:
     workspace.edit("params.yaml", "learning_rate: 0.00", "learning_rate: 0.01")
     log = workspace.repro("compose")
     assert "moved to conf/overrides.yaml" in log
     assert "conf/overrides.yaml sets trainer.learning_rate=0.01" in log
     workspace.edit("conf/lora/_base.yaml", "r: 16", "r: 8")  # a later edit of another key
-    workspace.repro("compose")
+    workspace.compose()
     assert "learning_rate: 0.01" in workspace.read("params.yaml")
     assert "  r: 8\n" in workspace.read("params.yaml")
 
 
-def test_an_adopted_key_is_named_when_its_file_is_edited(workspace: Workspace) -> None:
+def test_an_adopted_key_is_named_when_its_file_is_edited(workspace: Composing) -> None:
     workspace.edit("params.yaml", "  r: 16", "  r: 4")
-    workspace.repro("compose")
+    workspace.compose()
     workspace.edit("conf/lora/_base.yaml", "r: 16", "r: 8")
-    assert "conf/overrides.yaml sets lora.r=4" in workspace.repro("compose")
-    workspace.run(*COMPOSE, "--reset")
+    assert "conf/overrides.yaml sets lora.r=4" in workspace.compose()
+    workspace.compose("--reset")
     assert "  r: 8\n" in workspace.read("params.yaml")
 
 
-def test_a_group_edited_by_hand_is_read_back_as_a_choice(workspace: Workspace) -> None:
+def test_a_group_edited_by_hand_is_read_back_as_a_choice(workspace: Composing) -> None:
     workspace.edit("conf/config.yaml", "quantization: nf4", "quantization: int8")
-    workspace.run(*COMPOSE)
+    workspace.compose()
     int8 = workspace.read("params.yaml").split("\n", 1)[1]
     workspace.run("git", "checkout", "-q", ".")
     stamp = workspace.read("params.yaml").split("\n", 1)[0]
     (workspace.root / "params.yaml").write_text(f"{stamp}\n{int8}")
-    workspace.run(*COMPOSE)
+    workspace.compose()
     assert "override /quantization: int8" in workspace.read("conf/overrides.yaml")
     assert "load_in" not in workspace.read("conf/overrides.yaml")
 
 
-def test_edits_on_both_sides_are_refused_and_nothing_is_lost(workspace: Workspace) -> None:
+def test_edits_on_both_sides_are_refused_and_nothing_is_lost(workspace: Composing) -> None:
     workspace.edit("params.yaml", "  r: 16", "  r: 4")
     workspace.edit("conf/dataset/embedded.yaml", "max_length: 256", "max_length: 128")
-    log = workspace.repro("compose", check=False)
+    log = workspace.refusal()
     assert "they differ in: " in log
     assert "lora.r" in log
     assert "dataset.max_length" in log
     assert "  r: 4\n" in workspace.read("params.yaml")
-    workspace.run(*COMPOSE, "--keep")
+    workspace.compose("--keep")
     assert "max_length: 256" in workspace.read("params.yaml")
 
 
-def test_a_wrong_value_stops_before_it_reaches_conf(workspace: Workspace) -> None:
+def test_a_wrong_value_stops_before_it_reaches_conf(workspace: Composing) -> None:
     workspace.edit("params.yaml", "  r: 16", "  r: 0")
-    log = workspace.repro("compose", check=False)
+    log = workspace.refusal()
     assert "lora.r=0: input should be greater than 0" in log
     assert workspace.read("conf/overrides.yaml") == "# Nothing overridden.\n"
 
 
-def test_exp_run_keeps_its_value_and_apply_adopts_it(workspace: Workspace) -> None:
+def test_exp_run_keeps_its_value_and_apply_adopts_it(workspace: Composing) -> None:
     workspace.run(
         "dvc", "exp", "run", "-n", "faster", "-S", "trainer.learning_rate=1e-3", "compose"
     )
@@ -109,59 +149,59 @@ def test_exp_run_keeps_its_value_and_apply_adopts_it(workspace: Workspace) -> No
     workspace.run("git", "checkout", "-q", ".")
     workspace.run("dvc", "exp", "apply", "faster")
     workspace.edit("conf/lora/_base.yaml", "r: 16", "r: 8")
-    workspace.repro("compose")
+    workspace.compose()
     assert "learning_rate: 0.001\n" in workspace.read("params.yaml")
 
 
-def test_exp_run_takes_a_group_choice(workspace: Workspace) -> None:
+def test_exp_run_takes_a_group_choice(workspace: Composing) -> None:
     workspace.run("dvc", "exp", "run", "-n", "quick", "-S", "experiment=quick", "compose")
     assert "max_steps: 20" in workspace.read("params.yaml")
     assert "override /experiment: quick" in workspace.read("conf/overrides.yaml")
 
 
-def test_a_model_that_was_tried_brings_its_template_and_pins_none(workspace: Workspace) -> None:
+def test_a_model_that_was_tried_brings_its_template_and_pins_none(workspace: Composing) -> None:
     model, commit = "model=gemma_2_2b_it", f"model.revision={'0' * 40}"
-    workspace.run("dvc", "exp", "run", "-S", model, "-S", commit, "compose")
+    workspace.experiment(model, commit)
     assert "preset: gemma\n" in workspace.read("params.yaml")
     assert "override /chat_template" not in workspace.read("conf/overrides.yaml")
     other = "chat_template=chatml"
-    workspace.run("dvc", "exp", "run", "-S", model, "-S", commit, "-S", other, "compose")
+    workspace.experiment(model, commit, other)
     assert "override /chat_template: chatml" in workspace.read("conf/overrides.yaml")
 
 
-def test_exp_run_refuses_to_drop_a_hand_edit(workspace: Workspace) -> None:
+def test_exp_run_refuses_to_drop_a_hand_edit(workspace: Composing) -> None:
     workspace.edit("params.yaml", "  r: 16", "  r: 4")
     log = workspace.run("dvc", "exp", "run", "-S", "seed=3", "compose", check=False)
     assert "params.yaml was edited by hand" in log
     assert "  r: 4\n" in workspace.read("params.yaml")
 
 
-def test_a_template_outside_conf_is_refused(workspace: Workspace, tmp_path: Path) -> None:
+def test_a_template_outside_conf_is_refused(workspace: Composing, tmp_path: Path) -> None:
     (tmp_path / "mine.jinja").write_text("{{ messages }}")
     workspace.edit(
         "conf/chat_template/_base.yaml",
         "path: conf/chat_template/${.preset}.jinja",
         f"path: {tmp_path}/mine.jinja",
     )
-    assert "keep the file in conf/" in workspace.repro("compose", check=False)
+    assert "keep the file in conf/" in workspace.refusal()
 
 
-def test_prompts_of_ones_own_come_from_a_file(workspace: Workspace) -> None:
+def test_prompts_of_ones_own_come_from_a_file(workspace: Composing) -> None:
     (workspace.root / "conf/generation/mine.txt").write_text("Call Ana.\n\nPon música.\n")
     workspace.edit(
         "conf/generation/_base.yaml", "prompts: null", "prompts: conf/generation/mine.txt"
     )
-    workspace.repro("compose")
+    workspace.compose()
     assert '"Call Ana.",\n    "Pon música."' in workspace.read("data/composed/prompts.json")
     (workspace.root / "conf/generation/mine.txt").unlink()
-    assert "there is no such file" in workspace.repro("compose", check=False)
+    assert "there is no such file" in workspace.refusal()
 
 
-def test_a_function_of_ones_own_is_copied_and_an_edit_of_it_is_seen(workspace: Workspace) -> None:
+def test_a_function_of_ones_own_is_copied_and_an_edit_of_it_is_seen(workspace: Composing) -> None:
     own, composed = workspace.root / "data/own/scores.py", "data/composed/metrics.json"
     chosen = "metrics: [exact_match, data/own/scores.py:politeness]"
     workspace.edit("conf/evaluation/_base.yaml", "metrics: [exact_match, valid_json]", chosen)
-    assert "there is no data/own/scores.py" in workspace.repro("compose", check=False)
+    assert "there is no data/own/scores.py" in workspace.refusal()
     own.write_text("def politeness(completion, reference, record):\n    return 1\n")
     workspace.repro("compose")
     assert json.loads(workspace.read(composed))["sources"] == {
@@ -172,132 +212,137 @@ def test_a_function_of_ones_own_is_copied_and_an_edit_of_it_is_seen(workspace: W
     assert stages_run(workspace.repro("compose")) == ["compose"]
     assert workspace.outputs()[composed] != before
     own.write_text("def politeness(\n")
-    assert "data/own/scores.py is no Python" in workspace.repro("compose", check=False)
+    assert "data/own/scores.py is no Python" in workspace.refusal()
     own.unlink()
 
 
-def test_a_dataset_that_was_tried_brings_its_evaluation_and_pins_none(workspace: Workspace) -> None:
+def test_a_dataset_that_was_tried_brings_its_evaluation_and_pins_none(workspace: Composing) -> None:
     dataset, commit = "dataset=gsm8k", f"dataset.revision={'0' * 40}"
-    workspace.run("dvc", "exp", "run", "-S", dataset, "-S", commit, "compose")
+    workspace.experiment(dataset, commit)
     assert "preset: final_number\n" in workspace.read("params.yaml")
     assert "override /evaluation" not in workspace.read("conf/overrides.yaml")
-    workspace.run(
-        "dvc", "exp", "run", "-S", dataset, "-S", commit, "-S", "evaluation=json", "compose"
-    )
+    workspace.experiment(dataset, commit, "evaluation=json")
     assert "override /evaluation: json" in workspace.read("conf/overrides.yaml")
 
 
-def test_a_git_conflict_stops_dvc_itself(workspace: Workspace) -> None:
+def test_a_git_conflict_stops_dvc_itself(workspace: Composing) -> None:
     conflict = "<<<<<<< HEAD\nseed: 0\n=======\nseed: 1\n>>>>>>> other\n"
     workspace.edit("params.yaml", "seed: 0\n", conflict)
     assert "params.yaml" in workspace.repro(check=False)
     assert conflict in workspace.read("params.yaml")
 
 
-def set_by_hand(workspace: Workspace, old: str, new: str) -> tuple[str, str]:
+def set_by_hand(workspace: Composing, old: str, new: str) -> tuple[str, str]:
     """An edit of params.yaml, composed; what then stands in params.yaml and in conf/overrides.yaml."""
     workspace.edit("params.yaml", old, new)
-    workspace.run(*COMPOSE)
+    workspace.compose()
     return workspace.read("params.yaml"), workspace.read("conf/overrides.yaml")
 
 
-def test_a_value_that_others_are_derived_from_can_be_set_alone(workspace: Workspace) -> None:
+def test_a_value_that_others_are_derived_from_can_be_set_alone(workspace: Composing) -> None:
     params, overrides = set_by_hand(workspace, "\nseed: 0\n", "\nseed: 1\n")
     assert "  seed: 0\n  data_seed: 0\n" in params
     assert "  seed: 0\n  data_seed: 0\n" in overrides
 
 
-def test_a_mapping_in_the_place_of_an_empty_one(workspace: Workspace) -> None:
+def test_a_mapping_in_the_place_of_an_empty_one(workspace: Composing) -> None:
     old = "lr_scheduler_type: linear\n  lr_scheduler_kwargs: {}"
     new = "lr_scheduler_type: cosine\n  lr_scheduler_kwargs: {num_cycles: 2}"
     assert "num_cycles: 2" in set_by_hand(workspace, old, new)[0]
 
 
-def test_a_text_that_looks_like_an_interpolation_stays_a_text(workspace: Workspace) -> None:
+def test_a_text_that_looks_like_an_interpolation_stays_a_text(workspace: Composing) -> None:
     params, overrides = set_by_hand(workspace, "prompts: null", "prompts: ['It costs ${5}.']")
     assert "It costs ${5}." in params
     assert "It costs \\${5}." in overrides
-    workspace.run(*COMPOSE)
+    workspace.compose()
     assert '"It costs ${5}."' in workspace.read("data/composed/prompts.json")
 
 
-def test_a_file_that_is_not_there_stops_before_it_reaches_conf(workspace: Workspace) -> None:
+def test_a_file_that_is_not_there_stops_before_it_reaches_conf(workspace: Composing) -> None:
     workspace.edit("params.yaml", "wrong_chat_template: llama3", "wrong_chat_template: lama3")
-    log = workspace.repro("compose", check=False)
+    log = workspace.refusal()
     assert "generation.wrong_chat_template='lama3': there is no conf/chat_template/lama3" in log
     assert workspace.read("conf/overrides.yaml") == "# Nothing overridden.\n"
 
 
-def test_experiments_in_the_workspace_build_on_one_another(workspace: Workspace) -> None:
-    for override in ("trainer.learning_rate=1e-3", "lora.r=8"):
-        log = workspace.run("dvc", "exp", "run", "-S", override, "compose")
+def test_experiments_in_the_workspace_build_on_one_another(workspace: Composing) -> None:
+    workspace.experiment("trainer.learning_rate=1e-3")
+    log = workspace.run("dvc", "exp", "run", "-S", "lora.r=8", "compose")
     assert "conf/overrides.yaml sets trainer.learning_rate=0.001" in log
-    workspace.run(*COMPOSE, "--reset")
+    workspace.compose("--reset")
     assert "learning_rate: 0.004\n" in workspace.read("params.yaml")
 
 
-def test_an_experiment_that_was_refused_leaves_no_riddle(workspace: Workspace) -> None:
+def test_an_experiment_that_was_refused_leaves_no_riddle(workspace: Composing) -> None:
     log = workspace.run("dvc", "exp", "run", "-S", "lora.r=-3", "compose", check=False)
     assert "lora.r=-3: input should be greater than 0" in log
-    assert "left by an unfinished `dvc exp run`" in workspace.repro("compose", check=False)
-    workspace.run(*COMPOSE, "--force")
+    assert "left by an unfinished `dvc exp run`" in workspace.refusal()
+    workspace.compose("--force")
     assert "  r: 16\n" in workspace.read("params.yaml")
 
 
-def test_a_check_tells_what_would_become_of_a_hand_edit(workspace: Workspace) -> None:
+def test_a_check_tells_what_would_become_of_a_hand_edit(
+    workspace: Composing, capsys: pytest.CaptureFixture[str]
+) -> None:
     workspace.edit("params.yaml", "  r: 16", "  r: 4")
-    assert "lora.r=4 is not from conf/" in workspace.run(*COMPOSE, "--check")
-    assert "not allowed with" in workspace.run(*COMPOSE, "--check", "--reset", check=False)
+    assert "lora.r=4 is not from conf/" in workspace.compose("--check")
+    assert workspace.refusal("--check", "--reset") == "2"
+    assert "not allowed with" in capsys.readouterr().err
 
 
-def test_a_broken_params_yaml_is_a_message(workspace: Workspace) -> None:
+def test_a_broken_params_yaml_is_a_message(workspace: Composing) -> None:
     workspace.edit("params.yaml", "seed: 0\n", "<<<<<<< HEAD\nseed: 0\n")
-    log = workspace.run(*COMPOSE, check=False)
+    log = workspace.run("python", "stages/compose_params.py", check=False)
     assert "compose: params.yaml is not valid YAML" in log
     assert "Traceback" not in log
 
 
 @pytest.fixture
-def online(workspace: Workspace, tmp_path: Path) -> Iterator[tuple[Workspace, Hub, dict[str, str]]]:
-    """What a command needs to find the hub on loopback."""
+def online(
+    workspace: Composing, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> Iterator[tuple[Composing, Hub, dict[str, str]]]:
+    """The hub on loopback, for this process, and what a command needs to find it."""
     with Hub() as hub:
+        use(hub, tmp_path / "home", monkeypatch)
         home = str(tmp_path / "home")
         yield workspace, hub, {"HF_ENDPOINT": hub.url, "HF_HOME": home, "HF_HUB_OFFLINE": "0"}
 
 
-def pinned(workspace: Workspace) -> str:
+def pinned(workspace: Composing) -> str:
     values = yaml.safe_load(workspace.read("params.yaml"))
     return str(values["model"]["revision"])
 
 
-def test_a_branch_on_the_hub_is_pinned_until_it_is_updated(online: Any) -> None:
+def test_a_branch_on_the_hub_is_pinned_until_it_is_updated(
+    online: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
     workspace, hub, env = online
     first = hub.commit("models/org/x", {"config.json": b"{}"})
     workspace.edit("conf/model/embedded.yaml", ": data/embedded", ": org/x")
     workspace.edit("conf/model/embedded.yaml", "revision: null", "revision: main")
-    checked = workspace.run(*COMPOSE, "--check", **env)
+    checked = workspace.compose("--check")
     assert f"model.revision: None -> {first}" in checked
     assert "org/x" not in workspace.read("conf/revisions.yaml") + workspace.read("params.yaml")
     assert f"org/x@main is {first}, from now on" in workspace.repro("compose", **env)
     second = hub.commit("models/org/x", {"config.json": b"{ }"})
     assert "didn't change, skipping" in workspace.repro("compose", **env)
     workspace.edit("conf/lora/_base.yaml", "r: 16", "r: 8")
-    workspace.repro("compose")  # without a network
+    with monkeypatch.context() as patch:
+        go_offline(patch)
+        workspace.compose()
     assert pinned(workspace) == first
-    assert f"org/x@main: {first} -> {second}" in workspace.run(
-        *COMPOSE, "--update-revisions", **env
-    )
+    assert f"org/x@main: {first} -> {second}" in workspace.compose("--update-revisions")
     assert pinned(workspace) == second
     assert workspace.read("conf/overrides.yaml") == "# Nothing overridden.\n"
     assert hub.url not in workspace.read("params.yaml") + workspace.read("conf/revisions.yaml")
 
 
-def test_without_a_network_nothing_is_pinned_and_nothing_written(workspace: Workspace) -> None:
+def test_without_a_network_nothing_is_pinned_and_nothing_written(workspace: Composing) -> None:
     workspace.edit("conf/model/embedded.yaml", ": data/embedded", ": org/x")
     before = workspace.read("params.yaml")
-    log = workspace.repro("compose", check=False)
+    log = workspace.refusal()
     assert "model.revision=null is not pinned yet. Give the commit" in log
-    assert "Traceback" not in log
     assert (workspace.read("params.yaml"), "org/x" in workspace.read("conf/revisions.yaml")) == (
         before,
         False,
@@ -315,7 +360,7 @@ def test_a_pin_is_no_override(online: Any) -> None:
         "model": {"model_name_or_path": "org/x"}
     }
     workspace.edit("params.yaml", "  r: 16", "  r: 4")
-    workspace.repro("compose")
+    workspace.compose()
     assert (pinned(workspace), "revision" in workspace.read("conf/overrides.yaml")) == (
         commit,
         False,
@@ -327,26 +372,26 @@ def test_a_pin_is_no_override(online: Any) -> None:
 
 
 def test_a_revision_that_somebody_chose_is_an_override(online: Any) -> None:
-    workspace, hub, env = online
+    workspace, hub, _ = online
     hub.commit("models/org/x", {"config.json": b"{}"})
     tagged = hub.commit("models/org/x", {"config.json": b"{ }"}, branch="v2")
     workspace.edit("conf/model/embedded.yaml", ": data/embedded", ": org/x")
-    workspace.repro("compose", **env)
-    workspace.run("dvc", "exp", "run", "-S", "model.revision=v2", "compose", **env)
+    workspace.compose()
+    workspace.experiment("model.revision=v2")
     assert pinned(workspace) == tagged
     assert yaml.safe_load(workspace.read("conf/overrides.yaml")) == {"model": {"revision": "v2"}}
 
 
-def test_a_folder_is_pinned_and_an_edit_in_it_taken_over(workspace: Workspace) -> None:
+def test_a_folder_is_pinned_and_an_edit_in_it_taken_over(workspace: Composing) -> None:
     folder = workspace.root / "mine"
     folder.mkdir()
     (folder / "config.json").write_text("{}")
     workspace.edit("conf/model/embedded.yaml", ": data/embedded", ": mine")
-    workspace.repro("compose")
+    workspace.compose()
     first = pinned(workspace)
     (folder / "config.json").write_text("{ }")
-    workspace.run(*COMPOSE)
+    workspace.compose()
     assert pinned(workspace) == first
-    workspace.run(*COMPOSE, "--update-revisions")
+    workspace.compose("--update-revisions")
     assert pinned(workspace) == folder_revision(folder) != first
     shutil.rmtree(folder)

@@ -297,6 +297,7 @@ def test_a_source_without_records_is_refused(side: DataSide) -> None:
         fetch(side)
 
 
+LARGE = "instructions_52k.jsonl.gz"
 KIT_FILES: dict[str, tuple[int, tuple[str, ...]]] = {
     "gsm8k_train_2k.jsonl": (2000, ()),
     "gsm8k_test.jsonl": (1319, ()),
@@ -307,14 +308,16 @@ KIT_FILES: dict[str, tuple[int, tuple[str, ...]]] = {
         1525,
         ("dataset.path=csv", "dataset.shape=columns", "dataset.columns={text:prompt,id:act}"),
     ),
-    "instructions_52k.jsonl.gz": (
+    LARGE: (
         52002,
         ("dataset.flaws.empty_answer=drop", "dataset.flaw_budget_fraction=0.001"),
     ),
 }
 
 
-@pytest.mark.parametrize("name", KIT_FILES)
+@pytest.mark.parametrize(
+    "name", [pytest.param(n, marks=pytest.mark.slow if n == LARGE else ()) for n in KIT_FILES]
+)
 def test_every_file_of_the_kit_is_fetched(side: DataSide, kit: Path, name: str) -> None:
     (side.root / "data/own" / name).symlink_to(kit / "data" / name)
     num_rows, overrides = KIT_FILES[name]
@@ -324,8 +327,22 @@ def test_every_file_of_the_kit_is_fetched(side: DataSide, kit: Path, name: str) 
     assert facts["num_read"] == num_rows == num_kept + num_dropped
     assert len(where(side)) == num_kept
     assert facts["dropped"].get("empty_answer", {"count": 0})["count"] == (
-        12 if "52k" in name else 0
+        12 if name == LARGE else 0
     )
+
+
+def test_a_sample_of_the_large_file_is_fetched(side: DataSide, kit: Path) -> None:
+    """One record in 25, and all that have no answer."""
+    with gzip.open(kit / "data" / LARGE, "rt", encoding="utf-8") as lines:
+        sample = [line for i, line in enumerate(lines) if i % 25 == 0 or '"output": ""' in line]
+    (side.root / "data/own" / LARGE).write_bytes(gzip.compress("".join(sample).encode()))
+    budget = "dataset.flaw_budget_fraction=0.01"
+    drop = "dataset.flaws.empty_answer=drop"
+    facts = fetch(side, drop, budget, files=f"data/own/{LARGE}")
+    dropped = {reason: found["count"] for reason, found in facts["dropped"].items()}
+    assert facts["num_read"] == len(sample) > 2000
+    assert dropped["empty_answer"] == 12
+    assert len(where(side)) == len(sample) - sum(dropped.values())
 
 
 def test_the_kit_holds_no_other_file(kit: Path) -> None:

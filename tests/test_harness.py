@@ -8,12 +8,12 @@ from typing import Any
 
 import pytest
 import torch
-from report_inputs import REPOSITORY, write_inputs
+from report_inputs import write_inputs
+from shipped import composed
 from test_report import build_words
 from tiny import read_json, read_params, run_stage, write_workspace
 
 from capas import result
-from capas.composition import composer
 from capas.config import validate
 from capas.dag import StageSpec
 from capas.errors import CapasError
@@ -58,13 +58,17 @@ def write_task(root: Path) -> Path:
     return folder
 
 
-def test_scores_are_those_that_the_harness_gives_itself(tmp_path: Path) -> None:
-    pytest.importorskip("lm_eval", reason="pip install -e '.[harness]'")
+def test_scores_are_those_that_the_harness_gives_itself(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    lm_tasks = pytest.importorskip("lm_eval.tasks", reason="pip install -e '.[harness]'")
+    own_alone = partial(lm_tasks.TaskManager, include_defaults=False)  # the others: seconds to list
+    monkeypatch.setattr(lm_tasks, "TaskManager", own_alone)
     chosen = [f"evaluation.harness.{key}" for key in ("tasks=[numbers]", "num_fewshot=2")]
     root = write_workspace(tmp_path, chosen)
     folder = write_task(root)
-    composed = root / "data/composed/harness.json"
-    composed.write_text(json.dumps(harness.read_tasks(["numbers"], FOLDER, root)))
+    handed_on = root / "data/composed/harness.json"
+    handed_on.write_text(json.dumps(harness.read_tasks(["numbers"], FOLDER, root)))
     run_stage("train", train_lora.main, root)
     run_stage("evaluate_base", partial(evaluate_model.main, "base"), root)
     run_stage("evaluate", partial(evaluate_model.main, "tuned"), root)
@@ -98,7 +102,7 @@ def directly(root: Path, folder: Path, adapted: bool) -> dict[str, Any]:
         scores: dict[str, Any] = simple_evaluate(
             HFLM(pretrained=model, tokenizer=tokenizer, batch_size=1),
             tasks=["numbers"],
-            task_manager=TaskManager(include_path=".", include_defaults=False),
+            task_manager=TaskManager(include_path="."),
             num_fewshot=2,
             fewshot_random_seed=params.evaluation.seed,
         )["results"]["numbers"]
@@ -156,15 +160,15 @@ def test_a_folder_that_cannot_be_used_is_refused(
 
 def test_a_task_that_nobody_knows_is_refused(tmp_path: Path) -> None:
     pytest.importorskip("lm_eval", reason="pip install -e '.[harness]'")
-    composed = tmp_path / "harness.json"
-    composed.write_text(json.dumps(harness.read_tasks(["arc_eazy"], None, tmp_path)))
-    settings = Params({"tasks": ["arc_eazy"], "num_fewshot": None, "limit": None})
-    with pytest.raises(CapasError, match="the harness knows no task arc_eazy"):
-        harness.evaluate(None, None, settings, composed, 1, 0)
+    handed_on = tmp_path / "harness.json"
+    names = ["arc_easy", "arc_eazy"]  # the first is one of the harness
+    handed_on.write_text(json.dumps(harness.read_tasks(names, None, tmp_path)))
+    settings = Params({"tasks": names, "num_fewshot": None, "limit": None})
+    with pytest.raises(CapasError, match=r"the harness knows no task arc_eazy$"):
+        harness.evaluate(None, None, settings, handed_on, 1, 0)
 
 
 def test_a_folder_of_tasks_without_their_names_is_refused() -> None:
-    with composer(REPOSITORY / "conf") as compose:
-        values = compose([f"evaluation.harness.include_path={FOLDER}"])
+    values = composed([f"evaluation.harness.include_path={FOLDER}"])
     with pytest.raises(CapasError, match="the names of its tasks in"):
         validate(values)

@@ -1,7 +1,7 @@
 """What reruns after an edit: of every leaf key, every package, every dep.
 
 `dvc status` is asked in a clone whose dvc.lock is the committed one; outputs are not needed for it. It names
-what changed for which stage, so that everything of a kind is edited at once.
+what changed for which stage, so that everything is edited at once.
 """
 
 import contextlib
@@ -33,6 +33,8 @@ EXPECTED: dict[str, list[str]] = {
     "model.model_name_or_path": [*FETCH_MODEL, "train", "report", "publish"],
     "model.revision": [*FETCH_MODEL, "train", "report", "publish"],
     "model.pad_token": ["format", "report"],
+    "model.cpu_instruction_set": ["report"],  # hardware.instruction_set has its value
+    "model.cpu_num_threads": ["report"],  # and hardware.num_threads this one's
     "model.trust_remote_code": [*FETCH_MODEL, *COMPUTE, "report", "publish"],
     "model.dtype": [*COMPUTE, "report", "publish"],
     "model.attn_implementation": [*READ_MODEL, "report", "publish"],
@@ -168,21 +170,40 @@ def expected_stages(key: str) -> set[str]:
     return set(EXPECTED[max(prefixes, key=len)])
 
 
+@pytest.fixture(scope="module")
+def changes(workspace: Workspace) -> dict[str, dict[str, Any]]:
+    """What is due when every key, every package, every file of the code and every other dep was edited."""
+    yaml_files = {
+        name: yaml.safe_load(workspace.read(name)) for name in ("params.yaml", "environment.yaml")
+    }
+    others = [INSIDE.get(dep, dep) for dep in FILES]
+    with edited(workspace, [*yaml_files, *importers(), *others]):
+        for name, values in yaml_files.items():
+            (workspace.root / name).write_text(yaml.safe_dump(mutated(values)))
+        return due(workspace)
+
+
+def importers() -> dict[str, set[str]]:
+    """{file of the code: the stages that import it}"""
+    users: dict[str, set[str]] = {}
+    for name in NAMES:
+        for file in imported_modules(script(name)):
+            users.setdefault(file, set()).add(name)
+    return users
+
+
 def test_nothing_is_due_in_a_fresh_clone_but_what_is_missing(workspace: Workspace) -> None:
     assert due(workspace) == {}
 
 
-def test_every_key_reruns_exactly_the_stages_of_the_table(workspace: Workspace) -> None:
-    file, original = workspace.root / "params.yaml", workspace.read("params.yaml")
-    values = yaml.safe_load(original)
-    file.write_text(yaml.safe_dump(mutated(values)))
-    changes = due(workspace)["params.yaml"]
-    file.write_text(original)
-    wrong, keys = {}, flatten(values)
+def test_every_key_reruns_exactly_the_stages_of_the_table(
+    workspace: Workspace, changes: dict[str, dict[str, Any]]
+) -> None:
+    wrong, keys = {}, flatten(yaml.safe_load(workspace.read("params.yaml")))
     for key in keys:
         found = {
             stage
-            for stage, groups in changes.items()
+            for stage, groups in changes["params.yaml"].items()
             if any(f"{key}.".startswith(f"{group}.") for group in groups)
         }
         if found != expected_stages(key):
@@ -191,12 +212,11 @@ def test_every_key_reruns_exactly_the_stages_of_the_table(workspace: Workspace) 
     assert len(keys) > 90
 
 
-def test_every_package_reruns_the_stages_that_declare_it(workspace: Workspace) -> None:
-    file, original = workspace.root / "environment.yaml", workspace.read("environment.yaml")
-    packages = yaml.safe_load(original)
-    file.write_text(yaml.safe_dump(mutated(packages)))
-    found = {stage: set(names) for stage, names in due(workspace)["environment.yaml"].items()}
-    file.write_text(original)
+def test_every_package_reruns_the_stages_that_declare_it(
+    workspace: Workspace, changes: dict[str, dict[str, Any]]
+) -> None:
+    packages = yaml.safe_load(workspace.read("environment.yaml"))
+    found = {stage: set(names) for stage, names in changes["environment.yaml"].items()}
     declared = {n: s.params for n in NAMES if "environment.yaml" in (s := spec(n)).params}
     assert found == {
         n: set(params["environment.yaml"] or packages) for n, params in declared.items()
@@ -204,19 +224,24 @@ def test_every_package_reruns_the_stages_that_declare_it(workspace: Workspace) -
     assert len(packages) > 10
 
 
-def test_every_file_of_the_code_reruns_the_stages_that_import_it(workspace: Workspace) -> None:
-    users: dict[str, set[str]] = {}
-    for name in NAMES:
-        for file in imported_modules(script(name)):
-            users.setdefault(file, set()).add(name)
-    with edited(workspace, users):
-        assert {file: set(stages) for file, stages in due(workspace).items()} == users
+def test_every_file_of_the_code_reruns_the_stages_that_import_it(
+    changes: dict[str, dict[str, Any]],
+) -> None:
+    found = {file: set(stages) for file, stages in changes.items() if file.endswith(".py")}
+    users = importers()
+    assert found == users
     assert len(users) > 20
 
 
-def test_every_other_dep_reruns_exactly_the_stages_of_the_table(workspace: Workspace) -> None:
+def test_every_other_dep_reruns_exactly_the_stages_of_the_table(
+    changes: dict[str, dict[str, Any]],
+) -> None:
     declared = {dep for name in NAMES for dep in spec(name).deps if not dep.endswith(".py")}
     assert declared == set(FILES)
-    with edited(workspace, [INSIDE.get(dep, dep) for dep in FILES]):
-        found = {file: set(stages) for file, stages in due(workspace).items()}
+    apart = ("params.yaml", "environment.yaml")
+    found = {
+        file: set(stages)
+        for file, stages in changes.items()
+        if not file.endswith(".py") and file not in apart
+    }
     assert found == {dep: set(stages) for dep, stages in FILES.items()}

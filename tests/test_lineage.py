@@ -26,7 +26,7 @@ ZERO = "0" * 32
 
 
 @pytest.fixture(scope="module")
-def committed(tables: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+def committed(empty_mlflow_db: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A result in a git repository; the outputs of DVC are ignored."""
     folder = write_inputs(tmp_path_factory.mktemp("committed"))
     (folder / ".gitignore").write_text(
@@ -37,7 +37,7 @@ def committed(tables: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     git(folder, "config", "user.name", "Ana")
     git(folder, "config", "user.email", "ana@example.org")
     commit(folder)
-    shutil.copy(tables, folder / "mlflow.db")
+    shutil.copy(empty_mlflow_db, folder / "mlflow.db")
     return folder
 
 
@@ -189,7 +189,7 @@ def test_an_experiment_has_its_name_and_its_base(
     assert b"print(2)" in state.patch
 
 
-def test_a_folder_of_a_repository_is_named(tables: Path, tmp_path: Path) -> None:
+def test_a_folder_of_a_repository_is_named(empty_mlflow_db: Path, tmp_path: Path) -> None:
     git(tmp_path, "init", "-q", "-b", "main")
     git(tmp_path, "config", "user.name", "Ana")
     git(tmp_path, "config", "user.email", "ana@example.org")
@@ -197,7 +197,7 @@ def test_a_folder_of_a_repository_is_named(tables: Path, tmp_path: Path) -> None
     folder = tmp_path / "sub"
     folder.mkdir()
     write_inputs(folder)
-    shutil.copy(tables, folder / "mlflow.db")
+    shutil.copy(empty_mlflow_db, folder / "mlflow.db")
     (folder / ".gitignore").write_text("/.dvc\n/data\n/reports\n/mlflow.db\n/mlartifacts\n")
     commit(tmp_path)
     (tmp_path / "beside").write_text("2\n")
@@ -208,9 +208,9 @@ def test_a_folder_of_a_repository_is_named(tables: Path, tmp_path: Path) -> None
 
 
 def test_outside_git_it_says_so(
-    tables: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture
+    empty_mlflow_db: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
-    shutil.copy(tables, tmp_path / "mlflow.db")
+    shutil.copy(empty_mlflow_db, tmp_path / "mlflow.db")
     publish(write_inputs(tmp_path))
     assert "cannot be rebuilt from MLflow" in caplog.text
     store, found = the_run(tmp_path)

@@ -1,5 +1,8 @@
+import argparse
+import contextlib
 import math
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -7,6 +10,7 @@ import torch
 from peft import LoraConfig, get_peft_model
 from transformers import AutoModelForCausalLM, BitsAndBytesConfig, GPT2Config, GPT2LMHeadModel
 
+from capas import merge, tuned
 from capas.errors import CapasError
 from capas.merge import INT8_TOLERANCE, TOLERANCE, compare, difference, logits, merged
 from capas.model import dequantize, quantized_linears
@@ -138,3 +142,29 @@ def test_logits_that_are_no_numbers_are_refused(tiny_model_dir: Path, tmp_path: 
         compare(tmp_path, "float16", False, IDS, expected)
     found = [expected[0], expected[1] * float("nan")]
     assert math.isnan(difference(found, expected))
+
+
+@pytest.mark.parametrize(("difference", "code"), [(0.1, 0), (0.3, 1), (float("nan"), 1)])
+def test_a_model_that_differs_is_not_written(
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+    difference: float,
+    code: int,
+) -> None:
+    facts = {"difference": difference, "tolerance": 0.2, "adapter_difference": 1.0, "max_logit": 9}
+    facts |= {"dtype": "bfloat16", "num_same_next_token": 3, "num_tokens": 4}
+
+    def write(_: Any, folder: Path, *options: Any) -> dict[str, Any]:
+        folder.mkdir()
+        return facts
+
+    (tmp_path / "adapter").mkdir()
+    (tmp_path / "adapter/adapter_config.json").touch()
+    source = SimpleNamespace(folder=tmp_path, name="the result", run_id=None)
+    monkeypatch.setattr(merge, "merge", write)
+    monkeypatch.setattr(tuned, "tuned", lambda *_: contextlib.nullcontext(source))
+    options = {"folder": tmp_path / "merged", "run": None, "dtype": None, "tolerance": None}
+    assert merge.command(argparse.Namespace(**options)) == code
+    assert [file.name for file in tmp_path.iterdir() if "merged" in file.name] == ["merged"][code:]
+    assert ("--dtype float32 rounds less" in capsys.readouterr().err) is (code == 1)

@@ -10,7 +10,9 @@ from typing import Any
 import pytest
 import yaml
 from architectures import write_small
-from hub import Hub
+from dataside import MAINS
+from hub import Hub, use
+from tiny import run_stage
 from workspace import Workspace, make_workspace, stages_run
 
 from capas.chat.format import ChatFormat
@@ -45,7 +47,7 @@ def test_both_readmes_give_the_same_lines() -> None:
 
 @pytest.fixture(params=[0, 1], ids=["csv_qwen", "jsonl_llama"])
 def own(
-    request: pytest.FixtureRequest, tmp_path: Path, kit: Path
+    request: pytest.FixtureRequest, tmp_path: Path, kit: Path, monkeypatch: pytest.MonkeyPatch
 ) -> Iterator[tuple[Workspace, dict[str, str]]]:
     """A clone in which somebody followed the README; the Hub has a tiny model of that architecture."""
     recipe = recipes(README)[request.param]
@@ -64,12 +66,9 @@ def own(
             "model_name_or_path"
         ]
         hub.commit(f"models/{name}", repository(recipe["model"], kit, tmp_path / "model"))
-        for key, value in {
-            "HF_ENDPOINT": hub.url,
-            "HF_HOME": str(tmp_path / "home"),
-            "HF_HUB_OFFLINE": "0",
-        }.items():
-            request.getfixturevalue("monkeypatch").setenv(key, value)
+        use(hub, tmp_path / "home", monkeypatch)
+        monkeypatch.setenv("HF_ENDPOINT", hub.url)
+        monkeypatch.setenv("HF_HOME", str(tmp_path / "home"))
         yield workspace, recipe
 
 
@@ -107,24 +106,29 @@ def repro(workspace: Workspace, *targets: str) -> str:
     return workspace.repro(*targets, HF_HUB_OFFLINE="0")
 
 
-def test_up_to_the_mask(own: tuple[Workspace, dict[str, str]]) -> None:
+def test_up_to_the_mask(
+    own: tuple[Workspace, dict[str, str]], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The stages as DVC orders them (tests/test_dag.py), in this process; in the slow tier DVC runs them."""
     workspace, recipe = own
-    log = repro(workspace, "format")
-    assert set(stages_run(log)) == {"compose", "fetch", "fetch_tokenizer", "tokenize", "format"}, (
-        log
-    )
+    workspace.run("python", "stages/compose_params.py", HF_HUB_OFFLINE="0")
+    monkeypatch.chdir(workspace.root)
+    for name, main in MAINS.items():
+        run_stage(name, main, workspace.root)
     check_masks(workspace.root)
     pins = yaml.safe_load(workspace.read("conf/revisions.yaml"))["models"]
     assert list(pins.values()) == [
         yaml.safe_load(workspace.read("params.yaml"))["model"]["revision"]
     ]
-    assert "didn't change, skipping" in workspace.repro("format", HF_HUB_OFFLINE="1")
     assert recipe["dataset"] in workspace.read("params.yaml")
 
 
 @pytest.mark.slow
 def test_all_stages(own: tuple[Workspace, dict[str, str]]) -> None:
     workspace, _ = own
+    log = repro(workspace, "format")
+    assert set(stages_run(log)) == {"compose", *MAINS}, log
+    assert "didn't change, skipping" in workspace.repro("format", HF_HUB_OFFLINE="1")
     log = repro(workspace)
     assert stages_run(log)[-3:] == ["sample", "report", "publish"], log
     source = json.loads(workspace.read("data/raw/source.json"))

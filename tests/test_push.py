@@ -1,6 +1,7 @@
 """`capas push`: what the Hub gets, against one on loopback that speaks its protocol."""
 
 import json
+import shutil
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -49,8 +50,9 @@ def hub(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Hub]:
 
 
 @pytest.fixture
-def root(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+def root(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, empty_mlflow_db: Path) -> Path:
     """A repository whose training is the run k1."""
+    shutil.copyfile(empty_mlflow_db, tmp_path / "mlflow.db")
     for name in ("MLFLOW_TRACKING_URI", "DVC_EXP_NAME", "DVC_ROOT", "CAPAS_HOME"):
         monkeypatch.delenv(name, raising=False)
     (tmp_path / "reports").mkdir()

@@ -127,7 +127,8 @@ STORED = {
 
 @pytest.mark.parametrize("method", list(STORED))
 def test_what_came_quantized_by_bitsandbytes_is_passed_on(tmp_path: Path, method: str) -> None:
-    root = write_workspace(tmp_path, [f"quantization={method}"])
+    two_steps = [f"trainer.{k}={n}" for k, n in {"max_steps": 2, "logging_steps": 1}.items()]
+    root = write_workspace(tmp_path, [f"quantization={method}", *two_steps])
     files = quantize_elsewhere(root, **STORED[method])
     run_stage("quantize", quantize_model.main, root)
     facts = read_json(root / "reports/quantization.json")

@@ -6,6 +6,7 @@ import shutil
 import subprocess
 import sys
 from collections.abc import Callable, Iterator
+from functools import cache
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -41,6 +42,7 @@ class Made(NamedTuple):
     values: dict[str, Any]
 
 
+@cache
 def compose(*overrides: str) -> dict[str, Any]:
     with composer(REPOSITORY / "conf") as run:
         values = run(list(overrides))

@@ -6,6 +6,7 @@ from collections.abc import Callable
 from html.parser import HTMLParser
 from pathlib import Path
 from typing import Any
+from unittest.mock import Mock
 
 import pytest
 from report_inputs import REPOSITORY, write_inputs
@@ -22,21 +23,30 @@ PAGE = REPOSITORY / "capas/page"
 VOID = {"meta", "br", "link", "img", "input", "hr"}
 
 
-def build(root: Path) -> dict[str, str]:
-    """The pages by language."""
+def build(root: Path, *languages: str) -> dict[str, str]:
+    """The pages by language, of those named or of all."""
     spec = StageSpec.read("report", root)
     values = select(read_yaml(root / "params.yaml"), spec.params["params.yaml"])
-    stage = Stage(spec, root)
-    build_report.main(Params(values), stage)
-    return {code: stage.out(page).read_text() for code, page in build_report.LANGUAGES.items()}
-
-
-def build_words(root: Path) -> str:
-    """The English page, with no more than the places of its plots: drawing takes seconds."""
+    stage, pages = Stage(spec, root), build_report.LANGUAGES
+    chosen = {code: pages[code] for code in languages or pages}
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(build_report, "LANGUAGES", {"en": build_report.LANGUAGES["en"]})
+        patch.setattr(build_report, "LANGUAGES", chosen)
+        build_report.main(Params(values), stage)
+    return {code: stage.out(page).read_text() for code, page in chosen.items()}
+
+
+def build_words(root: Path, plots: bool = False) -> str:
+    """The English page, with no more than the places of its plots: they take seconds.
+
+    Args:
+        plots: compose the plots, because their data is of another kind than the default run's; not drawn.
+    """
+    with pytest.MonkeyPatch.context() as patch:
         patch.setattr(build_report, "to_svg", lambda *_: "<svg></svg>")
-        return build(root)["en"]
+        if not plots:
+            patch.setattr(build_report, "plots", Mock())
+            patch.setattr(build_report, "pipeline", Mock())
+        return build(root, "en")["en"]
 
 
 @pytest.fixture(scope="module")
@@ -46,8 +56,8 @@ def pages(tmp_path_factory: pytest.TempPathFactory) -> dict[str, str]:
 
 @pytest.fixture
 def page_with(tmp_path: Path) -> Callable[..., str]:
-    def make(*overrides: str, **texts: str) -> str:
-        return build_words(write_inputs(tmp_path, overrides, **texts))
+    def make(*overrides: str, plots: bool = False) -> str:
+        return build_words(write_inputs(tmp_path, overrides), plots)
 
     return make
 
@@ -106,7 +116,7 @@ def test_a_second_build_gives_the_same_bytes(pages: dict[str, str], tmp_path: Pa
 
 def test_what_a_model_writes_is_text_and_no_markup(tmp_path: Path) -> None:
     hostile = "<script>alert(1)</script> $x_1$ & é"
-    page = build(write_inputs(tmp_path, completion=hostile, request=f"{hostile} {{n}}"))["en"]
+    page = build(write_inputs(tmp_path, completion=hostile, request=f"{hostile} {{n}}"), "en")["en"]
     assert "<script" not in page
     assert page.count("&lt;script&gt;alert(1)") > 5
 
@@ -179,7 +189,7 @@ def test_what_was_forgotten_is_told_in_each_language(pages: dict[str, str]) -> N
 
 
 def test_graded_answers_are_shown_from_the_lowest(page_with: Callable[..., str]) -> None:
-    page = page_with("evaluation=text")
+    page = page_with("evaluation=text", plots=True)
     text = " ".join(re.sub(r"<[^>]+>", " ", page).split())
     assert "ROUGE-L from 0% to 50.0%" in text
     assert "that the tuned model answers with a higher score than the base" in text
@@ -192,7 +202,7 @@ def test_graded_answers_are_shown_from_the_lowest(page_with: Callable[..., str])
 
 
 def test_a_score_beyond_1_is_no_percentage(page_with: Callable[..., str]) -> None:
-    page = page_with("evaluation.metrics=[conf/x.py:tone,exact_match]")
+    page = page_with("evaluation.metrics=[conf/x.py:tone,exact_match]", plots=True)
     text = " ".join(re.sub(r"<[^>]+>", " ", page).split())
     assert "tone from 0.000 to 5.000" in text
     assert "tone : a function of this repository" in text
@@ -231,7 +241,7 @@ def test_without_a_wrong_template_the_page_says_so(page_with: Callable[..., str]
 
 
 def test_a_greedy_grid_needs_no_sampling_setting(page_with: Callable[..., str]) -> None:
-    page = page_with("generation=greedy")
+    page = page_with("generation=greedy", plots=True)
     assert "No setting draws: every answer is greedy." in page
     assert page.count("No setting of this run") == 4
 
@@ -264,7 +274,7 @@ def test_unsloth_is_a_layer_with_a_version(tmp_path: Path) -> None:
 def test_records_without_metadata_are_scored_as_a_whole(tmp_path: Path) -> None:
     root = write_inputs(tmp_path)
     edit(root / "reports/evaluation.json", lambda scores: scores["tuned"].update(by={}))
-    page = build_words(root)
+    page = build_words(root, plots=True)
     assert "From 0% to 50.0% exactly right" in page
     assert 'id="figure-kinds"' not in page
 
@@ -273,7 +283,7 @@ def test_a_training_too_short_to_be_logged_is_told_so(tmp_path: Path) -> None:
     root = write_inputs(tmp_path)
     history = root / "reports/history.csv"
     history.write_text(history.read_text().splitlines()[0] + "\n")
-    page = build_words(root)
+    page = build_words(root, plots=True)
     assert "no row of it was logged" in " ".join(page.split())
     assert 'id="figure-learning_rate"' not in page
 

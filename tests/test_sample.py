@@ -66,15 +66,15 @@ def test_second_run_writes_the_same_bytes(sampled: Path) -> None:
     assert [(sampled / "reports" / name).read_bytes() for name in names] == before
 
 
-def test_own_prompts_are_asked_after_the_system_message(sampled: Path) -> None:
-    (sampled / "data/composed/prompts.json").write_text('{"prompts": ["timer 5"]}')
-    run_stage("sample", sample_outputs.main, sampled)
-    assert {row["prompt_id"] for row in lines(sampled)} == {"own-0"}
-    assert {row["reference"] for row in lines(sampled)} == {None}
-    assert (
-        read_json(sampled / "reports/samples.json")["settings"]["greedy"]["base"]["exact_match"]
-        is None
-    )
+def test_own_prompts_are_asked_after_the_system_message(sampled: Path, tmp_path: Path) -> None:
+    root = write_workspace(tmp_path)
+    (root / "data/models/adapter").symlink_to(sampled / "data/models/adapter")
+    (root / "data/composed/prompts.json").write_text('{"prompts": ["timer 5"]}')
+    run_stage("sample", sample_outputs.main, root)
+    assert {row["prompt_id"] for row in lines(root)} == {"own-0"}
+    assert {row["reference"] for row in lines(root)} == {None}
+    facts = read_json(root / "reports/samples.json")
+    assert facts["settings"]["greedy"]["base"]["exact_match"] is None
 
 
 def test_seed_belongs_to_prompt_and_setting() -> None:

@@ -100,9 +100,10 @@ def test_ordinals_count_what_stood_before() -> None:
 
 
 def test_a_leak_is_a_prompt_of_a_later_split() -> None:
-    prompts = np.array([1, 2, 3, 2, 3, 3], np.uint64)
-    splits = np.array([TRAIN, TRAIN, TRAIN, VALIDATION, VALIDATION, TEST], np.uint8)
-    assert leaks(prompts, splits).tolist() == [False, True, True, False, True, False]
+    prompts = np.array([1, 2, 3, 4, 2, 3, 3, 4], np.uint64)
+    splits = np.array([TRAIN] * 4 + [VALIDATION] * 2 + [TEST] * 2, np.uint8)
+    leaked = [False, True, True, True, False, True, False, False]
+    assert leaks(prompts, splits).tolist() == leaked
 
 
 def test_a_subset_hardly_moves_as_the_set_grows() -> None:

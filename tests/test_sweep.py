@@ -1,12 +1,20 @@
-"""Sweeps: isolation, one run of what is shared, kills, failures, ranking; on a pipeline of fakes."""
+"""Sweeps: isolation, one run of what is shared, kills, failures, ranking; on a pipeline of fakes.
 
+The fakes run in DVC where DVC's part is meant, below a stand-in (tests/dvc_standin.py) in the other tests.
+"""
+
+import json
+import os
 import re
 import signal
+import subprocess
+from collections import Counter
 from pathlib import Path
+from typing import NamedTuple
 
 import psutil
 import pytest
-from sweeping import Sweeper, kill
+from sweeping import Sweeper
 
 from capas import links
 from capas.errors import CapasError
@@ -16,44 +24,47 @@ from capas.worktree import git
 
 TWO_AT_ONCE = ("hydra/launcher=joblib", "hydra.launcher.n_jobs=2")
 RATES = "trainer.learning_rate=0.01,0.1"
+FAILS = "trainer.learning_rate=0.9"
+ONE_FAILS = ("-m", "trainer.learning_rate=0.01,0.9", "dataset.seed=7")
+THREE = ("-m", "trainer.learning_rate=0.01,0.1,0.001", "dataset.seed=3")
+
+
+@pytest.fixture(scope="module")
+def quick(tmp_path_factory: pytest.TempPathFactory) -> Sweeper:
+    return Sweeper.make_quick(tmp_path_factory.mktemp("quick"))
+
+
+@pytest.fixture
+def sweeper(quick: Sweeper, tmp_path: Path) -> Sweeper:
+    """A repository of the test's own, with the stand-in for DVC."""
+    return quick.copy(tmp_path / "with a blank")
 
 
 @pytest.fixture(scope="module")
 def made(tmp_path_factory: pytest.TempPathFactory) -> Sweeper:
-    return Sweeper.make(tmp_path_factory.mktemp("sweep") / "with a blank")
+    return Sweeper.make(tmp_path_factory.mktemp("made"))
 
 
 @pytest.fixture
-def sweeper(made: Sweeper) -> Sweeper:
-    """As committed, without experiments, sweeps and results of the test before."""
-    for reference in made.experiments().values():
-        made.run("git", "update-ref", "-d", reference)
-    made.run("rm", "-rf", ".dvc/tmp/sweep", ".dvc/tmp/hold", ".dvc/cache/runs")
-    made.run("git", "checkout", "-q", ".")
-    made.run("git", "clean", "-qfd")
-    made.run("rm", "-f", "data/own/mine.csv")  # git ignores it
-    made.run("dvc", "checkout", "-q", "--force")
-    made.forget()
-    return made
+def real(made: Sweeper, tmp_path: Path) -> Sweeper:
+    """A repository of the test's own, with DVC."""
+    return made.copy(tmp_path / "with a blank")
 
 
-def test_what_points_share_runs_once_and_the_same_sweep_again_runs_nothing(
-    sweeper: Sweeper,
-) -> None:
-    said = sweeper.sweep("-m", RATES, "quantization=fp4,int8", "dataset.seed=7", *TWO_AT_ONCE)
-    ran = sweeper.ran()
-    assert [ran[stage] for stage in ("fetch", "quantize", "train", "evaluate")] == [1, 2, 4, 4]
-    assert len(sweeper.experiments()) == 4
-    best = re.findall(r"dvc exp apply (\S+)", said)[0]
-    assert best.startswith("learning_rate=0.01-quantization=") and best in sweeper.experiments()
-    sweeper.forget()
-    again = sweeper.sweep("-m", RATES, "quantization=fp4,int8", "dataset.seed=7", *TWO_AT_ONCE)
-    assert sweeper.ran() == {}
-    assert again.count("(had it)") == 4
-    assert sweeper.run("git", "status", "--porcelain") == ""
+class Swept(NamedTuple):
+    """A repository after the sweep ONE_FAILS; `status` is that of git, before and after."""
+
+    sweeper: Sweeper
+    code: int
+    said: str
+    ran: Counter[str]
+    status: tuple[str, str]
 
 
-def test_points_have_what_is_not_committed_and_the_workspace_stays(sweeper: Sweeper) -> None:
+@pytest.fixture(scope="module")
+def swept(made: Sweeper, tmp_path_factory: pytest.TempPathFactory) -> Swept:
+    """Swept with DVC, from a workspace in which little is committed."""
+    sweeper = made.copy(tmp_path_factory.mktemp("swept") / "with a blank")
     (sweeper.root / "note.txt").write_text("not committed\n")
     (sweeper.root / "new.txt").write_text("untracked\n")
     (sweeper.root / "data/own/mine.csv").write_text("a,b\n")
@@ -64,12 +75,47 @@ def test_points_have_what_is_not_committed_and_the_workspace_stays(sweeper: Swee
     )
     sweeper.run("git", "add", "fake.py")
     before = sweeper.run("git", "status", "--porcelain")
-    sweeper.sweep("-m", RATES)
-    (name,) = [name for name in sweeper.experiments() if "0.01-" in name]
-    found = sweeper.result(name, "data/models/adapter")
+    process = sweeper.sweep_beside(*ONE_FAILS, *TWO_AT_ONCE)
+    said = process.communicate(timeout=300)[0]
+    after = sweeper.run("git", "status", "--porcelain")
+    return Swept(sweeper, process.returncode, said, sweeper.ran(), (before, after))
+
+
+def test_what_points_share_runs_once(swept: Swept) -> None:
+    ran = swept.ran
+    assert [ran[stage] for stage in ("fetch", "quantize", "train", "evaluate")] == [1, 1, 2, 1]
+    assert len(swept.sweeper.experiments()) == 1
+    best = re.findall(r"dvc exp apply (\S+)", swept.said)[0]
+    assert best.startswith("learning_rate=0.01-seed=7-")
+    assert best in swept.sweeper.experiments()
+
+
+def test_a_failed_point_is_told_and_the_others_go_on(swept: Swept) -> None:
+    assert swept.code == 1
+    assert "failed  learning_rate=0.9-seed=7-" in swept.said
+    assert "the loss is nan" in swept.said
+    assert "1 of 2 points failed" in swept.said
+    assert "dvc exp apply learning_rate=0.01-" in swept.said
+    assert "Traceback" not in swept.said
+
+
+def test_points_have_what_is_not_committed_and_the_workspace_stays(swept: Swept) -> None:
+    (name,) = swept.sweeper.experiments()
+    found = swept.sweeper.result(name, "data/models/adapter")
     assert found["note"] == "not committed\nuntracked\n"
     assert "mine.csv" in found["own"]
-    assert sweeper.run("git", "status", "--porcelain") == before
+    before, after = swept.status
+    assert "new.txt" in before and after == before
+
+
+def test_the_same_sweep_again_retries_what_failed_and_a_point_can_be_adopted(swept: Swept) -> None:
+    sweeper = swept.sweeper
+    sweeper.forget()
+    code, again = sweeper.sweep_here(*ONE_FAILS)
+    assert code == 1
+    assert again.count("(had it)") == 1
+    assert sweeper.ran() == {"train 0.9": 1, "train": 1}
+    (name,) = sweeper.experiments()
     sweeper.run("dvc", "exp", "apply", name)
     assert "learning_rate: 0.01\n" in sweeper.read("params.yaml")
     assert sweeper.read("note.txt") == "not committed\n"
@@ -79,50 +125,74 @@ def test_points_have_what_is_not_committed_and_the_workspace_stays(sweeper: Swee
     assert sweeper.ran() == {}
 
 
-def test_an_edit_while_it_runs_reaches_no_point(sweeper: Sweeper) -> None:
-    sweeper.hold("train")
-    process = sweeper.sweep_beside("-m", RATES)
-    sweeper.wait_for("train")
-    (sweeper.root / "note.txt").write_text("later\n")
-    sweeper.edit("conf/trainer/_base.yaml", "weight_decay: 0.0", "weight_decay: 0.5")
-    sweeper.let_go()
-    said = process.communicate(timeout=120)[0]
-    assert process.returncode == 0, said
-    name = next(name for name in sweeper.experiments() if "0.1-" in name)
-    assert sweeper.result(name, "data/models/adapter")["note"] == "committed\n"
+def test_two_sweeps_at_once_share_what_they_have_in_common(real: Sweeper) -> None:
+    one = real.sweep_beside("-m", "quantization=fp4,int8", "dataset.seed=5")
+    two = real.sweep_beside("-m", "quantization=int8,fp4", "dataset.seed=5")
+    for process in (one, two):
+        said = process.communicate(timeout=180)[0]
+        assert process.returncode == 0, said
+    assert len(real.experiments()) == 2
+    ran = real.ran()
+    assert [ran[stage] for stage in ("fetch", "quantize", "train")] == [1, 2, 2]
 
 
-def test_a_failed_point_is_told_others_go_on_and_only_it_is_retried(sweeper: Sweeper) -> None:
-    said = sweeper.sweep("-m", "trainer.learning_rate=0.9,0.01", check=False)
-    assert "failed  learning_rate=0.9-" in said and "the loss is nan" in said
-    assert "1 of 2 points failed" in said and "dvc exp apply learning_rate=0.01-" in said
-    assert "Traceback" not in said
-    assert sweeper.ran()["train"] == 2
-    sweeper.forget()
-    process = sweeper.sweep_beside("-m", "trainer.learning_rate=0.9,0.01")
-    said = process.communicate(timeout=120)[0]
-    assert process.returncode == 1
-    assert sweeper.ran() == {"train 0.9": 1, "train": 1}
-
-
-@pytest.mark.parametrize("launcher", [(), TWO_AT_ONCE])
-def test_a_killed_sweep_goes_on(sweeper: Sweeper, launcher: tuple[str, ...]) -> None:
-    words = ("-m", "trainer.learning_rate=0.01,0.1,0.001", "dataset.seed=3", *launcher)
-    process = sweeper.sweep_beside(*words)
+def interrupted(
+    sweeper: Sweeper, number: int, words: tuple[str, ...], *launcher: str
+) -> "subprocess.Popen[str]":
+    """A sweep that a signal ends in the training of its last point."""
+    process = sweeper.sweep_beside(*words, *launcher)
     sweeper.wait_for("evaluate", 1)
     sweeper.hold("train")
-    sweeper.wait_for("train", 2 if not launcher else 3)
-    kill(process)
+    sweeper.wait_for("train", 3 if launcher else 2)
+    os.kill(process.pid, number)
+    process.wait(120)
     sweeper.wait_until_idle()
     sweeper.let_go()
+    return process
+
+
+def check_it_goes_on(sweeper: Sweeper, words: tuple[str, ...], num_points: int) -> None:
+    """The same sweep runs what is left, whatever the launcher."""
     finished = len(sweeper.experiments())
     assert finished >= 1
     sweeper.forget()
-    said = sweeper.sweep(*words)
+    code, said = sweeper.sweep_here(*words)
+    assert code == 0
     assert said.count("(had it)") >= finished
-    assert len(sweeper.experiments()) == 3
+    assert len(sweeper.experiments()) == num_points
     assert sweeper.ran()["fetch"] == 0
-    assert sweeper.ran()["train"] == 3 - finished
+    assert sweeper.ran()["train"] == num_points - finished
+
+
+def test_a_stopped_sweep_goes_on(sweeper: Sweeper) -> None:
+    process = interrupted(sweeper, signal.SIGINT, ("-m", RATES))
+    assert process.returncode == 130
+    assert "the same command goes on with what is left" in process.communicate()[0]
+    check_it_goes_on(sweeper, ("-m", RATES), 2)
+
+
+def test_a_killed_sweep_goes_on(sweeper: Sweeper) -> None:
+    interrupted(sweeper, signal.SIGKILL, THREE, *TWO_AT_ONCE)
+    check_it_goes_on(sweeper, THREE, 3)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("launcher", [(), TWO_AT_ONCE])
+def test_a_killed_sweep_of_dvc_goes_on(real: Sweeper, launcher: tuple[str, ...]) -> None:
+    interrupted(real, signal.SIGKILL, THREE, *launcher)
+    check_it_goes_on(real, THREE, 3)
+
+
+@pytest.mark.slow
+def test_points_share_what_they_have_in_common_and_nothing_else(real: Sweeper) -> None:
+    words = ("-m", RATES, "quantization=fp4,int8", "dataset.seed=7", *TWO_AT_ONCE)
+    real.sweep(*words)
+    ran = real.ran()
+    assert [ran[stage] for stage in ("fetch", "quantize", "train", "evaluate")] == [1, 2, 4, 4]
+    real.forget()
+    assert real.sweep(*words).count("(had it)") == 4
+    assert real.ran() == {}
+    assert real.run("git", "status", "--porcelain") == ""
 
 
 def test_a_killed_worker_is_started_again(sweeper: Sweeper) -> None:
@@ -139,37 +209,39 @@ def test_a_killed_worker_is_started_again(sweeper: Sweeper) -> None:
     assert len(sweeper.experiments()) == 2
 
 
-def test_two_sweeps_at_once_share_what_they_have_in_common(sweeper: Sweeper) -> None:
-    one = sweeper.sweep_beside("-m", "trainer.learning_rate=0.01,0.1", "dataset.seed=5")
-    two = sweeper.sweep_beside("-m", "trainer.learning_rate=0.1,0.001", "dataset.seed=5")
-    for process in (one, two):
-        said = process.communicate(timeout=180)[0]
-        assert process.returncode == 0, said
-    assert len(sweeper.experiments()) == 3
-    assert (sweeper.ran()["fetch"], sweeper.ran()["train"]) == (1, 3)
-
-
-def test_the_same_sweep_twice_at_once_is_refused(sweeper: Sweeper) -> None:
+def test_an_edit_while_it_runs_reaches_no_point_and_the_same_sweep_is_refused(
+    sweeper: Sweeper,
+) -> None:
     sweeper.hold("train")
     process = sweeper.sweep_beside("-m", RATES)
     sweeper.wait_for("train")
-    assert "this sweep is running already" in sweeper.sweep("-m", RATES, check=False)
-    assert "the same command goes on with what is left" in kill(process, signal.SIGINT)
-    assert process.returncode == 130
+    code, said = sweeper.sweep_here("-m", RATES)
+    assert code == 1 and "this sweep is running already" in said
+    (sweeper.root / "note.txt").write_text("later\n")
+    sweeper.edit("conf/trainer/_base.yaml", "weight_decay: 0.0", "weight_decay: 0.5")
+    sweeper.let_go()
+    said = process.communicate(timeout=120)[0]
+    assert process.returncode == 0, said
+    (point,) = [ref for name, ref in sweeper.experiments().items() if "0.1-" in name]
+    adapter = sweeper.run("git", "show", f"{point}:data/models/adapter")
+    assert json.loads(adapter)["note"] == "committed\n"
+    assert "weight_decay: 0.0" in sweeper.run("git", "show", f"{point}:conf/trainer/_base.yaml")
 
 
 def test_seeds_are_replicates(sweeper: Sweeper) -> None:
-    said = sweeper.sweep("-m", "trainer.learning_rate=0.01,0.1", "seed=1,2", *TWO_AT_ONCE)
+    _, said = sweeper.sweep_here("-m", "trainer.learning_rate=0.01", "seed=1,2")
     assert re.search(r"^ *1 +0\.015 ± 0\.06\d+ +2 ", said, re.MULTILINE)
     assert "dvc exp apply learning_rate=0.01-seed=1-" in said
+    assert sweeper.run("git", "status", "--porcelain") == ""
 
 
 def test_optuna_searches_and_proposes_the_same_points_again(sweeper: Sweeper) -> None:
-    words = ("-m", "sweep=optuna", "hydra.sweeper.n_trials=3", "hydra.sweeper.n_jobs=1",
+    words = ("-m", "sweep=optuna", "hydra.sweeper.n_trials=2", "hydra.sweeper.n_jobs=1",
              "trainer.learning_rate=tag(log,interval(1e-3,1e-1))")  # fmt: skip
-    assert "3/3" in sweeper.sweep(*words)
+    assert "2/2" in sweeper.sweep_here(*words)[1]
+    assert sweeper.ran()["train"] == 2
     sweeper.forget()
-    assert sweeper.sweep(*words).count("(had it)") == 3
+    assert sweeper.sweep_here(*words)[1].count("(had it)") == 2
     assert sweeper.ran() == {}
 
 
@@ -214,8 +286,6 @@ def test_a_sweep_is_the_same_while_what_decides_its_points_is(sweeper: Sweeper) 
     private = Plan.make(sweeper.root, RATES.split()).key
     (sweeper.root / "conf/dataset/private.yaml").write_text("defaults: [embedded]\n")
     assert len({key, private, Plan.make(sweeper.root, RATES.split()).key}) == 3
-    (sweeper.root / "conf/dataset/private.yaml").unlink()
-    (sweeper.root / ".git/info/exclude").unlink()
 
 
 def test_a_folder_of_a_larger_repository_is_refused(tmp_path: Path) -> None:
@@ -227,75 +297,83 @@ def test_a_folder_of_a_larger_repository_is_refused(tmp_path: Path) -> None:
 
 
 def test_an_error_that_nobody_thought_of_is_told_as_what_it_is(sweeper: Sweeper) -> None:
-    sweeper.sweep("-m", "trainer.learning_rate=0.9", check=False)
-    (log,) = (sweeper.root / ".dvc/tmp/sweep/plans").glob("*/logs/learning_rate*.log")
-    log.unlink()
-    log.mkdir()
-    said = sweeper.sweep("-m", "trainer.learning_rate=0.9", check=False)
-    assert "IsADirectoryError" in said and "was killed" not in said
+    (sweeper.root / ".dvc/tmp/sweep").mkdir()
+    (sweeper.root / ".dvc/tmp/sweep/work").touch()  # a file where the points' folders would stand
+    code, said = sweeper.sweep_here("-m", FAILS)
+    assert code == 1
+    assert "FileExistsError" in said and "was killed" not in said
     assert said.count("failed  learning_rate=0.9-") == 1
 
 
-@pytest.mark.parametrize("words", [(), ("-m", "sweep.keep=true")])
-def test_a_point_without_overrides_is_one(sweeper: Sweeper, words: tuple[str, ...]) -> None:
-    assert re.search(r"1/1  point-\w+ ", sweeper.sweep(*words))
-    assert "(had it)" in sweeper.sweep(*words)
+def test_a_point_without_overrides_is_one(sweeper: Sweeper) -> None:
+    assert re.search(r"1/1  point-\w+ .* s\)$", sweeper.sweep_here()[1], re.MULTILINE)
+    for words in ((), ("-m", "sweep.keep=true")):
+        said = sweeper.sweep_here(*words)[1]
+        assert re.search(r"1/1  point-\w+ .*\(had it\)$", said, re.MULTILINE)
 
 
 def test_one_point_without_multirun(sweeper: Sweeper) -> None:
-    assert "1/1  learning_rate=0.01-" in sweeper.sweep("trainer.learning_rate=0.01")
+    code, said = sweeper.sweep_here("trainer.learning_rate=0.01")
+    assert code == 0 and "1/1  learning_rate=0.01-" in said
 
 
 @pytest.mark.parametrize(
     ("words", "expected"),
     [
         (("-m", "trainer.learning_rat=1,2"), "Key 'learning_rat' is not in struct"),
-        (("-m", "lora.r=0,8"), "lora.r=0: "),
-        (("-m", "sweep.objective=train.loss", "lora.r=8"), "reports/metrics/train.json has validation_loss"),
-        (("-m", "sweep.objective=tuned.loss", "lora.r=8"), "sweep.objective=tuned.loss is None"),
+        (("-m", "lora.r=0"), "lora.r=0: "),
         (("-m", "dataset=nothing,embedded"), "Could not find 'dataset/nothing'"),
     ],
 )  # fmt: skip
 def test_wrong_words_are_told_without_a_traceback(
     sweeper: Sweeper, words: tuple[str, ...], expected: str
 ) -> None:
-    process = sweeper.sweep_beside(*words)
-    said = process.communicate(timeout=120)[0]
-    assert process.returncode == 1
+    code, said = sweeper.sweep_here(*words)
+    assert code == 1
     assert expected in said and "Traceback" not in said
 
 
+def test_an_objective_that_no_stage_computes_is_told_without_a_traceback(sweeper: Sweeper) -> None:
+    code, said = sweeper.sweep_here("-m", "sweep.objective=train.loss", "lora.r=8")
+    assert code == 1
+    assert "reports/metrics/train.json has validation_loss" in said and "Traceback" not in said
+    code, said = sweeper.sweep_here("-m", "sweep.objective=tuned.loss", "lora.r=8")
+    assert code == 1
+    assert "sweep.objective=tuned.loss is None" in said and "Traceback" not in said
+    assert sweeper.ran()["train"] == 1
+
+
 def test_list_and_clean(sweeper: Sweeper) -> None:
-    sweeper.sweep("-m", "trainer.learning_rate=0.9,0.01", check=False)
+    sweeper.sweep_here("-m", "trainer.learning_rate=0.9,0.01")
     work = sweeper.root / ".dvc/tmp/sweep/work"
     assert [path.name[:18] for path in work.iterdir()] == ["learning_rate=0.9-"]
-    listed = sweeper.sweep("--list")
+    listed = sweeper.sweep_here("--list")[1]
     assert "1 done, 1 failed" in listed and "experiments of DVC: 1" in listed
-    assert "MB freed; the experiments are still there" in sweeper.sweep("--clean")
+    assert "MB freed; the experiments are still there" in sweeper.sweep_here("--clean")[1]
     assert not work.exists()
     assert len(sweeper.experiments()) == 1
 
 
 def test_a_plan_that_cannot_be_read_is_told_and_cleaned_away(sweeper: Sweeper) -> None:
-    sweeper.sweep("-m", RATES)
+    Plan.make(sweeper.root, RATES.split()).write()
     (plan,) = (sweeper.root / ".dvc/tmp/sweep/plans").glob("*/plan.json")
     plan.write_text("")
-    assert "plan.json cannot be read; --clean removes it" in sweeper.sweep("--list")
-    sweeper.sweep("--clean")
+    assert "plan.json cannot be read; --clean removes it" in sweeper.sweep_here("--list")[1]
+    sweeper.sweep_here("--clean")
     assert not (sweeper.root / ".dvc/tmp/sweep/plans").exists()
 
 
 def test_a_point_that_runs_without_its_sweep_is_not_cleaned_away(sweeper: Sweeper) -> None:
-    sweeper.sweep("-m", "trainer.learning_rate=0.9", check=False)
+    sweeper.sweep_here("-m", FAILS)
     (state,) = (sweeper.root / ".dvc/tmp/sweep/plans").glob("*/points/*.json")
     with exclusive(sweeper.root / f".dvc/tmp/sweep/locks/point-{state.stem}"):
-        assert "1 sweeps are running" in sweeper.sweep("--clean")
+        assert "1 sweeps are running" in sweeper.sweep_here("--clean")[1]
         assert any((sweeper.root / ".dvc/tmp/sweep/work").iterdir())
-    sweeper.sweep("--clean")
+    sweeper.sweep_here("--clean")
     assert not (sweeper.root / ".dvc/tmp/sweep/work").exists()
 
 
 @pytest.mark.parametrize("script", ["stages/train_lora.py", "stages/compose_params.py"])
-def test_a_stage_that_is_asked_to_sweep_names_the_way(sweeper: Sweeper, script: str) -> None:
-    said = sweeper.run("python", script, "-m", "lora.r=4,8", check=False)
+def test_a_stage_that_is_asked_to_sweep_names_the_way(quick: Sweeper, script: str) -> None:
+    said = quick.run("python", script, "-m", "lora.r=4,8", check=False)
     assert "python stages/sweep.py -m lora.r=4,8" in said

@@ -1,6 +1,8 @@
-"""USING.md: its blocks, as they stand there, answer as capas does, in processes where capas is not there."""
+"""USING.md: its blocks, as they stand there, answer as capas does, where capas cannot be imported."""
 
+import contextlib
 import importlib.util
+import io
 import json
 import os
 import re
@@ -11,16 +13,19 @@ import time
 import urllib.error
 import urllib.request
 from collections.abc import Iterator
-from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 import pyarrow.parquet as pq
 import pytest
 from servers import STARTS_WITHIN, free_port
+from transformers import AutoModelForCausalLM, AutoTokenizer, GenerationConfig
+
+from capas import cli
 
 ROOT = Path(__file__).resolve().parents[1]
 NUM_RECORDS = 12
+REQUEST = "Set a timer for 5 minutes."
 SERVING = ("fastapi", "openai", "pydantic", "uvicorn")  # of `transformers serve`
 WITHOUT_CAPAS = "import sys\nsys.modules['capas'] = None  # an import of it raises ImportError\n"
 
@@ -50,24 +55,65 @@ def asked_and_answered() -> list[tuple[list[dict[str, str]], str]]:
     ]
 
 
-def capas_says(*messages: dict[str, str]) -> str:
-    """`capas chat`, greedy, asked the last of the messages."""
-    done = subprocess.run(
-        [sys.executable, "-m", "capas", "chat", "--setting", "greedy"],
-        cwd=ROOT,
-        env={**os.environ, "PYTHONPATH": str(ROOT)},
-        input=messages[-1]["content"] + "\n",
-        stdout=subprocess.PIPE,
-        text=True,
-        check=True,
+def capas(*command: str, typed: str = "") -> str:
+    """What `capas COMMAND` writes in the top folder; it must succeed."""
+    written = io.StringIO()
+    with pytest.MonkeyPatch.context() as patch, contextlib.redirect_stdout(written):
+        patch.chdir(ROOT)
+        patch.setattr(sys, "stdin", io.TextIOWrapper(io.BytesIO(typed.encode())))
+        assert cli.main(list(command)) == 0
+    return written.getvalue().strip()
+
+
+@pytest.fixture(scope="module")
+def capas_says() -> str:
+    """The answer of `capas chat` to the request that both blocks ask."""
+    return capas("chat", "--setting", "greedy", typed=f"{REQUEST}\n")
+
+
+def test_peft_alone_answers_as_capas_does(
+    capas_says: str, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (block,) = blocks("python")
+    records, names = asked_and_answered(), dict[str, Any]()
+    assert len(records) == NUM_RECORDS and REQUEST in block
+    monkeypatch.chdir(ROOT)
+    for name in [name for name in sys.modules if name.partition(".")[0] == "capas"]:
+        monkeypatch.setitem(sys.modules, name, None)  # an import of it raises ImportError
+    exec(block, names)
+    assert capsys.readouterr().out.strip() == capas_says
+    found = [names["answer"](*messages) for messages, _ in records]
+    assert found == [expected for _, expected in records]
+
+
+def test_the_merged_model_answers_as_capas_does(capas_says: str, tmp_path: Path) -> None:
+    capas("merge", str(tmp_path / "merged"))
+    tokenizer = AutoTokenizer.from_pretrained(tmp_path / "merged")
+    model = AutoModelForCausalLM.from_pretrained(tmp_path / "merged").eval()
+    greedy = GenerationConfig.from_pretrained(
+        tmp_path / "merged", max_new_tokens=96, do_sample=False
     )
-    return done.stdout.strip()
+
+    def answer(*messages: dict[str, str]) -> str:
+        asked = tokenizer.apply_chat_template(
+            messages, add_generation_prompt=True, return_dict=True, return_tensors="pt"
+        )
+        written = model.generate(**asked, generation_config=greedy)
+        length = asked["input_ids"].shape[1]
+        text: str = tokenizer.decode(written[0, length:], skip_special_tokens=True)
+        return text
+
+    for messages, expected in asked_and_answered()[:4]:
+        assert answer(*messages) == expected
+    system = {"role": "system", "content": "Turn the request into one function call in JSON."}
+    assert answer(system, {"role": "user", "content": REQUEST}) == capas_says
 
 
-def test_peft_alone_answers_as_capas_does() -> None:
+@pytest.mark.slow
+def test_peft_alone_answers_in_a_process_of_its_own(capas_says: str) -> None:
+    """With the kernels that torch chooses by itself."""
     (block,) = blocks("python")
     records = asked_and_answered()
-    assert len(records) == NUM_RECORDS
     more = (
         "\nimport json\nfor messages in json.load(sys.stdin): print(json.dumps(answer(*messages)))"
     )
@@ -82,23 +128,23 @@ def test_peft_alone_answers_as_capas_does() -> None:
     )
     shown, *answers = done.stdout.splitlines()
     assert [json.loads(answer) for answer in answers] == [expected for _, expected in records]
-    assert shown == capas_says({"role": "user", "content": "Set a timer for 5 minutes."})
+    assert shown == capas_says
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(
     any(importlib.util.find_spec(name) is None for name in SERVING),
     reason=f"`transformers serve` needs {', '.join(SERVING)}: pip install -e '.[serve]'",
 )
-def test_transformers_serves_the_merged_model(tmp_path: Path) -> None:
-    merge = [sys.executable, "-m", "capas", "merge", str(tmp_path / "merged")]
-    subprocess.run(merge, cwd=ROOT, env={**os.environ, "PYTHONPATH": str(ROOT)}, check=True)
+def test_transformers_serves_the_merged_model(capas_says: str, tmp_path: Path) -> None:
+    capas("merge", str(tmp_path / "merged"))
     serve, ask = blocks("bash")
     port = str(free_port())
     with served(serve.replace("8000", port), port, tmp_path):
         command = ask.replace("8000", port)
         done = subprocess.run(["bash", "-c", command], capture_output=True, text=True, check=True)
         said = content(json.loads(done.stdout))
-        assert said == capas_says({"role": "user", "content": "Set a timer for 5 minutes."})
+        assert said == capas_says
         for messages, expected in asked_and_answered()[:4]:
             body = {"model": "merged", "temperature": 0, "max_tokens": 96, "messages": messages}
             assert content(post(port, body)) == expected
@@ -120,7 +166,7 @@ def post(port: str, body: dict[str, Any]) -> dict[str, Any]:
     return found
 
 
-@contextmanager
+@contextlib.contextmanager
 def served(command: str, port: str, folder: Path) -> Iterator[None]:
     """The server of `command`, for as long as the block lasts; `capas` is not on its way."""
     path = f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}"

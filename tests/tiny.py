@@ -13,6 +13,7 @@ from typing import Any
 import torch
 import yaml
 from conftest import stored
+from shipped import composed_text
 from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers
 from transformers import (
     LlamaConfig,
@@ -23,7 +24,6 @@ from transformers import (
 )
 
 from capas.chat.format import ChatFormat
-from capas.composition import composer, dump
 from capas.dag import StageSpec, read_yaml
 from capas.params import Params, select
 from capas.records import FORMATTED, RAW, write_records
@@ -93,8 +93,7 @@ def make_model(family: str = "qwen2", seed: int = 0, **config: Any) -> PreTraine
 def write_workspace(root: Path, overrides: Iterable[str] = (), quantized: str = "base") -> Path:
     """dvc.yaml, params.yaml, records and models; data/models/quantized is a copy of data/models/base."""
     link_code(root)
-    with composer(REPOSITORY / "conf") as compose:
-        (root / "params.yaml").write_text(dump(compose([*SHRUNK, "quantization=none", *overrides])))
+    (root / "params.yaml").write_text(composed_text([*SHRUNK, "quantization=none", *overrides]))
     write_tokenizer(root / "data/models/tokenizer")
     make_model().save_pretrained(root / "data/models/base")
     shutil.copytree(root / "data/models" / quantized, root / "data/models/quantized")

@@ -51,6 +51,7 @@ class Workspace:
     def repro_killed(self, stage: str, when: Callable[[], bool], seconds: float = 600) -> str:
         """`dvc repro`, with SIGKILL to the stage's process as soon as `when()` is true."""
         log = self.root / ".dvc/tmp/killed.log"
+        log.parent.mkdir(exist_ok=True)
         with log.open("w") as out:
             dvc = subprocess.Popen(
                 ["dvc", "repro"], cwd=self.root, env=self._env(), stdout=out, stderr=out

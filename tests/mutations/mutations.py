@@ -1,0 +1,202 @@
+"""Small wrong edits of the product, each a fault that users would suffer; the default tests notice them."""
+
+from dataclasses import dataclass
+
+
+@dataclass(frozen=True)
+class Mutation:
+    """One edit of one file.
+
+    Args:
+        old: stands once in the file.
+        new: stands there instead.
+        harm: what a user would suffer.
+        tests: files, or tests of a file that takes longer, of which at least one fails.
+    """
+
+    name: str
+    file: str
+    old: str
+    new: str
+    harm: str
+    tests: tuple[str, ...]
+
+
+MUTATIONS = (
+    Mutation(
+        name="end_token_not_trained",
+        file="capas/chat/scaffold.py",
+        old="            return found.end()\n",
+        new="            return found.start()\n",
+        harm="The tuned model never learns to stop.",
+        tests=("tests/test_chat.py",),
+    ),
+    Mutation(
+        name="control_token_parsed_from_content",
+        file="capas/chat/tokenizer.py",
+        old="self._built[key].encode_special_tokens = True",
+        new="self._built[key].encode_special_tokens = False",
+        harm="A content that holds <|im_end|> forges the end of its turn.",
+        tests=("tests/test_chat.py",),
+    ),
+    Mutation(
+        name="mask_shifted_by_one",
+        file="capas/chat/formatting.py",
+        old="labels = np.where(columns.trained.values,",
+        new="labels = np.where(np.roll(columns.trained.values, 1),",
+        harm="The first token of every answer carries no loss, and the token after its end does.",
+        tests=("tests/test_format.py",),
+    ),
+    Mutation(
+        name="padding_masked_by_token_id",
+        file="capas/batches.py",
+        old='batch["attention_mask"][row, :length] = 1',
+        new='batch["attention_mask"][row, :length] = (example["input_ids"] != self.pad_token_id).long()',
+        harm="Where the pad token is the end token, the ends of earlier turns are hidden in the training.",
+        tests=("tests/test_train.py::test_padding_carries_no_loss_and_is_masked_by_position",),
+    ),
+    Mutation(
+        name="record_dropped_without_being_counted",
+        file="capas/dataset/selection.py",
+        old="            self.dropped[reason] = marks\n",
+        new="",
+        harm="Duplicates and leaks vanish from the data, and no report says so.",
+        tests=("tests/test_fetch_sources.py",),
+    ),
+    Mutation(
+        name="leak_into_test_kept",
+        file="capas/dataset/splits.py",
+        old="np.concatenate([of[VALIDATION], of[TEST]])",
+        new="of[VALIDATION]",
+        harm="Prompts of the test split are trained on, and the scores are too good.",
+        tests=("tests/test_splits.py",),
+    ),
+    Mutation(
+        name="undeclared_param_readable",
+        file="capas/stage.py",
+        old="return select(read_yaml(root / PARAMS), keys) if keys else {}",
+        new="return read_yaml(root / PARAMS)",
+        harm="A stage computes with a value whose change does not rerun it.",
+        tests=("tests/test_stage.py",),
+    ),
+    Mutation(
+        name="edited_inputs_not_noticed",
+        file="capas/stage.py",
+        old="        _check_unchanged(before, _state(spec, root))\n",
+        new="",
+        harm="DVC records an old result under inputs that were edited while the stage ran.",
+        tests=("tests/test_stage.py",),
+    ),
+    Mutation(
+        name="half_written_output_in_place",
+        file="capas/stage.py",
+        old='partial = final.with_name(f".{final.name}.partial")',
+        new="partial = final",
+        harm="A stage that fails leaves half of an output where the old one was.",
+        tests=("tests/test_stage.py",),
+    ),
+    Mutation(
+        name="checkpoint_of_other_inputs_resumed",
+        file="capas/stage.py",
+        old='parent / f"{self.name}-{self.key()}"',
+        new='parent / f"{self.name}-last"',
+        harm="A training on new data goes on from a checkpoint of the old data.",
+        tests=("tests/test_stage.py",),
+    ),
+    Mutation(
+        name="half_written_checkpoint_resumed",
+        file="capas/training.py",
+        old="return mark.exists() and json.loads(mark.read_text()) == _digests(checkpoint)",
+        new="return mark.exists()",
+        harm="A training goes on from a checkpoint that a kill or a full disk cut short.",
+        tests=("tests/test_train.py::test_half_written_checkpoint_is_passed_over",),
+    ),
+    Mutation(
+        name="loss_not_weighted_by_tokens",
+        file="capas/training.py",
+        old='return {"loss": float(loss / count),',
+        new='rows = prediction.predictions\n    return {"loss": float((rows[:, 0] / rows[:, 2]).mean()),',
+        harm="Short answers count as much as long ones, and another checkpoint is the best one.",
+        tests=("tests/test_train.py::test_validation_loss_is_the_mean_over_supervised_tokens",),
+    ),
+    Mutation(
+        name="interval_too_narrow",
+        file="capas/metrics/comparison.py",
+        old="tail = (1 - confidence_fraction) / 2",
+        new="tail = 1 - confidence_fraction",
+        harm="An interval of 95% holds 90%, and chance passes for a gain.",
+        tests=("tests/test_metrics.py",),
+    ),
+    Mutation(
+        name="gate_passes_without_gain",
+        file="capas/gate.py",
+        old='"passed": low > 0}',
+        new='"passed": high > 0}',
+        harm="A model that is not shown to be better than its base is registered.",
+        tests=("tests/test_gate.py",),
+    ),
+    Mutation(
+        name="merged_model_not_compared",
+        file="capas/merge.py",
+        old='if not facts["difference"] <= facts["tolerance"]:',
+        new='if facts["difference"] > facts["tolerance"] * float("inf"):',
+        harm="A merged model that answers otherwise than the tuned one is handed on.",
+        tests=("tests/test_merge.py::test_a_model_that_differs_is_not_written",),
+    ),
+    Mutation(
+        name="base_weights_trained",
+        file="stages/train_lora.py",
+        old="    lora.check_untied(model)\n",
+        new="    lora.check_untied(model)\n    model.get_input_embeddings().weight.requires_grad_(True)\n",
+        harm="The adapter fits a base that nobody has: its weights moved in the training and are lost.",
+        tests=("tests/test_train.py::test_training_leaves_the_base_bit_identical",),
+    ),
+    Mutation(
+        name="seed_not_used",
+        file="stages/train_lora.py",
+        old="set_seed(params.trainer.seed)",
+        new="set_seed(0)",
+        harm="Replicates with other seeds begin with the same adapter, and their spread is too small.",
+        tests=("tests/test_lora.py",),
+    ),
+    Mutation(
+        name="lora_b_not_zero",
+        file="capas/lora.py",
+        old='LoraConfig(task_type="CAUSAL_LM", **lora.without(*OWN))',
+        new='LoraConfig(task_type="CAUSAL_LM", **{**lora.without(*OWN), "init_lora_weights": False})',
+        harm="The training begins with a damaged model instead of the base.",
+        tests=("tests/test_lora.py",),
+    ),
+    Mutation(
+        name="quantization_silently_none",
+        file="stages/quantize_model.py",
+        old='quantize = not stored and (asked["load_in_4bit"] or asked["load_in_8bit"])',
+        new="quantize = False",
+        harm="quantization=nf4 trains and evaluates a base in full precision.",
+        tests=("tests/test_quantize.py::test_method_and_sizes_are_measured",),
+    ),
+    Mutation(
+        name="sweep_point_run_twice",
+        file="capas/sweep/point.py",
+        old="        status = CACHED if found else DONE\n",
+        new="        found, status = None, DONE\n",
+        harm="The same sweep again trains for hours what it has already.",
+        tests=("tests/test_sweep.py::test_a_point_without_overrides_is_one",),
+    ),
+    Mutation(
+        name="publish_makes_a_second_run",
+        file="stages/publish_run.py",
+        old="found = store.find_or_create(key, run_name(key))",
+        new='found = store.find_or_create(f"{key}-{time.time_ns()}", run_name(key))',
+        harm="Every `dvc repro` leaves one more run of the same training in MLflow.",
+        tests=("tests/test_publish.py::test_a_second_publish_changes_nothing",),
+    ),
+    Mutation(
+        name="hand_edit_of_params_lost",
+        file="stages/compose_params.py",
+        old="    if written_by_dvc or conf_unchanged or options.keep:\n        return True\n",
+        new="    if written_by_dvc or conf_unchanged or options.keep:\n        return False\n",
+        harm="A value edited in params.yaml is overwritten without a word.",
+        tests=("tests/test_compose.py::test_an_adopted_key_is_named_when_its_file_is_edited",),
+    ),
+)
