@@ -5,6 +5,7 @@ import re
 import signal
 import sys
 from pathlib import Path
+from typing import NamedTuple
 
 import psutil
 import pytest
@@ -18,6 +19,7 @@ from torch.utils.data import BatchSampler, SequentialSampler
 
 from capas import capacity, launch
 from capas.batches import Collator, Filled, LengthGroupedSampler, make_filler
+from capas.cores import MAX_THREADS
 from capas.errors import CapasError
 from capas.params import Params
 from stages import quantize_model, train_lora
@@ -59,13 +61,32 @@ def alone(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return root
 
 
+class Stopped(NamedTuple):
+    """A training in two processes, what both starts of it say, and the files of the step in between."""
+
+    root: Path
+    first: str
+    second: str
+    saved: set[str]
+
+
 @pytest.fixture(scope="module")
-def two(tmp_path_factory: pytest.TempPathFactory) -> Path:
+def stopped(tmp_path_factory: pytest.TempPathFactory) -> Stopped:
+    """Two processes that are told to end, and the same command again."""
     root = prepared(tmp_path_factory.mktemp("two"), *TWO)
-    said = launched(root)
-    assert "2 processes share the memory" in said
-    assert len(re.findall("40 steps done", said)) == 1
-    return root
+    process, live = run_in_process(root), root / ".dvc/tmp/live"
+    wait_for(lambda: any('"step": 12' in f.read_text() for f in live.glob("*.jsonl")), process)
+    process.send_signal(signal.SIGTERM)
+    first = process.communicate()[0]
+    assert process.returncode == 1, first
+    assert not (root / ADAPTER).exists()
+    saved = {file.name for file in (root / ".dvc/tmp/checkpoints").glob("*/checkpoint-*/*")}
+    return Stopped(root, first, launched(root), saved)
+
+
+@pytest.fixture(scope="module")
+def two(stopped: Stopped) -> Path:
+    return stopped.root
 
 
 def test_two_processes_have_the_losses_of_one(alone: Path, two: Path) -> None:
@@ -96,20 +117,24 @@ def test_one_process_writes_and_the_others_leave_nothing(two: Path) -> None:
     assert cost["estimated_memory_parts"]["gradient_buckets"] > 0
 
 
-def test_told_to_end_both_save_their_step_and_go_on(two: Path, tmp_path: Path) -> None:
+def test_told_to_end_both_save_their_step_and_go_on(stopped: Stopped) -> None:
+    (step,) = re.findall(r"stopped by SIGTERM at step (\d+) of 40; it is saved", stopped.first)
+    assert "Traceback" not in stopped.first
+    assert "elastic" not in stopped.first
+    assert {"rng_state_0.pth", "rng_state_1.pth"} <= stopped.saved
+    assert f"going on from checkpoint-{step}" in stopped.second
+    assert "2 processes share the memory" in stopped.second
+    assert len(re.findall("40 steps done", stopped.second)) == 1
+
+
+@pytest.mark.slow
+def test_undisturbed_both_end_in_the_same_bytes(two: Path, tmp_path: Path) -> None:
     root = prepared(tmp_path, *TWO)
-    process, live = run_in_process(root), root / ".dvc/tmp/live"
-    wait_for(lambda: any('"step": 12' in f.read_text() for f in live.glob("*.jsonl")), process)
-    process.send_signal(signal.SIGTERM)
-    said = process.communicate()[0]
-    assert process.returncode == 1
-    (step,) = re.findall(r"stopped by SIGTERM at step (\d+) of 40; it is saved", said)
-    (folder,) = (root / ".dvc/tmp/checkpoints").glob(f"*/checkpoint-{step}")
-    assert {"rng_state_0.pth", "rng_state_1.pth"} <= {file.name for file in folder.iterdir()}
-    assert f"going on from checkpoint-{step}" in launched(root)
+    assert len(re.findall("40 steps done", launched(root))) == 1
     assert results(root) == results(two)
 
 
+@pytest.mark.slow
 def test_a_loss_that_is_no_number_is_told_once_and_in_words(tmp_path: Path) -> None:
     root = prepared(tmp_path, *TWO, "trainer.learning_rate=1.0e+30")
     process = run_in_process(root)
@@ -230,6 +255,7 @@ def fake_slurm(folder: Path) -> dict[str, str]:
     return job | {"SLURM_JOB_NODELIST": "local[1-2]", "PATH": f"{folder}:{os.environ['PATH']}"}
 
 
+@pytest.mark.slow
 def test_two_machines_of_a_job_give_the_bytes_of_one(two: Path, tmp_path: Path) -> None:
     root = prepared(tmp_path / "work", *TWO, "hardware.num_machines=2")
     launched(root, **fake_slurm(tmp_path / "bin"))
@@ -311,7 +337,8 @@ OPTIONS = (
 AGENT = (sys.executable, "-m", "capas.agent", "--multi_gpu")
 
 
-def test_one_machine_has_one_agent() -> None:
+def test_one_machine_has_one_agent(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delenv(MAX_THREADS, raising=False)  # of pytest's workers
     command = launch.agents(Params(HARDWARE), Path("stages/train_lora.py"), {"SLURM_JOB_ID": "7"})
     options = [word.format(machines=1) for word in OPTIONS]
     assert command == [*AGENT, *options, "--main_process_port", "0", "stages/train_lora.py"]
@@ -322,6 +349,7 @@ def test_a_job_of_slurm_has_an_agent_on_each_node(
 ) -> None:
     job = fake_slurm(tmp_path / "bin") | {"SLURM_JOB_ID": "123456", "SLURM_CPUS_PER_TASK": "16"}
     monkeypatch.setenv("PATH", job["PATH"])
+    monkeypatch.delenv(MAX_THREADS, raising=False)
     hardware = Params({**HARDWARE, "num_machines": 2})
     command = launch.agents(hardware, Path("stages/train_lora.py"), job)
     assert command == [

@@ -23,6 +23,8 @@ from capas.model import TunedModel, load_model
 from capas.params import Params
 from stages import train_lora
 
+pytestmark = pytest.mark.usefixtures("without_estimate")
+
 FULL = (
     "lora=none",
     "lora.r=null",

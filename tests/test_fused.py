@@ -13,6 +13,8 @@ from transformers import AutoModelForCausalLM, BitsAndBytesConfig
 from capas import fused
 from capas.errors import CapasError
 
+pytestmark = pytest.mark.usefixtures("without_estimate")
+
 
 def make(folder: Path, checkpointing: bool = False, **lora: Any) -> Any:
     """A Llama in NF4 and bfloat16, its B not zero."""

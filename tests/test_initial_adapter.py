@@ -24,6 +24,8 @@ from capas.sources import adapter_revision
 from capas.stage import Stage
 from stages import fetch_model, quantize_model, train_lora
 
+pytestmark = pytest.mark.usefixtures("without_estimate")
+
 PLAIN, CPU = Params({"dtype": "float32"}), torch.device("cpu")
 IDS = torch.arange(40).view(2, 20)
 

@@ -8,12 +8,12 @@ from typing import Any
 import pytest
 import torch
 from architectures import SIZES, whole
+from shipped import composed
 from tiny import REPOSITORY, make_model, read_params, run_stage, write_workspace
 from transformers import AutoConfig, LlamaConfig, Trainer, TrainingArguments
 
 from capas import activations, capacity, cli, heap, memory
 from capas.activations import Alive, Batch, Phase
-from capas.composition import composer
 from capas.dag import StageSpec
 from capas.errors import CapasError
 from capas.memory import Estimate, Workload
@@ -26,8 +26,7 @@ CPU = torch.device("cpu")
 
 
 def compose(*overrides: str) -> Params:
-    with composer(REPOSITORY / "conf") as run:
-        return Params(run(["quantization=none", *overrides]))
+    return Params(composed(["quantization=none", *overrides]))
 
 
 def save(folder: Path, **config: Any) -> Path:
@@ -127,7 +126,7 @@ def test_ways_out_of_a_full_training_lead_to_lora(tmp_path: Path) -> None:
     found = memory.estimate(folder, params.model, params.lora, params.trainer, workload)
     ways = memory.ways_out(found, workload, params.trainer)
     assert ways[0] == "lora=all_linear quantization=nf4 instead of lora=none"
-    assert ways[-1] == "trainer.optim=adamw_8bit instead of adamw_torch"
+    assert ways[-1] == "trainer.optim=adamw_8bit instead of adamw_torch_fused"
 
 
 def test_every_optimizer_of_the_schema_is_in_the_table() -> None:
@@ -306,10 +305,16 @@ def test_the_stage_stops_before_it_loads_anything(
         train_lora.main(*prepared(tmp_path))
 
 
+FULL = ("lora=none", "lora.r=null", "trainer.learning_rate=1.0e-3")
+
+
+@pytest.mark.parametrize(
+    "options", [(), (*FULL, "trainer.packing_length=64", "trainer.gradient_checkpointing=true")]
+)
 def test_the_estimate_stands_beside_the_measured_peak(
-    tmp_path: Path, caplog: pytest.LogCaptureFixture
+    tmp_path: Path, caplog: pytest.LogCaptureFixture, options: tuple[str, ...]
 ) -> None:
-    params, stage = prepared(tmp_path, "trainer.max_steps=2")
+    params, stage = prepared(tmp_path, "trainer.max_steps=2", *options)
     with caplog.at_level(logging.INFO, "capas"):
         train_lora.main(params, stage)
     parts = stage.costs["estimated_memory_parts"]

@@ -15,6 +15,8 @@ from capas import packing
 from capas.batches import Collator, Example, score_tokens
 from capas.errors import CapasError
 
+pytestmark = pytest.mark.usefixtures("without_estimate")
+
 LENGTHS = [7, 3, 12, 5, 9, 4, 2, 11]
 
 

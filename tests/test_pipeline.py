@@ -1,39 +1,85 @@
 """The whole pipeline in a throw-away clone: what a user sees.
 
-With `experiment: quick` by default; in the slow tier with the shipped configuration, too.
+With a smaller `experiment: quick` by default; in the slow tier with the shipped configuration, too.
 """
 
+import io
 import json
+import multiprocessing
+import os
+import signal
 from pathlib import Path
+from typing import Any, NamedTuple
 
 import pytest
 import yaml
+from report_inputs import write_inputs
+from test_publish import publish, the_run
 from workspace import Workspace, make_workspace, stages_run
 
+from capas import cli
 from capas.cores import MAX_THREADS
+from stages import publish_run
 
 AFTER_TRAIN = {"train", "evaluate", "sample", "report", "publish"}
-
-
+MARKER = "reports/.published"
 # The order of sets, the language and the clock of another machine.
 ELSEWHERE = {"PYTHONHASHSEED": "7", "LANG": "C", "TZ": "Asia/Tokyo"}
+# Stages that take a second or two, and train.
+FORCED = ("fetch", "tokenize", "format", "train", "report")
+SMALLER = {
+    "conf/experiment/quick.yaml": {
+        "num_train: 400, num_validation: 40, num_test_per_kind: 8": (
+            "num_train: 200, num_validation: 20, num_test_per_kind: 2"
+        ),
+        "evaluation: {max_new_tokens: 48}": "evaluation: {max_new_tokens: 16}",
+        "generation: {num_prompts: 2, num_return_sequences: 2, max_new_tokens: 48}": (
+            "generation: {num_prompts: 1, num_return_sequences: 2, max_new_tokens: 8}"
+        ),
+    },
+    "conf/trainer/quick.yaml": {"max_steps: 20": "max_steps: 12", "save_steps: 5": "save_steps: 3"},
+}
+
+
+class Finished(NamedTuple):
+    """A clone after `dvc repro`, and what its second start says: the first was killed in train."""
+
+    workspace: Workspace
+    log: str
+    published: str
 
 
 @pytest.fixture(scope="module", params=["quick", pytest.param("none", marks=pytest.mark.slow)])
-def finished(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Workspace:
+def finished(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Finished:
     workspace = make_workspace(tmp_path_factory.mktemp("pipeline"))
     workspace.edit("conf/config.yaml", "experiment: none", f"experiment: {request.param}")
-    workspace.repro()
+    if request.param == "quick":
+        for file, edits in SMALLER.items():
+            for old, new in edits.items():
+                workspace.edit(file, old, new)
+    kill_train(workspace, "complete.json")
+    log = workspace.repro()
     workspace.commit()
-    return workspace
+    return Finished(workspace, log, workspace.read(MARKER))
 
 
 @pytest.fixture
-def workspace(finished: Workspace) -> Workspace:
-    finished.run("git", "checkout", "-q", ".")
-    finished.run("dvc", "checkout", "-q")
-    finished.repro()
-    return finished
+def workspace(finished: Finished) -> Workspace:
+    """As it was committed; the marker is in neither git nor DVC's cache."""
+    workspace = finished.workspace
+    if workspace.run("git", "status", "--porcelain"):
+        workspace.run("git", "checkout", "-q", ".")
+        workspace.run("dvc", "checkout", "-q")
+    (workspace.root / MARKER).write_text(finished.published)
+    return workspace
+
+
+def kill_train(workspace: Workspace, file: str) -> None:
+    """As soon as `file` is in the second checkpoint."""
+    folder = workspace.root / ".dvc/tmp/checkpoints"
+    found = f"train-*/checkpoint-*/{file}"
+    workspace.repro_killed("train", lambda: len(list(folder.glob(found))) > 1)
+    assert not (workspace.root / "data/models/adapter").exists()
 
 
 def partial(workspace: Workspace, path: str) -> Path:
@@ -55,32 +101,83 @@ def test_a_second_run_runs_nothing_and_git_sees_no_change(workspace: Workspace) 
     assert workspace.run("git", "status", "--porcelain") == ""
 
 
+def test_a_killed_training_goes_on_to_the_bytes_of_one_that_was_not(
+    finished: Finished, workspace: Workspace
+) -> None:
+    """And the stages before and after it write the same bytes elsewhere."""
+    assert "train: going on from checkpoint-" in finished.log
+    before = workspace.read("dvc.lock")
+    log = workspace.repro("--force", "--single-item", *FORCED, **ELSEWHERE)
+    assert set(stages_run(log)) == set(FORCED)
+    assert "going on from checkpoint-" not in log
+    assert workspace.read("dvc.lock") == before
+
+
 def test_a_comment_reruns_compose_alone(workspace: Workspace) -> None:
     workspace.edit("conf/lora/_base.yaml", "r: 16", "r: 16 # a comment")
     assert stages_run(workspace.repro()) == ["compose"]
 
 
 def test_one_value_reruns_what_it_touches(workspace: Workspace) -> None:
+    """By `dvc exp run -S`; then, once it is applied, another one by an edit."""
+    before = workspace.read("reports/samples.jsonl")
+    log = workspace.run("dvc", "exp", "run", "-n", "other", "-S", "generation.seed=1")
+    assert set(stages_run(log)) == {"compose", "sample", "report", "publish"}
+    workspace.run("git", "checkout", "-q", ".")
+    workspace.run("dvc", "exp", "apply", "other")
+    assert workspace.read("reports/samples.jsonl") != before
+    assert set(stages_run(workspace.repro())) <= {"publish"}
+    workspace.edit("conf/model/embedded.yaml", "licence: apache-2.0", "licence: mit")
+    assert stages_run(workspace.repro("report")) == ["compose", "report"]
+    values = yaml.safe_load(workspace.read("params.yaml"))
+    assert (values["generation"]["seed"], values["model"]["licence"]) == (1, "mit")
+
+
+@pytest.mark.slow
+def test_one_value_of_the_training_reruns_it(workspace: Workspace) -> None:
     workspace.edit("conf/lora/_base.yaml", "r: 16", "r: 4")
     assert set(stages_run(workspace.repro())) == {"compose", *AFTER_TRAIN}
     assert '"r": 4' in workspace.read("data/models/adapter/adapter_config.json")
 
 
-@pytest.mark.parametrize("when", ["between steps", "while saving"])
-def test_a_killed_training_ends_in_the_same_bytes(workspace: Workspace, when: str) -> None:
+@pytest.mark.slow
+def test_exp_run_trains_with_its_value(workspace: Workspace) -> None:
+    log = workspace.run("dvc", "exp", "run", "-n", "slower", "-S", "trainer.learning_rate=1e-3")
+    assert set(stages_run(log)) > AFTER_TRAIN
+    workspace.run("git", "checkout", "-q", ".")
+    workspace.run("dvc", "exp", "apply", "slower")
+    assert set(stages_run(workspace.repro())) <= {"publish"}
+    workspace.edit("conf/lora/_base.yaml", "r: 16", "r: 4")
+    workspace.repro("compose")
+    assert "learning_rate: 0.001\n" in workspace.read("params.yaml")
+
+
+@pytest.mark.slow
+def test_forced_again_every_stage_writes_the_same_bytes(workspace: Workspace) -> None:
+    before = workspace.read("dvc.lock")
+    workspace.repro("--force", **ELSEWHERE)
+    assert workspace.read("dvc.lock") == before
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("file", ["complete.json", "adapter_model.safetensors"])
+def test_a_training_that_is_killed_again_ends_in_the_same_bytes(
+    workspace: Workspace, file: str
+) -> None:
+    """Between two steps, and while a checkpoint is written."""
     expected = workspace.outputs()
     forget(workspace, "train")
-    folder = workspace.root / ".dvc/tmp/checkpoints"
-    second = 2 * yaml.safe_load(workspace.read("params.yaml"))["trainer"]["save_steps"]
-    pattern = f"train-*/checkpoint-{second}" + ("/complete.json" if when == "between steps" else "")
-    workspace.repro_killed("train", lambda: any(folder.glob(pattern)))
-    assert not (workspace.root / "data/models/adapter").exists()
+    kill_train(workspace, file)
     assert "train: going on from checkpoint-" in workspace.repro()
     assert workspace.outputs() == expected
 
 
 @pytest.mark.parametrize(
-    ("stage", "path"), [("format", "data/formatted"), ("quantize", "data/models/quantized")]
+    ("stage", "path"),
+    [
+        ("format", "data/formatted"),
+        pytest.param("quantize", "data/models/quantized", marks=pytest.mark.slow),
+    ],
 )
 def test_a_killed_stage_ends_in_the_same_bytes(workspace: Workspace, stage: str, path: str) -> None:
     expected = workspace.outputs()
@@ -91,6 +188,7 @@ def test_a_killed_stage_ends_in_the_same_bytes(workspace: Workspace, stage: str,
     assert workspace.outputs() == expected
 
 
+@pytest.mark.slow
 def test_a_killed_publish_leaves_one_finished_run(workspace: Workspace) -> None:
     expected = workspace.outputs()
     (workspace.root / "mlflow.db").unlink()
@@ -111,36 +209,51 @@ print([(run.info.status, "tuned/loss" in run.data.metrics) for run in runs])
 """
 
 
-def test_exp_run_apply_and_a_later_edit(workspace: Workspace) -> None:
-    log = workspace.run("dvc", "exp", "run", "-n", "slower", "-S", "trainer.learning_rate=1e-3")
-    assert set(stages_run(log)) > AFTER_TRAIN
-    workspace.run("git", "checkout", "-q", ".")
-    workspace.run("dvc", "exp", "apply", "slower")
-    assert set(stages_run(workspace.repro())) <= {"publish"}
-    workspace.edit("conf/lora/_base.yaml", "r: 16", "r: 4")
-    workspace.repro("compose")
-    assert "learning_rate: 0.001\n" in workspace.read("params.yaml")
+def test_a_publish_that_is_killed_is_completed_in_the_same_run(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """In a fork of this process, before it sends the files."""
+    root = write_inputs(tmp_path)
+    with monkeypatch.context() as patch:
+        patch.setattr(
+            publish_run, "send_artifacts", lambda *_: os.kill(os.getpid(), signal.SIGKILL)
+        )
+        process = multiprocessing.get_context("fork").Process(target=publish, args=(root,))
+        process.start()
+        process.join()
+    assert process.exitcode == -signal.SIGKILL
+    assert the_run(root)[1].info.status == "FAILED"
+    publish(root)
+    assert the_run(root)[1].info.status == "FINISHED"
+    assert "tuned/loss" in the_run(root)[1].data.metrics
 
 
-def test_the_result_is_asked_and_merged(workspace: Workspace, tmp_path: Path) -> None:
+@pytest.fixture
+def here(workspace: Workspace, monkeypatch: pytest.MonkeyPatch) -> pytest.MonkeyPatch:
+    """This process in the workspace."""
+    for name in [n for n in os.environ if n.startswith(("DVC_", "GIT_", "MLFLOW_"))]:
+        monkeypatch.delenv(name)
+    monkeypatch.chdir(workspace.root)
+    return monkeypatch
+
+
+def test_the_result_is_asked_and_merged(
+    workspace: Workspace, here: pytest.MonkeyPatch, tmp_path: Path, capsys: Any
+) -> None:
     """That of the workspace, and the same one as MLflow holds it."""
     key = json.loads(workspace.read("reports/train.json"))["train_key"]
     weights = []
     for source in ([], ["--run", key]):
         folder = tmp_path / f"merged{len(source)}"
-        said = workspace.run("python", "-m", "capas", "merge", str(folder), *source)
-        assert "(tolerance for float32: 0.001; the adapter changes" in said
+        assert cli.main(["merge", str(folder), *source]) == 0
+        said = capsys.readouterr()
+        assert "(tolerance for float32: 0.001; the adapter changes" in said.out + said.err
         weights.append((folder / "model.safetensors").read_bytes())
     assert weights[0] == weights[1]
-    asked = f"printf 'set a timer for 99 minutes\\n/base\\n' | python -m capas chat --run {key}"
-    assert len(workspace.run("bash", "-c", asked).splitlines()) >= 2
+    here.setattr("sys.stdin", io.TextIOWrapper(io.BytesIO(b"set a timer for 99 minutes\n/base\n")))
+    assert cli.main(["chat", "--run", key]) == 0
+    assert len(capsys.readouterr().out.splitlines()) >= 2
     assert workspace.run("git", "status", "--porcelain") == ""
-
-
-def test_forced_again_every_stage_writes_the_same_bytes(workspace: Workspace) -> None:
-    before = workspace.read("dvc.lock")
-    workspace.repro("--force", **ELSEWHERE)
-    assert workspace.read("dvc.lock") == before
 
 
 @pytest.mark.slow

@@ -15,6 +15,7 @@ from tiny import (
     SHRUNK,
     link_code,
     read_json,
+    read_params,
     run_stage,
     write_lock,
     write_raw,
@@ -40,6 +41,8 @@ from stages import (
     train_lora,
 )
 from stages.compose_params import resolved_files
+
+pytestmark = pytest.mark.usefixtures("without_estimate")
 
 PRESETS = sorted(f.stem for f in (REPOSITORY / "conf/model").glob("[!_]*.yaml"))
 STAGES: dict[str, Callable[..., None]] = {
@@ -235,7 +238,5 @@ def test_soft_capping_is_never_left_out(tmp_path: Path) -> None:
 
 
 def load_quantized(made: Made) -> Any:
-    model = Params(made.values["model"]).without(
-        "preset", "licence", "pad_token", "revision", "model_name_or_path"
-    )
-    return load_model(made.root / "data/models/quantized", Params(model), torch.device("cpu"))
+    model = read_params("train", made.root).model
+    return load_model(made.root / "data/models/quantized", model, torch.device("cpu"))

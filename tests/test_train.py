@@ -2,6 +2,7 @@
 
 import csv
 import hashlib
+import logging
 import math
 import os
 import random
@@ -21,6 +22,7 @@ import pytest
 import torch
 from peft import LoraConfig, get_peft_model
 from safetensors.torch import load_file, save_file
+from shipped import composed
 from tiny import REPOSITORY, make_model, read_json, read_params, run_stage, write_workspace
 from transformers import EvalPrediction, GPT2Config, GPT2LMHeadModel
 
@@ -34,7 +36,6 @@ from capas.batches import (
     score_tokens,
     tails,
 )
-from capas.composition import composer
 from capas.errors import CapasError
 from capas.lora import check_untied
 from capas.model import attach_adapter, load_model
@@ -43,6 +44,8 @@ from capas.records import IGNORE_INDEX
 from capas.training import Checkpoints, EarlyStopping, last_checkpoint, summarize, waited
 from stages import quantize_model, train_lora
 from stages.train_lora import check_lengths, check_target_modules
+
+pytestmark = pytest.mark.usefixtures("without_estimate")
 
 ADAPTER = "data/models/adapter/adapter_model.safetensors"
 RESULTS = (ADAPTER, "data/models/adapter/adapter_config.json")
@@ -293,8 +296,7 @@ def test_batches_of_similar_length_keep_to_their_tokens() -> None:
 
 
 def asked(*overrides: str) -> Params:
-    with composer(REPOSITORY / "conf") as compose:
-        return Params(compose(["hardware.num_threads=1", "trainer.optim=adamw_8bit", *overrides]))
+    return Params(composed(["hardware.num_threads=1", "trainer.optim=adamw_8bit", *overrides]))
 
 
 USED = {
@@ -610,8 +612,32 @@ def test_killed_in_a_step_and_in_a_save_it_ends_the_same(tmp_path: Path) -> None
     assert results(root) == results(undisturbed)
 
 
-def test_told_to_end_it_saves_its_step_and_goes_on(tmp_path: Path) -> None:
+def test_told_to_end_it_saves_its_step_and_goes_on(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
     """SIGTERM between two checkpoints and between two rows of the log."""
+    options = ("trainer.max_steps=16", "trainer.save_steps=20", "trainer.logging_steps=7")
+    undisturbed = train(tmp_path / "undisturbed", *options)
+    root, step = prepared(tmp_path / "preempted", *options), training.Trainer.training_step
+
+    def ended(self: Any, *args: Any) -> torch.Tensor:
+        if self.state.global_step == 9:
+            os.kill(os.getpid(), signal.SIGTERM)
+        return step(self, *args)
+
+    saved = pytest.raises(CapasError, match="stopped by SIGTERM at step 10 of 16; it is saved")
+    with pytest.MonkeyPatch.context() as patch, saved:
+        patch.setattr(training.Trainer, "training_step", ended)
+        run_stage("train", train_lora.main, root)
+    assert not (root / ADAPTER).exists()
+    with caplog.at_level(logging.INFO, "capas"):
+        run_stage("train", train_lora.main, root)
+    assert "going on from checkpoint-10" in caplog.text
+    assert results(root) == results(undisturbed)
+
+
+@pytest.mark.slow
+def test_a_process_that_is_told_to_end_does_the_same(tmp_path: Path) -> None:
     options = ("trainer.max_steps=60", "trainer.save_steps=50", "trainer.logging_steps=7")
     undisturbed = train(tmp_path / "undisturbed", *options)
     root = prepared(tmp_path / "preempted", *options)
@@ -662,14 +688,13 @@ def test_ended_twenty_times_at_random_it_ends_the_same(tmp_path: Path) -> None:
 def test_resumed_in_the_second_epoch_it_sees_the_same_batches(
     tmp_path: Path, strategy: str
 ) -> None:
-    """10 steps an epoch: checkpoint 15 stands in the middle of the second."""
+    """10 steps an epoch: checkpoint 13 stands in the middle of the second."""
     options = (
-        f"trainer.train_sampling_strategy={strategy}",
-        "trainer.max_steps=24",
-        "trainer.save_steps=15",
+        *(f"trainer.train_sampling_strategy={strategy}", "trainer.max_steps=18"),
+        *("trainer.save_steps=13", "trainer.eval_steps=9"),
     )
     undisturbed = train(tmp_path / "undisturbed", *options)
-    assert results(stopped_once(tmp_path / "stopped", 18, *options)) == results(undisturbed)
+    assert results(stopped_once(tmp_path / "stopped", 14, *options)) == results(undisturbed)
 
 
 def test_half_written_checkpoint_is_passed_over(tmp_path: Path) -> None:

@@ -17,14 +17,16 @@ from typing import Any
 
 import pytest
 import torch
+from shipped import composed
 from test_train import ADAPTER, history, prepared, results, train
 from tiny import REPOSITORY, read_json, run_stage
 
 from capas import extras, unsloth
-from capas.composition import composer
 from capas.config import validate
 from capas.errors import CapasError
-from stages import quantize_model
+from stages import quantize_model, train_lora
+
+pytestmark = pytest.mark.usefixtures("without_estimate")
 
 # Unsloth on a CPU takes the fused AdamW.
 OPTIONS = ("quantization=nf4", "trainer.max_steps=8", "trainer.optim=adamw_torch_fused")
@@ -40,8 +42,7 @@ GPU = (
 
 
 def compose(*overrides: str) -> dict[str, Any]:
-    with composer(REPOSITORY / "conf") as composed:
-        values: dict[str, Any] = composed(["trainer.backend=unsloth", *overrides])
+    values: dict[str, Any] = composed(["trainer.backend=unsloth", *overrides])
     validate(values)
     return values
 
@@ -119,9 +120,7 @@ def test_what_it_computes_is_read_off_the_model() -> None:
 def with_unsloth(
     root: Path, *site: Path, fallback: str = "0"
 ) -> "subprocess.CompletedProcess[str]":
-    """The stage as DVC runs it, on params that name Unsloth for a CPU, which compose would refuse."""
-    params = root / "params.yaml"
-    params.write_text(params.read_text().replace("backend: transformers", "backend: unsloth"))
+    """The stage as DVC runs it."""
     path = os.pathsep.join([*map(str, (REPOSITORY, *site)), os.environ.get("PYTHONPATH", "")])
     env = {**os.environ, "PYTHONPATH": path, "UNSLOTH_DISABLE_CPU_FALLBACK": fallback}
     return subprocess.run(
@@ -130,8 +129,11 @@ def with_unsloth(
 
 
 def quantized(root: Path, *overrides: str) -> Path:
+    """Params that name Unsloth for a CPU, which compose would refuse, and a quantized base."""
     prepared(root, *OPTIONS, *overrides)
     run_stage("quantize", quantize_model.main, root)
+    params = root / "params.yaml"
+    params.write_text(params.read_text().replace("backend: transformers", "backend: unsloth"))
     return root
 
 
@@ -147,12 +149,22 @@ def standin(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return site
 
 
+CHECKPOINTING, GAUSSIAN = "trainer.gradient_checkpointing=true", "lora.init_lora_weights=gaussian"
+
+
 @pytest.mark.parametrize(
-    "option", ["trainer.gradient_checkpointing=true", "lora.init_lora_weights=gaussian"]
+    "options",
+    [
+        pytest.param((CHECKPOINTING,), marks=pytest.mark.slow),
+        pytest.param((GAUSSIAN,), marks=pytest.mark.slow),
+        (CHECKPOINTING, GAUSSIAN),
+    ],
 )
-def test_data_adapter_and_reports_are_the_same(tmp_path: Path, standin: Path, option: str) -> None:
-    plain = train(tmp_path / "plain", *OPTIONS, option, quantize=True)
-    other = quantized(tmp_path / "unsloth", option)
+def test_data_adapter_and_reports_are_the_same(
+    tmp_path: Path, standin: Path, options: tuple[str, ...]
+) -> None:
+    plain = train(tmp_path / "plain", *OPTIONS, *options, quantize=True)
+    other = quantized(tmp_path / "unsloth", *options)
     done = with_unsloth(other, standin)
     assert done.returncode == 0, done.stderr
     assert results(other).items() - results(plain).items() == {
@@ -175,7 +187,7 @@ def test_without_a_gpu_the_stage_says_what_unsloth_says(tmp_path: Path, standin:
 
 
 def test_a_record_beyond_the_models_positions_is_refused_first(
-    tmp_path: Path, standin: Path
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Unsloth would stretch the positions to hold it."""
     root = quantized(tmp_path)
@@ -184,18 +196,17 @@ def test_a_record_beyond_the_models_positions_is_refused_first(
     config.write_text(
         text.replace('"max_position_embeddings": 512', '"max_position_embeddings": 9')
     )
-    done = with_unsloth(root, standin)
-    assert done.returncode == 1 and "the model has positions for 9" in done.stderr
+    monkeypatch.setattr(unsloth, "prepare", lambda root: None)
+    monkeypatch.setattr(unsloth, "load_base", lambda *args: pytest.fail("it was loaded"))
+    with pytest.raises(CapasError, match="the model has positions for 9"):
+        run_stage("train", train_lora.main, root)
 
 
 @pytest.mark.skipif(find_spec("unsloth") is not None, reason="Unsloth is installed")
 def test_not_installed_it_is_named(tmp_path: Path) -> None:
-    done = with_unsloth(quantized(tmp_path))
-    assert done.returncode == 1
-    assert (
-        "trainer.backend=unsloth needs unsloth 2026.10.9, and unsloth is not installed"
-        in done.stderr
-    )
+    message = r"trainer.backend=unsloth needs unsloth 2026\.10\.9, and unsloth is not installed"
+    with pytest.raises(CapasError, match=message):
+        run_stage("train", train_lora.main, quantized(tmp_path))
 
 
 @pytest.mark.slow
