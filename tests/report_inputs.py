@@ -10,20 +10,24 @@ from collections.abc import Iterable
 from functools import cache
 from pathlib import Path
 from typing import Any
+from unittest.mock import Mock
 
 import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
+import pytest
 import yaml
 from safetensors.numpy import save_file
 from shipped import composed, composed_text
 from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers, trainers
 
 from capas import gate
-from capas.dag import StageSpec, recorded_key
+from capas.dag import StageSpec, read_yaml, recorded_key
 from capas.metrics.names import BINARY, name_of
-from capas.params import flatten
+from capas.params import Params, flatten, select
 from capas.records import RAW, write_records
+from capas.stage import Stage
+from stages import build_report
 
 REPOSITORY = Path(__file__).parents[1]
 KINDS = ("seen", "values", "phrasings", "combinations", "both")
@@ -441,3 +445,29 @@ def _json(path: Path, value: Any) -> None:
 def _write(path: Path, text: str) -> None:
     path.parent.mkdir(parents=True, exist_ok=True)
     path.write_text(text, encoding="utf-8")
+
+
+def build(root: Path, *languages: str) -> dict[str, str]:
+    """The pages by language, of those named or of all."""
+    spec = StageSpec.read("report", root)
+    values = select(read_yaml(root / "params.yaml"), spec.params["params.yaml"])
+    stage, pages = Stage(spec, root), build_report.LANGUAGES
+    chosen = {code: pages[code] for code in languages or pages}
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(build_report, "LANGUAGES", chosen)
+        build_report.main(Params(values), stage)
+    return {code: stage.out(page).read_text() for code, page in chosen.items()}
+
+
+def build_words(root: Path, plots: bool = False) -> str:
+    """The English page, with no more than the places of its plots: they take seconds.
+
+    Args:
+        plots: compose the plots, because their data is of another kind than the default run's; not drawn.
+    """
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(build_report, "to_svg", lambda *_: "<svg></svg>")
+        if not plots:
+            patch.setattr(build_report, "plots", Mock())
+            patch.setattr(build_report, "pipeline", Mock())
+        return build(root, "en")["en"]

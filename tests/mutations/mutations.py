@@ -29,7 +29,7 @@ MUTATIONS = (
         old="            return found.end()\n",
         new="            return found.start()\n",
         harm="The tuned model never learns to stop.",
-        tests=("tests/test_chat.py",),
+        tests=("tests/chat/test_chat.py",),
     ),
     Mutation(
         name="control_token_parsed_from_content",
@@ -37,7 +37,7 @@ MUTATIONS = (
         old="self._built[key].encode_special_tokens = True",
         new="self._built[key].encode_special_tokens = False",
         harm="A content that holds <|im_end|> forges the end of its turn.",
-        tests=("tests/test_chat.py",),
+        tests=("tests/chat/test_chat.py",),
     ),
     Mutation(
         name="mask_shifted_by_one",
@@ -45,7 +45,7 @@ MUTATIONS = (
         old="labels = np.where(columns.trained.values,",
         new="labels = np.where(np.roll(columns.trained.values, 1),",
         harm="The first token of every answer carries no loss, and the token after its end does.",
-        tests=("tests/test_format.py",),
+        tests=("tests/chat/test_format.py",),
     ),
     Mutation(
         name="padding_masked_by_token_id",
@@ -61,7 +61,7 @@ MUTATIONS = (
         old="            self.dropped[reason] = marks\n",
         new="",
         harm="Duplicates and leaks vanish from the data, and no report says so.",
-        tests=("tests/test_fetch_sources.py",),
+        tests=("tests/dataset/test_fetch_sources.py",),
     ),
     Mutation(
         name="leak_into_test_kept",
@@ -69,7 +69,7 @@ MUTATIONS = (
         old="np.concatenate([of[VALIDATION], of[TEST]])",
         new="of[VALIDATION]",
         harm="Prompts of the test split are trained on, and the scores are too good.",
-        tests=("tests/test_splits.py",),
+        tests=("tests/dataset/test_splits.py",),
     ),
     Mutation(
         name="undeclared_param_readable",
@@ -125,7 +125,7 @@ MUTATIONS = (
         old="tail = (1 - confidence_fraction) / 2",
         new="tail = 1 - confidence_fraction",
         harm="An interval of 95% holds 90%, and chance passes for a gain.",
-        tests=("tests/test_metrics.py",),
+        tests=("tests/metrics/test_metrics.py",),
     ),
     Mutation(
         name="gate_passes_without_gain",
@@ -133,7 +133,7 @@ MUTATIONS = (
         old='"passed": low > 0}',
         new='"passed": high > 0}',
         harm="A model that is not shown to be better than its base is registered.",
-        tests=("tests/test_gate.py",),
+        tests=("tests/metrics/test_gate.py",),
     ),
     Mutation(
         name="merged_model_not_compared",
@@ -181,7 +181,7 @@ MUTATIONS = (
         old="        status = CACHED if found else DONE\n",
         new="        found, status = None, DONE\n",
         harm="The same sweep again trains for hours what it has already.",
-        tests=("tests/test_sweep.py::test_a_point_without_overrides_is_one",),
+        tests=("tests/sweep/test_sweep.py::test_a_point_without_overrides_is_one",),
     ),
     Mutation(
         name="publish_makes_a_second_run",

@@ -9,7 +9,7 @@ from capas.dag import StageSpec, read_yaml
 from capas.page import pipeline, plots
 from capas.page.figure import COLOURS, to_svg
 
-REPOSITORY = Path(__file__).parents[1]
+REPOSITORY = Path(__file__).parents[2]
 
 
 @pytest.fixture(scope="module")

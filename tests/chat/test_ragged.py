@@ -81,7 +81,7 @@ def test_data_stages_do_without_pandas_and_transformers() -> None:
         "Ragged.from_arrow(r); texts_to_arrow(['a']); "
         "print(sorted({'pandas', 'torch', 'transformers'} & set(sys.modules)))"
     )
-    root = Path(__file__).resolve().parents[1]
+    root = Path(__file__).resolve().parents[2]
     done = subprocess.run(
         [sys.executable, "-c", code], cwd=root, capture_output=True, text=True, check=True
     )

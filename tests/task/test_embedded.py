@@ -19,7 +19,7 @@ from capas.task.pretraining import (
 )
 from stages import pretrain_embedded
 
-FOLDER = Path(__file__).resolve().parents[1] / "data" / "embedded"
+FOLDER = Path(__file__).resolve().parents[2] / "data" / "embedded"
 MANIFEST = json.loads((FOLDER / "manifest.json").read_text())
 
 

@@ -6,47 +6,18 @@ from collections.abc import Callable
 from html.parser import HTMLParser
 from pathlib import Path
 from typing import Any
-from unittest.mock import Mock
 
 import pytest
-from report_inputs import REPOSITORY, write_inputs
+from report_inputs import REPOSITORY, build, build_words, write_inputs
 
-from capas.dag import StageSpec, read_yaml
+from capas.dag import read_yaml
 from capas.dataset.flaws import KEEP, MERGE, REPLACE, WAYS_OUT
 from capas.dataset.selection import BEYOND, DUPLICATE, LEAK, NOT_DRAWN
 from capas.metrics.names import BUILT_IN
-from capas.params import Params, flatten, select
-from capas.stage import Stage
-from stages import build_report
+from capas.params import flatten
 
 PAGE = REPOSITORY / "capas/page"
 VOID = {"meta", "br", "link", "img", "input", "hr"}
-
-
-def build(root: Path, *languages: str) -> dict[str, str]:
-    """The pages by language, of those named or of all."""
-    spec = StageSpec.read("report", root)
-    values = select(read_yaml(root / "params.yaml"), spec.params["params.yaml"])
-    stage, pages = Stage(spec, root), build_report.LANGUAGES
-    chosen = {code: pages[code] for code in languages or pages}
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(build_report, "LANGUAGES", chosen)
-        build_report.main(Params(values), stage)
-    return {code: stage.out(page).read_text() for code, page in chosen.items()}
-
-
-def build_words(root: Path, plots: bool = False) -> str:
-    """The English page, with no more than the places of its plots: they take seconds.
-
-    Args:
-        plots: compose the plots, because their data is of another kind than the default run's; not drawn.
-    """
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(build_report, "to_svg", lambda *_: "<svg></svg>")
-        if not plots:
-            patch.setattr(build_report, "plots", Mock())
-            patch.setattr(build_report, "pipeline", Mock())
-        return build(root, "en")["en"]
 
 
 @pytest.fixture(scope="module")

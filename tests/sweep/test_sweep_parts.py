@@ -33,7 +33,7 @@ from capas.sweep.slots import place, some_of, visible_gpus
 from capas.sweep.state import DONE, FAILED, RUNNING, State, read_states
 from capas.sweep.task import Task, is_of_sweep, prepare
 
-REPOSITORY = Path(__file__).resolve().parents[1]
+REPOSITORY = Path(__file__).resolve().parents[2]
 SETTINGS = {
     "objective": "train.loss",
     "direction": "minimize",

@@ -8,9 +8,8 @@ from typing import Any
 
 import pytest
 import torch
-from report_inputs import write_inputs
+from report_inputs import build_words, write_inputs
 from shipped import composed
-from test_report import build_words
 from tiny import read_json, read_params, run_stage, write_workspace
 
 from capas import result
