@@ -5,13 +5,11 @@ from typing import TYPE_CHECKING
 
 import psutil  # type: ignore[import-untyped]
 
+from capas import cgroups
 from capas.params import Params
 
 if TYPE_CHECKING:
     import torch
-
-_CGROUPS = Path("/sys/fs/cgroup")
-_SELF = Path("/proc/self/cgroup")
 
 
 def free_bytes(device: "torch.device") -> int:
@@ -51,29 +49,13 @@ def device_costs(device: "torch.device") -> dict[str, int]:
     return {"peak_device_memory_bytes": int(torch.cuda.max_memory_allocated(device))}
 
 
-def cgroup_free_bytes(root: Path = _CGROUPS, own: Path = _SELF) -> list[int]:
-    """Limit less use of every control group around the process that has a limit, version 1 or 2.
+def cgroup_free_bytes(root: Path = cgroups.ROOT, own: Path = cgroups.OWN) -> list[int]:
+    """Return limit less use of every control group around the process that has a limit.
 
     Pages of files that nobody used for long are no use: the kernel takes them back first.
-
-    Args:
-        root, own: where Linux mounts the groups, and where it says which are the process's.
     """
-    if not own.exists():
-        return []
-    free = []
-    for line in own.read_text().splitlines():
-        _, controllers, path = line.split(":", 2)
-        if controllers in (
-            "",
-            "memory",
-        ):  # version 2 has one tree, version 1 one for each controller
-            top = root / "memory" if controllers else root
-            inner = top / path.lstrip("/")
-            # In a container the process's own group is mounted as the top one.
-            groups = [g for g in (inner, *inner.parents) if g.is_relative_to(top) and g.is_dir()]
-            free += [n for n in map(_free, groups) if n is not None]
-    return free
+    found = (_free(group) for group in cgroups.around("memory", root, own))
+    return [free for free in found if free is not None]
 
 
 _NAMES = (  # limit, use, and the key of memory.stat: of version 2, of version 1
