@@ -8,6 +8,7 @@ import json
 import re
 from pathlib import Path
 
+import pyarrow.parquet as pq
 import pytest
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -82,6 +83,22 @@ def block(text: str) -> str:
 def test_the_table_is_what_the_reports_say(name: str) -> None:
     shown = block((ROOT / name).read_text(encoding="utf-8"))
     assert shown.startswith(results(TEXTS[name])), "run: python tests/test_readme.py"
+
+
+@pytest.mark.skipif(
+    not (ROOT / "reports/predictions.parquet").exists(), reason="no results here: run `dvc repro`"
+)
+@pytest.mark.parametrize("name", TEXTS)
+def test_the_quoted_answers_are_those_of_the_result(name: str) -> None:
+    quoted = block((ROOT / name).read_text(encoding="utf-8")).split("> ", 1)[1]
+    request, base, tuned = re.fullmatch(
+        r"(.+)\n>\n> \*\*base\*\* (.+)\n> \*\*\w+\*\* `(.+)`", quoted
+    ).groups()
+    rows = pq.read_table(ROOT / "data/raw/test.parquet").to_pylist()
+    (record,) = (row["id"] for row in rows if request in [m["content"] for m in row["messages"]])
+    for file, expected in (("predictions_base", base), ("predictions", tuned)):
+        answers = pq.read_table(ROOT / f"reports/{file}.parquet").to_pylist()
+        assert [row["completion"] for row in answers if row["id"] == record] == [expected]
 
 
 @pytest.mark.parametrize("name", ["README.md", "README.es.md", "CONTRIBUTING.md"])
