@@ -1,6 +1,7 @@
 """Publishing: one complete run, whatever was there before, and nothing twice."""
 
 import json
+import shutil
 import time
 from collections.abc import Iterator
 from pathlib import Path
@@ -29,10 +30,9 @@ def publish(root: Path) -> None:
     stage.finish()
 
 
-@pytest.fixture(scope="module")
-def root(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
-    """A result that is published already."""
-    folder = write_inputs(tmp_path_factory.mktemp("publish"))
+def published(folder: Path) -> Iterator[Path]:
+    """Yield a result in `folder` that is published already."""
+    write_inputs(folder)
     lock = recorded(folder)
     (folder / "reports/timings").mkdir()
     keys = {name: recorded_key(lock[name]) for name in ("train", "publish") if name in lock}
@@ -46,6 +46,19 @@ def root(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
             patch.delenv(name, raising=False)
         publish(folder)
         yield folder
+
+
+@pytest.fixture(scope="module")
+def root(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
+    """A published result that no test changes for the next."""
+    yield from published(tmp_path_factory.mktemp("publish"))
+
+
+@pytest.fixture
+def own(tmp_path: Path, empty_mlflow_db: Path) -> Iterator[Path]:
+    """A published result of the test's own, to change."""
+    shutil.copy(empty_mlflow_db, tmp_path / "mlflow.db")
+    yield from published(tmp_path)
 
 
 def the_run(root: Path) -> tuple[Store, Any]:
@@ -145,36 +158,36 @@ def test_a_second_publish_changes_nothing(root: Path) -> None:
         assert len(history) == len({m.step for m in history})
 
 
-def test_the_model_written_anew_is_the_same_bytes(root: Path) -> None:
-    store, found = the_run(root)
-    (folder,) = (root / "mlartifacts").glob("*/artifacts/model")
+def test_the_model_written_anew_is_the_same_bytes(own: Path) -> None:
+    store, found = the_run(own)
+    (folder,) = (own / "mlartifacts").glob("*/artifacts/model")
     files = sorted(file for file in folder.rglob("*") if file.is_file())
     before = {file: file.read_bytes() for file in files}
     for tag in (publish_run.ARTIFACTS_TAG, publish_run.MODEL_TAG):
         store.client.set_tag(found.info.run_id, tag, "of an older publish")
-    publish(root)
+    publish(own)
     assert len(before) > 30
     assert {file: file.read_bytes() for file in folder.rglob("*") if file.is_file()} == before
 
 
-def test_a_new_evaluation_of_the_same_training_lands_on_its_run(root: Path) -> None:
-    evaluation = json.loads((root / "reports/evaluation.json").read_text())
-    edit(root / "reports/evaluation.json", tuned={**evaluation["tuned"], "exact_match": 0.75})
-    lock = read_yaml(root / "dvc.lock")
+def test_a_new_evaluation_of_the_same_training_lands_on_its_run(own: Path) -> None:
+    evaluation = json.loads((own / "reports/evaluation.json").read_text())
+    edit(own / "reports/evaluation.json", tuned={**evaluation["tuned"], "exact_match": 0.75})
+    lock = read_yaml(own / "dvc.lock")
     lock["stages"]["evaluate"]["params"]["params.yaml"]["evaluation.batch_size"] = 8
     lock["stages"]["fetch"]["params"]["params.yaml"]["dataset.licence"] = "mit"
     lock["stages"]["sample"]["outs"][0]["md5"] = "0" * 32
-    (root / "dvc.lock").write_text(yaml.safe_dump(lock))
-    publish(root)
-    _, found = the_run(root)
+    (own / "dvc.lock").write_text(yaml.safe_dump(lock))
+    publish(own)
+    _, found = the_run(own)
     assert found.data.metrics["tuned/exact_match"] == 0.75
     assert found.data.tags["now.dataset.licence"] == "mit"
-    assert len(table(root, "predictions.json")) == 10
+    assert len(table(own, "predictions.json")) == 10
 
     lock["stages"]["fetch"]["params"]["params.yaml"]["dataset.licence"] = "apache-2.0"
-    (root / "dvc.lock").write_text(yaml.safe_dump(lock))
-    publish(root)
-    assert "now.dataset.licence" not in the_run(root)[1].data.tags
+    (own / "dvc.lock").write_text(yaml.safe_dump(lock))
+    publish(own)
+    assert "now.dataset.licence" not in the_run(own)[1].data.tags
 
 
 def test_long_values_and_odd_names_never_break_logging() -> None:
@@ -186,31 +199,31 @@ def test_long_values_and_odd_names_never_break_logging() -> None:
 
 
 def test_a_failure_leaves_a_failed_run_that_a_retry_completes(
-    root: Path, monkeypatch: pytest.MonkeyPatch
+    own: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     def broken(*_: Any) -> None:
         raise CapasError("the disk is gone")
 
-    edit(root / "reports/train.json", train_key="another")
+    edit(own / "reports/train.json", train_key="another")
     with monkeypatch.context() as patch, pytest.raises(CapasError, match="the disk is gone"):
         patch.setattr(publish_run, "send_artifacts", broken)
-        publish(root)
-    store = Store.open(root, "capas")
+        publish(own)
+    store = Store.open(own, "capas")
     assert store.find("another").info.status == "FAILED"
-    publish(root)
+    publish(own)
     assert store.find("another").info.status == "FINISHED"
 
 
 def test_an_unreachable_server_is_reported_in_seconds(
-    root: Path, monkeypatch: pytest.MonkeyPatch
+    own: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setenv("MLFLOW_TRACKING_URI", "http://127.0.0.1:9")
-    (root / MARKER).unlink()
+    (own / MARKER).unlink()
     started = time.monotonic()
     with pytest.raises(CapasError, match=r"(?s)no MLflow server answers.*dvc repro publish"):
-        publish(root)
+        publish(own)
     assert time.monotonic() - started < 10
-    assert not (root / MARKER).exists()
+    assert not (own / MARKER).exists()
 
 
 def test_tracking_that_is_off_leaves_the_marker_alone(tmp_path: Path) -> None:
