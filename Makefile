@@ -3,6 +3,7 @@ PORT ?= 5000
 PYTHON ?= python3
 READY := .venv/.ready
 PARALLEL := -n 2 --dist worksteal
+SEED ?= $(shell date +%s)
 PIP := .venv/bin/python -m pip install --disable-pip-version-check --progress-bar off
 SHELL := bash# for pipefail; and make 3.81 (macOS) passes the exported PATH to commands only through a shell
 export PATH := $(CURDIR)/.venv/bin:$(PATH)
@@ -23,8 +24,8 @@ repro: $(READY) ## run the pipeline (dvc repro), then show what each stage cost
 test: $(READY) ## the default tests: offline, CPU, minutes
 	python -m pytest $(PARALLEL)
 
-test-shuffled: $(READY) ## the default tests in an order drawn by chance; the seed it prints repeats it
-	python -m pytest $(PARALLEL) -p randomly $(if $(SEED),--randomly-seed=$(SEED))
+test-shuffled: $(READY) ## the default tests in random order; SEED=N repeats the order of a run that printed N
+	python -m pytest $(PARALLEL) -p randomly --randomly-seed=$(SEED)
 
 test-slow: $(READY) ## whole pipelines in temporary clones: kills, threads, second clones
 	python -m pytest $(PARALLEL) -m slow

@@ -71,8 +71,17 @@ def without_estimate() -> Iterator[None]:
 
 
 @pytest.fixture(autouse=True, scope="module")
-def _environment() -> Iterator[None]:
-    """What a module leaves in it (`mlflow.set_tracking_uri` does) is no business of the next."""
+def _environment_of_a_module() -> Iterator[None]:
+    """Undo what a module leaves in the environment: `mlflow.set_tracking_uri` does."""
+    yield from _environment_restored()
+
+
+@pytest.fixture(autouse=True)
+def _environment_of_a_test() -> Iterator[None]:
+    yield from _environment_restored()
+
+
+def _environment_restored() -> Iterator[None]:
     before = dict(os.environ)
     yield
     os.environ.clear()
