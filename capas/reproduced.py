@@ -25,7 +25,7 @@ Lock = Mapping[str, Any]  # stage -> its entry in dvc.lock
 def differences(before: Lock, after: Lock) -> list[str]:
     """Return a line for each stage with other results, in the pipeline's order; the first is the cause."""
     lines: list[str] = []
-    for name in sorted(set(before) & set(after), key=lambda stage: len(ancestors(stage, before))):
+    for name in _in_order(before, after):
         changed = {kind: _changed(before[name], after[name], kind) for kind in ("deps", "outs")}
         if changed["outs"]:
             first = "first to differ: " if not lines else "differs too: "
@@ -36,7 +36,7 @@ def differences(before: Lock, after: Lock) -> list[str]:
 
 def first_to_differ(before: Lock, after: Lock) -> tuple[str, list[str]] | None:
     """Return the first stage that made other outputs of the same inputs, and their paths."""
-    for name in sorted(set(before) & set(after), key=lambda stage: len(ancestors(stage, before))):
+    for name in _in_order(before, after):
         old, new = before[name], after[name]
         same = all(old.get(key) == new.get(key) for key in ("cmd", "params"))
         if same and not _changed(old, new, "deps") and (outs := _changed(old, new, "outs")):
@@ -44,7 +44,7 @@ def first_to_differ(before: Lock, after: Lock) -> tuple[str, list[str]] | None:
     return None
 
 
-def told(root: Path) -> str:
+def describe(root: Path) -> str:
     """Return a message about other bytes in `root`; empty where there are none, or after an edit."""
     committed = _committed(root, LOCK)
     if committed is None:
@@ -73,6 +73,11 @@ def told(root: Path) -> str:
             "git checkout dvc.lock reports && dvc checkout"
         )
     return "\n".join(lines)
+
+
+def _in_order(before: Lock, after: Lock) -> list[str]:
+    """Return the stages that both have, each after those that it rests on."""
+    return sorted(set(before) & set(after), key=lambda stage: len(ancestors(stage, before)))
 
 
 def _scores(root: Path) -> list[str]:
@@ -104,5 +109,5 @@ def _changed(before: Mapping[str, Any], after: Mapping[str, Any], kind: str) -> 
 
 
 if __name__ == "__main__":
-    if text := told(Path.cwd()):
+    if text := describe(Path.cwd()):
         sys.stdout.write(text + "\n")

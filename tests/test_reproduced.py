@@ -63,16 +63,16 @@ def other_bytes(**md5: str) -> dict[str, Any]:
 
 
 def test_the_committed_results_and_edits_of_ones_own_are_no_difference(root: Path) -> None:
-    assert reproduced.told(root) == ""
+    assert reproduced.describe(root) == ""
     edited = other_bytes(fetch="9", train="8")
     edited["fetch"]["params"]["params.yaml"]["seed"] = 1
     write(root, edited, 0.5, "portable")
-    assert reproduced.told(root) == ""
+    assert reproduced.describe(root) == ""
 
 
 def test_the_first_stage_that_differs_is_named_with_both_scores(root: Path) -> None:
     write(root, other_bytes(train="8", evaluate="7"), 0.916, "native")
-    said = reproduced.told(root)
+    said = reproduced.describe(root)
     assert "train is the first stage that differs (data/models/adapter)" in said
     assert kernels.cpu()["model"] in said
     assert "committed -> here: exact_match 0.918 -> 0.916." in said
@@ -86,7 +86,7 @@ def test_portable_kernels_on_x86_have_no_excuse(
     write(root, other_bytes(train="8"), 0.918, "portable")
     for is_x86, expected in ((True, "should not happen: please report it"), (False, "harmless")):
         monkeypatch.setattr(kernels, "is_x86", lambda is_x86=is_x86: is_x86)
-        said = reproduced.told(root)
+        said = reproduced.describe(root)
         assert expected in said
         assert "The scores are equal to the committed ones." in said
 
