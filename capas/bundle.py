@@ -25,6 +25,7 @@ from capas.sources import Source, find_source
 from capas.stage import Stage
 
 MAX_PACKED_BYTES = 16 * 2**20  # a larger base is named, not copied into every run
+DEFAULT_NEW_TOKENS = 512  # where the evaluation generated nothing
 ADAPTER, QUANTIZED = "data/models/adapter", "data/models/quantized"
 LOADER = served.__name__
 # What answers; the report's and the fetch stages' packages are not needed.
@@ -57,6 +58,7 @@ def served_facts(
     """How the model was evaluated, and what stands before a bare prompt."""
     records = read_records(stage.dep("data/raw") / "test.parquet", RAW)
     record, system = next(records), generation.system
+    measured = read_json(stage.dep("reports/evaluation.json"))["tuned"]
     packed = num_bytes(stage.dep(QUANTIZED)) <= MAX_PACKED_BYTES
     asked = quantization.without("preset")
     own = read_json(stage.dep("reports/quantization.json"))
@@ -74,7 +76,7 @@ def served_facts(
         },
         "model": model.without("licence", "model_name_or_path", "revision"),
         "hardware": hardware.without("preset"),
-        "max_new_tokens": evaluation.max_new_tokens,
+        "max_new_tokens": measured["max_new_tokens"] or DEFAULT_NEW_TOKENS,
         "batch_size": evaluation.batch_size,
         "system": first_system_message(record) if system is None else system,
         "tools": conversation(record)[1],

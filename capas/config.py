@@ -14,7 +14,7 @@ from typing import Annotated, Any, Literal
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
 
 from capas.errors import CapasError
-from capas.metrics.names import OWN_FUNCTION, BuiltIn, names_clash
+from capas.metrics.names import AUTO, OWN_FUNCTION, BuiltIn, names_clash
 from capas.params import flatten
 
 Count = Annotated[int, Field(gt=0)]
@@ -225,6 +225,7 @@ class Gate(BaseModel):
 
     min_stop_rate: Fraction | None
     max_empty_rate: Fraction | None
+    max_control_token_rate: Fraction | None
     max_quantization_loss: Annotated[float, Field(ge=0)] | None
 
 
@@ -244,10 +245,10 @@ Metric = BuiltIn | Annotated[str, Field(pattern=OWN_FUNCTION)]
 
 
 class Evaluation(Group):
-    metrics: list[Metric]
+    metrics: Literal["auto"] | list[Metric]
     max_records: Count | None
     batch_size: Count
-    max_new_tokens: Count
+    max_new_tokens: Count | None
     bootstrap_resamples: Annotated[int, Field(ge=100)]
     confidence_fraction: Annotated[float, Field(gt=0.5, lt=1)]
     seed: Seed
@@ -282,7 +283,7 @@ class Generation(Group):
     system: str | None
     num_prompts: Count
     num_return_sequences: Count
-    max_new_tokens: Count
+    max_new_tokens: Count | None
     seed: Seed
     wrong_chat_template: str | None
     settings: Annotated[dict[str, Decoding], Field(min_length=1)]
@@ -714,7 +715,7 @@ RULES = (
     ),
     Rule(
         ("evaluation.metrics",),
-        lambda metrics: not names_clash(metrics),
+        lambda metrics: metrics == AUTO or not names_clash(metrics),
         "each name once, and a function of your own called like no metric and no column of the reports",
     ),
     Rule(

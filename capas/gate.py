@@ -5,6 +5,9 @@ from typing import Any
 
 from capas.metrics.names import headline
 
+NEAREST = "_over_nearest"  # behind the name of the gain over copied answers
+NEAREST_IN_WORDS = "copying the nearest training answer"
+
 
 def judge(
     base: Mapping[str, Any], evaluation: Mapping[str, Any], limits: Mapping[str, float | None]
@@ -13,22 +16,25 @@ def judge(
 
     Args:
         base: reports/evaluation_base.json.
-        evaluation: `tuned`, `difference` and `metrics` of reports/evaluation.json.
+        evaluation: `tuned`, `difference`, `difference_to_nearest` and `metrics` of reports/evaluation.json.
         limits: `evaluation.gate`; None switches a check off.
 
     Returns:
         passed, checks, reasons. A check that is off, or whose value was not measured, has `passed` None.
     """
-    tuned, (gain, reason) = evaluation["tuned"], _gain(evaluation)
+    tuned, name = evaluation["tuned"], headline(evaluation["metrics"])
+    gains = [_gain(name, evaluation["difference"][name])]
+    if name in evaluation["difference_to_nearest"]:
+        gains.append(_gain(name, evaluation["difference_to_nearest"][name], NEAREST))
     checks = [
-        gain,
+        *gains,
         _check("stop_rate", tuned["stop_rate"], "min_stop_rate", limits),
         _check("empty_rate", tuned["empty_rate"], "max_empty_rate", limits),
+        _check("control_token_rate", tuned["control_token_rate"], "max_control_token_rate", limits),
         _check("quantization_loss", quantization_loss(base), "max_quantization_loss", limits),
     ]
-    failed = [check for check in checks if check["passed"] is False]
-    reasons = [reason if check is gain else _words(check) for check in failed]
-    return {"passed": not failed, "checks": checks, "reasons": reasons}
+    reasons = [_words(check) for check in checks if check["passed"] is False]
+    return {"passed": not reasons, "checks": checks, "reasons": reasons}
 
 
 def verdict(gate: Mapping[str, Any]) -> str:
@@ -42,14 +48,12 @@ def quantization_loss(base: Mapping[str, Any]) -> float | None:
     return None if whole is None else float(base["loss"] - whole["loss"])
 
 
-def _gain(evaluation: Mapping[str, Any]) -> tuple[dict[str, Any], str]:
-    """Of the headline. An interval that includes zero, or lies on the wrong side of it, proves no gain."""
-    name = headline(evaluation["metrics"])
+def _gain(name: str, found: Mapping[str, float], over: str = "") -> dict[str, Any]:
+    """Check that a gain is proven: an interval that includes zero, or lies on its wrong side, proves none."""
     sign = -1 if name == "loss" else 1
-    ends = [evaluation["difference"][name][end] * sign for end in ("low", "high")]
-    low, high = min(ends), max(ends)
-    check = {"name": f"{name}_gain", "value": low, "limit": 0.0, "passed": low > 0}
-    return check, f"no gain in {name} is proven: its interval is {low:.4g} to {high:.4g}"
+    low, high = sorted(found[end] * sign for end in ("low", "high"))
+    value = {"name": f"{name}_gain{over}", "value": low, "high": high, "limit": 0.0}
+    return {**value, "passed": low > 0}
 
 
 def _check(
@@ -62,6 +66,10 @@ def _check(
 
 
 def _words(check: Mapping[str, Any]) -> str:
+    if "key" not in check:
+        name, _, over = check["name"].rpartition("_gain")
+        subject = f"no gain in {name}{f' over {NEAREST_IN_WORDS}' if over else ''} is proven"
+        return f"{subject}: its interval is {check['value']:.4g} to {check['high']:.4g}"
     side = "below" if check["key"].startswith("min_") else "above"
     name, value, key, limit = (check[part] for part in ("name", "value", "key", "limit"))
     return f"{name} {value:.4g} is {side} evaluation.gate.{key} = {limit:g}"

@@ -1,11 +1,13 @@
 """What the sample stage asks: the user's own requests, or records of the test split."""
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Set
 from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
 
 from capas.chat.messages import TEXT, Message, Tools, conversation, spoken
 from capas.errors import CapasError
-from capas.records import Record, evenly_spaced
+from capas.records import RAW, Record, evenly_spaced, read_records
 
 TEXT_PROMPT_WORDS = 16  # of a plain text, which the model goes on from
 
@@ -40,6 +42,32 @@ def held_out_prompts(raw: Iterable[Record], ids: list[str], count: int) -> list[
     wanted = set(chosen)
     found = {record["id"]: _prompt(record) for record in raw if record["id"] in wanted}
     return [found[name] for name in chosen]
+
+
+def answer_limit(records: Iterable[Record], max_new_tokens: int | None) -> int:
+    """Return how many tokens an answer may have: `max_new_tokens`, or what the references suggest.
+
+    That is the longest reference, its end token included, and a quarter more.
+
+    Args:
+        records: formatted ones.
+    """
+    if max_new_tokens is not None:
+        return max_new_tokens
+    longest = max(len(record["input_ids"]) - len(record["prompt_ids"]) for record in records)
+    return longest + max(8, longest // 4)
+
+
+def read_questions(file: Path, ids: Set[str]) -> dict[str, str]:
+    """Return {id: what is said before the last answer, without the system message} of raw records."""
+    records = (record for record in read_records(file, RAW) if record["id"] in ids)
+    return {record["id"]: _question(record["messages"]) for record in records}
+
+
+def _question(messages: list[dict[str, Any]]) -> str:
+    answers = [i for i, message in enumerate(messages) if message["role"] == "assistant"]
+    asked = messages[: answers[-1]] if answers else messages
+    return "\n".join(m["content"] for m in asked if m["role"] != "system")
 
 
 def first_system_message(record: Record) -> str | None:

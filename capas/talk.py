@@ -49,7 +49,10 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     )
     counts, seeds = tuned.bounded(int, 1, sys.maxsize), tuned.bounded(int, 0, 2**63 - 1)
     parser.add_argument(
-        "--max-new-tokens", type=counts, metavar="N", help="of an answer (default: generation's)"
+        "--max-new-tokens",
+        type=counts,
+        metavar="N",
+        help="of an answer (default: generation.max_new_tokens, or 512)",
     )
     parser.add_argument("--seed", type=seeds, default=0, help="of what is drawn at random")
 
@@ -86,6 +89,7 @@ def command(options: argparse.Namespace) -> int:
     return code
 
 
+MAX_NEW_TOKENS = 512  # of an answer, where generation.max_new_tokens is null
 _HELP = (__doc__ or "").partition("questions:\n\n")[2].partition("\n\n")[0]
 
 
@@ -96,7 +100,8 @@ class Talk:
         import torch
 
         self._served, self._settings = served, source.params.generation.settings
-        self._max_new_tokens = options.max_new_tokens or source.params.generation.max_new_tokens
+        set_there = source.params.generation.max_new_tokens
+        self._max_new_tokens = options.max_new_tokens or set_there or MAX_NEW_TOKENS
         self._system = served.facts["system"] if options.system is None else options.system
         self.tools = served.tools if options.tools is None else read_tools(options.tools)
         self._told: list[Message] = []

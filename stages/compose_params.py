@@ -24,6 +24,7 @@ import logging
 import os
 import re
 import sys
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -39,11 +40,15 @@ from capas.composition import (
     read,
 )  # fmt: skip
 from capas.config import GROUPS, advice, group_schema, validate
+from capas.dataset.references import read_references
 from capas.errors import CapasError, sweep_instead, told
 from capas.facts import write_whole
+from capas.metrics.choice import Choice, choose_metrics
 from capas.metrics.harness import read_tasks
+from capas.metrics.names import AUTO
 from capas.metrics.own import read_sources
 from capas.overrides import absorb, difference, in_force
+from capas.params import Params
 from capas.pins import REVISIONS, Pins
 
 log = logging.getLogger("capas")
@@ -56,18 +61,19 @@ SCHEMAS = Path(".vscode/schema")
 # The packages whose version decides a stage's bytes; stages declare those that they use.
 PACKAGES = (
     "accelerate", "bitsandbytes", "datasets", "jinja2", "matplotlib", "numpy", "peft", "pyarrow",
-    "rouge-score", "sacrebleu", "safetensors", "tokenizers", "torch", "transformers",
+    "rouge-score", "sacrebleu", "safetensors", "scikit-learn", "tokenizers", "torch", "transformers",
 )  # fmt: skip
 
 
 def main(options: argparse.Namespace) -> None:
     if options.schema:
         return write_schemas()
+    chosen.cache_clear()
     ensure_overrides(reset=options.reset)
     before = inputs()
     pins = Pins.read()
     with composer(CONF) as compose:
-        target = compose(options.overrides)
+        target = with_metrics(compose(options.overrides))
     if options.update_revisions:
         validate(target)
         pins.update(target)
@@ -141,7 +147,7 @@ def came_from_outside(target: Values, pins: Pins, options: argparse.Namespace) -
     if options.force or options.reset or not PARAMS.exists():
         return False
     found, stamp = read(PARAMS)
-    old, target = pins.known(found), pins.known(target)
+    old, target = with_metrics(pins.known(found)), pins.known(target)
     if not difference(old, target) and not difference(target, old):
         return False
     if stamp == digest(found):
@@ -167,13 +173,39 @@ def adopt(values: Values, pins: Pins, keep: bool) -> Values:
     """Validate first: a wrong value must not reach conf/overrides.yaml."""
     validate(values)
     pins.resolve(values)
-    resolved_files(values)
-    absorb(values, pins.known)
+    resolved_files(with_metrics(values))
+    absorb(values, lambda found: with_metrics(pins.known(found)))
     with composer(CONF) as compose:
-        target = compose([])
+        target = with_metrics(compose([]))
     if "DVC_EXP_NAME" not in os.environ or keep:
         log.info("the edit of params.yaml was moved to conf/overrides.yaml")
     return target
+
+
+def with_metrics(values: Values) -> Values:
+    """Replace `evaluation.metrics: auto` by the metrics that suit the answers of the data.
+
+    Values that are not valid stay as they are: `validate` tells all problems at once.
+    """
+    evaluation = values.get("evaluation")
+    if not isinstance(evaluation, dict) or evaluation.get("metrics") != AUTO:
+        return values
+    try:
+        validate(values)
+    except CapasError:
+        return values
+    choice = chosen(json.dumps(values["dataset"]))
+    return {**values, "evaluation": {**evaluation, "metrics": choice.metrics}}
+
+
+@cache
+def chosen(dataset: str) -> Choice:
+    """Choose once a run, and say so. `dataset` is the group as JSON."""
+    params = Params(json.loads(dataset))
+    choice = choose_metrics(read_references(params, Path()))
+    names = ", ".join(choice.metrics) or "[]"
+    log.info("evaluation.metrics=auto looked at the answers (%s): %s", choice.why, names)
+    return choice
 
 
 def environment() -> str:

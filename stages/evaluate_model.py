@@ -4,9 +4,9 @@
     python stages/evaluate_model.py tuned    with the adapter, and the difference to the base
 
 Reads   data/formatted (test), data/models/quantized, data/models/tokenizer, data/composed/metrics.json;
-        base: data/models/base; tuned: data/models/adapter, reports/evaluation_base.json,
-        reports/predictions_base.parquet, data/general, data/composed/harness.json
-Writes  base: reports/evaluation_base.json, reports/predictions_base.parquet
+        base: data/models/base, data/raw and data/formatted (train) for the answers that could be copied;
+        tuned: data/models/adapter, data/general, data/composed/harness.json and what base wrote
+Writes  base: reports/evaluation_base.json, reports/predictions_{base,nearest}.parquet
         tuned: reports/evaluation.json, reports/predictions.parquet, reports/before_after.csv
 Params  evaluation (base: the keys that score one model), hardware, model.attn_implementation,
         model.dtype, model.trust_remote_code
@@ -18,7 +18,9 @@ A row of predictions: prompt "<|im_start|>user\\nset a timer for 99 minutes<|im_
 import json
 import math
 import sys
+from collections.abc import Iterator, Mapping
 from functools import partial
+from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
 import pyarrow as pa
@@ -29,10 +31,13 @@ from capas.chat.recorded import recorded_format
 from capas.errors import CapasError
 from capas.facts import read_json, write_csv, write_json
 from capas.metrics import comparison, harness
+from capas.metrics.copied import copied_values
 from capas.metrics.general import format_questions
 from capas.metrics.names import BINARY, headline
+from capas.metrics.nearest import distance_group, nearest_prompts
 from capas.metrics.scorer import Scorer
 from capas.params import Params
+from capas.prompts import answer_limit, read_questions
 from capas.records import FORMATTED, evenly_spaced, read_records, write_records
 from capas.stage import Stage, log, run
 
@@ -44,11 +49,17 @@ if TYPE_CHECKING:
 
 Row = dict[str, Any]
 DATA, TOKENIZER, METRICS = "data/formatted", "data/models/tokenizer", "data/composed/metrics.json"
+RAW_DATA, NEAREST = "data/raw", "reports/predictions_nearest.parquet"
 HARNESS = "data/composed/harness.json"
 GENERAL = "data/general/records.jsonl"
 BASE, QUANTIZED, ADAPTER = "data/models/base", "data/models/quantized", "data/models/adapter"
 GROUPS = ("kind", "language", "function", "turns")  # keys of metadata that scores are given by
-RATES = {"stopped": "stop_rate", "empty": "empty_rate"}  # of predictions -> of the reports
+DISTANCES = ("twin", "near", "far")  # of a test prompt to the most similar training prompt
+RATES = {  # columns of predictions -> keys of the reports
+    "stopped": "stop_rate",
+    "empty": "empty_rate",
+    "control_token": "control_token_rate",
+}
 
 
 def main(which: Literal["base", "tuned"], params: Params, stage: Stage) -> None:
@@ -72,11 +83,15 @@ def main(which: Literal["base", "tuned"], params: Params, stage: Stage) -> None:
     rows = score(model, records, params, stage)
     if names:
         rows = answer(model, rows, records, scorer, params, stage)
-    facts = summarize(rows, names)
+    copies = read_copies(stage) if which == "tuned" else copy_nearest(records, scorer, stage)
+    distances = {row["id"]: distance_group(row["similarity"]) for row in copies}
+    limit = answer_limit(records, params.evaluation.max_new_tokens) if names else None
+    facts = {**summarize(rows, names, distances), "max_new_tokens": limit}
     shown = {name: facts[name] for name in ("loss", *names)}
     log.info("%s: %s", which, ", ".join(f"{name} {value:.4f}" for name, value in shown.items()))
 
     if which == "base":
+        facts["nearest"] = summarize_copies(copies, names, distances)
         whole: dict[str, Any] | None = facts
         if quantization_method(model) != "none":
             del model  # one model in memory at a time
@@ -89,8 +104,9 @@ def main(which: Literal["base", "tuned"], params: Params, stage: Stage) -> None:
         write_json(stage.out("reports/metrics/base.json"), {"base": side_by_side(facts, names)})
         schema = predictions_schema(names)
         write_records(stage.out("reports/predictions_base.parquet"), schema, rows)
+        write_records(stage.out(NEAREST), copies_schema(names), copies)
     else:
-        report_difference(tuned, rows, facts, names, params, stage)
+        report_difference(tuned, rows, copies, facts, names, params, stage)
 
 
 def predictions_schema(names: list[str]) -> pa.Schema:
@@ -100,10 +116,22 @@ def predictions_schema(names: list[str]) -> pa.Schema:
         ("loss", pa.float64()),
         ("num_supervised_tokens", pa.int32()),
         ("token_accuracy", pa.float64()),
-        *((name, pa.bool_() if name in BINARY else pa.float64()) for name in names),
+        *_score_fields(names),
         *((name, pa.bool_()) for name in RATES),
     ]
     return pa.schema(fields)
+
+
+def copies_schema(names: list[str]) -> pa.Schema:
+    """A row for each record: the answer of the most similar training record in the completion's place."""
+    texts = ("id", "metadata", "prompt", "reference", "completion", "nearest_id")
+    fields = [*((name, pa.string()) for name in texts), ("similarity", pa.float64())]
+    return pa.schema([*fields, *_score_fields(names)])
+
+
+def _score_fields(names: list[str]) -> list[tuple[str, pa.DataType]]:
+    scores = [(name, pa.bool_() if name in BINARY else pa.float64()) for name in names]
+    return [*scores, ("copied_values", pa.bool_())]
 
 
 def choose(records: list[Row], max_records: int | None) -> list[Row]:
@@ -162,22 +190,91 @@ def answer(
     """The rows with a greedy completion each and what it is worth."""
     from capas.generation import complete, generation_config
 
-    prompts = [record["prompt_ids"] for record in records]
-    config = generation_config(read_chat(stage), params.evaluation.max_new_tokens)
+    prompts, chat = [record["prompt_ids"] for record in records], read_chat(stage)
+    limit = answer_limit(records, params.evaluation.max_new_tokens)
+    config = generation_config(chat, limit)
     found = [group[0] for group in complete(model, prompts, config, params.evaluation.batch_size)]
     ids = [completion.input_ids for completion in found]
-    texts = load_tokenizer(stage).decode_batch(ids, skip_special_tokens=False)
+    tokenizer = load_tokenizer(stage)
+    texts, controls = (
+        tokenizer.decode_batch(ids, skip_special_tokens=False),
+        control_ids(chat, tokenizer),
+    )
     asked = [{**row, "prompt": r["prompt"]} for row, r in zip(rows, records, strict=True)]
     return [
         {
             **row,
             "completion": text,
             **scorer.score(text, row),
+            "copied_values": copied_values(text, row["reference"], row["prompt"]),
             "stopped": completion.stopped,
             "empty": not text.strip(),
+            "control_token": not controls.isdisjoint(completion.input_ids),
         }
         for row, text, completion in zip(asked, texts, found, strict=True)
     ]
+
+
+def control_ids(chat: Mapping[str, Any], tokenizer: "Tokenizer") -> set[int]:
+    """The control tokens that no answer should hold: all but `chat_template.allowed_tokens`."""
+    added = tokenizer.get_added_tokens_decoder().items()
+    return {i for i, t in added if t.special and t.content not in chat["allowed_tokens"]}
+
+
+def copy_nearest(records: list[Row], scorer: Scorer, stage: Stage) -> list[Row]:
+    """Answer each record with the answer of the training record whose prompt is most similar.
+
+    Nothing where nothing is generated.
+    """
+    if not scorer.names:
+        return []
+    train = list(read_answers(stage.dep(DATA) / "train.parquet"))
+    known = read_questions(stage.dep(RAW_DATA) / "train.parquet", {row["id"] for row in train})
+    asked = read_questions(stage.dep(RAW_DATA) / "test.parquet", {row["id"] for row in records})
+    found = nearest_prompts([asked[r["id"]] for r in records], [known[r["id"]] for r in train])
+    rows = []
+    for record, neighbour in zip(records, found, strict=True):
+        copied = train[neighbour.index]
+        row = {name: record[name] for name in ("id", "metadata", "prompt", "reference")}
+        text = copied["reference"]
+        rows.append(
+            {
+                **row,
+                "completion": text,
+                "nearest_id": copied["id"],
+                "similarity": neighbour.similarity,
+                **scorer.score(text, row),
+                "copied_values": copied_values(text, row["reference"], row["prompt"]),
+            }
+        )
+    return rows
+
+
+def read_answers(file: Path) -> Iterator[Row]:
+    """The id and the reference of each record of a formatted split."""
+    with pq.ParquetFile(file) as parquet:
+        for batch in parquet.iter_batches(columns=["id", "reference"]):
+            yield from batch.to_pylist()
+
+
+def read_copies(stage: Stage) -> list[Row]:
+    found: list[Row] = pq.read_table(stage.dep(NEAREST)).to_pylist()
+    return found
+
+
+def summarize_copies(
+    rows: list[Row], names: list[str], distances: Mapping[str, str]
+) -> dict[str, Any] | None:
+    """Scores of copied answers, and how similar the prompts are; None where nothing was copied."""
+    if not rows:
+        return None
+    return {
+        "num_records": len(rows),
+        **{name: mean(rows, name) for name in names},
+        **copied(rows),
+        "similarity": mean(rows, "similarity"),
+        "by": groups(rows, names, distances),
+    }
 
 
 def check_prompts(records: list[Row]) -> None:
@@ -193,8 +290,14 @@ def check_prompts(records: list[Row]) -> None:
             )
 
 
-def summarize(rows: list[Row], names: list[str]) -> dict[str, Any]:
-    """Loss and token accuracy are means over tokens, the rest over records; None was not generated."""
+def summarize(
+    rows: list[Row], names: list[str], distances: Mapping[str, str] | None = None
+) -> dict[str, Any]:
+    """Loss and token accuracy are means over tokens, the rest over records; None was not generated.
+
+    Args:
+        distances: {id: twin, near or far}.
+    """
     tokens = sum(row["num_supervised_tokens"] for row in rows)
     loss, accuracy = (
         sum(row[name] * row["num_supervised_tokens"] for row in rows) / tokens
@@ -207,12 +310,16 @@ def summarize(rows: list[Row], names: list[str]) -> dict[str, Any]:
         "token_accuracy": accuracy,
         **{name: mean(rows, name) for name in names},
         **{name: mean(rows, column) for column, name in RATES.items()},
-        "by": {
-            group: by_group(rows, group, names)
-            for group in GROUPS
-            if all(group in metadata(row) for row in rows)
-        },
+        **copied(rows),
+        "by": groups(rows, names, distances or {}),
     }
+
+
+def copied(rows: list[Row]) -> dict[str, Any]:
+    """How many answers have every value of the prompt that their reference repeats, of those that should."""
+    having = [row for row in rows if row.get("copied_values") is not None]
+    rate = mean(having, "copied_values") if having else None
+    return {"copied_value_rate": rate, "num_copied": len(having)}
 
 
 def mean(rows: list[Row], column: str) -> float | None:
@@ -221,20 +328,30 @@ def mean(rows: list[Row], column: str) -> float | None:
     )
 
 
-def by_group(rows: list[Row], group: str, names: list[str]) -> dict[str, Any]:
-    """Scores of the records with each value of metadata's `group`, in the order in which the values come."""
-    parts: dict[str, list[Row]] = {}
-    for row in rows:
-        parts.setdefault(str(metadata(row)[group]), []).append(row)
+def groups(rows: list[Row], names: list[str], distances: Mapping[str, str]) -> dict[str, Any]:
+    """Scores by each key of metadata that all records have, and by distance to the training split."""
+    found: dict[str, dict[str, list[Row]]] = {}
+    for group in GROUPS:
+        if all(group in metadata(row) for row in rows):
+            found[group] = {}
+            for row in rows:  # in the order in which the values come
+                found[group].setdefault(str(metadata(row)[group]), []).append(row)
+    if distances:
+        far = {d: [row for row in rows if distances[row["id"]] == d] for d in DISTANCES}
+        found["distance"] = {distance: part for distance, part in far.items() if part}
     return {
-        value: {"num_records": len(part), **{name: mean(part, name) for name in names}}
-        for value, part in parts.items()
+        group: {
+            value: {"num_records": len(part), **{name: mean(part, name) for name in names}}
+            for value, part in parts.items()
+        }
+        for group, parts in found.items()
     }
 
 
 def report_difference(
     tuned: "TunedModel",
     rows: list[Row],
+    copies: list[Row],
     facts: dict[str, Any],
     names: list[str],
     params: Params,
@@ -244,11 +361,16 @@ def report_difference(
     before = read_base(names, stage)
     base = read_json(stage.dep("reports/evaluation_base.json"))
     report = compare(before, rows, facts, names, params)
+    report["difference_to_nearest"] = {
+        name: difference(copies, rows, name, params) for name in names if copies
+    }
     report["general"] = ask_generally(tuned, params, stage)
     if params.evaluation.harness.tasks:
         report["harness"] = ask_harness(tuned, params, stage)
     report["gate"] = gate.judge(base, report, params.evaluation.gate)
     changes = {**report["difference"], "loss on general questions": report["general"]["difference"]}
+    for name, change in report["difference_to_nearest"].items():
+        changes[f"{name} over copying the nearest training answer"] = change
     for name, change in changes.items():
         log.info("%s", in_words(name, change))
     log.info("gate %s", gate.verdict(report["gate"]))
@@ -256,7 +378,8 @@ def report_difference(
     flat = side_by_side(facts, names) | gains(report)
     write_json(stage.out("reports/metrics/tuned.json"), flat)
     write_records(stage.out("reports/predictions.parquet"), predictions_schema(names), rows)
-    bars = before_after({"base": base, "tuned": facts}, headline(names))
+    models = {"base": base, "nearest": base["nearest"], "tuned": facts}
+    bars = before_after({k: v for k, v in models.items() if v}, headline(names))
     columns = ("kind", "model", "bar", "metric", "score")
     write_csv(stage.out("reports/before_after.csv"), columns, bars)
 
@@ -387,7 +510,7 @@ def gains(report: dict[str, Any]) -> dict[str, float]:
 
 
 def before_after(facts: dict[str, dict[str, Any]], metric: str) -> list[Row]:
-    """A row for all records and for each kind of them that has such a score, base before tuned."""
+    """A row for all records and for each kind of them that has such a score, base first, tuned last."""
     scores = {
         model: {"all": found, **found["by"].get("kind", {})} for model, found in facts.items()
     }

@@ -3,7 +3,7 @@
 Reads   data/composed, data/formatted, data/models/adapter, data/models/quantized, data/models/tokenizer,
         data/raw (test)
 Writes  reports/samples.jsonl, reports/samples.md, reports/samples.json, reports/next_token.csv
-Params  generation, hardware, model
+Params  evaluation.metrics, generation, hardware, model
 
 The travelling record at its end, in samples.jsonl:
 
@@ -14,7 +14,7 @@ The travelling record at its end, in samples.jsonl:
 import hashlib
 import json
 import re
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from functools import partial
@@ -29,9 +29,15 @@ from capas.chat.template import Template, TemplateRefusal, place_system
 from capas.chat.tokenizer import TokenizerFiles
 from capas.errors import CapasError
 from capas.facts import read_json, write_csv, write_json
-from capas.metrics.answers import exact_match
+from capas.metrics.scorer import Scorer
 from capas.params import Params
-from capas.prompts import Prompt, first_system_message, held_out_prompts, own_prompts
+from capas.prompts import (
+    Prompt,
+    answer_limit,
+    first_system_message,
+    held_out_prompts,
+    own_prompts,
+)
 from capas.records import FORMATTED, RAW, read_records
 from capas.stage import Stage, log, run
 
@@ -54,7 +60,8 @@ def main(params: Params, stage: Stage) -> None:
     prompts = choose_prompts(params.generation, stage)
     load_base = partial(load_model, stage.dep("data/models/quantized"), params.model, device)
     tuned = TunedModel(stage.dep("data/models/adapter"), params.model, device, load_base)
-    models = Models(tuned, read_chat(stage), load_tokenizer(stage), params.generation)
+    limit = answer_limit(test_records(stage), params.generation.max_new_tokens)
+    models = Models(tuned, read_chat(stage), load_tokenizer(stage), params.generation, limit)
 
     rows = [
         models.ask(which, prompt, right.prompt_ids(prompt.messages, prompt.tools), setting)
@@ -68,9 +75,10 @@ def main(params: Params, stage: Stage) -> None:
     )
 
     write_lines(rows + wrong_rows, stage)
-    write_json(
-        stage.out("reports/samples.json"), summarize(rows, wrong_rows, place, params.generation)
-    )
+    scorer = Scorer(params.evaluation.metrics, stage.dep(f"{COMPOSED}/metrics.json"))
+    questions = {p.prompt_id: p.messages[-1]["content"] for p in prompts}
+    facts = summarize(rows, wrong_rows, place, params.generation, scorer, questions)
+    write_json(stage.out("reports/samples.json"), facts)
     write_csv(stage.out("reports/next_token.csv"), COLUMNS, probabilities)
     stage.out("reports/samples.md").write_text(
         to_markdown(prompts, rows + wrong_rows), encoding="utf-8"
@@ -86,6 +94,7 @@ class Models:
     chat: dict[str, Any]
     tokenizer: Tokenizer
     generation: Params
+    max_new_tokens: int
 
     def ask(self, which: str, prompt: Prompt, ids: list[int], setting: str) -> Row:
         """Completions under one setting. The seed is the prompt's own: no other prompt moves them."""
@@ -135,7 +144,7 @@ class Models:
     def _complete(self, which: str, ids: list[int], **settings: Any) -> list[list[int]]:
         from capas.generation import complete, generation_config
 
-        config = generation_config(self.chat, self.generation.max_new_tokens, **settings)
+        config = generation_config(self.chat, self.max_new_tokens, **settings)
         with self._as(which) as model:
             return [completion.input_ids for completion in complete(model, [ids], config, 1)[0]]
 
@@ -180,8 +189,12 @@ def choose_prompts(generation: Params, stage: Stage) -> list[Prompt]:
         system = first_system_message(first) if generation.system is None else generation.system
         is_text = first["messages"][0]["role"] == TEXT
         return own_prompts(requests, system, TEXT if is_text else "user")
-    ids = [record["id"] for record in read_records(stage.dep(DATA) / "test.parquet", FORMATTED)]
+    ids = [record["id"] for record in test_records(stage)]
     return held_out_prompts(raw, ids, generation.num_prompts)
+
+
+def test_records(stage: Stage) -> Iterator[Row]:
+    return read_records(stage.dep(DATA) / "test.parquet", FORMATTED)
 
 
 def seed_of(seed: int, prompt: Prompt, setting: str) -> int:
@@ -226,24 +239,39 @@ def encode_wrongly(template: Template, prompt: Prompt, files: TokenizerFiles) ->
     return files.encode_parsing([text])[0]
 
 
-def summarize(rows: list[Row], wrong_rows: list[Row], place: Row, generation: Params) -> Row:
-    """How often answers differ (1 / num_return_sequences: never), and how often they are right."""
-    count = generation.num_return_sequences
+def summarize(
+    rows: list[Row],
+    wrong_rows: list[Row],
+    place: Row,
+    generation: Params,
+    scorer: Scorer,
+    questions: Mapping[str, str],
+) -> Row:
+    """How often answers differ (1 / num_return_sequences: never), and how good they are.
+
+    Args:
+        questions: {prompt_id: what is asked}, for a metric of the user's own.
+    """
+    count, metric = generation.num_return_sequences, next(iter(scorer.names), None)
 
     def scores(chosen: list[Row]) -> Row:
-        asked = [row for row in chosen if row["reference"] is not None]
-        answers = [(text, row["reference"]) for row in asked for text in row["completions"]]
-        right = [exact_match(*answer) for answer in answers]
+        found = []
+        for row in chosen:
+            record = {"id": row["prompt_id"], "prompt": questions[row["prompt_id"]], "metadata": ""}
+            asked = {**record, "reference": row["reference"]}
+            texts = row["completions"] if metric and row["reference"] is not None else []
+            found += [scorer.score(text, asked)[metric] for text in texts if metric]
         return {
             "distinct_completion_rate": sum(row["num_distinct"] / count for row in chosen)
             / len(chosen),
-            "exact_match": sum(right) / len(right) if right else None,
+            "score": sum(found) / len(found) if found else None,
         }
 
     def both(chosen: list[Row]) -> Row:
         return {which: scores([row for row in chosen if row["model"] == which]) for which in MODELS}
 
     return {
+        "metric": metric,
         "num_prompts": len({row["prompt_id"] for row in rows}),
         "num_return_sequences": count,
         "settings": {

@@ -118,7 +118,7 @@ def _md5(path: str) -> str:
 def _environment() -> str:
     packages = (
         "accelerate bitsandbytes datasets jinja2 matplotlib numpy peft pyarrow rouge-score sacrebleu "
-        "safetensors tokenizers torch transformers"
+        "safetensors scikit-learn tokenizers torch transformers"
     )
     return yaml.safe_dump(dict.fromkeys(packages.split(), "1.2.3"))
 
@@ -250,11 +250,16 @@ def _scores(exact: float, loss: float, metrics: list[str]) -> dict[str, Any]:
         **scores,
         "stop_rate": rate(0.9),
         "empty_rate": rate(0.0),
+        "control_token_rate": rate(0.0),
+        "copied_value_rate": rate(exact),
+        "num_copied": 6 if metrics else 0,
+        "max_new_tokens": rate(96),
         "by": {
             "kind": dict.fromkeys(KINDS, part),
             "language": {"en": part, "es": part},
             "function": {"set_timer": part},
             "turns": {"single": part},
+            **({"distance": {"twin": part, "far": part}} if metrics else {}),
         },
     }
 
@@ -263,11 +268,15 @@ def _reports(root: Path, params: dict[str, Any]) -> None:
     reports, metrics = root / "reports", params["evaluation"]["metrics"]
     names = [name_of(metric) for metric in metrics]
     base = {**_scores(0.0, 3.2, metrics), "full_precision": {"loss": 3.1, "perplexity": 22.2}}
+    copied = _scores(0.1, 0.0, metrics) | {"similarity": 0.7}
+    base["nearest"] = copied if metrics else None
     better = {"verdict": "better", "num_records_needed": 12}
     difference = dict.fromkeys(names, {"mean": 0.5, "low": 0.3, "high": 0.7} | better)
     difference["loss"] = {"mean": -3.0, "low": -3.2, "high": -2.8} | better
     _json(reports / "evaluation_base.json", base)
     evaluation: dict[str, Any] = {"tuned": _scores(0.5, 0.2, metrics), "difference": difference}
+    over = {"mean": 0.4, "low": 0.2, "high": 0.6} | better
+    evaluation["difference_to_nearest"] = dict.fromkeys(names, over)
     evaluation |= {"metrics": names, "shares": [name for name in metrics if ":" not in name]}
     evaluation |= {"confidence_fraction": 0.95, "power_fraction": 0.8, "bootstrap_resamples": 2000}
     change = {"mean": 0.7, "low": 0.6, "high": 0.8, "verdict": "worse", "num_records_needed": 3}
@@ -405,7 +414,7 @@ def _samples(
             texts = [text] if setting == "greedy" else [text, text, text + " "]
             facts = {"setting": setting, "model": model, "template": template}
             lines.append({**common, **facts, "completions": texts, "num_distinct": len(set(texts))})
-            rate = {"distinct_completion_rate": len(set(texts)) / 3, "exact_match": 0.5}
+            rate = {"distinct_completion_rate": len(set(texts)) / 3, "score": 0.5}
             rates.setdefault((setting, template), {})[model] = rate
     jsonl = "".join(json.dumps(line, ensure_ascii=False) + "\n" for line in lines)
     _write(root / "reports/samples.jsonl", jsonl)
@@ -416,7 +425,9 @@ def _samples(
     position = {"prompt_id": record["id"], "position": 0, "text_before": "assistant\n"}
     position["tokens"] = [{"token": token} for token in ('{"', " the", "$a_b$", "<b>")]
     wrong_row = rates["greedy", "wrong"] if wrong else None
-    facts = {"settings": summary, "wrong_template": wrong_row, "next_token": position}
+    metrics = params["evaluation"]["metrics"]
+    summary = {"metric": name_of(metrics[0]) if metrics else None, "settings": summary}
+    facts = {**summary, "wrong_template": wrong_row, "next_token": position}
     _json(root / "reports/samples.json", facts)
     rows = [
         (setting, model, token["token"], 1 / 2 ** (i + 1))

@@ -13,7 +13,7 @@ import yaml
 from hub import Hub, go_offline, use
 from workspace import Workspace, make_workspace, stages_run
 
-from capas.composition import composer, dump
+from capas.composition import NOTHING_OVERRIDDEN, composer, dump
 from capas.errors import told
 from capas.sources import folder_revision
 from stages.compose_params import main, parse_options
@@ -81,6 +81,49 @@ def test_an_edit_of_conf_reaches_params(workspace: Composing) -> None:
     assert "lora.r: 16 -> 8" in workspace.compose("--check")
     assert stages_run(workspace.repro("compose")) == ["compose"]
     assert "  r: 8\n" in workspace.read("params.yaml")
+
+
+@pytest.fixture
+def own_csv(workspace: Composing) -> Iterator[Path]:
+    """A file of free answers, and a configuration that names it."""
+    workspace.edit("conf/config.yaml", "dataset: embedded", "dataset: own_csv")
+    file = workspace.root / "data/own/mine.csv"
+    rows = (f"Question {i}?,Please wait {i} days and then ask once more." for i in range(9))
+    file.write_text("question,answer\n" + "\n".join(rows))
+    yield file
+    file.unlink()
+
+
+def test_metrics_follow_the_answers_of_own_data(workspace: Composing, own_csv: Path) -> None:
+    log = workspace.compose()
+    assert "looked at the answers (free text, 9 words in the median): chrf, rougeL" in log
+    assert "metrics:\n  - chrf\n  - rougeL\n" in workspace.read("params.yaml")
+    assert "was moved" not in workspace.compose() and "evaluation" not in workspace.compose(
+        "--check"
+    )
+    printed = workspace.run("python", "stages/compose_params.py", "--print")
+    assert json.loads(printed.splitlines()[-1])["evaluation"]["metrics"] == ["chrf", "rougeL"]
+    own_csv.write_text("question,answer\n" + "a,yes\nb,no\n" * 3)
+    assert "2 labels" in workspace.compose()
+    assert "metrics:\n  - exact_match\n" in workspace.read("params.yaml")
+    assert workspace.read("conf/overrides.yaml") == NOTHING_OVERRIDDEN
+
+
+def test_an_experiment_on_own_data_does_not_fix_its_metrics(
+    workspace: Composing, own_csv: Path
+) -> None:
+    workspace.compose()
+    workspace.experiment("lora.r=4")
+    assert "metrics:\n  - chrf\n  - rougeL\n" in workspace.read("params.yaml")
+    assert workspace.read("conf/overrides.yaml").endswith("\nlora:\n  r: 4\n")
+
+
+def test_auto_metrics_need_files_of_ones_own(workspace: Composing) -> None:
+    workspace.edit("conf/config.yaml", "dataset: embedded", "dataset: gsm8k")
+    refused = workspace.refusal("--print", "evaluation=auto")
+    assert "dataset.path is openai/gsm8k: choose one of conf/evaluation/" in refused
+    workspace.edit("conf/config.yaml", "dataset: gsm8k", "dataset: own_csv")
+    assert "data/own/mine.csv" in workspace.refusal()
 
 
 def test_composing_again_changes_no_byte(workspace: Composing) -> None:

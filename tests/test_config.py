@@ -77,7 +77,7 @@ def problems(values: dict[str, Any]) -> str:
 
 
 def test_there_are_as_many_options_as_we_think() -> None:
-    assert len(OPTIONS) == 59
+    assert len(OPTIONS) == 60
     assert {group for group, _ in OPTIONS} == set(GROUPS)
 
 
@@ -397,7 +397,7 @@ def test_a_model_brings_its_template_and_leaves_it_to_be_overridden(
 
 @pytest.mark.parametrize(
     ("dataset", "evaluation"),
-    [("embedded", "exact_match"), ("own_jsonl", "exact_match"), ("gsm8k", "final_number")]
+    [("embedded", "exact_match"), ("own_jsonl", "auto"), ("gsm8k", "final_number")]
     + [
         (name, "text")
         for name in ("alpaca", "dolly", "oasst", "somos-clean-alpaca-es", "ultrachat")

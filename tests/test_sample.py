@@ -41,9 +41,9 @@ def test_summary_names_every_setting(sampled: Path) -> None:
     assert list(facts["settings"]) == list(dict.fromkeys(row["setting"] for row in lines(sampled)))
     assert facts["settings"]["greedy"]["tuned"] == {
         "distinct_completion_rate": 0.5,
-        "exact_match": 0.0,
+        "score": 0.0,
     }
-    assert facts["wrong_template"]["base"]["exact_match"] == 0.0
+    assert facts["wrong_template"]["base"]["score"] == 0.0
 
 
 def test_next_token_before_and_after(sampled: Path) -> None:
@@ -74,7 +74,7 @@ def test_own_prompts_are_asked_after_the_system_message(sampled: Path, tmp_path:
     assert {row["prompt_id"] for row in lines(root)} == {"own-0"}
     assert {row["reference"] for row in lines(root)} == {None}
     facts = read_json(root / "reports/samples.json")
-    assert facts["settings"]["greedy"]["base"]["exact_match"] is None
+    assert facts["settings"]["greedy"]["base"]["score"] is None
 
 
 def test_seed_belongs_to_prompt_and_setting() -> None:

@@ -11,6 +11,7 @@ BuiltIn = Literal[
 ]  # fmt: skip
 BUILT_IN: tuple[str, ...] = get_args(BuiltIn)
 BINARY = ("exact_match", "valid_json", "final_number")  # right or wrong; the others lie in between
+AUTO = "auto"  # compose chooses by the references: capas.metrics.choice
 OWN_FUNCTION = r"^[\w./-]+\.py:[A-Za-z_]\w*$"  # file.py:function
 # Columns and keys of the reports: a function of one's own cannot be called so.
 RESERVED = frozenset(
@@ -28,6 +29,8 @@ RESERVED = frozenset(
             "score",
         ),
         *("num_records", "num_supervised_tokens", "full_precision", "general", "metric"),
+        *("nearest", "nearest_id", "similarity", "copied_values", "control_token"),
+        *("control_token_rate", "copied_value_rate", "num_copied"),
     )
 )
 

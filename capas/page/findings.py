@@ -47,20 +47,23 @@ def changes(splits: Mapping[str, Row]) -> dict[str, int]:
 
 
 def scores(base: Row, evaluation: Row) -> dict[str, Any]:
-    """Base and tuned side by side; `groups` holds every part of the test split with its intervals.
+    """Base, copied answers and tuned side by side; `groups` holds every part of the test split.
 
     `is_share`: the headline lies between 0 and 1, so that it can be a percentage and have an interval.
     """
     tuned, confidence = evaluation["tuned"], evaluation["confidence_fraction"]
     metrics, shares = evaluation["metrics"], evaluation["shares"]
-    name = headline(metrics)
+    name, nearest = headline(metrics), base["nearest"]
+    models = {"base": base, **({"nearest": nearest} if nearest else {}), "tuned": tuned}
+
+    def compared(parts: Mapping[str, Row]) -> Row:
+        found = {m: _score(part, name, name in shares, confidence) for m, part in parts.items()}
+        return {**found, "num_records": parts["tuned"]["num_records"]}
+
     groups = {
         group: [
-            {
-                "label": label,
-                **_pair(base["by"][group][label], part, name, name in shares, confidence),
-            }
-            for label, part in parts.items()
+            {"label": label, **compared({m: of["by"][group][label] for m, of in models.items()})}
+            for label in parts
         ]
         for group, parts in tuned["by"].items()
     }
@@ -71,7 +74,9 @@ def scores(base: Row, evaluation: Row) -> dict[str, Any]:
         "shares": shares,
         "headline": name,
         "is_share": name in shares,
-        "overall": _pair(base, tuned, name, name in shares, confidence),
+        "nearest": nearest,
+        "over_nearest": evaluation["difference_to_nearest"].get(name),
+        "overall": compared(models),
         "groups": groups,
         "difference": evaluation["difference"],
         "confidence": confidence,
@@ -82,12 +87,6 @@ def scores(base: Row, evaluation: Row) -> dict[str, Any]:
         "harness": evaluation.get("harness"),
         "gate": evaluation["gate"],
     }
-
-
-def _pair(base: Row, tuned: Row, name: str, is_share: bool, confidence: float) -> Row:
-    models = (("base", base), ("tuned", tuned))
-    pair = {model: _score(part, name, is_share, confidence) for model, part in models}
-    return {**pair, "num_records": tuned["num_records"]}
 
 
 def _score(
@@ -223,6 +222,7 @@ def samples(lines: Sequence[Row], summary: Row) -> dict[str, Any]:
             }
             for prompt in prompts.values()
         ],
+        "metric": summary["metric"],
         "settings": summary["settings"],
         "wrong_template": summary["wrong_template"],
         "next_token": summary["next_token"],

@@ -24,8 +24,8 @@ Number = Callable[[float], str]
 UNCHANGED = "unchanged"  # the setting of reports/next_token.csv that is none
 WIDTH = 5.2  # inches: on a phone, text of this figure is as large as the text around it
 LABELS = 1.3  # inches of it that long labels take
-MARKERS = {"base": "o", "tuned": "D"}  # a shape besides a colour
-COLOURS = {"base": BASE, "tuned": TUNED}
+MARKERS = {"base": "o", "nearest": "s", "tuned": "D"}  # a shape besides a colour
+COLOURS = {"base": BASE, "nearest": ACCENT, "tuned": TUNED}
 
 
 def loss_curves(
@@ -72,13 +72,15 @@ def learning_rate(history: Sequence[Row], words: Words, number: Number) -> Figur
 
 
 def shares(rows: Sequence[Row], words: Words, percent: str) -> Figure:
-    """A share with its interval for every part of the test split, base and tuned.
+    """A share with its interval for every part of the test split: base, copied answers, tuned.
 
-    Rows: {label, base: (share, low, high), tuned: (share, low, high)}.
+    Rows: {label, base: (share, low, high), nearest: likewise where answers were copied, tuned: likewise}.
     """
+    models = [model for model in MARKERS if model in rows[0]]
     with drawing():
-        figure, axes = _axes(WIDTH - LABELS, 0.55 + 0.44 * len(rows))
-        for model, shift in (("base", 0.16), ("tuned", -0.16)):
+        figure, axes = _axes(WIDTH - LABELS, 0.55 + 0.24 * (len(models) * len(rows)))
+        for number, model in enumerate(models):
+            shift = 0.2 - 0.4 * number / (len(models) - 1)
             y = [len(rows) - i + shift for i in range(len(rows))]
             values = [row[model][0] for row in rows]
             below = [row[model][0] - row[model][1] for row in rows]
@@ -94,7 +96,7 @@ def shares(rows: Sequence[Row], words: Words, percent: str) -> Figure:
         axes.xaxis.set_major_formatter(PercentFormatter(1, decimals=0, symbol=percent))
         axes.grid(axis="x")
         axes.spines["left"].set_visible(False)
-        axes.legend(loc="lower center", bbox_to_anchor=(0.5, 1.0), ncols=2)
+        axes.legend(loc="lower center", bbox_to_anchor=(0.5, 1.0), ncols=len(models))
     return figure
 
 

@@ -12,6 +12,7 @@ import pyarrow.parquet as pq
 import pytest
 import torch
 from tiny import read_json, read_params, run_stage, write_workspace
+from tokenizers import Tokenizer
 
 from capas import gate
 from capas.chat.recorded import recorded_format
@@ -19,6 +20,7 @@ from capas.dag import StageSpec
 from capas.errors import CapasError
 from capas.metrics.general import format_questions
 from capas.model import attach_adapter, load_model
+from capas.prompts import answer_limit
 from capas.stage import Stage
 from stages import evaluate_model, train_lora
 
@@ -59,12 +61,14 @@ def test_training_shows_in_the_difference(evaluated: Path) -> None:
 def test_the_gate_judges_the_tuned_model(evaluated: Path) -> None:
     report = read_json(evaluated / "reports/evaluation.json")
     base = read_json(evaluated / "reports/evaluation_base.json")
-    limits = {"min_stop_rate": 0.9, "max_empty_rate": 0.01, "max_quantization_loss": 0.5}
+    rates = {"min_stop_rate": 0.9, "max_empty_rate": 0.01, "max_control_token_rate": 0.0}
+    limits = {**rates, "max_quantization_loss": 0.5}
     assert report["gate"] == gate.judge(base, report, limits)
     assert [check["name"] for check in report["gate"]["checks"]] == [
-        *("exact_match_gain", "stop_rate", "empty_rate", "quantization_loss")
+        *("exact_match_gain", "exact_match_gain_over_nearest", "stop_rate", "empty_rate"),
+        *("control_token_rate", "quantization_loss"),
     ]
-    assert report["gate"]["checks"][1]["value"] == report["tuned"]["stop_rate"]
+    assert report["gate"]["checks"][2]["value"] == report["tuned"]["stop_rate"]
 
 
 def test_the_verdict_is_that_of_the_interval(evaluated: Path) -> None:
@@ -170,7 +174,7 @@ def test_a_difference_of_that_size_in_words() -> None:
 
 def test_groups_add_up(evaluated: Path) -> None:
     facts = read_json(evaluated / "reports/evaluation.json")["tuned"]
-    assert set(facts["by"]) == {"kind", "language", "function", "turns"}
+    assert set(facts["by"]) == {"kind", "language", "function", "turns", "distance"}
     for groups in facts["by"].values():
         assert sum(group["num_records"] for group in groups.values()) == facts["num_records"] == 10
 
@@ -178,7 +182,49 @@ def test_groups_add_up(evaluated: Path) -> None:
 def test_before_after_has_a_row_for_each_kind_and_model(evaluated: Path) -> None:
     rows = list(csv.DictReader((evaluated / "reports/before_after.csv").open()))
     pairs = [(row["kind"], row["model"]) for row in rows]
-    assert pairs[:2] == [("all", "base"), ("all", "tuned")] and len(pairs) == 6
+    assert pairs[:3] == [("all", "base"), ("all", "nearest"), ("all", "tuned")] and len(pairs) == 9
+
+
+def test_the_answers_of_the_most_similar_training_records_are_scored(evaluated: Path) -> None:
+    rows = pq.read_table(evaluated / "reports/predictions_nearest.parquet").to_pylist()
+    asked = {
+        r["id"]: r["messages"]
+        for r in pq.read_table(evaluated / "data/raw/train.parquet").to_pylist()
+    }
+    for row in rows:
+        assert asked[row["nearest_id"]][1]["content"] == row["completion"]
+        assert row["exact_match"] == (row["completion"] == row["reference"])
+        assert 0 < row["similarity"] <= 1
+    base = read_json(evaluated / "reports/evaluation_base.json")["nearest"]
+    assert base["num_records"] == 10
+    assert base["exact_match"] == sum(row["exact_match"] for row in rows) / 10
+    assert base["copied_value_rate"] == sum(row["copied_values"] for row in rows) / 10
+    over = read_json(evaluated / "reports/evaluation.json")["difference_to_nearest"]["exact_match"]
+    tuned = read_json(evaluated / "reports/evaluation.json")["tuned"]["exact_match"]
+    assert over["mean"] == pytest.approx(tuned - base["exact_match"])
+
+
+def test_an_answer_may_be_as_long_as_the_references_suggest(tmp_path: Path) -> None:
+    root = write_workspace(tmp_path, ["evaluation.max_new_tokens=null"])
+    records = pq.read_table(root / "data/formatted/test.parquet").to_pylist()
+    longest = max(len(r["input_ids"]) - len(r["prompt_ids"]) for r in records)
+    assert answer_limit(records, None) == longest + max(8, longest // 4)
+    assert answer_limit(records, 5) == 5
+    run_stage("evaluate_base", partial(evaluate_model.main, "base"), root)
+    facts = read_json(root / "reports/evaluation_base.json")
+    assert facts["max_new_tokens"] == answer_limit(records, None)
+
+
+def test_a_control_token_in_an_answer_is_counted_and_fails_the_gate(evaluated: Path) -> None:
+    tokenizer = Tokenizer.from_file(str(evaluated / "data/models/tokenizer/tokenizer.json"))
+    ids = {token: tokenizer.token_to_id(token) for token in ("<|im_start|>", "<|eot_id|>")}
+    found = evaluate_model.control_ids({"allowed_tokens": ["<|eot_id|>"]}, tokenizer)
+    assert ids["<|im_start|>"] in found and ids["<|eot_id|>"] not in found
+    report = read_json(evaluated / "reports/evaluation.json")
+    report["tuned"]["control_token_rate"] = 0.1
+    base = read_json(evaluated / "reports/evaluation_base.json")
+    judged = gate.judge(base, report, read_params("evaluate", evaluated).evaluation.gate)
+    assert any("control_token_rate 0.1 is above" in reason for reason in judged["reasons"])
 
 
 def test_prompt_of_another_format_is_refused(evaluated: Path) -> None:

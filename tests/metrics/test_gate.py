@@ -6,7 +6,10 @@ import pytest
 
 from capas.gate import judge, verdict
 
-LIMITS = {"min_stop_rate": 0.9, "max_empty_rate": 0.01, "max_quantization_loss": 0.5}
+LIMITS = {
+    **{"min_stop_rate": 0.9, "max_empty_rate": 0.01, "max_control_token_rate": 0.0},
+    "max_quantization_loss": 0.5,
+}
 BASE = {"loss": 3.2, "full_precision": {"loss": 3.0}}
 LOSS = {"mean": -1.0, "low": -1.5, "high": -0.5}
 
@@ -16,6 +19,7 @@ def judged(
     loss: dict[str, float] = LOSS,
     base: dict[str, Any] = BASE,
     limits: dict[str, Any] = LIMITS,
+    nearest: dict[str, Any] | None = None,
     **tuned: float | None,
 ) -> dict[str, Any]:
     difference, metrics = {"loss": loss}, []
@@ -24,19 +28,20 @@ def judged(
         found = {"mean": sum(match) / 2, "low": match[0], "high": match[1]}
         difference |= {"valid_json": worse, "exact_match": found}
         metrics = ["exact_match", "valid_json"]
-    rates = {"stop_rate": 0.95, "empty_rate": 0.0}
+    rates = {"stop_rate": 0.95, "empty_rate": 0.0, "control_token_rate": 0.0}
     evaluation = {"tuned": rates | tuned, "difference": difference, "metrics": metrics}
+    evaluation["difference_to_nearest"] = nearest or {}
     return judge(base, evaluation, limits)
 
 
 def test_a_good_model_passes_every_check() -> None:
     gate = judged()
     assert gate["passed"] and gate["reasons"] == [] and verdict(gate) == "passed"
-    assert [check["passed"] for check in gate["checks"]] == [True] * 4
+    assert [check["passed"] for check in gate["checks"]] == [True] * 5
     assert gate["checks"][0] == {
-        **{"name": "exact_match_gain", "value": 0.3, "limit": 0.0, "passed": True}
+        **{"name": "exact_match_gain", "value": 0.3, "high": 0.5, "limit": 0.0, "passed": True}
     }
-    assert gate["checks"][3]["value"] == pytest.approx(0.2)
+    assert gate["checks"][4]["value"] == pytest.approx(0.2)
 
 
 @pytest.mark.parametrize("match", [(-0.1, 0.2), (0.0, 0.2), (0.0, 0.0), (-0.5, -0.1)])
@@ -52,10 +57,12 @@ def test_an_interval_that_is_not_above_zero_proves_no_gain(match: tuple[float, f
 
 def test_the_first_metric_is_the_one_that_must_gain() -> None:
     gain = {"mean": 0.1, "low": 0.05, "high": 0.2}
-    evaluation = {"tuned": {"stop_rate": 1.0, "empty_rate": 0.0}, "metrics": ["rougeL", "chrf"]}
+    rates = {"stop_rate": 1.0, "empty_rate": 0.0, "control_token_rate": 0.0}
+    evaluation: dict[str, Any] = {"tuned": rates, "metrics": ["rougeL", "chrf"]}
+    evaluation["difference_to_nearest"] = {}
     evaluation["difference"] = {"chrf": {**gain, "low": -0.1}, "rougeL": gain, "loss": LOSS}
     assert judge(BASE, evaluation, LIMITS)["checks"][0] == {
-        **{"name": "rougeL_gain", "value": 0.05, "limit": 0.0, "passed": True}
+        **{"name": "rougeL_gain", "value": 0.05, "high": 0.2, "limit": 0.0, "passed": True}
     }
     evaluation["metrics"].reverse()
     assert judge(BASE, evaluation, LIMITS)["reasons"] == [
@@ -63,12 +70,27 @@ def test_the_first_metric_is_the_one_that_must_gain() -> None:
     ]
 
 
+@pytest.mark.parametrize(("low", "passed"), [(0.01, True), (0.0, False), (-0.2, False)])
+def test_copying_the_nearest_training_answer_must_be_beaten(low: float, passed: bool) -> None:
+    over = {"exact_match": {"mean": 0.1, "low": low, "high": 0.3}}
+    gate = judged(nearest=over)
+    assert gate["passed"] is passed
+    assert gate["checks"][1]["name"] == "exact_match_gain_over_nearest"
+    if not passed:
+        assert gate["reasons"] == [
+            "no gain in exact_match over copying the nearest training answer is proven: its interval is "
+            f"{low:.4g} to 0.3"
+        ]
+
+
 def test_without_metrics_a_lower_loss_is_the_gain() -> None:
-    generated_nothing = {"match": None, "stop_rate": None, "empty_rate": None}
+    generated_nothing = {"match": None} | dict.fromkeys(
+        ("stop_rate", "empty_rate", "control_token_rate")
+    )
     gate = judged(**generated_nothing)
     assert gate["passed"]
-    assert gate["checks"][0] == {"name": "loss_gain", "value": 0.5, "limit": 0.0, "passed": True}
-    assert [check["passed"] for check in gate["checks"]] == [True, None, None, True]
+    assert gate["checks"][0]["name"] == "loss_gain" and gate["checks"][0]["value"] == 0.5
+    assert [check["passed"] for check in gate["checks"]] == [True, None, None, None, True]
     worse = judged(**generated_nothing, loss={"mean": 0.4, "low": -0.1, "high": 0.9})
     assert worse["reasons"] == ["no gain in loss is proven: its interval is -0.9 to 0.1"]
 
@@ -79,6 +101,10 @@ def test_without_metrics_a_lower_loss_is_the_gain() -> None:
         ({"stop_rate": 0.899}, "stop_rate 0.899 is below evaluation.gate.min_stop_rate = 0.9"),
         ({"empty_rate": 0.02}, "empty_rate 0.02 is above evaluation.gate.max_empty_rate = 0.01"),
         (
+            {"control_token_rate": 0.01},
+            "control_token_rate 0.01 is above evaluation.gate.max_control_token_rate = 0",
+        ),
+        (
             {"base": {"loss": 4.0, "full_precision": {"loss": 3.0}}},
             "quantization_loss 1 is above evaluation.gate.max_quantization_loss = 0.5",
         ),
@@ -87,7 +113,7 @@ def test_without_metrics_a_lower_loss_is_the_gain() -> None:
 def test_each_limit_fails_alone_and_null_switches_it_off(found: Any, reason: str) -> None:
     assert judged(**found)["reasons"] == [reason]
     off = judged(**found, limits=dict.fromkeys(LIMITS))
-    assert off["passed"] and [check["passed"] for check in off["checks"][1:]] == [None] * 3
+    assert off["passed"] and [check["passed"] for check in off["checks"][1:]] == [None] * 4
 
 
 def test_a_limit_is_met_by_its_own_value() -> None:
@@ -106,4 +132,4 @@ def test_several_reasons_stand_in_one_line() -> None:
 
 def test_a_base_that_came_quantized_is_not_checked_for_it() -> None:
     gate = judged(base={"loss": 9.0, "full_precision": None})
-    assert gate["passed"] and gate["checks"][3]["passed"] is None
+    assert gate["passed"] and gate["checks"][4]["passed"] is None

@@ -162,9 +162,9 @@ def test_what_was_forgotten_is_told_in_each_language(pages: dict[str, str]) -> N
 def test_graded_answers_are_shown_from_the_lowest(page_with: Callable[..., str]) -> None:
     page = page_with("evaluation=text", plots=True)
     text = " ".join(re.sub(r"<[^>]+>", " ", page).split())
-    assert "ROUGE-L from 0% to 50.0%" in text
+    assert "chrF from 0% to 50.0%" in text
     assert "that the tuned model answers with a higher score than the base" in text
-    assert "Gain: ROUGE-L, worse end of the interval" in text
+    assert "Gain: chrF, worse end of the interval" in text
     assert "chrF : F-score of runs of 1 to 6 characters" in text
     lowest = text.partition("Where it scores lowest")[2]
     assert "Okay. 1.0%" in lowest  # the second record: the first that is wrong
@@ -179,7 +179,23 @@ def test_a_score_beyond_1_is_no_percentage(page_with: Callable[..., str]) -> Non
     assert "tone : a function of this repository" in text
     assert "tone differs by 0.500, interval 0.300 to 0.700." in text
     assert 'id="figure-kinds"' not in page
-    assert "Exact match 0% 50.0%" in text
+    assert "Exact match 0% 10.0% 50.0%" in text  # base, copied answers, tuned
+
+
+def test_copied_answers_stand_between_base_and_tuned(pages: dict[str, str]) -> None:
+    english, spanish = (
+        " ".join(re.sub(r"<[^>]+>", " ", pages[code]).split()) for code in ("en", "es")
+    )
+    assert "Copied 10.0% the answer of the most similar training record" in english
+    assert (
+        "The tuned model is +40.0 points away from that (95% interval +20.0 to +60.0 points): better"
+        in english
+    )
+    assert "Gain over copying: Exact match, worse end of the interval" in english
+    assert "Every copied value right 0% 10.0% 50.0%" in english
+    assert "6 of 10 test records have some" in english
+    assert "nearly the same (similarity 0.9 or more) 2" in english
+    assert "Copia 10,0 % la respuesta del registro de entrenamiento más parecido" in spanish
 
 
 def test_every_metric_is_explained_in_both_languages() -> None:
