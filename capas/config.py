@@ -115,7 +115,9 @@ class Dataset(Group, Source):
     mix: list[Source]
     max_records: Annotated[int, Field(ge=3)] | None
     validation_fraction: Annotated[float, Field(ge=0, lt=1)]
-    test_fraction: Annotated[float, Field(ge=0, lt=1)]
+    test_fraction: Annotated[float, Field(ge=0, lt=1)] | None
+    split_by: Literal["prompt", "cluster"]
+    near_duplicate_similarity: Annotated[float, Field(gt=0, le=1)] | None
     seed: Seed
     duplicates: Literal["drop", "keep", "error"]
     leaks: Literal["drop", "keep", "error"]
@@ -424,8 +426,13 @@ def _of_dataset() -> Iterator[Rule]:
     )
     yield Rule(
         ("dataset.validation_fraction", "dataset.test_fraction"),
-        lambda validation, test: validation + test < 1,
+        lambda validation, test: validation + (0.2 if test is None else test) < 1,
         "together less than 1: something must be left to train on",
+    )
+    yield Rule(
+        ("dataset.split_by", "dataset.near_duplicate_similarity"),
+        lambda split_by, similarity: split_by == "prompt" or similarity is not None,
+        "a similarity such as 0.6 with split_by=cluster",
     )
     yield Rule(
         ("dataset.leaks", "dataset.leak_budget_fraction"),

@@ -60,8 +60,9 @@ ENVIRONMENT, LOCK, COMPOSED = (
 SCHEMAS = Path(".vscode/schema")
 # The packages whose version decides a stage's bytes; stages declare those that they use.
 PACKAGES = (
-    "accelerate", "bitsandbytes", "datasets", "jinja2", "matplotlib", "numpy", "peft", "pyarrow",
-    "rouge-score", "sacrebleu", "safetensors", "scikit-learn", "tokenizers", "torch", "transformers",
+    "accelerate", "bitsandbytes", "datasets", "datasketch", "jinja2", "matplotlib", "numpy", "peft",
+    "pyarrow", "rouge-score", "sacrebleu", "safetensors", "scikit-learn", "tokenizers", "torch",
+    "transformers",
 )  # fmt: skip
 
 

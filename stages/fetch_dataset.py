@@ -22,6 +22,7 @@ from capas.dataset.rows import Row
 from capas.dataset.selection import Selection, select_records
 from capas.dataset.source import Source, sources_of
 from capas.facts import write_json
+from capas.metrics.power import power_in_words
 from capas.params import Params
 from capas.records import SPLITS
 from capas.stage import Stage, log, run
@@ -48,7 +49,10 @@ def main(params: Params, stage: Stage) -> None:
         file = folder / f"{split}.parquet"
         splits[split] = pool.write_split(file, selection.of(split), identities)
         log.info("%s: %d records", split, splits[split]["num_records"])
-    write_json(folder / "source.json", describe(sources, flaws, selection, splits))
+    facts = describe(sources, flaws, selection, splits)
+    write_json(folder / "source.json", facts)
+    for line in remarks(facts, dataset):
+        log.info("%s", line)
     everything.unlink()
 
 
@@ -103,8 +107,26 @@ def describe(
             for kind, count in sorted(flaws.repaired.items())
         },
         "kept": selection.kept,
+        "near_duplicates": selection.near_duplicates(),
         "left_out": dict(sorted(flaws.left_out.items())),
     }
+
+
+def remarks(facts: dict[str, Any], dataset: Params) -> Iterator[str]:
+    """What a user should know of the splits: near-duplicates, and what so few test records can show."""
+    found = facts["near_duplicates"]
+    if found and found["num_records"]:
+        yield (
+            f"{found['num_records']} records ask nearly the same as another one ({found['num_groups']} "
+            f"groups, the largest has {found['largest_group']})"
+        )
+        if like_train := found["num_test_records_like_train"]:
+            yield (
+                f"{like_train} of the test records have a near-duplicate in train, so their score tells "
+                "what was memorised; dataset.split_by=cluster keeps near-duplicates on one side"
+            )
+    if dataset.path != EMBEDDED:
+        yield power_in_words(facts["splits"][SPLITS[-1]]["num_records"])
 
 
 if __name__ == "__main__":

@@ -51,6 +51,7 @@ SOURCE: dict[str, Any] = {
     "dropped": {},
     "repaired": {},
     "kept": {},
+    "near_duplicates": None,
     "left_out": {},
 }
 LAYERS = [
@@ -117,8 +118,8 @@ def _md5(path: str) -> str:
 
 def _environment() -> str:
     packages = (
-        "accelerate bitsandbytes datasets jinja2 matplotlib numpy peft pyarrow rouge-score sacrebleu "
-        "safetensors scikit-learn tokenizers torch transformers"
+        "accelerate bitsandbytes datasets datasketch jinja2 matplotlib numpy peft pyarrow "
+        "rouge-score sacrebleu safetensors scikit-learn tokenizers torch transformers"
     )
     return yaml.safe_dump(dict.fromkeys(packages.split(), "1.2.3"))
 

@@ -5,6 +5,7 @@ split, and a second pass over the file writes the splits.
 """
 
 import hashlib
+import itertools
 import logging
 from array import array
 from collections.abc import Iterable, Iterator, Mapping
@@ -29,6 +30,7 @@ from capas.workers import in_order
 
 log = logging.getLogger("capas")
 ROWS_PER_CHUNK, CHARACTERS_PER_CHUNK = 1000, 2**22
+MAX_QUESTION = 4000  # characters that are compared with those of other records
 MAX_DEPTH = 100  # pickle, which takes rows to other processes, manages a few hundred
 _COLUMNS = {"content": "Q", "group": "Q", "prompt": "Q", "identity": "Q", "line": "I", "place": "I"}
 _CODES = {"source": "H", "split": "B"}
@@ -184,6 +186,14 @@ class Pool:
                 shown.append({**self._place(index), **about})
             start += len(batch)
         return shown
+
+    def questions(self) -> Iterator[str]:
+        """What each record asks: all that is said before the first answer, the beginning of a plain text."""
+        for batch in self._batches():
+            for messages in batch.column("messages").to_pylist():
+                asked = itertools.takewhile(lambda m: m["role"] != "assistant", messages)
+                told = "\n".join(m["content"] for m in asked if m["role"] != "system")
+                yield told[:MAX_QUESTION]
 
     def write_split(
         self, file: Path, stays: NDArray[np.bool_], ids: "Identities"

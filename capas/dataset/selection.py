@@ -1,5 +1,7 @@
 """Which records of the pool stay, and in which split: made splits, duplicates, leaks, mixture, subset."""
 
+import logging
+import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from typing import Any
@@ -10,11 +12,14 @@ from numpy.typing import NDArray
 from capas.dataset.flaws import DROP, ERROR, KEEP, NUM_EXAMPLES
 from capas.dataset.mix import drawn
 from capas.dataset.pool import Pool
+from capas.dataset.similar import MAX_RECORDS, Groups, similar_groups
 from capas.dataset.splits import (
     TEST,
     TRAIN,
     VALIDATION,
+    cluster_shares,
     leaks,
+    num_test_records,
     ordinals,
     scrambled,
     shares,
@@ -24,7 +29,9 @@ from capas.errors import CapasError
 from capas.params import Params
 from capas.records import SPLITS
 
+log = logging.getLogger("capas")
 Marks = NDArray[np.bool_]
+CLUSTER, NUM_PAIRS = "cluster", 5
 DUPLICATE, LEAK, NOT_DRAWN, BEYOND = "duplicate", "leak", "not_drawn", "beyond_max_records"
 
 
@@ -38,6 +45,7 @@ class Selection:
     dropped: dict[str, Marks] = field(default_factory=dict)
     kept: dict[str, int] = field(default_factory=dict)
     twins: dict[str, Callable[[int], Marks]] = field(default_factory=dict)
+    groups: Groups | None = None
 
     def of(self, split: str) -> Marks:
         return self.stays & (self.split == SPLITS.index(split))
@@ -56,6 +64,36 @@ class Selection:
             reason: {"count": int(marks.sum()), "examples": self._examples(reason, marks)}
             for reason, marks in self.dropped.items()
         }
+
+    def near_duplicates(self) -> dict[str, Any] | None:
+        """How many records that stay have a near-duplicate; None where none were looked for.
+
+        `across_splits` counts records of test with one in train.
+        """
+        if self.groups is None:
+            return None
+        labels, train = self.groups.labels, self.of(SPLITS[TRAIN])
+        kept = labels[self.stays]
+        sizes = np.bincount(kept, minlength=len(labels))
+        across = self.of(SPLITS[TEST]) & np.isin(labels, labels[train])
+        return {
+            "num_records": int((sizes[kept] > 1).sum()),
+            "num_groups": int((sizes > 1).sum()),
+            "largest_group": int(sizes.max(initial=0)),
+            "num_test_records_like_train": int(across.sum()),
+            "examples": self._pairs(across if across.any() else self.stays & (sizes[labels] > 1)),
+        }
+
+    def _pairs(self, marks: Marks) -> list[dict[str, Any]]:
+        """The first of `marks`, each with the place of another record of its group."""
+        assert self.groups is not None
+        labels, whys = self.groups.labels, {}
+        for index in np.flatnonzero(marks)[:NUM_PAIRS].tolist():
+            others = (labels == labels[index]) & self.stays
+            others[index] = False
+            if others.any():
+                whys[index] = f"nearly as {self.pool.location(int(others.argmax()))}"
+        return self.pool.examples(whys)
 
     def _examples(self, reason: str, marks: Marks) -> list[dict[str, Any]]:
         if reason not in self.twins:
@@ -80,23 +118,51 @@ def select_records(
     Raises:
         CapasError: duplicates or leaks where they are an error, more leaks than the budget, an empty split.
     """
-    selection = Selection(pool, _made(pool, dataset, given), np.ones(len(pool), bool))
+    groups = _near_duplicates(pool, dataset)
+    selection = Selection(pool, _made(pool, dataset, given, groups), np.ones(len(pool), bool))
+    selection.groups = groups
     _duplicates(selection, dataset.duplicates)
     _leaks(selection, dataset.leaks, dataset.leak_budget_fraction)
     _mixture(selection, [w for w in weights if w is not None], dataset.seed)
     if dataset.max_records is not None:
         _subset(selection, dataset.max_records, dataset.seed)
-    _check_splits(selection)
+    _check_splits(selection, dataset.split_by)
     return selection
 
 
-def _made(pool: Pool, dataset: Params, given: Sequence[set[str]]) -> NDArray[np.uint8]:
+def _near_duplicates(pool: Pool, dataset: Params) -> Groups | None:
+    """The groups of nearly equal questions, None where they are not asked for, or there are too many."""
+    if dataset.near_duplicate_similarity is None:
+        return None
+    if len(pool) > MAX_RECORDS:
+        if dataset.split_by == CLUSTER:
+            raise CapasError(
+                f"dataset.split_by=cluster compares questions with each other, and {len(pool)} records are "
+                f"too many for that ({MAX_RECORDS} at most): set split_by: prompt, or give a test file of "
+                "its own in dataset.data_files"
+            )
+        log.info("near-duplicates are not looked for: more than %d records", MAX_RECORDS)
+        return None
+    return similar_groups(list(pool.questions()), dataset.near_duplicate_similarity)
+
+
+def _made(
+    pool: Pool, dataset: Params, given: Sequence[set[str]], groups: Groups | None
+) -> NDArray[np.uint8]:
     splits: NDArray[np.uint8] = pool["split"].copy()
     for source, names in enumerate(given):
         mine = (pool["source"] == source) & (splits == TRAIN)
+        count = int(mine.sum())
         test = 0.0 if SPLITS[TEST] in names else dataset.test_fraction
         validation = 0.0 if SPLITS[VALIDATION] in names else dataset.validation_fraction
-        splits[mine] = shares(pool["group"][mine], validation, test, dataset.seed)
+        num_test = num_test_records(count, test)
+        if groups is not None and dataset.split_by == CLUSTER:
+            _, labels = np.unique(groups.labels[mine], return_inverse=True)
+            wanted = math.ceil(validation * count), num_test
+            splits[mine] = cluster_shares(labels, pool["content"][mine], *wanted, dataset.seed)
+        else:
+            fraction = num_test / max(1, count) if test is None else test
+            splits[mine] = shares(pool["group"][mine], validation, fraction, dataset.seed)
     return splits
 
 
@@ -163,9 +229,17 @@ def _subset(selection: Selection, max_records: int, seed: int) -> None:
     selection.drop(BEYOND, marks)
 
 
-def _check_splits(selection: Selection) -> None:
+def _check_splits(selection: Selection, split_by: str) -> None:
     counts = {split: int(selection.of(split).sum()) for split in SPLITS}
     empty = [split for split, count in counts.items() if not count]
+    if empty and selection.groups is not None and split_by == CLUSTER:
+        largest = int(selection.groups.sizes.max(initial=0))
+        if largest > sum(counts.values()) / 2:
+            raise CapasError(
+                f"no record is left for {' and '.join(empty)}: {largest} of {len(selection.pool)} records "
+                "ask nearly the same, and dataset.split_by=cluster keeps them in one split. Set split_by: "
+                "prompt, or raise dataset.near_duplicate_similarity"
+            )
     if empty:
         key = "max_records" if BEYOND in selection.dropped else f"{empty[0]}_fraction"
         raise CapasError(

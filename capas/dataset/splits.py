@@ -17,6 +17,7 @@ from capas.records import SPLITS
 Digests = NDArray[np.uint64]
 Marks = NDArray[np.bool_]
 TRAIN, VALIDATION, TEST = range(len(SPLITS))
+DEFAULT_TEST_RECORDS, DEFAULT_TEST_FRACTION = 100, 0.2
 
 
 class _LettersAndDigits(dict[int, int | None]):
@@ -87,6 +88,40 @@ def shares(groups: Digests, validation: float, test: float, seed: int) -> NDArra
     return np.where(
         place < test, TEST, np.where(place < test + validation, VALIDATION, TRAIN)
     ).astype(np.uint8)
+
+
+def num_test_records(num_records: int, fraction: float | None) -> int:
+    """Return how many records a test split is to have: `fraction` of them, by default min(100, 20 %)."""
+    if fraction is not None:
+        return round(fraction * num_records)
+    return min(DEFAULT_TEST_RECORDS, round(DEFAULT_TEST_FRACTION * num_records))
+
+
+def cluster_shares(
+    labels: NDArray[np.int64], content: Digests, validation: int, test: int, seed: int
+) -> NDArray[np.uint8]:
+    """Return the split of each record, all records of a cluster in one split.
+
+    Clusters are taken in the order of a seeded hash (of the smallest content in them), first for test, then
+    for validation; one that would exceed what is wanted goes to training.
+
+    Args:
+        labels: [records], the number of each record's cluster.
+        validation, test: how many records the splits are to have.
+    """
+    hashes = scrambled(content, seed)
+    smallest_hash = np.full(labels.max(initial=-1) + 1, np.iinfo(np.uint64).max, np.uint64)
+    np.minimum.at(smallest_hash, labels, hashes)
+    sizes = np.bincount(labels, minlength=len(smallest_hash))
+    of_cluster = np.full(len(smallest_hash), TRAIN, np.uint8)
+    left = {TEST: test, VALIDATION: validation}
+    for cluster in np.argsort(smallest_hash, kind="stable"):
+        for split, wanted in left.items():
+            if sizes[cluster] <= wanted:
+                of_cluster[cluster] = split
+                left[split] -= int(sizes[cluster])
+                break
+    return of_cluster[labels]
 
 
 def ordinals(digests: Digests) -> NDArray[np.int64]:

@@ -17,7 +17,10 @@ from capas.dataset.rows import Row
 from capas.errors import CapasError
 from capas.records import SPLITS
 
-MINE = ("dataset=own_jsonl", "dataset.test_fraction=0.2", "dataset.validation_fraction=0.1")
+MINE = (
+    *("dataset=own_jsonl", "dataset.test_fraction=0.2", "dataset.validation_fraction=0.1"),
+    "dataset.split_by=prompt",
+)
 
 
 @pytest.fixture
@@ -289,6 +292,64 @@ def test_an_empty_split_is_refused(side: DataSide, overrides: Any, message: str)
     side.own("mine.jsonl", *(asked(n) for n in range(100)))
     with pytest.raises(CapasError, match=message):
         fetch(side, *overrides)
+
+
+WORDS = [f"{a}{b}{c}{d}" for a in "bdfgk" for b in "aeiou" for c in "lmnrt" for d in "aeiou"]
+CLUSTER = ("dataset.split_by=cluster", "dataset.test_fraction=null")
+
+
+def twins(count: int) -> list[dict[str, Any]]:
+    """Three phrasings of each question, next to each other in no order of the file."""
+    forms = ("How do I {0} a {1}?", "how do i {0} a {1}", "How do I {0} a {1}, please?")
+    pairs = [(WORDS[i], WORDS[-i]) for i in range(1, count + 1)]
+    asked = [form.format(*pair) for form in forms for pair in pairs]
+    return [{"question": text, "answer": f"Answer {i}."} for i, text in enumerate(asked)]
+
+
+def test_near_duplicates_stay_on_one_side_and_are_counted(
+    side: DataSide, caplog: pytest.LogCaptureFixture
+) -> None:
+    caplog.set_level("INFO", "capas")
+    side.own("mine.jsonl", *twins(100))
+    facts = fetch(side, *CLUSTER)
+    assert {s: f["num_records"] for s, f in facts["splits"].items()} == {
+        **{"train": 210, "validation": 30, "test": 60}
+    }
+    found = facts["near_duplicates"]
+    assert (found["num_records"], found["num_groups"], found["largest_group"]) == (300, 100, 3)
+    assert found["num_test_records_like_train"] == 0
+    assert "300 records ask nearly the same as another one (100 groups" in caplog.text
+    assert "60 test records: a difference below about 18 points cannot be shown" in caplog.text
+    split_of: dict[str, set[str]] = {}
+    for split, records in side.raw().items():
+        for record in records:
+            words = record["messages"][0]["content"].lower().split()
+            split_of.setdefault(words[3], set()).add(split)
+    assert len(split_of) == 100 and all(len(splits) == 1 for splits in split_of.values())
+
+
+def test_near_duplicates_in_two_splits_are_told_with_their_places(
+    side: DataSide, caplog: pytest.LogCaptureFixture
+) -> None:
+    caplog.set_level("INFO", "capas")
+    side.own("mine.jsonl", *twins(60))
+    found = fetch(side, "dataset.leak_budget_fraction=0.9")["near_duplicates"]
+    assert found["num_test_records_like_train"] > 10
+    example = found["examples"][0]
+    assert example["file"] == "data/own/mine.jsonl" and example["why"].startswith(
+        "nearly as data/own/"
+    )
+    assert "dataset.split_by=cluster keeps near-duplicates on one side" in caplog.text
+    without = fetch(
+        side, "dataset.leak_budget_fraction=0.9", "dataset.near_duplicate_similarity=null"
+    )
+    assert without["near_duplicates"] is None
+
+
+def test_a_file_of_one_question_cannot_be_split_by_clusters(side: DataSide) -> None:
+    side.own("mine.jsonl", *(asked(n) for n in range(20)))
+    with pytest.raises(CapasError, match=r"20 of 20 records ask nearly the same.*split_by: prompt"):
+        fetch(side, *CLUSTER)
 
 
 def test_a_source_without_records_is_refused(side: DataSide) -> None:

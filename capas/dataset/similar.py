@@ -1,0 +1,93 @@
+"""Find questions that are nearly the same: MinHash signatures and locality-sensitive hashing (datasketch).
+
+A test question with a near-duplicate in training is answered from memory. "Where is my order 4711?" and
+"Where is my order 9?" are near-duplicates: every run of digits counts as the same number.
+"""
+
+import re
+import zlib
+from collections import Counter
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import numpy as np
+from numpy.typing import NDArray
+
+from capas.dataset.splits import normalised
+from capas.progress import Pace, log
+from capas.records import evenly_spaced
+
+MAX_RECORDS = 200_000  # a signature of each is held in memory
+_NUM_PERM, _SEED, _LENGTH = 128, 1, 4
+_WEIGHTS = (0.1, 0.9)  # of false and of missed candidates; each is verified
+_SAMPLE, _COMMON_FRACTION, _MIN_COMMON = 2000, 0.2, 20
+_DIGITS = re.compile(r"\d+")
+
+
+@dataclass(frozen=True)
+class Groups:
+    """For each text the number of its group; texts alone in a group have no near-duplicate."""
+
+    labels: NDArray[np.int64]
+
+    @property
+    def sizes(self) -> NDArray[np.int64]:
+        """How many texts the group of each text has."""
+        return np.bincount(self.labels)[self.labels]
+
+
+def similar_groups(texts: Sequence[str], similarity: float) -> Groups:
+    """Group texts that are linked by near-duplicates: a chain of them is one group.
+
+    Two texts are near-duplicates where the estimated Jaccard similarity of their runs of 4 letters and
+    digits (case, spaces and punctuation aside) is at least `similarity`. Runs that stand in more than a fifth
+    of the texts, as those of an instruction that opens each of them, do not count.
+
+    Source: A. Broder, "On the resemblance and containment of documents", 1997.
+    """
+    from datasketch import MinHash, MinHashLSH
+    from scipy.sparse import coo_array
+    from scipy.sparse.csgraph import connected_components
+
+    index = MinHashLSH(threshold=similarity, num_perm=_NUM_PERM, weights=_WEIGHTS)
+    signatures: list[MinHash] = []
+    numbers: list[int] = []  # of the text that each signature is of
+    first: dict[str, int] = {}  # equal texts share a signature
+    pairs: list[tuple[int, int]] = []
+    common, pace = _common_runs(texts), Pace()
+    for number, text in enumerate(texts):
+        plain = _plain(text)
+        if plain in first:
+            pairs.append((first[plain], number))
+            continue
+        first[plain] = number
+        signature = MinHash(num_perm=_NUM_PERM, seed=_SEED, hashfunc=zlib.crc32)
+        signature.update_batch(sorted(_runs(plain) - common or {plain.encode()}))
+        for candidate in index.query(signature):
+            if signatures[candidate].jaccard(signature) >= similarity:
+                pairs.append((numbers[candidate], number))
+        index.insert(len(signatures), signature)
+        signatures.append(signature)
+        numbers.append(number)
+        if pace.due():
+            log.info("near-duplicates: %d records compared", number + 1)
+    rows, columns = np.array(pairs, np.int64).reshape(-1, 2).T
+    links = coo_array((np.ones(len(rows), bool), (rows, columns)), (len(texts), len(texts)))
+    return Groups(connected_components(links, directed=False)[1].astype(np.int64))
+
+
+def _common_runs(texts: Sequence[str]) -> set[bytes]:
+    """Runs in more than a fifth of a sample of the texts; of a few texts none."""
+    sample = evenly_spaced(texts, _SAMPLE)
+    counts = Counter(run for text in sample for run in _runs(_plain(text)))
+    limit = max(_MIN_COMMON, _COMMON_FRACTION * len(sample))
+    return {run for run, count in counts.items() if count > limit}
+
+
+def _plain(text: str) -> str:
+    return _DIGITS.sub("0", normalised(text))
+
+
+def _runs(text: str) -> set[bytes]:
+    starts = range(max(1, len(text) - _LENGTH + 1))
+    return {text[i : i + _LENGTH].encode() for i in starts}

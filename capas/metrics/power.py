@@ -1,0 +1,38 @@
+"""What a test split of a given size can show, before anything is measured."""
+
+import math
+from statistics import NormalDist
+
+SPREAD = 0.5  # assumed standard deviation of paired differences of scores from 0 to 1
+CONFIDENCE_FRACTION, POWER_FRACTION = 0.95, 0.8
+TARGET = 0.05  # the difference that is named as an example
+
+
+def smallest_difference(num_records: int) -> float:
+    """Return the difference of two models that `num_records` test records show in 80 % of the cases.
+
+    (z_c + z_p) x sd / sqrt(n) with 95 % confidence and an assumed standard deviation of 0.5, as in
+    `capas.metrics.comparison.records_needed`, which uses the measured one.
+    """
+    return _quantiles() * SPREAD / math.sqrt(num_records)
+
+
+def records_for(difference: float) -> int:
+    """Return how many test records show such a difference in 80 % of the cases."""
+    return math.ceil((_quantiles() * SPREAD / difference) ** 2)
+
+
+def power_in_words(num_records: int) -> str:
+    """Say in a sentence which difference cannot be seen, and how many records would show 5 points."""
+    points = 100 * smallest_difference(num_records)
+    said = (
+        f"{num_records} test records: a difference below about {points:.0f} points cannot be shown"
+    )
+    needed = records_for(TARGET)
+    more = f"; about {needed} would show one of {100 * TARGET:.0f}" if num_records < needed else ""
+    return said + more
+
+
+def _quantiles() -> float:
+    ends = ((1 + CONFIDENCE_FRACTION) / 2, POWER_FRACTION)
+    return sum(map(NormalDist().inv_cdf, ends))
