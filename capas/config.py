@@ -65,16 +65,25 @@ class Model(Group):
 
 
 class Flaws(BaseModel):
-    """What is done about each kind of flaw of a record."""
+    """What is done about each kind of flaw of a record; null is what is done about `malformed`."""
 
     model_config = ConfigDict(extra="forbid", strict=True)
 
     malformed: Literal["error", "drop"]
+    bad_json: Literal["error", "drop"] | None
+    bad_row: Literal["error", "drop"] | None
+    missing_column: Literal["error", "drop"] | None
+    not_text: Literal["error", "drop"] | None
+    unknown_role: Literal["error", "drop"] | None
+    empty_question: Literal["error", "drop", "keep"] | None
+    bad_call: Literal["error", "drop"] | None
+    unclear_training: Literal["error", "drop"] | None
     no_answer: Literal["error", "drop"]
     empty_answer: Literal["error", "drop"]
     invalid_text: Literal["error", "drop", "replace"]
     consecutive_roles: Literal["error", "drop", "merge", "keep"]
     system_in_the_middle: Literal["error", "drop", "keep"]
+    assistant_first: Literal["error", "drop", "skip"]
 
 
 Split = Literal["train", "validation", "test"]
@@ -101,9 +110,15 @@ class Source(BaseModel):
         "text", "oasst", "columns",
     ]  # fmt: skip
     columns: (
-        dict[Literal["messages", "text", "system", "user", "assistant", "id", "tools"], Column]
+        dict[
+            Literal[
+                "messages", "text", "system", "user", "assistant", "reasoning_content", "id", "tools",
+            ],
+            Column,
+        ]
         | None
-    )
+    )  # fmt: skip
+    roles: dict[str, Literal["system", "user", "assistant", "tool"]] | None
     system: str | None
     weight: Annotated[float, Field(gt=0)] | None
     licence: str
@@ -363,16 +378,19 @@ def _columns_fit(source: dict[str, Any]) -> bool:
     if source["shape"] != "columns":
         return not columns
     content = columns & {"messages", "text", "user", "assistant"}
+    joined = {name for name, given in (source["columns"] or {}).items() if isinstance(given, list)}
+    if joined - {"text", "system", "user", "assistant"}:
+        return False
     return content in ({"messages"}, {"text"}, {"user", "assistant"}) and (
-        "text" not in columns or "system" not in columns
+        "text" not in columns or not columns & {"system", "reasoning_content"}
     )
 
 
-_GENERATED = ("name", "revision", "split", "data_files", "columns", "system")  # all null
+_GENERATED = ("name", "revision", "split", "data_files", "columns", "roles", "system")  # all null
 # Of every source: (its keys, what must hold of them, what is expected where it does not).
 _SOURCE_RULES: tuple[tuple[tuple[str, ...], Callable[[dict[str, Any]], bool], str], ...] = (
     (
-        ("path", "name", "revision", "split", "data_files", "columns", "system"),
+        ("path", *_GENERATED),
         lambda s: s["path"] != "embedded" or all(s[key] is None for key in _GENERATED),
         "null but for path: the embedded records are generated",
     ),
@@ -391,8 +409,9 @@ _SOURCE_RULES: tuple[tuple[tuple[str, ...], Callable[[dict[str, Any]], bool], st
     (
         ("shape", "columns"),
         _columns_fit,
-        "columns with shape columns and with no other: {user, assistant} and perhaps system, or "
-        "{messages}, or {text}; id and tools beside them",
+        "columns with shape columns and with no other: {user, assistant} or {messages}, with perhaps system "
+        "and reasoning_content, or {text}; id and tools beside them; several columns for text, system, user and "
+        "assistant alone",
     ),
 )
 

@@ -62,7 +62,8 @@ def parts_of(
             given[number].add(split)
             code, columns = SPLITS.index(split), source.columns or {}
             log.info("%s: reading %s", source.path, split)
-            yield Part(number, code, source.shape_of_rows, columns, source.system), rows
+            shape = source.shape_of_rows
+            yield Part(number, code, shape, columns, source.system, source.roles), rows
 
 
 def generated(dataset: Params) -> Iterator[tuple[str, Iterator[Row]]]:

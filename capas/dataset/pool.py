@@ -17,8 +17,9 @@ import numpy as np
 import pyarrow as pa
 from numpy.typing import NDArray
 
-from capas.dataset.conversation import TEXT, check_record
+from capas.dataset.conversation import check_record
 from capas.dataset.flaws import MALFORMED, Flaw, Flaws, location, show
+from capas.dataset.message import TEXT
 from capas.dataset.rows import Row
 from capas.dataset.shapes import Columns, convert
 from capas.dataset.splits import Digests, content_digest, digest, ordinals, prompt_digests
@@ -43,6 +44,7 @@ class Part:
     shape: str
     columns: Columns
     system: str | None
+    roles: Mapping[str, str] | None = None
 
 
 @dataclass(frozen=True)
@@ -89,13 +91,10 @@ class Checked:
 
 
 def check_chunk(chunk: Chunk, flaws: Flaws) -> Checked:
-    """Every row as a record, or dropped.
+    """Every row as a record, or left out.
 
     Args:
         flaws: the policies; nothing is counted in it.
-
-    Raises:
-        CapasError: a record has a flaw whose policy is an error.
     """
     flaws, numbers = flaws.fresh(), Numbers()
     records = [r for row in chunk.rows if (r := _record(row, chunk.part, flaws, numbers))]
@@ -107,11 +106,11 @@ def _record(row: Row, part: Part, flaws: Flaws, numbers: Numbers) -> Record | No
     flaws.num_read += 1
     found: Mapping[str, Any] = row.value if isinstance(row.value, Mapping) else {}
     try:
-        found = convert(row.value, part.shape, part.columns)
-        record = check_record(found, flaws)
+        found = convert(row.value, part.shape, part.columns, part.roles)
+        record = check_record(found, flaws, part.roles)
     except Flaw as flaw:
         identity = found.get("id")
-        flaws.drop(flaw, row.place, "" if identity is None else str(identity))
+        flaws.refuse(flaw, row.place, "" if identity is None else str(identity))
         return None
     messages = record["messages"]
     group, prompt = prompt_digests(messages)  # without the system prompt that is put first
@@ -149,7 +148,8 @@ class Pool:
         """
         write_tables(self._file, RAW, self._records(parts))
         log.info("%d records read, %d of them are right", self._flaws.num_read, len(self))
-        self._flaws.check_budget()
+        self._flaws.tell()
+        self._flaws.check()
         if not len(self):
             raise CapasError("the sources of dataset hold no record")
 

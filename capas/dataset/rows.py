@@ -14,7 +14,7 @@ import pyarrow.parquet as pq
 
 from capas.dataset.arrays import LENIENT, read_objects, reason
 from capas.dataset.files import File
-from capas.dataset.flaws import MALFORMED, Flaw, printable, show
+from capas.dataset.flaws import BAD_JSON, BAD_ROW, Flaw, printable, show
 from capas.errors import CapasError
 
 _ROWS_AT_ONCE = 1000
@@ -64,7 +64,7 @@ def _parsed(text: str) -> Any:
             if isinstance(error, json.JSONDecodeError)
             else text[:40]
         )
-        return Flaw(MALFORMED, "", near.rstrip("\n"), f"the line is not JSON: {reason(error)}")
+        return Flaw(BAD_JSON, "", near.rstrip("\n"), f"the line is not JSON: {reason(error)}")
 
 
 def _json(content: BinaryIO, name: str) -> Iterator[Row]:
@@ -87,7 +87,7 @@ def _csv(content: BinaryIO, name: str) -> Iterator[Row]:
         except StopIteration:
             return
         except csv.Error as error:
-            flaw = Flaw(MALFORMED, "", lines.last.rstrip("\r\n"), f"the row is not CSV: {error}")
+            flaw = Flaw(BAD_ROW, "", lines.last.rstrip("\r\n"), f"the row is not CSV: {error}")
             yield Row(name, "line", start, flaw)
             continue
         if cells:
@@ -136,7 +136,7 @@ def _row(header: list[str], cells: list[str]) -> Any:
     if len(cells) == len(header):
         return dict(zip(header, cells, strict=True))
     text = f"{len(cells)} cells in a row of {len(header)} columns; quote what holds a comma"
-    return Flaw(MALFORMED, "", cells, text)
+    return Flaw(BAD_ROW, "", cells, text)
 
 
 def _text(content: BinaryIO, name: str) -> Iterator[Row]:

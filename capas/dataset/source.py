@@ -16,7 +16,7 @@ from capas.params import Params
 FORMATS = ("json", "csv", "parquet", "text")
 KEYS = (
     *("path", "name", "revision", "split", "data_files"),
-    *("shape", "columns", "system", "weight", "licence"),
+    *("shape", "columns", "roles", "system", "weight", "licence"),
 )
 
 
@@ -31,6 +31,7 @@ class Source:
     data_files: DataFiles | None
     shape: str
     columns: Mapping[str, str | list[str]] | None
+    roles: Mapping[str, str] | None
     system: str | None
     weight: float | None
     licence: str

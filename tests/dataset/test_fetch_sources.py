@@ -117,7 +117,7 @@ def test_the_number_of_processes_changes_no_byte(
         made.append(side.files())
     assert made[0] == made[1]
     assert facts["dropped"]["empty_answer"]["count"] == 6
-    assert [e["at"] for e in facts["dropped"]["malformed"]["examples"]] == ["line 27"]
+    assert [e["at"] for e in facts["dropped"]["bad_row"]["examples"]] == ["line 27"]
     monkeypatch.setattr("capas.workers.usable_cores", lambda: 2)
     with pytest.raises(CapasError, match=r"a\.csv, line 2: respuesta is '': an empty answer"):
         fetch(side, *csv, mapped, files="data/own/*.csv")
@@ -204,7 +204,7 @@ def test_a_subset_is_a_seeded_choice_of_all_splits(side: DataSide) -> None:
 
 
 def other_source(files: str, weight: str) -> str:
-    empty = "name:null,revision:null,split:null,columns:null,system:Hola,shape:auto"
+    empty = "name:null,revision:null,split:null,columns:null,roles:null,system:Hola,shape:auto"
     return f"dataset.mix=[{{path:json,data_files:{files},weight:{weight},{empty},licence:mit}}]"
 
 
@@ -265,6 +265,33 @@ def test_rows_of_the_hub_go_the_same_way(side: DataSide, monkeypatch: pytest.Mon
     assert called == [("openai/gsm8k", "main", "main", s, "dataset") for s in ("train", "test")]
     assert found["splits"]["test"]["num_records"] == 60
     assert found["left_out"] == {}
+
+
+def test_all_kinds_of_flaws_are_told_at_once(side: DataSide) -> None:
+    wrong = [asked(1, answer=""), {"question": "Q", "answer": 7}, asked(2, answer=" "), {"q": 1}]
+    side.own("mine.jsonl", *(asked(n) for n in range(99)), *wrong)
+    with pytest.raises(CapasError) as refusal:
+        fetch(side, "dataset.flaws.not_text=drop")
+    text = str(refusal.value)
+    assert text.startswith("3 of 103 records cannot be used:\n")
+    assert "missing_column 1: data/own/mine.jsonl, line 103: columns is ['q']" in text
+    assert "empty_answer 2: data/own/mine.jsonl, line 100: answer is '': an empty answer" in text
+    assert "Likewise data/own/mine.jsonl, line 102\n" in text
+    assert "Or set dataset.flaws.empty_answer to drop" in text
+    assert "not_text" not in text
+
+
+def test_fetch_tells_what_it_left_out_and_repaired(
+    side: DataSide, caplog: pytest.LogCaptureFixture
+) -> None:
+    merged = [{"role": "user", "content": "a"}] * 2 + [{"role": "assistant", "content": "b"}]
+    side.own("mine.jsonl", *(asked(n, topic="x") for n in range(99)), {"messages": merged})
+    with caplog.at_level("INFO", "capas"):
+        fetch(side, "dataset.flaws.consecutive_roles=merge")
+    assert (
+        "columns and keys that are not used, and how often they occurred: topic 99" in caplog.text
+    )
+    assert "repaired: consecutive_roles 1 (merge)" in caplog.text
 
 
 def test_flaws_stop_fetch_or_stay_within_their_budget(side: DataSide) -> None:
