@@ -86,6 +86,21 @@ class Flaws(BaseModel):
     assistant_first: Literal["error", "drop", "skip"]
 
 
+class Reading(BaseModel):
+    """How files are read; null where it is found."""
+
+    model_config = ConfigDict(extra="forbid", strict=True)
+
+    encoding: Annotated[str, Field(min_length=1)] | None
+    separator: Annotated[str, Field(min_length=1, max_length=1)] | None
+    quote: Annotated[str, Field(min_length=1, max_length=1)] | None
+    escape: Annotated[str, Field(min_length=1, max_length=1)] | None
+    records: Annotated[str, Field(min_length=1)] | None
+    documents: Literal["file", "blank_lines"]
+    max_characters: Count | None
+    max_record_characters: Count
+
+
 Split = Literal["train", "validation", "test"]
 Column = str | Annotated[list[str], Field(min_length=1)]
 
@@ -128,6 +143,7 @@ class Dataset(Group, Source):
     """`datasets.load_dataset`; the rest says how records are made, measured and refused."""
 
     mix: list[Source]
+    reading: Reading
     max_records: Annotated[int, Field(ge=3)] | None
     validation_fraction: Annotated[float, Field(ge=0, lt=1)]
     test_fraction: Annotated[float, Field(ge=0, lt=1)]
@@ -410,8 +426,8 @@ _SOURCE_RULES: tuple[tuple[tuple[str, ...], Callable[[dict[str, Any]], bool], st
         ("shape", "columns"),
         _columns_fit,
         "columns with shape columns and with no other: {user, assistant} or {messages}, with perhaps system "
-        "and reasoning_content, or {text}; id and tools beside them; several columns for text, system, user and "
-        "assistant alone",
+        "and reasoning_content, or {text}; id and tools beside them; several columns for text, system, user "
+        "and assistant alone",
     ),
 )
 

@@ -40,7 +40,7 @@ def main(params: Params, stage: Stage) -> None:
     everything = folder / "everything.parquet"
     pool = Pool(everything, flaws)
     given: list[set[str]] = [set() for _ in sources]
-    pool.fill(parts_of(sources, dataset, given))
+    pool.fill(parts_of(sources, dataset, given, flaws))
     selection = select_records(pool, dataset, given, [source.weight for source in sources])
     identities = Identities(pool, selection.stays)
     splits = {}
@@ -53,9 +53,12 @@ def main(params: Params, stage: Stage) -> None:
 
 
 def parts_of(
-    sources: list[Source], dataset: Params, given: list[set[str]]
+    sources: list[Source], dataset: Params, given: list[set[str]], flaws: Flaws
 ) -> Iterator[tuple[Part, Iterator[Row]]]:
-    """Every split of every source, and its rows; `given` gets the names of the splits."""
+    """Every split of every source, and its rows.
+
+    `given` gets the names of the splits, `flaws` the columns that were not read.
+    """
     for number, source in enumerate(sources):
         splits = generated(dataset) if source.path == EMBEDDED else source.splits()
         for split, rows in splits:
@@ -64,6 +67,8 @@ def parts_of(
             log.info("%s: reading %s", source.path, split)
             shape = source.shape_of_rows
             yield Part(number, code, shape, columns, source.system, source.roles), rows
+        for column, count in source.unread().items():
+            flaws.leave_out(column, count)
 
 
 def generated(dataset: Params) -> Iterator[tuple[str, Iterator[Row]]]:

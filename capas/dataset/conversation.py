@@ -39,7 +39,7 @@ from capas.records import Record
 _DENIED = (*UNTRAINED, *UNCLEAR, *PROMPT_TRAINED, *PARTLY_TRAINED)
 _TRAINING = (*TRAINED, *_DENIED)
 _YES, _NO = (True, 1, "1", "1.0", "true", "True"), (False, 0, "0", "0.0", "false", "False")
-_READ = ("id", "messages", "metadata", *TOOLS, *SYSTEM_PROMPTS, *THOUGHTS, *CALLS, *_TRAINING)
+READ = ("id", "messages", "metadata", *TOOLS, *SYSTEM_PROMPTS, *THOUGHTS, *CALLS, *_TRAINING)
 
 
 class Unused:
@@ -66,7 +66,7 @@ def check_record(
         if isinstance(value, Unused):
             if value.value not in (None, ""):
                 flaws.leave_out(str(key))
-        elif key not in _READ and value is not None:
+        elif key not in READ and value is not None:
             flaws.leave_out(str(key))
     found = {key: value for key, value in found.items() if not isinstance(value, Unused)}
     _check_training(found)

@@ -12,11 +12,12 @@
 All rows of oasst are held in memory until the trees are put together; no other shape holds any.
 """
 
+import difflib
 import json
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from typing import Any
 
-from capas.dataset.conversation import Unused
+from capas.dataset.conversation import READ, Unused
 from capas.dataset.flaws import (
     BAD_CALL,
     BAD_JSON,
@@ -28,6 +29,7 @@ from capas.dataset.flaws import (
 )
 from capas.dataset.message import TEXT, OfColumn
 from capas.dataset.names import FUNCTION_CALL, ROLES, SYSTEM_PROMPTS, THOUGHTS, role_of
+from capas.errors import CapasError
 
 Found = dict[str, Any]
 Columns = Mapping[str, str | list[str]]
@@ -41,13 +43,19 @@ SIGNS: dict[str, tuple[str, ...]] = {
     "question_answer": ("question", "answer"),
     "text": ("text",),
 }
-_WANTED = {shape: frozenset(columns) for shape, columns in SIGNS.items()}
+TREE = ("message_id", "parent_id", "role", "text", "rank", "deleted")
+WANTED = {shape: frozenset(columns) for shape, columns in SIGNS.items()}
 _MAPPED = ("messages", "tools", "metadata", "reasoning_content")  # keys of what `convert` returns
+
+
+def recognises(value: Mapping[str, Any]) -> bool:
+    """Whether a known shape has these columns."""
+    return any(wanted <= value.keys() for wanted in WANTED.values())
 
 
 def recognise(value: Mapping[str, Any]) -> str:
     """Raises Flaw where the columns are those of no known shape."""
-    for shape, wanted in _WANTED.items():
+    for shape, wanted in WANTED.items():
         if wanted <= value.keys():
             return shape
     known = "; ".join(f"{shape}: {', '.join(columns)}" for shape, columns in SIGNS.items())
@@ -56,6 +64,48 @@ def recognise(value: Mapping[str, Any]) -> str:
         "{user: pregunta, assistant: respuesta}, with dataset.shape=columns"
     )
     raise Flaw(MISSING_COLUMN, "columns", sorted(map(str, value)), advice)
+
+
+def check_columns(there: Iterable[str], shape: str, columns: Columns, key: str, where: str) -> None:
+    """Check, before any record, that the columns that the shape needs are there.
+
+    Args:
+        there: all that a file has, or that its first records have.
+        key: of the source, for the message; where: the file.
+
+    Raises:
+        CapasError: one that is named is not there, or no known shape has these columns.
+    """
+    known = dict.fromkeys(there)
+    if shape == "auto":
+        try:
+            recognise(known)
+        except Flaw as flaw:
+            raise CapasError(f"{where}: columns are {', '.join(known) or 'none'}: {flaw}") from None
+        return
+    named = [name for names in columns.values() for name in _names(names)]
+    for name in named if shape == "columns" else SIGNS[shape]:
+        if name in known or name.split(".")[0] in known:
+            continue
+        close = difflib.get_close_matches(name, known, n=1, cutoff=0.6)
+        meant = f"; did you mean {close[0]!r}?" if close else ""
+        stated = f"{key}.columns" if shape == "columns" else f"{key}.shape={shape}"
+        raise CapasError(
+            f"{where}: column {name!r}, which {stated} needs, does not exist; columns are "
+            f"{', '.join(map(repr, known)) or 'none'}{meant}"
+        )
+
+
+def needed_columns(there: list[str], shape: str, columns: Columns) -> list[str]:
+    """Those of the columns that a record is made of, or that must be looked at because of their names."""
+    if shape == "columns":
+        used = {name for names in columns.values() for name in _names(names)}
+        return [c for c in there if c == "id" or c in used or c in {n.split(".")[0] for n in used}]
+    shape = recognise(dict.fromkeys(there)) if shape == "auto" else shape
+    if shape == "oasst":
+        return [column for column in there if column in TREE]
+    used = {*SIGNS[shape], *READ, *(("input", "history") if shape == "alpaca" else ())}
+    return [column for column in there if column in used]
 
 
 def convert(
