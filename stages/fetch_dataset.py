@@ -13,21 +13,17 @@ The travelling record is born here::
        "content": "{\\"name\\": \\"set_timer\\", \\"arguments\\": {\\"minutes\\": 99}}"}]}
 """
 
-from collections.abc import Iterator
 from typing import Any
 
 from capas.dataset.flaws import Flaws
-from capas.dataset.pool import Identities, Part, Pool
-from capas.dataset.rows import Row
+from capas.dataset.inspect import Watch, parts_of
+from capas.dataset.pool import Identities, Pool
 from capas.dataset.selection import Selection, select_records
 from capas.dataset.source import Source, sources_of
 from capas.facts import write_json
 from capas.params import Params
 from capas.records import SPLITS
 from capas.stage import Stage, log, run
-from capas.task.calls import generate_records
-
-EMBEDDED = "embedded"
 
 
 def main(params: Params, stage: Stage) -> None:
@@ -40,7 +36,10 @@ def main(params: Params, stage: Stage) -> None:
     everything = folder / "everything.parquet"
     pool = Pool(everything, flaws)
     given: list[set[str]] = [set() for _ in sources]
-    pool.fill(parts_of(sources, dataset, given, flaws))
+    watch = Watch(sources)
+    pool.fill(watch.parts(parts_of(sources, dataset, given, flaws)))
+    for found in watch.found:
+        log.info("%s: %s", found.path, found.why)
     selection = select_records(pool, dataset, given, [source.weight for source in sources])
     identities = Identities(pool, selection.stays)
     splits = {}
@@ -50,38 +49,6 @@ def main(params: Params, stage: Stage) -> None:
         log.info("%s: %d records", split, splits[split]["num_records"])
     write_json(folder / "source.json", describe(sources, flaws, selection, splits))
     everything.unlink()
-
-
-def parts_of(
-    sources: list[Source], dataset: Params, given: list[set[str]], flaws: Flaws
-) -> Iterator[tuple[Part, Iterator[Row]]]:
-    """Every split of every source, and its rows.
-
-    `given` gets the names of the splits, `flaws` the columns that were not read.
-    """
-    for number, source in enumerate(sources):
-        splits = generated(dataset) if source.path == EMBEDDED else source.splits()
-        for split, rows in splits:
-            given[number].add(split)
-            code, columns = SPLITS.index(split), source.columns or {}
-            log.info("%s: reading %s", source.path, split)
-            shape = source.shape_of_rows
-            yield Part(number, code, shape, columns, source.system, source.roles), rows
-        for column, count in source.unread().items():
-            flaws.leave_out(column, count)
-
-
-def generated(dataset: Params) -> Iterator[tuple[str, Iterator[Row]]]:
-    """The embedded task's records as rows."""
-    records = generate_records(
-        seed=dataset.seed,
-        num_train=dataset.num_train,
-        num_validation=dataset.num_validation,
-        num_test_per_kind=dataset.num_test_per_kind,
-    )
-    for split in SPLITS:
-        found = enumerate(records[split], 1)
-        yield split, (Row(EMBEDDED, f"{split} record", number, value) for number, value in found)
 
 
 def describe(

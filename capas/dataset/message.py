@@ -77,7 +77,9 @@ def check_message(message: Any, at: str, flaws: Flaws, roles: Mapping[str, str])
     if content is None and (role in ("assistant", TEXT) or _is_cell(message)):
         content = ""
     if not isinstance(content, str):
-        raise Flaw(NOT_TEXT, where, content, "give it as text")
+        inside = next(iter(content), None) if isinstance(content, Mapping) else None
+        key = f", or name a key in it: {where}.{inside}" if inside and _is_cell(message) else ""
+        raise Flaw(NOT_TEXT, where, content, f"give it as text{key}")
     if role in ("assistant", TEXT) and not content.strip() and "tool_calls" not in extra:
         advice = (
             "an empty answer would teach the model to say nothing; leave the turn or the record out"

@@ -31,7 +31,8 @@ from capas.workers import in_order
 log = logging.getLogger("capas")
 ROWS_PER_CHUNK, CHARACTERS_PER_CHUNK = 1000, 2**22
 MAX_DEPTH = 100  # pickle, which takes rows to other processes, manages a few hundred
-_COLUMNS = {"content": "Q", "group": "Q", "prompt": "Q", "identity": "Q", "line": "I", "place": "I"}
+_COLUMNS = {"content": "Q", "group": "Q", "prompt": "Q", "identity": "Q", "line": "I", "place": "I",
+            "characters": "I"}  # fmt: skip
 _CODES = {"source": "H", "split": "B"}
 
 
@@ -73,6 +74,11 @@ class Numbers:
         for name, number in {**numbers, "line": row.number, "place": place}.items():
             self._numbers[name].append(number)
 
+    def where(self, index: int) -> dict[str, str]:
+        """File and line of a record."""
+        file, unit = list(self.places)[self["place"][index]]
+        return {"file": file, "at": f"{unit} {self['line'][index]}"}
+
     def extend(self, later: "Numbers") -> None:
         places = [self.places.setdefault(place, len(self.places)) for place in later.places]
         for name, numbers in later._numbers.items():
@@ -88,6 +94,16 @@ class Checked:
     records: pa.Table
     numbers: Numbers
     flaws: Flaws
+
+
+def check_parts(parts: Iterable[tuple[Part, Iterable[Row]]], flaws: Flaws) -> Iterator[Checked]:
+    """Every row of every part, checked, in order; what is wrong is counted in `flaws`."""
+    pace = Pace()
+    for checked in in_order(partial(check_chunk, flaws=flaws.fresh()), _chunks(parts)):
+        flaws.add(checked.flaws)
+        yield checked
+        if pace.due():
+            log.info("%d records read", flaws.num_read)
 
 
 def check_chunk(chunk: Chunk, flaws: Flaws) -> Checked:
@@ -124,6 +140,7 @@ def _record(row: Row, part: Part, flaws: Flaws, numbers: Numbers) -> Record | No
         identity=digest(record["id"]) if record["id"] else 0,
         source=part.source,
         split=part.split,
+        characters=sum(len(message["content"]) for message in messages),
     )
     return record
 
@@ -132,13 +149,13 @@ class Pool:
     """The records in their file, and the numbers of each in the order of the file: `pool["prompt"]`, ..."""
 
     def __init__(self, file: Path, flaws: Flaws) -> None:
-        self._file, self._flaws, self._numbers = file, flaws, Numbers()
+        self._file, self._flaws, self.numbers = file, flaws, Numbers()
 
     def __getitem__(self, name: str) -> NDArray[Any]:
-        return self._numbers[name]
+        return self.numbers[name]
 
     def __len__(self) -> int:
-        return len(self._numbers)
+        return len(self.numbers)
 
     def fill(self, parts: Iterable[tuple[Part, Iterable[Row]]]) -> None:
         """Read, check and write every row.
@@ -154,21 +171,13 @@ class Pool:
             raise CapasError("the sources of dataset hold no record")
 
     def _records(self, parts: Iterable[tuple[Part, Iterable[Row]]]) -> Iterator[pa.Table]:
-        pace = Pace()
-        for checked in in_order(partial(check_chunk, flaws=self._flaws.fresh()), _chunks(parts)):
-            self._flaws.add(checked.flaws)
-            self._numbers.extend(checked.numbers)
+        for checked in check_parts(parts, self._flaws):
+            self.numbers.extend(checked.numbers)
             yield checked.records
-            if pace.due():
-                log.info("%d records read", self._flaws.num_read)
 
     def location(self, index: int) -> str:
         """File and line of a record, for a message."""
-        return location(self._place(index))
-
-    def _place(self, index: int) -> dict[str, str]:
-        file, unit = list(self._numbers.places)[self["place"][index]]
-        return {"file": file, "at": f"{unit} {self['line'][index]}"}
+        return location(self.numbers.where(index))
 
     def examples(self, whys: Mapping[int, str]) -> list[dict[str, Any]]:
         """Where these records stand and what they ask; `whys` says of each what is the matter."""
@@ -181,7 +190,7 @@ class Pool:
                     (m["content"] for m in record["messages"] if m["role"] != "system"), ""
                 )
                 about = {"id": record["id"], "field": "", "value": show(asked), "why": whys[index]}
-                shown.append({**self._place(index), **about})
+                shown.append({**self.numbers.where(index), **about})
             start += len(batch)
         return shown
 
