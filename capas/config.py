@@ -65,16 +65,40 @@ class Model(Group):
 
 
 class Flaws(BaseModel):
-    """What is done about each kind of flaw of a record."""
+    """What is done about each kind of flaw of a record; null is what is done about `malformed`."""
 
     model_config = ConfigDict(extra="forbid", strict=True)
 
     malformed: Literal["error", "drop"]
+    bad_json: Literal["error", "drop"] | None
+    bad_row: Literal["error", "drop"] | None
+    missing_column: Literal["error", "drop"] | None
+    not_text: Literal["error", "drop"] | None
+    unknown_role: Literal["error", "drop"] | None
+    empty_question: Literal["error", "drop", "keep"] | None
+    bad_call: Literal["error", "drop"] | None
+    unclear_training: Literal["error", "drop"] | None
     no_answer: Literal["error", "drop"]
     empty_answer: Literal["error", "drop"]
     invalid_text: Literal["error", "drop", "replace"]
     consecutive_roles: Literal["error", "drop", "merge", "keep"]
     system_in_the_middle: Literal["error", "drop", "keep"]
+    assistant_first: Literal["error", "drop", "skip"]
+
+
+class Reading(BaseModel):
+    """How files are read; null where it is found."""
+
+    model_config = ConfigDict(extra="forbid", strict=True)
+
+    encoding: Annotated[str, Field(min_length=1)] | None
+    separator: Annotated[str, Field(min_length=1, max_length=1)] | None
+    quote: Annotated[str, Field(min_length=1, max_length=1)] | None
+    escape: Annotated[str, Field(min_length=1, max_length=1)] | None
+    records: Annotated[str, Field(min_length=1)] | None
+    documents: Literal["file", "blank_lines"]
+    max_characters: Count | None
+    max_record_characters: Count
 
 
 Split = Literal["train", "validation", "test"]
@@ -101,9 +125,15 @@ class Source(BaseModel):
         "text", "oasst", "columns",
     ]  # fmt: skip
     columns: (
-        dict[Literal["messages", "text", "system", "user", "assistant", "id", "tools"], Column]
+        dict[
+            Literal[
+                "messages", "text", "system", "user", "assistant", "reasoning_content", "id", "tools",
+            ],
+            Column,
+        ]
         | None
-    )
+    )  # fmt: skip
+    roles: dict[str, Literal["system", "user", "assistant", "tool"]] | None
     system: str | None
     weight: Annotated[float, Field(gt=0)] | None
     licence: str
@@ -113,6 +143,7 @@ class Dataset(Group, Source):
     """`datasets.load_dataset`; the rest says how records are made, measured and refused."""
 
     mix: list[Source]
+    reading: Reading
     max_records: Annotated[int, Field(ge=3)] | None
     validation_fraction: Annotated[float, Field(ge=0, lt=1)]
     test_fraction: Annotated[float, Field(ge=0, lt=1)] | None
@@ -366,16 +397,19 @@ def _columns_fit(source: dict[str, Any]) -> bool:
     if source["shape"] != "columns":
         return not columns
     content = columns & {"messages", "text", "user", "assistant"}
+    joined = {name for name, given in (source["columns"] or {}).items() if isinstance(given, list)}
+    if joined - {"text", "system", "user", "assistant"}:
+        return False
     return content in ({"messages"}, {"text"}, {"user", "assistant"}) and (
-        "text" not in columns or "system" not in columns
+        "text" not in columns or not columns & {"system", "reasoning_content"}
     )
 
 
-_GENERATED = ("name", "revision", "split", "data_files", "columns", "system")  # all null
+_GENERATED = ("name", "revision", "split", "data_files", "columns", "roles", "system")  # all null
 # Of every source: (its keys, what must hold of them, what is expected where it does not).
 _SOURCE_RULES: tuple[tuple[tuple[str, ...], Callable[[dict[str, Any]], bool], str], ...] = (
     (
-        ("path", "name", "revision", "split", "data_files", "columns", "system"),
+        ("path", *_GENERATED),
         lambda s: s["path"] != "embedded" or all(s[key] is None for key in _GENERATED),
         "null but for path: the embedded records are generated",
     ),
@@ -394,8 +428,9 @@ _SOURCE_RULES: tuple[tuple[tuple[str, ...], Callable[[dict[str, Any]], bool], st
     (
         ("shape", "columns"),
         _columns_fit,
-        "columns with shape columns and with no other: {user, assistant} and perhaps system, or "
-        "{messages}, or {text}; id and tools beside them",
+        "columns with shape columns and with no other: {user, assistant} or {messages}, with perhaps system "
+        "and reasoning_content, or {text}; id and tools beside them; several columns for text, system, user "
+        "and assistant alone",
     ),
 )
 

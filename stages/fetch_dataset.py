@@ -17,8 +17,8 @@ from collections.abc import Iterator
 from typing import Any
 
 from capas.dataset.flaws import Flaws
-from capas.dataset.pool import Identities, Part, Pool
-from capas.dataset.rows import Row
+from capas.dataset.inspect import EMBEDDED, Watch, parts_of
+from capas.dataset.pool import Identities, Pool
 from capas.dataset.selection import Selection, select_records
 from capas.dataset.source import Source, sources_of
 from capas.facts import write_json
@@ -26,9 +26,6 @@ from capas.metrics.power import power_in_words
 from capas.params import Params
 from capas.records import SPLITS
 from capas.stage import Stage, log, run
-from capas.task.calls import generate_records
-
-EMBEDDED = "embedded"
 
 
 def main(params: Params, stage: Stage) -> None:
@@ -41,7 +38,10 @@ def main(params: Params, stage: Stage) -> None:
     everything = folder / "everything.parquet"
     pool = Pool(everything, flaws)
     given: list[set[str]] = [set() for _ in sources]
-    pool.fill(parts_of(sources, dataset, given))
+    watch = Watch(sources)
+    pool.fill(watch.parts(parts_of(sources, dataset, given, flaws)))
+    for found in watch.found:
+        log.info("%s: %s", found.path, found.why)
     selection = select_records(pool, dataset, given, [source.weight for source in sources])
     identities = Identities(pool, selection.stays)
     splits = {}
@@ -54,32 +54,6 @@ def main(params: Params, stage: Stage) -> None:
     for line in remarks(facts, dataset):
         log.info("%s", line)
     everything.unlink()
-
-
-def parts_of(
-    sources: list[Source], dataset: Params, given: list[set[str]]
-) -> Iterator[tuple[Part, Iterator[Row]]]:
-    """Every split of every source, and its rows; `given` gets the names of the splits."""
-    for number, source in enumerate(sources):
-        splits = generated(dataset) if source.path == EMBEDDED else source.splits()
-        for split, rows in splits:
-            given[number].add(split)
-            code, columns = SPLITS.index(split), source.columns or {}
-            log.info("%s: reading %s", source.path, split)
-            yield Part(number, code, source.shape_of_rows, columns, source.system), rows
-
-
-def generated(dataset: Params) -> Iterator[tuple[str, Iterator[Row]]]:
-    """The embedded task's records as rows."""
-    records = generate_records(
-        seed=dataset.seed,
-        num_train=dataset.num_train,
-        num_validation=dataset.num_validation,
-        num_test_per_kind=dataset.num_test_per_kind,
-    )
-    for split in SPLITS:
-        found = enumerate(records[split], 1)
-        yield split, (Row(EMBEDDED, f"{split} record", number, value) for number, value in found)
 
 
 def describe(

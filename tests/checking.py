@@ -14,21 +14,29 @@ def flaws(budget_fraction: float = 1.0, **policies: str) -> Flaws:
 
 
 def check(
-    *values: Any, shape: str = "auto", columns: Any = None, counts: Flaws | None = None
+    *values: Any,
+    shape: str = "auto",
+    columns: Any = None,
+    counts: Flaws | None = None,
+    roles: Any = None,
 ) -> list[dict[str, Any]]:
     """The records of `RAW` that these rows of mine.jsonl become; dropped ones are left out."""
     counts = counts or flaws()
     rows = [Row("mine.jsonl", "line", n, value) for n, value in enumerate(values, 1)]
-    found = [_checked(row, shape, columns or {}, counts) for row in rows]
+    found = [_checked(row, shape, columns or {}, counts, roles) for row in rows]
+    if counts.refused:
+        counts.check()
     return [record for record in found if record is not None]
 
 
-def _checked(row: Row, shape: str, columns: Any, counts: Flaws) -> dict[str, Any] | None:
+def _checked(
+    row: Row, shape: str, columns: Any, counts: Flaws, roles: Any
+) -> dict[str, Any] | None:
     counts.num_read += 1
     found: Any = row.value if isinstance(row.value, dict) else {}
     try:
-        found = convert(row.value, shape, columns)
-        return check_record(found, counts)
+        found = convert(row.value, shape, columns, roles)
+        return check_record(found, counts, roles)
     except Flaw as flaw:
-        counts.drop(flaw, row.place, str(found.get("id") or ""))
+        counts.refuse(flaw, row.place, str(found.get("id") or ""))
         return None

@@ -63,7 +63,7 @@ def edited(compose: Callable[[list[str]], Any], overrides: list[str]) -> Any:
 
 MORE = (
     "{path:csv,name:null,revision:null,split:null,data_files:data/own/x.csv,shape:auto,"
-    "columns:null,system:null,weight:null,licence:mit}"
+    "columns:null,roles:null,system:null,weight:null,licence:mit}"
 )
 
 
@@ -263,6 +263,10 @@ def test_an_override_of_no_key_is_told_the_one_that_was_meant(
         (["dataset=gsm8k", "dataset.path=gsm8k"], "should match pattern"),
         (["dataset=own_csv", "dataset.shape=auto"], "columns with shape columns"),
         (["dataset=own_csv", "~dataset.columns.user"], "columns with shape columns"),
+        (
+            ["dataset=own_csv", "+dataset.columns.id=[a,b]"],
+            "several columns for text",
+        ),
         (["dataset=own_csv", "dataset.num_train=7"], "numbers for path embedded"),
         (["dataset=own_csv", "dataset.weight=1.0", f"dataset.mix=[{MORE}]"], "a weight for all"),
         (["dataset=own_csv", f"dataset.mix=[{MORE},{MORE.replace('csv', 'o/n')}]"], "data_files w"),

@@ -1,133 +1,176 @@
-"""A conversation as a source gives it, checked and put into the form of `capas.records.RAW`.
+"""A conversation as a source gives it, checked and put into the form of `capas.records.RAW`."""
 
-Contents are kept as they are: white space, control characters and NUL included. What templates may use of a
-message beside role and content goes into `extra`: tool_calls (arguments given as JSON text become the object
-itself), tool_call_id, name (of a tool's message), reasoning_content. The keys of a call keep their
-order: it is what a model is trained on.
-"""
-
-import json
-import re
 from collections.abc import Mapping
 from typing import Any
 
-from capas.dataset.calls import check_calls
+from capas.dataset.calls import check_tools
 from capas.dataset.flaws import (
+    ASSISTANT_FIRST,
+    BAD_CALL,
+    BAD_JSON,
     CONSECUTIVE,
-    EMPTY_ANSWER,
-    INVALID_TEXT,
     KEEP,
     MALFORMED,
     MERGE,
     NO_ANSWER,
-    REPLACE,
+    SKIP,
     SYSTEM,
+    UNCLEAR_TRAINING,
+    UNKNOWN_ROLE,
     Flaw,
     Flaws,
 )
+from capas.dataset.message import TEXT, Message, OfColumn, check_message, clean, json_text, only_key
+from capas.dataset.names import (
+    CALLS,
+    PARTLY_TRAINED,
+    PROMPT_TRAINED,
+    ROLES,
+    SYSTEM_PROMPTS,
+    THOUGHTS,
+    TOOLS,
+    TRAINED,
+    UNCLEAR,
+    UNTRAINED,
+    role_of,
+)
 from capas.records import Record
 
-ROLES = ("system", "user", "assistant", "tool")
-TEXT = "text"  # the one role of a record that is plain text, all of it trained
-_KEPT = {"assistant": ("reasoning_content", "tool_calls"), "tool": ("name", "tool_call_id")}
-_PLAIN = ("role", "content", "train", "weight")
-_SURROGATE = re.compile("[\ud800-\udfff]")
-Message = dict[str, Any]
+_DENIED = (*UNTRAINED, *UNCLEAR, *PROMPT_TRAINED, *PARTLY_TRAINED)
+_TRAINING = (*TRAINED, *_DENIED)
+_YES, _NO = (True, 1, "1", "1.0", "true", "True"), (False, 0, "0", "0.0", "false", "False")
+READ = ("id", "messages", "metadata", *TOOLS, *SYSTEM_PROMPTS, *THOUGHTS, *CALLS, *_TRAINING)
 
 
-def check_record(found: Mapping[str, Any], flaws: Flaws) -> Record:
+class Unused:
+    """The value of a column that `dataset.columns` does not name, whatever it is called."""
+
+    def __init__(self, value: Any) -> None:
+        self.value = value
+
+
+def check_record(
+    found: Mapping[str, Any], flaws: Flaws, roles: Mapping[str, str] | None = None
+) -> Record:
     """The record of `RAW`; its id is "" where it has none of its own.
 
     Args:
-        found: messages, and id, tools, metadata where there are any; other keys are counted and left out.
+        found: messages, and what may stand beside them under the names in use: id, tools, metadata, a
+            system prompt, the thought or the calls of the one answer. Other keys are counted and left out.
+        roles: `dataset.roles`, names of roles beside those in use.
 
     Raises:
         Flaw: it is not as it must be, and the policy of that flaw is no repair.
     """
     for key, value in found.items():
-        if key not in ("id", "messages", "tools", "metadata") and value is not None:
+        if isinstance(value, Unused):
+            if value.value not in (None, ""):
+                flaws.leave_out(str(key))
+        elif key not in READ and value is not None:
             flaws.leave_out(str(key))
+    found = {key: value for key, value in found.items() if not isinstance(value, Unused)}
+    _check_training(found)
+    roles = roles or {}
+    tools = only_key(found, TOOLS, "")
     return {
         "id": _identity(found.get("id"), flaws),
-        "messages": check_messages(found.get("messages"), flaws),
-        "tools": _tools(found.get("tools"), flaws),
+        "messages": check_messages(_completed(found, roles), flaws, roles),
+        "tools": _tools(found[tools], tools, flaws) if tools else "",
         "metadata": _metadata(found.get("metadata"), flaws),
     }
 
 
-def check_messages(messages: Any, flaws: Flaws) -> list[Message]:
-    if isinstance(messages, str):
-        advice = "it is a text; give the list itself, not its JSON inside a string (json.loads it once more)"
-        raise Flaw(MALFORMED, "messages", messages, advice)
+def _check_training(found: Mapping[str, Any]) -> None:
+    """A record is trained as a whole: what says otherwise of it, not of a message, is refused."""
+    for key in [key for key in _TRAINING if found.get(key) not in (None, "")]:
+        value = found[key]
+        if value not in (_NO if key in _DENIED else _YES):
+            advice = (
+                "it says what of the record is trained; capas trains its answers, each as a whole. Say so in "
+                "its messages (train: false), or, if it means another thing, name the columns to use "
+                "(dataset.shape=columns)"
+            )
+            raise Flaw(UNCLEAR_TRAINING, key, value, advice)
+
+
+def _completed(found: Mapping[str, Any], roles: Mapping[str, str]) -> Any:
+    """The messages with what stands beside them: a system prompt; the thought or calls of the one answer."""
+    messages = found.get("messages")
     if not isinstance(messages, list) or not messages:
-        raise Flaw(MALFORMED, "messages", messages, "give a list of {role, content}")
-    checked = [_message(message, f"messages[{i}]", flaws) for i, message in enumerate(messages)]
+        return messages
+    messages = [
+        m if isinstance(m, OfColumn) or not isinstance(m, Mapping) else {**m} for m in messages
+    ]
+    answers = [
+        i
+        for i, message in enumerate(messages)
+        if isinstance(message, Mapping) and role_of(message.get("role"), roles) == "assistant"
+    ]
+    for names in (THOUGHTS, CALLS):
+        key = only_key(found, names, "")
+        if key is None:
+            continue
+        if len(answers) != 1 or only_key(messages[answers[0]], names, f"messages[{answers[0]}]"):
+            advice = "it stands beside the messages; put it into the answer that it belongs to"
+            raise Flaw(MALFORMED, key, found[key], advice)
+        messages[answers[0]][key] = found[key]
+    return [*_system_prompt(found, messages[0], roles), *messages]
+
+
+def _system_prompt(
+    found: Mapping[str, Any], first: Any, roles: Mapping[str, str]
+) -> list[Mapping[str, Any]]:
+    key = only_key(found, SYSTEM_PROMPTS, "")
+    if key is None:
+        return []
+    if isinstance(first, Mapping) and role_of(first.get("role"), roles) == "system":
+        if first.get("content") == found[key]:
+            return []
+        advice = "the messages begin with another system prompt; leave one"
+        raise Flaw(MALFORMED, key, found[key], advice)
+    return [OfColumn("system", found[key], key)]
+
+
+def check_messages(
+    messages: Any, flaws: Flaws, roles: Mapping[str, str] | None = None
+) -> list[Message]:
+    """The messages of `RAW`; raises Flaw as `check_record`."""
+    if not isinstance(messages, list) or not messages:
+        kind = BAD_JSON if isinstance(messages, str) else MALFORMED
+        raise Flaw(kind, "messages", messages, "give a list of {role, content}")
+    checked = [
+        check_message(message, f"messages[{i}]", flaws, roles or {})
+        for i, message in enumerate(messages)
+    ]
     if checked[0]["role"] == TEXT:
         return _plain_text(checked)
-    checked = _alternating(checked, flaws)
+    checked = _alternating(_begun(checked, flaws), flaws)
     for i, message in enumerate(checked):
         _check_order(i, message, checked, flaws)
     if not any(m["role"] == "assistant" and m["train"] for m in checked):
-        last = checked[-1]["role"]
+        last = checked[-1]["role"] if checked else None
         raise Flaw(NO_ANSWER, "messages[-1].role", last, "no answer of the assistant to train on")
     return checked
 
 
-def _message(message: Any, at: str, flaws: Flaws) -> Message:
-    if not isinstance(message, Mapping):
-        raise Flaw(MALFORMED, at, message, "give an object with role and content")
-    role = message.get("role")
-    if role not in (*ROLES, TEXT):
-        raise Flaw(MALFORMED, f"{at}.role", role, f"known roles: {', '.join(ROLES)}")
-    extra = _extra(role, message, at, flaws)
-    content, where = message.get("content"), getattr(message, "column", f"{at}.content")
-    if content is None and "tool_calls" in extra:
-        content = ""
-    if not isinstance(content, str):
-        raise Flaw(MALFORMED, where, content, "give it as text")
-    if role in ("assistant", TEXT) and not content.strip() and "tool_calls" not in extra:
-        advice = (
-            "an empty answer would teach the model to say nothing; leave the turn or the record out"
-        )
-        raise Flaw(EMPTY_ANSWER, where, content, advice)
-    return {
-        "role": role,
-        "content": clean(content, where, flaws),
-        "extra": _json_text(extra, f"{at}", flaws) if extra else "",
-        "train": _trained(message, at),
-    }
-
-
-def _extra(role: str, message: Mapping[str, Any], at: str, flaws: Flaws) -> dict[str, Any]:
-    """The keys that templates use, in a fixed order; all others are counted."""
-    kept = _KEPT.get(role, ())
-    for key in [k for k, v in message.items() if k not in (*_PLAIN, *kept) and v is not None]:
-        flaws.leave_out(f"messages[].{key} ({role})")
-    extra = {key: message[key] for key in kept if message.get(key) not in (None, [])}
-    for key, value in extra.items():
-        if key == "tool_calls":
-            extra[key] = check_calls(value, f"{at}.tool_calls")
-        elif not isinstance(value, str):
-            raise Flaw(MALFORMED, f"{at}.{key}", value, "give it as text")
-    return extra
-
-
-def _trained(message: Mapping[str, Any], at: str) -> bool:
-    """`train: false` or, as OpenAI writes it, `weight: 0` keep an answer out of the loss."""
-    train, weight = message.get("train"), message.get("weight")
-    if train is not None and not isinstance(train, bool):
-        raise Flaw(MALFORMED, f"{at}.train", train, "give true or false")
-    if weight is not None and weight not in (0, 1):
-        raise Flaw(MALFORMED, f"{at}.weight", weight, "a message's weight is 0 or 1")
-    return train is not False and weight != 0
-
-
 def _plain_text(checked: list[Message]) -> list[Message]:
     if len(checked) > 1:
-        raise Flaw(
-            MALFORMED, "messages", checked[1]["role"], "a plain text stands alone in its record"
-        )
+        advice = "a plain text stands alone in its record"
+        raise Flaw(MALFORMED, "messages", checked[1]["role"], advice)
+    if not checked[0]["train"]:
+        raise Flaw(NO_ANSWER, "messages[0]", False, "the text is not to be trained")
     return checked
+
+
+def _begun(messages: list[Message], flaws: Flaws) -> list[Message]:
+    """An answer before anything is asked: skip leaves out what stands before the first of the user."""
+    start = next((i for i, m in enumerate(messages) if m["role"] != "system"), len(messages))
+    if start == len(messages) or messages[start]["role"] != "assistant":
+        return messages
+    advice = "the conversation begins with an answer: nothing was asked before it"
+    flaws.allows(Flaw(ASSISTANT_FIRST, f"messages[{start}].role", "assistant", advice), SKIP)
+    asked = next((i for i, m in enumerate(messages) if m["role"] == "user"), len(messages))
+    return messages[:start] + messages[asked:]
 
 
 def _alternating(messages: list[Message], flaws: Flaws) -> list[Message]:
@@ -167,26 +210,10 @@ def _check_order(number: int, message: Message, messages: list[Message], flaws: 
         asked = next((m for m in reversed(before) if m["role"] != "tool"), None)
         if asked is None or '"tool_calls"' not in asked["extra"]:
             advice = "a tool's message follows the tool_calls of an assistant"
-            raise Flaw(MALFORMED, f"messages[{number}].role", "tool", advice)
+            raise Flaw(BAD_CALL, f"messages[{number}].role", "tool", advice)
     if message["role"] == TEXT:
-        raise Flaw(MALFORMED, f"messages[{number}].role", TEXT, f"known roles: {', '.join(ROLES)}")
-
-
-def clean(text: str, field: str, flaws: Flaws) -> str:
-    """The text, which UTF-8 can hold."""
-    if text.isascii():
-        return text
-    try:
-        text.encode()
-    except UnicodeEncodeError as error:
-        start = error.start
-        byte = ord(text[start]) - 0xDC00
-        what = f"byte 0x{byte:02X}" if 0x80 <= byte <= 0xFF else "half of a surrogate pair"
-        advice = f"character {start + 1} is {what}: no UTF-8; repair it, or save the file as UTF-8"
-        shown = text[max(0, start - 20) : start + 20]
-        flaws.allows(Flaw(INVALID_TEXT, field, shown, advice), REPLACE)
-        return _SURROGATE.sub("\ufffd", text)
-    return text
+        advice = f"known roles: {', '.join(ROLES)}"
+        raise Flaw(UNKNOWN_ROLE, f"messages[{number}].role", TEXT, advice)
 
 
 def _identity(identity: Any, flaws: Flaws) -> str:
@@ -194,36 +221,18 @@ def _identity(identity: Any, flaws: Flaws) -> str:
     if isinstance(identity, str | int) and not isinstance(identity, bool):
         return clean(str(identity), "id", flaws)
     if identity is not None:
-        flaws.leave_out("id")
+        flaws.leave_out("id (neither a text nor an integer)")
     return ""
 
 
-def _tools(tools: Any, flaws: Flaws) -> str:
-    """A list of functions, or its JSON as text; as JSON text, its keys in their order."""
-    if tools in (None, "", []):
-        return ""
-    if isinstance(tools, str):
-        try:
-            tools = json.loads(tools)
-        except (ValueError, RecursionError) as error:
-            raise Flaw(
-                MALFORMED, "tools", tools, f"tools given as text must be JSON: {error}"
-            ) from None
-    if not isinstance(tools, list) or not all(isinstance(tool, Mapping) for tool in tools):
-        raise Flaw(MALFORMED, "tools", tools, "give a list of objects")
-    return _json_text(tools, "tools", flaws) if tools else ""
+def _tools(tools: Any, key: str, flaws: Flaws) -> str:
+    """The list of tools as JSON text, its keys in their order."""
+    checked = check_tools(tools, key)
+    return json_text(checked, key, flaws) if checked else ""
 
 
 def _metadata(metadata: Any, flaws: Flaws) -> str:
     if metadata is not None and not isinstance(metadata, Mapping):
-        flaws.leave_out("metadata")
+        flaws.leave_out("metadata (no object)")
         return "{}"
-    return _json_text(metadata or {}, "metadata", flaws, sort_keys=True)
-
-
-def _json_text(value: Any, field: str, flaws: Flaws, sort_keys: bool = False) -> str:
-    try:
-        text = json.dumps(value, ensure_ascii=False, sort_keys=sort_keys, allow_nan=False)
-    except (TypeError, ValueError, RecursionError) as error:
-        raise Flaw(MALFORMED, field, value, f"it is not JSON: {error}") from None
-    return clean(text, field, flaws)
+    return json_text(metadata or {}, "metadata", flaws, sort_keys=True)

@@ -38,12 +38,18 @@ class File:
     """One file of a source: `name` as written in dataset.data_files, the folder of a glob filled in.
 
     `sha256` and `num_bytes` are of the file as it lies there, compressed or not; known once it was read.
+    `read_as` says what was found or stated of its form (encoding, separator), `unread` counts the rows of
+    columns that were not read, `num_cut` the texts that were cut, into `num_pieces`.
     """
 
     name: str
     root: Path
     sha256: str = ""
     num_bytes: int = 0
+    read_as: dict[str, str] = field(default_factory=dict)
+    unread: dict[str, int] = field(default_factory=dict)
+    num_cut: int = 0
+    num_pieces: int = 0
     suffix: str = field(init=False)
     compression: str | None = field(init=False)
 
@@ -62,7 +68,6 @@ class File:
         with _reached(self.name), _open(self.name, self.root) as raw:
             hashing = Hashing(raw)
             with io.BufferedReader(unpacked(hashing, self.compression), BUFFER_BYTES) as content:
-                _check_utf16(content, self)
                 yield content
                 hashing.drain()
             self.sha256, self.num_bytes = hashing.digest.hexdigest(), hashing.num_bytes
@@ -79,7 +84,8 @@ class File:
             yield raw
 
     def facts(self) -> dict[str, Any]:
-        return {"file": self.name, "bytes": self.num_bytes, "sha256": self.sha256}
+        facts = {"file": self.name, "bytes": self.num_bytes, "sha256": self.sha256}
+        return {**facts, **self.read_as}
 
 
 def by_split(data_files: DataFiles) -> dict[str, list[str]]:
@@ -191,12 +197,6 @@ def _filesystem(url: str) -> tuple[Any, str]:
     except (ValueError, ImportError) as error:  # no such scheme, or its package is not installed
         raise CapasError(f"dataset.data_files: {url} cannot be opened: {error}") from None
     return fs, path
-
-
-def _check_utf16(content: "io.BufferedReader[Any]", file: File) -> None:
-    """Excel's 'Unicode text' is UTF-16."""
-    if content.peek(2)[:2] in (b"\xff\xfe", b"\xfe\xff") and file.suffix != ".parquet":
-        raise CapasError(f"{file.name} is UTF-16; save it as UTF-8 (iconv -f UTF-16 -t UTF-8)")
 
 
 def url_revision(data_files: DataFiles) -> str:

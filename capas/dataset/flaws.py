@@ -1,5 +1,6 @@
 """What may be wrong with a record, and what is done about it: an error, or a policy that is counted."""
 
+import logging
 import reprlib
 from collections import Counter
 from collections.abc import Mapping
@@ -9,16 +10,31 @@ from capas.errors import CapasError
 
 MALFORMED, NO_ANSWER, EMPTY_ANSWER = "malformed", "no_answer", "empty_answer"
 INVALID_TEXT, CONSECUTIVE, SYSTEM = "invalid_text", "consecutive_roles", "system_in_the_middle"
-ERROR, DROP, REPLACE, MERGE, KEEP = "error", "drop", "replace", "merge", "keep"
+ASSISTANT_FIRST = "assistant_first"
+BAD_JSON, BAD_ROW, MISSING_COLUMN = "bad_json", "bad_row", "missing_column"
+NOT_TEXT, UNKNOWN_ROLE, EMPTY_QUESTION = "not_text", "unknown_role", "empty_question"
+BAD_CALL, UNCLEAR_TRAINING = "bad_call", "unclear_training"
+ERROR, DROP, REPLACE, MERGE, KEEP, SKIP = "error", "drop", "replace", "merge", "keep", "skip"
 WAYS_OUT = {
     MALFORMED: "drop",
+    BAD_JSON: "drop",
+    BAD_ROW: "drop",
+    MISSING_COLUMN: "drop",
+    NOT_TEXT: "drop",
+    UNKNOWN_ROLE: "drop",
+    EMPTY_QUESTION: "keep or drop",
+    BAD_CALL: "drop",
+    UNCLEAR_TRAINING: "drop",
     NO_ANSWER: "drop",
     EMPTY_ANSWER: "drop",
     INVALID_TEXT: "replace (by U+FFFD) or drop",
     CONSECUTIVE: "merge, keep or drop",
     SYSTEM: "keep or drop",
+    ASSISTANT_FIRST: "skip (the messages before the first one of the user) or drop",
 }
+log = logging.getLogger("capas")
 NUM_EXAMPLES = 20  # shown of each reason
+NUM_PLACES = 5  # named of each reason in an error
 _SHORT = reprlib.Repr()
 _SHORT.maxlevel, _SHORT.maxstring, _SHORT.maxlong, _SHORT.maxother = 4, 80, 80, 80
 
@@ -50,45 +66,38 @@ def _seen(field: str, value: str) -> str:
 
 
 class Flaws:
-    """The policies of `dataset.flaws`, and what they did so far."""
+    """The policies of `dataset.flaws`, and what they did so far.
 
-    def __init__(self, policies: Mapping[str, str], budget_fraction: float) -> None:
+    A kind without a policy of its own (null) has that of `malformed`.
+    """
+
+    def __init__(self, policies: Mapping[str, str | None], budget_fraction: float) -> None:
         self._policies, self._budget = dict(policies), budget_fraction
         self.num_read = 0
+        self.refused: Counter[str] = Counter()
         self.dropped: Counter[str] = Counter()
         self.repaired: Counter[str] = Counter()
         self.left_out: Counter[str] = Counter()
         self.examples: dict[str, list[dict[str, Any]]] = {}
 
     def policy(self, kind: str) -> str:
-        return self._policies[kind]
+        return self._policies[kind] or self._policies[MALFORMED] or ERROR
 
     def allows(self, flaw: Flaw, *repairs: str) -> bool:
         """Whether the policy of this kind is one of `repairs`, which is counted; otherwise raises `flaw`."""
-        if self._policies[flaw.kind] not in repairs:
+        if self.policy(flaw.kind) not in repairs:
             raise flaw
         self.repaired[flaw.kind] += 1
         return True
 
-    def leave_out(self, key: str) -> None:
+    def leave_out(self, key: str, count: int = 1) -> None:
         """Count a key that no stage uses; `key` is of the record, or 'messages[].key' of a message."""
-        self.left_out[printable(key)] += 1
+        self.left_out[printable(key)] += count
 
-    def drop(self, flaw: Flaw, place: Mapping[str, Any], identity: str) -> None:
-        """Leave the record at `place` out.
-
-        Raises:
-            CapasError: the policy is not to drop: file, line or record, id, field, value, the way out.
-        """
-        found = _seen(flaw.field, show(flaw.value))
-        if self._policies[flaw.kind] != DROP:
-            named = f" (id {identity!r})" if identity else ""
-            raise CapasError(
-                f"{location(place)}{named}: {found}: {flaw.text}.\nOr set "
-                f"dataset.flaws.{flaw.kind} to {WAYS_OUT[flaw.kind]}; what is dropped must stay within "
-                "dataset.flaw_budget_fraction"
-            )
-        self.dropped[flaw.kind] += 1
+    def refuse(self, flaw: Flaw, place: Mapping[str, Any], identity: str) -> None:
+        """Leave the record at `place` out: dropped or, without that policy, an error of `check`."""
+        counts = self.dropped if self.policy(flaw.kind) == DROP else self.refused
+        counts[flaw.kind] += 1
         shown = self.examples.setdefault(flaw.kind, [])
         if len(shown) < NUM_EXAMPLES:
             about = {"id": printable(identity), "field": flaw.field, "value": show(flaw.value)}
@@ -101,6 +110,7 @@ class Flaws:
     def add(self, later: "Flaws") -> None:
         """Count what was done about later records as well."""
         self.num_read += later.num_read
+        self.refused += later.refused
         self.dropped += later.dropped
         self.repaired += later.repaired
         self.left_out += later.left_out
@@ -108,21 +118,61 @@ class Flaws:
             shown = self.examples.setdefault(kind, [])
             shown += found[: NUM_EXAMPLES - len(shown)]
 
-    def check_budget(self) -> None:
-        """Raises CapasError where more was dropped than `dataset.flaw_budget_fraction` allows."""
+    def tell(self) -> None:
+        """Log what was dropped, repaired and not used, each with its count."""
+        if self.dropped:
+            counts = ", ".join(f"{kind} {count}" for kind, count in sorted(self.dropped.items()))
+            log.info("%d records dropped: %s", self.dropped.total(), counts)
+        if self.repaired:
+            kinds = sorted(self.repaired.items())
+            counts = ", ".join(f"{kind} {count} ({self.policy(kind)})" for kind, count in kinds)
+            log.info("repaired: %s", counts)
+        if self.left_out:
+            counts = ", ".join(f"{key} {count}" for key, count in self.left_out.most_common())
+            log.info("columns and keys that are not used, and how often they occurred: %s", counts)
+
+    def check(self) -> None:
+        """Raises CapasError with every kind of flaw that is an error, or where too much was dropped."""
+        if self.refused:
+            raise CapasError(self._refusal())
         num_dropped = self.dropped.total()
         if num_dropped > self._budget * self.num_read:
             counts = ", ".join(f"{kind} {count}" for kind, count in sorted(self.dropped.items()))
             first = [
-                f"  {kind}: {location(e)}: {_seen(e['field'], e['value'])}: {e['why']}"
+                f"  {kind}: {sentence(example)}"
                 for kind, shown in sorted(self.examples.items())
-                for e in shown[:3]
+                for example in shown[:3]
             ]
             raise CapasError(
                 f"{num_dropped} of {self.num_read} records were dropped ({counts}), more than "
                 f"dataset.flaw_budget_fraction={self._budget:g} allows. Mend them, or raise the budget to at "
                 f"least {num_dropped / self.num_read:.6g}. The first of them:\n" + "\n".join(first)
             )
+
+    def _refusal(self) -> str:
+        """Every kind with its count, the first record in full and the places of some more."""
+        kinds = [kind for kind in WAYS_OUT if kind in self.refused]
+        budget = "what is dropped must stay within dataset.flaw_budget_fraction"
+        if self.refused.total() == 1:
+            way_out = f"Or set dataset.flaws.{kinds[0]} to {WAYS_OUT[kinds[0]]}; {budget}"
+            return f"{sentence(self.examples[kinds[0]][0])}.\n{way_out}"
+        lines = [f"{self.refused.total()} of {self.num_read} records cannot be used:"]
+        for kind in kinds:
+            first, *others = self.examples[kind][:NUM_PLACES]
+            lines.append(f"  {kind} {self.refused[kind]}: {sentence(first)}.")
+            if others:
+                more = "" if self.refused[kind] <= NUM_PLACES else ", ..."
+                lines.append(f"    Likewise {'; '.join(map(location, others))}{more}")
+            lines.append(f"    Or set dataset.flaws.{kind} to {WAYS_OUT[kind]}")
+        return "\n".join([*lines, f"Mend them; {budget}."])
+
+
+def sentence(example: Mapping[str, Any]) -> str:
+    """Where a record stands, what was found there, why it is a flaw, how to mend it."""
+    named = f" (id {example['id']!r})" if example["id"] else ""
+    return (
+        f"{location(example)}{named}: {_seen(example['field'], example['value'])}: {example['why']}"
+    )
 
 
 def location(place: Mapping[str, Any]) -> str:

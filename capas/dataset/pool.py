@@ -18,8 +18,9 @@ import numpy as np
 import pyarrow as pa
 from numpy.typing import NDArray
 
-from capas.dataset.conversation import TEXT, check_record
+from capas.dataset.conversation import check_record
 from capas.dataset.flaws import MALFORMED, Flaw, Flaws, location, show
+from capas.dataset.message import TEXT
 from capas.dataset.rows import Row
 from capas.dataset.shapes import Columns, convert
 from capas.dataset.splits import Digests, content_digest, digest, ordinals, prompt_digests
@@ -32,7 +33,8 @@ log = logging.getLogger("capas")
 ROWS_PER_CHUNK, CHARACTERS_PER_CHUNK = 1000, 2**22
 MAX_QUESTION = 4000  # characters that are compared with those of other records
 MAX_DEPTH = 100  # pickle, which takes rows to other processes, manages a few hundred
-_COLUMNS = {"content": "Q", "group": "Q", "prompt": "Q", "identity": "Q", "line": "I", "place": "I"}
+_COLUMNS = {"content": "Q", "group": "Q", "prompt": "Q", "identity": "Q", "line": "I", "place": "I",
+            "characters": "I"}  # fmt: skip
 _CODES = {"source": "H", "split": "B"}
 
 
@@ -45,6 +47,7 @@ class Part:
     shape: str
     columns: Columns
     system: str | None
+    roles: Mapping[str, str] | None = None
 
 
 @dataclass(frozen=True)
@@ -73,6 +76,11 @@ class Numbers:
         for name, number in {**numbers, "line": row.number, "place": place}.items():
             self._numbers[name].append(number)
 
+    def where(self, index: int) -> dict[str, str]:
+        """File and line of a record."""
+        file, unit = list(self.places)[self["place"][index]]
+        return {"file": file, "at": f"{unit} {self['line'][index]}"}
+
     def extend(self, later: "Numbers") -> None:
         places = [self.places.setdefault(place, len(self.places)) for place in later.places]
         for name, numbers in later._numbers.items():
@@ -90,14 +98,21 @@ class Checked:
     flaws: Flaws
 
 
+def check_parts(parts: Iterable[tuple[Part, Iterable[Row]]], flaws: Flaws) -> Iterator[Checked]:
+    """Every row of every part, checked, in order; what is wrong is counted in `flaws`."""
+    pace = Pace()
+    for checked in in_order(partial(check_chunk, flaws=flaws.fresh()), _chunks(parts)):
+        flaws.add(checked.flaws)
+        yield checked
+        if pace.due():
+            log.info("%d records read", flaws.num_read)
+
+
 def check_chunk(chunk: Chunk, flaws: Flaws) -> Checked:
-    """Every row as a record, or dropped.
+    """Every row as a record, or left out.
 
     Args:
         flaws: the policies; nothing is counted in it.
-
-    Raises:
-        CapasError: a record has a flaw whose policy is an error.
     """
     flaws, numbers = flaws.fresh(), Numbers()
     records = [r for row in chunk.rows if (r := _record(row, chunk.part, flaws, numbers))]
@@ -109,11 +124,11 @@ def _record(row: Row, part: Part, flaws: Flaws, numbers: Numbers) -> Record | No
     flaws.num_read += 1
     found: Mapping[str, Any] = row.value if isinstance(row.value, Mapping) else {}
     try:
-        found = convert(row.value, part.shape, part.columns)
-        record = check_record(found, flaws)
+        found = convert(row.value, part.shape, part.columns, part.roles)
+        record = check_record(found, flaws, part.roles)
     except Flaw as flaw:
         identity = found.get("id")
-        flaws.drop(flaw, row.place, "" if identity is None else str(identity))
+        flaws.refuse(flaw, row.place, "" if identity is None else str(identity))
         return None
     messages = record["messages"]
     group, prompt = prompt_digests(messages)  # without the system prompt that is put first
@@ -127,6 +142,7 @@ def _record(row: Row, part: Part, flaws: Flaws, numbers: Numbers) -> Record | No
         identity=digest(record["id"]) if record["id"] else 0,
         source=part.source,
         split=part.split,
+        characters=sum(len(message["content"]) for message in messages),
     )
     return record
 
@@ -135,13 +151,13 @@ class Pool:
     """The records in their file, and the numbers of each in the order of the file: `pool["prompt"]`, ..."""
 
     def __init__(self, file: Path, flaws: Flaws) -> None:
-        self._file, self._flaws, self._numbers = file, flaws, Numbers()
+        self._file, self._flaws, self.numbers = file, flaws, Numbers()
 
     def __getitem__(self, name: str) -> NDArray[Any]:
-        return self._numbers[name]
+        return self.numbers[name]
 
     def __len__(self) -> int:
-        return len(self._numbers)
+        return len(self.numbers)
 
     def fill(self, parts: Iterable[tuple[Part, Iterable[Row]]]) -> None:
         """Read, check and write every row.
@@ -151,26 +167,19 @@ class Pool:
         """
         write_tables(self._file, RAW, self._records(parts))
         log.info("%d records read, %d of them are right", self._flaws.num_read, len(self))
-        self._flaws.check_budget()
+        self._flaws.tell()
+        self._flaws.check()
         if not len(self):
             raise CapasError("the sources of dataset hold no record")
 
     def _records(self, parts: Iterable[tuple[Part, Iterable[Row]]]) -> Iterator[pa.Table]:
-        pace = Pace()
-        for checked in in_order(partial(check_chunk, flaws=self._flaws.fresh()), _chunks(parts)):
-            self._flaws.add(checked.flaws)
-            self._numbers.extend(checked.numbers)
+        for checked in check_parts(parts, self._flaws):
+            self.numbers.extend(checked.numbers)
             yield checked.records
-            if pace.due():
-                log.info("%d records read", self._flaws.num_read)
 
     def location(self, index: int) -> str:
         """File and line of a record, for a message."""
-        return location(self._place(index))
-
-    def _place(self, index: int) -> dict[str, str]:
-        file, unit = list(self._numbers.places)[self["place"][index]]
-        return {"file": file, "at": f"{unit} {self['line'][index]}"}
+        return location(self.numbers.where(index))
 
     def examples(self, whys: Mapping[int, str]) -> list[dict[str, Any]]:
         """Where these records stand and what they ask; `whys` says of each what is the matter."""
@@ -183,7 +192,7 @@ class Pool:
                     (m["content"] for m in record["messages"] if m["role"] != "system"), ""
                 )
                 about = {"id": record["id"], "field": "", "value": show(asked), "why": whys[index]}
-                shown.append({**self._place(index), **about})
+                shown.append({**self.numbers.where(index), **about})
             start += len(batch)
         return shown
 

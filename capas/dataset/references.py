@@ -12,6 +12,7 @@ from capas.errors import CapasError
 from capas.params import Params
 
 MAX_REFERENCES = 50_000
+POLICIES = dict.fromkeys(WAYS_OUT, DROP)
 
 
 def read_references(dataset: Params, root: Path) -> list[str]:
@@ -35,10 +36,11 @@ def _references(sources: Sequence[Source]) -> Iterator[str]:
     for source in sources:
         for _, rows in source.splits():
             for row in rows:
-                flaws = Flaws(dict.fromkeys(WAYS_OUT, DROP), 1.0)
+                flaws = Flaws(POLICIES, 1.0)
                 try:
-                    found = convert(row.value, source.shape_of_rows, source.columns or {})
-                    messages = check_record(found, flaws)["messages"]
+                    columns, roles = source.columns or {}, source.roles
+                    found = convert(row.value, source.shape_of_rows, columns, roles)
+                    messages = check_record(found, flaws, roles)["messages"]
                 except Flaw:
                     continue
                 if messages[-1]["role"] == "assistant":

@@ -12,12 +12,24 @@
 All rows of oasst are held in memory until the trees are put together; no other shape holds any.
 """
 
+import difflib
 import json
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from typing import Any
 
-from capas.dataset.conversation import TEXT
-from capas.dataset.flaws import MALFORMED, Flaw
+from capas.dataset.conversation import READ, Unused
+from capas.dataset.flaws import (
+    BAD_CALL,
+    BAD_JSON,
+    MALFORMED,
+    MISSING_COLUMN,
+    NOT_TEXT,
+    UNKNOWN_ROLE,
+    Flaw,
+)
+from capas.dataset.message import TEXT, OfColumn
+from capas.dataset.names import FUNCTION_CALL, ROLES, SYSTEM_PROMPTS, THOUGHTS, role_of
+from capas.errors import CapasError
 
 Found = dict[str, Any]
 Columns = Mapping[str, str | list[str]]
@@ -31,28 +43,19 @@ SIGNS: dict[str, tuple[str, ...]] = {
     "question_answer": ("question", "answer"),
     "text": ("text",),
 }
-_WANTED = {shape: frozenset(columns) for shape, columns in SIGNS.items()}
-# As https://github.com/hiyouga/LLaMA-Factory reads them, and the names of the first ShareGPT dumps.
-_SPEAKERS = {
-    **{"human": "user", "user": "user", "gpt": "assistant", "assistant": "assistant"},
-    **{"chatgpt": "assistant", "bing": "assistant", "bard": "assistant", "system": "system"},
-    **{"tool": "tool", "observation": "tool", "function_call": "function_call"},
-}
+TREE = ("message_id", "parent_id", "role", "text", "rank", "deleted")
+WANTED = {shape: frozenset(columns) for shape, columns in SIGNS.items()}
+_MAPPED = ("messages", "tools", "metadata", "reasoning_content")  # keys of what `convert` returns
 
 
-class OfColumn(dict[str, Any]):
-    """A message whose content stood elsewhere: a flaw is shown there, not in a message that nobody wrote."""
-
-    def __init__(
-        self, role: str, content: Any, column: str, others: Mapping[str, Any] | None = None
-    ) -> None:
-        super().__init__(others or {}, role=role, content=content)
-        self.column = column
+def recognises(value: Mapping[str, Any]) -> bool:
+    """Whether a known shape has these columns."""
+    return any(wanted <= value.keys() for wanted in WANTED.values())
 
 
 def recognise(value: Mapping[str, Any]) -> str:
     """Raises Flaw where the columns are those of no known shape."""
-    for shape, wanted in _WANTED.items():
+    for shape, wanted in WANTED.items():
         if wanted <= value.keys():
             return shape
     known = "; ".join(f"{shape}: {', '.join(columns)}" for shape, columns in SIGNS.items())
@@ -60,11 +63,58 @@ def recognise(value: Mapping[str, Any]) -> str:
         f"no known shape has these columns ({known}); name yours in dataset.columns, as "
         "{user: pregunta, assistant: respuesta}, with dataset.shape=columns"
     )
-    raise Flaw(MALFORMED, "columns", sorted(map(str, value)), advice)
+    raise Flaw(MISSING_COLUMN, "columns", sorted(map(str, value)), advice)
 
 
-def convert(value: Any, shape: str, columns: Columns) -> Found:
+def check_columns(there: Iterable[str], shape: str, columns: Columns, key: str, where: str) -> None:
+    """Check, before any record, that the columns that the shape needs are there.
+
+    Args:
+        there: all that a file has, or that its first records have.
+        key: of the source, for the message; where: the file.
+
+    Raises:
+        CapasError: one that is named is not there, or no known shape has these columns.
+    """
+    known = dict.fromkeys(there)
+    if shape == "auto":
+        try:
+            recognise(known)
+        except Flaw as flaw:
+            raise CapasError(f"{where}: columns are {', '.join(known) or 'none'}: {flaw}") from None
+        return
+    named = [name for names in columns.values() for name in _names(names)]
+    for name in named if shape == "columns" else SIGNS[shape]:
+        if name in known or name.split(".")[0] in known:
+            continue
+        close = difflib.get_close_matches(name, known, n=1, cutoff=0.6)
+        meant = f"; did you mean {close[0]!r}?" if close else ""
+        stated = f"{key}.columns" if shape == "columns" else f"{key}.shape={shape}"
+        raise CapasError(
+            f"{where}: column {name!r}, which {stated} needs, does not exist; columns are "
+            f"{', '.join(map(repr, known)) or 'none'}{meant}"
+        )
+
+
+def needed_columns(there: list[str], shape: str, columns: Columns) -> list[str]:
+    """Those of the columns that a record is made of, or that must be looked at because of their names."""
+    if shape == "columns":
+        used = {name for names in columns.values() for name in _names(names)}
+        return [c for c in there if c == "id" or c in used or c in {n.split(".")[0] for n in used}]
+    shape = recognise(dict.fromkeys(there)) if shape == "auto" else shape
+    if shape == "oasst":
+        return [column for column in there if column in TREE]
+    used = {*SIGNS[shape], *READ, *(("input", "history") if shape == "alpaca" else ())}
+    return [column for column in there if column in used]
+
+
+def convert(
+    value: Any, shape: str, columns: Columns, roles: Mapping[str, str] | None = None
+) -> Found:
     """The messages of a row, its id, tools and metadata, not yet checked, and the columns that are not used.
+
+    Args:
+        roles: `dataset.roles`, names of roles beside those in use.
 
     Raises:
         Flaw: the row does not have that shape.
@@ -75,45 +125,54 @@ def convert(value: Any, shape: str, columns: Columns) -> Found:
         raise Flaw(MALFORMED, "record", value, "give an object with the columns of a record")
     shape = recognise(value) if shape == "auto" else shape
     if shape == "columns":
-        return _mapped(value, columns)
+        return _mapped(value, columns, roles or {})
     missing = [column for column in SIGNS[shape] if column not in value]
     if missing:
         advice = f"missing; the shape {shape} has the columns {', '.join(SIGNS[shape])}"
-        raise Flaw(MALFORMED, missing[0], sorted(map(str, value)), advice)
-    return _CONVERTERS[shape](dict(value))
+        raise Flaw(MISSING_COLUMN, missing[0], sorted(map(str, value)), advice)
+    row = dict(value)
+    if shape in ("messages", "sharegpt"):
+        [column] = SIGNS[shape]
+        return _told(_listed(row.pop(column), column, roles or {}), row)
+    return _CONVERTERS[shape](row)
 
 
 def _told(messages: list[Any], rest: Found) -> Found:
     return {**rest, "messages": messages}
 
 
-def _messages(row: Found) -> Found:
-    messages = row["messages"]
-    return {
-        **row,
-        "messages": _listed(messages, "messages") if isinstance(messages, list) else messages,
-    }
+def _listed(messages: Any, column: str, roles: Mapping[str, str]) -> list[Any]:
+    """A column of messages, as OpenAI or as ShareGPT writes them, or the JSON of one as text."""
+    given = messages
+    if isinstance(messages, str):
+        try:
+            messages = json.loads(messages)
+        except (ValueError, RecursionError) as error:
+            advice = f"messages given as text must be the JSON of a list: {error}"
+            raise Flaw(BAD_JSON, column, given, advice) from None
+    if not isinstance(messages, list) or not messages:
+        raise Flaw(MALFORMED, column, given, "give a list of messages")
+    if not (isinstance(messages[0], Mapping) and "from" in messages[0]):
+        return messages
+    return [_turn(turn, f"{column}[{i}]", roles) for i, turn in enumerate(messages)]
 
 
-def _sharegpt(row: Found) -> Found:
-    turns, system = row.pop("conversations"), row.pop("system", None)
-    return _told([*_system(system), *_listed(turns, "conversations")], row)
-
-
-def _turn(turn: Any, at: str) -> Found:
+def _turn(turn: Any, at: str, roles: Mapping[str, str]) -> Found:
     if not isinstance(turn, Mapping):
         raise Flaw(MALFORMED, at, turn, "give an object with from and value")
     speaker = turn.get("from")
-    if not isinstance(speaker, str) or speaker not in _SPEAKERS:
-        raise Flaw(MALFORMED, f"{at}.from", speaker, f"known: {', '.join(_SPEAKERS)}")
+    role = role_of(speaker, roles)
+    if role is None:
+        advice = f"known roles: {', '.join(ROLES)}, and what dataset.roles maps to them"
+        raise Flaw(UNKNOWN_ROLE, f"{at}.from", speaker, advice)
     rest = {key: value for key, value in turn.items() if key not in ("from", "value")}
-    if _SPEAKERS[speaker] == "function_call":
-        calls = _json_calls(turn.get("value"), f"{at}.value")
-        return {"role": "assistant", "content": "", "tool_calls": calls, **rest}
     for key in ("role", "content"):  # from and value say it; these are counted as left out
         if key in rest:
             rest[f"{key} beside from and value"] = rest.pop(key)
-    return OfColumn(_SPEAKERS[speaker], turn.get("value"), f"{at}.value", rest)
+    if role == FUNCTION_CALL:
+        calls = _json_calls(turn.get("value"), f"{at}.value")
+        return OfColumn("assistant", "", f"{at}.value", {**rest, "tool_calls": calls}, at)
+    return OfColumn(role, turn.get("value"), f"{at}.value", rest, at)
 
 
 def _json_calls(text: Any, at: str) -> list[Any]:
@@ -121,15 +180,15 @@ def _json_calls(text: Any, at: str) -> list[Any]:
         calls = json.loads(text)
     except (TypeError, ValueError, RecursionError) as error:
         advice = f"a function call is JSON, {{name, arguments}}: {error}"
-        raise Flaw(MALFORMED, at, text, advice) from None
+        raise Flaw(BAD_CALL, at, text, advice) from None
     return calls if isinstance(calls, list) else [calls]
 
 
 def _alpaca(row: Found) -> Found:
-    asked = _asked([row.pop("instruction"), row.pop("input", "")], "instruction")
-    messages = [*_system(row.pop("system", None)), *_history(row.pop("history", None))]
+    asked = _joined([row.pop("instruction"), row.pop("input", "")])
     answer = OfColumn("assistant", row.pop("output"), "output")
-    return _told([*messages, OfColumn("user", asked, "instruction"), answer], row)
+    history = _history(row.pop("history", None))
+    return _told([*history, OfColumn("user", asked, "instruction"), answer], row)
 
 
 def _history(history: Any) -> list[Found]:
@@ -158,16 +217,17 @@ def _question_answer(row: Found) -> Found:
 
 
 def _plain(row: Found) -> Found:
-    return _told([OfColumn(TEXT, row.pop("text"), "text")], row)
+    """All of the text is trained: a prompt or thought that it may be made of is left out."""
+    text = row.pop("text")
+    rest = {k: Unused(v) if k in (*SYSTEM_PROMPTS, *THOUGHTS) else v for k, v in row.items()}
+    return _told([OfColumn(TEXT, text, "text")], rest)
 
 
 def _oasst(row: Found) -> Found:
-    raise Flaw(MALFORMED, "columns", sorted(row), "rows of trees: set dataset.shape=oasst")
+    raise Flaw(MISSING_COLUMN, "columns", sorted(row), "rows of trees: set dataset.shape=oasst")
 
 
 _CONVERTERS = {
-    "messages": _messages,
-    "sharegpt": _sharegpt,
     "alpaca": _alpaca,
     "prompt_completion": _prompt_completion,
     "question_answer": _question_answer,
@@ -181,16 +241,6 @@ def _pair(row: Found, asked: str, answered: str) -> list[Found]:
     return [OfColumn(role, row.pop(column), column) for role, column in told]
 
 
-def _system(content: Any, column: str = "system") -> list[Found]:
-    return [] if content in (None, "") else [OfColumn("system", content, column)]
-
-
-def _asked(parts: list[Any], field: str) -> Any:
-    if all(part in (None, "") for part in parts):
-        raise Flaw(MALFORMED, field, parts[0], "nothing is asked")
-    return _joined(parts)
-
-
 def _joined(parts: list[Any]) -> Any:
     """Texts with a blank line between them, empty ones left out; what is no text is left to be refused."""
     given = [part for part in parts if part not in (None, "")]
@@ -200,40 +250,43 @@ def _joined(parts: list[Any]) -> Any:
     return (wrong or ["\n\n".join(given)])[0]
 
 
-def _mapped(row: Mapping[str, Any], columns: Columns) -> Found:
+def _mapped(row: Mapping[str, Any], columns: Columns, roles: Mapping[str, str]) -> Found:
     """By `dataset.columns`; several columns of one role are joined by blank lines."""
-    used = {name for names in columns.values() for name in _names(names)}
-    rest = {
-        k: v for k, v in row.items() if k not in used and k not in {n.split(".")[0] for n in used}
-    }
-    found: Found = {
-        k: v for k, v in rest.items() if k not in ("id", "messages", "tools", "metadata")
-    }
     cells = {role: [_cell(row, name) for name in _names(names)] for role, names in columns.items()}
     named = {role: " + ".join(_names(names)) for role, names in columns.items()}
-    found |= {key: cells[key][0] for key in ("id", "tools") if key in cells}
-    if "id" not in columns and "id" in row:
-        found["id"] = row["id"]
-    system = "\n\n".join(map(str, filter(None, cells.pop("system", []))))
-    messages = _system(system, named.get("system", ""))
+    used = {name for names in columns.values() for name in _names(names)}
+    found = _unmapped(row, used if "id" in columns else {*used, "id"})
+    found |= {key: cells[key][0] for key in ("tools", "reasoning_content") if key in cells}
+    found["id"] = _mapped_id(cells["id"][0], named["id"]) if "id" in cells else row.get("id")
+    messages: list[Any] = []
+    if (system := _joined(cells.get("system", []))) not in (None, ""):
+        messages.append(OfColumn("system", system, named["system"]))
     if "messages" in columns:
-        messages += _listed(cells["messages"][0], named["messages"])
-    if "user" in columns:
-        messages.append(OfColumn("user", _asked(cells["user"], named["user"]), named["user"]))
-    for role in (TEXT, "assistant"):
+        messages += _listed(cells["messages"][0], named["messages"], roles)
+    for role in ("user", TEXT, "assistant"):
         if role in columns:
             messages.append(OfColumn(role, _joined(cells[role]), named[role]))
-    return {**found, "messages": messages}
+    return _told(messages, found)
 
 
-def _listed(messages: Any, column: str) -> list[Any]:
-    """A column of messages, as OpenAI or as ShareGPT writes them."""
-    if not isinstance(messages, list):
-        advice = "give a list of messages, not its JSON inside a string"
-        raise Flaw(MALFORMED, column, messages, advice)
-    if not (messages and isinstance(messages[0], Mapping) and "from" in messages[0]):
-        return messages
-    return [_turn(turn, f"{column}[{i}]") for i, turn in enumerate(messages)]
+def _unmapped(row: Mapping[str, Any], used: set[str]) -> Found:
+    """The columns, and the keys within columns, that no name uses."""
+    found: Found = {}
+    for column in [column for column in row if column not in used]:
+        start, value = f"{column}.", row[column]
+        within = {name.removeprefix(start) for name in used if name.startswith(start)}
+        if within and isinstance(value, Mapping):
+            found |= {start + key: inner for key, inner in _unmapped(value, within).items()}
+        else:
+            name = f"{column} (not in dataset.columns)" if column in (*_MAPPED, "id") else column
+            found[name] = Unused(value)
+    return found
+
+
+def _mapped_id(identity: Any, column: str) -> Any:
+    if identity is None or (isinstance(identity, str | int) and not isinstance(identity, bool)):
+        return identity
+    raise Flaw(NOT_TEXT, column, identity, "an id is a text or an integer")
 
 
 def _names(names: str | list[str]) -> list[str]:
@@ -248,6 +301,6 @@ def _cell(row: Mapping[str, Any], name: str) -> Any:
     for part in name.split("."):
         if not isinstance(value, Mapping) or part not in value:
             advice = f"there is no such column (dataset.columns names {name})"
-            raise Flaw(MALFORMED, "columns", sorted(map(str, row)), advice)
+            raise Flaw(MISSING_COLUMN, "columns", sorted(map(str, row)), advice)
         value = value[part]
     return value

@@ -1,22 +1,28 @@
 """Where records come from: generated, from files, or from the Hub; each source as conf/ states it."""
 
 import itertools
+import logging
+from collections import Counter
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 from capas.dataset.files import DataFiles, File, by_split, expand, is_url, url_revision
-from capas.dataset.rows import Row, read_rows, without_nulls_of_others
-from capas.dataset.shapes import SIGNS
+from capas.dataset.readers import read_rows
+from capas.dataset.rows import Row, without_nulls_of_others
+from capas.dataset.shapes import SIGNS, check_columns, needed_columns, recognises
+from capas.dataset.text import Reading
 from capas.dataset.trees import threads
 from capas.errors import CapasError
 from capas.params import Params
 
+log = logging.getLogger("capas")
+FIRST_ROWS = 100  # in which a column must occur once
 FORMATS = ("json", "csv", "parquet", "text")
 KEYS = (
     *("path", "name", "revision", "split", "data_files"),
-    *("shape", "columns", "system", "weight", "licence"),
+    *("shape", "columns", "roles", "system", "weight", "licence"),
 )
 
 
@@ -31,11 +37,13 @@ class Source:
     data_files: DataFiles | None
     shape: str
     columns: Mapping[str, str | list[str]] | None
+    roles: Mapping[str, str] | None
     system: str | None
     weight: float | None
     licence: str
     root: Path
     key: str
+    reading: Reading
     files: list[File] = field(default_factory=list)
 
     @property
@@ -59,7 +67,34 @@ class Source:
         for split, patterns in by_split(self.data_files).items():
             files = expand(patterns, self.path, self.root)
             self.files += files
-            yield split, itertools.chain.from_iterable(read_rows(file) for file in files)
+            yield split, itertools.chain.from_iterable(self._rows_of(file) for file in files)
+
+    def _rows_of(self, file: File) -> Iterator[Row]:
+        """The rows of a file, after a look at the columns of the first ones."""
+        if file.suffix == ".parquet":
+            yield from read_rows(file, self.reading, lambda there: self._needed(there, file.name))
+            return
+        yield from self._checked(read_rows(file, self.reading), file.name)
+        if file.num_cut:
+            log.info(
+                "%s: %d texts longer than dataset.reading.max_characters=%d cut into %d at paragraphs",
+                *(file.name, file.num_cut, self.reading.max_characters, file.num_pieces),
+            )
+
+    def _needed(self, there: list[str], where: str) -> list[str]:
+        check_columns(there, self.shape, self.columns or {}, self.key, where)
+        return needed_columns(there, self.shape, self.columns or {})
+
+    def _checked(self, rows: Iterator[Row], where: str) -> Iterator[Row]:
+        """The same rows; a column that none of the first has is an error before any record."""
+        first = list(itertools.islice(rows, FIRST_ROWS))
+        values = [row.value for row in first if isinstance(row.value, Mapping)]
+        recognised = self.shape == "auto" and any(recognises(value) for value in values)
+        if values and not recognised:
+            there = dict.fromkeys(str(name) for value in values for name in value)
+            check_columns(there, self.shape, self.columns or {}, self.key, where)
+        yield from first
+        yield from rows
 
     def _check_pin(self) -> None:
         """DVC sees an edit in data/own; what a URL holds is pinned by `revision`."""
@@ -82,8 +117,12 @@ class Source:
         from capas.dataset.hub import read_split
 
         rows = read_split(self.path, self.name, self.revision, theirs, self.key)
-        for number, value in enumerate(rows, 1):
-            yield Row(f"{self.path} ({theirs})", "record", number, without_nulls_of_others(value))
+        where = f"{self.path} ({theirs})"
+        found = (
+            Row(where, "record", number, without_nulls_of_others(value))
+            for number, value in enumerate(rows, 1)
+        )
+        yield from self._checked(found, where)
 
     def _threaded(self, rows: Iterator[Row]) -> Iterator[Row]:
         """Trees of messages as conversations, where the rows are messages."""
@@ -93,6 +132,13 @@ class Source:
         rows = itertools.chain([first], rows)
         found = isinstance(first.value, Mapping) and {*SIGNS["oasst"]} <= set(first.value)
         return threads(rows) if self.shape == "oasst" or (self.shape == "auto" and found) else rows
+
+    def unread(self) -> dict[str, int]:
+        """{column that was not read: its rows}."""
+        counts: Counter[str] = Counter()
+        for file in self.files:
+            counts.update(file.unread)
+        return dict(counts)
 
     def facts(self) -> dict[str, Any]:
         """What source.json says of it."""
@@ -107,4 +153,5 @@ def sources_of(dataset: Params, root: Path) -> list[Source]:
     own: dict[str, Any] = {key: dataset[key] for key in KEYS}
     keys = ["dataset", *(f"dataset.mix[{i}]" for i in range(len(dataset.mix)))]
     entries = zip((own, *dataset.mix), keys, strict=True)
-    return [Source(**entry, root=root, key=key) for entry, key in entries]
+    reading = Reading(**dataset.reading)
+    return [Source(**entry, root=root, key=key, reading=reading) for entry, key in entries]

@@ -8,6 +8,8 @@ from pathlib import Path
 from typing import Any
 
 import fsspec
+import pyarrow as pa
+import pyarrow.parquet as pq
 import pytest
 from dataside import DataSide
 
@@ -120,7 +122,7 @@ def test_the_number_of_processes_changes_no_byte(
         made.append(side.files())
     assert made[0] == made[1]
     assert facts["dropped"]["empty_answer"]["count"] == 6
-    assert [e["at"] for e in facts["dropped"]["malformed"]["examples"]] == ["line 27"]
+    assert [e["at"] for e in facts["dropped"]["bad_row"]["examples"]] == ["line 27"]
     monkeypatch.setattr("capas.workers.usable_cores", lambda: 2)
     with pytest.raises(CapasError, match=r"a\.csv, line 2: respuesta is '': an empty answer"):
         fetch(side, *csv, mapped, files="data/own/*.csv")
@@ -207,7 +209,7 @@ def test_a_subset_is_a_seeded_choice_of_all_splits(side: DataSide) -> None:
 
 
 def other_source(files: str, weight: str) -> str:
-    empty = "name:null,revision:null,split:null,columns:null,system:Hola,shape:auto"
+    empty = "name:null,revision:null,split:null,columns:null,roles:null,system:Hola,shape:auto"
     return f"dataset.mix=[{{path:json,data_files:{files},weight:{weight},{empty},licence:mit}}]"
 
 
@@ -268,6 +270,85 @@ def test_rows_of_the_hub_go_the_same_way(side: DataSide, monkeypatch: pytest.Mon
     assert called == [("openai/gsm8k", "main", "main", s, "dataset") for s in ("train", "test")]
     assert found["splits"]["test"]["num_records"] == 60
     assert found["left_out"] == {}
+
+
+def test_all_kinds_of_flaws_are_told_at_once(side: DataSide) -> None:
+    wrong = [asked(1, answer=""), {"question": "Q", "answer": 7}, asked(2, answer=" "), {"q": 1}]
+    side.own("mine.jsonl", *(asked(n) for n in range(99)), *wrong)
+    with pytest.raises(CapasError) as refusal:
+        fetch(side, "dataset.flaws.not_text=drop")
+    text = str(refusal.value)
+    assert text.startswith("3 of 103 records cannot be used:\n")
+    assert "missing_column 1: data/own/mine.jsonl, line 103: columns is ['q']" in text
+    assert "empty_answer 2: data/own/mine.jsonl, line 100: answer is '': an empty answer" in text
+    assert "Likewise data/own/mine.jsonl, line 102\n" in text
+    assert "Or set dataset.flaws.empty_answer to drop" in text
+    assert "not_text" not in text
+
+
+def test_fetch_tells_what_it_left_out_and_repaired(
+    side: DataSide, caplog: pytest.LogCaptureFixture
+) -> None:
+    merged = [{"role": "user", "content": "a"}] * 2 + [{"role": "assistant", "content": "b"}]
+    side.own("mine.jsonl", *(asked(n, topic="x") for n in range(99)), {"messages": merged})
+    with caplog.at_level("INFO", "capas"):
+        fetch(side, "dataset.flaws.consecutive_roles=merge")
+    assert (
+        "columns and keys that are not used, and how often they occurred: topic 99" in caplog.text
+    )
+    assert "repaired: consecutive_roles 1 (merge)" in caplog.text
+
+
+QESTION = "dataset.columns={user:qestion,assistant:answer}"
+
+
+@pytest.mark.parametrize("kind", ["csv", "json", "parquet"])
+def test_a_column_that_no_record_has_is_an_error_before_any_record(
+    side: DataSide, kind: str
+) -> None:
+    rows = [asked(n, topic="x") for n in range(99)]
+    name = side.own("mine.jsonl", *rows)
+    if kind == "csv":
+        lines = [",".join(row.values()) for row in ({k: k for k in rows[0]}, *rows)]
+        name = name.replace("jsonl", "csv")
+        (side.root / name).write_text("\n".join(lines))
+    if kind == "parquet":
+        name = name.replace("jsonl", "parquet")
+        pq.write_table(pa.Table.from_pylist(rows), side.root / name)
+    message = (
+        rf"^{name}: column 'qestion', which dataset.columns needs, does not exist; columns are "
+        r"'question', 'answer', 'topic'; did you mean 'question'\?$"
+    )
+    with pytest.raises(CapasError, match=message):
+        fetch(side, f"dataset.path={kind}", "dataset.shape=columns", QESTION, files=name)
+    with pytest.raises(CapasError, match=r"column 'prompt', which dataset.shape=prompt_completion"):
+        fetch(side, f"dataset.path={kind}", "dataset.shape=prompt_completion", files=name)
+    facts = fetch(side, f"dataset.path={kind}", files=name)
+    assert (facts["num_read"], facts["left_out"]) == (99, {"topic": 99})
+
+
+def test_no_known_shape_is_told_once(side: DataSide) -> None:
+    side.own("mine.jsonl", *({"pregunta": str(n), "respuesta": "x"} for n in range(300)))
+    with pytest.raises(
+        CapasError, match=r"^data/own/mine.jsonl: columns are pregunta, respuesta: no"
+    ):
+        fetch(side)
+
+
+def test_a_record_without_a_column_that_others_have_is_a_flaw(side: DataSide) -> None:
+    side.own("mine.jsonl", *(asked(n) for n in range(99)), {"question": "Q"})
+    with pytest.raises(CapasError, match=r"line 100: answer is \['question'\]: missing; the shape"):
+        fetch(side, "dataset.shape=question_answer")
+
+
+def test_texts_that_are_cut_are_told(side: DataSide, caplog: pytest.LogCaptureFixture) -> None:
+    text = "\n\n".join(f"Paragraph number {n}." for n in range(200))
+    (side.root / "data/own/book.txt").write_text(text)
+    with caplog.at_level("INFO", "capas"):
+        stated = ("dataset.path=text", "dataset.reading.max_characters=50")
+        facts = fetch(side, *stated, files="data/own/book.txt")
+    assert facts["num_read"] == 100
+    assert "1 texts longer than dataset.reading.max_characters=50 cut into 100" in caplog.text
 
 
 def test_flaws_stop_fetch_or_stay_within_their_budget(side: DataSide) -> None:

@@ -12,12 +12,17 @@ import fsspec
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
+from conftest import REPOSITORY
 
+from capas.dag import read_yaml
 from capas.dataset.files import expand, url_revision
 from capas.dataset.flaws import Flaw
-from capas.dataset.rows import Row, read_rows
+from capas.dataset.readers import read_rows
+from capas.dataset.rows import Row
+from capas.dataset.text import Reading
 from capas.errors import CapasError
 
+FOUND = read_yaml(REPOSITORY / "conf/dataset/_base.yaml")["reading"]
 ROWS = [
     {"question": "¿Qué?\n\n'a', \"b\"", "answer": "Sí; 1,5"},
     {"question": "two\r\nlines", "answer": "a\tb"},
@@ -60,9 +65,9 @@ def own(tmp_path: Path) -> Path:
     return folder
 
 
-def read(root: Path, path: str, *names: str) -> list[Row]:
+def read(root: Path, path: str, *names: str, **stated: Any) -> list[Row]:
     files = expand(list(names), path, root)
-    return [row for file in files for row in read_rows(file)]
+    return [row for file in files for row in read_rows(file, Reading(**{**FOUND, **stated}))]
 
 
 def put(own: Path, name: str, content: bytes | str) -> str:
@@ -105,7 +110,7 @@ def test_a_row_is_placed_by_its_first_line(own: Path, tmp_path: Path) -> None:
 
 def test_documents_of_a_text_are_separated_by_empty_lines(own: Path, tmp_path: Path) -> None:
     name = put(own, "x.txt", "\n one\ntwo \n\n  \nthree\r\n\r\nfour")
-    rows = read(tmp_path, "text", name)
+    rows = read(tmp_path, "text", name, documents="blank_lines")
     assert [row.value["text"] for row in rows] == [" one\ntwo ", "three", "four"]
     assert [row.number for row in rows] == [2, 6, 8]
 
@@ -115,7 +120,7 @@ def test_the_hash_is_of_the_whole_packed_file(own: Path, tmp_path: Path) -> None
 
     content = gzip.compress(b'{"a": 1}\n') + b"" + gzip.compress(b'{"a": 2}\n')
     [file] = expand([put(own, "x.jsonl.gz", content)], "json", tmp_path)
-    assert [row.value for row in read_rows(file)] == [{"a": 1}, {"a": 2}]
+    assert [row.value for row in read_rows(file, Reading(**FOUND))] == [{"a": 1}, {"a": 2}]
     found = file.facts()
     assert found["sha256"] == hashlib.sha256(content).hexdigest()
     assert found["bytes"] == len(content)
@@ -132,6 +137,118 @@ def test_an_array_larger_than_the_buffer_is_read_in_pieces(
 def test_objects_one_after_the_other_are_read_as_well(own: Path, tmp_path: Path) -> None:
     name = put(own, "x.json", '{"a": 1}\n{"a":\n 2}\n')
     assert [row.value for row in read(tmp_path, "json", name)] == [{"a": 1}, {"a": 2}]
+
+
+CSVS: dict[str, tuple[bytes | str, dict[str, str]]] = {
+    "CR alone": ("question,answer\rq1,a1\rq2,a2\r", {}),
+    "semicolons, a comma in a name": ('"question";"answer"\n"q1";"a1"\n"q2";"a2"\n', {}),
+    "a comma in a quoted name": ('question;answer;"n, m"\nq1;a1;\nq2;a2;\n', {}),
+    "a semicolon in a name": ("question,answer,n;m\nq1,a1,\nq2,a2,\n", {}),
+    "tabs": ("question\tanswer\nq1\ta1\nq2\ta2\n", {}),
+    "bars": ("question|answer\nq1|a1\nq2|a2\n", {}),
+    "Excel's first line": ("sep=;\r\nquestion;answer\r\nq1;a1\r\nq2;a2\r\n", {}),
+    "blank first lines": ("\n  \nquestion,answer\nq1,a1\nq2,a2\n", {}),
+    "an index of pandas": (",question,answer\n0,q1,a1\n1,q2,a2\n", {}),
+    "single quotes": ("'question','answer'\n'q1','a1'\n'q2','a2'\n", {}),
+    "UTF-16": ("question\tanswer\r\nq1\ta1\r\nq2\ta2\r\n".encode("utf-16"), {}),
+    "stated": ("question:answer\nq1:a1\nq2:a2\n", {"separator": ":"}),
+    "stated encoding": ("question,answer\nq1,a1\nq2,a2\n".encode("cp037"), {"encoding": "cp037"}),
+}
+
+
+@pytest.mark.parametrize("name", CSVS)
+def test_a_csv_is_read_as_it_was_written(own: Path, tmp_path: Path, name: str) -> None:
+    content, stated = CSVS[name]
+    rows = [row.value for row in read(tmp_path, "csv", put(own, "x.csv", content), **stated)]
+    pairs = [{k: row[k] for k in ("question", "answer")} for row in rows]
+    assert pairs == [{"question": f"q{n}", "answer": f"a{n}"} for n in (1, 2)]
+    nameless = {"column 1 (without a name)": "0"} if "pandas" in name else {}
+    assert {k: v for k, v in rows[0].items() if v and k not in pairs[0]} == nameless
+
+
+def test_lines_are_counted_whatever_ends_them(own: Path, tmp_path: Path) -> None:
+    for end in ("\n", "\r\n", "\r"):
+        text = end.join(["sep=,", "", "a,b", '"1', '2",3', "4,5", "6"])
+        rows = read(tmp_path, "csv", put(own, "x.csv", text))
+        assert [row.number for row in rows] == [4, 6, 7]
+        assert isinstance(rows[2].value, Flaw)
+
+
+def test_quotes_within_a_cell_are_doubled_or_behind_a_backslash(own: Path, tmp_path: Path) -> None:
+    for cell, stated in (('""b""', {}), ('\\"b\\"', {}), ('\\"b\\"', {"escape": "\\"})):
+        name = put(own, "x.csv", f'q,a\n"1","a {cell} c"\n"2","C:\\\\"\n')
+        assert read(tmp_path, "csv", name, **stated)[0].value["a"] == 'a "b" c'
+
+
+def test_what_excel_writes_is_read_and_said(
+    own: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    name = put(own, "x.csv", "año,€\n¿qué?,sí\n".encode("cp1252"))
+    [file] = expand([name], "csv", tmp_path)
+    assert [row.value for row in read_rows(file, Reading(**FOUND))] == [{"año": "¿qué?", "€": "sí"}]
+    assert "data/own/x.csv is not UTF-8: read as cp1252" in caplog.text
+    facts = {key: file.facts()[key] for key in ("encoding", "separator")}
+    assert facts == {"encoding": "cp1252", "separator": ","}
+    broken = put(own, "y.csv", "a,b\né,1\n".encode() + b"\xe9,2\n")  # UTF-8 but for one byte
+    assert read(tmp_path, "csv", broken)[1].value == {"a": "\udce9", "b": "2"}
+
+
+def test_records_may_lie_under_a_key(own: Path, tmp_path: Path) -> None:
+    rows = [{"a": {"b": [1, "]"]}}, {"a": 2}]
+    name = put(own, "x.json", json.dumps({"version": 1, "data": rows}))
+    assert [row.value for row in read(tmp_path, "json", name)] == rows
+    name = put(own, "x.json", json.dumps({"x": {"y": [{"z": 0}], "train": rows}, "test": [{}]}))
+    assert [row.value for row in read(tmp_path, "json", name, records="x.train")] == rows
+    with pytest.raises(CapasError, match=r"there is no key 'nix'.*there are x, test"):
+        read(tmp_path, "json", name, records="nix")
+    one = {"messages": [{"role": "user", "content": "Hi"}]}
+    assert [r.value for r in read(tmp_path, "json", put(own, "y.json", json.dumps(one)))] == [one]
+
+
+@pytest.mark.parametrize(
+    ("name", "content", "stated"),
+    [
+        ("x.jsonl.gz", gzip.compress(b"{}\n" + b" " * 2_000_000), {}),
+        ("x.jsonl.zst", PACK[".zst"](b"{}\n" + b" " * 2_000_000), {}),
+        ("x.csv.gz", gzip.compress(b"a,b\n1,2\n" + b'"' + b"\n" * 2_000_000), {}),
+        ("x.json.gz", gzip.compress(b'[{}, {"a": "' + b" " * 2_000_000), {}),
+        ("x.txt.gz", gzip.compress(b"a" * 2_000_000), {}),
+        ("x.txt.gz", gzip.compress(b"a\n" * 2_000_000), {"documents": "blank_lines"}),
+    ],
+)
+def test_a_record_that_would_fill_the_memory_is_refused(
+    own: Path, tmp_path: Path, name: str, content: bytes, stated: dict[str, str]
+) -> None:
+    path = {"t": "text", "c": "csv"}.get(name[2], "json")
+    message = rf"data/own/{name}, (line|record) \d.* more than 1,000 characters"
+    with pytest.raises(CapasError, match=message):
+        read(tmp_path, path, put(own, name, content), max_record_characters=1000, **stated)
+
+
+def test_a_text_file_is_one_record_or_cut_at_paragraphs(own: Path, tmp_path: Path) -> None:
+    text = "one\n1\n\ntwo\n\n\n" + "three " * 9 + "\n\nfour\n"
+    name = put(own, "x.txt", text)
+    assert [row.value["text"] for row in read(tmp_path, "text", name)] == [text.rstrip("\n")]
+    rows = read(tmp_path, "text", name, max_characters=12)
+    assert [row.value["text"] for row in rows] == ["one\n1\n\ntwo", "three " * 9, "four"]
+    assert [row.number for row in rows] == [1, 7, 9]
+
+
+def test_a_cell_of_parquet_that_is_no_text_is_a_flaw(own: Path, tmp_path: Path) -> None:
+    latin = pa.array([b"good", "señ".encode("latin-1")], pa.binary())
+    inner = pa.StructArray.from_arrays([latin.view(pa.string())], ["text"])
+    far = pa.array([0, 2**50], pa.timestamp("s"))
+    columns = {"q": latin.view(pa.string()), "m": inner, "t": far}
+    sink = pa.BufferOutputStream()
+    pq.write_table(pa.table(columns), sink)
+    name = put(own, "x.parquet", sink.getvalue().to_pybytes())
+    [file] = expand([name], "parquet", tmp_path)
+    rows = list(read_rows(file, Reading(**FOUND), lambda there: ["q", "m"]))
+    assert rows[1].value == {"q": "se\udcf1", "m": {"text": "se\udcf1"}}
+    assert file.unread == {"t": 2}
+    [first, flaw] = read(tmp_path, "parquet", name)
+    assert first.value["q"] == "good"
+    assert (flaw.number, flaw.value.field) == (2, "t")
 
 
 def test_semicolons_separate_where_the_first_line_has_no_comma(own: Path, tmp_path: Path) -> None:
@@ -168,8 +285,25 @@ def test_a_broken_row_is_a_flaw_with_its_place(
         ("x.json", '[{"a": 1}] x', "goes on after its array: 'x'"),
         ("x.csv", "", "is empty; its first line must name the columns"),
         ("x.csv", "a,b,a\n", "line 1: the columns must have names of their own.*'a'"),
-        ("x.csv", "año,b\n1,2\n".encode("latin-1"), "line 1: .* is not UTF-8; save the file"),
-        ("x.csv", "a,b\n1,2\n".encode("utf-16"), "is UTF-16; save it as UTF-8"),
+        ("x.csv", "año".encode() + b",\xe9\n", "line 1: .* is not UTF-8; save the file"),
+        ("x.csv", b"PK\x03\x04xl/", "is a ZIP archive or an Excel workbook; save its table as CSV"),
+        (
+            "x.csv",
+            "question,answer;x\n",
+            "line 1: .* with a comma or a semicolon as separator; state",
+        ),
+        ("x.csv", '"a,b\n', "line 1: .*names no columns: unexpected end of data"),
+        ("x.csv", ";;\n1;2;3\n", "line 1: .*names no column"),
+        (
+            "x.jsonl",
+            "{}".encode("utf-16")[:-1],
+            "cannot be read as utf-16: .*dataset.reading.encoding",
+        ),
+        (
+            "x.json",
+            '{"a": [{"q": 1}], "b": [{"q": 2}]}',
+            "several lists of objects: a \\(1\\), b \\(1\\)",
+        ),
         ("x.jsonl.gz", gzip.compress(b'{"a": 1}\n' * 99, mtime=0)[:-12], "cannot be read"),
         ("x.jsonl.zst", b"not zstd", "cannot be read"),
         ("x.parquet", b"not parquet", "cannot be read"),

@@ -39,7 +39,8 @@ def hostile(kit: Path) -> list[dict[str, Any]]:
 @pytest.mark.parametrize(
     ("messages", "message"),
     [
-        ('[{"role": "user"}]', 'messages is \'[{"role": "user"}]\': it is a text; give the list'),
+        ('[{"role": "user"', 'messages is \'[{"role": "user"\': messages given as text must be'),
+        ('[{"role": "user"}]', "messages[0].content is None"),
         ([], "messages is []: give a list"),
         (None, "messages is None: give a list"),
         (["Hi", "Hello"], "messages[0] is 'Hi': give an object"),
@@ -60,6 +61,8 @@ def hostile(kit: Path) -> list[dict[str, Any]]:
         ([ASKED, {**CALLING, "tool_calls": "x"}], "messages[1].tool_calls is 'x'"),
         ([ASKED, {**CALLING, "tool_calls": [{}]}], "messages[1].tool_calls[0] is {}"),
         ([ASKED, {**ANSWERED, "reasoning_content": 1}], "messages[1].reasoning_content is 1"),
+        ([ASKED, {**ANSWERED, "content": None}], "[1].content is None: an empty answer"),
+        ([{"role": "text", "content": "a", "train": False}], "the text is not to be trained"),
         ([{"role": "text", "content": "a"}, ANSWERED], "a plain text stands alone"),
         ([ASKED, {"role": "text", "content": "a"}], "messages[1].role is 'text'"),
         ([ASKED, ASKED, ANSWERED], "messages[1].role is 'user': the message before"),
@@ -155,7 +158,7 @@ def test_what_is_dropped_is_counted_with_examples_within_a_budget() -> None:
     counts = flaws(0.5, no_answer="drop", malformed="drop")
     check(*[{"id": f"r{n}", "messages": [ASKED]} for n in range(30)], counts=counts)
     check(*[{"messages": [ASKED, ANSWERED]}] * 30, counts=counts)
-    counts.check_budget()
+    counts.check()
     assert counts.dropped == {"no_answer": 30}
     assert len(counts.examples["no_answer"]) == NUM_EXAMPLES
     first = counts.examples["no_answer"][0]
@@ -169,7 +172,7 @@ def test_what_is_dropped_is_counted_with_examples_within_a_budget() -> None:
     with pytest.raises(
         CapasError, match=r"31 of 61 records.*\(malformed 1, no_answer 30\).*0\.508197"
     ):
-        counts.check_budget()
+        counts.check()
 
 
 def test_deep_and_broken_values_are_shown_and_counted_as_text() -> None:

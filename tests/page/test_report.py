@@ -11,7 +11,7 @@ import pytest
 from report_inputs import REPOSITORY, build, build_words, write_inputs
 
 from capas.dag import read_yaml
-from capas.dataset.flaws import KEEP, MERGE, REPLACE, WAYS_OUT
+from capas.dataset.flaws import KEEP, MERGE, REPLACE, SKIP, WAYS_OUT
 from capas.dataset.selection import BEYOND, DUPLICATE, LEAK, NOT_DRAWN
 from capas.metrics.names import BUILT_IN
 from capas.params import flatten
@@ -322,7 +322,7 @@ def test_every_reason_and_policy_has_words(language: str) -> None:
     data = read_yaml(PAGE / f"{language}.yaml")["data"]
     reasons = {*WAYS_OUT, DUPLICATE, LEAK, NOT_DRAWN, BEYOND}
     assert set(data["reasons"]) == reasons
-    assert set(data["policies"]) == {REPLACE, MERGE, KEEP}
+    assert set(data["policies"]) == {REPLACE, MERGE, KEEP, SKIP}
 
 
 def test_the_mask_marks_the_answer_and_its_end(pages: dict[str, str]) -> None:

@@ -1,0 +1,167 @@
+"""CSV and TSV: the separator, quote and escape found where none is stated, and every row with its line."""
+
+import csv
+from collections.abc import Iterator
+from dataclasses import dataclass, replace
+from typing import Any, TextIO
+
+from capas.dataset.files import File
+from capas.dataset.flaws import BAD_ROW, Flaw, printable, show
+from capas.dataset.rows import Row
+from capas.dataset.text import Lines, Reading
+from capas.errors import CapasError
+
+SEPARATORS = (",", ";", "\t", "|")
+NAMES = {",": "a comma", ";": "a semicolon", "\t": "a tab", "|": "a |"}
+_SAMPLE_LINES, _SAMPLE_CHARACTERS = 200, 2**18
+
+
+@dataclass(frozen=True)
+class Dialect:
+    """What separates cells, what stands around one, and what before a quote in it (None: a second quote)."""
+
+    separator: str
+    quote: str
+    escape: str | None
+
+    def reader(self, lines: Any) -> Any:
+        return csv.reader(
+            lines,
+            delimiter=self.separator,
+            quotechar=self.quote,
+            escapechar=self.escape,
+            doublequote=self.escape is None,
+            strict=True,
+        )
+
+
+def read_table(text: TextIO, file: File, reading: Reading) -> Iterator[Row]:
+    """The first line that is not blank names the columns; a column without a name is left out and counted.
+
+    Raises:
+        CapasError: the header cannot be read, or the separator is unclear.
+    """
+    csv.field_size_limit(2**31 - 1)
+    lines = Lines(text, file.name, reading.max_record_characters)
+    stated = _skip_to_header(lines, file)
+    dialect = _find_dialect(lines, file, replace(reading, separator=reading.separator or stated))
+    file.read_as["separator"] = dialect.separator
+    reader = dialect.reader(lines)
+    header = _header(reader, lines, file.name)
+    while True:
+        lines.begin()
+        start = lines.number + 1
+        try:
+            cells = next(reader)
+        except StopIteration:
+            return
+        except csv.Error as error:
+            flaw = Flaw(BAD_ROW, "", lines.last.rstrip("\r\n"), f"the row is not CSV: {error}")
+            yield Row(file.name, "line", start, flaw)
+            continue
+        if cells:
+            yield Row(file.name, "line", start, _row(header, cells, dialect))
+
+
+def _skip_to_header(lines: Lines, file: File) -> str | None:
+    """Leave blank lines and Excel's `sep=;` out; the separator that it states."""
+    separator = None
+    while ahead := lines.peek(1, 1):
+        line = ahead[0].strip("\r\n").strip('"')
+        if separator is None and line.lower().startswith("sep=") and len(line) == 5:
+            separator = line[4]
+        elif ahead[0].strip():
+            return separator
+        next(lines)
+    raise CapasError(f"{file.name} is empty; its first line must name the columns")
+
+
+def _find_dialect(lines: Lines, file: File, reading: Reading) -> Dialect:
+    sample = lines.peek(_SAMPLE_LINES, _SAMPLE_CHARACTERS)
+    if len(sample) == _SAMPLE_LINES or sum(map(len, sample)) >= _SAMPLE_CHARACTERS:
+        sample = sample[:-1] or sample  # the last may be cut, and with it its record
+    fitting: dict[Dialect, float] = {}
+    for dialect in _possible(sample, file, reading):
+        width, fraction = _fit(dialect, sample)
+        if width > 1 and dialect.separator not in {d.separator for d in fitting if fitting[d] == 1}:
+            fitting[dialect] = fraction
+    if not fitting:
+        return next(_possible(sample, file, reading))
+    best = [d for d, fraction in fitting.items() if fraction == max(fitting.values())]
+    separators = dict.fromkeys(d.separator for d in best)
+    if len(separators) > 1:
+        raise CapasError(
+            f"{file.name}, line {lines.number + 1}: {show(sample[0].rstrip())} can be read with "
+            f"{' or '.join(NAMES.get(s, s) for s in separators)} as separator; state it in "
+            f"dataset.reading.separator, e.g. '{best[0].separator}'"
+        )
+    return best[0]
+
+
+def _possible(sample: list[str], file: File, reading: Reading) -> Iterator[Dialect]:
+    """What is stated, or all that is in use; the most common first."""
+    tab = ("\t",) if file.suffix == ".tsv" else SEPARATORS
+    for separator in (reading.separator,) if reading.separator else tab:
+        cells = sample[0].strip().split(separator)
+        single = all(len(c) > 1 and c.strip()[:1] == c.strip()[-1:] == "'" for c in cells)
+        quote = reading.quote or ("'" if single else '"')
+        backslash = ("\\",) if any(f"\\{quote}" in line for line in sample) else ()
+        for escape in (reading.escape,) if reading.escape else (None, *backslash):
+            yield Dialect(separator, quote, escape)
+
+
+def _fit(dialect: Dialect, sample: list[str]) -> tuple[int, float]:
+    """The number of columns, and the fraction of rows that have as many cells."""
+    reader = dialect.reader(sample)
+    try:
+        width = len(next(reader, []))
+    except csv.Error:
+        return 0, 0.0
+    num_rows = num_fitting = 0
+    while True:
+        try:
+            cells = next(reader, None)
+        except csv.Error:
+            num_rows += 1
+            continue
+        if cells is None:
+            return width, num_fitting / num_rows if num_rows else 1.0
+        num_rows += bool(cells)
+        num_fitting += len(cells) == width
+
+
+def _header(reader: Any, lines: Lines, name: str) -> list[str]:
+    try:
+        header = [cell.strip() for cell in next(reader)]
+    except csv.Error as error:
+        raise CapasError(
+            f"{name}, line {lines.number}: {show(lines.last.rstrip())} names no columns: {error}. Mend its "
+            "quotes, or state dataset.reading.separator and quote"
+        ) from None
+    if any(printable(column) != column for column in header):
+        raise CapasError(
+            f"{name}, line {lines.number}: {show(header)} is not UTF-8; save the file as UTF-8, or state "
+            "dataset.reading.encoding"
+        )
+    if not any(header):
+        raise CapasError(f"{name}, line {lines.number}: {show(header)} names no column")
+    twice = {column for column in header if column and header.count(column) > 1}
+    if twice:
+        raise CapasError(
+            f"{name}, line {lines.number}: the columns must have names of their own; twice: "
+            f"{', '.join(sorted(map(repr, twice)))}"
+        )
+    return header
+
+
+def _row(header: list[str], cells: list[str], dialect: Dialect) -> Any:
+    if len(cells) != len(header):
+        separator = NAMES.get(dialect.separator, dialect.separator)
+        text = f"{len(cells)} cells in a row of {len(header)} columns; quote what holds {separator}"
+        return Flaw(BAD_ROW, "", cells, text)
+    named = [column or f"column {i} (without a name)" for i, column in enumerate(header, 1)]
+    return {
+        name: cell
+        for name, column, cell in zip(named, header, cells, strict=True)
+        if column or cell
+    }

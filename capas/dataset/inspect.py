@@ -1,0 +1,215 @@
+"""What a data set holds: shapes, columns, flaws, copies, lengths; without a model or a tokenizer."""
+
+import logging
+from collections import Counter
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from capas.dataset.flaws import NUM_EXAMPLES, Flaws, location
+from capas.dataset.pool import Numbers, Part, check_parts
+from capas.dataset.rows import Row
+from capas.dataset.shapes import SIGNS, recognise, recognises
+from capas.dataset.source import Source, sources_of
+from capas.dataset.splits import ordinals
+from capas.params import Params
+from capas.records import SPLITS
+from capas.task.calls import generate_records
+
+log = logging.getLogger("capas")
+EMBEDDED = "embedded"
+UNKNOWN = "unknown"  # the shape of a row that has none
+Parts = Iterator[tuple[Part, Iterator[Row]]]
+
+
+@dataclass
+class Found:
+    """What the rows of one source look like.
+
+    `shapes` and `columns` count rows; trees of messages have become conversations by then. `files` are the
+    facts of source.json, with the encoding and separator that were found.
+    """
+
+    path: str
+    stated_shape: str
+    shapes: Counter[str] = field(default_factory=Counter)
+    columns: Counter[str] = field(default_factory=Counter)
+    splits: Counter[str] = field(default_factory=Counter)
+    files: list[dict[str, Any]] = field(default_factory=list)
+
+    @property
+    def why(self) -> str:
+        """Why the rows are read as they are, in a sentence."""
+        if self.stated_shape != "auto":
+            return f"dataset.shape states {self.stated_shape}"
+        return "; ".join(
+            f"{count} records have the columns {', '.join(SIGNS[shape])} of {shape}"
+            if shape in SIGNS
+            else f"{count} records have the columns of no known shape"
+            for shape, count in self.shapes.most_common()
+        )
+
+
+@dataclass(frozen=True)
+class FlawsOfKind:
+    """`policy` is that of `dataset.flaws`; an example has file, at, id, field, value and why."""
+
+    count: int
+    policy: str
+    examples: list[dict[str, Any]]
+
+
+@dataclass(frozen=True)
+class Copy:
+    """An exact copy: both places, as 'data/own/mine.csv, line 12'."""
+
+    place: str
+    first: str
+
+
+@dataclass(frozen=True)
+class Lengths:
+    """Characters of the contents of a record; `longest` is the place of the largest one."""
+
+    shortest: int
+    median: float
+    percentile_95: float
+    largest: int
+    longest: str
+
+
+@dataclass(frozen=True)
+class Inspection:
+    """`num_right` records can be used; `duplicates` counts all copies, `copies` shows the first of them."""
+
+    sources: list[Found]
+    num_read: int
+    num_right: int
+    flaws: dict[str, FlawsOfKind]
+    repaired: dict[str, int]
+    left_out: dict[str, int]
+    duplicates: int
+    copies: list[Copy]
+    lengths: Lengths | None
+
+
+class Watch:
+    """Looks at rows while somebody reads them, source by source."""
+
+    def __init__(self, sources: list[Source]) -> None:
+        self._sources = sources
+        self.found = [Found(source.path, source.shape) for source in sources]
+
+    def parts(self, parts: Parts) -> Parts:
+        """The same parts; what is seen of each row is counted in `found`."""
+        for part, rows in parts:
+            yield part, self._rows(part, rows)
+        for source, found in zip(self._sources, self.found, strict=True):
+            found.files = [file.facts() for file in source.files]
+            for file in source.files:
+                found.columns.update(file.unread)
+
+    def _rows(self, part: Part, rows: Iterator[Row]) -> Iterator[Row]:
+        found = self.found[part.source]
+        for row in rows:
+            found.splits[SPLITS[part.split]] += 1
+            if isinstance(row.value, Mapping):
+                found.columns.update(str(name) for name, v in row.value.items() if v is not None)
+                found.shapes[_shape(part.shape, row.value)] += 1
+            yield row
+
+
+def _shape(stated: str, value: Mapping[str, Any]) -> str:
+    if stated != "auto":
+        return stated
+    return recognise(value) if recognises(value) else UNKNOWN
+
+
+def inspect(dataset: Params, root: Path) -> Inspection:
+    """Read every record as fetch does, and say what was found; no flaw of a record is an error.
+
+    Args:
+        dataset: the keys of conf/dataset that fetch declares in dvc.yaml.
+        root: the repository.
+
+    Raises:
+        CapasError: a file or data set as a whole cannot be read, or no record has a column that is needed.
+    """
+    sources = sources_of(dataset, root)
+    flaws = Flaws(dataset.flaws, dataset.flaw_budget_fraction)
+    watch, numbers = Watch(sources), Numbers()
+    parts = parts_of(sources, dataset, [set() for _ in sources], flaws)
+    for checked in check_parts(watch.parts(parts), flaws):
+        numbers.extend(checked.numbers)
+    return summarise(watch.found, flaws, numbers)
+
+
+def summarise(found: list[Found], flaws: Flaws, numbers: Numbers) -> Inspection:
+    """The inspection of records that were read: by `inspect`, or by fetch on its way."""
+    counts = flaws.dropped + flaws.refused
+    copies = np.flatnonzero(ordinals(numbers["content"]) > 0)
+    return Inspection(
+        sources=found,
+        num_read=flaws.num_read,
+        num_right=len(numbers),
+        flaws={
+            kind: FlawsOfKind(counts[kind], flaws.policy(kind), flaws.examples[kind])
+            for kind in sorted(counts)
+        },
+        repaired=dict(sorted(flaws.repaired.items())),
+        left_out=dict(sorted(flaws.left_out.items())),
+        duplicates=len(copies),
+        copies=[_copy(numbers, int(index)) for index in copies[:NUM_EXAMPLES]],
+        lengths=_lengths(numbers) if len(numbers) else None,
+    )
+
+
+def _copy(numbers: Numbers, index: int) -> Copy:
+    content = numbers["content"]
+    first = int((content == content[index]).argmax())
+    return Copy(location(numbers.where(index)), location(numbers.where(first)))
+
+
+def _lengths(numbers: Numbers) -> Lengths:
+    characters = numbers["characters"]
+    longest = int(characters.argmax())
+    return Lengths(
+        shortest=int(characters.min()),
+        median=float(np.median(characters)),
+        percentile_95=float(np.percentile(characters, 95)),
+        largest=int(characters[longest]),
+        longest=location(numbers.where(longest)),
+    )
+
+
+def parts_of(sources: list[Source], dataset: Params, given: list[set[str]], flaws: Flaws) -> Parts:
+    """Every split of every source, and its rows.
+
+    `given` gets the names of the splits, `flaws` the columns that were not read.
+    """
+    for number, source in enumerate(sources):
+        splits = _generated(dataset) if source.path == EMBEDDED else source.splits()
+        for split, rows in splits:
+            given[number].add(split)
+            code, columns = SPLITS.index(split), source.columns or {}
+            log.info("%s: reading %s", source.path, split)
+            shape = source.shape_of_rows
+            yield Part(number, code, shape, columns, source.system, source.roles), rows
+        for column, count in source.unread().items():
+            flaws.leave_out(column, count)
+
+
+def _generated(dataset: Params) -> Iterator[tuple[str, Iterator[Row]]]:
+    """The embedded task's records as rows."""
+    records = generate_records(
+        seed=dataset.seed,
+        num_train=dataset.num_train,
+        num_validation=dataset.num_validation,
+        num_test_per_kind=dataset.num_test_per_kind,
+    )
+    for split in SPLITS:
+        found = enumerate(records[split], 1)
+        yield split, (Row(EMBEDDED, f"{split} record", number, value) for number, value in found)

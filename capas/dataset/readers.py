@@ -1,0 +1,112 @@
+"""The rows of a file of any format, one after the other, each with the place where it stands.
+
+Own readers: Arrow, and so `datasets`, gives every struct the keys of all rows (a tool call's arguments get
+those of other calls), and its errors name no line.
+"""
+
+import json
+from collections.abc import Callable, Iterator
+from typing import Any, TextIO
+
+from capas.dataset.arrays import read_objects, reason
+from capas.dataset.cells import Needed, read_parquet
+from capas.dataset.delimited import read_table
+from capas.dataset.files import File
+from capas.dataset.flaws import BAD_JSON, Flaw
+from capas.dataset.rows import Row
+from capas.dataset.text import Lines, Reading, cut, open_text, too_large
+from capas.errors import CapasError
+
+FILE, BLANK_LINES = "file", "blank_lines"  # what a document of a text file is
+
+
+def read_rows(file: File, reading: Reading, needed: Needed | None = None) -> Iterator[Row]:
+    """Every row of the file: a mapping (or whatever stands there in JSON), read as it is needed.
+
+    Args:
+        needed: of a parquet file, the columns to read.
+
+    Raises:
+        CapasError: the file as a whole cannot be read.
+    """
+    if file.suffix == ".parquet":
+        with file.open_seekable() as content:
+            yield from read_parquet(content, file, reading, needed)
+    else:
+        read, is_table = _READERS[file.suffix]
+        with open_text(file, reading, is_table) as text:
+            yield from read(text, file, reading)
+
+
+def _json_lines(text: TextIO, file: File, reading: Reading) -> Iterator[Row]:
+    lines = Lines(text, file.name, reading.max_record_characters)
+    for line in lines:
+        if not line.isspace():
+            yield Row(file.name, "line", lines.number, _parsed(line))
+        lines.begin()
+
+
+def _parsed(text: str) -> Any:
+    try:
+        return json.loads(text)
+    except (ValueError, RecursionError) as error:
+        start = error.pos if isinstance(error, json.JSONDecodeError) else 0
+        near = text[start : start + 40].rstrip("\r\n")
+        return Flaw(BAD_JSON, "", near, f"the line is not JSON: {reason(error)}")
+
+
+def _json(text: TextIO, file: File, reading: Reading) -> Iterator[Row]:
+    for number, value in enumerate(read_objects(text, file.name, reading), 1):
+        yield Row(file.name, "record", number, value)
+
+
+def _texts(text: TextIO, file: File, reading: Reading) -> Iterator[Row]:
+    """Documents: the whole file, or what stands between blank lines; cut where that is stated."""
+    documents = _blank_lines if reading.documents == BLANK_LINES else _whole
+    for start, document in documents(text, file, reading):
+        pieces = [(1, document)]
+        if reading.max_characters is not None and len(document) > reading.max_characters:
+            pieces = list(cut(document, reading.max_characters))
+            file.num_cut, file.num_pieces = file.num_cut + 1, file.num_pieces + len(pieces)
+        for first, piece in pieces:
+            row = {"text": piece.rstrip("\r\n")}
+            yield Row(file.name, "line", start + first - 1, row)
+
+
+def _whole(text: TextIO, file: File, reading: Reading) -> Iterator[tuple[int, str]]:
+    document = text.read(reading.max_record_characters + 1)
+    if len(document) > reading.max_record_characters:
+        raise CapasError(
+            too_large(f"{file.name}, line 1", reading.max_record_characters)
+            + f", or set dataset.reading.documents={BLANK_LINES}: a document is then what stands between "
+            "blank lines"
+        )
+    yield 1, document
+
+
+def _blank_lines(text: TextIO, file: File, reading: Reading) -> Iterator[tuple[int, str]]:
+    lines = Lines(text, file.name, reading.max_record_characters)
+    document: list[str] = []
+    start = 1
+    for line in lines:
+        if not line.isspace():
+            start = start if document else lines.number
+            document.append(line)
+            continue
+        if document:
+            yield start, "".join(document)
+        document = []
+        lines.begin()
+    if document:
+        yield start, "".join(document)
+
+
+# How a suffix is read, and whether Excel and Notepad write such files.
+_READERS: dict[str, tuple[Callable[[TextIO, File, Reading], Iterator[Row]], bool]] = {
+    ".json": (_json, False),
+    ".jsonl": (_json_lines, False),
+    ".ndjson": (_json_lines, False),
+    ".csv": (read_table, True),
+    ".tsv": (read_table, True),
+    ".txt": (_texts, True),
+}

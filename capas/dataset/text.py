@@ -1,0 +1,202 @@
+"""The text of a file: in which encoding, line by line, and no record larger than is allowed."""
+
+import codecs
+import io
+import logging
+import re
+from collections import deque
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any, BinaryIO, TextIO
+
+from capas.dataset.files import File
+from capas.dataset.streams import BUFFER_BYTES
+from capas.errors import CapasError
+
+log = logging.getLogger("capas")
+# A byte that is no UTF-8 becomes a lone surrogate, and with it a flaw of its record, field and value named.
+LENIENT = "surrogateescape"
+UTF8, CP1252 = "utf-8", "cp1252"
+_MARKS = {  # the longest first: that of UTF-32 begins as that of UTF-16
+    codecs.BOM_UTF32_LE: "utf-32",
+    codecs.BOM_UTF32_BE: "utf-32",
+    codecs.BOM_UTF8: "utf-8-sig",
+    codecs.BOM_UTF16_LE: "utf-16",
+    codecs.BOM_UTF16_BE: "utf-16",
+}
+_NOT_CP1252 = re.compile(rb"[\x81\x8d\x8f\x90\x9d]")
+_OTHERS = {
+    b"PK\x03\x04": "a ZIP archive or an Excel workbook; save its table as CSV",
+    b"\xd0\xcf\x11\xe0": "an old Excel workbook; save its table as CSV",
+    b"\x1f\x8b": "packed by gzip; put .gz behind its name",
+    b"(\xb5/\xfd": "packed by zstd; put .zst behind its name",
+    b"PAR1": "parquet; name it .parquet and set dataset.path=parquet",
+}
+
+
+@dataclass(frozen=True)
+class Reading:
+    """How files are read, `dataset.reading`; None means that it is found."""
+
+    encoding: str | None
+    separator: str | None
+    quote: str | None
+    escape: str | None
+    records: str | None
+    documents: str
+    max_characters: int | None
+    max_record_characters: int
+
+
+@contextmanager
+def open_text(file: File, reading: Reading, is_table: bool) -> Iterator[TextIO]:
+    """The decoded content, line ends as they are.
+
+    Args:
+        is_table: whether the file is of a kind that Excel writes, not always as UTF-8.
+
+    Raises:
+        CapasError: it is no text, or not of the encoding that is stated or found.
+    """
+    encoding = reading.encoding or _find_encoding(file, is_table)
+    if encoding not in (UTF8, "utf-8-sig"):
+        file.read_as["encoding"] = encoding
+    with file.open() as content:
+        try:
+            text = io.TextIOWrapper(content, encoding, LENIENT, newline="")
+            yield text
+            text.detach()
+        except UnicodeError as error:
+            raise CapasError(
+                f"{file.name} cannot be read as {encoding}: {error}. State its encoding in "
+                "dataset.reading.encoding (utf-8, utf-16, cp1252, ...)"
+            ) from None
+        except LookupError:
+            raise CapasError(
+                f"dataset.reading.encoding={encoding} is no encoding that Python knows (utf-8, utf-16, "
+                "cp1252, latin-1, ...)"
+            ) from None
+
+
+def _find_encoding(file: File, is_table: bool) -> str:
+    """By its mark; without one UTF-8, or what Excel writes where no character of the file is UTF-8."""
+    with file.open() as content:
+        start: bytes = content.peek(4)[:4]  # type: ignore[attr-defined]
+        for mark, what in _OTHERS.items():
+            if start.startswith(mark):
+                raise CapasError(f"{file.name} is {what}")
+        marked = [encoding for mark, encoding in _MARKS.items() if start.startswith(mark)]
+        if marked:
+            return marked[0]
+        if not is_table or not _is_cp1252(content):
+            return UTF8
+    log.warning(
+        "%s is not UTF-8: read as %s (Windows, Excel). State dataset.reading.encoding if it is another",
+        *(file.name, CP1252),
+    )
+    return CP1252
+
+
+def _is_cp1252(content: BinaryIO) -> bool:
+    """Whether it holds bytes that UTF-8 cannot, none that cp1252 cannot, and no other letter in UTF-8."""
+    decoder = codecs.getincrementaldecoder(UTF8)(LENIENT)
+    invalid = False
+    while True:
+        chunk = content.read(BUFFER_BYTES)
+        text = decoder.decode(chunk, not chunk)
+        if not text.isascii():
+            if _NOT_CP1252.search(chunk) or re.search("[\x80-\ud7ff\ue000-\U0010ffff]", text):
+                return False
+            invalid = True
+        if not chunk:
+            return invalid
+
+
+class Lines:
+    """The lines of a text, their ends kept, with a look at the first ones.
+
+    `number` counts the lines given out. `begin` says that a record begins with the next line: no record may
+    be larger than `max_characters`, so that a packed file cannot fill the memory.
+    """
+
+    def __init__(self, text: TextIO, name: str, max_characters: int) -> None:
+        self._text, self._name, self._max = text, name, max_characters
+        self._ahead: deque[str] = deque()
+        self.number, self.last = 0, ""
+        self._first, self._size = 1, 0
+
+    def peek(self, count: int, num_characters: int) -> list[str]:
+        """The next lines, at most `count` of them and about `num_characters`."""
+        while len(self._ahead) < count and sum(map(len, self._ahead)) < num_characters:
+            line = self._read(self.number + len(self._ahead) + 1)
+            if not line:
+                break
+            self._ahead.append(line)
+        return list(self._ahead)
+
+    def begin(self) -> None:
+        self._first, self._size = self.number + 1, 0
+
+    def __iter__(self) -> "Lines":
+        return self
+
+    def __next__(self) -> str:
+        line = self._ahead.popleft() if self._ahead else self._read(self._first)
+        if not line:
+            raise StopIteration
+        self.number += 1
+        self._size += len(line)
+        if self._size > self._max:
+            self._refuse(self._first)
+        self.last = line
+        return line
+
+    def _read(self, number: int) -> str:
+        line = self._text.readline(self._max + 1)
+        if len(line) > self._max:
+            self._refuse(number)
+        return line
+
+    def _refuse(self, number: int) -> None:
+        raise CapasError(too_large(f"{self._name}, line {number}", self._max))
+
+
+def too_large(where: str, max_characters: int) -> str:
+    return (
+        f"{where}: the record that begins here has more than {max_characters:,} characters, which "
+        "dataset.reading.max_record_characters allows. Is a quote not closed, or is it another kind of file? "
+        "Otherwise raise it"
+    )
+
+
+def paragraphs(text: str) -> Iterator[tuple[int, str]]:
+    """(number of its first line, text) of each paragraph, the blank lines behind it included."""
+    start, paragraph, blank = 1, "", False
+    for number, line in enumerate(_lines_of(text), 1):
+        if blank and not line.isspace():
+            yield start, paragraph
+            start, paragraph = number, ""
+        paragraph += line
+        blank = line.isspace()
+    if paragraph:
+        yield start, paragraph
+
+
+def _lines_of(text: str) -> list[Any]:
+    return re.findall(r"[^\r\n]*(?:\r\n|\r|\n)|[^\r\n]+", text)
+
+
+def cut(text: str, max_characters: int) -> Iterator[tuple[int, str]]:
+    """(number of its first line, text) of pieces that end with a paragraph.
+
+    A piece has at most `max_characters`, unless it is one paragraph that is longer.
+    """
+    start, piece = 1, ""
+    for number, paragraph in paragraphs(text):
+        if piece and len(piece) + len(paragraph.rstrip()) > max_characters:
+            yield start, piece
+            start, piece = number, ""
+        piece += paragraph
+    if piece:
+        yield start, piece
