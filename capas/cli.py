@@ -4,11 +4,12 @@ import argparse
 import sys
 import traceback
 
-from capas import merge, preflight, push, rebuild, registry, talk
+from capas import check, merge, preflight, push, rebuild, registry, talk
 from capas.errors import CapasError, reason_of
 
 COMMANDS = {
     "chat": talk,
+    "check": check,
     "memory": preflight,
     "merge": merge,
     "push": push,

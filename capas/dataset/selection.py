@@ -234,7 +234,7 @@ def _check_splits(selection: Selection, split_by: str) -> None:
     empty = [split for split, count in counts.items() if not count]
     if empty and selection.groups is not None and split_by == CLUSTER:
         largest = int(selection.groups.sizes.max(initial=0))
-        if largest > sum(counts.values()) / 2:
+        if largest > max(1, sum(counts.values()) / 2):
             raise CapasError(
                 f"no record is left for {' and '.join(empty)}: {largest} of {len(selection.pool)} records "
                 "ask nearly the same, and dataset.split_by=cluster keeps them in one split. Set split_by: "

@@ -1,0 +1,305 @@
+"""Check data before any stage runs: what is read, what is wrong, how it is split and scored.
+
+    capas check                           the data set that conf/ names
+    capas check support.csv               a file, wherever it lies; ends with the YAML for it
+    capas check support.csv --write       writes that YAML, and copies the file to data/own
+    capas check --json                    the same as JSON
+
+It needs seconds, no model and no network. All flaws of all kinds are shown at once, each with file and line.
+
+Exit code: 0 ready; 1 records or splits have flaws; 2 a file cannot be read.
+"""
+
+import argparse
+import dataclasses
+import json
+import logging
+import shutil
+import sys
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from pathlib import Path
+from tempfile import TemporaryDirectory
+from typing import Any
+
+from capas.composition import CONF, Values, composer
+from capas.dataset.flaws import DROP, WAYS_OUT, Flaws
+from capas.dataset.inspect import Inspection, inspect, parts_of
+from capas.dataset.pool import Pool
+from capas.dataset.proposal import columns_of, format_of, propose_columns
+from capas.dataset.references import read_references
+from capas.dataset.selection import select_records
+from capas.dataset.source import FORMATS, sources_of
+from capas.errors import CapasError
+from capas.metrics.choice import choose_metrics
+from capas.metrics.power import power_in_words
+from capas.params import Params
+from capas.pins import Pins
+from capas.records import SPLITS
+
+OWN = Path("data/own")
+OPTIONS = {"csv": "own_csv", "json": "own_jsonl", "parquet": "own_parquet", "text": "own_text"}
+NUM_PLACES = 5  # of each kind of flaw
+
+
+@dataclasses.dataclass(frozen=True)
+class Check:
+    """What was found. `problems` says what stops `fetch`; `dataset` is the group of conf/ for these records."""
+
+    inspection: Inspection
+    splits: dict[str, int]
+    near_duplicates: dict[str, Any] | None
+    metrics: list[str] | None
+    why_metrics: str
+    problems: list[str]
+    dataset: Values
+
+    @property
+    def ready(self) -> bool:
+        return not self.problems
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument(
+        "files", nargs="*", type=Path, metavar="FILE", help="instead of conf/'s data set"
+    )
+    parser.add_argument("--json", action="store_true", help="write the findings as JSON")
+    parser.add_argument(
+        "--write",
+        action="store_true",
+        help="write the proposed YAML to conf/dataset, and copy FILE to data/own",
+    )
+
+
+def command(options: argparse.Namespace) -> int:
+    root = Path.cwd()
+    if not (root / CONF).is_dir():
+        raise CapasError(f"{root} has no conf/; start it in the repository's top folder")
+    if options.write and not options.files:
+        raise CapasError("--write needs a FILE: capas check FILE --write")
+    logging.getLogger("capas").setLevel(logging.WARNING)
+    with _seen(options.files, root) as (dataset, place):
+        check = examine(dataset, place)
+    if options.json:
+        sys.stdout.write(json.dumps(as_json(check), indent=2, ensure_ascii=False) + "\n")
+    else:
+        text = "\n".join(in_words(check)) + "\n"
+        for file in options.files:  # they were read through links in a folder of their own
+            text = text.replace(str(OWN / file.name), str(file))
+        sys.stdout.write(text)
+    if options.files:
+        option = OPTIONS[check.dataset["path"]]
+        if options.write:
+            _write(check.dataset, option, options.files, root)
+        elif not options.json:
+            sys.stdout.write(f"\n# conf/dataset/{option}.yaml\n{_yaml(proposed(check.dataset))}")
+            sys.stdout.write(f"# and in conf/config.yaml: - dataset: {option}\n")
+    return 0 if check.ready else 1
+
+
+@contextmanager
+def _seen(files: list[Path], root: Path) -> Iterator[tuple[Values, Path]]:
+    """The dataset group of conf/, and the folder in which its files lie; for FILES one with links to them."""
+    if not files:
+        with composer(root / CONF) as compose:
+            yield Pins.read(root=root).known(compose([]))["dataset"], root
+        return
+    for file in files:
+        if not file.is_file():
+            raise CapasError(f"{file}: there is no such file")
+    formats = {format_of(file) for file in files}
+    if len(formats) > 1:
+        raise CapasError(
+            f"the files have different formats ({', '.join(sorted(formats))}): check each alone"
+        )
+    path = formats.pop()
+    option = (
+        OPTIONS[path] if (root / CONF / f"dataset/{OPTIONS[path]}.yaml").exists() else "own_jsonl"
+    )
+    with composer(root / CONF) as compose, TemporaryDirectory(prefix="capas-check-") as name:
+        dataset = compose([f"dataset={option}"])["dataset"]
+        place = Path(name)
+        (place / OWN).mkdir(parents=True)
+        for file in files:
+            (place / OWN / file.name).symlink_to(file.resolve())
+        names = [str(OWN / file.name) for file in files]
+        dataset |= {"preset": OPTIONS[path], "path": path, "split": None, "mix": []}
+        dataset["data_files"] = names if len(names) > 1 else names[0]
+        if path != "text":
+            [source] = sources_of(Params(dataset), place)
+            there = columns_of(source, place)
+            dataset |= propose_columns(there, dataset["columns"]) if there else {}
+        else:
+            dataset |= {"shape": "auto", "columns": None}
+        yield dataset, place
+
+
+def examine(dataset: Values, root: Path) -> Check:
+    """Look at all records as fetch does, and at the splits that it would make.
+
+    Args:
+        dataset: the group `dataset` of the configuration.
+        root: the folder in which data/own lies.
+
+    Raises:
+        CapasError: a file cannot be read, or has no column that is needed.
+    """
+    params = Params(dataset)
+    inspection = inspect(params, root)
+    problems = list(_flaw_problems(inspection, params))
+    splits, near = dict.fromkeys(SPLITS, 0), None
+    if inspection.num_right:
+        try:
+            splits, near = _splits(params, root)
+        except CapasError as error:
+            problems.append(str(error))
+    elif inspection.num_read:
+        problems.append("no record can be used")
+    else:
+        problems.append("there is no record")
+    choice = None
+    if all(source.path in FORMATS for source in sources_of(params, root)):
+        choice = choose_metrics(read_references(params, root))
+    return Check(
+        inspection=inspection,
+        splits=splits,
+        near_duplicates=near,
+        metrics=choice.metrics if choice else None,
+        why_metrics=choice.why if choice else "",
+        problems=problems,
+        dataset=dataset,
+    )
+
+
+def _flaw_problems(found: Inspection, dataset: Params) -> Iterator[str]:
+    refused = {kind: flaws.count for kind, flaws in found.flaws.items() if flaws.policy != DROP}
+    if refused:
+        counts = ", ".join(f"{kind} {count}" for kind, count in refused.items())
+        yield f"fetch stops at {sum(refused.values())} of {found.num_read} records: {counts}"
+    dropped = sum(flaws.count for flaws in found.flaws.values()) - sum(refused.values())
+    if dropped > dataset.flaw_budget_fraction * found.num_read:
+        yield (
+            f"{dropped} of {found.num_read} records would be dropped, more than "
+            f"dataset.flaw_budget_fraction={dataset.flaw_budget_fraction:g} allows"
+        )
+
+
+def _splits(dataset: Params, root: Path) -> tuple[dict[str, int], dict[str, Any] | None]:
+    """How many records each split would have, those with a flaw left out, and the near-duplicates."""
+    sources = sources_of(dataset, root)
+    flaws = Flaws(dict.fromkeys(WAYS_OUT, DROP), 1.0)
+    given: list[set[str]] = [set() for _ in sources]
+    with TemporaryDirectory(prefix="capas-check-") as folder:
+        pool = Pool(Path(folder) / "everything.parquet", flaws)
+        pool.fill(parts_of(sources, dataset, given, flaws))
+        selection = select_records(pool, dataset, given, [source.weight for source in sources])
+        counts = {split: int(selection.of(split).sum()) for split in SPLITS}
+        return counts, selection.near_duplicates()
+
+
+def in_words(check: Check) -> Iterator[str]:
+    """Yield the findings, a line each, in the order in which a reader asks."""
+    found = check.inspection
+    for source in found.sources:
+        for file in source.files:
+            how = [file[key] for key in ("encoding", "separator") if file.get(key)]
+            shown = f" ({', '.join(map(repr, how))})" if how else ""
+            yield f"{'file':12}{file['file']}{shown}"
+        yield f"{'read as':12}{source.why}"
+        yield f"{'columns':12}{', '.join(f'{name} {n}' for name, n in source.columns.items())}"
+    if isinstance(columns := check.dataset.get("columns"), Mapping):
+        yield f"{'':12}{', '.join(f'{role} = {_joined(names)}' for role, names in columns.items())}"
+    yield f"{'records':12}{found.num_right} of {found.num_read} can be used"
+    if found.lengths:
+        lengths = found.lengths
+        yield (
+            f"{'characters':12}{lengths.shortest} to {lengths.largest}, median {lengths.median:g}; the longest: "
+            f"{lengths.longest}"
+        )
+    for key, count in found.left_out.items():
+        yield f"{'not used':12}{key} ({count})"
+    for kind, count in found.repaired.items():
+        yield f"{'repaired':12}{kind} {count}"
+    for kind, flaws in found.flaws.items():
+        yield f"{'flaw':12}{kind} {flaws.count}"
+        for e in flaws.examples[:NUM_PLACES]:
+            value = f"{e['field']} is {e['value']}" if e["field"] else e["value"]
+            yield f"{'':12}  {e['file']}, {e['at']}: {value}: {e['why']}"
+        if flaws.count > NUM_PLACES:
+            yield f"{'':12}  and {flaws.count - NUM_PLACES} more"
+    if found.duplicates:
+        copy = found.copies[0]
+        yield f"{'copies':12}{found.duplicates}; the first: {copy.place} is {copy.first}"
+    near = check.near_duplicates
+    if near and near["num_records"]:
+        yield (
+            f"{'alike':12}{near['num_records']} records ask nearly the same as another one, in "
+            f"{near['num_groups']} groups; {near['num_test_records_like_train']} of test like one of train"
+        )
+        for e in near["examples"][:1]:
+            yield f"{'':12}  {e['file']}, {e['at']}: {e['value']}: {e['why']}"
+    if any(check.splits.values()):
+        yield f"{'splits':12}{', '.join(f'{split} {count}' for split, count in check.splits.items())}"
+        yield f"{'':12}{power_in_words(check.splits['test'])}"
+    if check.metrics is not None:
+        yield f"{'metrics':12}{', '.join(check.metrics) or 'the loss alone'} ({check.why_metrics})"
+    for problem in check.problems:
+        yield f"{'problem':12}{problem}"
+    yield "ready" if check.ready else "not ready"
+
+
+def _joined(names: str | list[str]) -> str:
+    return names if isinstance(names, str) else " + ".join(names)
+
+
+def as_json(check: Check) -> dict[str, Any]:
+    found = dataclasses.asdict(check)
+    for source, facts in zip(check.inspection.sources, found["inspection"]["sources"], strict=True):
+        facts["why"] = source.why
+    return {"ready": check.ready, **found, "dataset": proposed(check.dataset)}
+
+
+def proposed(dataset: Values) -> Values:
+    """The keys of the YAML that say how these records are read."""
+    keys = ("preset", "path", "data_files", "shape", "columns")
+    return {key: dataset[key] for key in keys if dataset[key] is not None}
+
+
+def _yaml(values: Values) -> str:
+    import yaml
+
+    return yaml.safe_dump(
+        values, sort_keys=False, allow_unicode=True, default_flow_style=None, width=100
+    )
+
+
+def _write(dataset: Values, option: str, files: list[Path], root: Path) -> None:
+    """Write the YAML, comments and other keys of an existing file kept, and copy the files to data/own."""
+    from ruamel.yaml import YAML
+
+    for file in files:
+        target = root / OWN / file.name
+        if target.exists() and not target.samefile(file):
+            raise CapasError(f"{OWN / file.name} is another file already; rename one of them")
+        if not target.exists():
+            shutil.copyfile(file, target)
+            sys.stdout.write(f"\n{file} was copied to {OWN / file.name}\n")
+    path = root / CONF / f"dataset/{option}.yaml"
+    template = path if path.exists() else root / CONF / "dataset/own_jsonl.yaml"
+    yaml = YAML()
+    yaml.width = 1000
+    values = yaml.load(template.read_text(encoding="utf-8"))
+    if template != path:
+        values.yaml_set_start_comment(f"My {dataset['path']} files in data/own.")
+    wanted = proposed(dataset)
+    for key in ("columns", "shape"):
+        if key not in wanted:
+            values.pop(key, None)
+    for key, value in wanted.items():
+        if values.get(key) != value:
+            values[key] = value
+    with path.open("w", encoding="utf-8") as stream:
+        yaml.dump(values, stream)
+    sys.stdout.write(
+        f"{path.relative_to(root)} was written; choose it in conf/config.yaml: - dataset: {option}\n"
+    )

@@ -1,0 +1,119 @@
+"""Propose how a file is to be read: its format, its shape or the columns that hold question and answer."""
+
+import unicodedata
+from collections.abc import Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from capas.dataset.files import expand
+from capas.dataset.readers import read_rows
+from capas.dataset.shapes import recognises
+from capas.dataset.source import Source
+from capas.errors import CapasError
+
+SUFFIXES = {
+    **dict.fromkeys((".json", ".jsonl", ".ndjson"), "json"),
+    **dict.fromkeys((".csv", ".tsv"), "csv"),
+    **{".parquet": "parquet", ".txt": "text"},
+}
+COMPRESSED = (".gz", ".zst")
+# Names of columns, without accents, in English and Spanish; the first that a file has is taken.
+QUESTIONS = (
+    *("question", "prompt", "instruction", "query", "request", "user", "message", "input"),
+    *("ticket", "review", "sentence", "text", "body", "title", "subject"),
+    *("pregunta", "consulta", "instruccion", "peticion", "mensaje", "entrada", "texto", "frase"),
+)
+ANSWERS = (
+    *("answer", "response", "completion", "reply", "output", "assistant", "resolution", "solution"),
+    *("label", "target", "category", "class", "summary"),
+    *("respuesta", "contestacion", "salida", "solucion", "etiqueta", "categoria", "resumen"),
+)
+CONTEXTS = ("context", "passage", "document", "article", "contexto", "documento")
+SYSTEMS, IDS = ("system", "system_prompt"), ("id", "uid", "uuid", "key", "clave")
+
+
+def format_of(file: Path) -> str:
+    """Return dataset.path for a file: json, csv, parquet or text.
+
+    Raises:
+        CapasError: its name ends in nothing known.
+    """
+    name = file.name.lower()
+    for suffix in COMPRESSED:
+        name = name.removesuffix(suffix)
+    found = SUFFIXES.get(Path(name).suffix)
+    if found is None:
+        raise CapasError(
+            f"{file}: the name says no known format; known are {', '.join(SUFFIXES)}, each also with "
+            f"{' or '.join(COMPRESSED)} behind it"
+        )
+    return found
+
+
+def columns_of(source: Source, root: Path) -> list[str]:
+    """Return the columns of a source's first record; none where it is no object.
+
+    Raises:
+        CapasError: the file cannot be read.
+    """
+    assert source.data_files is not None
+    names = source.data_files if isinstance(source.data_files, list) else [str(source.data_files)]
+    for file in expand(names, source.path, root):
+        for row in read_rows(file, source.reading):
+            return list(row.value) if isinstance(row.value, Mapping) else []
+    return []
+
+
+def propose_columns(there: Sequence[str], stated: Mapping[str, Any] | None) -> dict[str, Any]:
+    """Return shape and columns of `conf/dataset` for a file with these columns.
+
+    The stated columns are kept where the file has them. A known shape needs none. Otherwise names decide, and
+    of exactly two columns the first is the question.
+
+    Raises:
+        CapasError: nothing says which columns hold question and answer.
+    """
+    if stated and set(_flat(stated)) <= {*there}:
+        return {"shape": "columns", "columns": dict(stated)}
+    if recognises(dict.fromkeys(there)):
+        return {"shape": "auto", "columns": None}
+    user, assistant = _first(there, QUESTIONS), _first(there, ANSWERS)
+    if user is None and assistant is None and len(there) == 2:
+        user, assistant = there
+    if user is None or assistant is None or user == assistant:
+        raise CapasError(
+            f"the columns are {', '.join(map(repr, there)) or 'none'}: which of them hold question and "
+            "answer? Name them in conf/dataset/own_csv.yaml (own_jsonl.yaml), as in shape: columns, "
+            "columns: {user: pregunta, assistant: respuesta}"
+        )
+    context = _first([name for name in there if name not in (user, assistant)], CONTEXTS)
+    columns: dict[str, Any] = {"user": [user, context] if context else user, "assistant": assistant}
+    for role, names in (("system", SYSTEMS), ("id", IDS)):
+        if (name := _first(there, names)) and name not in _flat(columns):
+            columns[role] = name
+    return {"shape": "columns", "columns": columns}
+
+
+def _flat(columns: Mapping[str, Any]) -> Iterator[str]:
+    for names in columns.values():
+        yield from [names] if isinstance(names, str) else names
+
+
+def _first(there: Sequence[str], names: Sequence[str]) -> str | None:
+    """The column with one of the names, or with one of them at its end (customer_question)."""
+    plain = {column: _plain(column) for column in there}
+    for name in names:
+        for column, written in plain.items():
+            if written == name:
+                return column
+    for name in names:
+        for column, written in plain.items():
+            if written.endswith(f"_{name}"):
+                return column
+    return None
+
+
+def _plain(name: str) -> str:
+    letters = unicodedata.normalize("NFKD", name.strip().casefold())
+    kept = "".join(c for c in letters if not unicodedata.combining(c))
+    return "_".join(kept.replace("-", " ").replace(".", " ").split())

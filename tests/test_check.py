@@ -1,0 +1,159 @@
+"""`capas check`: what is said of a file before any stage runs, and its exit code."""
+
+import json
+import shutil
+from pathlib import Path
+from typing import Any
+
+import pytest
+import yaml
+
+from capas.cli import main
+from capas.dataset.proposal import propose_columns
+from capas.errors import CapasError
+
+REPOSITORY = Path(__file__).resolve().parents[1]
+TOPICS = [f"{a}{b}{c}{d}" for a in "bdfgk" for b in "aeiou" for c in "lmnrt" for d in "aeiou"]
+
+
+@pytest.fixture
+def root(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """A folder with the shipped conf/, and files beside it."""
+    folder = tmp_path / "repository"
+    shutil.copytree(REPOSITORY / "conf", folder / "conf")
+    (folder / "data/own").mkdir(parents=True)
+    monkeypatch.chdir(folder)
+    return folder
+
+
+def write_csv(
+    file: Path, header: str = "Pregunta,Respuesta", rows: int = 100, more: str = ""
+) -> Path:
+    """Questions with no near-duplicates, and free answers."""
+    lines = [f"¿Qué es {t} y {t[::-1]}?,Es una palabra que empieza con {t}." for t in TOPICS[:rows]]
+    file.write_text("\n".join([header, *lines]) + "\n" + more, encoding="utf-8")
+    return file
+
+
+def test_a_good_file_is_ready_and_says_how_it_is_read(
+    root: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    file = write_csv(tmp_path / "soporte.csv")
+    assert main(["check", str(file)]) == 0
+    said = capsys.readouterr().out
+    assert "records     100 of 100 can be used" in said
+    assert "user = Pregunta, assistant = Respuesta" in said
+    assert "splits      train 75, validation 5, test 20" in said
+    assert "20 test records: a difference below about 31 points cannot be shown" in said
+    assert "metrics     chrf, rougeL (free text, 7 words in the median)" in said
+    assert said.index("\nready\n") < said.index("# conf/dataset/own_csv.yaml")
+    assert yaml.safe_load(said.partition("own_csv.yaml\n")[2])["columns"] == {
+        **{"user": "Pregunta", "assistant": "Respuesta"}
+    }
+    assert not any((root / "data/own").iterdir())
+
+
+def test_all_flaws_of_all_kinds_are_shown_with_file_and_line(
+    root: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    file = write_csv(tmp_path / "a.csv", more="Nada,\nUno\n,Algo.\n")
+    assert main(["check", str(file)]) == 1
+    said = capsys.readouterr().out
+    for line in (
+        *("flaw        bad_row 1", f"  {file}, line 103: ['Uno']"),
+        *("flaw        empty_answer 1", f"  {file}, line 102: Respuesta is ''"),
+        *("flaw        empty_question 1", f"  {file}, line 104: Pregunta is ''"),
+        "problem     fetch stops at 3 of 103 records: bad_row 1, empty_answer 1, empty_question 1",
+        "not ready",
+    ):
+        assert line in said
+
+
+def test_findings_as_json(root: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    file = write_csv(tmp_path / "a.csv", more="Nada,\n")
+    assert main(["check", str(file), "--json"]) == 1
+    found: dict[str, Any] = json.loads(capsys.readouterr().out)
+    assert found["ready"] is False
+    assert found["inspection"]["num_read"] == 101
+    assert found["inspection"]["flaws"]["empty_answer"]["examples"][0]["at"] == "line 102"
+    assert found["splits"] == {"train": 75, "validation": 5, "test": 20}
+    assert found["dataset"]["columns"] == {"user": "Pregunta", "assistant": "Respuesta"}
+
+
+def test_the_yaml_is_written_and_the_file_copied(root: Path, tmp_path: Path) -> None:
+    file = write_csv(tmp_path / "soporte.csv")
+    assert main(["check", str(file), "--write"]) == 0
+    assert (root / "data/own/soporte.csv").read_bytes() == file.read_bytes()
+    text = (root / "conf/dataset/own_csv.yaml").read_text()
+    written = yaml.safe_load(text)
+    assert written["data_files"] == "data/own/soporte.csv" and written["split_by"] == "cluster"
+    assert "# of your records: it stands in the report" in text
+    with (root / "conf/config.yaml").open("r+") as config:
+        changed = config.read().replace("dataset: embedded", "dataset: own_csv")
+        config.seek(0)
+        config.write(changed)
+    assert main(["check"]) == 0
+    write_csv(tmp_path / "soporte.csv", rows=50)
+    assert main(["check", str(file), "--write"]) == 2
+
+
+def test_a_column_that_is_not_there_is_named(
+    root: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    write_csv(root / "data/own/mine.csv", "qestion,answer")
+    (root / "conf/overrides.yaml").write_text("defaults: [{override /dataset: own_csv}]\n")
+    assert main(["check"]) == 2
+    assert "did you mean 'qestion'?" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("name", "content", "said"),
+    [
+        ("a.xlsx", "", "the name says no known format; known are .json"),
+        ("a.csv", "name,size,colour\nx,1,red\n", "'name', 'size', 'colour': which of them hold question and answer?"),
+        ("a.csv", None, "there is no such file"),
+    ],
+)
+def test_what_cannot_be_read_has_exit_code_2(
+    root: Path,
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
+    name: str,
+    content: Any,
+    said: str,
+) -> None:
+    if content is not None:
+        (tmp_path / name).write_text(content)
+    assert main(["check", str(tmp_path / name)]) == 2
+    assert said in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("there", "columns"),
+    [
+        (["question", "answer"], {"user": "question", "assistant": "answer"}),
+        (
+            ["ticket_id", "customer message", "Agent Reply"],
+            {"user": "customer message", "assistant": "Agent Reply"},
+        ),
+        (
+            ["id", "Instrucción", "contexto", "Salida"],
+            {"user": ["Instrucción", "contexto"], "assistant": "Salida", "id": "id"},
+        ),
+        (["text", "label"], {"user": "text", "assistant": "label"}),
+        (["a", "b"], {"user": "a", "assistant": "b"}),
+        (
+            ["system", "prompt", "response"],
+            {"user": "prompt", "assistant": "response", "system": "system"},
+        ),
+    ],
+)
+def test_columns_are_guessed_by_their_names(there: list[str], columns: dict[str, Any]) -> None:
+    assert propose_columns(there, {"user": "q", "assistant": "r"})["columns"] in (columns, None)
+    stated = {"user": there[0], "assistant": there[-1]}
+    assert propose_columns(there, stated)["columns"] == stated
+
+
+def test_three_columns_without_a_name_are_not_guessed() -> None:
+    with pytest.raises(CapasError, match="'a', 'b', 'c': which of them hold question and answer"):
+        propose_columns(["a", "b", "c"], None)
