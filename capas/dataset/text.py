@@ -82,13 +82,15 @@ def open_text(file: File, reading: Reading, is_table: bool) -> Iterator[TextIO]:
 def _find_encoding(file: File, is_table: bool) -> str:
     """By its mark; without one UTF-8, or what Excel writes where no character of the file is UTF-8."""
     with file.open() as content:
-        start: bytes = content.peek(4)[:4]  # type: ignore[attr-defined]
+        start: bytes = content.peek(1024)[:1024]  # type: ignore[attr-defined]
         for mark, what in _OTHERS.items():
             if start.startswith(mark):
                 raise CapasError(f"{file.name} is {what}")
         marked = [encoding for mark, encoding in _MARKS.items() if start.startswith(mark)]
         if marked:
             return marked[0]
+        if start.count(0) > len(start) // 4:  # every other byte of a Latin text in UTF-16
+            return "utf-16-le" if start[1::2].count(0) > start[::2].count(0) else "utf-16-be"
         if not is_table or not _is_cp1252(content):
             return UTF8
     log.warning(

@@ -151,6 +151,7 @@ CSVS: dict[str, tuple[bytes | str, dict[str, str]]] = {
     "an index of pandas": (",question,answer\n0,q1,a1\n1,q2,a2\n", {}),
     "single quotes": ("'question','answer'\n'q1','a1'\n'q2','a2'\n", {}),
     "UTF-16": ("question\tanswer\r\nq1\ta1\r\nq2\ta2\r\n".encode("utf-16"), {}),
+    "UTF-16 without a mark": ("question,answer\nq1,a1\nq2,a2\n".encode("utf-16-be"), {}),
     "stated": ("question:answer\nq1:a1\nq2:a2\n", {"separator": ":"}),
     "stated encoding": ("question,answer\nq1,a1\nq2,a2\n".encode("cp037"), {"encoding": "cp037"}),
 }
@@ -261,6 +262,7 @@ def test_semicolons_separate_where_the_first_line_has_no_comma(own: Path, tmp_pa
     [
         ("x.jsonl", '{"a": 1}\n{"a": \n', "line 2", "not JSON: Expecting value at character"),
         ("x.jsonl", "[" * 100_000, "line 1", "not JSON"),
+        ("x.jsonl", '{"a": "b', "line 1", "not JSON: Unterminated string starting at character 7"),
         ("x.csv", "a,b\n1,2\n3\n", "line 3", "1 cells in a row of 2 columns"),
         ("x.csv", "a,b\n1,2\n3,4,5\n", "line 3", "3 cells in a row of 2 columns"),
         ("x.csv", 'a,b\n1,"2\n3\n', "line 2", "not CSV: unexpected end of data"),

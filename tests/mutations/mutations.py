@@ -64,6 +64,22 @@ MUTATIONS = (
         tests=("tests/dataset/test_fetch_sources.py",),
     ),
     Mutation(
+        name="arguments_of_a_call_lost",
+        file="capas/dataset/calls.py",
+        old="    if not given and others:\n",
+        new="    if not given and others and False:\n",
+        harm="A call whose arguments have an unknown name is trained as one without arguments.",
+        tests=("tests/dataset/test_calls.py",),
+    ),
+    Mutation(
+        name="untrained_answer_trained",
+        file="capas/dataset/message.py",
+        old='    return role not in ("assistant", TEXT) or all(told.values())\n',
+        new="    return True\n",
+        harm="Answers marked as wrong (loss: false, weight: 0) are trained.",
+        tests=("tests/dataset/test_names.py",),
+    ),
+    Mutation(
         name="leak_into_test_kept",
         file="capas/dataset/splits.py",
         old="np.concatenate([of[VALIDATION], of[TEST]])",
