@@ -253,10 +253,19 @@ def _joined(names: str | list[str]) -> str:
 
 
 def as_json(check: Check) -> dict[str, Any]:
-    found = dataclasses.asdict(check)
+    found = _plain(check)
     for source, facts in zip(check.inspection.sources, found["inspection"]["sources"], strict=True):
         facts["why"] = source.why
     return {"ready": check.ready, **found, "dataset": proposed(check.dataset)}
+
+
+def _plain(value: Any) -> Any:
+    """Dataclasses and mappings as dicts (dataclasses.asdict breaks a Counter)."""
+    if dataclasses.is_dataclass(value):
+        return {f.name: _plain(getattr(value, f.name)) for f in dataclasses.fields(value)}
+    if isinstance(value, Mapping):
+        return {str(key): _plain(inner) for key, inner in value.items()}
+    return [_plain(inner) for inner in value] if isinstance(value, list) else value
 
 
 def proposed(dataset: Values) -> Values:

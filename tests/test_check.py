@@ -110,7 +110,11 @@ def test_a_column_that_is_not_there_is_named(
     ("name", "content", "said"),
     [
         ("a.xlsx", "", "the name says no known format; known are .json"),
-        ("a.csv", "name,size,colour\nx,1,red\n", "'name', 'size', 'colour': which of them hold question and answer?"),
+        (
+            "a.csv",
+            "name,size,colour\nx,1,red\n",
+            "'name', 'size', 'colour': which of them hold question and answer?",
+        ),
         ("a.csv", None, "there is no such file"),
     ],
 )
@@ -134,7 +138,7 @@ def test_what_cannot_be_read_has_exit_code_2(
         (["question", "answer"], {"user": "question", "assistant": "answer"}),
         (
             ["ticket_id", "customer message", "Agent Reply"],
-            {"user": "customer message", "assistant": "Agent Reply"},
+            {"user": "customer message", "assistant": "Agent Reply", "id": "ticket_id"},
         ),
         (
             ["id", "Instrucción", "contexto", "Salida"],
