@@ -213,7 +213,7 @@ def in_words(check: Check) -> Iterator[str]:
     if found.lengths:
         lengths = found.lengths
         yield (
-            f"{'characters':12}{lengths.shortest} to {lengths.largest}, median {lengths.median:g}; the longest: "
+            f"{'characters':12}{lengths.shortest} to {lengths.largest}, median {lengths.median:g}; longest: "
             f"{lengths.longest}"
         )
     for key, count in found.left_out.items():
