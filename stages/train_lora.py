@@ -318,7 +318,7 @@ def make_trainer(
     params: Params,
 ) -> "Trainer":
     """It checks at its first step that it computes with what `params` asks for."""
-    from capas import training, usage
+    from capas import schedule, training, usage
 
     trainer = training.Trainer(
         save_total_limit=params.trainer.save_total_limit,
@@ -334,6 +334,7 @@ def make_trainer(
     )
     if params.trainer.early_stopping_patience:
         trainer.add_callback(early_stopping(params.trainer))
+    trainer.check_at_start(lambda: schedule.check_schedule(trainer))
     trainer.check_at_start(lambda: usage.check_trainer(trainer, params))
     return trainer
 
