@@ -47,7 +47,9 @@ def check_target_modules(base: Any, target_modules: list[str] | str) -> None:
     there = f"there are: {', '.join(dict.fromkeys(name.rpartition('.')[2] for name in linear))}"
     if isinstance(target_modules, str):
         fitting = {target_modules: _fullmatches(target_modules, list(modules))}
-        unknown = f"the regular expression {target_modules!r} matches the whole name of no linear layer"
+        unknown = (
+            f"the regular expression {target_modules!r} matches the whole name of no linear layer"
+        )
     else:
         fitting = {t: [n for n in modules if f".{n}".endswith(f".{t}")] for t in target_modules}
         missing = [name for name, found in fitting.items() if not set(linear) & set(found)]

@@ -53,6 +53,8 @@ def main(params: Params, stage: Stage) -> None:
     if params.trainer.backend == "unsloth":
         unsloth.prepare(stage.root)
     initial = initial_adapter(params.lora, stage)
+    follows = launch.is_main() and not stage.debug
+    check_tracker = live.start_check(stage.root, enabled=follows)
     from capas import capacity, certificate, fused, lora, training, usage
     from capas.batches import Collator, read_examples, tails
     from capas.packing import pack
@@ -81,7 +83,7 @@ def main(params: Params, stage: Stage) -> None:
         checkpoint = training.last_checkpoint(checkpoints, resume=not stage.debug)
     args.eval_on_start = checkpoint is None  # the curve begins with the base
     trainer = make_trainer(model, args, rows, validation, collator, params)
-    follows = launch.is_main() and not stage.debug
+    check_tracker()
     with live.tracker(stage.root, stage.key(), enabled=follows) as log_rows:
         trainer.add_callback(training.LiveRows(log_rows.append))
         trainer.train(resume_from_checkpoint=str(checkpoint) if checkpoint else None)

@@ -400,7 +400,10 @@ def test_other_quantizations_train(tmp_path: Path, preset: str) -> None:
             "lora.target_modules=[q_proj,query]",
             "no linear layer is called query; there are: q_proj, k_proj",
         ),
-        ("lora.target_modules=nothing", "'nothing' matches the whole name of no linear layer; there are"),
+        (
+            "lora.target_modules=nothing",
+            "'nothing' matches the whole name of no linear layer; there are",
+        ),
         ("lora.target_modules='*'", r"'\*' is no regular expression: nothing to repeat"),
     ],
 )
