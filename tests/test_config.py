@@ -172,6 +172,29 @@ def test_an_optimizer_whose_bytes_differ_by_vendor_is_told(
     assert not advice(compose(["trainer.optim=sgd"]))
 
 
+@pytest.mark.parametrize(
+    ("overrides", "told"),
+    [
+        (["generation.system='Be brief.'"], "dataset.system is none"),
+        (["dataset=own_csv", "generation.system='Be brief.'"], "dataset.system is none"),
+        (
+            ["dataset=own_csv", "dataset.system='Be kind.'", "generation.system='Be brief.'"],
+            "'Be kind.'",
+        ),
+        (["dataset=own_csv", "dataset.system='Be kind.'", "generation.system='Be kind.'"], None),
+        (["dataset=own_csv", "dataset.system='Be kind.'"], None),
+        (["dataset=own_jsonl", "generation.system='Be brief.'"], None),  # records may bring it
+        (["hardware=gpu", "generation.system='Be brief.'"], "dataset.system is none"),
+    ],
+)
+def test_a_system_prompt_that_was_not_trained_is_told(
+    compose: Callable[[list[str]], Any], overrides: list[str], told: str | None
+) -> None:
+    lines = advice(edited(compose, overrides))
+    assert [told in line for line in lines if told] == ([True] if told else [])
+    assert bool(lines) is (told is not None)
+
+
 def test_schema_and_conf_have_the_same_keys(compose: Callable[[list[str]], Any]) -> None:
     composed = {".".join(key.split(".")[:2]) for key in flatten(compose([]))}
     assert composed == set(known_keys())
