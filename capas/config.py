@@ -14,7 +14,7 @@ from typing import Annotated, Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
 
-from capas.errors import CapasError
+from capas.errors import CapasError, without_secrets
 from capas.metrics.names import OWN_FUNCTION, BuiltIn, names_clash
 from capas.params import flatten
 
@@ -816,8 +816,9 @@ def validate(values: dict[str, Any], word: Word = lambda key, value: None) -> No
             problems[f"{given} {rule.expected}"] = f"{given}: expected {rule.expected}"
     if (found := valid(_OF_SCHEDULE)) is not None:
         problems |= {text: text for text in _schedule_problems(*found)}
+    problems |= {f"{key} holds a secret": text for key, text in _secrets(values)}
     if problems:
-        lines = "\n".join(f"  {text}" for text in problems.values())
+        lines = without_secrets("\n".join(f"  {text}" for text in problems.values()))
         raise CapasError(f"conf/ has {len(problems)} problem(s); no stage was run:\n{lines}")
 
 
@@ -826,6 +827,25 @@ _OF_SCHEDULE = (
     "trainer.lr_scheduler_kwargs",
     "trainer.learning_rate",
 )
+_FREE_TEXT = ("system", "prompts")  # what is said to a model may look like anything
+
+
+def _secrets(values: Any, path: str = "") -> Iterator[tuple[str, str]]:
+    """(dotted key, sentence) of every text with a password or a token in it."""
+    if isinstance(values, dict | list):
+        items = values.items() if isinstance(values, dict) else enumerate(values)
+        for key, value in items:
+            if key not in _FREE_TEXT:
+                yield from _secrets(value, f"{path}.{key}" if path else str(key))
+    elif isinstance(values, str) and (shown := without_secrets(values)) != values:
+        yield (
+            path,
+            f"{path}={shown!r}: holds a password or a token (***), which params.yaml, MLflow and the card "
+            "of the model would show. Leave it out here: the Hub reads HF_TOKEN, MLflow MLFLOW_TRACKING_USERNAME and "
+            "MLFLOW_TRACKING_PASSWORD; what another server protects, download into data/own",
+        )
+
+
 PORTABLE_OPTIMIZERS = ("adamw_torch_fused", "sgd")  # they call no vector function of oneMKL
 
 

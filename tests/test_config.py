@@ -195,6 +195,28 @@ def test_a_system_prompt_that_was_not_trained_is_told(
     assert bool(lines) is (told is not None)
 
 
+@pytest.mark.parametrize(
+    ("key", "value"),
+    [
+        ("data_files", "https://ana:hidden@host/x.csv"),
+        ("data_files", ["data/own/a.csv", "https://host/x.csv?token=hidden"]),
+        ("data_files", {"train": "https://bucket/x.csv?X-Amz-Signature=hidden"}),
+        ("path", "https://hidden@github.com/o/r"),
+        ("licence", "hf_hidden0123456789hidden"),
+    ],
+)
+def test_a_password_or_a_token_is_refused_and_not_shown(
+    compose: Callable[[list[str]], Any], key: str, value: Any
+) -> None:
+    values = compose(["dataset=own_csv"])
+    values["dataset"][key] = value
+    text = problems(values)
+    assert f"dataset.{key}" in text and "holds a password or a token (***)" in text
+    assert "hidden" not in text
+    values = compose(["generation.system='https://ana:pass@host'"])
+    validate(values)
+
+
 def test_schema_and_conf_have_the_same_keys(compose: Callable[[list[str]], Any]) -> None:
     composed = {".".join(key.split(".")[:2]) for key in flatten(compose([]))}
     assert composed == set(known_keys())
