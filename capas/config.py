@@ -841,8 +841,8 @@ def _secrets(values: Any, path: str = "") -> Iterator[tuple[str, str]]:
         yield (
             path,
             f"{path}={shown!r}: holds a password or a token (***), which params.yaml, MLflow and the card "
-            "of the model would show. Leave it out here: the Hub reads HF_TOKEN, MLflow "
-            "MLFLOW_TRACKING_USERNAME and MLFLOW_TRACKING_PASSWORD; what another server protects, download into data/own",
+            "of the model would show. The Hub reads HF_TOKEN instead, MLflow MLFLOW_TRACKING_USERNAME and "
+            "MLFLOW_TRACKING_PASSWORD; download what else is protected into data/own",
         )
 
 

@@ -94,6 +94,16 @@ def test_every_option_composes_is_valid_and_names_itself(
     assert values[group]["preset"] == option
 
 
+@pytest.mark.parametrize("dataset", [option for group, option in OPTIONS if group == "dataset"])
+def test_a_quick_run_is_one_of_any_dataset(
+    compose: Callable[[list[str]], Any], dataset: str
+) -> None:
+    values = compose([f"dataset={dataset}", "experiment=quick"])
+    validate(values)
+    assert values["dataset"]["preset"] == dataset
+    assert values["dataset"]["max_records"] == 500
+
+
 def test_all_options_of_a_group_have_the_same_keys(compose: Callable[[list[str]], Any]) -> None:
     keys: dict[str, set[str]] = {}
     for group, option in OPTIONS:
