@@ -69,6 +69,8 @@ def composer(conf: Path) -> Iterator[Compose]:
 
     def run(overrides: list[str]) -> Values:
         with hydra_errors():
+            if unknown := unknown_keys(overrides):
+                raise CapasError(f"conf/ does not compose: {'; '.join(unknown.values())}")
             config = compose("config", overrides=with_new_keys(overrides))
             missing = sorted(OmegaConf.missing_keys(config))
             if missing:
@@ -85,19 +87,68 @@ def with_new_keys(overrides: list[str]) -> list[str]:
     `trainer.lr_scheduler_kwargs={num_cycles: 2}` and `trainer.lr_scheduler_kwargs.num_cycles=2` are such:
     Hydra itself refuses them, since conf/ leaves the mapping empty.
     """
-    from hydra.core.override_parser.overrides_parser import OverridesParser
-
     from capas.config import known_keys
 
     known = known_keys()
     changed = []
-    for override in OverridesParser.create().parse_overrides(overrides):
+    for override in _parsed(overrides):
         text, key = str(override.input_line), override.key_or_group
         below = any(key.startswith(f"{name}.") for name in known)
         mapping = key in known and isinstance(override.value(), dict)
-        plain = not (override.is_add() or override.is_force_add() or override.is_delete())
-        changed.append(f"++{text}" if plain and (below or mapping) else text)
+        changed.append(f"++{text}" if _changes(override) and (below or mapping) else text)
     return changed
+
+
+def unknown_keys(overrides: list[str]) -> dict[str, str]:
+    """{override: sentence} of all overrides that change a key which conf/ does not have."""
+    from capas.config import GROUPS, known_keys, nearest
+
+    found, known = {}, {*known_keys(), *GROUPS}
+    for override in _parsed(overrides):
+        key = override.key_or_group
+        there = any(key == name or key.startswith(f"{name}.") for name in known - {*GROUPS})
+        dotted = "." in key and "/" not in key and "@" not in key and not key.startswith("hydra.")
+        if _changes(override) and dotted and not there:
+            found[str(override.input_line)] = f"{key}: no such key{nearest(key)}"
+    return found
+
+
+def checked(compose: Callable[[list[str]], Any], overrides: list[str], conf: Path) -> Any:
+    """What `compose` makes of the overrides, once its values are known to be valid.
+
+    Args:
+        compose: gives Hydra's configuration, in which its own node `hydra` may stand.
+
+    Raises:
+        CapasError: all unknown keys and wrong values at once.
+    """
+    from omegaconf import OmegaConf
+
+    from capas.config import find_problems, refused
+
+    with hydra_errors():
+        unknown = unknown_keys(overrides)
+        known = [override for override in overrides if override not in unknown]
+        config = compose(with_new_keys(known))
+        own = {key: config._get_node(key) for key in config if key != "hydra"}
+        plain = OmegaConf.create(own)
+        if missing := sorted(OmegaConf.missing_keys(plain)):
+            raise CapasError(f"conf/ leaves mandatory values unset: {', '.join(missing)}")
+        values = to_values(plain)
+    problems = [*unknown.values(), *find_problems(values, word_given(known, conf))]
+    if problems:
+        raise refused(problems)
+    return config
+
+
+def _parsed(overrides: list[str]) -> list[Any]:
+    from hydra.core.override_parser.overrides_parser import OverridesParser
+
+    return list(OverridesParser.create().parse_overrides(overrides))
+
+
+def _changes(override: Any) -> bool:
+    return not (override.is_add() or override.is_force_add() or override.is_delete())
 
 
 def word_given(

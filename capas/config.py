@@ -798,6 +798,18 @@ def validate(values: dict[str, Any], word: Word = lambda key, value: None) -> No
     Raises:
         CapasError: all problems at once, one a line: dotted key, value, what is expected, nearest key.
     """
+    if problems := find_problems(values, word):
+        raise refused(problems)
+
+
+def refused(problems: list[str]) -> CapasError:
+    """The problems of a configuration as one error."""
+    lines = without_secrets("\n".join(f"  {text}" for text in problems))
+    return CapasError(f"conf/ has {len(problems)} problem(s); no stage was run:\n{lines}")
+
+
+def find_problems(values: dict[str, Any], word: Word) -> list[str]:
+    """Return a sentence for each problem; see `validate`."""
     problems: dict[str, str] = {}
     for key, text, message in _field_problems(values, word):
         problems[key] = f"{problems[key]} or {message}" if key in problems else text
@@ -817,9 +829,7 @@ def validate(values: dict[str, Any], word: Word = lambda key, value: None) -> No
     if (found := valid(_OF_SCHEDULE)) is not None:
         problems |= {text: text for text in _schedule_problems(*found)}
     problems |= {f"{key} holds a secret": text for key, text in _secrets(values)}
-    if problems:
-        lines = without_secrets("\n".join(f"  {text}" for text in problems.values()))
-        raise CapasError(f"conf/ has {len(problems)} problem(s); no stage was run:\n{lines}")
+    return list(problems.values())
 
 
 _OF_SCHEDULE = (

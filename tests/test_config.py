@@ -476,6 +476,13 @@ def test_a_mapping_that_conf_leaves_open_takes_keys_from_the_command_line(
     validate(values)
 
 
+def test_all_unknown_keys_are_told_at_once(compose: Callable[[list[str]], Any]) -> None:
+    with pytest.raises(
+        CapasError, match=r"did you mean lora.r\?.*did you mean trainer.learning_rat"
+    ):
+        compose(["lora.rank=8", "trainer.lr=1e-3", "experiment=quick"])
+
+
 def test_an_unknown_key_in_an_open_mapping_is_told(compose: Callable[[list[str]], Any]) -> None:
     assert "has no such argument" in problems(compose(["trainer.lr_scheduler_kwargs.cycles=2"]))
     assert "dataset.flaws.malforme" in problems(compose(["dataset.flaws.malforme=drop"]))
