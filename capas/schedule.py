@@ -69,15 +69,14 @@ def check_rates(
                 else "Let the schedule last as long as the training"
             )
         )
-    lines = []
     if peak < 1 - _ROUNDING:
-        lines.append(
+        return [
             f"{about}: the learning rate rises to {peak * args.learning_rate:.3g} at most, and never to "
             f"trainer.learning_rate={args.learning_rate:g}"
-        )
+        ]
     if kind not in CONSTANT and num_steps > 1 and rates[-1] > _HARDLY_LOWER * peak:
-        lines.append(
+        return [
             f"{about}: the learning rate does not decay; that of the last step is "
             f"{rates[-1] * args.learning_rate:.3g}"
-        )
-    return lines
+        ]
+    return []

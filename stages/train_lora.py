@@ -312,8 +312,12 @@ def make_trainer(
     )
     if params.trainer.early_stopping_patience:
         trainer.add_callback(early_stopping(params.trainer))
-    trainer.check_at_start(lambda: schedule.check_schedule(trainer))
-    trainer.check_at_start(lambda: usage.check_trainer(trainer, params))
+
+    def check() -> None:
+        usage.check_trainer(trainer, params)
+        schedule.check_schedule(trainer)
+
+    trainer.check_at_start(check)
     return trainer
 
 

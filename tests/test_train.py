@@ -412,6 +412,16 @@ def test_what_cannot_be_trained_is_refused(tmp_path: Path, override: str, messag
         train(tmp_path, "trainer.logging_steps=1", override)
 
 
+def test_a_schedule_that_never_reaches_its_peak_is_told_before_the_first_step(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    train(tmp_path, "trainer.warmup_steps=10")
+    (told,) = (text for text in caplog.messages if "warm-up steps of 6" in text)
+    assert "rises to 0.002 at most, and never to trainer.learning_rate=0.004" in told
+    with pytest.raises(CapasError, match=r"is 0 for 1 of 1 steps.*Set trainer.warmup_steps=0"):
+        train(tmp_path / "one", "trainer.max_steps=1")
+
+
 BEST = (
     *("trainer.load_best_model_at_end=true", "trainer.learning_rate=10.0", "trainer.max_steps=24"),
     *("trainer.eval_steps=2", "trainer.save_steps=2", "trainer.divergence_factor=null"),
