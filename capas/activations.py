@@ -237,12 +237,13 @@ def build(
         quantization: the group's keys, load_in_4bit and the like; None: full precision.
 
     Raises:
+        CapasError: as `lora.check_target_modules`.
         ValueError: transformers or PEFT refuses.
     """
     from peft import get_peft_model
     from transformers import AutoModelForCausalLM
 
-    from capas.lora import make_config, trains_all
+    from capas.lora import check_target_modules, make_config, trains_all
 
     dtype = getattr(torch, model.dtype)
     flash = model.attn_implementation == "flash_attention_2"  # keeps what sdpa keeps
@@ -255,7 +256,10 @@ def build(
         )
         if quantization:
             _quantize(base, quantization)
-        return base if trains_all(lora) else get_peft_model(base, make_config(lora))
+        if trains_all(lora):
+            return base
+        check_target_modules(base, lora.target_modules)
+        return get_peft_model(base, make_config(lora))
 
 
 def _quantize(base: Any, quantization: dict[str, Any]) -> None:

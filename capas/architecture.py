@@ -1,5 +1,7 @@
 """Which models capas can fine-tune, and how their weights are stored, told from config.json alone."""
 
+import re
+from collections.abc import Iterator
 from typing import Any
 
 from capas.errors import CapasError
@@ -17,7 +19,17 @@ _REFUSED = {
     "fbgemm_fp8": "its kernels have no backward pass, so that no gradient goes through it",
     "mxfp4": "its kernels have no backward pass, so that no gradient goes through it",
 }
+# num_experts, num_local_experts, n_routed_experts, moe_num_experts: neither shared ones nor those per token
+_NUM_EXPERTS = re.compile(r"(\w+_)?(num|n)_((?!shared)\w+_)?experts")
+# The class, or the name, of a module that routes tokens, as transformers and remote code call it.
+_ROUTED = re.compile(r"(Experts|MoE|Moe|(MoE|Moe|MOE)(Block|Layer))$")
 _4BIT = ("bnb_4bit_quant_type", "bnb_4bit_compute_dtype", "bnb_4bit_use_double_quant")
+
+
+def check_supported(config: dict[str, Any], name: str) -> None:
+    """Raises CapasError: as `check_causal` and `check_dense`."""
+    check_causal(config, name)
+    check_dense(config, name)
 
 
 def check_causal(config: dict[str, Any], name: str) -> None:
@@ -46,6 +58,65 @@ def check_causal(config: dict[str, Any], name: str) -> None:
             "it, so it cannot write an answer token by token. Choose a causal language model, "
             "e.g. Llama, Qwen, Mistral or Gemma."
         )
+
+
+def check_dense(config: dict[str, Any], name: str) -> None:
+    """Refuse a mixture of experts, whose experts neither `all-linear` nor bitsandbytes reaches.
+
+    transformers 5 keeps the experts of a layer in one parameter of three dimensions, which is no linear
+    layer: LoRA would train the attention alone, and quantization would leave most weights as they are.
+
+    Args:
+        config, name: as in `check_causal`.
+
+    Raises:
+        CapasError: a layer has more than one expert.
+    """
+    for key, number in _num_experts(config):
+        if number > 1:
+            raise _mixture_of_experts(
+                name, config.get("architectures"), f"its config.json says {key}={number}"
+            )
+
+
+def check_modules_dense(model: Any, name: str) -> None:
+    """Raises CapasError: the model has modules of a mixture of experts, whatever its config.json says."""
+    for path, module in model.named_modules():
+        kind = type(module).__name__
+        if _ROUTED.search(kind) or path.rpartition(".")[2] == "experts":
+            raise _mixture_of_experts(
+                name, [type(model).__name__], f"its layer {path} is of the class {kind}"
+            )
+
+
+def _mixture_of_experts(name: str, architectures: list[str] | None, sign: str) -> CapasError:
+    return CapasError(
+        f"{name} is a mixture of experts ({', '.join(architectures or ['unnamed'])}: {sign}). Neither LoRA "
+        "nor bitsandbytes reaches its experts, which hold most of its weights, so capas does not train it. "
+        "Choose a dense model, e.g. model=qwen2.5_0.5b_instruct"
+    )
+
+
+def _num_experts(config: dict[str, Any], path: str = "") -> Iterator[tuple[str, int]]:
+    """(dotted key, number) of every key of config.json that says how many experts a layer has."""
+    if not _has_routed_layers(config):
+        return
+    for key, value in config.items():
+        if isinstance(value, dict):
+            yield from _num_experts(value, f"{path}{key}.")
+        elif _NUM_EXPERTS.fullmatch(str(key)):
+            numbers = value if isinstance(value, list) else [value]  # of each layer
+            yield f"{path}{key}", max((n for n in numbers if isinstance(n, int)), default=0)
+
+
+def _has_routed_layers(config: dict[str, Any]) -> bool:
+    """Whether the numbers of experts in config.json are used: some families have dense models with them."""
+    if config.get("is_moe") is False or config.get("enable_moe_block") is False:  # Doge, Gemma 4
+        return False
+    if pattern := config.get("hybrid_override_pattern"):  # Nemotron-H: E is a layer of experts
+        return "E" in pattern
+    kinds = config.get("layers_block_type")
+    return config.get("model_type") != "nemotron_h" or kinds is None or "moe" in kinds
 
 
 def stored_quantization(config: dict[str, Any], name: str) -> dict[str, Any] | None:

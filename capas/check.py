@@ -44,7 +44,7 @@ NUM_PLACES = 5  # of each kind of flaw
 
 @dataclasses.dataclass(frozen=True)
 class Check:
-    """What was found. `problems` says what stops `fetch`; `dataset` is the group of conf/ for these records."""
+    """What was found. `problems` says what stops `fetch`; `dataset` is conf/'s group for these records."""
 
     inspection: Inspection
     splits: dict[str, int]

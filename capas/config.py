@@ -6,6 +6,7 @@ key in params.yaml have the same name.
 """
 
 import difflib
+import math
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from functools import partial
@@ -13,10 +14,11 @@ from typing import Annotated, Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
 
-from capas.errors import CapasError
+from capas.errors import CapasError, without_secrets
 from capas.metrics.names import AUTO, OWN_FUNCTION, BuiltIn, names_clash
 from capas.params import flatten
 
+Word = Callable[[str, Any], str | None]
 Count = Annotated[int, Field(gt=0)]
 Fraction = Annotated[float, Field(ge=0, le=1)]
 Seed = Annotated[int, Field(ge=0, lt=2**32)]
@@ -357,21 +359,65 @@ GROUPS: dict[str, type[Group]] = {
 }
 
 
+@dataclass(frozen=True)
+class Argument:
+    """An argument of a learning rate schedule: whether a value is one, and what is expected."""
+
+    holds: Callable[[Any], bool]
+    expected: str
+
+
+def _is_number(value: Any) -> bool:
+    return isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value)
+
+
+_STEPS = Argument(lambda v: type(v) is int and v >= 0, "a whole number of steps, at least 0")
+_SOME_STEPS = Argument(lambda v: type(v) is int and v >= 1, "a whole number of steps, at least 1")
+_CYCLES = Argument(lambda v: type(v) is int and v >= 1, "a whole number of restarts, at least 1")
+_WAVES = Argument(
+    lambda v: _is_number(v) and v > 0, "a number above 0; 0.5 falls once and stays down"
+)
+_POWER = Argument(lambda v: _is_number(v) and v > 0, "a number above 0")
+_RATE = Argument(
+    lambda v: _is_number(v) and v >= 0, "a learning rate of at least 0, below trainer.learning_rate"
+)
+_RATIO = Argument(
+    lambda v: _is_number(v) and 0 <= v < 1,
+    "a fraction of trainer.learning_rate, at least 0 and below 1",
+)
+_RAMP = Argument(lambda v: v in ("linear", "cosine", "1-sqrt"), "linear, cosine or 1-sqrt")
 # The arguments of each schedule in transformers.optimization, those that Trainer gives it left out.
-_SCHEDULE_KWARGS: dict[str, set[str]] = {
-    "linear": set(),
-    "constant": set(),
-    "constant_with_warmup": set(),
-    "cosine": {"num_cycles"},
-    "cosine_with_restarts": {"num_cycles"},
-    "cosine_with_min_lr": {"num_cycles", "min_lr", "min_lr_rate"},
-    "polynomial": {"lr_end", "power"},
-    "inverse_sqrt": {"timescale"},
+SCHEDULES: dict[str, dict[str, Argument]] = {
+    "linear": {},
+    "constant": {},
+    "constant_with_warmup": {},
+    "cosine": {"num_cycles": _WAVES},
+    "cosine_with_restarts": {"num_cycles": _CYCLES},
+    "cosine_with_min_lr": {"num_cycles": _WAVES, "min_lr": _RATE, "min_lr_rate": _RATIO},
+    "polynomial": {"lr_end": _RATE, "power": _POWER},
+    "inverse_sqrt": {"timescale": _SOME_STEPS},
     "warmup_stable_decay": {
-        *("num_decay_steps", "num_stable_steps", "warmup_type", "decay_type", "min_lr_ratio"),
-        "num_cycles",
+        "num_decay_steps": _SOME_STEPS,
+        "num_stable_steps": _STEPS,
+        "warmup_type": _RAMP,
+        "decay_type": _RAMP,
+        "min_lr_ratio": _RATIO,
+        "num_cycles": _WAVES,
     },
 }
+
+
+def _schedule_problems(kind: str, kwargs: dict[str, Any], learning_rate: float) -> Iterator[str]:
+    """A sentence for each argument in trainer.lr_scheduler_kwargs that the schedule cannot take."""
+    for name, value in kwargs.items():
+        key, argument = f"trainer.lr_scheduler_kwargs.{name}", SCHEDULES[kind].get(name)
+        if argument is None:
+            yield (
+                f"{key}={_show(value)}: lr_scheduler_type={kind} has no such argument; expected keys of that "
+                f"schedule: {', '.join(SCHEDULES[kind]) or 'none'} (~{key} on the command line takes it out)"
+            )
+        elif not argument.holds(value) or (argument is _RATE and value >= learning_rate):
+            yield f"{key}={_show(value)}: expected {argument.expected} ({kind})"
 
 
 @dataclass(frozen=True)
@@ -729,12 +775,6 @@ RULES = (
     ),
     Rule(
         ("trainer.lr_scheduler_type", "trainer.lr_scheduler_kwargs"),
-        lambda kind, kwargs: set(kwargs) <= _SCHEDULE_KWARGS[kind],
-        "keys of that schedule: "
-        + "; ".join(f"{k}: {', '.join(sorted(v)) or 'none'}" for k, v in _SCHEDULE_KWARGS.items()),
-    ),
-    Rule(
-        ("trainer.lr_scheduler_type", "trainer.lr_scheduler_kwargs"),
         lambda kind, kwargs: (
             kind != "cosine_with_min_lr" or ("min_lr" in kwargs) != ("min_lr_rate" in kwargs)
         ),
@@ -749,6 +789,12 @@ RULES = (
         ("trainer.lr_scheduler_type", "trainer.warmup_steps"),
         lambda kind, steps: kind != "constant" or steps == 0,
         "no warm-up in a constant schedule: warmup_steps=0, or lr_scheduler_type=constant_with_warmup",
+    ),
+    Rule(
+        ("trainer.max_steps", "trainer.warmup_steps"),
+        lambda max_steps, warmup_steps: max_steps != 1 or warmup_steps == 0,
+        "trainer.warmup_steps=0 with a single step: a warm-up begins at a learning rate of 0, and nothing "
+        "would be learned",
     ),
     Rule(
         ("generation.wrong_chat_template", "chat_template.preset"),
@@ -785,24 +831,72 @@ RULES = (
 )
 
 
-def validate(values: dict[str, Any]) -> None:
+def validate(values: dict[str, Any], word: Word = lambda key, value: None) -> None:
     """Check everything that conf/ composed to.
+
+    Args:
+        word: the text that stands for a value of a key in conf/ or on the command line, where it is known:
+            YAML and Hydra read 12e4567 as a number.
 
     Raises:
         CapasError: all problems at once, one a line: dotted key, value, what is expected, nearest key.
     """
+    if problems := find_problems(values, word):
+        raise refused(problems)
+
+
+def refused(problems: list[str]) -> CapasError:
+    """The problems of a configuration as one error."""
+    lines = without_secrets("\n".join(f"  {text}" for text in problems))
+    return CapasError(f"conf/ has {len(problems)} problem(s); no stage was run:\n{lines}")
+
+
+def find_problems(values: dict[str, Any], word: Word) -> list[str]:
+    """Return a sentence for each problem; see `validate`."""
     problems: dict[str, str] = {}
-    for key, text, message in _field_problems(values):
+    for key, text, message in _field_problems(values, word):
         problems[key] = f"{problems[key]} or {message}" if key in problems else text
+
+    def valid(keys: tuple[str, ...]) -> list[Any] | None:
+        """The values of `keys`; None where one of them is missing or wrong by itself."""
+        wrong = any(p == key or p.startswith(f"{key}.") for p in of_fields for key in keys)
+        found = [_lookup(values, key) for key in keys]
+        return None if wrong or any(f is _ABSENT for f in found) else found
+
+    of_fields = list(problems)
     for rule in RULES:
-        found = [_lookup(values, key) for key in rule.keys]
-        clean = not any(p == k or p.startswith(k + ".") for p in problems for k in rule.keys)
-        if clean and all(f is not _ABSENT for f in found) and not rule.holds(*found):
+        found = valid(rule.keys)
+        if found is not None and not rule.holds(*found):
             given = ", ".join(f"{k}={_show(f)}" for k, f in zip(rule.keys, found, strict=True))
             problems[f"{given} {rule.expected}"] = f"{given}: expected {rule.expected}"
-    if problems:
-        lines = "\n".join(f"  {text}" for text in problems.values())
-        raise CapasError(f"conf/ has {len(problems)} problem(s); no stage was run:\n{lines}")
+    if (found := valid(_OF_SCHEDULE)) is not None:
+        problems |= {text: text for text in _schedule_problems(*found)}
+    problems |= {f"{key} holds a secret": text for key, text in _secrets(values)}
+    return list(problems.values())
+
+
+_OF_SCHEDULE = (
+    "trainer.lr_scheduler_type",
+    "trainer.lr_scheduler_kwargs",
+    "trainer.learning_rate",
+)
+_FREE_TEXT = ("system", "prompts")  # what is said to a model may look like anything
+
+
+def _secrets(values: Any, path: str = "") -> Iterator[tuple[str, str]]:
+    """(dotted key, sentence) of every text with a password or a token in it."""
+    if isinstance(values, dict | list):
+        items = values.items() if isinstance(values, dict) else enumerate(values)
+        for key, value in items:
+            if key not in _FREE_TEXT:
+                yield from _secrets(value, f"{path}.{key}" if path else str(key))
+    elif isinstance(values, str) and (shown := without_secrets(values)) != values:
+        yield (
+            path,
+            f"{path}={shown!r}: holds a password or a token (***), which params.yaml, MLflow and the card "
+            "of the model would show. The Hub reads HF_TOKEN instead, MLflow MLFLOW_TRACKING_USERNAME and "
+            "MLFLOW_TRACKING_PASSWORD; download what else is protected into data/own",
+        )
 
 
 PORTABLE_OPTIMIZERS = ("adamw_torch_fused", "sgd")  # they call no vector function of oneMKL
@@ -810,9 +904,9 @@ PORTABLE_OPTIMIZERS = ("adamw_torch_fused", "sgd")  # they call no vector functi
 
 def advice(values: dict[str, Any]) -> list[str]:
     """Return a line for each choice that is allowed and hardly ever meant. The values are valid."""
+    lines = list(_untrained_system(values))
     if values["hardware"]["device"] != "cpu":
-        return []
-    lines = []
+        return lines
     if half := [
         f"{key}={_show(value)}"
         for key in ("model.dtype", "trainer.bf16")
@@ -832,19 +926,62 @@ def advice(values: dict[str, Any]) -> list[str]:
     return lines
 
 
-def _field_problems(values: dict[str, Any]) -> Iterator[tuple[str, str, str]]:
+# Shapes of records that have no place for a system prompt of their own.
+_WITHOUT_SYSTEM = ("question_answer", "text")
+
+
+def _untrained_system(values: dict[str, Any]) -> Iterator[str]:
+    """A line where questions are asked under a system prompt that no record is trained under."""
+    asked, dataset = values["generation"]["system"], values["dataset"]
+    if asked is None:  # that of a test record
+        return
+    trained = {source["system"] for source in (dataset, *dataset["mix"])}
+    if asked in trained or any(map(_brings_system, (dataset, *dataset["mix"]))):
+        return
+    shown = " and ".join("none" if t is None else repr(t) for t in sorted(trained, key=str))
+    yield (
+        f"generation.system={asked!r} is asked with, and no record is trained under it: dataset.system is "
+        f"{shown}. Set both to the same text, or generation.system=null, which takes the trained one"
+    )
+
+
+def _brings_system(source: dict[str, Any]) -> bool:
+    """Whether records may hold a system prompt of their own, which compose cannot see."""
+    if source["path"] == "embedded" or source["shape"] in _WITHOUT_SYSTEM:
+        return False
+    columns = source["columns"] or {}
+    return source["shape"] != "columns" or "system" in columns or "messages" in columns
+
+
+def _field_problems(values: dict[str, Any], word: Word) -> Iterator[tuple[str, str, str]]:
     """(key, the whole sentence, pydantic's part of it); a union yields one for each of its members."""
     try:
         Config.model_validate(values)
     except ValidationError as error:
-        for item in error.errors():
-            key = _dotted(item["loc"], values)
+        items = [(_dotted(item["loc"], values), item) for item in error.errors()]
+        keys = [key for key, _ in items]
+        for key, item in items:
             message = _in_words(item).removeprefix("Value error, ")
+            is_scalar = isinstance(item["input"], int | float)
+            if item["type"] == "string_type" and is_scalar and keys.count(key) == 1:
+                given = word(key, item["input"]) or _show(item["input"])
+                yield key, _quoting(key, given, item["input"]), message
+                continue
             yield (
                 key,
                 explain(key, item["type"], message, item["input"]),
                 message[0].lower() + message[1:],
             )
+
+
+def _quoting(key: str, given: str, value: Any) -> str:
+    """How to write a text that YAML and Hydra read as a number or a truth value."""
+    kind = "true or false" if isinstance(value, bool) else "a number"
+    leaf = key.rpartition(".")[2]
+    return (
+        f"{key}={given}: expected a text, and {given} is read as {kind}. Quote it: {leaf}: '{given}' in "
+        f"conf/, \"{key}='{given}'\" on the command line"
+    )
 
 
 def _in_words(item: Any) -> str:

@@ -1,6 +1,8 @@
 """The errors that a user can act on: their message is printed without a traceback."""
 
 import errno
+import logging
+import re
 import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -8,6 +10,52 @@ from contextlib import contextmanager
 _OF_THE_MACHINE = (errno.ENOSPC, errno.EDQUOT, errno.EACCES, errno.EPERM, errno.EROFS)
 # How safetensors and torch.save say that the disk is full; neither raises an OSError.
 _FULL_DISK = ("No space left on device", "PytorchStreamWriter failed writing", ". unexpected pos ")
+
+
+_SECRETS = (
+    # https://TOKEN@host, postgresql://user:password@host; a password may have a / that should be quoted
+    (
+        re.compile(
+            r"(?<=://)(?:[^/\s'\"<>]+@|[^/:@\s'\"<>]+:(?!\d+(?:/|$))[^@\s'\"<>]+@(?:[^/\s'\"<>]*@)?)"
+        ),
+        "***@",
+    ),
+    # ?token=..., &X-Amz-Signature=..., &sig=..., &api_key=...
+    (
+        re.compile(
+            r"(?i)([?&;](?:[\w-]*[-_.])?(?:token|sig|signature|secret|passw(?:or)?d|pwd|credential|key"
+            r"|(?:aws)?(?:access|api|account)key(?:id)?)=)[^&\s'\"#<>]+"
+        ),
+        r"\1***",
+    ),
+    # tokens of the Hub, GitHub, GitLab and Amazon as they are made
+    (
+        re.compile(
+            r"\b(?:hf_[A-Za-z0-9]{20,}|gh[pousr]_\w{20,}|github_pat_\w{20,}|glpat-[\w-]{20,}|AKIA[0-9A-Z]{16}\b)"
+        ),
+        "***",
+    ),
+)
+
+
+def without_secrets(text: str) -> str:
+    """The text with *** for passwords and tokens in URLs, and for tokens whose form is known."""
+    for pattern, hidden in _SECRETS:
+        text = pattern.sub(hidden, text)
+    return text
+
+
+class _HideSecrets(logging.Filter):
+    """Keeps passwords and tokens out of every line that capas logs."""
+
+    def filter(self, record: logging.LogRecord) -> bool:
+        message = record.getMessage()
+        if (shown := without_secrets(message)) != message:
+            record.msg, record.args = shown, ()
+        return True
+
+
+logging.getLogger("capas").addFilter(_HideSecrets())
 
 
 class CapasError(Exception):
@@ -36,12 +84,14 @@ def told(name: str) -> Iterator[None]:
             f"{name}: stopped. `dvc repro` runs it again; a training goes on from its last checkpoint."
         )
     except CapasError as error:
-        sys.exit(f"{name}: {error}")
+        sys.exit(f"{name}: {without_secrets(str(error))}")
     except Exception as error:
         reason = reason_of(error)
         if reason is None:
             raise
-        sys.exit(f"{name}: {reason}. Nothing was recorded; mend it and run `dvc repro` again.")
+        sys.exit(
+            f"{name}: {without_secrets(reason)}. Nothing was recorded; mend it and run `dvc repro` again."
+        )
 
 
 def reason_of(error: Exception) -> str | None:

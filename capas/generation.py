@@ -17,6 +17,8 @@ from transformers import (
     TypicalLogitsWarper,
 )
 
+from capas.errors import CapasError
+
 log = logging.getLogger("capas")
 _NEUTRAL = {
     "temperature": 1.0,
@@ -73,7 +75,11 @@ def complete(
 
     Args:
         prompts: [prompts][tokens], ids.
+
+    Raises:
+        CapasError: as `check_positions`.
     """
+    check_positions(model, prompts, config.max_new_tokens)
     _forget_defaults(model)
     order = sorted(range(len(prompts)), key=lambda i: len(prompts[i]))
     completions: dict[int, list[Completion]] = {}
@@ -85,6 +91,29 @@ def complete(
             _tell_ahead((time.perf_counter() - started) / len(chosen), len(order))
         completions.update(zip(chosen, found, strict=True))
     return [completions[i] for i in range(len(prompts))]
+
+
+def check_positions(model: PreTrainedModel, prompts: list[list[int]], max_new_tokens: int) -> None:
+    """Compare the longest prompt and its answer with the positions that the model was made for.
+
+    Beyond them a table of positions has no row, and rotary ones give nonsense.
+
+    Raises:
+        CapasError: with the largest max_new_tokens that fits.
+    """
+    limit = getattr(model.config.get_text_config(), "max_position_embeddings", None)
+    longest = max(map(len, prompts), default=0)
+    if limit is None or longest + max_new_tokens <= limit:
+        return
+    way = (
+        f"set max_new_tokens={limit - longest} (evaluation.max_new_tokens, generation.max_new_tokens)"
+        if longest < limit
+        else "shorten the prompts (dataset.max_length, with dataset.overflow=drop or truncate)"
+    )
+    raise CapasError(
+        f"prompt {[len(p) for p in prompts].index(longest) + 1} of {len(prompts)} has {longest} tokens and "
+        f"its answer may have {max_new_tokens}, but the model was made for {limit}: {way}"
+    )
 
 
 def _tell_ahead(seconds: float, num_prompts: int) -> None:

@@ -14,6 +14,7 @@ import os
 import re
 from collections.abc import Mapping
 from dataclasses import dataclass, field
+from fnmatch import fnmatch
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any
@@ -25,7 +26,7 @@ from capas.facts import read_json
 from capas.result import ancestors
 from capas.stage import Stage, log
 from capas.store import Store
-from capas.worktree import Snapshot, difference, git, snapshot
+from capas.worktree import Snapshot, added, difference, git, snapshot
 
 BASE, TREE, DIRTY, FOLDER, IGNORED = (
     "git.base",
@@ -39,6 +40,33 @@ ADAPTER = "adapter.sha256"
 PATCH, IGNORED_FILES = "source/uncommitted.patch", "source/ignored.json"
 UNKNOWN = "unknown"
 MAX_PATCH_BYTES = 64 * 2**20
+MAX_FILE_BYTES = 8 * 2**20  # of a file that is not committed
+# Names of files that hold keys and tokens: they stay here unless they are committed.
+_SECRET = (
+    *(
+        ".env",
+        ".env.*",
+        "*.env",
+        ".envrc",
+        "*.pem",
+        "*.key",
+        "*.p12",
+        "*.pfx",
+        "*.jks",
+        "*.keystore",
+    ),
+    *("id_rsa*", "id_dsa*", "id_ecdsa*", "id_ed25519*", "*.ppk", ".netrc", "_netrc", ".pgpass"),
+    *(
+        ".pypirc",
+        ".npmrc",
+        ".git-credentials",
+        "*credentials*",
+        "*secret*",
+        "service-account*.json",
+    ),
+    *("token", "token.*", "*.token", "*_token", "*-token", "*_token.*", "*-token.*", "hf_token*"),
+)
+_EXAMPLE = ("*.example", "*.sample", "*.template", "*.pub")
 _HEADER = re.compile(rb"capas: from (?P<commit>[0-9a-f]+) to (?P<tree>[0-9a-f]+)\n")
 
 
@@ -52,6 +80,8 @@ class State:
     patch: bytes = b""
     ignored: dict[str, str] = field(default_factory=dict)  # path -> md5
     left_out: str = ""
+    added: tuple[str, ...] = ()  # files in the patch that no commit has
+    stayed: tuple[str, ...] = ()  # those that are not in it, as they may hold a secret or are large
 
     def tags(self) -> dict[str, str]:
         names = ", ".join(self.ignored)
@@ -80,18 +110,44 @@ def state_of(root: Path) -> State:
         CapasError: it is no git repository, or has no commit yet.
     """
     # In an experiment that DVC runs elsewhere, HEAD may be a commit which only lives as long as it runs.
-    taken = snapshot(root)
+    stayed: list[Path] = []
+
+    def keep(file: Path) -> bool:
+        if travels(file):
+            return True
+        stayed.append(file)
+        return False
+
+    taken = snapshot(root, keep)
     base = os.environ.get("DVC_EXP_BASELINE_REV") or taken.commit
     taken = Snapshot(base, taken.tree)
     patch = difference(root, taken)
     ignored = {name: md5(root / name) for name in inputs.ignored(root, taken.tree)}
-    left_out = ""
+    left_out = _needed(root, stayed)
     dirty = bool(patch)
     if len(patch) > MAX_PATCH_BYTES:
         left_out = f"{PATCH}: it would take {len(patch) / 2**20:.0f} MiB"
         patch = b""
     folder = git(root, "rev-parse", "--show-prefix")
-    return State(taken, dirty, folder.rstrip("/"), patch, ignored, left_out)
+    names = tuple(os.path.relpath(file, root) for file in stayed)
+    found = tuple(added(root, taken)) if patch else ()
+    return State(taken, dirty, folder.rstrip("/"), patch, ignored, left_out, found, names)
+
+
+def travels(file: Path) -> bool:
+    """Whether a file that is not committed goes to MLflow: its name is none of a secret, nor is it large."""
+    name = file.name.lower()
+    is_secret = any(fnmatch(name, pattern) for pattern in _SECRET)
+    if is_secret and not any(fnmatch(name, pattern) for pattern in _EXAMPLE):
+        return False
+    return file.is_symlink() or file.stat().st_size <= MAX_FILE_BYTES
+
+
+def _needed(root: Path, stayed: list[Path]) -> str:
+    """Those of the files that a stage reads: without them the run cannot be rebuilt."""
+    deps = [root.resolve() / dep for spec in StageSpec.read_all(root).values() for dep in spec.deps]
+    needed = [file for file in stayed if any(file.resolve().is_relative_to(dep) for dep in deps)]
+    return ", ".join(os.path.relpath(file, root) for file in needed)
 
 
 def send(store: Store, run: Any, stage: Stage, is_new: bool) -> None:
@@ -124,8 +180,18 @@ def _send_state(
         log.warning(
             "edited after they ran: %s. A rebuild would start from the edit", ", ".join(changed)
         )
+    if state.added:
+        log.info("not committed, and kept with the run in MLflow: %s", ", ".join(state.added))
+    if state.stayed:
+        log.warning(
+            "not committed, and not sent to MLflow, as they may hold a secret or are larger than %d MiB: %s. "
+            "Have git ignore them",
+            *(MAX_FILE_BYTES // 2**20, ", ".join(state.stayed)),
+        )
     if state.left_out:
-        log.warning("the run cannot be rebuilt: %s; have git ignore what is large", state.left_out)
+        log.warning(
+            "the run cannot be rebuilt without %s; commit it, or have git ignore it", state.left_out
+        )
     key = read_json(stage.dep("reports/train.json"))["train_key"]
     if is_known and (changed or state.left_out or key != recorded_key(lock["train"])):
         return {}

@@ -7,14 +7,21 @@ so that it sees the training's end even where that was killed.
 
 import importlib.util
 import json
+import logging
 import subprocess
 import sys
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, TextIO
 
+from capas.dag import read_yaml
+from capas.errors import CapasError
+
+log = logging.getLogger("capas")
 _FOLLOWER = "capas.tracking"
+UNUSABLE, AWAY = 2, 3  # exit codes of its check; any other but 0 is a defect of its own
+_CHECK_SECONDS = 60.0
 
 
 class Rows:
@@ -27,6 +34,41 @@ class Rows:
         if self._lines is not None:
             self._lines.write(json.dumps(row) + "\n")
             self._lines.flush()
+
+
+def start_check(root: Path, enabled: bool) -> Callable[[], None]:
+    """Look in a process of its own whether the result can be published; the training loads meanwhile.
+
+    Returns:
+        What is called before the first step. It raises CapasError where no later `publish` could help: a
+        package, credentials or a place are missing. A tracker that is away costs a warning.
+    """
+    tracked = enabled and importlib.util.find_spec(_FOLLOWER) is not None
+    if not tracked or not read_yaml(root / "params.yaml")["tracking"]["enabled"]:
+        return lambda: None
+    started = subprocess.Popen(
+        [sys.executable, "-m", _FOLLOWER, "check"],
+        cwd=root, stdin=subprocess.DEVNULL, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
+    )  # fmt: skip
+
+    def finish() -> None:
+        try:
+            told, trace = started.communicate(timeout=_CHECK_SECONDS)
+        except subprocess.TimeoutExpired:
+            started.kill()
+            started.communicate()
+            log.warning(
+                "MLflow does not answer within %.0f s; the training goes on", _CHECK_SECONDS
+            )
+            return
+        if started.returncode == UNUSABLE:
+            raise CapasError(
+                f"the result could not be published: {told}\nTo train without MLflow: tracking=none"
+            )
+        if started.returncode:
+            log.warning("the training goes on without MLflow: %s", told or trace.strip())
+
+    return finish
 
 
 @contextmanager

@@ -1,6 +1,7 @@
 """LoRA layers as the lora group describes them, and the adapter whose weights they may begin with."""
 
 import logging
+import re
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -25,6 +26,57 @@ def make_config(lora: Params) -> "LoraConfig":
     from peft import LoraConfig
 
     return LoraConfig(task_type="CAUSAL_LM", **lora.without(*OWN))
+
+
+def check_target_modules(base: Any, target_modules: list[str] | str) -> None:
+    """Compare the names, or the regular expression, in lora.target_modules with the layers of the base.
+
+    PEFT passes over a name that no layer has, as long as another one fits, and prints the whole model where a
+    regular expression fits more than its linear layers.
+
+    Raises:
+        CapasError: a name fits no linear layer, or a module that is none; with the names that there are.
+    """
+    from torch import nn
+    from transformers.pytorch_utils import Conv1D  # the linear layer of GPT-2
+
+    if isinstance(target_modules, str) and target_modules.lower() == "all-linear":
+        return
+    modules = {name: module for name, module in base.named_modules() if name}
+    linear = [name for name, module in modules.items() if isinstance(module, nn.Linear | Conv1D)]
+    there = f"there are: {', '.join(dict.fromkeys(name.rpartition('.')[2] for name in linear))}"
+    if isinstance(target_modules, str):
+        fitting = {target_modules: _fullmatches(target_modules, list(modules))}
+        unknown = (
+            f"the regular expression {target_modules!r} matches the whole name of no linear layer"
+        )
+    else:
+        fitting = {t: [n for n in modules if f".{n}".endswith(f".{t}")] for t in target_modules}
+        missing = [name for name, found in fitting.items() if not set(linear) & set(found)]
+        unknown = f"no linear layer is called {', '.join(missing)}"
+    if any(not set(linear) & set(found) for found in fitting.values()):
+        raise CapasError(f"lora.target_modules: {unknown}; {there}")
+    others = [n for found in fitting.values() for n in found if n not in linear]
+    if others:
+        from capas.training import listed
+
+        kinds = {f"{n.rpartition('.')[2]} ({type(modules[n]).__name__})": None for n in others}
+        raise CapasError(
+            f"lora.target_modules={_show(target_modules)} fits {len(others)} modules that are no linear "
+            f"layers: {listed(list(kinds))}. Name the linear ones, e.g. [q_proj,v_proj], or take all-linear; "
+            f"{there}"
+        )
+
+
+def _fullmatches(pattern: str, names: list[str]) -> list[str]:
+    """Raises CapasError: it is no regular expression."""
+    try:
+        return [name for name in names if re.fullmatch(pattern, name)]
+    except re.error as error:
+        raise CapasError(
+            f"lora.target_modules={pattern!r} is no regular expression: {error}. Give all-linear, names in "
+            "brackets ([q_proj,v_proj]), or an expression for whole names ('.*\\.(q|v)_proj')"
+        ) from None
 
 
 def check_untied(model: Any) -> None:

@@ -27,7 +27,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from capas.architecture import check_causal, stored_quantization
+from capas.architecture import check_supported, stored_quantization
 from capas.errors import CapasError
 from capas.facts import read_json
 from capas.params import Params
@@ -52,7 +52,7 @@ Shape = tuple[int, ...]
 
 
 class EstimateError(CapasError):
-    """A model whose step cannot be followed without its numbers, e.g. one that routes tokens to experts."""
+    """The training step of this model cannot be followed without real tensors."""
 
 
 @dataclass(frozen=True)
@@ -135,7 +135,7 @@ def estimate(
     from capas.lora import trains_all
 
     facts = read_json(folder / "config.json")
-    check_causal(facts, str(folder))
+    check_supported(facts, str(folder))
     quantized = _quantized(stored_quantization(facts, str(folder)) or quantization, model)
     try:
         config = AutoConfig.from_pretrained(folder, trust_remote_code=model.trust_remote_code)

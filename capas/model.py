@@ -12,7 +12,7 @@ from torch import nn
 from transformers import AutoModelForCausalLM, PreTrainedModel
 from transformers.utils import logging as transformers_logging
 
-from capas.architecture import check_causal, stored_quantization
+from capas.architecture import check_modules_dense, check_supported, stored_quantization
 from capas.errors import CapasError
 from capas.facts import read_json
 from capas.kernels import keep_weights_unpacked
@@ -37,7 +37,7 @@ def load_model(folder: Path, model: Params, device: torch.device, **kwargs: Any)
         CapasError: not a causal language model, weights missing or damaged, or not loaded as asked.
     """
     config = read_json(folder / "config.json")
-    check_causal(config, str(folder))
+    check_supported(config, str(folder))
     stored = stored_quantization(config, str(folder))
     asked = model.without("model_name_or_path", "revision")
     try:
@@ -48,6 +48,7 @@ def load_model(folder: Path, model: Params, device: torch.device, **kwargs: Any)
         if getattr(error, "errno", None):  # the machine's, not the model's
             raise
         raise CapasError(f"{folder} cannot be loaded as asked ({asked}): {error}") from None
+    check_modules_dense(loaded, str(folder))
     _check_weights(folder, info)
     check_loaded(asked, loaded)
     check_quantized(loaded, stored, folder)

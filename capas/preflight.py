@@ -19,7 +19,7 @@ import sys
 from pathlib import Path
 from typing import Any
 
-from capas.composition import CONF, composer
+from capas.composition import CONF, composer, word_given
 from capas.dag import recorded
 from capas.errors import CapasError
 from capas.params import Params
@@ -52,7 +52,7 @@ def command(options: argparse.Namespace) -> int:
 
     with composer(root / CONF) as compose:
         values = compose(options.overrides)
-    validate(values)
+    validate(values, word_given(options.overrides, root / CONF))
     params = Params(Pins.read(root=root).known(values))
     folder = config_folder(params.model, root)
 

@@ -32,7 +32,7 @@ from capas.locks import exclusive, is_held
 from capas.params import flatten
 from capas.reproduced import differences
 from capas.result import ancestors
-from capas.store import TRAIN_KEY, existing, reachable, tracking_uri
+from capas.store import TRAIN_KEY, existing, reachable, sqlite_uri, tracking_uri
 from capas.sweep.process import follow
 from capas.worktree import check_out, empty_clone, git
 
@@ -155,7 +155,7 @@ class Rebuilt:
             self.work / ".dvc/tmp/mlflow.db"
         )  # what follows the training live must not write to the user's
         env = {k: v for k, v in environment(self.work).items() if not k.startswith("MLFLOW_")}
-        env |= {"MLFLOW_TRACKING_URI": f"sqlite:///{own}", "MLFLOW_DISABLE_TELEMETRY": "true"}
+        env |= {"MLFLOW_TRACKING_URI": sqlite_uri(own), "MLFLOW_DISABLE_TELEMETRY": "true"}
         command = [sys.executable, "-m", "dvc", *words]
         try:
             for line in follow(command, self.work, env, self._log, lambda: None):

@@ -4,6 +4,7 @@ A run is found by its tag `train_key`, so no run id is ever written to an output
 here and nowhere else; mlflow is imported inside functions, everywhere: that alone costs seconds.
 """
 
+import importlib.util
 import logging
 import os
 import re
@@ -14,9 +15,10 @@ from contextlib import ExitStack, contextmanager
 from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple
-from urllib.parse import urlsplit
+from urllib.parse import quote, unquote, urlsplit
 
-from capas.errors import CapasError
+from capas.artifacts import GuardedClient, UnusableStoreError, check_artifacts
+from capas.errors import CapasError, without_secrets
 from capas.locks import BusyError, exclusive, is_held
 
 UNNAMED = "train-"  # begins the name of a run that is no experiment; the key follows
@@ -35,6 +37,16 @@ _CONNECT_SECONDS = 5.0
 _RELATIVE = re.compile(  # sqlite:///FILE, file:FOLDER or FOLDER; for MLflow, some words name a service
     r"(?P<kind>sqlite(\+\w+)?:///(?!file:)|file:|(?!databricks|uc$)(?![\w+.-]+:))(?P<path>[^/:].*)"
 )
+_SQLITE = re.compile(r"sqlite(\+\w+)?:///(?!file:)(?P<path>[^?]+)")
+# Of sqlite:///PATH MLflow makes the folder whose name is PATH, quoted as it is; of others it makes none.
+_UNREAD = {"sqlite:///": "sqlite+pysqlite:///", "": "file://"}
+_PORTS = {"http": 80, "https": 443, "postgresql": 5432, "mysql": 3306, "mssql": 1433}
+_DRIVERS = {  # the module that SQLAlchemy imports -> the package that brings it
+    "psycopg2": "psycopg2-binary",
+    "psycopg": "'psycopg[binary]'",
+    "MySQLdb": "mysqlclient",
+    "mysql": "mysql-connector-python",
+}
 RETRY = "To retry, once it is there: the same command, or dvc repro publish"
 
 
@@ -52,10 +64,31 @@ def home(root: Path) -> Path:
 
 
 def tracking_uri(root: Path) -> str:
-    """A relative path is one in the user's repository: what lies in a point's folder goes with it."""
+    """A relative path is one in the user's repository: what lies in a point's folder goes with it.
+
+    The repository's own folder is quoted, as a URL wants it: its name may have a ?, a # or a %.
+    """
     uri = os.environ.get("MLFLOW_TRACKING_URI") or "sqlite:///mlflow.db"
     relative = _RELATIVE.fullmatch(uri)
-    return f"{relative['kind']}{home(root) / relative['path']}" if relative else uri
+    if relative is None:
+        return uri
+    kind, here = relative["kind"], home(root)
+    quoted = Path(quote(str(here)))
+    if quoted == here:
+        return f"{kind}{here / relative['path']}"
+    return f"{_UNREAD.get(kind, kind)}{quoted / relative['path']}"
+
+
+def sqlite_uri(file: Path) -> str:
+    """The address of the SQLite database in `file`."""
+    quoted = quote(str(file.resolve()))
+    return f"{'sqlite:///' if Path(quoted) == file.resolve() else _UNREAD['sqlite:///']}{quoted}"
+
+
+def sqlite_file(uri: str) -> Path | None:
+    """The file of an SQLite database; None where `uri` names something else."""
+    found = _SQLITE.match(uri)
+    return Path(unquote(found["path"])) if found and found["path"] != ":memory:" else None
 
 
 def lock_file(root: Path, name: str) -> Path:
@@ -96,11 +129,16 @@ class Store:
             CapasError: the server or the database cannot be reached, or the experiment was deleted.
         """
         uri = tracking_uri(root)
-        _check_server(uri)
+        _check_uri(uri)
         # Two processes that create the tables at once break each other.
         with reachable(uri), locked(root, "store", seconds=60):
             client = _client(uri)
             return cls(client, _experiment_id(client, experiment_name, uri, root), root)
+
+    def check_artifacts(self) -> None:
+        """Raises CapasError: as `artifacts.check_artifacts` of this experiment's place."""
+        location = self.client.get_experiment(self.experiment_id).artifact_location
+        check_artifacts(location, tracking_uri(self.root))
 
     def find(self, train_key: str) -> Any | None:
         """The run of this training; of several the oldest that holds something."""
@@ -192,13 +230,13 @@ def existing(root: Path) -> Any:
         CapasError: there is no store.
     """
     uri = tracking_uri(root)
-    file = uri.removeprefix("sqlite:///")
-    if file != uri and not Path(file).exists():
+    file = sqlite_file(uri)
+    if file is not None and not file.exists():
         raise CapasError(
             f"{file} is missing: nothing was published here yet. Run `dvc repro`, or set "
             "MLFLOW_TRACKING_URI to the server that has the run"
         )
-    _check_server(uri)
+    _check_uri(uri)
     with reachable(uri):
         return _client(uri)
 
@@ -210,7 +248,7 @@ def _client(uri: str) -> Any:
         logging.getLogger(noisy).setLevel(logging.WARNING)
     from mlflow import MlflowClient
 
-    return MlflowClient(tracking_uri=uri)
+    return GuardedClient(MlflowClient(tracking_uri=uri))
 
 
 def _is_empty(run: Any) -> bool:
@@ -232,25 +270,94 @@ def reachable(uri: str) -> Iterator[None]:
         yield
     except (MlflowException, RequestException, SQLAlchemyError) as error:
         reason = str(error).strip().splitlines()[0][:300] if str(error).strip() else repr(error)
-        raise CapasError(f"MLflow at {_safe(uri)} cannot be used: {reason}\n{RETRY}") from error
+        raise CapasError(
+            f"MLflow at {without_secrets(uri)} cannot be used: {without_secrets(reason)}\n{RETRY}"
+        ) from error
 
 
-def _check_server(uri: str) -> None:
-    """Ask for a connection first: MLflow itself tries a dead server for minutes."""
+def _check_uri(uri: str) -> None:
+    """Ask for a connection first: MLflow itself tries a dead server or database for minutes.
+
+    Raises:
+        UnusableStoreError: the database has no driver here, or a kind that SQLAlchemy does not know.
+        CapasError: nothing answers.
+    """
     parts = urlsplit(uri)
-    if parts.scheme not in ("http", "https") or parts.hostname is None:
-        return
-    port = parts.port or (443 if parts.scheme == "https" else 80)
+    kind = parts.scheme.partition("+")[0]
+    port = _port(uri) or _PORTS.get(kind)
+    is_database = kind in ("postgres", "postgresql", "mysql", "mariadb", "mssql", "sqlite")
+    if is_database:
+        _check_driver(uri)
+    if parts.hostname is not None and port is not None:
+        called = "database" if is_database else "MLflow server"
+        try:
+            socket.create_connection((parts.hostname, port), timeout=_CONNECT_SECONDS).close()
+        except OSError as error:
+            raise CapasError(
+                f"no {called} answers at {without_secrets(uri)}: {error}\n{RETRY}"
+            ) from None
+    if is_database:
+        _check_database(uri)
+
+
+def _port(uri: str) -> int | None:
+    """Raises UnusableStoreError: what stands for a port is no number."""
     try:
-        socket.create_connection((parts.hostname, port), timeout=_CONNECT_SECONDS).close()
+        return urlsplit(uri).port
+    except ValueError:
+        raise UnusableStoreError(
+            f"MLFLOW_TRACKING_URI={without_secrets(uri)}: what stands for the port is no number. A password "
+            "with /, @, # or : in it must be quoted: %2F, %40, %23, %3A"
+        ) from None
+
+
+def _check_driver(uri: str) -> None:
+    """Raises UnusableStoreError: as `_check_uri`."""
+    from sqlalchemy.engine import make_url
+    from sqlalchemy.exc import ArgumentError, NoSuchModuleError
+
+    given = f"MLFLOW_TRACKING_URI={without_secrets(uri)}"
+    try:
+        make_url(uri).get_dialect().import_dbapi()
+    except NoSuchModuleError:
+        raise UnusableStoreError(
+            f"{given}: SQLAlchemy knows no database of that kind. Write "
+            "postgresql://USER:PASSWORD@HOST/NAME, mysql+pymysql://USER:PASSWORD@HOST/NAME or sqlite:///FILE"
+        ) from None
+    except ModuleNotFoundError as error:
+        package = _DRIVERS.get(str(error.name), str(error.name))
+        other = ""
+        if error.name == "psycopg" and importlib.util.find_spec("psycopg2"):
+            other = "; or write postgresql+psycopg2://..., whose driver is installed"
+        if error.name == "MySQLdb":
+            other = "; or write mysql+pymysql://... and pip install pymysql"
+        raise UnusableStoreError(
+            f"{given} needs the module {error.name}, which is not installed: pip install {package}{other}"
+        ) from None
+    except ArgumentError as error:
+        raise UnusableStoreError(f"{given} is no address of a database: {error}") from None
+
+
+def _check_database(uri: str) -> None:
+    """Raises CapasError: it refuses a connection, e.g. for a password or a folder that is not there."""
+    from sqlalchemy import create_engine
+    from sqlalchemy.exc import SQLAlchemyError
+    from sqlalchemy.pool import NullPool
+
+    file = sqlite_file(uri)
+    try:
+        if file is not None:
+            file.parent.mkdir(parents=True, exist_ok=True)
+        create_engine(uri, poolclass=NullPool).connect().close()
     except OSError as error:
-        raise CapasError(f"no MLflow server answers at {_safe(uri)}: {error}\n{RETRY}") from None
-
-
-def _safe(uri: str) -> str:
-    """Without a password."""
-    parts = urlsplit(uri)
-    return uri.replace(f":{parts.password}@", ":***@") if parts.password else uri
+        raise CapasError(
+            f"the database {uri} cannot be made: {error.strerror} ({error.filename})"
+        ) from None
+    except SQLAlchemyError as error:
+        reason = str(getattr(error, "orig", None) or error).strip().splitlines()[0][:300]
+        raise CapasError(
+            f"the database {without_secrets(uri)} refuses a connection: {without_secrets(reason)}\n{RETRY}"
+        ) from None
 
 
 def _experiment_id(client: Any, name: str, uri: str, root: Path) -> str:
@@ -262,7 +369,7 @@ def _experiment_id(client: Any, name: str, uri: str, root: Path) -> str:
     if found.lifecycle_stage == "deleted":
         raise CapasError(
             f"the MLflow experiment '{name}' was deleted. Bring it back with `mlflow experiments restore "
-            f"-x {found.experiment_id}` (MLFLOW_TRACKING_URI={_safe(uri)}), or set "
+            f"-x {found.experiment_id}` (MLFLOW_TRACKING_URI={without_secrets(uri)}), or set "
             "tracking.experiment_name to another name"
         )
     return str(found.experiment_id)

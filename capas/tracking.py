@@ -1,6 +1,7 @@
 """Send the rows of a running training to MLflow, as they come.
 
     python -m capas.tracking follow --key TRAIN_KEY --rows FILE
+    python -m capas.tracking check       before a training: can its result be published? See `main`
 
 `capas.live` starts it beside a training, which appends its log to FILE, one JSON object a line, the last
 {"event": "end"} or {"event": "failed"}. Standard input is a pipe that closes when the training's process
@@ -18,8 +19,10 @@ import time
 from pathlib import Path
 from typing import Any
 
+from capas.artifacts import UnusableStoreError
 from capas.dag import read_yaml
-from capas.errors import CapasError
+from capas.errors import CapasError, without_secrets
+from capas.live import AWAY, UNUSABLE
 from capas.store import UNNAMED, Point, Store, locked, reachable, tracking_uri
 
 log = logging.getLogger("capas")
@@ -168,9 +171,28 @@ def end_late(root: Path, key: str, experiment_name: str, status: str) -> None:
             log.info("the run is not ended yet: %s", error)
 
 
+def check(root: Path) -> int:
+    """Open the store and look where its artifacts go; what is wrong is printed.
+
+    Returns:
+        The exit code: `live.UNUSABLE` where a package, credentials or a place are missing, for which no later
+        `publish` could help; `live.AWAY` where nothing answers, which may change.
+    """
+    name = read_yaml(root / "params.yaml")["tracking"]["experiment_name"]
+    try:
+        with reachable(tracking_uri(root)):
+            Store.open(root, name).check_artifacts()
+    except CapasError as error:
+        sys.stdout.write(without_secrets(str(error)))
+        return UNUSABLE if isinstance(error, UnusableStoreError) else AWAY
+    return 0
+
+
 def main(arguments: list[str]) -> None:
     parser = argparse.ArgumentParser(prog="python -m capas.tracking", description=__doc__)
-    command = parser.add_subparsers(required=True).add_parser("follow")
+    commands = parser.add_subparsers(required=True, dest="command")
+    commands.add_parser("check")
+    command = commands.add_parser("follow")
     command.add_argument("--key", required=True)
     command.add_argument("--rows", required=True, type=Path)
     options = parser.parse_args(arguments)
@@ -180,12 +202,14 @@ def main(arguments: list[str]) -> None:
     if not read_yaml(root / "params.yaml")["tracking"]["enabled"]:
         log.info("tracking.enabled is false")
         return
+    if options.command == "check":
+        sys.exit(check(root))
     try:
         log.info(
             "the training ended: %s", follow(root, options.key, options.rows, sys.stdin.fileno())
         )
     except CapasError as error:
-        sys.exit(f"tracking: {error}")
+        sys.exit(f"tracking: {without_secrets(str(error))}")
 
 
 if __name__ == "__main__":

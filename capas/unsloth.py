@@ -69,11 +69,11 @@ def load_base(
     import torch
     from unsloth import FastLanguageModel
 
-    from capas.architecture import check_causal, stored_quantization
+    from capas.architecture import check_supported, stored_quantization
     from capas.model import check_loaded, check_quantized
 
     config = read_json(folder / "config.json")
-    check_causal(config, str(folder))
+    check_supported(config, str(folder))
     stored = stored_quantization(config, str(folder))
     try:
         loaded, _ = FastLanguageModel.from_pretrained(

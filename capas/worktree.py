@@ -6,6 +6,7 @@ What git ignores is no part of it: DVC's outputs, and what lies in data/own.
 import os
 import shutil
 import subprocess
+from collections.abc import Callable
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import NamedTuple
@@ -39,8 +40,11 @@ def git(root: Path, *arguments: str, check: bool = True, **env: str) -> str:
     return _git(root, *arguments, check=check, **env).decode().strip()
 
 
-def snapshot(root: Path) -> Snapshot:
+def snapshot(root: Path, keep: Callable[[Path], bool] = lambda file: True) -> Snapshot:
     """The working tree now; neither the files nor the user's index are touched.
+
+    Args:
+        keep: whether a file that the commit does not have is part of it.
 
     Raises:
         CapasError: `root` is no git repository, or has no commit yet.
@@ -55,7 +59,31 @@ def snapshot(root: Path) -> Snapshot:
         if index.exists():
             shutil.copy2(index, own)  # its times and sizes spare git reading what did not change
         git(root, "add", "--all", GIT_INDEX_FILE=str(own))
+        top = Path(git(root, "rev-parse", "--show-toplevel"))
+        for name in _added(top, "--cached", "HEAD", GIT_INDEX_FILE=str(own)):
+            if not keep(top / name):
+                git(top, "update-index", "--force-remove", "--", name, GIT_INDEX_FILE=str(own))
         return Snapshot(commit, git(root, "write-tree", GIT_INDEX_FILE=str(own)))
+
+
+def added(root: Path, taken: Snapshot) -> list[str]:
+    """The files of the tree that the commit does not have, named from git's top folder."""
+    return _added(Path(git(root, "rev-parse", "--show-toplevel")), taken.commit, taken.tree)
+
+
+def _added(top: Path, *which: str, **env: str) -> list[str]:
+    names = _git(
+        top,
+        "diff",
+        "--name-only",
+        "--no-renames",
+        "--diff-filter=A",
+        "-z",
+        *which,
+        check=True,
+        **env,
+    )
+    return [name for name in os.fsdecode(names).split("\0") if name]
 
 
 def difference(root: Path, taken: Snapshot) -> bytes:

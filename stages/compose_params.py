@@ -38,6 +38,7 @@ from capas.composition import (
     digest,
     dump,
     read,
+    word_given,
 )  # fmt: skip
 from capas.config import GROUPS, advice, group_schema, validate
 from capas.dataset.references import read_references
@@ -72,14 +73,14 @@ def main(options: argparse.Namespace) -> None:
     chosen.cache_clear()
     ensure_overrides(reset=options.reset)
     before = inputs()
-    pins = Pins.read()
+    pins, word = Pins.read(), word_given(options.overrides)
     with composer(CONF) as compose:
         target = with_metrics(compose(options.overrides))
     if options.update_revisions:
-        validate(target)
+        validate(target, word)
         pins.update(target)
     if options.print:
-        validate(target)
+        validate(target, word)
         target = pins.resolve(target)
         if options.files:
             write_all({options.files / path: text for path, text in resolved_files(target).items()})
@@ -89,7 +90,7 @@ def main(options: argparse.Namespace) -> None:
         return show_changes(target, pins, options)
     if came_from_outside(target, pins, options):
         target = adopt(read(PARAMS)[0], pins, options.keep)
-    validate(target)
+    validate(target, word)
     target = pins.resolve(target)
     outputs = {REVISIONS: pins.dump()} if pins.changed else {}
     files = resolved_files(target)
@@ -172,7 +173,7 @@ def came_from_outside(target: Values, pins: Pins, options: argparse.Namespace) -
 
 def adopt(values: Values, pins: Pins, keep: bool) -> Values:
     """Validate first: a wrong value must not reach conf/overrides.yaml."""
-    validate(values)
+    validate(values, word_given())
     pins.resolve(values)
     resolved_files(with_metrics(values))
     absorb(values, lambda found: with_metrics(pins.known(found)))

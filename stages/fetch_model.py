@@ -13,7 +13,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 from capas import adapter
-from capas.architecture import check_causal, stored_quantization
+from capas.architecture import check_supported, stored_quantization
 from capas.embedded import FOLDER, MANIFEST, verify
 from capas.errors import CapasError
 from capas.facts import read_json, write_json
@@ -124,7 +124,7 @@ def check_config(folder: Path, name: str) -> None:
     if not (folder / "config.json").is_file():
         raise CapasError(f"{name} holds no config.json")
     config = read_json(folder / "config.json")
-    check_causal(config, name)
+    check_supported(config, name)
     stored_quantization(config, name)
 
 

@@ -51,6 +51,7 @@ def main(params: Params, stage: Stage) -> None:
     with locked(stage.root, key, seconds=60):  # the live tracker may still be at its last rows
         store = Store.open(stage.root, params.tracking.experiment_name)
         with reachable(tracking_uri(stage.root)):
+            store.check_artifacts()
             found = store.find_or_create(key, run_name(key))
             publish(store, found, lock, params, stage)
             store.set_status(found.info.run_id, "FINISHED")

@@ -53,6 +53,8 @@ def main(params: Params, stage: Stage) -> None:
     if params.trainer.backend == "unsloth":
         unsloth.prepare(stage.root)
     initial = initial_adapter(params.lora, stage)
+    follows = launch.is_main() and not stage.debug
+    check_tracker = live.start_check(stage.root, enabled=follows)
     from capas import capacity, certificate, fused, lora, training, usage
     from capas.batches import Collator, read_examples, tails
     from capas.packing import pack
@@ -81,7 +83,7 @@ def main(params: Params, stage: Stage) -> None:
         checkpoint = training.last_checkpoint(checkpoints, resume=not stage.debug)
     args.eval_on_start = checkpoint is None  # the curve begins with the base
     trainer = make_trainer(model, args, rows, validation, collator, params)
-    follows = launch.is_main() and not stage.debug
+    check_tracker()
     with live.tracker(stage.root, stage.key(), enabled=follows) as log_rows:
         trainer.add_callback(training.LiveRows(log_rows.append))
         trainer.train(resume_from_checkpoint=str(checkpoint) if checkpoint else None)
@@ -215,7 +217,7 @@ def add_lora(base: "PreTrainedModel", params: Params, initial: Path | None = Non
     """
     from capas import lora
 
-    check_target_modules(base, params.lora.target_modules)
+    lora.check_target_modules(base, params.lora.target_modules)
     add = unsloth.add_lora if params.trainer.backend == "unsloth" else add_with_peft
     model = add(base, params)
     lora.check_untied(model)
@@ -238,7 +240,7 @@ def add_with_peft(base: "PreTrainedModel", params: Params) -> Any:
     set_seed(params.trainer.seed)  # A is drawn at random
     try:
         return get_peft_model(base, lora.make_config(params.lora))
-    except (ValueError, re.error) as error:  # a regular expression that fits no layer, or is none
+    except ValueError as error:
         raise CapasError(f"PEFT refuses the lora group: {error}") from None
 
 
@@ -252,30 +254,6 @@ def check_lengths(folder: Path, lengths: list[int], trust_remote_code: bool) -> 
         raise CapasError(
             f"the longest record has {max(lengths)} tokens, and the model has positions for {limit}: set "
             f"dataset.max_length={limit}, with dataset.overflow=drop or truncate"
-        )
-
-
-def check_target_modules(base: "PreTrainedModel", target_modules: list[str] | str) -> None:
-    """PEFT passes over a name that no layer has, as long as another one fits.
-
-    Raises:
-        CapasError: with the names that there are.
-    """
-    from torch import nn
-    from transformers.pytorch_utils import Conv1D  # the linear layer of GPT-2
-
-    kinds = (nn.Linear, Conv1D)
-    layers = [name for name, module in base.named_modules() if isinstance(module, kinds)]
-    asked = (
-        [] if isinstance(target_modules, str) else target_modules
-    )  # "all-linear", or a regular expression
-    unknown = [
-        name for name in asked if not any(f".{layer}".endswith(f".{name}") for layer in layers)
-    ]
-    if unknown:
-        known = dict.fromkeys(layer.rpartition(".")[2] for layer in layers)
-        raise CapasError(
-            f"lora.target_modules: no layer is called {', '.join(unknown)}; there are: {', '.join(known)}"
         )
 
 
@@ -318,7 +296,7 @@ def make_trainer(
     params: Params,
 ) -> "Trainer":
     """It checks at its first step that it computes with what `params` asks for."""
-    from capas import training, usage
+    from capas import schedule, training, usage
 
     trainer = training.Trainer(
         save_total_limit=params.trainer.save_total_limit,
@@ -334,7 +312,12 @@ def make_trainer(
     )
     if params.trainer.early_stopping_patience:
         trainer.add_callback(early_stopping(params.trainer))
-    trainer.check_at_start(lambda: usage.check_trainer(trainer, params))
+
+    def check() -> None:
+        usage.check_trainer(trainer, params)
+        schedule.check_schedule(trainer)
+
+    trainer.check_at_start(check)
     return trainer
 
 

@@ -412,6 +412,28 @@ def test_a_pin_is_no_override(online: Any) -> None:
     assert "didn't change, skipping" in workspace.repro("compose")
 
 
+def test_dvc_exp_run_refuses_what_is_wrong_at_once_and_leaves_the_workspace_alone(
+    workspace: Composing,
+) -> None:
+    before = workspace.run("git", "status", "--porcelain"), workspace.read("params.yaml")
+    given = ("lora.rank=8", "trainer.lr=1e-3", "trainer.max_steps=0", "model.revision=12e4567")
+    log = workspace.run("dvc", "exp", "run", *(f"-S{o}" for o in given), "compose", check=False)
+    for sentence in (
+        "lora.rank: no such key; did you mean lora.r?",
+        "trainer.lr: no such key; did you mean trainer.learning_rate?",
+        "trainer.max_steps=0: expected -1 (epochs decide) or at least 1",
+        "model.revision=12e4567: expected a text, and 12e4567 is read as a number",
+    ):
+        assert sentence in log
+    assert "4 problem(s)" in log and "Traceback" not in log and "unexpected error" not in log
+    assert (workspace.run("git", "status", "--porcelain"), workspace.read("params.yaml")) == before
+    kwargs = "trainer.lr_scheduler_kwargs={num_cycles: 2}"
+    schedule = "trainer.lr_scheduler_type=cosine_with_restarts"
+    workspace.run("dvc", "exp", "run", "-S", schedule, "-S", kwargs, "compose")
+    values = yaml.safe_load(workspace.read("params.yaml"))
+    assert values["trainer"]["lr_scheduler_kwargs"] == {"num_cycles": 2}
+
+
 def test_a_revision_that_somebody_chose_is_an_override(online: Any) -> None:
     workspace, hub, _ = online
     hub.commit("models/org/x", {"config.json": b"{}"})

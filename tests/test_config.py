@@ -4,17 +4,20 @@ import copy
 import inspect
 import json
 import re
+import shutil
 from collections.abc import Callable
 from functools import cache
+from pathlib import Path
 from typing import Any
 
 import pytest
 import yaml
 from hydra.core.override_parser.overrides_parser import OverridesParser
+from omegaconf import OmegaConf
 from workspace import REPOSITORY
 
-from capas.composition import composer, digest, dump
-from capas.config import _SCHEDULE_KWARGS, GROUPS, advice, group_schema, known_keys, validate
+from capas.composition import composer, digest, dump, word_given
+from capas.config import GROUPS, SCHEDULES, advice, group_schema, known_keys, validate
 from capas.errors import CapasError
 from capas.params import flatten
 
@@ -89,6 +92,16 @@ def test_every_option_composes_is_valid_and_names_itself(
     values = compose([f"{group}={option}", *beside, *BESIDE.get(option, [])])
     validate(values)
     assert values[group]["preset"] == option
+
+
+@pytest.mark.parametrize("dataset", [option for group, option in OPTIONS if group == "dataset"])
+def test_a_quick_run_is_one_of_any_dataset(
+    compose: Callable[[list[str]], Any], dataset: str
+) -> None:
+    values = compose([f"dataset={dataset}", "experiment=quick"])
+    validate(values)
+    assert values["dataset"]["preset"] == dataset
+    assert values["dataset"]["max_records"] == 500
 
 
 def test_all_options_of_a_group_have_the_same_keys(compose: Callable[[list[str]], Any]) -> None:
@@ -167,6 +180,51 @@ def test_an_optimizer_whose_bytes_differ_by_vendor_is_told(
     assert line.startswith(f"trainer.optim={optim} takes square roots from oneMKL")
     assert not advice(compose([f"trainer.optim={optim}", "hardware.instruction_set=native"]))
     assert not advice(compose(["trainer.optim=sgd"]))
+
+
+@pytest.mark.parametrize(
+    ("overrides", "told"),
+    [
+        (["generation.system='Be brief.'"], "dataset.system is none"),
+        (["dataset=own_csv", "generation.system='Be brief.'"], "dataset.system is none"),
+        (
+            ["dataset=own_csv", "dataset.system='Be kind.'", "generation.system='Be brief.'"],
+            "'Be kind.'",
+        ),
+        (["dataset=own_csv", "dataset.system='Be kind.'", "generation.system='Be kind.'"], None),
+        (["dataset=own_csv", "dataset.system='Be kind.'"], None),
+        (["dataset=own_jsonl", "generation.system='Be brief.'"], None),  # records may bring it
+        (["hardware=gpu", "generation.system='Be brief.'"], "dataset.system is none"),
+    ],
+)
+def test_a_system_prompt_that_was_not_trained_is_told(
+    compose: Callable[[list[str]], Any], overrides: list[str], told: str | None
+) -> None:
+    lines = advice(edited(compose, overrides))
+    assert [told in line for line in lines if told] == ([True] if told else [])
+    assert bool(lines) is (told is not None)
+
+
+@pytest.mark.parametrize(
+    ("key", "value"),
+    [
+        ("data_files", "https://ana:hidden@host/x.csv"),
+        ("data_files", ["data/own/a.csv", "https://host/x.csv?token=hidden"]),
+        ("data_files", {"train": "https://bucket/x.csv?X-Amz-Signature=hidden"}),
+        ("path", "https://hidden@github.com/o/r"),
+        ("licence", "hf_hidden0123456789hidden"),
+    ],
+)
+def test_a_password_or_a_token_is_refused_and_not_shown(
+    compose: Callable[[list[str]], Any], key: str, value: Any
+) -> None:
+    values = compose(["dataset=own_csv"])
+    values["dataset"][key] = value
+    text = problems(values)
+    assert f"dataset.{key}" in text and "holds a password or a token (***)" in text
+    assert "hidden" not in text
+    values = compose(["generation.system='https://ana:pass@host'"])
+    validate(values)
 
 
 def test_schema_and_conf_have_the_same_keys(compose: Callable[[list[str]], Any]) -> None:
@@ -310,10 +368,11 @@ def test_an_override_of_no_key_is_told_the_one_that_was_meant(
         ),
         (["trainer.packing_length=4"], "greater than or equal to 8"),
         (["trainer.loraplus_lr_ratio=0.5"], "greater than or equal to 1"),
-        (["+trainer.lr_scheduler_kwargs.power=2"], "linear: none; "),
+        (["+trainer.lr_scheduler_kwargs.power=2"], "=linear has no such argument"),
         (["trainer.lr_scheduler_type=cosine_with_min_lr"], "exactly one of min_lr and min_lr_rate"),
         (["trainer.lr_scheduler_type=warmup_stable_decay"], "num_decay_steps in"),
         (["trainer.lr_scheduler_type=constant"], "no warm-up in a constant schedule"),
+        (["trainer.max_steps=1"], "trainer.warmup_steps=0 with a single step"),
         (["trainer.load_best_model_at_end=true", "trainer.save_steps=50"], "equal to eval_steps"),
         (["trainer.divergence_factor=1.0"], "greater than 1"),
         (["trainer.save_total_limit=1"], "greater than or equal to 2"),
@@ -363,9 +422,96 @@ def test_schedules_have_the_arguments_that_transformers_gives_them() -> None:
     given = {"optimizer", "num_warmup_steps", "num_training_steps", "last_epoch"}
     fixed = ("constant", "constant_with_warmup")  # get_scheduler passes nothing on to them
     for kind, function in TYPE_TO_SCHEDULER_FUNCTION.items():
-        if kind.value in _SCHEDULE_KWARGS and kind.value not in fixed:
+        if kind.value in SCHEDULES and kind.value not in fixed:
             known = set(inspect.signature(function).parameters) - given
-            assert known == _SCHEDULE_KWARGS[kind.value], kind.value
+            assert known == set(SCHEDULES[kind.value]), kind.value
+
+
+@pytest.mark.parametrize(
+    ("kind", "kwargs", "expected"),
+    [
+        ("cosine", {"num_cycles": 0}, "num_cycles=0: expected a number above 0"),
+        ("cosine", {"num_cycles": "2"}, "num_cycles='2': expected a number above 0"),
+        ("cosine_with_restarts", {"num_cycles": 1.5}, "num_cycles=1.5: expected a whole number of"),
+        ("cosine_with_min_lr", {"min_lr": 0.004}, "below trainer.learning_rate (cosine_with_min"),
+        ("cosine_with_min_lr", {"min_lr_rate": 1.5}, "at least 0 and below 1"),
+        ("polynomial", {"lr_end": -1}, "lr_end=-1: expected a learning rate of at least 0"),
+        (
+            "polynomial",
+            {"lr_end": 0.01},
+            "lr_end=0.01: expected a learning rate of at least 0, below",
+        ),
+        ("polynomial", {"lr_end": float("nan")}, "lr_end=nan: expected a learning rate"),
+        ("polynomial", {"power": 0}, "power=0: expected a number above 0"),
+        ("inverse_sqrt", {"timescale": 0}, "timescale=0: expected a whole number of steps"),
+        ("warmup_stable_decay", {"num_decay_steps": 1.5}, "num_decay_steps=1.5: expected a whole"),
+        ("warmup_stable_decay", {"num_decay_steps": 9, "decay_type": "exp"}, "cosine or 1-sqrt"),
+        ("warmup_stable_decay", {"num_decay_steps": 9, "min_lr_ratio": 1}, "and below 1"),
+        ("warmup_stable_decay", {"num_decay_steps": 9, "num_stable_steps": -1}, "at least 0"),
+    ],
+)
+def test_an_argument_of_a_schedule_has_a_type_and_a_range(
+    compose: Callable[[list[str]], Any], kind: str, kwargs: dict[str, Any], expected: str
+) -> None:
+    values = compose([f"trainer.lr_scheduler_type={kind}"])
+    values["trainer"]["lr_scheduler_kwargs"] = kwargs
+    text = problems(values)
+    assert f"trainer.lr_scheduler_kwargs.{list(kwargs)[-1]}=" in text
+    assert expected in text
+
+
+@pytest.mark.parametrize(
+    ("override", "key", "value"),
+    [
+        (
+            "trainer.lr_scheduler_kwargs={num_cycles: 2}",
+            "trainer.lr_scheduler_kwargs.num_cycles",
+            2,
+        ),
+        ("trainer.lr_scheduler_kwargs.num_cycles=2", "trainer.lr_scheduler_kwargs.num_cycles", 2),
+        ("generation.settings.greedy.top_k=null", "generation.settings.greedy.top_k", None),
+    ],
+)
+def test_a_mapping_that_conf_leaves_open_takes_keys_from_the_command_line(
+    compose: Callable[[list[str]], Any], override: str, key: str, value: Any
+) -> None:
+    values = compose(["trainer.lr_scheduler_type=cosine_with_restarts", override])
+    assert flatten(values)[key] == value
+    validate(values)
+
+
+def test_all_unknown_keys_are_told_at_once(compose: Callable[[list[str]], Any]) -> None:
+    with pytest.raises(
+        CapasError, match=r"did you mean lora.r\?.*did you mean trainer.learning_rat"
+    ):
+        compose(["lora.rank=8", "trainer.lr=1e-3", "experiment=quick"])
+
+
+def test_an_unknown_key_in_an_open_mapping_is_told(compose: Callable[[list[str]], Any]) -> None:
+    assert "has no such argument" in problems(compose(["trainer.lr_scheduler_kwargs.cycles=2"]))
+    assert "dataset.flaws.malforme" in problems(compose(["dataset.flaws.malforme=drop"]))
+
+
+@pytest.mark.parametrize(
+    ("word", "kind"), [("12e4567", "a number"), ("1_000", "a number"), ("true", "true or false")]
+)
+def test_a_word_that_is_read_as_no_text_is_told_as_it_was_given(
+    compose: Callable[[list[str]], Any], tmp_path: Path, word: str, kind: str
+) -> None:
+    shutil.copytree(CONF, tmp_path / "conf")
+    file = tmp_path / "conf/model/_base.yaml"
+    file.write_text(file.read_text().replace("revision: main", f"revision: {word}"))
+    quoted = f"model.revision={word}: expected a text, and {word} is read as {kind}. Quote it: rev"
+    override = f"model.revision={word}"
+    in_conf = compose(["model=qwen3_4b"])
+    in_conf["model"]["revision"] = OmegaConf.create(f"x: {word}").x
+    given = (
+        (word_given([override]), compose(["model=qwen3_4b", override])),
+        (word_given([], tmp_path / "conf"), in_conf),
+    )
+    for found, values in given:
+        with pytest.raises(CapasError, match=re.escape(quoted)):
+            validate(values, found)
 
 
 def test_a_value_that_hydra_cannot_compose_is_a_clear_error(

@@ -78,6 +78,10 @@ def test_missing_shard_is_refused(root: Path) -> None:
         ({"architectures": ["BertForMaskedLM"]}, "encoder-only"),
         ({"quantization_config": {"quant_method": "gptq"}}, r"quant_method=gptq, and .* gptqmodel"),
         ({"architectures": ["T5Model"], "is_encoder_decoder": True}, "encoder-decoder"),
+        (
+            {"architectures": ["MixtralForCausalLM"], "num_local_experts": 8},
+            r"local is a mixture of experts \(MixtralForCausalLM.*num_local_experts=8.*dense model",
+        ),
     ],
 )
 def test_model_that_cannot_be_tuned_is_refused(

@@ -6,6 +6,7 @@ import pytest
 import torch
 from tiny import make_model
 
+from capas.errors import CapasError
 from capas.generation import Completion, _until_stop, complete, generation_config, pad_left
 
 CHAT = {"bos_token_id": None, "pad_token_id": 256, "stop_token_ids": [258, 261]}
@@ -26,6 +27,18 @@ def test_batched_equals_one_by_one(attention: str) -> None:
     assert len({tuple(found[0].input_ids) for found in batched}) > 6, (
         "the model answers prompts differently"
     )
+
+
+def test_an_answer_beyond_the_models_positions_is_refused_before_the_first() -> None:
+    model = make_model(max_position_embeddings=16).eval()
+    model.generate = None  # nothing is generated
+    told = r"prompt 2 of 3 has 10 tokens .* may have 7, .* made for 16: set max_new_tokens=6"
+    with pytest.raises(CapasError, match=told):
+        complete(model, [[5], [6] * 10, [7]], generation_config(CHAT, 7), batch_size=1)
+    with pytest.raises(CapasError, match="shorten the prompts"):
+        complete(model, [[6] * 16], generation_config(CHAT, 1), batch_size=1)
+    whole = make_model(max_position_embeddings=16).eval()
+    assert complete(whole, [[6] * 10], generation_config(CHAT, 6), batch_size=1)
 
 
 def test_pad_token_may_be_a_token_of_the_prompt() -> None:

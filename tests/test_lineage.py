@@ -98,6 +98,53 @@ def test_what_is_not_committed_is_kept_whole(root: Path, tmp_path: Path) -> None
     assert restored(root, state, tmp_path / "clone") == tags["git.tree"] == state.taken.tree
 
 
+SECRETS = (
+    ".env",
+    "sub/.env.local",
+    "server.pem",
+    "id_rsa",
+    "credentials.json",
+    ".netrc",
+    "hf_token",
+)
+
+
+def test_what_may_hold_a_secret_or_is_large_stays_here_and_what_travels_is_told(
+    root: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    monkeypatch.setattr(lineage, "MAX_FILE_BYTES", 2**20)
+    (root / "sub").mkdir()
+    for name in SECRETS:
+        (root / name).write_text("TOKEN=hidden")
+    (root / "large.bin").write_bytes(bytes(2**20 + 1))
+    (root / ".env.example").write_text("TOKEN=")
+    (root / "tokenizer.json").write_text("{}")
+    caplog.set_level("INFO", "capas")
+    publish(root)
+    tags, state = kept(root)
+    assert b"hidden" not in state.patch
+    assert restored(root, state, tmp_path / "clone") == tags["git.tree"]
+    there = {file.name for file in (tmp_path / "clone").iterdir()}
+    assert {".env.example", "tokenizer.json"} <= there
+    assert not there & {*SECRETS, "large.bin"}
+    assert "kept with the run in MLflow: .env.example, tokenizer.json" in caplog.text
+    (stayed,) = (text for text in caplog.messages if "not sent to MLflow" in text)
+    assert all(name in stayed for name in (*SECRETS, "large.bin"))
+    assert git(root, "status", "--porcelain", "sub") == "?? sub/"  # the user's index is his own
+    assert "git.left_out" not in tags
+
+
+def test_a_run_that_needs_a_file_which_stayed_says_so(root: Path) -> None:
+    secret = root / "conf/secret.yaml"
+    secret.parent.mkdir(exist_ok=True)
+    secret.write_text("a: 1")
+    publish(root)
+    store, found = the_run(root)
+    assert found.data.tags["git.left_out"] == "conf/secret.yaml"
+    with pytest.raises(CapasError, match=r"not kept was conf/secret\.yaml"):
+        lineage.read_state(store.client, found)
+
+
 def test_a_state_is_replaced_whole_and_only_with_its_artifacts(root: Path, tmp_path: Path) -> None:
     (root / "code.py").write_text("print(2)\n")
     publish(root)

@@ -29,10 +29,10 @@ ELSEWHERE = {"PYTHONHASHSEED": "7", "LANG": "C", "TZ": "Asia/Tokyo"}
 FORCED = ("fetch", "tokenize", "format", "train", "report")
 SMALLER = {
     "conf/experiment/quick.yaml": {
-        "num_train: 400, num_validation: 40, num_test_per_kind: 8": (
-            "num_train: 200, num_validation: 20, num_test_per_kind: 2"
+        "dataset: {max_records: 500}": "dataset: {max_records: 220}",
+        "evaluation: {max_records: 40, max_new_tokens: 48}": (
+            "evaluation: {max_records: 10, max_new_tokens: 16}"
         ),
-        "evaluation: {max_new_tokens: 48}": "evaluation: {max_new_tokens: 16}",
         "generation: {num_prompts: 2, num_return_sequences: 2, max_new_tokens: 48}": (
             "generation: {num_prompts: 1, num_return_sequences: 2, max_new_tokens: 8}"
         ),

@@ -16,7 +16,7 @@ from capas.dag import StageSpec, read_yaml, recorded, recorded_key
 from capas.errors import CapasError
 from capas.params import Params, select
 from capas.stage import Stage
-from capas.store import Store, tracking_uri
+from capas.store import Store, existing, tracking_uri
 from stages import publish_run
 
 MARKER = "reports/.published"
@@ -237,3 +237,19 @@ def test_without_a_recorded_training_there_is_nothing_to_publish(tmp_path: Path)
     (tmp_path / "dvc.lock").unlink()
     with pytest.raises(CapasError, match=r"dvc\.lock records no training yet"):
         publish(tmp_path)
+
+
+def test_a_store_of_artifacts_that_refuses_is_told_before_a_run_is_made(
+    tmp_path: Path, empty_mlflow_db: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for name in ("MLFLOW_TRACKING_URI", "DVC_ROOT", "AWS_ACCESS_KEY_ID", "AWS_PROFILE"):
+        monkeypatch.delenv(name, raising=False)
+    monkeypatch.setenv("AWS_EC2_METADATA_DISABLED", "true")
+    monkeypatch.setenv("HOME", str(tmp_path))
+    root = write_inputs(tmp_path / "root")
+    shutil.copy(empty_mlflow_db, root / "mlflow.db")
+    client = existing(root)
+    made = client.create_experiment("capas", artifact_location="s3://bucket/runs")
+    with pytest.raises(CapasError, match=r"s3://bucket/runs, which refuses: .*AWS_ACCESS_KEY_ID"):
+        publish(root)
+    assert not client.search_runs([made])

@@ -2,6 +2,7 @@
 
 import json
 import os
+import shutil
 import sqlite3
 import subprocess
 import sys
@@ -167,6 +168,51 @@ def test_a_relative_store_is_in_the_users_repository(
     monkeypatch.setenv("MLFLOW_TRACKING_URI", given)
     monkeypatch.setenv(stores.HOME, str(tmp_path))
     assert tracking_uri(tmp_path / "point") == expected.replace("HOME", str(tmp_path))
+
+
+@pytest.mark.parametrize("name", ["what? now", "a%20b", "x#y", "a;b", "ñ+ &"])
+def test_a_store_is_in_its_repository_whatever_that_is_called(
+    name: str, tmp_path: Path, empty_mlflow_db: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    root = tmp_path / name
+    root.mkdir()
+    shutil.copy(empty_mlflow_db, root / "mlflow.db")
+    monkeypatch.setenv(stores.HOME, str(root))
+    store = Store.open(root, "tests")
+    store.check_artifacts()
+    run = store.client.create_run(store.experiment_id)
+    store.client.log_text(run.info.run_id, "here", "note.txt")
+    assert stores.sqlite_file(tracking_uri(root)) == root / "mlflow.db"
+    assert stores.sqlite_file(stores.sqlite_uri(root / "a.db")) == root / "a.db"
+    assert [file.name for file in tmp_path.iterdir()] == [name]
+    assert list(root.glob("mlartifacts/*/artifacts/note.txt"))
+    assert stores.existing(root).get_run(run.info.run_id).info.run_id == run.info.run_id
+
+
+@pytest.mark.parametrize(
+    ("uri", "reason"),
+    [
+        ("postgres://ana:hidden@host/x", "Write postgresql://USER:PASSWORD@HOST/NAME"),
+        ("postgresql://ana:hidden@host/x", r"psycopg, .*or write postgresql\+psycopg2://"),
+        ("mysql://ana:hidden@host/x", r"pip install mysqlclient; or write mysql\+pymysql://"),
+        ("mysql+pymysql://ana:hidden@host/x", "pip install pymysql"),
+        ("postgresql+psycopg2://ana:hid/den@host:5432/x", "must be quoted: %2F"),
+        ("postgresql+psycopg2://ana:hidden@127.0.0.1:9/x", "no database answers at"),
+        ("sqlite:////dev/null/mlflow.db", r"cannot be made: .*/dev/null"),
+        ("sqlite:////dev", "refuses a connection: unable to open database file"),
+    ],
+)
+def test_a_database_that_cannot_be_used_is_told_at_once(
+    uri: str, reason: str, root: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for module in ("psycopg", "MySQLdb", "pymysql"):
+        monkeypatch.setitem(sys.modules, module, None)
+    monkeypatch.setenv("MLFLOW_TRACKING_URI", uri)
+    started = time.monotonic()
+    with pytest.raises(CapasError, match=reason) as told:
+        Store.open(root, "tests")
+    assert time.monotonic() - started < 10
+    assert "hid" not in str(told.value)
 
 
 def test_a_relative_store_outlives_the_folder_of_a_point(

@@ -37,13 +37,13 @@ from capas.batches import (
     tails,
 )
 from capas.errors import CapasError
-from capas.lora import check_untied
+from capas.lora import check_target_modules, check_untied
 from capas.model import attach_adapter, load_model
 from capas.params import Params
 from capas.records import IGNORE_INDEX
 from capas.training import Checkpoints, EarlyStopping, last_checkpoint, summarize, waited
 from stages import quantize_model, train_lora
-from stages.train_lora import check_lengths, check_target_modules
+from stages.train_lora import check_lengths
 
 pytestmark = pytest.mark.usefixtures("without_estimate")
 
@@ -254,8 +254,24 @@ def test_the_linear_layers_of_gpt2_are_found() -> None:
     sizes = {"vocab_size": 9, "n_embd": 8, "n_layer": 1, "n_head": 2, "n_positions": 8}
     model = GPT2LMHeadModel(GPT2Config(**sizes))
     check_target_modules(model, ["c_attn"])
-    with pytest.raises(CapasError, match="no layer is called q_proj; there are: c_attn, c_proj"):
+    with pytest.raises(
+        CapasError, match="no linear layer is called q_proj; there are: c_attn, c_proj"
+    ):
         check_target_modules(model, ["q_proj"])
+    with pytest.raises(CapasError, match="no linear layer is called mlp"):
+        check_target_modules(model, ["c_attn", "mlp"])
+
+
+@pytest.mark.parametrize("asked", [".*", r".*\.(mlp|q_proj)"])
+def test_modules_that_are_no_linear_layers_are_told_shortly_and_by_name(asked: Any) -> None:
+    model = make_model()
+    with pytest.raises(
+        CapasError, match=r"fits \d+ modules .*mlp \(Qwen2MLP\).*q_proj,v_proj"
+    ) as told:
+        check_target_modules(model, asked)
+    assert len(str(told.value)) < 500
+    for right in (r".*\.(q|v)_proj", ["q_proj", "layers.0.mlp.up_proj"], "all-linear"):
+        check_target_modules(model, right)
 
 
 def test_a_head_that_is_the_embedding_gets_no_lora() -> None:
@@ -382,15 +398,28 @@ def test_other_quantizations_train(tmp_path: Path, preset: str) -> None:
         ),
         (
             "lora.target_modules=[q_proj,query]",
-            "no layer is called query; there are: q_proj, k_proj",
+            "no linear layer is called query; there are: q_proj, k_proj",
         ),
-        ("lora.target_modules=nothing", "PEFT refuses the lora group"),
-        ("lora.target_modules='*'", "PEFT refuses the lora group"),
+        (
+            "lora.target_modules=nothing",
+            "'nothing' matches the whole name of no linear layer; there are",
+        ),
+        ("lora.target_modules='*'", r"'\*' is no regular expression: nothing to repeat"),
     ],
 )
 def test_what_cannot_be_trained_is_refused(tmp_path: Path, override: str, message: str) -> None:
     with pytest.raises(CapasError, match=message):
         train(tmp_path, "trainer.logging_steps=1", override)
+
+
+def test_a_schedule_that_never_reaches_its_peak_is_told_before_the_first_step(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    train(tmp_path, "trainer.warmup_steps=10")
+    (told,) = (text for text in caplog.messages if "warm-up steps of 6" in text)
+    assert "rises to 0.002 at most, and never to trainer.learning_rate=0.004" in told
+    with pytest.raises(CapasError, match=r"is 0 for 1 of 1 steps.*Set trainer.warmup_steps=0"):
+        train(tmp_path / "one", "trainer.max_steps=1")
 
 
 BEST = (

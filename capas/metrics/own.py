@@ -22,6 +22,7 @@ from typing import Any
 from capas.errors import CapasError
 from capas.metrics.names import BUILT_IN
 
+_LAST_BITS = 1e-9
 Function = Callable[[str, str, dict[str, Any]], Any]
 FOLDERS = ("conf", "data/own")  # where compose sees an edit
 
@@ -92,7 +93,7 @@ class OwnMetric:
         """Its score as a float, True as 1.
 
         Raises:
-            CapasError: it failed, or returned what is no finite number.
+            CapasError: it failed, or returned what is no number from 0 to 1.
         """
         where = f"evaluation.metrics: {self.metric}, test record {record['id']}"
         try:
@@ -102,17 +103,21 @@ class OwnMetric:
         score = _number(value)
         if score is None:
             raise CapasError(
-                f"{where}: it returned {value!r}; a score is a finite number, True or False"
+                f"{where}: it returned {value!r}; a score is a number from 0 to 1, True or False"
             )
         return score
 
 
 def _number(value: Any) -> float | None:
+    """The score as a float; None where it is none. Scalars of numpy and torch count as Python's."""
+    if getattr(value, "shape", None) == () and hasattr(value, "item"):
+        value = value.item()
     try:
         score = float(value) if isinstance(value, Real) else math.nan
     except OverflowError:
         return None
-    return score if math.isfinite(score) else None
+    rounded = min(max(score, 0.0), 1.0)  # a mean of ones may be a last bit above 1
+    return rounded if abs(score - rounded) < _LAST_BITS else None
 
 
 def load_functions(metrics: Sequence[str], sources: Mapping[str, str]) -> dict[str, OwnMetric]:

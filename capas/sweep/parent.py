@@ -17,9 +17,9 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-from capas.errors import CapasError
+from capas.errors import CapasError, without_secrets
 from capas.facts import write_whole
-from capas.store import Store, locked, reachable, tracking_uri
+from capas.store import Store, locked, reachable, sqlite_file, tracking_uri
 from capas.sweep.plan import Plan
 from capas.sweep.state import CACHED, State, read_states
 
@@ -163,8 +163,9 @@ def _try_to_look(parent: Parent, states: list[State]) -> bool:
 def _identity(plan: Plan) -> str:
     """Of the store: a database that was deleted and made anew is another one."""
     uri = tracking_uri(plan.home)
-    file = Path(uri.removeprefix("sqlite:///"))
-    return f"{uri} {file.stat().st_ino}" if uri.startswith("sqlite:") and file.exists() else uri
+    file = sqlite_file(uri)
+    shown = without_secrets(uri)  # it is written down
+    return f"{shown} {file.stat().st_ino}" if file is not None and file.exists() else shown
 
 
 if __name__ == "__main__":

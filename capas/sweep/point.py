@@ -16,6 +16,7 @@ from hydra.errors import HydraException
 from omegaconf import OmegaConf
 
 from capas.clone import environment
+from capas.composition import word_given
 from capas.config import validate
 from capas.cores import usable_cores
 from capas.dag import recorded_key
@@ -107,7 +108,7 @@ class Point:
         if state.exists() and (before := State.read(state)).status == FAILED:
             raise CapasError(before.reason)
         self.say(status=WAITING)
-        validate(self.values)
+        validate(self.values, word_given(self.overrides))
         file = self.plan.lock(f"point-{self.identity}")
         with ExitStack() as stack:
             try:

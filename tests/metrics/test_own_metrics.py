@@ -13,6 +13,8 @@ FILE = "data/own/scores.py"
 POLITE = f"{FILE}:politeness"
 SOURCE = """
 import math
+import numpy as np
+import torch
 from dataclasses import dataclass
 
 @dataclass
@@ -26,10 +28,15 @@ def politeness(completion, reference, record):
 
 def tone(completion, reference, record):
     record["metadata"]["seen"] = True
-    return record["metadata"]["tone"] + len(record["prompt"]) + (record["id"] == "r1")
+    return record["metadata"]["tone"] + len(record["prompt"]) / 8 + (record["id"] == "r2")
 
 def wrong(completion, reference, record):
-    return {"nan": math.nan, "inf": math.inf, "text": "1", "none": None, "huge": 10**400}[completion]
+    return {"nan": math.nan, "inf": math.inf, "text": "1", "none": None, "huge": 10**400,
+            "above": 1.7, "below": -3, "percent": np.float64(85), "array": np.zeros(2)}[completion]
+
+def scalar(completion, reference, record):
+    return {"bool": np.bool_(True), "float": np.float32(0.5), "int": np.int64(1), "one": 1 + 1e-15,
+            "zero": np.array(0.25), "tensor": torch.tensor(0.75), "false": np.False_}[completion]
 """
 ROW = {"id": "r1", "prompt": "Hi", "reference": "please", "metadata": json.dumps({"tone": 0.5})}
 
@@ -53,9 +60,9 @@ def test_it_stands_beside_the_others_under_its_own_name(root: Path) -> None:
     assert found.score("Gracias a ti", ROW) == {
         "politeness": 1.0,
         "exact_match": False,
-        "tone": 3.5,
+        "tone": 0.75,
     }
-    assert found.score("please", ROW) == {"politeness": 1.0, "exact_match": True, "tone": 3.5}
+    assert found.score("please", ROW) == {"politeness": 1.0, "exact_match": True, "tone": 0.75}
 
 
 def test_a_function_that_edits_its_record_changes_no_other_call(root: Path) -> None:
@@ -72,18 +79,27 @@ def test_a_file_is_copied_once_and_an_edit_of_it_is_another_copy(root: Path) -> 
     assert read_sources(["exact_match"], root) == {}
 
 
-@pytest.mark.parametrize("value", ["nan", "inf", "text", "none", "huge"])
-def test_what_is_no_finite_number_is_refused(root: Path, value: str) -> None:
+@pytest.mark.parametrize(
+    "value", ["nan", "inf", "text", "none", "huge", "above", "below", "percent", "array"]
+)
+def test_what_is_no_number_from_0_to_1_is_refused(root: Path, value: str) -> None:
     metric = f"{FILE}:wrong"
     with pytest.raises(
-        CapasError, match=rf"{metric}, test record r1: it returned .*a finite number"
+        CapasError, match=rf"{metric}, test record r1: it returned .*a number from 0 to 1"
     ):
         scorer(root, metric).score(value, ROW)
 
 
+def test_scalars_of_numpy_and_torch_count_as_pythons(root: Path) -> None:
+    found = scorer(root, f"{FILE}:scalar")
+    scores = {"bool": 1.0, "float": 0.5, "int": 1.0, "one": 1.0, "zero": 0.25, "tensor": 0.75}
+    assert {name: found.score(name, ROW)["scalar"] for name in scores} == scores
+    assert found.score("false", ROW) == {"scalar": 0.0}
+
+
 def test_an_error_in_it_names_file_function_record_and_line(root: Path) -> None:
     row = {**ROW, "metadata": "{}"}
-    text = rf"{FILE}:tone, test record r1: KeyError: 'tone' \({FILE}, line 16\)"
+    text = rf"{FILE}:tone, test record r1: KeyError: 'tone' \({FILE}, line 18\)"
     with pytest.raises(CapasError, match=text):
         scorer(root, f"{FILE}:tone").score("", row)
 
@@ -101,7 +117,7 @@ def test_it_is_tried_before_anything_is_generated(root: Path) -> None:
         (SOURCE, "data/own/../scores.py:politeness", "keep the file in conf or data/own"),
         (SOURCE, "data/ownings/scores.py:politeness", "keep the file in conf or data/own"),
         (SOURCE, "data/own/score.py:politeness", "there is no data/own/score.py"),
-        (SOURCE, f"{FILE}:rudeness", "defines no rudeness; it has politeness, tone, wrong"),
+        (SOURCE, f"{FILE}:rudeness", "defines no rudeness; it has politeness, tone, wrong, scalar"),
         ("def politeness(:\n", POLITE, r"scores.py is no Python: .*line 1"),
     ],
 )
