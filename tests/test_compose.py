@@ -315,9 +315,20 @@ def test_experiments_in_the_workspace_build_on_one_another(workspace: Composing)
     assert "learning_rate: 0.004\n" in workspace.read("params.yaml")
 
 
-def test_an_experiment_that_was_refused_leaves_no_riddle(workspace: Composing) -> None:
+def test_an_experiment_that_is_refused_leaves_the_workspace_alone(workspace: Composing) -> None:
+    before = workspace.read("params.yaml")
     log = workspace.run("dvc", "exp", "run", "-S", "lora.r=-3", "compose", check=False)
     assert "lora.r=-3: input should be greater than 0" in log
+    assert workspace.read("params.yaml") == before
+    workspace.compose()
+    assert workspace.read("params.yaml") == before
+
+
+def test_an_experiment_that_was_killed_leaves_no_riddle(workspace: Composing) -> None:
+    """DVC wrote params.yaml, and no stage ran."""
+    with composer(workspace.root / "conf") as run:
+        _, values = dump(run(["lora.r=4"])).split("\n", 1)
+    (workspace.root / "params.yaml").write_text(values)
     assert "left by an unfinished `dvc exp run`" in workspace.refusal()
     workspace.compose("--force")
     assert "  r: 16\n" in workspace.read("params.yaml")
