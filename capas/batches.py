@@ -10,6 +10,7 @@ from torch.distributed.tensor import DTensor
 from torch.utils.data import Sampler
 from transformers import PreTrainedModel
 
+from capas.progress import doing
 from capas.records import FORMATTED, IGNORE_INDEX, read_records
 
 Example = dict[str, Any]  # input_ids [tokens], labels [tokens], id of the record
@@ -211,8 +212,10 @@ def score_examples(
     lengths = [len(example["input_ids"]) for example in examples]
     most = _MOST_LOGITS // model.config.get_text_config().vocab_size
     scores = torch.zeros(len(examples), 3, dtype=torch.float64)
-    for chosen in batches_by_length(lengths, batch_size, most):
-        batch = collator([examples[i] for i in chosen])
-        logits = compute_logits(model, batch)
-        scores[chosen] = score_tokens(logits, batch["labels"].to(logits.device)).cpu()
+    with doing("scoring records", len(examples)) as scored:
+        for chosen in batches_by_length(lengths, batch_size, most):
+            batch = collator([examples[i] for i in chosen])
+            logits = compute_logits(model, batch)
+            scores[chosen] = score_tokens(logits, batch["labels"].to(logits.device)).cpu()
+            scored.step(len(chosen))
     return scores

@@ -18,6 +18,7 @@ from transformers import (
 )
 
 from capas.errors import CapasError
+from capas.progress import doing
 
 log = logging.getLogger("capas")
 _NEUTRAL = {
@@ -84,12 +85,14 @@ def complete(
     order = sorted(range(len(prompts)), key=lambda i: len(prompts[i]))
     completions: dict[int, list[Completion]] = {}
     started = time.perf_counter()
-    for start in reversed(range(0, len(order), batch_size)):
-        chosen = order[start : start + batch_size]
-        found = _complete_batch(model, [prompts[i] for i in chosen], config)
-        if not completions and len(chosen) < len(order):
-            _tell_ahead((time.perf_counter() - started) / len(chosen), len(order))
-        completions.update(zip(chosen, found, strict=True))
+    with doing("answering prompts", len(order)) as answered:
+        for start in reversed(range(0, len(order), batch_size)):
+            chosen = order[start : start + batch_size]
+            found = _complete_batch(model, [prompts[i] for i in chosen], config)
+            if not completions and len(chosen) < len(order):
+                _tell_ahead((time.perf_counter() - started) / len(chosen), len(order))
+            completions.update(zip(chosen, found, strict=True))
+            answered.step(len(chosen))
     return [completions[i] for i in range(len(prompts))]
 
 

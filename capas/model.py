@@ -17,6 +17,7 @@ from capas.errors import CapasError
 from capas.facts import read_json
 from capas.kernels import keep_weights_unpacked
 from capas.params import Params
+from capas.progress import doing
 from capas.saved import is_adapter
 
 transformers_logging.disable_progress_bar()
@@ -41,9 +42,10 @@ def load_model(folder: Path, model: Params, device: torch.device, **kwargs: Any)
     stored = stored_quantization(config, str(folder))
     asked = model.without("model_name_or_path", "revision")
     try:
-        loaded, info = AutoModelForCausalLM.from_pretrained(
-            folder, device_map={"": device}, output_loading_info=True, **asked, **kwargs
-        )
+        with doing(f"loading {folder.name}"):
+            loaded, info = AutoModelForCausalLM.from_pretrained(
+                folder, device_map={"": device}, output_loading_info=True, **asked, **kwargs
+            )
     except (ImportError, ValueError, OSError, SafetensorError) as error:
         if getattr(error, "errno", None):  # the machine's, not the model's
             raise

@@ -1,10 +1,14 @@
-"""A word now and then from a stage that goes through many records."""
+"""Periodic messages, so that no stage is silent for more than ten seconds."""
 
 import logging
+import threading
 import time
 from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
+from typing import TYPE_CHECKING
 
-import pyarrow as pa
+if TYPE_CHECKING:
+    import pyarrow as pa
 
 SECONDS_BETWEEN_WORDS = 10.0
 log = logging.getLogger("capas")
@@ -24,7 +28,7 @@ class Pace:
         return True
 
 
-def told(tables: Iterable[pa.Table], split: str) -> Iterator[pa.Table]:
+def told(tables: "Iterable[pa.Table]", split: str) -> "Iterator[pa.Table]":
     """The same tables; how many records went by is logged while it takes long."""
     count, pace = 0, Pace()
     for table in tables:
@@ -32,3 +36,63 @@ def told(tables: Iterable[pa.Table], split: str) -> Iterator[pa.Table]:
         count += table.num_rows
         if pace.due():
             log.info("%s: %d records so far", split, count)
+
+
+class Activity:
+    """What a stage is doing: `text`, and `done` of `total` where it counts."""
+
+    def __init__(self, text: str, total: int | None = None) -> None:
+        self.text, self.total, self.done = text, total, 0
+
+    def step(self, count: int = 1) -> None:
+        self.done += count
+
+    def __str__(self) -> str:
+        return self.text if self.total is None else f"{self.text}, {self.done} of {self.total}"
+
+
+_activities: list[Activity] = []
+
+
+@contextmanager
+def doing(text: str, total: int | None = None) -> Iterator[Activity]:
+    """Name what is going on inside the block, for `heartbeat`; `step()` counts towards `total`."""
+    activity = Activity(text, total)
+    _activities.append(activity)
+    try:
+        yield activity
+    finally:
+        _activities.remove(activity)
+
+
+class _LastWord(logging.Handler):
+    """Remembers when the last line was logged."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.time = time.monotonic()
+
+    def emit(self, record: logging.LogRecord) -> None:
+        self.time = time.monotonic()
+
+
+@contextmanager
+def heartbeat(seconds: float = SECONDS_BETWEEN_WORDS) -> Iterator[None]:
+    """Log what is going on whenever nothing was logged for `seconds`, until the block ends."""
+    last, ended, started = _LastWord(), threading.Event(), time.monotonic()
+
+    def beat() -> None:
+        while not ended.wait(max(0.01, last.time + seconds - time.monotonic())):
+            if time.monotonic() - last.time >= seconds:
+                what = ": ".join(map(str, _activities)) or "working"
+                log.info("%s (%.0f s)", what, time.monotonic() - started)
+
+    log.addHandler(last)
+    thread = threading.Thread(target=beat, name="heartbeat", daemon=True)
+    thread.start()
+    try:
+        yield
+    finally:
+        ended.set()
+        thread.join()
+        log.removeHandler(last)

@@ -27,6 +27,7 @@ from capas.dag import StageSpec, input_key, read_yaml, recorded, recorded_key
 from capas.errors import CapasError, sweep_instead, told
 from capas.locks import BusyError, exclusive
 from capas.params import Params, flatten, select
+from capas.progress import heartbeat
 
 log = logging.getLogger("capas")
 PARAMS, ENVIRONMENT = "params.yaml", "environment.yaml"
@@ -152,7 +153,8 @@ def _run(name: str, main: Callable[[Params, Stage], None], overrides: list[str])
         aside = root / ".dvc/tmp/debug" / name if overrides else None
         stage = Stage(spec, root, aside)
         started = time.perf_counter()
-        main(Params(_overridden(spec, root, overrides, aside)), stage)
+        with heartbeat():
+            main(Params(_overridden(spec, root, overrides, aside)), stage)
         seconds = time.perf_counter() - started
         _check_unchanged(before, _state(spec, root))
         if not aside:

@@ -12,6 +12,7 @@ The travelling record at its end, in samples.jsonl:
 """
 
 import hashlib
+import itertools
 import json
 import re
 from collections.abc import Iterator, Mapping
@@ -31,6 +32,7 @@ from capas.errors import CapasError
 from capas.facts import read_json, write_csv, write_json
 from capas.metrics.scorer import Scorer
 from capas.params import Params
+from capas.progress import doing
 from capas.prompts import (
     Prompt,
     answer_limit,
@@ -63,12 +65,12 @@ def main(params: Params, stage: Stage) -> None:
     limit = answer_limit(test_records(stage), params.generation.max_new_tokens)
     models = Models(tuned, read_chat(stage), load_tokenizer(stage), params.generation, limit)
 
-    rows = [
-        models.ask(which, prompt, right.prompt_ids(prompt.messages, prompt.tools), setting)
-        for prompt in prompts
-        for setting in params.generation.settings
-        for which in MODELS
-    ]
+    settings, rows = list(params.generation.settings), []
+    with doing("prompts and settings", len(prompts) * len(settings) * len(MODELS)) as asked:
+        for prompt, setting, which in itertools.product(prompts, settings, MODELS):
+            ids = right.prompt_ids(prompt.messages, prompt.tools)
+            rows.append(models.ask(which, prompt, ids, setting))
+            asked.step()
     wrong_rows = list(ask_wrongly(models, prompts, params, stage))
     place, probabilities = models.look_inside(
         prompts[0], right.prompt_ids(prompts[0].messages, prompts[0].tools)
