@@ -5,13 +5,20 @@ import threading
 import time
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
-from typing import TYPE_CHECKING
-
-if TYPE_CHECKING:
-    import pyarrow as pa
+from typing import Protocol, TypeVar
 
 SECONDS_BETWEEN_WORDS = 10.0
 log = logging.getLogger("capas")
+
+
+class Rows(Protocol):
+    """A table of pyarrow."""
+
+    @property
+    def num_rows(self) -> int: ...
+
+
+T = TypeVar("T", bound=Rows)
 
 
 class Pace:
@@ -28,7 +35,7 @@ class Pace:
         return True
 
 
-def told(tables: "Iterable[pa.Table]", split: str) -> "Iterator[pa.Table]":
+def told(tables: Iterable[T], split: str) -> Iterator[T]:
     """The same tables; how many records went by is logged while it takes long."""
     count, pace = 0, Pace()
     for table in tables:
