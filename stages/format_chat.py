@@ -93,7 +93,7 @@ def load_format(params: Params, stage: Stage) -> ChatFormat:
 def make_formatter(split: str, chat: ChatFormat, params: Params) -> SplitFormatter:
     dataset, options = params.dataset, params.chat_template
     budget = dataset.overflow_budget_fraction
-    overflow = Overflow(split, dataset.max_length, dataset.overflow, budget, chat.end_token_id)
+    overflow = Overflow(split, dataset.max_length, dataset.overflow, budget, chat.end_token_ids)
     refused = Refused(options.refused, options.refused_budget_fraction)
     return SplitFormatter(split, chat, options.train_on, overflow, refused)
 
