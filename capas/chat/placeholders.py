@@ -95,7 +95,7 @@ class PlaceholderSource:
         """Stand-ins that occur nowhere in the conversation.
 
         Raises:
-            RecordRefusal: the conversation leaves too few characters, of 137,000 private ones.
+            RecordRefusal: the conversation leaves too few characters, of 137,470 private ones.
         """
         used = frozenset(
             chain.from_iterable(_ANY_PRIVATE.findall(t) for t in _texts([messages, tools]))

@@ -104,7 +104,7 @@ def test_a_conversation_that_begins_with_an_answer(tiny_tools_dir: Path) -> None
         _, (record,) = split(chat, [[{"role": "assistant", "content": content}]])
         assert chat.decode(record["prompt_ids"]) == "<|im_start|>assistant\n"
         assert trained(chat, record) == [content + "<|im_end|>"]
-    with pytest.raises(CapasError, match="the chat template refuses the conversation"):
+    with pytest.raises(CapasError, match="refuses the conversation"):
         split(
             load(template_text("qwen"), tiny_tools_dir), [[{"role": "assistant", "content": "a"}]]
         )
