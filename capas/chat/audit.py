@@ -9,6 +9,7 @@ rendered texts, and the trained text is that of the answers.
 import re
 from contextlib import suppress
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 
@@ -27,13 +28,16 @@ _BLANKS = re.compile(r"\s+")
 
 @dataclass(frozen=True)
 class Sampled:
-    """A record to be compared with `apply_chat_template`; its ids where these should be equal."""
+    """A record, and its ids where those of `apply_chat_template` should be equal.
+
+    They are not where an answer begins with a token of its own: see `ChatFormat.reference_ids`.
+    """
 
     identity: str
     messages: list[Message]
     tools: Tools
     ids: list[int] | None
-    prompt_ids: list[int]
+    prompt_ids: list[int] | None
 
 
 class Audit:
@@ -123,29 +127,37 @@ class Audit:
         texts = [self._chat.render(messages, False, tools) for messages, tools in told]
         encoded = self._chat.encode_rendered(texts)
         for place, expected, (messages, tools) in zip(places, encoded, told, strict=True):
+            whose, asked = f"{split} record {formatted.identity(place)!r}", _asked(messages)
             found = formatted.columns.ids.row(place).tolist()
-            apart = found != expected  # perhaps an answer that begins with a token of its own
-            if apart:
-                expected = self._chat.reference_ids(messages, False, tools)
-            self._compare(split, formatted.identity(place), found, expected)
             prompt = formatted.columns.prompts.row(place).tolist()
-            asked = _asked(messages)
+            alike = self._compare(whose, "its ids", found, expected, messages, False, tools)
             if asked:
-                expected = self._chat.reference_ids(asked, True, tools)
-                self._compare(split, formatted.identity(place), prompt, expected, "its prompt's")
+                text = self._chat.render(asked, True, tools)
+                ids = self._chat.encode_rendered([text])[0]
+                same = self._compare(whose, "its prompt's ids", prompt, ids, asked, True, tools)
             if len(self.sample) < NUM_SAMPLED:
-                identity = formatted.identity(place)
-                ids = None if apart else found
-                self.sample.append(Sampled(identity, messages, tools, ids, prompt))
+                kept = found if alike else None, prompt if asked and same else None
+                self.sample.append(Sampled(formatted.identity(place), messages, tools, *kept))
         self._check_trained_texts(split, formatted, places)
         self.num_checked += len(places)
 
     def _compare(
-        self, split: str, identity: str, found: list[int], expected: list[int], whose: str = "its"
-    ) -> None:
+        self, record: str, called: str, found: list[int], expected: list[int], *shown: Any
+    ) -> bool:
+        """Whether the ids are those of the rendered text, encoded whole; else they differ as they may.
+
+        Args:
+            shown: arguments of `ChatFormat.reference_ids`.
+
+        Raises:
+            CapasError: they differ otherwise.
+        """
+        if found == expected:
+            return True
+        expected = self._chat.reference_ids(*shown)
         if found != expected:
-            problem = _difference(found, expected, self._chat, whose)
-            raise CapasError(f"{split} record {identity!r}: {problem}")
+            raise CapasError(f"{record}: {_difference(found, expected, self._chat, called)}")
+        return False
 
     def _check_trained_texts(self, split: str, formatted: Formatted, places: list[int]) -> None:
         """Every trained stretch is what a template puts before an answer, the answer, and its end token."""
@@ -229,7 +241,7 @@ def _asked(messages: list[Message]) -> list[Message]:
     return [] if before and before[-1]["role"] == "assistant" else before
 
 
-def _difference(found: list[int], expected: list[int], chat: ChatFormat, whose: str) -> str:
+def _difference(found: list[int], expected: list[int], chat: ChatFormat, called: str) -> str:
     at = first_difference(found, expected)
 
     def show(ids: list[int]) -> str:
@@ -237,7 +249,7 @@ def _difference(found: list[int], expected: list[int], chat: ChatFormat, whose: 
         return " ".join(f"{i}={chat.tokenizer.id_to_token(i)!r}" for i in near)
 
     return (
-        f"{whose} ids are not those of the rendered text, from token {at} on; the tokenizer does something "
+        f"{called} are not those of the rendered text, from token {at} on; the tokenizer does something "
         "at the borders of messages that capas does not know. Please report it with this record.\n"
         f"  message by message: {show(found)}\n  rendered text:      {show(expected)}"
     )

@@ -28,6 +28,7 @@ from capas.chat.messages import (
     Tools,
     has_own_scaffold,
     split_thought,
+    spoken,
 )
 from capas.chat.placeholders import Placeholders, PlaceholderSource
 from capas.chat.plan import Plan
@@ -216,6 +217,10 @@ class ChatFormat:
                     if text.startswith(prompt):
                         yield len(prompt)
 
+    def shown(self, messages: Messages) -> list[Message]:
+        """A conversation as the template sees it."""
+        return [spoken(message) for message in place_system(messages, self._system)]
+
     def encode_rendered(self, texts: Sequence[str]) -> list[list[int]]:
         """Rendered texts encoded whole; see `reference_ids`."""
         return self._files.encode_parsing(texts)
@@ -233,6 +238,15 @@ class ChatFormat:
     @property
     def template_text(self) -> str:
         return self._template.text
+
+    @property
+    def date_string(self) -> str:
+        return self._template.date_string
+
+    @property
+    def folder(self) -> Path:
+        """Of the tokenizer."""
+        return self._files.folder
 
     @property
     def tokenizer(self) -> Tokenizer:

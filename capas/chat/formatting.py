@@ -9,7 +9,7 @@ from typing import Any
 import numpy as np
 import pyarrow as pa
 
-from capas.chat.audit import Audit
+from capas.chat.audit import Audit, Sampled
 from capas.chat.batch import Batch, Columns, Formatted, Single, merge
 from capas.chat.columns import ColumnEncoder
 from capas.chat.format import ChatFormat, Encoded
@@ -164,6 +164,11 @@ class SplitFormatter:
         self.trailing_messages_cut += int(after_last[columns.rows].sum())
         for single in formatted.singles.values():
             self.thoughts_dropped += single.encoded.num_thoughts_dropped
+
+    @property
+    def sample(self) -> list[Sampled]:
+        """Some records, to be compared with what transformers makes of them."""
+        return self._audit.sample
 
     def facts(self) -> dict[str, Any]:
         lengths = np.concatenate([_NOTHING, *self.lengths])

@@ -53,6 +53,7 @@ class Template:
         except Exception as error:  # noqa: BLE001  what a text nested too deep raises
             raise CapasError(f"{name} cannot be read: {_in_words(error)}") from None
         self.text, self.copies_contents, self.name = text, copies, name
+        self.date_string = date_string
         self._variables = {**named_tokens, "date_string": date_string}
 
     def render(
