@@ -23,6 +23,7 @@ from capas.chat.batch import Formatted
 from capas.chat.format import ChatFormat
 from capas.chat.formatting import Refused, SplitFormatter, histogram
 from capas.chat.overflow import Overflow, check_overflow
+from capas.chat.reference import compare
 from capas.errors import CapasError
 from capas.facts import write_csv, write_json
 from capas.page.maskpage import Sampler, write_mask_pages
@@ -55,6 +56,8 @@ def main(params: Params, stage: Stage) -> None:
             "chat_template.refused"
         )
 
+    num_compared = compare(chat, {split: formatters[split].sample for split in SPLITS})
+    log.info("%d records are as transformers' apply_chat_template makes them", num_compared)
     write_chat(folder, chat, params, stage)
     facts = summary(formatters, chat, params)
     write_json(stage.out("reports/format.json"), facts)
@@ -93,7 +96,7 @@ def load_format(params: Params, stage: Stage) -> ChatFormat:
 def make_formatter(split: str, chat: ChatFormat, params: Params) -> SplitFormatter:
     dataset, options = params.dataset, params.chat_template
     budget = dataset.overflow_budget_fraction
-    overflow = Overflow(split, dataset.max_length, dataset.overflow, budget, chat.end_token_id)
+    overflow = Overflow(split, dataset.max_length, dataset.overflow, budget, chat.end_token_ids)
     refused = Refused(options.refused, options.refused_budget_fraction)
     return SplitFormatter(split, chat, options.train_on, overflow, refused)
 

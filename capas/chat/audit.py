@@ -1,22 +1,43 @@
 """What formatted records must be: looked at once more, without the plan that they came from.
 
-Of every record: one beginning of text, something to train on, an end token behind every trained stretch. Of a
-sample: the ids of the rendered text, as from `apply_chat_template`, and the trained text of the answers.
+Of every record: the prompt that a generation starts from begins it, and what follows is trained; an end token
+stands behind every trained stretch; the beginning of a text, which in some families begins every turn, stands
+in it as often as the template writes it. Of a sample: the ids of prompt and conversation are those of the
+rendered texts, and the trained text is that of the answers.
 """
 
 import re
+from contextlib import suppress
+from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 
-from capas.chat.batch import Formatted
-from capas.chat.format import ChatFormat
-from capas.chat.messages import TEXT, Message, has_own_scaffold
+from capas.chat.batch import Formatted, Key
+from capas.chat.format import ChatFormat, Encoded, first_difference
+from capas.chat.messages import TEXT, Message, Tools, has_own_scaffold
+from capas.chat.template import RecordRefusal
 from capas.errors import CapasError
-from capas.ragged import Array
+from capas.ragged import Array, any_in_row, gather
 
 CHECKED_FIRST, CHECKED_EVERY = 200, 250  # records of a split that are in the sample
+NUM_SAMPLED = 20  # of a split, kept to be compared with transformers
 _DEFECT = "This is a defect of capas or of the chat template; please report it with this record."
 _BLANKS = re.compile(r"\s+")
+
+
+@dataclass(frozen=True)
+class Sampled:
+    """A record, and its ids where those of `apply_chat_template` should be equal.
+
+    They are not where an answer begins with a token of its own: see `ChatFormat.reference_ids`.
+    """
+
+    identity: str
+    messages: list[Message]
+    tools: Tools
+    ids: list[int] | None
+    prompt_ids: list[int] | None
 
 
 class Audit:
@@ -27,6 +48,8 @@ class Audit:
         self._seen = 0
         self.num_checked = 0
         self._leads = self._find_leads()
+        self._num_begun: dict[Key, int] = {}
+        self.sample: list[Sampled] = []
 
     def check(self, split: str, formatted: Formatted) -> None:
         """Raises CapasError, naming the first record in which something is wrong."""
@@ -47,24 +70,49 @@ class Audit:
         goes_on = np.append(trained[1:], False)
         goes_on[last] = False
         ends = trained & ~goes_on
-        stops = np.isin(ids, [chat.end_token_id, *chat.stop_token_ids])
+        # An end token that stops no generation is not the model's to write.
+        unwritten = [i for i in chat.end_token_ids if i not in chat.stop_token_ids]
+        following = np.append(ids[1:], -1)
+        following[last] = -1
+        ended = np.isin(ids, chat.stop_token_ids) | np.isin(following, unwritten)
+        prompts = columns.prompts
+        common = np.minimum(prompts.lengths, columns.ids.lengths)
+        found, asked = gather(ids, starts, common), gather(prompts.values, prompts.starts, common)
+        differs = any_in_row(found.values != asked.values, asked.offsets)
+        after = trained[np.minimum(starts + common, last)]
         problems = {
             "no token of it is trained": ~np.logical_or.reduceat(trained, starts),
             "a trained stretch ends without an end token": np.logical_or.reduceat(
-                ends & ~stops, starts
+                ends & ~ended, starts
             ),
         }
         if self._train_on == "all":
             del problems["a trained stretch ends without an end token"]
         if chat.bos_token_id is not None:
-            found = np.add.reduceat((ids == chat.bos_token_id).astype(np.int64), starts)
-            problems["the beginning of a text stands in it more than once"] = found > 1
-            inside = np.append(False, ids[1:] == chat.bos_token_id)
-            inside[starts] = False
-            problems["the beginning of a text stands inside it"] = np.logical_or.reduceat(
-                inside, starts
+            begun = np.add.reduceat((ids == chat.bos_token_id).astype(np.int64), starts)
+            several = begun > (ids[starts] == chat.bos_token_id)  # elsewhere than at the beginning
+            for place in np.flatnonzero(several).tolist():
+                several[place] = begun[place] != self._count_begun(formatted, place)
+            problems["the beginning of a text stands in it more or less often than written"] = (
+                several
             )
+        problems["the prompt that asks for its last answer does not begin it"] = differs | (
+            prompts.lengths >= columns.ids.lengths
+        )
+        problems["its last answer is not trained from the end of the prompt on"] = (
+            _last_is_trained(formatted) & ~after
+        )
         return problems
+
+    def _count_begun(self, formatted: Formatted, place: int) -> int:
+        """How often the template writes the beginning of a text around the contents of a record."""
+        row = int(formatted.columns.rows[place])
+        key = None if row in formatted.singles else formatted.source.key(row)
+        if key is None or self._chat.allows_bos:
+            return self._chat.count_bos(formatted.messages(place), formatted.tools(place))
+        if key not in self._num_begun:
+            self._num_begun[key] = self._chat.count_bos(formatted.messages(place))
+        return self._num_begun[key]
 
     def _check_sample(self, split: str, formatted: Formatted) -> None:
         places = [
@@ -75,16 +123,41 @@ class Audit:
             and formatted.messages(place)[0]["role"] != TEXT
         ]
         self._seen += len(formatted.columns.rows)
-        texts = [
-            self._chat.render(formatted.messages(p), False, formatted.tools(p)) for p in places
-        ]
-        for place, expected in zip(places, self._chat.encode_rendered(texts), strict=True):
+        told = [(formatted.messages(place), formatted.tools(place)) for place in places]
+        texts = [self._chat.render(messages, False, tools) for messages, tools in told]
+        encoded = self._chat.encode_rendered(texts)
+        for place, expected, (messages, tools) in zip(places, encoded, told, strict=True):
+            whose, asked = f"{split} record {formatted.identity(place)!r}", _asked(messages)
             found = formatted.columns.ids.row(place).tolist()
-            if found != expected:
-                problem = _difference(found, expected, self._chat)
-                raise CapasError(f"{split} record {formatted.identity(place)!r}: {problem}")
+            prompt = formatted.columns.prompts.row(place).tolist()
+            alike = self._compare(whose, "its ids", found, expected, messages, False, tools)
+            if asked:
+                text = self._chat.render(asked, True, tools)
+                ids = self._chat.encode_rendered([text])[0]
+                same = self._compare(whose, "its prompt's ids", prompt, ids, asked, True, tools)
+            if len(self.sample) < NUM_SAMPLED:
+                kept = found if alike else None, prompt if asked and same else None
+                self.sample.append(Sampled(formatted.identity(place), messages, tools, *kept))
         self._check_trained_texts(split, formatted, places)
         self.num_checked += len(places)
+
+    def _compare(
+        self, record: str, called: str, found: list[int], expected: list[int], *shown: Any
+    ) -> bool:
+        """Whether the ids are those of the rendered text, encoded whole; else they differ as they may.
+
+        Args:
+            shown: arguments of `ChatFormat.reference_ids`.
+
+        Raises:
+            CapasError: they differ otherwise.
+        """
+        if found == expected:
+            return True
+        expected = self._chat.reference_ids(*shown)
+        if found != expected:
+            raise CapasError(f"{record}: {_difference(found, expected, self._chat, called)}")
+        return False
 
     def _check_trained_texts(self, split: str, formatted: Formatted, places: list[int]) -> None:
         """Every trained stretch is what a template puts before an answer, the answer, and its end token."""
@@ -119,7 +192,7 @@ class Audit:
         return [self._without_end(stretch) for stretch in stretches]
 
     def _without_end(self, ids: list[int]) -> str:
-        return self._bare(self._chat.decode([i for i in ids if i != self._chat.end_token_id]))
+        return self._bare(self._chat.decode([i for i in ids if i not in self._chat.end_token_ids]))
 
     def _with_leads(self, found: list[str], wanted: list[str]) -> bool:
         return len(found) == len(wanted) and all(
@@ -135,7 +208,12 @@ class Audit:
                 ("user", "assistant") * 2, ("a", "bcd", "e", "fgh"), strict=True
             )
         ]
-        encoded = self._chat.encode(told)
+        for shown in (told, told[:2]):  # some families know one turn only, or differ in the last
+            with suppress(RecordRefusal):
+                return self._leads_of(self._chat.encode(shown))
+        return {""}
+
+    def _leads_of(self, encoded: Encoded) -> set[str]:
         trained = [
             i for i, label in zip(encoded.input_ids, encoded.labels, strict=True) if label == i
         ]
@@ -147,18 +225,31 @@ class Audit:
         return _BLANKS.sub("", text.replace("▁", ""))
 
 
-def _difference(found: list[int], expected: list[int], chat: ChatFormat) -> str:
-    at = next(
-        (i for i, pair in enumerate(zip(found, expected, strict=False)) if pair[0] != pair[1]),
-        min(len(found), len(expected)),
-    )
+def _last_is_trained(formatted: Formatted) -> Array:
+    """[records], whether the last answer is."""
+    source, rows = formatted.source, formatted.columns.rows
+    trained = np.array(source.trained, bool)[np.array(source.last_answers, np.int64)[rows]]
+    for place, row in enumerate(rows.tolist()):
+        if row in formatted.singles:
+            trained[place] = formatted.singles[row].messages[-1].get("train", True)
+    return trained
+
+
+def _asked(messages: list[Message]) -> list[Message]:
+    """What asks for the last answer; nothing where others stand right before it, which may be of its turn."""
+    before = messages[:-1]
+    return [] if before and before[-1]["role"] == "assistant" else before
+
+
+def _difference(found: list[int], expected: list[int], chat: ChatFormat, called: str) -> str:
+    at = first_difference(found, expected)
 
     def show(ids: list[int]) -> str:
         near = ids[max(0, at - 3) : at + 5]
         return " ".join(f"{i}={chat.tokenizer.id_to_token(i)!r}" for i in near)
 
     return (
-        f"its ids are not those of the rendered text, from token {at} on; the tokenizer does something at "
-        "the borders of messages that capas does not know. Please report it with this record.\n"
+        f"{called} are not those of the rendered text, from token {at} on; the tokenizer does something "
+        "at the borders of messages that capas does not know. Please report it with this record.\n"
         f"  message by message: {show(found)}\n  rendered text:      {show(expected)}"
     )

@@ -9,7 +9,7 @@ import pyarrow as pa
 import pyarrow.compute as pc
 
 from capas.chat.batch import Batch, Columns, Key
-from capas.chat.format import ChatFormat
+from capas.chat.format import ChatFormat, trained_messages
 from capas.chat.layout import Constant, Layout, Slot, lay_out
 from capas.chat.segments import Way
 from capas.errors import CapasError
@@ -47,14 +47,17 @@ class ColumnEncoder:
         return self._gather([part for part in parts if len(part.rows)], pool)
 
     def _layout(self, key: Key, batch: Batch, row: int) -> Layout | None:
-        """None where the template refuses the pattern, or its prompt is not how the conversation begins."""
+        """None where the template refuses the pattern, or a prompt is not how the conversation goes on."""
         if key not in self._layouts:
+            messages = batch.messages(row)
             try:
-                layout = lay_out(self._chat, batch.messages(row))
+                layout = lay_out(self._chat, messages)
+                trained = trained_messages(messages, self._train_on)
             except CapasError:  # `ChatFormat.encode` raises it again, for each record
                 self._layouts[key] = None
             else:
-                self._layouts[key] = layout if layout.prompt else None
+                asked_for = layout.prompt and not trained & layout.plan.not_asked_for
+                self._layouts[key] = layout if asked_for else None
         return self._layouts[key]
 
     def _gather(self, parts: list["_Part"], pool: "_Pool") -> Columns:

@@ -1,7 +1,8 @@
 """Conversations as token ids: a chat template's scaffold around contents that were encoded as plain text.
 
-The ids are those of ``tokenizer.apply_chat_template``, with one difference that is meant: where a content
-holds the text of a control token, it stays text. The labels are known by construction::
+The ids are those of ``tokenizer.apply_chat_template``, with two differences that are meant: where a content
+holds the text of a control token, it stays text; and an answer begins with a token of its own, so that the
+prompt which asks for it begins the conversation. The labels are known by construction::
 
     <|im_start|> user \\n Hi <|im_end|> \\n <|im_start|> assistant \\n Hello <|im_end|> \\n
          -100    -100 -100 -100  -100  -100     -100       -100    -100 Hello <|im_end|> -100
@@ -9,9 +10,10 @@ holds the text of a control token, it stays text. The labels are known by constr
 
 import hashlib
 import json
-from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -19,13 +21,16 @@ from tokenizers import Tokenizer
 
 from capas.chat.messages import (
     TEXT,
-    Hider,
+    THOUGHT_END,
+    THOUGHT_START,
+    Message,
     Messages,
     Tools,
     has_own_scaffold,
-    reveal,
     split_thought,
+    spoken,
 )
+from capas.chat.placeholders import Placeholders, PlaceholderSource
 from capas.chat.plan import Plan
 from capas.chat.scaffold import Planner, control_pattern
 from capas.chat.segments import Owned, SegmentEncoder
@@ -34,6 +39,7 @@ from capas.chat.tokenizer import SHAPE, TokenizerFiles, encode_plain
 from capas.errors import CapasError
 from capas.records import IGNORE_INDEX
 
+_QUESTION = {"role": "user", "content": "-"}
 _PROBES = (
     ("user", "Hi"),
     ("assistant", "Hello! ¿Qué tal?"),
@@ -55,6 +61,7 @@ class Encoded:
 
     input_ids: list[int]
     labels: list[int]  # the id itself, or IGNORE_INDEX where no loss is taken
+    num_prompt_tokens: int  # how many of them ask for the last answer
     num_trimmed: int = 0  # contents of which the template cuts blanks off
     num_thoughts_dropped: int = 0  # thoughts of earlier answers that the template leaves out
 
@@ -70,15 +77,18 @@ class ChatFormat:
         self._control_pattern = control_pattern(controls)
         self._control_starts = "".join(sorted({text[0] for text in controls}))
         self.segments = SegmentEncoder(files, controls)
-        self._hider = Hider(self._control_pattern)
-        self._planner = Planner(self._render_placed, controls)
+        self._placeholders = PlaceholderSource(controls, template.text)
+        self._planner = Planner(self._render_placed, controls, self._placeholders.usual)
         self._plans: dict[Any, Plan] = {}
-        self.end_token = self._planner.end_token
-        self.end_token_id = self.segments.control_ids[self.end_token]
+        control_ids = self.segments.control_ids
+        self.end_token, self.end_tokens = self._planner.end_token, self._planner.end_tokens
+        self.end_token_ids = [control_ids[token] for token in self.end_tokens]
+        self.end_token_id = self.end_token_ids[0]
         self.bos_token_id = files.id_of("bos_token")
         ids = (files.id_of("pad_token"), files.id_of("eos_token"), self.end_token_id)
         self.pad_token_id: int = next(i for i in ids if i is not None)
-        self.stop_token_ids = list(dict.fromkeys(i for i in (ids[2], ids[1]) if i is not None))
+        stops = [ids[2], ids[1], *(control_ids[token] for token in self._planner.stop_tokens)]
+        self.stop_token_ids = list(dict.fromkeys(i for i in stops if i is not None))
 
     @classmethod
     def load(
@@ -124,33 +134,95 @@ class ChatFormat:
             tools: schemas of the tools that the model may call.
 
         Raises:
-            CapasError: the template refuses or rewrites the conversation, an answer to be trained is empty,
-                or nothing is left to train on.
+            CapasError: the template refuses or rewrites the conversation, or asks for an answer in another
+                way than it writes it; an answer to be trained is empty, or nothing is left to train on.
         """
-        if messages[0]["role"] == TEXT:
+        if messages and messages[0]["role"] == TEXT:
             return self._encode_text(messages[0])
-        trained = _trained_messages(messages, train_on)
-        owned, *lost = self._encode(messages, False, tools)
-        everything = train_on == "all"
+        trained = trained_messages(messages, train_on)
+        plan, owned, *lost = self._encode(messages, False, tools)
+        if unasked := sorted(trained & plan.not_asked_for):
+            raise RecordRefusal(self._not_asked_for(messages, unasked[0], tools))
+        ids, everything = [i for i, _ in owned], train_on == "all"
         labels = [i if everything or owner in trained else IGNORE_INDEX for i, owner in owned]
-        return Encoded([i for i, _ in owned], labels, *lost)
+        return Encoded(ids, labels, self._count_prompt(messages, owned, tools), *lost)
 
     def prompt_ids(self, messages: Messages, tools: Tools = None) -> list[int]:
         """The ids that ask for the next answer: the conversation so far and the generation prompt."""
-        if messages[0]["role"] == TEXT:
+        if messages and messages[0]["role"] == TEXT:
             return self._encode_text(messages[0]).input_ids[:-1]
-        owned, *_ = self._encode(messages, True, tools)
+        _, owned, *_ = self._encode(messages, True, tools)
         return [i for i, _ in owned]
+
+    def _count_prompt(self, messages: Messages, owned: Owned, tools: Tools) -> int:
+        """How many ids ask for the last answer: those that a generation would start from.
+
+        Where a template makes one turn of several answers, they ask for the whole turn.
+
+        Raises:
+            RecordRefusal: the conversation does not begin with them.
+        """
+        last = max(i for i, message in enumerate(messages) if message["role"] == "assistant")
+        end = max((i for i, (_, owner) in enumerate(owned) if owner == last), default=-1) + 1
+        first = last
+        while True:
+            prompt = self.prompt_ids(messages[:first], tools)
+            one_turn = all(owner is not None for _, owner in owned[len(prompt) : end])
+            if [i for i, _ in owned[: len(prompt)]] == prompt and one_turn:
+                return len(prompt)
+            if not first or messages[first - 1]["role"] != "assistant":
+                raise RecordRefusal(self._not_asked_for(messages, last, tools))
+            first -= 1
+
+    def _not_asked_for(self, messages: Messages, index: int, tools: Tools) -> str:
+        """Why an answer cannot be trained."""
+        prompt = self.render(messages[:index], True, tools)
+        whole = self.render(messages[: index + 1], False, tools)
+        start = first_difference(prompt, whole)
+        return (
+            f"the prompt that asks for message {index}, an answer, does not begin the conversation with it: "
+            f"after {whole[max(0, start - 30) : start]!r} the prompt goes on with "
+            f"{prompt[start : start + 40]!r}, the conversation with {whole[start : start + 40]!r}. A model "
+            "trained on it would be asked for it in another way. Where the prompt opens or closes a thought, "
+            "answers need one (reasoning_content, or <think> ... </think> in the content) or none, as the "
+            "template says; where only earlier answers differ, chat_template.train_on=last_assistant leaves "
+            "them untrained"
+        )
 
     def reference_ids(
         self, messages: Messages, add_generation_prompt: bool = False, tools: Tools = None
     ) -> list[int]:
-        """The rendered text, encoded whole with control tokens parsed, as `apply_chat_template` does."""
+        """The rendered text, encoded whole with control tokens parsed, as `apply_chat_template` does.
+
+        With one difference that is meant: where the last token of a prompt would hold the beginning of the
+        answer too, as a line break does before a line break, the answer begins with a token of its own.
+        """
         text = self.render(messages, add_generation_prompt, tools)
-        return self.encode_rendered([text])[0]
+        ids: list[int] = []
+        done = 0
+        for end in self._prompt_ends(messages, text, tools):
+            asked, rest = self._files.encode_parsing([text[done:end], text[done:]], done > 0)
+            if rest[: len(asked)] != asked:
+                answer = self._files.encode_parsing([text[end:]], True)[0]
+                if self.decode([*asked, *answer]) == self.decode(rest):
+                    ids, done = [*ids, *asked], end
+        return [*ids, *self._files.encode_parsing([text[done:]], done > 0)[0]]
+
+    def _prompt_ends(self, messages: Messages, text: str, tools: Tools) -> Iterator[int]:
+        """Where in a rendered conversation its answers begin."""
+        for index, message in enumerate(messages):
+            if message["role"] == "assistant":
+                with suppress(TemplateRefusal):
+                    prompt = self.render(messages[:index], True, tools)
+                    if text.startswith(prompt):
+                        yield len(prompt)
+
+    def shown(self, messages: Messages) -> list[Message]:
+        """A conversation as the template sees it."""
+        return [spoken(message) for message in place_system(messages, self._system)]
 
     def encode_rendered(self, texts: Sequence[str]) -> list[list[int]]:
-        """Rendered texts encoded whole, as `apply_chat_template` does."""
+        """Rendered texts encoded whole; see `reference_ids`."""
         return self._files.encode_parsing(texts)
 
     def as_decoded(self, texts: Sequence[str]) -> list[str]:
@@ -166,6 +238,15 @@ class ChatFormat:
     @property
     def template_text(self) -> str:
         return self._template.text
+
+    @property
+    def date_string(self) -> str:
+        return self._template.date_string
+
+    @property
+    def folder(self) -> Path:
+        """Of the tokenizer."""
+        return self._files.folder
 
     @property
     def tokenizer(self) -> Tokenizer:
@@ -202,12 +283,16 @@ class ChatFormat:
         return hashlib.sha256(json.dumps(ids).encode()).hexdigest()
 
     def example(self) -> Encoded:
-        """A short conversation, with a system message where the template has a place for one."""
-        told = [{"role": role, "content": content} for role, content in _EXAMPLE]
-        try:
-            return self.encode(told)
-        except RecordRefusal:
-            return self.encode(told[1:])
+        """A short conversation: with a system message, several turns or a thought where the template can."""
+        told: list[Message] = [{"role": role, "content": content} for role, content in _EXAMPLE]
+        thinking = {
+            "role": "assistant",
+            "content": f"<think>\nEasy.\n</think>\n\n{_EXAMPLE[-1][1]}",
+        }
+        for shown in (told, told[1:], told[1:3]):
+            with suppress(RecordRefusal):
+                return self.encode(shown)
+        return self.encode([told[3], thinking])
 
     def _try_probe(self, messages: Messages) -> list[int] | None:
         try:
@@ -223,15 +308,15 @@ class ChatFormat:
 
     def _written_tokens(self) -> set[str]:
         """What the template writes that looks like a control token."""
-        question, answer = {"role": "user", "content": "-"}, {"role": "assistant", "content": "-"}
+        answer = {"role": "assistant", "content": "-"}
         texts = [
-            self._render_placed([question], True),
-            self._render_placed([question, answer], False),
+            self._render_placed([_QUESTION], True),
+            self._render_placed([_QUESTION, answer], False),
         ]
         if self._system != "error":
             with suppress(TemplateRefusal):  # a family without system role
                 system = {"role": "system", "content": "-"}
-                texts.append(self._render_placed([system, question, answer], False))
+                texts.append(self._render_placed([system, _QUESTION, answer], False))
         return {token for text in texts for token in SHAPE.findall(text)}
 
     def _check_known(self, written: set[str]) -> None:
@@ -252,43 +337,132 @@ class ChatFormat:
         )
         key = pattern, add_generation_prompt
         if key not in self._plans:
-            self._plans[key] = self._planner.plan(messages, add_generation_prompt)
+            usual = self._placeholders.usual
+            self._plans[key] = self._planner.plan(messages, add_generation_prompt, usual)
         return self._plans[key]
 
     def _encode(
         self, messages: Messages, add_generation_prompt: bool, tools: Tools
-    ) -> tuple[Owned, int, int]:
+    ) -> tuple[Plan, Owned, int, int]:
         """The ids with their owners, and how many contents were trimmed and thoughts left out."""
-        safe: Messages = messages
+        dropped = 0
         if has_own_scaffold(messages, tools):
-            safe = [self._hider.protect(message) for message in messages]
-            tools = self._hider.hide(tools)
-            plan = self._planner.plan(safe, add_generation_prompt, tools)
+            stand_ins = self._placeholders.choose(messages, tools)
+            safe = [stand_ins.protect(message) for message in messages]
+            hidden = stand_ins.hide(tools)
+            plan = self._planner.plan(safe, add_generation_prompt, stand_ins, hidden)
+            if not add_generation_prompt:
+                dropped = self._count_dropped_thoughts(messages, tools, stand_ins)
         else:
             plan = self.plan(messages, add_generation_prompt)
-        thoughts, answers = zip(*(split_thought(message) for message in messages), strict=True)
+        answers = [split_thought(message)[1] for message in messages]
         contents = plan.trim(answers)
-        rendered = self._render_placed(safe, add_generation_prompt, tools)
-        if tools and rendered == self._render_placed(safe, add_generation_prompt):
+        rendered = self._render_placed(messages, add_generation_prompt, tools)
+        if tools and rendered == self._render_placed(messages, add_generation_prompt):
             raise RecordRefusal(
                 "the chat template leaves out the tools; this family has no place for them"
             )
-        if (filled := reveal(plan.fill(contents))) != reveal(rendered):
-            raise RecordRefusal(_rewritten(filled, reveal(rendered)))
+        if (filled := plan.fill(contents)) != rendered:
+            raise RecordRefusal(_rewritten(filled, rendered))
         num_trimmed = sum(a != b for a, b in zip(contents, answers, strict=True))
-        missing = [thought for thought in thoughts if thought.strip() not in reveal(rendered)]
-        return self.segments.encode(plan, contents, messages), num_trimmed, len(missing)
+        return plan, self.segments.encode(plan, contents, messages), num_trimmed, dropped
+
+    def _count_dropped_thoughts(
+        self, messages: Messages, tools: Tools, stand_ins: Placeholders
+    ) -> int:
+        """How many thoughts the template leaves out, as many do with those of earlier turns.
+
+        Raises:
+            RecordRefusal: it has no place for a thought in the last turn either.
+        """
+        marked = [_mark_thoughts(m, stand_ins, i, len(messages)) for i, m in enumerate(messages)]
+        thinking = [(i, mark) for i, (_, marks) in enumerate(marked) for mark in marks]
+        if not thinking:
+            return 0
+        told = [message for message, _ in marked]
+        text = self._render_placed(told, False, tools)
+        dropped = [(index, mark) for index, mark in thinking if mark not in text]
+        for index, mark in dropped:
+            with suppress(TemplateRefusal):  # a conversation may not end there
+                if mark not in self._render_placed(told[: index + 1], False, tools):
+                    raise RecordRefusal(
+                        f"the chat template leaves out the thought of message {index}; this family has no "
+                        "place for it: choose a model whose template knows thoughts, write it into the "
+                        "content as <think> ... </think> where the template copies contents, or leave it out"
+                    )
+        return len(dropped)
 
     def _encode_text(self, message: Mapping[str, Any]) -> Encoded:
+        start, end = self._bounds_of_text()
+        ids = [*self.segments.known_ids(message), end]
+        return Encoded([*start, *ids], [IGNORE_INDEX] * len(start) + ids, len(start) + len(ids) - 1)
+
+    def _bounds_of_text(self) -> tuple[list[int], int]:
+        """The ids before a plain text, and the one after it."""
         end = self._files.id_of("eos_token")
         if end is None:
             raise CapasError("the tokenizer names no eos_token, with which a plain text has to end")
-        start = [] if self.bos_token_id is None else [self.bos_token_id]
-        ids = [*self.segments.known_ids(message), end]
-        return Encoded([*start, *ids], [IGNORE_INDEX] * len(start) + ids)
+        bos = self.bos_token_id
+        return [] if bos is None or self._bos_opens_turns else [bos], end
+
+    @property
+    def allows_bos(self) -> bool:
+        """Whether a content may hold the beginning of a text: see `chat_template.allowed_tokens`."""
+        bos = self._files.named.get("bos_token")
+        return bos is not None and bos not in self.segments.control_ids
+
+    def count_bos(self, messages: Messages, tools: Tools = None) -> int:
+        """How often the beginning of a text stands in a rendered conversation as that token."""
+        bos = self._files.named["bos_token"]
+        if messages[0]["role"] == TEXT:
+            start, end = self._bounds_of_text()
+            return sum(i == self.bos_token_id for i in (*start, end))
+        if not self.allows_bos:
+            stand_ins = self._placeholders.choose(messages, tools)
+            messages = [dict(stand_ins.hide(message)) for message in messages]
+            tools = stand_ins.hide(tools)
+        return self._render_placed(messages, False, tools).count(bos)
+
+    @property
+    def doubles_bos(self) -> bool:
+        """Whether the template begins a text twice."""
+        bos = self._files.named.get("bos_token")
+        return bos is not None and self._render_placed([_QUESTION], True).startswith(2 * bos)
+
+    @cached_property
+    def _bos_opens_turns(self) -> bool:
+        """Whether the beginning of a text is what turns begin with, so that a plain text has none.
+
+        Where it is the end of a text, too (GPT-2), a plain text stands between two of them.
+        """
+        found = self._planner.find_controls(self._render_placed([_QUESTION], True))
+        later = [self.segments.control_ids[name] for _, name in found][1:]
+        ends = (self._files.id_of("eos_token"), *self.end_token_ids)
+        return self.bos_token_id in later and self.bos_token_id not in ends
 
 
-def _trained_messages(messages: Messages, train_on: str) -> set[int]:
+def _mark_thoughts(
+    message: Mapping[str, Any], stand_ins: Placeholders, index: int, count: int
+) -> tuple[Message, list[str]]:
+    """The message with marks in the places of its thoughts, and these marks."""
+    told, marks = dict(message), []
+    if message["role"] == "assistant" and (message.get("reasoning_content") or "").strip():
+        marks.append(stand_ins.mark(index))
+        told["reasoning_content"] = marks[-1]
+    thought, answer = split_thought(message)
+    said = thought.strip().removesuffix(THOUGHT_END).removeprefix(THOUGHT_START)
+    if said.strip():
+        marks.append(stand_ins.mark(index + count))
+        told["content"] = thought.replace(said.strip(), marks[-1], 1) + answer
+    return told, marks
+
+
+def trained_messages(messages: Messages, train_on: str) -> set[int]:
+    """The indices of the answers that are trained.
+
+    Raises:
+        RecordRefusal: there are none, or one is empty.
+    """
     answers = [i for i, message in enumerate(messages) if message["role"] == "assistant"]
     if not answers:
         raise RecordRefusal("no message of the assistant: there is nothing to train on")
@@ -305,12 +479,15 @@ def _trained_messages(messages: Messages, train_on: str) -> set[int]:
 
 
 def _rewritten(expected: str, rendered: str) -> str:
-    start = next(
-        (i for i, (a, b) in enumerate(zip(expected, rendered, strict=False)) if a != b),
-        min(len(expected), len(rendered)),
-    )
+    start = first_difference(expected, rendered)
     return (
         "the chat template rewrites a content, or treats it by what it says: expected "
         f"{expected[start : start + 40]!r} at character {start}, the template has "
         f"{rendered[start : start + 40]!r}; such a record cannot be masked safely"
     )
+
+
+def first_difference(found: Sequence[Any], expected: Sequence[Any]) -> int:
+    """The index of the first item that differs, or the length of the shorter one."""
+    pairs = enumerate(zip(found, expected, strict=False))
+    return next((i for i, (a, b) in pairs if a != b), min(len(found), len(expected)))

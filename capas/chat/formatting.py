@@ -9,11 +9,11 @@ from typing import Any
 import numpy as np
 import pyarrow as pa
 
-from capas.chat.audit import Audit
+from capas.chat.audit import Audit, Sampled
 from capas.chat.batch import Batch, Columns, Formatted, Single, merge
 from capas.chat.columns import ColumnEncoder
 from capas.chat.format import ChatFormat, Encoded
-from capas.chat.messages import TEXT, Message, Tools, conversation
+from capas.chat.messages import TEXT, Message, conversation
 from capas.chat.overflow import Overflow
 from capas.chat.template import RecordRefusal
 from capas.errors import CapasError
@@ -106,7 +106,8 @@ class SplitFormatter:
         """Those that are not too long and that a template which looks into contents did not change."""
         fits = quick.ids.lengths <= self.overflow.max_length
         if not self.chat.copies_contents:
-            fits &= [self.chat.is_copied(source.messages(row)) for row in quick.rows.tolist()]
+            copied = [self.chat.is_copied(source.messages(row)) for row in quick.rows.tolist()]
+            fits &= np.array(copied, bool)
         return quick if fits.all() else quick.take(np.flatnonzero(fits))
 
     def _single(self, source: Batch, row: int) -> Single | None:
@@ -123,25 +124,24 @@ class SplitFormatter:
                     encoded,
                     lambda m: self.chat.encode(m, self.train_on, tools),
                 )
-                return kept and Single(row, *kept, *self._question(*kept, tools))
+                return kept and Single(row, *kept, *self._question(*kept))
             except RecordRefusal as refusal:
                 self.overflow.num_records += 1
                 self.refused.add(record["id"], refusal)
         return None
 
-    def _question(
-        self, messages: list[Message], encoded: Encoded, tools: Tools
-    ) -> tuple[list[int], str]:
+    def _question(self, messages: list[Message], encoded: Encoded) -> tuple[list[int], str]:
         """The prompt of the last answer, and that answer as text."""
+        ids = encoded.input_ids
         if messages[-1]["role"] == TEXT:
-            start = encoded.input_ids[: min(TEXT_PROMPT_TOKENS, len(encoded.input_ids) // 2)]
-            return start, self.chat.decode(encoded.input_ids[len(start) : -1])
-        prompt = self.chat.prompt_ids(messages[:-1], tools)
-        if not messages[-1].get("tool_calls"):
+            start = min(TEXT_PROMPT_TOKENS, len(ids) // 2)
+            return ids[:start], self.chat.decode(ids[start:-1])
+        prompt, answer = ids[: encoded.num_prompt_tokens], ids[encoded.num_prompt_tokens :]
+        one_text = len(messages) < 2 or messages[-2]["role"] != "assistant"
+        if one_text and not messages[-1].get("tool_calls"):
             return prompt, messages[-1]["content"]
-        called = encoded.input_ids[len(prompt) :]
-        end = called.index(self.chat.end_token_id) if self.chat.end_token_id in called else None
-        return prompt, self.chat.decode(called[:end])
+        ends = (place for place, i in enumerate(answer) if i in self.chat.end_token_ids)
+        return prompt, self.chat.decode(answer[: next(ends, None)])
 
     @contextmanager
     def _named(self, identity: str) -> Iterator[None]:
@@ -164,6 +164,11 @@ class SplitFormatter:
         self.trailing_messages_cut += int(after_last[columns.rows].sum())
         for single in formatted.singles.values():
             self.thoughts_dropped += single.encoded.num_thoughts_dropped
+
+    @property
+    def sample(self) -> list[Sampled]:
+        """Some records, to be compared with what transformers makes of them."""
+        return self._audit.sample
 
     def facts(self) -> dict[str, Any]:
         lengths = np.concatenate([_NOTHING, *self.lengths])

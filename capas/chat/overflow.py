@@ -1,6 +1,6 @@
 """What becomes of records that are longer than `dataset.max_length`: an error, dropped, or cut at a turn."""
 
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Collection, Iterable
 from dataclasses import dataclass, field
 
 from capas.chat.format import Encoded
@@ -31,7 +31,7 @@ class Overflow:
     max_length: int
     policy: str
     budget_fraction: float
-    end_token_id: int
+    end_token_ids: Collection[int]
     num_records: int = 0
     truncated: int = 0
     dropped: int = 0
@@ -58,7 +58,7 @@ class Overflow:
             return messages, encoded
         self.too_long.append(identity)
         kept = self._truncate(messages, encode) if self.policy == "truncate" else None
-        left = kept[1] if kept else Encoded([], [])
+        left = kept[1] if kept else Encoded([], [], 0)
         self.supervised_tokens_lost += count_supervised(encoded) - count_supervised(left)
         self.stop_tokens_lost += self._count_stops(encoded) - self._count_stops(left)
         self.truncated += kept is not None
@@ -75,7 +75,7 @@ class Overflow:
         return None
 
     def _count_stops(self, encoded: Encoded) -> int:
-        return sum(label == self.end_token_id for label in encoded.labels)
+        return sum(label in self.end_token_ids for label in encoded.labels)
 
     @property
     def fraction(self) -> float:

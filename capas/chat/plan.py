@@ -55,6 +55,8 @@ class Plan:
 
     parts: tuple[Control | Segment, ...]
     trims: tuple[Trim, ...]  # per message: what the template does to the ends of a content
+    # Answers before which the conversation does not go on as the prompt that asks for them ends.
+    not_asked_for: frozenset[int] = frozenset()
 
     @property
     def num_controls(self) -> int:

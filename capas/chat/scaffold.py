@@ -7,23 +7,28 @@ The template is rendered with a mark in the place of each content, and the text 
 Every segment between two control tokens is encoded by itself, as tokenizers do it. What belongs to an answer
 (its `owner`) is what the model has to write: from the end of the generation prompt to the end token.
 Where an answer calls tools, a mark stands in the name of the first one too: the text around it is the answer.
+
+Most templates end every answer with the same control token. Harmony ends an answer with one and writes
+another in its place once the conversation goes on, which ends the user's turns too: `end_tokens` has both.
 """
 
 import re
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import suppress
 from itertools import groupby
 from typing import Any
 
 from tokenizers import AddedToken
 
-from capas.chat.messages import Message, Messages, Tools, reveal
+from capas.chat.messages import Message, Messages, Tools
+from capas.chat.placeholders import Placeholders
 from capas.chat.plan import NO_TRIM, Control, Piece, Plan, Segment, Trim
 from capas.chat.template import RecordRefusal, TemplateRefusal
 from capas.errors import CapasError
 
 Render = Callable[[Messages, bool, Tools], str]  # (messages, add_generation_prompt, tools)
-_OPEN, _CLOSE = "\ue0f0", "\ue0f1"  # private-use characters that no template writes
-_MARK = re.compile(f"{_OPEN}(\\d+){_CLOSE}")
+_QUESTION, _ANSWER = {"role": "user", "content": "-"}, {"role": "assistant", "content": "-"}
+_THOUGHT = {"reasoning_content": "-"}
 _PADDING, _LINES = " \t\n", "\n" * 5  # more line breaks than a scaffold has of its own
 
 
@@ -33,66 +38,143 @@ class Planner:
     Args:
         render: the template, the policy for system messages applied.
         controls: the control tokens by their text.
+        usual: stand-ins for conversations that hold none of their characters.
 
     Raises:
         CapasError: the template ends no answer with a control token, or asks for answers differently.
     """
 
-    def __init__(self, render: Render, controls: Mapping[str, AddedToken]) -> None:
+    def __init__(
+        self, render: Render, controls: Mapping[str, AddedToken], usual: Placeholders
+    ) -> None:
         self._render = render
         self._pattern = control_pattern(controls)
         self._controls = controls
-        self._tools: Tools = None
-        self.end_token = self._find_end_token()
+        self.end_token = self._find_end_token(usual)
+        other = self._find_other_end_token(usual)
+        others = [] if other is None else [other]
+        self.end_tokens = [self.end_token, *others]
+        # Where a thought ends with the same token, a model that writes it may have more to say.
+        inside = self._written_inside(usual) if others else set()
+        self.stop_tokens = [self.end_token, *(token for token in others if token not in inside)]
 
-    def plan(self, messages: Messages, add_generation_prompt: bool, tools: Tools = None) -> Plan:
+    def plan(
+        self,
+        messages: Messages,
+        add_generation_prompt: bool,
+        placeholders: Placeholders,
+        tools: Tools = None,
+    ) -> Plan:
         """The plan for conversations with these roles and, where they have any, these tools and calls.
+
+        Args:
+            messages, tools: what the template writes in its own way is hidden.
 
         Raises:
             CapasError: the template refuses, drops or repeats a message, or leaves an answer open.
         """
-        self._tools = tools
-        told = _mark(messages)
-        texts, order = _cut(self._render(told, add_generation_prompt, tools))
-        _check_each_once(order, told)
-        pieces = list(self._pieces(texts, order, told))
-        padded, broken = (
-            self._render(_mark(messages, padding), add_generation_prompt, tools)
-            for padding in (_PADDING, _LINES)
-        )
-        trims = tuple(_find_trim(padded, broken, index) for index in range(len(told)))
-        return Plan(tuple(_group(pieces)), trims)
+        return _Conversation(self, messages, placeholders, tools).plan(add_generation_prompt)
 
-    def _find_end_token(self) -> str:
-        question, answer = {"role": "user", "content": "-"}, {"role": "assistant", "content": "-"}
-        whole = self._render(_mark([question, answer]), False, None)
-        found = self._pattern.search(_cut(whole)[0][-1])
+    def render(self, messages: Messages, add_generation_prompt: bool, tools: Tools) -> str:
+        return self._render(messages, add_generation_prompt, tools)
+
+    def find_controls(self, text: str) -> Iterator[tuple[re.Match[str], str]]:
+        """The control tokens in a text, with the blanks that they swallow, and their names."""
+        for found in self._pattern.finditer(text):
+            text_alone = found.group() in self._controls
+            yield found, found.group() if text_alone else found.group().strip()
+
+    def _find_end_token(self, usual: Placeholders) -> str:
+        whole = self._example(usual, "-")
+        after = usual.cut(whole)[0][-1]
+        found = next((name for _, name in self.find_controls(after)), None)
         if found is None:
-            after = _cut(whole)[0][-1]
             raise CapasError(
                 f"the chat template writes no control token after an answer (only {after!r}), so the model "
                 "would never learn to stop; let it end the assistant's turn with one, e.g. eos_token"
             )
-        prompt = self._render(_mark([question]), True, None)
-        if not whole.startswith(prompt):
+        prompt = self.render(_mark([_QUESTION], usual), True, None)
+        if not whole.startswith(prompt) and not self._asks_for_a_thought(prompt, usual):
             raise CapasError(
                 "the chat template asks for an answer in another way than it writes one: the text with "
-                f"add_generation_prompt, {_readable(prompt)!r}, does not begin the conversation "
-                f"{_readable(whole)!r}; the model would be trained on one and asked with the other"
+                f"add_generation_prompt, {usual.readable(prompt)!r}, does not begin the conversation "
+                f"{usual.readable(whole)!r}; the model would be trained on one and asked with the other"
             )
-        return self._name(found)
+        return found
 
-    def _pieces(
-        self, texts: Sequence[str], order: Sequence[int], told: Messages
-    ) -> Iterator[Control | Piece]:
+    def _asks_for_a_thought(self, prompt: str, usual: Placeholders) -> bool:
+        """Whether the prompt begins a conversation whose answer thinks first: it may open the thought."""
+        for told in ({"content": "<think>\n-\n</think>\n\n-"}, {"content": "-", **_THOUGHT}):
+            with suppress(TemplateRefusal):
+                if self._example(usual, **told).startswith(prompt):
+                    return True
+        return False
+
+    def _example(self, usual: Placeholders, content: str, **more: str) -> str:
+        """A question and an answer, with marks for contents."""
+        answer = {"role": "assistant", "content": content, **more}
+        return self.render(_mark([_QUESTION, usual.protect(answer)], usual), False, None)
+
+    def _find_other_end_token(self, usual: Placeholders) -> str | None:
+        """What ends an answer that is not the last one, where that is what ends a user's turn as well."""
+        told = [_QUESTION, _ANSWER, _QUESTION, _ANSWER]
+        try:
+            texts = usual.cut(self.render(_mark(told, usual), False, None))[0]
+        except TemplateRefusal:
+            return None  # a family of one turn
+        if len(texts) != len(told) + 1:
+            return None
+        of_user, of_answer = ([name for _, name in self.find_controls(text)] for text in texts[1:3])
+        is_end = len(of_user) > 1 and of_user[:1] == of_answer[:1] != [self.end_token]
+        return of_user[0] if is_end else None
+
+    def _written_inside(self, usual: Placeholders) -> set[str]:
+        """The control tokens between the prompt and the content of an answer that thinks first."""
+        prompt = self.render(_mark([_QUESTION], usual), True, None)
+        try:
+            before = self._example(usual, "-", **_THOUGHT).partition(usual.mark(1))[0]
+        except TemplateRefusal:
+            return set()
+        return {name for _, name in self.find_controls(before.removeprefix(prompt))}
+
+
+class _Conversation:
+    """One conversation with marks for contents."""
+
+    def __init__(
+        self, planner: Planner, messages: Messages, placeholders: Placeholders, tools: Tools
+    ) -> None:
+        self._planner, self._tools, self._placeholders = planner, tools, placeholders
+        self._messages, self._told = messages, _mark(messages, placeholders)
+        self._not_asked_for: set[int] = set()
+
+    def plan(self, add_generation_prompt: bool) -> Plan:
+        planner, placeholders = self._planner, self._placeholders
+        rendered = planner.render(self._told, add_generation_prompt, self._tools)
+        texts, order = placeholders.cut(rendered)
+        _check_each_once(order, self._told, placeholders)
+        pieces = list(self._pieces(texts, order))
+        padded, broken = (
+            planner.render(
+                _mark(self._messages, placeholders, padding), add_generation_prompt, self._tools
+            )
+            for padding in (_PADDING, _LINES)
+        )
+        marks = [placeholders.mark(index) for index in range(len(self._told))]
+        trims = tuple(_find_trim(padded, broken, mark) for mark in marks)
+        return Plan(tuple(_group(pieces)), trims, frozenset(self._not_asked_for))
+
+    def _pieces(self, texts: Sequence[str], order: Sequence[int]) -> Iterator[Control | Piece]:
         """Scaffold and contents as in the text; in `order`, index + n stands for an answer's calls."""
+        told = self._told
         for place, text in enumerate(texts):
             previous = order[place - 1] if place > 0 else None
             following = order[place] if place < len(order) else None
             calls = following is not None and following >= len(told)
             before, after = (None if i is None else i % len(told) for i in (previous, following))
-            end = self._end_of_answer(text, before, after, told)
-            start = max(end, len(text) - len(self._lead(text, after, told)))
+            end = self._end_of_answer(text, before, after)
+            lead = self._lead(text, after) if end < len(text) else ""
+            start = max(end, len(text) - len(lead))
             yield from self._scaffold(text[:end], before)
             yield from self._scaffold(text[end:start], None)
             yield from self._scaffold(text[start:], after)
@@ -101,52 +183,56 @@ class Planner:
                 yield Piece("", after, after if spoken else None)
 
     def _scaffold(self, text: str, owner: int | None) -> Iterator[Control | Piece]:
-        position = 0
-        for found in self._pattern.finditer(text):
+        position, reveal = 0, self._placeholders.reveal
+        for found, name in self._planner.find_controls(text):
             if found.start() > position:
                 yield Piece(reveal(text[position : found.start()]), None, owner)
-            yield Control(found.group(), self._name(found), owner)
+            yield Control(found.group(), name, owner)
             position = found.end()
         if position < len(text):
             yield Piece(reveal(text[position:]), None, owner)
 
-    def _end_of_answer(
-        self,
-        text: str,
-        previous: int | None,
-        following: int | None,
-        told: Messages,
-    ) -> int:
-        """How much of the scaffold after an answer belongs to it: up to and including the end token."""
+    def _end_of_answer(self, text: str, previous: int | None, following: int | None) -> int:
+        """How much of the scaffold after an answer belongs to it: up to and including the end token.
+
+        An end token that does not stop a generation is not the model's to write there.
+        """
+        planner, told = self._planner, self._told
         if previous is None or told[previous]["role"] != "assistant":
             return 0
         if previous == following:
             return len(text)  # between what an answer says and its calls
-        controls = list(self._pattern.finditer(text))
+        controls = list(planner.find_controls(text))
         if told[previous].get("tool_calls"):  # calls may have control tokens inside
-            controls = [found for found in controls if self._name(found) == self.end_token]
-        found = controls[0] if controls else None
-        if found is not None and self._name(found) == self.end_token:
-            return found.end()
+            controls = [control for control in controls if control[1] in planner.end_tokens]
+        found, name = controls[0] if controls else (None, None)
+        if found is not None and name in planner.end_tokens:
+            return found.end() if name in planner.stop_tokens else found.start()
         if found is None and following is not None and told[following]["role"] == "assistant":
             return len(text)  # the template makes one turn of two messages
         raise RecordRefusal(
-            f"the chat template does not end message {previous} (assistant) with {self.end_token}, as it "
-            f"does in a conversation of two messages, but goes on with {_readable(text)!r}"
+            f"the chat template does not end message {previous} (assistant) with {planner.end_token}, as it "
+            "does in a conversation of two messages, but goes on with "
+            f"{self._placeholders.readable(text)!r}"
         )
 
-    def _lead(self, text: str, following: int | None, told: Messages) -> str:
+    def _lead(self, text: str, following: int | None) -> str:
         """What of the scaffold before an answer the generation prompt lacks: the model has to write it."""
-        if not following or told[following]["role"] != "assistant":
+        if following is None or self._told[following]["role"] != "assistant":
             return ""
         try:
-            prompt = _cut(self._render(told[:following], True, self._tools))[0][-1]
+            asked = self._planner.render(self._told[:following], True, self._tools)
         except TemplateRefusal:
             return ""  # nobody can ask for this answer alone
-        return text.removeprefix(prompt) if text.startswith(prompt) else ""
-
-    def _name(self, found: re.Match[str]) -> str:
-        return found.group() if found.group() in self._controls else found.group().strip()
+        prompt = self._placeholders.cut(asked)[0][-1]
+        if text.startswith(prompt):
+            return text.removeprefix(prompt)
+        # Where later turns change earlier ones (Mistral puts system text into the last), its end is there.
+        starts = [found.start() for found, _ in self._planner.find_controls(prompt)]
+        _, there, lead = text.rpartition(prompt[starts[-1] :] if starts else prompt)
+        if not there:
+            self._not_asked_for.add(following)
+        return lead if there else ""
 
 
 def control_pattern(controls: Mapping[str, AddedToken]) -> re.Pattern[str]:
@@ -163,7 +249,7 @@ def control_pattern(controls: Mapping[str, AddedToken]) -> re.Pattern[str]:
     return re.compile("|".join(alternatives) or r"(?!)")
 
 
-def _mark(messages: Messages, padding: str = "") -> list[Message]:
+def _mark(messages: Messages, placeholders: Placeholders, padding: str = "") -> list[Message]:
     """The conversation with marks for contents, and one in the first call of an answer that calls tools.
 
     Blank contents stay: templates ask whether one is empty. So do results of tools, which templates rewrite.
@@ -173,34 +259,25 @@ def _mark(messages: Messages, padding: str = "") -> list[Message]:
         told = dict(message)
         thought = message.get("thought", "")
         if message["role"] != "tool" and message["content"].removeprefix(thought).strip():
-            told["content"] = f"{thought}{padding}{_mark_of(index)}{padding}"
+            told["content"] = f"{thought}{padding}{placeholders.mark(index)}{padding}"
         if message.get("tool_calls"):
-            told["tool_calls"] = _mark_calls(message["tool_calls"], index + len(messages))
+            mark = placeholders.mark(index + len(messages))
+            told["tool_calls"] = _mark_calls(message["tool_calls"], mark)
         marked.append(told)
     return marked
 
 
-def _mark_calls(calls: Sequence[Any], index: int) -> list[Any]:
+def _mark_calls(calls: Sequence[Any], mark: str) -> list[Any]:
     first, *others = calls
     function = first.get("function", first)
-    named = {**function, "name": _mark_of(index) + function["name"]}
+    named = {**function, "name": mark + function["name"]}
     return [{**first, "function": named} if "function" in first else named, *others]
 
 
-def _mark_of(index: int) -> str:
-    return f"{_OPEN}{index}{_CLOSE}"
-
-
-def _cut(text: str) -> tuple[list[str], list[int]]:
-    """The texts between the marks, and the indices of the marks: one less."""
-    parts = _MARK.split(text)
-    return parts[::2], [int(index) for index in parts[1::2]]
-
-
-def _check_each_once(order: Sequence[int], told: Messages) -> None:
+def _check_each_once(order: Sequence[int], told: Messages, placeholders: Placeholders) -> None:
     for index, message in enumerate(told):
         count = order.count(index)
-        if count != 1 and _MARK.search(message["content"]):
+        if count != 1 and placeholders.has_mark(message["content"]):
             how = "leaves out" if count == 0 else f"writes {count} times"
             raise RecordRefusal(
                 f"the chat template {how} message {index} ({message['role']}); every message must appear "
@@ -213,14 +290,13 @@ def _check_each_once(order: Sequence[int], told: Messages) -> None:
             )
 
 
-def _find_trim(padded: str, broken: str, index: int) -> Trim:
+def _find_trim(padded: str, broken: str, mark: str) -> Trim:
     """What the template does to white space at the ends of a content.
 
     Args:
         padded: rendered with blanks of several kinds around the mark.
         broken: rendered with line breaks around it, which some templates trim alone.
     """
-    mark = _mark_of(index)
     before, found, after = padded.partition(mark)
     if not found:
         return NO_TRIM  # a blank content: part of the scaffold
@@ -245,7 +321,3 @@ def _group(pieces: Sequence[Control | Piece]) -> Iterator[Control | Segment]:
         else:
             yield Segment(tuple(p for p in group if isinstance(p, Piece)), first)
         first = False
-
-
-def _readable(text: str) -> str:
-    return _MARK.sub(lambda found: f"{{content {found.group(1)}}}", text)

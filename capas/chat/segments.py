@@ -12,7 +12,7 @@ from tokenizers import AddedToken, Tokenizer
 
 from capas.chat.edges import Edges
 from capas.chat.messages import Messages
-from capas.chat.plan import Control, Plan, Segment, scaffold_before
+from capas.chat.plan import Control, Piece, Plan, Segment, scaffold_before
 from capas.chat.scaffold import control_pattern
 from capas.chat.tokenizer import TokenizerFiles
 from capas.errors import CapasError
@@ -118,15 +118,36 @@ class SegmentEncoder:
         return self._alone.encode(message["content"], add_special_tokens=False).ids
 
     def encode_whole(self, segment: Segment, contents: list[str]) -> Owned:
+        """The ids of scaffold and contents together; an answer in it begins with a token of its own.
+
+        What stands before the answer is the end of the prompt that asks for it.
+        """
+        pieces, first = segment.pieces, segment.first
+        together = self._encode_together(pieces, contents, first)
+        start = next((i for i, piece in enumerate(pieces) if piece.owner is not None), 0)
+        asked = self._encode_together(pieces[:start], contents, first) if start else []
+        if together[: len(asked)] == asked:
+            return together
+        apart = asked + self._encode_together(pieces[start:], contents, False)
+        same = self._decode(apart) == self._decode(
+            together
+        )  # not where a blank is put before a text
+        return apart if same else together
+
+    def _encode_together(self, pieces: Sequence[Piece], contents: list[str], first: bool) -> Owned:
         """A token that holds a character of an answer belongs to the answer."""
-        texts = [piece.fill(contents) for piece in segment.pieces]
-        owners = [p.owner for p, text in zip(segment.pieces, texts, strict=True) for _ in text]
-        encoder = self._alone if segment.first else self._inside
+        texts = [piece.fill(contents) for piece in pieces]
+        owners = [p.owner for p, text in zip(pieces, texts, strict=True) for _ in text]
+        encoder = self._alone if first else self._inside
         encoding = encoder.encode("".join(texts), add_special_tokens=False)
         return [
             (i, next((o for o in owners[start : max(end, start + 1)] if o is not None), None))
             for i, (start, end) in zip(encoding.ids, encoding.offsets, strict=True)
         ]
+
+    def _decode(self, owned: Owned) -> str:
+        text: str = self._inside.decode([i for i, _ in owned], skip_special_tokens=False)
+        return text
 
     def _check_controls(self, owned: Owned, plan: Plan) -> None:
         found = len([i for i, _ in owned if i in self.forbidden_ids])

@@ -4,16 +4,15 @@ https://huggingface.co/docs/transformers/chat_templating_writing
 """
 
 import json
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
+from contextlib import suppress
+from datetime import datetime
 from typing import Any
 
 import jinja2
-from jinja2 import nodes
-from jinja2.ext import Extension, loopcontrols
-from jinja2.parser import Parser
-from jinja2.sandbox import ImmutableSandboxedEnvironment
 
 from capas.chat.copying import copies_contents
+from capas.chat.limits import LimitedEnvironment, line_of
 from capas.chat.messages import Messages, Tools, spoken
 from capas.errors import CapasError
 
@@ -27,21 +26,34 @@ class TemplateRefusal(RecordRefusal):
 
 
 class Template:
-    """A chat template with a tokenizer's named tokens; it sees neither clock nor files."""
+    """A chat template with a tokenizer's named tokens; it sees neither clock nor files, and comes to an end.
 
-    def __init__(self, text: str, named_tokens: Mapping[str, str], date_string: str) -> None:
-        environment = ImmutableSandboxedEnvironment(
-            trim_blocks=True, lstrip_blocks=True, extensions=[loopcontrols, _Generation]
-        )
-        environment.filters["tojson"] = _to_json
-        environment.globals["raise_exception"] = _raise_exception
-        environment.globals["strftime_now"] = lambda _format: date_string
+    Args:
+        date_string: today, to whom it asks: `26 Jul 2024` or `2024-07-26`.
+        name: what messages call it, a file for example.
+    """
+
+    def __init__(
+        self,
+        text: str,
+        named_tokens: Mapping[str, str],
+        date_string: str,
+        name: str = "the chat template",
+    ) -> None:
+        self._environment = LimitedEnvironment()
+        self._environment.filters["tojson"] = self._environment.limited("tojson", _to_json)
+        self._environment.globals["raise_exception"] = _raise_exception
+        self._environment.globals["strftime_now"] = fixed_clock(date_string)
         try:
-            tree = environment.parse(text)
-            self._template = environment.from_string(text)
+            tree = self._environment.parse(text)
+            copies = copies_contents(tree)
+            self._template = self._environment.compiled(tree)
         except jinja2.TemplateSyntaxError as error:
-            raise CapasError(f"the chat template, line {error.lineno}: {error.message}") from None
-        self.text, self.copies_contents = text, copies_contents(tree)
+            raise CapasError(f"{name}, line {error.lineno}: {error.message}") from None
+        except Exception as error:  # noqa: BLE001  what a text nested too deep raises
+            raise CapasError(f"{name} cannot be read: {_in_words(error)}") from None
+        self.text, self.copies_contents, self.name = text, copies, name
+        self.date_string = date_string
         self._variables = {**named_tokens, "date_string": date_string}
 
     def render(
@@ -50,9 +62,10 @@ class Template:
         """The conversation as text.
 
         Raises:
-            TemplateRefusal: with the template's own message.
+            TemplateRefusal: with the template's own message, or what it fails with, and its line.
         """
         told = [spoken(message) for message in messages]
+        self._environment.begin()
         try:
             return self._template.render(
                 messages=told,
@@ -61,11 +74,52 @@ class Template:
                 documents=None,
                 **self._variables,
             )
-        except (jinja2.TemplateError, TypeError, LookupError) as error:
+        except CapasError:
+            raise
+        except Exception as error:  # noqa: BLE001  the template is a program of somebody else's
             roles = ", ".join(m["role"] for m in told) or "none"
+            line = line_of(error)
+            where = "" if line is None else f", line {line},"
             raise TemplateRefusal(
-                f"the chat template refuses the conversation (roles: {roles}): {error}"
+                f"{self.name}{where} refuses the conversation (roles: {roles}): {_in_words(error)}"
             ) from None
+
+
+def _in_words(error: Exception) -> str:
+    """What a template says itself, or what went wrong in it."""
+    if isinstance(error, jinja2.TemplateError):
+        return str(error)
+    if isinstance(error, RecursionError):
+        return "it calls itself without end, or is nested too deep"
+    return f"{type(error).__name__}: {error}" if str(error) else type(error).__name__
+
+
+def fixed_clock(date_string: str) -> Callable[[str], str]:
+    """`strftime_now` for templates: the fixed date in the format that is asked for.
+
+    Raises:
+        CapasError: when a template asks, and `date_string` is no date.
+    """
+
+    def strftime_now(form: str) -> str:
+        return parse_date(date_string).strftime(form)
+
+    return strftime_now
+
+
+def parse_date(text: str) -> datetime:
+    """The day that `chat_template.date_string` names, at midnight.
+
+    Raises:
+        CapasError: it is no date.
+    """
+    for form in ("%d %b %Y", "%d %B %Y", "%Y-%m-%d"):
+        with suppress(ValueError):
+            return datetime.strptime(text, form)
+    raise CapasError(
+        f"chat_template.date_string={text!r} is no date, and the chat template asks for it in a format of "
+        "its own: write it like 26 Jul 2024 or 2024-07-26"
+    )
 
 
 def place_system(messages: Messages, policy: str) -> list[dict[str, Any]]:
@@ -100,17 +154,6 @@ def place_system(messages: Messages, policy: str) -> list[dict[str, Any]]:
     texts = [m["content"] for m in told[: leading + 1]]
     folded = "\n\n".join([text for text in texts[:-1] if text.strip()] + texts[-1:])
     return [{**told[leading], "content": folded}, *told[leading + 1 :]]
-
-
-class _Generation(Extension):
-    """`{% generation %}` marks the assistant's part for other tools; here it changes nothing."""
-
-    tags = {"generation"}  # noqa: RUF012  as Jinja's extensions declare it
-
-    def parse(self, parser: Parser) -> nodes.Node:
-        line = next(parser.stream).lineno
-        body = parser.parse_statements(("name:endgeneration",), drop_needle=True)
-        return nodes.Scope(body).set_lineno(line)
 
 
 def _to_json(

@@ -17,7 +17,7 @@ from capas.errors import CapasError
 from capas.facts import read_json
 
 TOKENIZER, CONFIG = "tokenizer.json", "tokenizer_config.json"
-TEMPLATE = "chat_template.jinja"
+TOKENS_MAP, TEMPLATE = "special_tokens_map.json", "chat_template.jinja"
 # What a control token looks like; none of the four families' tokens looks otherwise.
 SHAPE = re.compile(
     r"<\|[^<>|\s]+\|>|<｜[^<>｜\s]+｜>|<(?:start|end)_of_[a-z]+>|<unused\d+>|\[/?[A-Z][A-Z_]+\]|</?s>"
@@ -32,7 +32,7 @@ NAMED = ("bos_token", "eos_token", "unk_token", "sep_token", "pad_token", "cls_t
 
 
 class TokenizerFiles:
-    """tokenizer.json and tokenizer_config.json of a folder, parsed.
+    """tokenizer.json, tokenizer_config.json and special_tokens_map.json of a folder, parsed.
 
     Args:
         allowed: control tokens whose text in a content stands for the token.
@@ -49,7 +49,7 @@ class TokenizerFiles:
                 "transformers: AutoTokenizer.from_pretrained(...).save_pretrained(folder)"
             )
         self._spec, self._model = _read_spec(folder / TOKENIZER)
-        self._config = read_json(folder / CONFIG)
+        self._config = _read_config(folder)
         self._built: dict[tuple[frozenset[str], bool], Tokenizer] = {}
         _added_tokens(self._spec, folder)
         for token in self._spec["added_tokens"]:
@@ -107,9 +107,13 @@ class TokenizerFiles:
             spec["pre_tokenizer"] = _without_first_blank(spec.get("pre_tokenizer"))
         return spec
 
-    def encode_parsing(self, texts: Sequence[str]) -> list[list[int]]:
-        """The ids of texts in which that of a control token is that token, as in a rendered conversation."""
-        tokenizer = self.build()
+    def encode_parsing(self, texts: Sequence[str], inside: bool = False) -> list[list[int]]:
+        """The ids of texts in which that of a control token is that token, as in a rendered conversation.
+
+        Args:
+            inside: they do not begin it.
+        """
+        tokenizer = self.build(inside=inside)
         tokenizer.encode_special_tokens = False
         try:
             return encode_plain(tokenizer, texts)
@@ -146,8 +150,8 @@ class TokenizerFiles:
         for name, text in named.items():
             if text is not None and text not in texts:
                 raise CapasError(
-                    f"{self.folder / CONFIG}: {name} is {text!r}, which {TOKENIZER} does not have among its "
-                    "added tokens; the two files belong to different tokenizers"
+                    f"{self.folder / CONFIG} or {TOKENS_MAP}: {name} is {text!r}, which {TOKENIZER} does not "
+                    "have among its added tokens; these files belong to different tokenizers"
                 )
         return {name: text for name, text in named.items() if text is not None}
 
@@ -181,6 +185,14 @@ def _parse(text: bytes, file: Path) -> dict[str, Any]:
     if not isinstance(spec, dict):
         raise CapasError(f"{file} must hold an object, not {type(spec).__name__}")
     return spec
+
+
+def _read_config(folder: Path) -> dict[str, Any]:
+    """tokenizer_config.json with the tokens of special_tokens_map.json, as transformers reads the two."""
+    config = read_json(folder / CONFIG)
+    if "added_tokens_decoder" in config or not (folder / TOKENS_MAP).is_file():
+        return config  # the newer file says it all
+    return config | read_json(folder / TOKENS_MAP)
 
 
 def _added_tokens(spec: dict[str, Any], folder: Path) -> dict[int, AddedToken]:

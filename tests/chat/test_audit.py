@@ -27,7 +27,7 @@ def chat(tiny_tokenizer_dir: Path) -> ChatFormat:
 
 @pytest.fixture
 def formatted(chat: ChatFormat, tiny_tokenizer_dir: Path) -> Formatted:
-    overflow = Overflow("train", 500, "error", 0.0, chat.end_token_id)
+    overflow = Overflow("train", 500, "error", 0.0, chat.end_token_ids)
     formatter = SplitFormatter("train", chat, "assistant", overflow, Refused("error", 0.0))
     (found,) = formatter.format([batch(CONVERSATIONS, tiny_tokenizer_dir).records])
     assert formatter.facts()["num_checked"] == 2
@@ -75,7 +75,8 @@ def test_two_beginnings_of_a_text(chat: ChatFormat, formatted: Formatted) -> Non
     ids[2] = chat.bos_token_id
     wrong = changed(formatted, ids=Ragged(ids, formatted.columns.ids.offsets))
     with pytest.raises(
-        CapasError, match="'0': the beginning of a text stands in it more than once"
+        CapasError,
+        match="'0': the beginning of a text stands in it more or less often than written",
     ):
         Audit(chat, "assistant").check("train", wrong)
 
@@ -83,13 +84,39 @@ def test_two_beginnings_of_a_text(chat: ChatFormat, formatted: Formatted) -> Non
 def test_ids_that_are_not_those_of_the_rendered_text(
     chat: ChatFormat, formatted: Formatted
 ) -> None:
-    ids = formatted.columns.ids.values.copy()
+    columns = formatted.columns
+    ids, asked = columns.ids.values.copy(), columns.prompts.values.copy()
     ids[4] += 1
-    wrong = changed(formatted, ids=Ragged(ids, formatted.columns.ids.offsets))
+    asked[4] += 1
+    wrong = changed(
+        formatted,
+        ids=Ragged(ids, columns.ids.offsets),
+        prompts=Ragged(asked, columns.prompts.offsets),
+    )
     with pytest.raises(
-        CapasError, match="its ids are not those of the rendered text, from token 4"
+        CapasError, match="'0': its ids are not those of the rendered text, from token 4"
     ):
         Audit(chat, "assistant").check("train", wrong)
+
+
+@pytest.mark.parametrize("place", [0, 1])
+def test_a_prompt_that_does_not_begin_its_record(
+    place: int, chat: ChatFormat, formatted: Formatted
+) -> None:
+    asked = formatted.columns.prompts.values.copy()
+    asked[formatted.columns.prompts.offsets[place + 1] - 1] += 1
+    wrong = changed(formatted, prompts=Ragged(asked, formatted.columns.prompts.offsets))
+    with pytest.raises(CapasError, match=f"'{place}': the prompt that asks .* does not begin it"):
+        Audit(chat, "assistant").check("train", wrong)
+
+
+def test_an_answer_that_is_not_trained_from_its_first_token_on(
+    chat: ChatFormat, formatted: Formatted
+) -> None:
+    trained = formatted.columns.trained.values.copy()
+    trained[len(formatted.columns.prompts.row(0))] = False
+    with pytest.raises(CapasError, match="'0': its last answer is not trained from the end"):
+        Audit(chat, "assistant").check("train", with_trained(formatted, trained))
 
 
 @pytest.mark.parametrize("count", [0, 1])
@@ -107,7 +134,7 @@ def test_refused_conversations_stay_within_the_budget(
         ("drop", 0.1, "the chat template refuses 1 of 3 train records"),
         ("drop", 0.5, None),
     ):
-        overflow = Overflow("train", 500, "error", 0.0, gemma.end_token_id)
+        overflow = Overflow("train", 500, "error", 0.0, gemma.end_token_ids)
         refused = Refused(policy, budget)
         formatter = SplitFormatter("train", gemma, "assistant", overflow, refused)
         records = [batch(told, tiny_tokenizer_dir).records]
@@ -122,7 +149,7 @@ def test_refused_conversations_stay_within_the_budget(
 
 def test_plain_text_is_trained_whole(chat: ChatFormat, tiny_tokenizer_dir: Path) -> None:
     told = [[{"role": "text", "content": "Once upon a time there was a fox."}]]
-    overflow = Overflow("train", 500, "error", 0.0, chat.end_token_id)
+    overflow = Overflow("train", 500, "error", 0.0, chat.end_token_ids)
     formatter = SplitFormatter("train", chat, "assistant", overflow, Refused("error", 0.0))
     (found,) = formatter.format([batch(told, tiny_tokenizer_dir).records])
     (record,) = found.records.to_pylist()

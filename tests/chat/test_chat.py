@@ -9,6 +9,7 @@ import pytest
 from conftest import REPOSITORY, say, template_text
 
 from capas.chat.format import ChatFormat
+from capas.chat.template import Template
 from capas.chat.tokenizer import TokenizerFiles, encode_plain
 from capas.errors import CapasError
 from capas.records import IGNORE_INDEX
@@ -252,7 +253,81 @@ def test_the_template_refusal_of_a_conversation_has_its_words(tiny_tokenizer_dir
 def test_the_clock_is_a_parameter(tiny_tokenizer_dir: Path) -> None:
     text = "{{ strftime_now('%d %b %Y') }} {{ date_string }} {{ {'ñ': '<'} | tojson }}" + LOOP + ASK
     chat = ChatFormat.load(text, tiny_tokenizer_dir, "1 Jan 2020")
-    assert chat.render(say("a")).startswith('1 Jan 2020 1 Jan 2020 {"ñ": "<"}')
+    assert chat.render(say("a")).startswith('01 Jan 2020 1 Jan 2020 {"ñ": "<"}')
+
+
+@pytest.mark.parametrize("date_string", ["26 Jul 2024", "26 July 2024", "2024-07-26"])
+def test_the_fixed_date_is_told_in_the_format_that_is_asked_for(
+    date_string: str, tiny_tokenizer_dir: Path
+) -> None:
+    text = "{{ strftime_now('%Y') }} {{ strftime_now('%A, %Y-%m-%d %H:%M') }} " + LOOP + ASK
+    chat = ChatFormat.load(text, tiny_tokenizer_dir, date_string)
+    assert chat.render(say("a")).startswith("2024 Friday, 2024-07-26 00:00 <|im_start|>")
+    with pytest.raises(CapasError, match="date_string='yesterday' is no date"):
+        ChatFormat.load(text, tiny_tokenizer_dir, "yesterday")
+    assert ChatFormat.load(LOOP + ASK, tiny_tokenizer_dir, "yesterday")  # nobody asks
+
+
+ENDLESS = "{% for a in range(99999) %}{% for b in range(99999) %}{{ '' }}{% endfor %}{% endfor %}"
+AGAIN = "{% set n = namespace(t='abcdefgh') %}{% for i in range(99) %}{% set n.t = DOUBLED %}{% endfor %}"
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        (ENDLESS, "its loops and calls do not come to an end"),
+        ("{% macro f(n) %}{{ f(n) }}{% endmacro %}{{ f(1) }}", "calls itself without end"),
+        (
+            "{% macro f(n) %}{{ f(n - 1) if n }}{{ f(n - 1) if n }}{% endmacro %}{{ f(99) }}",
+            "to an end",
+        ),
+        ("{{ 'a' * 10 ** 10 }}", "of more than 10,000,000 characters"),
+        ("{{ 3 ** 10000000 }}", "a number of more than 100,000 bits"),
+        ("{{ 'a' | center(10 ** 9) }}", "of more than 10,000,000 characters"),
+        ("{{ 'a'.ljust(10 ** 9) }}", "of more than 10,000,000 characters"),
+        ("{{ '%9999999999d' % 1 }}", "a format may not be so wide"),
+        ("{{ '{:9999999999}'.format(1) }}", "a format may not be so wide"),
+        ("{{ (['a' * 9999999] * 9999) | join }}", "do not come to an end"),
+        ("{{ ('a' * 99999).replace('a', 'b' * 99999) }}", "of more than 10,000,000 characters"),
+        (
+            "{% for i in range(99999) %}{{ 'a' * 9999 }}{% endfor %}",
+            "it writes more than 50,000,000",
+        ),
+        (AGAIN.replace("DOUBLED", "n.t ~ n.t"), "of more than 10,000,000 characters"),
+        (AGAIN.replace("DOUBLED", "n.t + n.t"), "of more than 10,000,000 characters"),
+        (AGAIN.replace("DOUBLED", "[n.t, n.t]") + "{{ n.t | tojson }}", "do not come to an end"),
+        (AGAIN.replace("DOUBLED", "'%s%s' % (n.t, n.t)"), "of more than 10,000,000 characters"),
+        ("{{ 1 / 0 }}", "ZeroDivisionError: division by zero"),
+        ("{{ messages[0].content | int + 'a' }}", "TypeError"),
+        ("{{ range(10 ** 9) | list }}", "OverflowError: Range too big"),
+        ("{{ lipsum() }}", "'lipsum' is undefined"),
+    ],
+)
+def test_a_template_that_fails_or_does_not_end_is_refused_with_its_line(
+    text: str, message: str, tiny_tokenizer_dir: Path
+) -> None:
+    files = TokenizerFiles(tiny_tokenizer_dir)
+    with pytest.raises(CapasError, match=rf"^mine\.jinja, line 2, refuses .*{message}"):
+        Template("\n" + text + LOOP, files.named, "", "mine.jinja").render(say("a"))
+
+
+def test_a_template_that_cannot_be_read_is_refused(tiny_tokenizer_dir: Path) -> None:
+    deep = "{{ " + "(" * 3000 + "1" + ")" * 3000 + " }}"
+    loops = "{% for a in b %}" * 30 + "{% endfor %}" * 30
+    for text, message in (
+        (deep, "mine.jinja cannot be read: it calls itself without end, or is nested too deep"),
+        (loops, "mine.jinja cannot be read: SyntaxError"),
+        ("\n{{ 1 | random }}", "mine.jinja, line 2: No filter named 'random'"),
+    ):
+        with pytest.raises(CapasError, match=message):
+            Template(text, {}, "", "mine.jinja")
+
+
+def test_a_long_conversation_stays_within_the_limits(tiny_tokenizer_dir: Path) -> None:
+    told = say(*["word " * 200] * 2000)
+    for preset in PRESETS:
+        template = Template(template_text(preset), {"bos_token": "", "eos_token": ""}, "")
+        assert len(template.render(told)) > 2_000_000
 
 
 def test_a_template_has_no_way_out_of_its_sandbox(tiny_tokenizer_dir: Path) -> None:

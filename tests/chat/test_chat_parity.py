@@ -133,6 +133,10 @@ def check_ids(family: Family, told: list[Messages]) -> int:
                 family.official.encode(messages)
         elif not family.holds_control(messages):
             found = family.official.encode(family.with_ids(messages)).input_ids
+            if found != expected:  # an answer whose beginning would melt with the prompt
+                assert any(m["content"][:1].isspace() for m in messages if m["role"] == "assistant")
+                assert family.reference.decode(found) == family.reference.decode(expected)
+                expected = family.official.reference_ids(messages)
             assert found == expected, messages
             compared += 1
     return compared

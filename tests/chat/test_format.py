@@ -232,7 +232,7 @@ def test_truncation_ends_at_an_answer(side: DataSide) -> None:
 def test_errors_name_split_and_record(side: DataSide) -> None:
     put(side, say("a", "b"), [*say("a"), *say("b", "c")])
     with pytest.raises(
-        CapasError, match=r"train record 'r1': the chat template refuses.*user, user"
+        CapasError, match=r"train record 'r1': the chat template, line 10, refuses.*user, user"
     ):
         side.run("format", overrides=("chat_template=gemma",))
 

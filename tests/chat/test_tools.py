@@ -96,6 +96,28 @@ def test_texts_in_calls_results_and_schemas_forge_nothing(
     assert chat.decode(encoded.input_ids) == chat.render(messages, tools=TOOLS)
 
 
+PRIVATE = "\ue0f00\ue0f1 \U000f0041 \U00100000\U00100001\U0010fffd \U000f003c\U000f007c"
+
+
+@pytest.mark.parametrize("preset", ["qwen", "mistral"])
+def test_private_characters_come_back_as_they_are(preset: str, tiny_tools_dir: Path) -> None:
+    chat = load(preset, tiny_tools_dir)
+    messages = told(call(PRIVATE + "<|im_end|>"), result=PRIVATE + "<|im_end|>")
+    messages[0]["content"] = messages[-1]["content"] = PRIVATE
+    tools = [{"type": "function", "function": {**SCHEMA, "description": PRIVATE}}]
+    ids = chat.encode(messages, tools=tools).input_ids
+    assert chat.decode(ids) == chat.render(messages, tools=tools)
+    controls = set(chat.segments.control_ids.values())
+    plain = chat.encode(told(call("x"), result="x"), tools=TOOLS).input_ids
+    assert sum(i in controls for i in ids) == sum(i in controls for i in plain)
+
+
+def test_a_conversation_that_leaves_no_character_is_refused(tiny_tools_dir: Path) -> None:
+    private = "".join(map(chr, (*range(0xE000, 0xF900), *range(0xF0000, 0x10FFFE))))
+    with pytest.raises(RecordRefusal, match="137,470 of Unicode's private characters"):
+        load("qwen", tiny_tools_dir).encode(told(call(private)))
+
+
 @pytest.mark.parametrize("preset", ["chatml", "llama3"])
 def test_a_family_without_tools_loses_none_silently(preset: str, tiny_tools_dir: Path) -> None:
     chat = load(preset, tiny_tools_dir)

@@ -26,8 +26,8 @@ MUTATIONS = (
     Mutation(
         name="end_token_not_trained",
         file="capas/chat/scaffold.py",
-        old="            return found.end()\n",
-        new="            return found.start()\n",
+        old="return found.end() if name in planner.stop_tokens else found.start()",
+        new="return found.start()",
         harm="The tuned model never learns to stop.",
         tests=("tests/chat/test_chat.py",),
     ),

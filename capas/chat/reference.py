@@ -1,0 +1,141 @@
+"""A sample of records as transformers formats them, in the folder that users of the tuned model get.
+
+`AutoTokenizer.from_pretrained(folder).apply_chat_template(...)` is how servers ask a model. Its ids are those
+that the records were formatted to, or the records are not what the model will be asked with.
+"""
+
+import json
+import logging
+import os
+import shutil
+import subprocess
+import sys
+from collections.abc import Iterable, Mapping, Sequence
+from pathlib import Path
+from tempfile import TemporaryDirectory
+from typing import Any
+
+from capas.chat.audit import Sampled
+from capas.chat.format import ChatFormat, first_difference
+from capas.chat.template import fixed_clock
+from capas.errors import CapasError
+
+log = logging.getLogger("capas")
+_ROOT = Path(__file__).parents[2]
+_Asked = dict[str, Any]  # messages, tools, add_generation_prompt
+
+
+def compare(chat: ChatFormat, samples: Mapping[str, Sequence[Sampled]]) -> int:
+    """How many records of each split's sample were compared; none where transformers cannot load the folder.
+
+    Raises:
+        CapasError: naming the record and the first token that differs.
+    """
+    pairs = [(split, sampled) for split, of_split in samples.items() for sampled in of_split]
+    asked, expected, whose = [], [], []
+    for split, sampled in pairs:
+        for ids, count, prompts in ((sampled.ids, None, False), (sampled.prompt_ids, -1, True)):
+            if ids is not None:
+                messages = chat.shown(sampled.messages[:count])
+                asked.append(_asked(messages, sampled.tools, prompts))
+                expected.append(ids)
+                whose.append((split, sampled.identity, "prompt" if prompts else "conversation"))
+    found = _ask(chat, asked)
+    if isinstance(found, str):
+        log.warning("transformers cannot load this tokenizer; no record was compared: %s", found)
+        return 0
+    for (split, identity, part), ids, theirs in zip(whose, expected, found, strict=True):
+        if ids != theirs:
+            raise CapasError(
+                f"{split} record {identity!r}, {part}: {_difference(ids, theirs, chat)}"
+            )
+    return len(pairs)
+
+
+def _asked(messages: list[Any], tools: Any, add_generation_prompt: bool) -> _Asked:
+    return {
+        "conversation": messages,
+        "tools": tools,
+        "add_generation_prompt": add_generation_prompt,
+    }
+
+
+def _difference(ours: list[int], theirs: list[int] | str, chat: ChatFormat) -> str:
+    told = (
+        "Who uses the tuned model would ask it in another way than it was trained. Where the tokenizer's "
+        "files disagree, save them anew, AutoTokenizer.from_pretrained(FOLDER).save_pretrained(OTHER), and "
+        "set model.model_name_or_path=OTHER; else please report it with this record"
+    )
+    if isinstance(theirs, str):
+        return (
+            f"transformers' apply_chat_template fails on the tokenizer's folder: {theirs}. {told}"
+        )
+    at = first_difference(ours, theirs)
+
+    def show(ids: list[int]) -> str:
+        return (
+            f"{chat.tokenizer.id_to_token(ids[at])!r} (id {ids[at]})"
+            if at < len(ids)
+            else "nothing"
+        )
+
+    return (
+        "its ids are not those of transformers' apply_chat_template on the tokenizer's folder; the first "
+        f"that differs is token {at}: {show(ours)} here, {show(theirs)} there. {told}"
+    )
+
+
+def _ask(chat: ChatFormat, asked: Sequence[_Asked]) -> list[list[int] | str] | str:
+    """See `_answers`; in a process of its own where this one has not imported transformers yet."""
+    with TemporaryDirectory(prefix="capas-tokenizer-") as name:
+        folder = Path(name)
+        for file in chat.folder.iterdir():
+            shutil.copyfile(file, folder / file.name)
+        (folder / "chat_template.jinja").write_text(chat.template_text, encoding="utf-8")
+        if "transformers" in sys.modules:
+            return _answers(folder, chat.date_string, asked)
+        given = json.dumps([str(folder), chat.date_string, asked])
+        path = os.pathsep.join(filter(None, (str(_ROOT), os.environ.get("PYTHONPATH"))))
+        done = subprocess.run(
+            [sys.executable, "-m", "capas.chat.reference"],
+            env={**os.environ, "PYTHONPATH": path, "HF_HUB_OFFLINE": "1"},
+            input=given.encode(),
+            capture_output=True,
+            check=False,
+        )
+    if done.returncode:
+        raise CapasError(
+            "the records could not be compared with transformers: python -m capas.chat.reference ended "
+            f"with exit code {done.returncode}: {done.stderr.decode(errors='replace').strip()[-2000:]}"
+        )
+    answers: list[list[int] | str] | str = json.loads(done.stdout)
+    return answers
+
+
+def _answers(
+    folder: Path, date_string: str, asked: Iterable[_Asked]
+) -> list[list[int] | str] | str:
+    """Per conversation its ids, or why transformers refuses it; a text where it cannot load the folder."""
+    from transformers import AutoTokenizer
+
+    try:
+        tokenizer = AutoTokenizer.from_pretrained(folder)
+    except Exception as error:  # noqa: BLE001  whatever the tokenizer's class raises is the answer
+        return f"{type(error).__name__}: {error}"
+    clock = {"date_string": date_string, "strftime_now": fixed_clock(date_string)}
+    found: list[list[int] | str] = []
+    for one in asked:
+        try:
+            found.append(
+                tokenizer.apply_chat_template(**one, **clock, tokenize=True, return_dict=False)
+            )
+        except Exception as error:  # noqa: BLE001  as above
+            found.append(f"{type(error).__name__}: {error}")
+    return found
+
+
+if __name__ == "__main__":
+    # Tokenizers need no torch, which takes seconds to import.
+    sys.modules["torch"] = None  # type: ignore[assignment]
+    given_folder, given_date, given_asked = json.load(sys.stdin)
+    sys.stdout.write(json.dumps(_answers(Path(given_folder), given_date, given_asked)))
