@@ -4,8 +4,11 @@
     capas check support.csv               a file, wherever it lies; ends with the YAML for it
     capas check support.csv --write       writes that YAML, and copies the file to data/own
     capas check --json                    the same as JSON
+    capas check --cost                    and download, disk, memory and minutes of each stage
+    capas check --cost experiment=NAME    of another configuration, as overrides of Hydra
 
 It needs seconds, no model and no network. All flaws of all kinds are shown at once, each with file and line.
+With --cost it needs the model's config.json, and trains for about 20 seconds to measure.
 
 Exit code: 0 ready; 1 records or splits have flaws; 2 a file cannot be read.
 """
@@ -22,13 +25,14 @@ from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any
 
-from capas.composition import CONF, Values, composer
-from capas.dataset.flaws import DROP, WAYS_OUT, Flaws
-from capas.dataset.inspect import Inspection, inspect, parts_of
-from capas.dataset.pool import Pool
+from capas import cost
+from capas.composition import CONF, Values, composer, word_given
+from capas.config import validate
+from capas.dataset.flaws import DROP
+from capas.dataset.inspect import Inspection, inspect
+from capas.dataset.preview import preview_splits
 from capas.dataset.proposal import columns_of, format_of, propose_columns
 from capas.dataset.references import read_references
-from capas.dataset.selection import select_records
 from capas.dataset.source import FORMATS, sources_of
 from capas.errors import CapasError
 from capas.metrics.choice import choose_metrics
@@ -61,13 +65,19 @@ class Check:
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
-        "files", nargs="*", type=Path, metavar="FILE", help="instead of conf/'s data set"
+        "words",
+        nargs="*",
+        metavar="FILE",
+        help="instead of conf/'s data set; KEY=VALUE: an override",
     )
     parser.add_argument("--json", action="store_true", help="write the findings as JSON")
     parser.add_argument(
+        "--cost", action="store_true", help="measure how long each stage takes, too"
+    )
+    parser.add_argument(
         "--write",
         action="store_true",
-        help="write the proposed YAML to conf/dataset, and copy FILE to data/own",
+        help="write the YAML to conf/dataset, and copy FILE to data/own",
     )
 
 
@@ -75,22 +85,34 @@ def command(options: argparse.Namespace) -> int:
     root = Path.cwd()
     if not (root / CONF).is_dir():
         raise CapasError(f"{root} has no conf/; start it in the repository's top folder")
-    if options.write and not options.files:
+    overrides = [word for word in options.words if "=" in word and not Path(word).exists()]
+    files = [Path(word) for word in options.words if word not in overrides]
+    if options.write and not files:
         raise CapasError("--write needs a FILE: capas check FILE --write")
-    logging.getLogger("capas").setLevel(logging.WARNING)
-    with _seen(options.files, root) as (dataset, place):
+    if options.cost and files:
+        raise CapasError(
+            "--cost is of the data set that conf/ names: capas check FILE --write first"
+        )
+    with composer(root / CONF) as compose:
+        values = Pins.read(root=root).known(compose(overrides))
+    validate(values, word_given(overrides, root / CONF))
+    with _quiet(), _seen(files, values, root) as (dataset, place):
         check = examine(dataset, place)
     if options.json:
         sys.stdout.write(json.dumps(as_json(check), indent=2, ensure_ascii=False) + "\n")
     else:
         text = "\n".join(in_words(check)) + "\n"
-        for file in options.files:  # they were read through links in a folder of their own
+        for file in files:  # they were read through links in a folder of their own
             text = text.replace(str(OWN / file.name), str(file))
         sys.stdout.write(text)
-    if options.files:
+    if options.cost:
+        for line in cost.lines(Params(values), root, check.splits):
+            sys.stdout.write(f"{line}\n")
+            sys.stdout.flush()
+    if files:
         option = OPTIONS[check.dataset["path"]]
         if options.write:
-            _write(check.dataset, option, options.files, root)
+            _write(check.dataset, option, files, root)
         elif not options.json:
             sys.stdout.write(f"\n# conf/dataset/{option}.yaml\n{_yaml(proposed(check.dataset))}")
             sys.stdout.write(f"# and in conf/config.yaml: - dataset: {option}\n")
@@ -98,11 +120,22 @@ def command(options: argparse.Namespace) -> int:
 
 
 @contextmanager
-def _seen(files: list[Path], root: Path) -> Iterator[tuple[Values, Path]]:
-    """The dataset group of conf/, and the folder in which its files lie; for FILES one with links to them."""
+def _quiet() -> Iterator[None]:
+    """What fetch logs on its way is part of the findings."""
+    log = logging.getLogger("capas")
+    level = log.level
+    log.setLevel(logging.WARNING)
+    try:
+        yield
+    finally:
+        log.setLevel(level)
+
+
+@contextmanager
+def _seen(files: list[Path], values: Values, root: Path) -> Iterator[tuple[Values, Path]]:
+    """The group dataset, and the folder in which its files lie; for FILES one with links to them."""
     if not files:
-        with composer(root / CONF) as compose:
-            yield Pins.read(root=root).known(compose([]))["dataset"], root
+        yield values["dataset"], root
         return
     for file in files:
         if not file.is_file():
@@ -150,7 +183,7 @@ def examine(dataset: Values, root: Path) -> Check:
     splits, near = dict.fromkeys(SPLITS, 0), None
     if inspection.num_right:
         try:
-            splits, near = _splits(params, root)
+            splits, near = preview_splits(params, root)
         except CapasError as error:
             problems.append(str(error))
     elif inspection.num_read:
@@ -182,19 +215,6 @@ def _flaw_problems(found: Inspection, dataset: Params) -> Iterator[str]:
             f"{dropped} of {found.num_read} records would be dropped, more than "
             f"dataset.flaw_budget_fraction={dataset.flaw_budget_fraction:g} allows"
         )
-
-
-def _splits(dataset: Params, root: Path) -> tuple[dict[str, int], dict[str, Any] | None]:
-    """How many records each split would have, those with a flaw left out, and the near-duplicates."""
-    sources = sources_of(dataset, root)
-    flaws = Flaws(dict.fromkeys(WAYS_OUT, DROP), 1.0)
-    given: list[set[str]] = [set() for _ in sources]
-    with TemporaryDirectory(prefix="capas-check-") as folder:
-        pool = Pool(Path(folder) / "everything.parquet", flaws)
-        pool.fill(parts_of(sources, dataset, given, flaws))
-        selection = select_records(pool, dataset, given, [source.weight for source in sources])
-        counts = {split: int(selection.of(split).sum()) for split in SPLITS}
-        return counts, selection.near_duplicates()
 
 
 def in_words(check: Check) -> Iterator[str]:
@@ -275,11 +295,16 @@ def proposed(dataset: Values) -> Values:
 
 
 def _yaml(values: Values) -> str:
+    """A line for each key; lists and mappings in brackets."""
     import yaml
 
-    return yaml.safe_dump(
-        values, sort_keys=False, allow_unicode=True, default_flow_style=None, width=100
-    )
+    lines = [
+        yaml.safe_dump({key: value}, default_flow_style=False)
+        if isinstance(value, str)
+        else f"{key}: {yaml.safe_dump(value, default_flow_style=True, allow_unicode=True, width=1000)}"
+        for key, value in values.items()
+    ]
+    return "".join(lines)
 
 
 def _write(dataset: Values, option: str, files: list[Path], root: Path) -> None:
@@ -297,6 +322,11 @@ def _write(dataset: Values, option: str, files: list[Path], root: Path) -> None:
     template = path if path.exists() else root / CONF / "dataset/own_jsonl.yaml"
     yaml = YAML()
     yaml.width = 1000
+    yaml.indent(mapping=2, sequence=4, offset=2)
+    yaml.representer.add_representer(
+        type(None),
+        lambda representer, _: representer.represent_scalar("tag:yaml.org,2002:null", "null"),
+    )
     values = yaml.load(template.read_text(encoding="utf-8"))
     if template != path:
         values.yaml_set_start_comment(f"My {dataset['path']} files in data/own.")

@@ -192,9 +192,10 @@ class Pins:
             return
         if source is Source.HUB:
             yield from _of_hub(node, kind.revision, on_hub(name, kind))
-        elif (
-            source is Source.FOLDER and node.get(revision) is None
-        ):  # a given one the stages compare
+        elif source is Source.FOLDER and node.get(revision) in (
+            None,
+            MAIN,
+        ):  # a folder has no branches; another revision the stages compare
             stands_for = folder_revision if kind is MODEL else adapter_revision
             ask = partial(stands_for, self.root / name)
             yield Place(node, kind.revision, f"{kind.called}s", name, ask)

@@ -16,6 +16,7 @@ Exit code: 0 it fits, or there is no such device here; 1 it does not fit; 2 it c
 
 import argparse
 import sys
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -54,13 +55,47 @@ def command(options: argparse.Namespace) -> int:
         values = compose(options.overrides)
     validate(values, word_given(options.overrides, root / CONF))
     params = Params(Pins.read(root=root).known(values))
-    folder = config_folder(params.model, root)
+    need = of_training(params, config_folder(params.model, root), options.tokens)
+    if need.workload.num_processes > 1:
+        _say(f"Of each of {need.workload.num_processes} processes:")
+    _say(table(need.found, need.workload, need.used_bytes, need.free_bytes))
+    if not need.fits:
+        from capas import memory
 
+        _say(
+            f"To need less: {'; '.join(memory.ways_out(need.found, need.workload, params.trainer))}"
+        )
+    return 0 if need.fits else 1
+
+
+@dataclass(frozen=True)
+class Need:
+    """What a training needs, and what the device has; `free_bytes` is None where there is no such device."""
+
+    found: Any
+    workload: Any
+    used_bytes: int
+    free_bytes: int | None
+
+    @property
+    def fits(self) -> bool:
+        return self.free_bytes is None or bool(self.found.total <= self.free_bytes)
+
+
+def of_training(params: Params, folder: Path, tokens: int | None = None) -> Need:
+    """Estimate the memory of a training, every record as long as `tokens` or dataset.max_length.
+
+    Args:
+        folder: with the model's config.json.
+
+    Raises:
+        CapasError: as `capas.memory.estimate`.
+    """
     import torch
 
     from capas import capacity, memory
 
-    number = options.tokens or params.dataset.max_length
+    number = tokens or params.dataset.max_length
     sizes = params.trainer.per_device_train_batch_size, params.trainer.per_device_eval_batch_size
     row = params.trainer.packing_length or number
     lengths = [row] * sizes[0], [number] * sizes[1]
@@ -73,13 +108,7 @@ def command(options: argparse.Namespace) -> int:
     used = capacity.used_bytes(device) if here else 0
     num_sharing = capacity.num_sharing(params.hardware)
     free = capacity.free_bytes(device) // num_sharing if here else None
-    if workload.num_processes > 1:
-        _say(f"Of each of {workload.num_processes} processes:")
-    _say(table(found, workload, used, free))
-    fits = free is None or found.total <= free
-    if not fits:
-        _say(f"To need less: {'; '.join(memory.ways_out(found, workload, params.trainer))}")
-    return 0 if fits else 1
+    return Need(found, workload, used, free)
 
 
 def config_folder(model: Params, root: Path) -> Path:

@@ -23,6 +23,7 @@ import json
 import logging
 import os
 import re
+import subprocess
 import sys
 from functools import cache
 from pathlib import Path
@@ -59,6 +60,18 @@ ENVIRONMENT, LOCK, COMPOSED = (
     Path("data/composed"),
 )
 SCHEMAS = Path(".vscode/schema")
+EMBEDDED_BASE = "data/embedded"
+COST = "CAPAS_COST"  # off: nothing is measured. No result depends on it
+COSTLY = (
+    "model",
+    "dataset",
+    "quantization",
+    "lora",
+    "trainer",
+    "evaluation",
+    "generation",
+    "hardware",
+)
 # The packages whose version decides a stage's bytes; stages declare those that they use.
 PACKAGES = (
     "accelerate", "bitsandbytes", "datasets", "datasketch", "jinja2", "matplotlib", "numpy", "peft",
@@ -104,11 +117,36 @@ def main(options: argparse.Namespace) -> None:
             "conf/, params.yaml, requirements.lock, a function of evaluation.metrics or a task of "
             "evaluation.harness was edited while it was composed; run `dvc repro` again"
         )
+    old = read(PARAMS)[0] if PARAMS.exists() else {}
     write_all(outputs)
     log.info("params.yaml written")
+    if is_costly(old, target):
+        tell_cost()
     if options.reset:
         log.info("now `dvc repro` brings the results back, from the cache where it has them")
     return None
+
+
+def is_costly(old: Values, new: Values) -> bool:
+    """Whether to measure what a run costs: of a model of one's own, where what decides it has changed."""
+    if new["model"]["model_name_or_path"] == EMBEDDED_BASE or "DVC_EXP_NAME" in os.environ:
+        return False
+    if os.environ.get(COST) == "off":
+        return False
+    return any(old.get(group) != new[group] for group in COSTLY)
+
+
+def tell_cost() -> None:
+    """Log download, disk, memory and minutes of the stages; that it cannot be said stops nothing."""
+    log.info("measuring what the run costs; it takes about 20 seconds")
+    found = subprocess.run(
+        [sys.executable, "-m", "capas.cost"], capture_output=True, text=True, check=False
+    )
+    for line in found.stdout.splitlines():
+        log.info("%s", line)
+    if found.returncode:
+        reason = found.stderr.strip().splitlines()[-1:] or ["unknown"]
+        log.info("what the run costs is not known: %s", reason[0])
 
 
 def ensure_overrides(reset: bool) -> None:

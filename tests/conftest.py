@@ -20,6 +20,7 @@ os.environ |= {
     **kernels.asked("portable"),
     "OMP_WAIT_POLICY": "PASSIVE",
     "TORCHDYNAMO_DISABLE": "1",
+    "CAPAS_COST": "off",  # compose measures no model
 }
 
 # pytest's workers share the cores among them.

@@ -6,6 +6,7 @@ from pathlib import Path
 
 from capas.dataset.conversation import check_record
 from capas.dataset.flaws import DROP, WAYS_OUT, Flaw, Flaws
+from capas.dataset.message import Message
 from capas.dataset.shapes import convert
 from capas.dataset.source import FORMATS, Source, sources_of
 from capas.errors import CapasError
@@ -29,19 +30,22 @@ def read_references(dataset: Params, root: Path) -> list[str]:
             f"evaluation.metrics=auto looks into files of data/own, and dataset.path is {elsewhere[0]}: "
             "choose one of conf/evaluation/, as in evaluation=text"
         )
-    return list(itertools.islice(_references(sources), MAX_REFERENCES))
+    answers = (m[-1]["content"] for m in read_messages(sources) if m[-1]["role"] == "assistant")
+    return list(itertools.islice(answers, MAX_REFERENCES))
 
 
-def _references(sources: Sequence[Source]) -> Iterator[str]:
+def read_messages(sources: Sequence[Source]) -> Iterator[list[Message]]:
+    """Yield the messages of each record without a flaw.
+
+    Raises:
+        CapasError: a file cannot be read.
+    """
     for source in sources:
+        columns, roles = source.columns or {}, source.roles
         for _, rows in source.splits():
             for row in rows:
-                flaws = Flaws(POLICIES, 1.0)
                 try:
-                    columns, roles = source.columns or {}, source.roles
                     found = convert(row.value, source.shape_of_rows, columns, roles)
-                    messages = check_record(found, flaws, roles)["messages"]
+                    yield check_record(found, Flaws(POLICIES, 1.0), roles)["messages"]
                 except Flaw:
                     continue
-                if messages[-1]["role"] == "assistant":
-                    yield messages[-1]["content"]
