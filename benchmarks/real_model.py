@@ -6,8 +6,9 @@
 
 SmolLM2-135M-Instruct is made from PyPI (benchmarks/smollm2.py), the repository is cloned into a temporary
 folder, and `capas check FILE --write`, `capas check --cost` and `dvc repro` run there with the recipe
-smollm2_135m_lora_cpu. Prints a JSON object: seconds of each stage beside those that were predicted, the longest
-silence of the log, and the scores of the base, of copying the nearest training answer, and of the tuned model.
+smollm2_135m_lora_cpu. Prints a JSON object: seconds of each stage beside those that were predicted, the
+longest silence of the log, and the scores of the base, of copying the nearest training answer, and of the
+tuned model.
 """
 
 import argparse
@@ -28,7 +29,18 @@ ROOT = Path(__file__).resolve().parents[1]
 RECIPE = "smollm2_135m_lora_cpu"
 NUM_RECORDS = 500
 NAMES = ("Ana", "Bruno", "Carla", "Diego", "Elena", "Farid", "Greta", "Hiro", "Ines", "Jonas")
-ITEMS = "lamp kettle desk chair router camera jacket printer bicycle tent".split()
+ITEMS = [
+    "lamp",
+    "kettle",
+    "desk",
+    "chair",
+    "router",
+    "camera",
+    "jacket",
+    "printer",
+    "bicycle",
+    "tent",
+]
 CASES = (
     (
         "Hello, my name is {name} and I ordered a {item} on {day} May. The order number is "
