@@ -298,10 +298,16 @@ def _yaml(values: Values) -> str:
     """A line for each key; lists and mappings in brackets."""
     import yaml
 
+    in_brackets: Any = {
+        "default_flow_style": True,
+        "allow_unicode": True,
+        "width": 1000,
+        "sort_keys": False,
+    }
     lines = [
         yaml.safe_dump({key: value}, default_flow_style=False)
         if isinstance(value, str)
-        else f"{key}: {yaml.safe_dump(value, default_flow_style=True, allow_unicode=True, width=1000)}"
+        else f"{key}: {yaml.safe_dump(value, **in_brackets)}"
         for key, value in values.items()
     ]
     return "".join(lines)

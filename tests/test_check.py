@@ -146,6 +146,9 @@ def test_what_cannot_be_read_has_exit_code_2(
         ),
         (["text", "label"], {"user": "text", "assistant": "label"}),
         (["a", "b"], {"user": "a", "assistant": "b"}),
+        (["TEXT"], {"text": "TEXT"}),
+        (["Context", "Response"], {"user": "Context", "assistant": "Response"}),
+        (["prompt", "chosen", "rejected"], {"user": "prompt", "assistant": "chosen"}),
         (
             ["system", "prompt", "response"],
             {"user": "prompt", "assistant": "response", "system": "system"},
@@ -156,6 +159,21 @@ def test_columns_are_guessed_by_their_names(there: list[str], columns: dict[str,
     assert propose_columns(there, {"user": "q", "assistant": "r"})["columns"] in (columns, None)
     stated = {"user": there[0], "assistant": there[-1]}
     assert propose_columns(there, stated)["columns"] == stated
+
+
+def test_json_over_many_lines_may_be_named_jsonl(
+    root: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    records = [{"question": f"What is {t} {t[::-1]}?", "answer": f"A {t}"} for t in TOPICS[:40]]
+    for indent in (None, 1):
+        (tmp_path / "a.jsonl").write_text(
+            json.dumps(records, indent=indent).replace("[{", "[\n{", 1)
+        )
+        assert main(["check", str(tmp_path / "a.jsonl")]) == 0
+        assert "records     40 of 40 can be used" in capsys.readouterr().out
+    (tmp_path / "a.jsonl").write_text('{"question": "a",\n' + json.dumps(records[0]))
+    assert main(["check", str(tmp_path / "a.jsonl")]) == 1
+    assert "line 1: " in capsys.readouterr().out
 
 
 def test_three_columns_without_a_name_are_not_guessed() -> None:

@@ -25,7 +25,7 @@ QUESTIONS = (
 )
 ANSWERS = (
     *("answer", "response", "completion", "reply", "output", "assistant", "resolution", "solution"),
-    *("label", "target", "category", "class", "summary"),
+    *("label", "target", "category", "class", "summary", "chosen"),
     *("respuesta", "contestacion", "salida", "solucion", "etiqueta", "categoria", "resumen"),
 )
 CONTEXTS = ("context", "passage", "document", "article", "contexto", "documento")
@@ -67,8 +67,8 @@ def columns_of(source: Source, root: Path) -> list[str]:
 def propose_columns(there: Sequence[str], stated: Mapping[str, Any] | None) -> dict[str, Any]:
     """Return shape and columns of `conf/dataset` for a file with these columns.
 
-    The stated columns are kept where the file has them. A known shape needs none. Otherwise names decide, and
-    of exactly two columns the first is the question.
+    The stated columns are kept where the file has them. A known shape needs none. Otherwise names decide; of
+    exactly two columns the first is the question, and one alone is plain text.
 
     Raises:
         CapasError: nothing says which columns hold question and answer.
@@ -77,7 +77,10 @@ def propose_columns(there: Sequence[str], stated: Mapping[str, Any] | None) -> d
         return {"shape": "columns", "columns": dict(stated)}
     if recognises(dict.fromkeys(there)):
         return {"shape": "auto", "columns": None}
-    user, assistant = _first(there, QUESTIONS), _first(there, ANSWERS)
+    if len(there) == 1:
+        return {"shape": "columns", "columns": {"text": there[0]}}
+    user = _first(there, QUESTIONS) or _first(there, CONTEXTS)
+    assistant = _first(there, ANSWERS)
     if user is None and assistant is None and len(there) == 2:
         user, assistant = there
     if user is None or assistant is None or user == assistant:

@@ -6,7 +6,7 @@ those of other calls), and its errors name no line.
 
 import json
 from collections.abc import Callable, Iterator
-from typing import Any, TextIO
+from typing import Any, TextIO, cast
 
 from capas.dataset.arrays import read_objects, reason
 from capas.dataset.cells import Needed, read_parquet
@@ -40,10 +40,32 @@ def read_rows(file: File, reading: Reading, needed: Needed | None = None) -> Ite
 
 def _json_lines(text: TextIO, file: File, reading: Reading) -> Iterator[Row]:
     lines = Lines(text, file.name, reading.max_record_characters)
+    ahead = lines.peek(1, 1)
+    if ahead and _begins_document(ahead[0]):  # named .jsonl, and one JSON array over many lines
+        yield from _json(cast(TextIO, _After(ahead[0], text)), file, reading)
+        return
     for line in lines:
         if not line.isspace():
             yield Row(file.name, "line", lines.number, _parsed(line))
         lines.begin()
+
+
+def _begins_document(line: str) -> bool:
+    """Whether a value that begins in this line goes on in the next ones, as indented JSON does."""
+    if line.strip() in ("[", "{"):
+        return True
+    return line.lstrip().startswith("[") and isinstance(_parsed(line), Flaw)
+
+
+class _After:
+    """A text with the line before it that was read already."""
+
+    def __init__(self, line: str, text: TextIO) -> None:
+        self._line, self._text = line, text
+
+    def read(self, size: int) -> str:
+        line, self._line = self._line, ""
+        return line + self._text.read(size)
 
 
 def _parsed(text: str) -> Any:
