@@ -54,7 +54,15 @@ def _begins_document(line: str) -> bool:
     """Whether a value that begins in this line goes on in the next ones, as indented JSON does."""
     if line.strip() in ("[", "{"):
         return True
-    return line.lstrip().startswith("[") and isinstance(_parsed(line), Flaw)
+    if not line.lstrip().startswith("["):
+        return False
+    try:
+        json.loads(line)
+    except json.JSONDecodeError as error:
+        return error.pos >= len(line.rstrip())
+    except RecursionError:
+        pass
+    return False
 
 
 class _After:
