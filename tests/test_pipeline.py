@@ -269,7 +269,8 @@ def test_another_clone_records_the_same_lock(workspace: Workspace, tmp_path: Pat
 @pytest.mark.parametrize("num_threads", [1, 4])
 def test_threads_do_not_change_a_byte(workspace: Workspace, num_threads: int) -> None:
     expected, before = workspace.outputs(), json.loads(workspace.read("reports/train.json"))
-    workspace.edit("conf/hardware/cpu.yaml", "num_threads: 2", f"num_threads: {num_threads}")
+    old, new = "cpu_num_threads: 2", f"cpu_num_threads: {num_threads}"
+    workspace.edit("conf/model/embedded.yaml", old, new)
     workspace.repro(**{MAX_THREADS: "4"})
     shown = {"params.yaml", "reports/index.html", "reports/index.es.html"}
     shown |= {"reports/train.json", "reports/certificate.json"}
