@@ -34,6 +34,7 @@ from capas.params import Params
 from capas.prompts import Prompt, first_system_message, held_out_prompts, own_prompts
 from capas.records import FORMATTED, RAW, read_records
 from capas.stage import Stage, log, run
+from capas.vocabulary import check_ids
 
 if TYPE_CHECKING:
     import torch
@@ -52,7 +53,10 @@ def main(params: Params, stage: Stage) -> None:
 
     right = recorded_format(stage.dep(DATA), stage.dep(TOKENIZER))
     prompts = choose_prompts(params.generation, stage)
-    load_base = partial(load_model, stage.dep("data/models/quantized"), params.model, device)
+    quantized = stage.dep("data/models/quantized")
+    told = (right.prompt_ids(prompt.messages, prompt.tools) for prompt in prompts)
+    check_ids(told, (read_chat(stage)["pad_token_id"],), quantized, stage.dep(TOKENIZER))
+    load_base = partial(load_model, quantized, params.model, device)
     tuned = TunedModel(stage.dep("data/models/adapter"), params.model, device, load_base)
     models = Models(tuned, read_chat(stage), load_tokenizer(stage), params.generation)
 
