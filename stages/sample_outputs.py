@@ -202,7 +202,8 @@ def ask_wrongly(
     if params.generation.wrong_chat_template is None:
         return
     files = TokenizerFiles(stage.dep(TOKENIZER))
-    wrong = Template(text, files.named, read_chat(stage)["date_string"])
+    called = f"the wrong chat template ({params.generation.wrong_chat_template})"
+    wrong = Template(text, files.named, read_chat(stage)["date_string"], called)
     setting = next(iter(params.generation.settings))
     for prompt in prompts:
         if prompt.messages[0]["role"] == TEXT:
