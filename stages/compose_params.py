@@ -270,7 +270,9 @@ def resolved_files(values: Values) -> dict[Path, str]:
     other = f"conf/chat_template/{wrong}.jinja"
     return {
         COMPOSED / "chat_template.jinja": (
-            in_conf("chat_template.path", path) if path != "model" else "{# the model's own #}\n"
+            "{# the model's own #}\n"
+            if path.partition(":")[0] == "model"
+            else in_conf("chat_template.path", path)
         ),
         COMPOSED / "wrong_chat_template.jinja": (
             in_conf("generation.wrong_chat_template", other, wrong) if wrong else "{# none #}\n"

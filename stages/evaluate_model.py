@@ -40,6 +40,7 @@ from capas.params import Params
 from capas.prompts import answer_limit, read_questions
 from capas.records import FORMATTED, evenly_spaced, read_records, write_records
 from capas.stage import Stage, log, run
+from capas.vocabulary import check_ids
 
 if TYPE_CHECKING:
     from tokenizers import Tokenizer
@@ -73,6 +74,9 @@ def main(which: Literal["base", "tuned"], params: Params, stage: Stage) -> None:
     )
     scorer = Scorer(params.evaluation.metrics, stage.dep(METRICS))
     names = scorer.names
+    told = (record[name] for record in records for name in ("input_ids", "prompt_ids"))
+    others = (read_chat(stage)["pad_token_id"],)
+    check_ids(told, others, stage.dep(QUANTIZED), stage.dep(TOKENIZER))
     records = ask(records, scorer, stage) if names else records
     load_base = partial(load_model, stage.dep(QUANTIZED), params.model, device)
     if which == "base":

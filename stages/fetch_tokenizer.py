@@ -9,12 +9,17 @@ Params  model
 import shutil
 from pathlib import Path
 
+from tokenizers import Tokenizer
+
 from capas import embedded
 from capas.chat.tokenizer import CONFIG, TOKENIZER, TokenizerFiles
 from capas.errors import CapasError
 from capas.params import Params
 from capas.sources import TOKENIZER_FILES, Source, check_folder, find_source, snapshot
 from capas.stage import Stage, log, run
+from capas.vocabulary import in_words, num_rows, tokens_without_row
+
+MODEL_CONFIG = "config.json"
 
 
 def main(params: Params, stage: Stage) -> None:
@@ -27,12 +32,27 @@ def main(params: Params, stage: Stage) -> None:
     elif source is Source.FOLDER:
         folder = stage.root / name
     else:
-        folder = snapshot(name, params.model.revision, TOKENIZER_FILES)
+        folder = snapshot(name, params.model.revision, (*TOKENIZER_FILES, MODEL_CONFIG))
 
     copied = copy_files(folder, stage.out("data/models/tokenizer"))
     if source is Source.FOLDER:
         check_folder(folder, name, params.model.revision, "tokenizer")
+    warn_of_tokens_without_row(folder, name)
     log.info("%s: %s", name, ", ".join(copied))
+
+
+def warn_of_tokens_without_row(folder: Path, name: str) -> None:
+    """Say which tokens the model has no embedding of; whether they are used is seen before it is asked."""
+    rows = num_rows(folder) if (folder / MODEL_CONFIG).is_file() else None
+    if rows is None:
+        return
+    tokenizer = Tokenizer.from_file(str(folder / TOKENIZER))
+    if beyond := tokens_without_row(tokenizer, rows):
+        log.warning(
+            "%s: its tokenizer has %s, and its embedding has %d rows (config.json: vocab_size), for the ids "
+            "0 to %d; a record or chat template that uses such a token stops the pipeline before training",
+            *(name, in_words(beyond, tokenizer), rows, rows - 1),
+        )
 
 
 def copy_files(folder: Path, target: Path) -> list[str]:

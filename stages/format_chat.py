@@ -24,6 +24,7 @@ from capas.chat.format import ChatFormat
 from capas.chat.formatting import Refused, SplitFormatter, histogram
 from capas.chat.overflow import Overflow, check_overflow
 from capas.chat.reference import compare
+from capas.chat.tokenizer import MODEL_TEMPLATE
 from capas.errors import CapasError
 from capas.facts import write_csv, write_json
 from capas.page.maskpage import Sampler, write_mask_pages
@@ -33,7 +34,6 @@ from capas.records import FORMATTED, SPLITS, TOKENIZED, read_batches, write_tabl
 from capas.stage import Stage, log, run
 
 TEMPLATE = "data/composed/chat_template.jinja"
-MODEL_TEMPLATE = "model"  # chat_template.path: what the tokenizer brings
 
 
 def main(params: Params, stage: Stage) -> None:
@@ -83,14 +83,21 @@ def headline(facts: dict[str, Any]) -> dict[str, Any]:
 
 def load_format(params: Params, stage: Stage) -> ChatFormat:
     options = params.chat_template
-    own = options.path == MODEL_TEMPLATE
-    return ChatFormat.load(
+    own = options.path.partition(":")[0] == MODEL_TEMPLATE
+    chat = ChatFormat.load(
         None if own else stage.dep(TEMPLATE).read_text(encoding="utf-8"),
         stage.dep("data/models/tokenizer"),
         options.date_string,
         options.system,
         options.allowed_tokens,
+        options.path,
     )
+    if chat.doubles_bos:
+        log.warning(
+            "chat_template.path=%s begins a text twice; probably it has a bos_token too many",
+            options.path,
+        )
+    return chat
 
 
 def make_formatter(split: str, chat: ChatFormat, params: Params) -> SplitFormatter:

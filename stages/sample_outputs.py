@@ -42,6 +42,7 @@ from capas.prompts import (
 )
 from capas.records import FORMATTED, RAW, read_records
 from capas.stage import Stage, log, run
+from capas.vocabulary import check_ids
 
 if TYPE_CHECKING:
     import torch
@@ -60,7 +61,10 @@ def main(params: Params, stage: Stage) -> None:
 
     right = recorded_format(stage.dep(DATA), stage.dep(TOKENIZER))
     prompts = choose_prompts(params.generation, stage)
-    load_base = partial(load_model, stage.dep("data/models/quantized"), params.model, device)
+    quantized = stage.dep("data/models/quantized")
+    told = (right.prompt_ids(prompt.messages, prompt.tools) for prompt in prompts)
+    check_ids(told, (read_chat(stage)["pad_token_id"],), quantized, stage.dep(TOKENIZER))
+    load_base = partial(load_model, quantized, params.model, device)
     tuned = TunedModel(stage.dep("data/models/adapter"), params.model, device, load_base)
     limit = answer_limit(test_records(stage), params.generation.max_new_tokens)
     models = Models(tuned, read_chat(stage), load_tokenizer(stage), params.generation, limit)
@@ -213,7 +217,8 @@ def ask_wrongly(
     if params.generation.wrong_chat_template is None:
         return
     files = TokenizerFiles(stage.dep(TOKENIZER))
-    wrong = Template(text, files.named, read_chat(stage)["date_string"])
+    called = f"the wrong chat template ({params.generation.wrong_chat_template})"
+    wrong = Template(text, files.named, read_chat(stage)["date_string"], called)
     setting = next(iter(params.generation.settings))
     for prompt in prompts:
         if prompt.messages[0]["role"] == TEXT:

@@ -28,6 +28,7 @@ from capas.errors import CapasError
 from capas.facts import read_json, write_csv, write_json
 from capas.params import Params
 from capas.stage import Stage, log
+from capas.vocabulary import check_ids
 
 if TYPE_CHECKING:
     import torch
@@ -69,6 +70,9 @@ def main(params: Params, stage: Stage) -> None:
     check_memory(num_tokens(rows), num_tokens(validation), params, device, stage)
     lengths = num_tokens([*train, *validation])
     check_lengths(stage.dep(QUANTIZED), lengths, params.model.trust_remote_code)
+    told = (example["input_ids"] for example in (*train, *validation))
+    others = (chat["pad_token_id"], *chat["stop_token_ids"])
+    check_ids(told, others, stage.dep(QUANTIZED), stage.dep(TOKENIZER))
     base = load_base(params, max(lengths), device, stage)
     model = unfreeze(base) if lora.trains_all(params.lora) else add_lora(base, params, initial)
     base_sha256 = certificate.fingerprint(model)

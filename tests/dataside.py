@@ -40,7 +40,7 @@ class DataSide:
         template = self.root / "data/composed/chat_template.jinja"
         template.parent.mkdir(parents=True, exist_ok=True)
         path = values["chat_template"]["path"]
-        template.write_text("" if path == "model" else (REPOSITORY / path).read_text())
+        template.write_text("" if path.startswith("model") else (REPOSITORY / path).read_text())
         for name in names or MAINS:
             spec = StageSpec.read(name, self.root)
             stage = Stage(spec, self.root)

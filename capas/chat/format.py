@@ -35,7 +35,7 @@ from capas.chat.plan import Plan
 from capas.chat.scaffold import Planner, control_pattern
 from capas.chat.segments import Owned, SegmentEncoder
 from capas.chat.template import RecordRefusal, Template, TemplateRefusal, place_system
-from capas.chat.tokenizer import SHAPE, TokenizerFiles, encode_plain
+from capas.chat.tokenizer import DEFAULT, SHAPE, TokenizerFiles, encode_plain
 from capas.errors import CapasError
 from capas.records import IGNORE_INDEX
 
@@ -98,6 +98,7 @@ class ChatFormat:
         date_string: str,
         system: str = "template",
         allowed_tokens: Collection[str] = (),
+        path: str | None = None,
     ) -> "ChatFormat":
         """A template's text with the tokenizer in a folder.
 
@@ -106,14 +107,18 @@ class ChatFormat:
             date_string: what a template gets that asks for today's date.
             system: template | fold | error, see `capas.chat.template.place_system`.
             allowed_tokens: control tokens that a content may hold.
+            path: chat_template.path, for messages; where no text is given, which template of the tokenizer's.
 
         Raises:
             CapasError: a file is missing or damaged; the template has a syntax error, writes control tokens
                 that the tokenizer lacks, or does not end an answer.
         """
         files = TokenizerFiles(tokenizer_dir, allowed_tokens)
-        text = files.chat_template if template_text is None else template_text
-        return cls(Template(text, files.named, date_string), files, system)
+        text = template_text
+        if text is None:
+            text = files.chat_template((path or "").partition(":")[2] or DEFAULT)
+        called = "the chat template" if path is None else f"the chat template ({path})"
+        return cls(Template(text, files.named, date_string, called), files, system)
 
     def render(
         self, messages: Messages, add_generation_prompt: bool = False, tools: Tools = None

@@ -23,6 +23,7 @@ SHAPE = re.compile(
     r"<\|[^<>|\s]+\|>|<｜[^<>｜\s]+｜>|<(?:start|end)_of_[a-z]+>|<unused\d+>|\[/?[A-Z][A-Z_]+\]|</?s>"
 )
 _MODEL = re.compile(rb',\s*"model"\s*:\s*\{')  # in a vocabulary "model" is a number's key
+MODEL_TEMPLATE, DEFAULT = "model", "default"  # chat_template.path: model, or model:NAME
 WORD_START = "▁"  # SentencePiece's blank
 _HEAD = frozenset(
     ("added_tokens", "normalizer", "pre_tokenizer", "post_processor", "truncation", "padding")
@@ -58,24 +59,46 @@ class TokenizerFiles:
         self.added = _added_tokens(self._spec, folder)
         self.named = self._named_tokens()
 
-    @property
-    def chat_template(self) -> str:
-        """The template that the tokenizer brings: the one called default where it has several.
+    def chat_template(self, name: str = DEFAULT) -> str:
+        """A template that the tokenizer brings: some bring several, with names.
 
         Raises:
-            CapasError: it brings none.
+            CapasError: it brings none of that name; with the names that there are.
         """
-        file, template = self.folder / TEMPLATE, self._config.get("chat_template")
-        if file.is_file():
-            return file.read_text(encoding="utf-8")
-        if isinstance(template, list):
-            template = {item["name"]: item["template"] for item in template}.get("default")
-        if not isinstance(template, str):
-            raise CapasError(
-                f"chat_template.path=model: the tokenizer in {self.folder} brings no chat template (a base "
-                "model, perhaps); choose one: chat_template=chatml, llama3, mistral, gemma or a file in conf/"
+        there = self._chat_templates()
+        if name in there:
+            return there[name]
+        asked = MODEL_TEMPLATE if name == DEFAULT else f"{MODEL_TEMPLATE}:{name}"
+        if there:
+            others = ", ".join(
+                MODEL_TEMPLATE if n == DEFAULT else f"{MODEL_TEMPLATE}:{n}" for n in sorted(there)
             )
-        return template
+            raise CapasError(
+                f"chat_template.path={asked}: the tokenizer in {self.folder} brings no chat template called "
+                f"{name}; choose one that it has, chat_template.path={others}"
+            )
+        raise CapasError(
+            f"chat_template.path={asked}: the tokenizer in {self.folder} brings no chat template (a base "
+            "model, perhaps); choose one: chat_template=chatml, llama3, mistral, gemma or a file in conf/"
+        )
+
+    def _chat_templates(self) -> dict[str, str]:
+        """By name; as in transformers a file counts more than tokenizer_config.json."""
+        file, found = self.folder / TEMPLATE, self._config.get("chat_template")
+        if file.is_file():
+            return {DEFAULT: file.read_text(encoding="utf-8")}
+        if found is None or isinstance(found, str):
+            return {} if found is None else {DEFAULT: found}
+        try:
+            named = {item["name"]: item["template"] for item in found}
+        except (TypeError, KeyError):
+            named = {None: None}
+        if not all(isinstance(value, str) for value in (*named, *named.values())):
+            raise CapasError(
+                f"{self.folder / CONFIG}: chat_template is neither a text nor a list of objects with name "
+                "and template"
+            )
+        return named
 
     @property
     def adds_first_blank(self) -> bool:

@@ -11,7 +11,7 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-from jinja2 import Environment, FileSystemLoader, StrictUndefined
+from jinja2 import Environment, FileSystemLoader, StrictUndefined, Template
 from markupsafe import Markup, escape
 
 from capas.dag import read_yaml
@@ -95,6 +95,7 @@ class Language:
     def __init__(self, folder: Path, code: str, facts: Mapping[str, Any]) -> None:
         self.code, self.numbers, self._file = code, Numbers(code), folder / f"{code}.yaml"
         self._texts = flatten(read_yaml(self._file))
+        self._templates: dict[str, Template] = {}
         self._environment = Environment(
             loader=FileSystemLoader(folder),
             autoescape=True,
@@ -120,7 +121,13 @@ class Language:
         """
         if key not in self._texts:
             raise CapasError(f"{self._file} has no text '{key}'")
-        return Markup(self._environment.from_string(self._texts[key]).render(**more).strip())
+        return Markup(self._compiled(key).render(**more).strip())
+
+    def _compiled(self, key: str) -> Template:
+        """Loops say the same text for many rows."""
+        if key not in self._templates:
+            self._templates[key] = self._environment.from_string(self._texts[key])
+        return self._templates[key]
 
     def metric(self, name: str) -> Markup:
         """What a metric is called; a function of the user's own by its name."""

@@ -119,7 +119,7 @@ def view(
             for line in _lines(boxes)
         ],
         "verdict": _verdict(
-            _trained_texts(pieces, labels), source["messages"], chat.end_token, train_on
+            _trained_texts(pieces, labels), source["messages"], chat.end_tokens, train_on
         ),
     }
 
@@ -175,15 +175,23 @@ def _trained_texts(pieces: Sequence[Piece], labels: Sequence[int]) -> list[str]:
 
 
 def _verdict(
-    found: Sequence[str], messages: Sequence[Mapping[str, Any]], end_token: str, train_on: str
+    found: Sequence[str],
+    messages: Sequence[Mapping[str, Any]],
+    end_tokens: Sequence[str],
+    train_on: str,
 ) -> str:
     """all | exact | blanks | different: the trained text against the answers and their end token."""
     if train_on == "all":
         return "all"
     answers = [m["content"] for m in messages if m["role"] == "assistant" and m.get("train", True)]
-    wanted = [a + end_token for a in (answers[-1:] if train_on == "last_assistant" else answers)]
-    if list(found) == wanted:
+    wanted = answers[-1:] if train_on == "last_assistant" else answers
+    said = [_without_end(text, end_tokens) for text in found]
+    if None not in said and said == wanted:
         return "exact"
-    bare = [[t.removesuffix(end_token).strip() for t in texts] for texts in (found, wanted)]
-    ended = all(text.endswith(end_token) for text in found)
-    return "blanks" if ended and bare[0] == bare[1] else "different"
+    bare = [None if text is None else text.strip() for text in said]
+    return "blanks" if bare == [text.strip() for text in wanted] else "different"
+
+
+def _without_end(text: str, end_tokens: Sequence[str]) -> str | None:
+    """None where no end token is behind it."""
+    return next((text.removesuffix(end) for end in end_tokens if text.endswith(end)), None)

@@ -206,6 +206,35 @@ def test_a_template_in_the_configuration_of_a_tokenizer(side: DataSide, named: b
     assert side.files()["data/formatted/chat_template.jinja"].decode() == text
 
 
+def test_templates_with_names_are_there_to_choose_from(side: DataSide) -> None:
+    file = side.root / "data/models/tokenizer/tokenizer_config.json"
+    text, config = template_text("chatml"), json.loads(file.read_text())
+    several = [{"name": "tool_use", "template": text}, {"name": "rag", "template": "x"}]
+    file.write_text(json.dumps(config | {"chat_template": several}))
+    put(side, say("Hi", "Hello"))
+    chosen = "chat_template=model", "chat_template.path=model:tool_use"
+    side.run("format", overrides=chosen)
+    assert side.files()["data/formatted/chat_template.jinja"].decode() == text
+    for path, name in (("model", "default"), ("model:tools", "tools")):
+        with pytest.raises(
+            CapasError, match=f"path={path}: .*called {name}; .*path=model:rag, model:tool_use"
+        ):
+            side.run("format", overrides=("chat_template=model", f"chat_template.path={path}"))
+    for damaged in ([{"name": "rag"}], ["x"], 7):
+        file.write_text(json.dumps(config | {"chat_template": damaged}))
+        with pytest.raises(CapasError, match=r"tokenizer_config.json: chat_template is neither"):
+            side.run("format", overrides=("chat_template=model",))
+
+
+def test_a_template_that_begins_a_text_twice_is_told(
+    side: DataSide, caplog: pytest.LogCaptureFixture
+) -> None:
+    file = side.root / "data/models/tokenizer/chat_template.jinja"
+    file.write_text("{{ bos_token + bos_token }}" + template_text("chatml"))
+    put(side, say("Hi", "Hello")).run("format", overrides=("chat_template=model",))
+    assert "chat_template.path=model begins a text twice" in caplog.text
+
+
 def test_too_long_records_are_dropped_within_the_budget(side: DataSide) -> None:
     put(side, say("Hi", "Hello"), say("x" * 60, "y"))
     drop = ("dataset.max_length=50", "dataset.overflow=drop")
@@ -232,7 +261,8 @@ def test_truncation_ends_at_an_answer(side: DataSide) -> None:
 def test_errors_name_split_and_record(side: DataSide) -> None:
     put(side, say("a", "b"), [*say("a"), *say("b", "c")])
     with pytest.raises(
-        CapasError, match=r"train record 'r1': the chat template, line 10, refuses.*user, user"
+        CapasError,
+        match=r"'r1': the chat template \(.*/gemma.jinja\), line 10, refuses.*user, user",
     ):
         side.run("format", overrides=("chat_template=gemma",))
 
