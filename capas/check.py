@@ -30,7 +30,7 @@ from capas.composition import CONF, Values, composer, word_given
 from capas.config import validate
 from capas.dataset.flaws import DROP
 from capas.dataset.inspect import Inspection, inspect
-from capas.dataset.preview import preview_splits
+from capas.dataset.preview import Preview, preview_splits
 from capas.dataset.proposal import columns_of, format_of, propose_columns
 from capas.dataset.references import read_references
 from capas.dataset.source import FORMATS, sources_of
@@ -52,6 +52,7 @@ class Check:
 
     inspection: Inspection
     splits: dict[str, int]
+    dropped: dict[str, int]
     near_duplicates: dict[str, Any] | None
     metrics: list[str] | None
     why_metrics: str
@@ -180,10 +181,10 @@ def examine(dataset: Values, root: Path) -> Check:
     params = Params(dataset)
     inspection = inspect(params, root)
     problems = list(_flaw_problems(inspection, params))
-    splits, near = dict.fromkeys(SPLITS, 0), None
+    preview = Preview(dict.fromkeys(SPLITS, 0), {}, None)
     if inspection.num_right:
         try:
-            splits, near = preview_splits(params, root)
+            preview = preview_splits(params, root)
         except CapasError as error:
             problems.append(str(error))
     elif inspection.num_read:
@@ -195,8 +196,9 @@ def examine(dataset: Values, root: Path) -> Check:
         choice = choose_metrics(read_references(params, root))
     return Check(
         inspection=inspection,
-        splits=splits,
-        near_duplicates=near,
+        splits=preview.splits,
+        dropped=preview.dropped,
+        near_duplicates=preview.near_duplicates,
         metrics=choice.metrics if choice else None,
         why_metrics=choice.why if choice else "",
         problems=problems,
@@ -250,6 +252,8 @@ def in_words(check: Check) -> Iterator[str]:
     if found.duplicates:
         copy = found.copies[0]
         yield f"{'copies':12}{found.duplicates}; the first: {copy.place} is {copy.first}"
+    for reason, count in check.dropped.items():
+        yield f"{'dropped':12}{reason} {count}"
     near = check.near_duplicates
     if near and near["num_records"]:
         yield (

@@ -82,7 +82,7 @@ def split_counts(dataset: Params, root: Path) -> dict[str, int] | None:
     """
     if dataset.path not in (*FORMATS, EMBEDDED):
         return None
-    return preview_splits(dataset, root)[0]
+    return preview_splits(dataset, root).splits
 
 
 def _disk(params: Params, folder: Path, root: Path) -> Iterator[str]:

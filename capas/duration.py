@@ -6,6 +6,7 @@ asked for a moment; what a layer adds is taken times their number. No weights ar
 
 import copy
 import math
+import statistics
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -21,7 +22,7 @@ LOADING = ("attn_implementation", "dtype", "trust_remote_code")  # what stages l
 REPEATS = 3
 NEW_TOKENS = 8  # generated to time one
 READ_BYTES_PER_SECOND = 2**29  # of weights, from a disk or the page cache
-GENERAL_RECORDS = 40  # of data/general
+GENERAL_RECORDS, GENERAL_LENGTH = 40, 40  # of data/general, and their tokens
 MINUTES_TO_ADVISE = 60
 
 
@@ -62,34 +63,41 @@ class Load:
 
 @dataclass(frozen=True)
 class Speed:
-    """Seconds: of a training step's batch, of scoring a record, of a token of a batch of answers."""
+    """Seconds: of a training batch; of the base and, with `tuned_`, of the model with its adapter.
+
+    `score`: of a record; `answer`: of a token of a batch of the evaluation; `sample`: of the samples.
+    """
 
     train_batch: float
-    score_record: float
-    answer_token: float
-    sample_token: float
+    score: float
+    tuned_score: float
+    answer: float
+    tuned_answer: float
+    sample: float
+    tuned_sample: float
     start: float  # of a stage: imports, loading the model
     weight_bytes: int
 
 
 def stage_seconds(load: Load, speed: Speed) -> dict[str, float]:
     """Return the seconds of each stage that takes long."""
-    scored, start = load.num_test * speed.score_record, speed.start
-    answers = math.ceil(load.num_test / load.score_batch) * speed.answer_token
-    generated = answers * load.limit if load.generates else 0.0
-    tuned = answers * load.longest if load.generates else 0.0
+    start, num_batches = speed.start, math.ceil(load.num_test / load.score_batch)
+    base = num_batches * speed.answer * load.limit if load.generates else 0.0
+    tuned = num_batches * speed.tuned_answer * load.longest if load.generates else 0.0
     validations = 2 + load.steps / load.eval_steps
-    general = 2 * GENERAL_RECORDS * speed.score_record * min(1.0, 40 / load.length)
+    general = GENERAL_RECORDS * min(1.0, GENERAL_LENGTH / load.length)
     reading = speed.weight_bytes / READ_BYTES_PER_SECOND
     return {
         "quantize": start + (2 * reading if load.quantizes else 0.0),
-        "evaluate_base": start + scored * (2 if load.quantizes else 1) + generated,
+        "evaluate_base": start + load.num_test * speed.score * (2 if load.quantizes else 1) + base,
         "train": start
         + load.steps * load.accumulation * speed.train_batch
-        + validations * load.num_validation * speed.score_record,
-        "evaluate": start + scored + tuned + general,
-        "sample": start
-        + load.num_completions * speed.sample_token * (load.limit + load.answer_length),
+        + validations * load.num_validation * speed.tuned_score,
+        "evaluate": start
+        + load.num_test * speed.tuned_score
+        + tuned
+        + general * (speed.score + speed.tuned_score),
+        "sample": start + load.num_completions * load.limit * (speed.sample + speed.tuned_sample),
     }
 
 
@@ -165,58 +173,70 @@ def _small(config: Any, layers: int, params: Params) -> Iterator[tuple[Path, dic
 
 def _timed(model: Any, params: Params, load: Load, trains_all: bool) -> dict[str, float]:
     """Seconds of each step, and the bytes of the weights."""
+    num_bytes = sum(p.numel() * p.element_size() for p in model.parameters())
+    base = _answering(model, load)
+    tuned = model if trains_all else _with_adapter(model, params)
+    found = {**base, **{f"tuned_{name}": value for name, value in _answering(tuned, load).items()}}
+    training = _training(tuned, params, _ids(tuned, load.train_batch, load.length), trains_all)
+    return {**found, "train_batch": _seconds(training), "bytes": float(num_bytes)}
+
+
+def _with_adapter(model: Any, params: Params) -> Any:
+    from peft import get_peft_model
+
+    from capas.lora import make_config
+
+    return get_peft_model(model, make_config(params.lora)).eval()
+
+
+def _ids(model: Any, rows: int, tokens: float) -> Any:
     import torch
 
-    num_bytes = sum(p.numel() * p.element_size() for p in model.parameters())
-    vocab_size, device = model.config.get_text_config().vocab_size, model.device
-    generator = torch.Generator().manual_seed(0)
+    vocab_size = model.config.get_text_config().vocab_size
+    shape = rows, max(2, round(tokens))
+    ids = torch.randint(vocab_size, shape, generator=torch.Generator().manual_seed(0))
+    return ids.to(model.device)
 
-    def ids(rows: int, tokens: float) -> Any:
-        shape = rows, max(2, round(tokens))
-        return torch.randint(vocab_size, shape, generator=generator).to(device)
 
-    def answer(rows: int) -> float:
-        prompt = ids(rows, load.prompt_length)
-        with torch.inference_mode():
-            cache = model(prompt, use_cache=True, logits_to_keep=1).past_key_values
-            token = prompt[:, -1:]
-
-            def go_on() -> None:
-                for _ in range(NEW_TOKENS):
-                    model(token, past_key_values=cache, use_cache=True)
-
-            return _seconds(go_on, 2) / NEW_TOKENS
+def _answering(model: Any, load: Load) -> dict[str, float]:
+    """Seconds of a scored record, and of a token of a batch of answers."""
+    import torch
+    from transformers import GenerationConfig
 
     rows = min(4, load.score_batch)
-    scored = ids(rows, load.length)
+    scored = _ids(model, rows, load.length)
 
     def score() -> None:
         with torch.inference_mode():
             model(scored)
 
-    found = {
-        "score_record": _seconds(score) / rows,
-        "answer_token": answer(min(load.score_batch, max(1, load.num_test))),
-        "sample_token": answer(load.num_sequences),
+    def answer(rows: int) -> float:
+        prompt = _ids(model, rows, load.prompt_length)
+
+        def write(tokens: int) -> float:
+            config = GenerationConfig(
+                max_new_tokens=tokens, min_new_tokens=tokens, do_sample=False, pad_token_id=0
+            )
+            with torch.inference_mode():
+                return _seconds(lambda: model.generate(prompt, generation_config=config), 2)
+
+        return max(0.0, write(1 + NEW_TOKENS) - write(1)) / NEW_TOKENS
+
+    batch = min(load.score_batch, max(1, load.num_test))
+    return {
+        "score": _seconds(score) / rows,
+        "answer": answer(batch),
+        "sample": answer(load.num_sequences),
     }
-    found["train_batch"] = _seconds(
-        _training(model, params, ids(load.train_batch, load.length), trains_all)
-    )
-    return {**found, "bytes": float(num_bytes)}
 
 
 def _training(model: Any, params: Params, ids: Any, trains_all: bool) -> Callable[[], None]:
     """A forward and a backward pass as the training does them."""
     import torch
-    from peft import get_peft_model
-
-    from capas.lora import make_config
 
     trainer = params.trainer
     if trains_all:
         model.requires_grad_(True)
-    else:
-        model = get_peft_model(model, make_config(params.lora))
     if trainer.gradient_checkpointing:
         model.enable_input_require_grads()
         model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
@@ -231,8 +251,8 @@ def _training(model: Any, params: Params, ids: Any, trains_all: bool) -> Callabl
     return step
 
 
-def _seconds(work: Callable[[], None], repeats: int = REPEATS) -> float:
-    """The shortest of some runs, after one that warms up."""
+def _seconds(work: Callable[[], Any], repeats: int = REPEATS) -> float:
+    """The median of some runs, after one that warms up."""
     import torch
 
     found = []
@@ -242,4 +262,4 @@ def _seconds(work: Callable[[], None], repeats: int = REPEATS) -> float:
         if torch.cuda.is_available():
             torch.cuda.synchronize()
         found.append(time.perf_counter() - started)
-    return min(found[1:])
+    return statistics.median(found[1:])

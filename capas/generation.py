@@ -90,7 +90,8 @@ def complete(
             chosen = order[start : start + batch_size]
             found = _complete_batch(model, [prompts[i] for i in chosen], config)
             if not completions and len(chosen) < len(order):
-                _tell_ahead((time.perf_counter() - started) / len(chosen), len(order))
+                num_batches = -(-len(order) // batch_size)
+                _tell_ahead((time.perf_counter() - started) * num_batches, len(order))
             completions.update(zip(chosen, found, strict=True))
             answered.step(len(chosen))
     return [completions[i] for i in range(len(prompts))]
@@ -120,9 +121,9 @@ def check_positions(model: PreTrainedModel, prompts: list[list[int]], max_new_to
 
 
 def _tell_ahead(seconds: float, num_prompts: int) -> None:
-    left = seconds * num_prompts
-    whole = f"{left:.0f} seconds" if left < 120 else f"{left / 60:.0f} minutes"
-    log.info("%.3g seconds a record: about %s for %d", seconds, whole, num_prompts)
+    """A batch takes about as long whatever the number of its prompts: the first one may be small."""
+    whole = f"{seconds:.0f} seconds" if seconds < 120 else f"{seconds / 60:.0f} minutes"
+    log.info("%.3g seconds a record: about %s for %d", seconds / num_prompts, whole, num_prompts)
 
 
 def next_token_probabilities(

@@ -27,6 +27,7 @@ import subprocess
 import sys
 from functools import cache
 from pathlib import Path
+from tempfile import TemporaryFile
 from typing import Any
 
 from capas.composition import (
@@ -52,6 +53,7 @@ from capas.metrics.own import read_sources
 from capas.overrides import absorb, difference, in_force
 from capas.params import Params
 from capas.pins import REVISIONS, Pins
+from capas.progress import heartbeat
 
 log = logging.getLogger("capas")
 ENVIRONMENT, LOCK, COMPOSED = (
@@ -139,14 +141,19 @@ def is_costly(old: Values, new: Values) -> bool:
 def tell_cost() -> None:
     """Log download, disk, memory and minutes of the stages; that it cannot be said stops nothing."""
     log.info("measuring what the run costs; it takes about 20 seconds")
-    found = subprocess.run(
-        [sys.executable, "-m", "capas.cost"], capture_output=True, text=True, check=False
-    )
-    for line in found.stdout.splitlines():
-        log.info("%s", line)
-    if found.returncode:
-        reason = found.stderr.strip().splitlines()[-1:] or ["unknown"]
-        log.info("what the run costs is not known: %s", reason[0])
+    command = [sys.executable, "-m", "capas.cost"]
+    with (
+        heartbeat(),
+        TemporaryFile("w+") as errors,
+        subprocess.Popen(command, stdout=subprocess.PIPE, stderr=errors, text=True) as process,
+    ):
+        assert process.stdout is not None
+        for line in process.stdout:
+            log.info("%s", line.rstrip("\n"))
+        if process.wait():
+            errors.seek(0)
+            reason = errors.read().strip().splitlines()[-1:] or ["unknown"]
+            log.info("what the run costs is not known: %s", reason[0])
 
 
 def ensure_overrides(reset: bool) -> None:

@@ -69,6 +69,27 @@ def test_all_flaws_of_all_kinds_are_shown_with_file_and_line(
         assert line in said
 
 
+def test_copies_and_leaks_are_counted(
+    root: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    lines = [f"What is {t} {t[::-1]}?,Answer {t}." for t in TOPICS[:60]]
+    leaks = [f"what is {t} {t[::-1]},Another {t}." for t in TOPICS[:60]]
+    text = "\n".join(["question,answer", *lines, lines[0], *leaks])
+    (root / "data/own/mine.csv").write_text(text)
+    overrides = (
+        "dataset=own_csv",
+        "dataset.split_by=prompt",
+        "dataset.near_duplicate_similarity=null",
+    )
+    assert main(["check", *overrides]) == 0
+    said = capsys.readouterr().out
+    assert "records     121 of 121 can be used" in said
+    assert (
+        "copies      1; the first: data/own/mine.csv, line 62 is data/own/mine.csv, line 2" in said
+    )
+    assert "dropped     duplicate 1" in said
+
+
 def test_findings_as_json(root: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     file = write_csv(tmp_path / "a.csv", more="Nada,\n")
     assert main(["check", str(file), "--json"]) == 1

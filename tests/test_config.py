@@ -80,7 +80,7 @@ def problems(values: dict[str, Any]) -> str:
 
 
 def test_there_are_as_many_options_as_we_think() -> None:
-    assert len(OPTIONS) == 60
+    assert len(OPTIONS) == 63
     assert {group for group, _ in OPTIONS} == set(GROUPS)
 
 

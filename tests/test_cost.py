@@ -38,9 +38,12 @@ LOAD = Load(
 )
 SPEED = Speed(
     train_batch=10.0,
-    score_record=0.5,
-    answer_token=1.0,
-    sample_token=0.1,
+    score=0.5,
+    tuned_score=1.0,
+    answer=1.0,
+    tuned_answer=2.0,
+    sample=0.1,
+    tuned_sample=0.2,
     start=5.0,
     weight_bytes=2**29,
 )
@@ -51,9 +54,9 @@ def test_seconds_of_each_stage_by_hand() -> None:
     assert stage_seconds(LOAD, SPEED) == {
         "quantize": 5 + 2,
         "evaluate_base": 5 + 2 * 100 * 0.5 + 7 * 80,
-        "train": 5 + 50 * 2 * 10 + 4 * 20 * 0.5,
-        "evaluate": 5 + 100 * 0.5 + 7 * 64 + 80 * 0.5 * 0.4,
-        "sample": 5 + 18 * 0.1 * (80 + 50),
+        "train": 5 + 50 * 2 * 10 + 4 * 20 * 1.0,
+        "evaluate": 5 + 100 * 1.0 + 7 * 2 * 64 + 40 * 0.4 * 1.5,
+        "sample": 5 + 18 * 80 * (0.1 + 0.2),
     }
     assert replace(LOAD, max_steps=3).steps == 3
     without = stage_seconds(replace(LOAD, generates=False, quantizes=False), SPEED)
@@ -91,7 +94,7 @@ def test_disk_memory_and_minutes_are_told(monkeypatch: pytest.MonkeyPatch) -> No
     assert "memory      at most 1,536 MiB; there are 2,560 MiB" in said
     assert "750 steps of 16 records" in said and "500 answers of up to" in said
     assert said.count("shorter: ") == 2
-    quick = replace(SPEED, train_batch=0.1, answer_token=0.01, score_record=0.01)
+    quick = replace(SPEED, train_batch=0.1, answer=0.01, tuned_answer=0.01, sample=0.01)
     assert "shorter" not in lines(monkeypatch, quick)
 
 
@@ -149,6 +152,6 @@ def test_the_embedded_model_is_measured_for_real() -> None:
     params = Params(composed(()))
     load = cost.load_of(params, REPOSITORY, {"train": 6000, "validation": 200, "test": 500})
     found = duration.measure(REPOSITORY / "data/embedded", params, load, 1.0)
-    assert 0 < found.score_record < found.train_batch
-    assert 0 < found.sample_token <= 2 * found.answer_token
+    assert 0 < found.score < found.train_batch
+    assert found.sample >= 0 and found.tuned_answer >= 0
     assert found.weight_bytes > 10**5

@@ -1,5 +1,6 @@
 """The splits that fetch would make, without writing any."""
 
+from dataclasses import dataclass
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any
@@ -13,8 +14,17 @@ from capas.params import Params
 from capas.records import SPLITS
 
 
-def preview_splits(dataset: Params, root: Path) -> tuple[dict[str, int], dict[str, Any] | None]:
-    """Return how many records each split would have, those with a flaw left out, and the near-duplicates.
+@dataclass(frozen=True)
+class Preview:
+    """Records of each split; what would be dropped (duplicate, leak, ...) and how often; near-duplicates."""
+
+    splits: dict[str, int]
+    dropped: dict[str, int]
+    near_duplicates: dict[str, Any] | None
+
+
+def preview_splits(dataset: Params, root: Path) -> Preview:
+    """Split the records as fetch would, those with a flaw left out.
 
     Raises:
         CapasError: a file cannot be read, or the records cannot be split as stated.
@@ -26,5 +36,8 @@ def preview_splits(dataset: Params, root: Path) -> tuple[dict[str, int], dict[st
         pool = Pool(Path(folder) / "everything.parquet", flaws)
         pool.fill(parts_of(sources, dataset, given, flaws))
         selection = select_records(pool, dataset, given, [source.weight for source in sources])
-        counts = {split: int(selection.of(split).sum()) for split in SPLITS}
-        return counts, selection.near_duplicates()
+        return Preview(
+            splits={split: int(selection.of(split).sum()) for split in SPLITS},
+            dropped={reason: int(marks.sum()) for reason, marks in selection.dropped.items()},
+            near_duplicates=selection.near_duplicates(),
+        )

@@ -188,7 +188,7 @@ def test_copied_answers_stand_between_base_and_tuned(pages: dict[str, str]) -> N
     )
     assert "Copied 10.0% the answer of the most similar training record" in english
     assert (
-        "The tuned model is +40.0 points away from that (95% interval +20.0 to +60.0 points): better"
+        "The tuned model differs from that by +40.0 points (95% interval +20.0 to +60.0 points): better"
         in english
     )
     assert "Gain over copying: Exact match, worse end of the interval" in english
