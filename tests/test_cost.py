@@ -66,8 +66,8 @@ def test_seconds_of_each_stage_by_hand() -> None:
 def test_the_two_settings_that_save_most_are_named() -> None:
     ways = advice(LOAD, SPEED)
     assert [way.partition(": about")[0] for way in ways] == [
-        "dataset.max_records=260",
         "evaluation=loss",
+        "dataset.max_records=260",
     ]
     longer = replace(LOAD, epochs=40.0)
     assert advice(longer, SPEED)[0].startswith("trainer.num_train_epochs=1: about ")
