@@ -89,6 +89,12 @@ REAL: dict[str, dict[str, Any]] = {
     },
     "gemma_2_2b_it": GEMMA2,
     "gemma_3_1b_it": GEMMA3,
+    "smollm2_135m_instruct": {
+        "architectures": ["LlamaForCausalLM"],
+        "model_type": "llama",
+        **{"hidden_size": 576, "num_attention_heads": 9, "num_key_value_heads": 3, "head_dim": 64},
+        **{"rope_theta": 100000.0, "max_position_embeddings": 8192, "tie_word_embeddings": True},
+    },
 }
 SIZES = {  # intermediate_size, num_hidden_layers, vocab_size; parameters as the Hub counts them
     "llama_3.2_1b_instruct": (8192, 16, 128256, 1_235_814_400),
@@ -101,6 +107,7 @@ SIZES = {  # intermediate_size, num_hidden_layers, vocab_size; parameters as the
     "qwen3_4b": (9728, 36, 151936, 4_022_468_096),
     "gemma_2_2b_it": (9216, 26, 256000, 2_614_341_888),
     "gemma_3_1b_it": (6912, 26, 262144, 999_885_952),
+    "smollm2_135m_instruct": (1536, 30, 49152, 134_515_008),
 }
 HEAD, BLOCK = 32, 64  # widths in small: of a head, and what that of every layer is a multiple of
 
@@ -195,6 +202,13 @@ FAMILIES = {
         "chatml",
         ("<|im_end|>", "<|endoftext|>"),
         "<|endoftext|>",
+    ),
+    "smollm2": Family(  # the beginning of a text opens every turn, and the end pads
+        ("<|endoftext|>", "<|im_start|>", "<|im_end|>"),
+        {"bos_token": "<|im_start|>", "eos_token": "<|im_end|>", "pad_token": "<|im_end|>"},
+        "chatml",
+        ("<|im_end|>",),
+        "<|im_end|>",
     ),
 }
 

@@ -128,7 +128,7 @@ def write_composed(values: dict[str, Any], root: Path) -> None:
 
 
 def test_there_is_a_tiny_model_for_every_preset() -> None:
-    assert len(PRESETS) == 11
+    assert len(PRESETS) == 12
     assert sorted([*REAL, "embedded"]) == PRESETS
     assert {REAL[p]["model_type"] for p in QUICK} == {c["model_type"] for c in REAL.values()}
 

@@ -192,7 +192,7 @@ def test_a_hub_out_of_reach_is_an_error_with_a_way_out(monkeypatch: pytest.Monke
 def test_a_hub_snapshot_asks_for_the_files_of_the_tokenizer_only(
     side: DataSide, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    asked = {}
+    asked: dict[str, object] = {}
 
     def download(name: str, **options: object) -> str:
         asked.update(options, name=name)
@@ -207,6 +207,7 @@ def test_a_hub_snapshot_asks_for_the_files_of_the_tokenizer_only(
         "tokenizer_config.json",
         "special_tokens_map.json",
         "chat_template.jinja",
+        "config.json",
     ]
     one = {"name": "o/n", "repo_type": "model", "revision": COMMIT}
     assert asked == {**one, "allow_patterns": patterns}

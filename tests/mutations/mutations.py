@@ -69,7 +69,7 @@ MUTATIONS = (
         old="    if not given and others:\n",
         new="    if not given and others and False:\n",
         harm="A call whose arguments have an unknown name is trained as one without arguments.",
-        tests=("tests/dataset/test_calls.py",),
+        tests=("tests/dataset/test_tool_calls.py",),
     ),
     Mutation(
         name="untrained_answer_trained",
