@@ -109,7 +109,9 @@ def cluster_shares(
         labels: [records], the number of each record's cluster.
         validation, test: how many records the splits are to have.
     """
-    hashes = scrambled(content, seed)
+    hashes = scrambled(
+        scrambled(content, seed), seed
+    )  # not the order that `smallest` takes a subset by
     smallest_hash = np.full(labels.max(initial=-1) + 1, np.iinfo(np.uint64).max, np.uint64)
     np.minimum.at(smallest_hash, labels, hashes)
     sizes = np.bincount(labels, minlength=len(smallest_hash))

@@ -409,6 +409,16 @@ def test_near_duplicates_stay_on_one_side_and_are_counted(
     assert len(split_of) == 100 and all(len(splits) == 1 for splits in split_of.values())
 
 
+def test_a_subset_of_clusters_keeps_the_shares_of_the_splits(side: DataSide) -> None:
+    side.own("mine.jsonl", *twins(100))
+    counts = {
+        s: f["num_records"]
+        for s, f in fetch(side, *CLUSTER, "dataset.max_records=100")["splits"].items()
+    }
+    assert sum(counts.values()) == 100
+    assert 10 <= counts["test"] <= 30 and 50 <= counts["train"] <= 85 and counts["validation"] >= 3
+
+
 def test_near_duplicates_in_two_splits_are_told_with_their_places(
     side: DataSide, caplog: pytest.LogCaptureFixture
 ) -> None:
