@@ -50,7 +50,7 @@ def test_weights_are_counted_as_the_hub_counts_them(preset: str) -> None:
     model = activations.build(config, params.model, params.lora, None)
     frozen = [p for p in model.parameters() if not p.requires_grad]
     assert sum(p.numel() for p in frozen) == SIZES[preset][-1]
-    assert len(SIZES) == 10
+    assert len(SIZES) == 11
 
 
 @pytest.mark.parametrize("preset", ["nf4", "fp4", "int8"])
