@@ -13,6 +13,7 @@ Passes through the first layers are enough: every further layer adds the same.
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any, NamedTuple
 from weakref import ref
 
@@ -224,6 +225,16 @@ def _fake(tensor: torch.Tensor) -> torch.Tensor:
     if not isinstance(tensor, nn.Parameter):
         return fake
     return nn.Parameter(fake, requires_grad=tensor.requires_grad)
+
+
+def unquantized_config(folder: Path, trust_remote_code: bool) -> Any:
+    """Return the configuration of the model in a folder as it is in full precision, for `from_config`."""
+    from transformers import AutoConfig
+
+    config = AutoConfig.from_pretrained(folder, trust_remote_code=trust_remote_code)
+    if hasattr(config, "quantization_config"):
+        del config.quantization_config
+    return config
 
 
 def build(

@@ -19,13 +19,12 @@ from capas.chat.messages import TEXT, conversation
 from capas.dag import read_yaml
 from capas.facts import read_json, write_json
 from capas.params import Params
-from capas.prompts import first_system_message
+from capas.prompts import DEFAULT_NEW_TOKENS, first_system_message
 from capas.records import RAW, read_records
 from capas.sources import Source, find_source
 from capas.stage import Stage
 
 MAX_PACKED_BYTES = 16 * 2**20  # a larger base is named, not copied into every run
-DEFAULT_NEW_TOKENS = 512  # where the evaluation generated nothing
 ADAPTER, QUANTIZED = "data/models/adapter", "data/models/quantized"
 LOADER = served.__name__
 # What answers; the report's and the fetch stages' packages are not needed.

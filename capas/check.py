@@ -26,11 +26,11 @@ from tempfile import TemporaryDirectory
 from typing import Any
 
 from capas import cost
-from capas.composition import CONF, Values, composer, word_given
-from capas.config import validate
+from capas.composition import CONF, Values, composer
+from capas.dataset.files import OWN as OWN_FILES
 from capas.dataset.flaws import DROP
-from capas.dataset.inspect import Inspection, inspect
-from capas.dataset.preview import Preview, preview_splits
+from capas.dataset.inspect import Inspection
+from capas.dataset.preview import Preview, preview
 from capas.dataset.proposal import columns_of, format_of, propose_columns
 from capas.dataset.references import read_references
 from capas.dataset.source import FORMATS, sources_of
@@ -38,10 +38,9 @@ from capas.errors import CapasError
 from capas.metrics.choice import choose_metrics
 from capas.metrics.power import power_in_words
 from capas.params import Params
-from capas.pins import Pins
-from capas.records import SPLITS
+from capas.preflight import composed_here
 
-OWN = Path("data/own")
+OWN = Path(OWN_FILES)
 OPTIONS = {"csv": "own_csv", "json": "own_jsonl", "parquet": "own_parquet", "text": "own_text"}
 NUM_PLACES = 5  # of each kind of flaw
 
@@ -50,10 +49,7 @@ NUM_PLACES = 5  # of each kind of flaw
 class Check:
     """What was found. `problems` says what stops `fetch`; `dataset` is conf/'s group for these records."""
 
-    inspection: Inspection
-    splits: dict[str, int]
-    dropped: dict[str, int]
-    near_duplicates: dict[str, Any] | None
+    preview: Preview
     metrics: list[str] | None
     why_metrics: str
     problems: list[str]
@@ -83,9 +79,6 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def command(options: argparse.Namespace) -> int:
-    root = Path.cwd()
-    if not (root / CONF).is_dir():
-        raise CapasError(f"{root} has no conf/; start it in the repository's top folder")
     overrides = [word for word in options.words if "=" in word and not Path(word).exists()]
     files = [Path(word) for word in options.words if word not in overrides]
     if options.write and not files:
@@ -94,9 +87,7 @@ def command(options: argparse.Namespace) -> int:
         raise CapasError(
             "--cost is of the data set that conf/ names: capas check FILE --write first"
         )
-    with composer(root / CONF) as compose:
-        values = Pins.read(root=root).known(compose(overrides))
-    validate(values, word_given(overrides, root / CONF))
+    root, values = composed_here(overrides)
     with _quiet(), _seen(files, values, root) as (dataset, place):
         check = examine(dataset, place)
     if options.json:
@@ -107,7 +98,7 @@ def command(options: argparse.Namespace) -> int:
             text = text.replace(str(OWN / file.name), str(file))
         sys.stdout.write(text)
     if options.cost:
-        for line in cost.lines(Params(values), root, check.splits):
+        for line in cost.lines(Params(values), root, check.preview.splits):
             sys.stdout.write(f"{line}\n")
             sys.stdout.flush()
     if files:
@@ -179,26 +170,15 @@ def examine(dataset: Values, root: Path) -> Check:
         CapasError: a file cannot be read, or has no column that is needed.
     """
     params = Params(dataset)
-    inspection = inspect(params, root)
-    problems = list(_flaw_problems(inspection, params))
-    preview = Preview(dict.fromkeys(SPLITS, 0), {}, None)
-    if inspection.num_right:
-        try:
-            preview = preview_splits(params, root)
-        except CapasError as error:
-            problems.append(str(error))
-    elif inspection.num_read:
-        problems.append("no record can be used")
-    else:
-        problems.append("there is no record")
+    found = preview(params, root)
+    problems = list(_flaw_problems(found.inspection, params))
+    if found.problem is not None:
+        problems.append(found.problem)
     choice = None
     if all(source.path in FORMATS for source in sources_of(params, root)):
         choice = choose_metrics(read_references(params, root))
     return Check(
-        inspection=inspection,
-        splits=preview.splits,
-        dropped=preview.dropped,
-        near_duplicates=preview.near_duplicates,
+        preview=found,
         metrics=choice.metrics if choice else None,
         why_metrics=choice.why if choice else "",
         problems=problems,
@@ -221,7 +201,7 @@ def _flaw_problems(found: Inspection, dataset: Params) -> Iterator[str]:
 
 def in_words(check: Check) -> Iterator[str]:
     """Yield the findings, a line each, in the order in which a reader asks."""
-    found = check.inspection
+    found, splits = check.preview.inspection, check.preview.splits
     for source in found.sources:
         for file in source.files:
             how = [file[key] for key in ("encoding", "separator") if file.get(key)]
@@ -252,9 +232,9 @@ def in_words(check: Check) -> Iterator[str]:
     if found.duplicates:
         copy = found.copies[0]
         yield f"{'copies':12}{found.duplicates}; the first: {copy.place} is {copy.first}"
-    for reason, count in check.dropped.items():
+    for reason, count in check.preview.dropped.items():
         yield f"{'dropped':12}{reason} {count}"
-    near = check.near_duplicates
+    near = check.preview.near_duplicates
     if near and near["num_records"]:
         yield (
             f"{'alike':12}{near['num_records']} records ask nearly the same as another one, in "
@@ -262,9 +242,9 @@ def in_words(check: Check) -> Iterator[str]:
         )
         for e in near["examples"][:1]:
             yield f"{'':12}  {e['file']}, {e['at']}: {e['value']}: {e['why']}"
-    if any(check.splits.values()):
-        yield f"{'splits':12}{', '.join(f'{split} {count}' for split, count in check.splits.items())}"
-        yield f"{'':12}{power_in_words(check.splits['test'])}"
+    if any(splits.values()):
+        yield f"{'splits':12}{', '.join(f'{split} {count}' for split, count in splits.items())}"
+        yield f"{'':12}{power_in_words(splits['test'])}"
     if check.metrics is not None:
         yield f"{'metrics':12}{', '.join(check.metrics) or 'the loss alone'} ({check.why_metrics})"
     for problem in check.problems:
@@ -278,9 +258,13 @@ def _joined(names: str | list[str]) -> str:
 
 def as_json(check: Check) -> dict[str, Any]:
     found = _plain(check)
-    for source, facts in zip(check.inspection.sources, found["inspection"]["sources"], strict=True):
+    shown = found.pop("preview")
+    del shown["problem"]  # it is one of `problems`
+    for source, facts in zip(
+        check.preview.inspection.sources, shown["inspection"]["sources"], strict=True
+    ):
         facts["why"] = source.why
-    return {"ready": check.ready, **found, "dataset": proposed(check.dataset)}
+    return {"ready": check.ready, **shown, **found, "dataset": proposed(check.dataset)}
 
 
 def _plain(value: Any) -> Any:

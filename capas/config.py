@@ -14,6 +14,7 @@ from typing import Annotated, Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
 
+from capas import embedded
 from capas.errors import CapasError, without_secrets
 from capas.metrics.names import AUTO, OWN_FUNCTION, BuiltIn, names_clash
 from capas.params import flatten
@@ -757,7 +758,7 @@ RULES = (
     ),
     Rule(
         ("model.model_name_or_path", "model.revision"),
-        lambda name, revision: name != "data/embedded" or revision is None,
+        lambda name, revision: name != embedded.FOLDER or revision is None,
         "null: the embedded base ships with the repository and has no other revision",
     ),
     *_of_dataset(),

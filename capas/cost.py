@@ -14,13 +14,14 @@ from pathlib import Path
 from typing import Any
 
 from capas.dag import read_yaml
-from capas.dataset.inspect import EMBEDDED
-from capas.dataset.preview import preview_splits
+from capas.dataset.generated import EMBEDDED
+from capas.dataset.preview import preview
 from capas.dataset.references import read_messages
-from capas.dataset.source import FORMATS, sources_of
+from capas.dataset.source import FORMATS
 from capas.errors import CapasError, told
 from capas.params import Params
 from capas.preflight import config_folder, of_training
+from capas.prompts import with_room
 from capas.sources import Source, find_source, on_hub
 
 SAMPLE = 200  # records whose tokens are counted
@@ -78,16 +79,19 @@ def split_counts(dataset: Params, root: Path) -> dict[str, int] | None:
     """Return how many records fetch puts into each split; None where the data is not on this machine.
 
     Raises:
-        CapasError: a file cannot be read.
+        CapasError: a file cannot be read, or the records cannot be split as stated.
     """
     if dataset.path not in (*FORMATS, EMBEDDED):
         return None
-    return preview_splits(dataset, root).splits
+    found = preview(dataset, root)
+    if found.problem is not None:
+        raise CapasError(found.problem)
+    return found.splits
 
 
 def _disk(params: Params, folder: Path, root: Path) -> Iterator[str]:
     """The base is in DVC's cache, one from the Hub in the Hub's cache, too; so is the quantized one."""
-    num_bytes = _stored_bytes(folder)
+    num_bytes = _stored_bytes(folder, params.model.trust_remote_code)
     hub = find_source(params.model.model_name_or_path, root) is Source.HUB
     if hub:
         yield f"{'download':12}{_size(num_bytes)}, less what the Hub's cache holds already"
@@ -98,21 +102,18 @@ def _disk(params: Params, folder: Path, root: Path) -> Iterator[str]:
     yield f"{'disk':12}about {_size(total)}; {_size(free)} are free{'' if total < free else ': too little'}"
 
 
-def _stored_bytes(folder: Path) -> int:
+def _stored_bytes(folder: Path, trust_remote_code: bool) -> int:
     """Bytes of the weights as published, by their shapes and the type that config.json names."""
     import torch
-    from transformers import AutoConfig, AutoModelForCausalLM
+    from transformers import AutoModelForCausalLM
 
-    config = AutoConfig.from_pretrained(folder)
-    for part in {id(c): c for c in (config, config.get_text_config())}.values():
-        if hasattr(part, "quantization_config"):
-            del part.quantization_config
+    from capas.activations import unquantized_config
+
+    config = unquantized_config(folder, trust_remote_code)
     with torch.device("meta"):
-        model = AutoModelForCausalLM.from_config(config)
-    dtype = getattr(config, "dtype", None) or torch.float32
-    width = torch.empty(
-        0, dtype=dtype if isinstance(dtype, torch.dtype) else torch.float32
-    ).element_size()
+        model = AutoModelForCausalLM.from_config(config, trust_remote_code=trust_remote_code)
+    dtype = getattr(config, "dtype", None)
+    width = (dtype if isinstance(dtype, torch.dtype) else torch.float32).itemsize
     return sum(p.numel() for p in model.parameters()) * width
 
 
@@ -136,9 +137,8 @@ def load_of(params: Params, root: Path, splits: dict[str, int]) -> Any:
         num_test=num_test,
         length=min(params.dataset.max_length, statistics.fmean(p + a for p, a in tokens)),
         prompt_length=statistics.fmean(prompts),
-        limit=evaluation.max_new_tokens or longest + max(8, longest // 4),
+        limit=evaluation.max_new_tokens or with_room(longest),
         longest=longest,
-        answer_length=statistics.fmean(answers),
         train_batch=trainer.per_device_train_batch_size,
         accumulation=trainer.gradient_accumulation_steps,
         epochs=trainer.num_train_epochs,
@@ -156,31 +156,12 @@ def _token_counts(params: Params, root: Path) -> list[tuple[int, int]]:
     """(prompt, answer) tokens of some records."""
     count = _counter(params.model, root)
     found = []
-    for messages in itertools.islice(_messages(params, root), SAMPLE):
+    for messages in itertools.islice(read_messages(params.dataset, root), SAMPLE):
         lengths = [count(m["content"]) + TOKENS_PER_MESSAGE for m in messages]
         found.append((sum(lengths[:-1]), lengths[-1]))
     if not found:
         raise CapasError("no record can be used, so that nothing is to be timed")
     return found
-
-
-def _messages(params: Params, root: Path) -> Iterator[list[dict[str, Any]]]:
-    """Of the data of fetch where it is the configured one, else of the files."""
-    sources = sources_of(params.dataset, root)
-    if all(source.path in FORMATS for source in sources):
-        yield from read_messages(sources)
-        return
-    from capas.task.calls import generate_records
-
-    dataset = params.dataset
-    records = generate_records(
-        seed=dataset.seed,
-        num_train=min(SAMPLE, dataset.num_train),
-        num_validation=1,
-        num_test_per_kind=1,
-    )
-    for record in records["train"]:
-        yield record["messages"]
 
 
 def _counter(model: Params, root: Path) -> Any:

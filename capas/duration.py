@@ -28,7 +28,7 @@ MINUTES_TO_ADVISE = 60
 
 @dataclass(frozen=True)
 class Load:
-    """What the stages have to do. Lengths are mean tokens; `limit` and `longest` are of an answer."""
+    """What the stages have to do. Lengths are mean tokens, `limit` and `longest` those of an answer."""
 
     num_train: int
     num_validation: int
@@ -37,7 +37,6 @@ class Load:
     prompt_length: float
     limit: int
     longest: int
-    answer_length: float
     train_batch: int
     accumulation: int
     epochs: float
@@ -131,13 +130,13 @@ def measure(folder: Path, params: Params, load: Load, imports: float) -> Speed:
         imports: seconds that a stage takes to import its libraries.
     """
     import torch
-    from transformers import AutoConfig
 
+    from capas.activations import unquantized_config
     from capas.lora import trains_all
     from capas.model import load_model
 
     device = torch.device(params.hardware.device)
-    config = AutoConfig.from_pretrained(folder, trust_remote_code=params.model.trust_remote_code)
+    config = unquantized_config(folder, params.model.trust_remote_code)
     num_layers = config.get_text_config().num_hidden_layers
     how_loaded = {key: params.model[key] for key in LOADING}
     times: list[dict[str, float]] = []
@@ -158,8 +157,6 @@ def _small(config: Any, layers: int, params: Params) -> Iterator[tuple[Path, dic
     from transformers import AutoModelForCausalLM, BitsAndBytesConfig
 
     small = copy.deepcopy(config)
-    if hasattr(small, "quantization_config"):
-        del small.quantization_config
     text = small.get_text_config()
     text.num_hidden_layers = layers
     if getattr(text, "layer_types", None):

@@ -129,8 +129,6 @@ def estimate(
         EstimateError: the model cannot be traced.
         CapasError: config.json is none of a causal language model.
     """
-    from transformers import AutoConfig
-
     from capas import activations
     from capas.lora import trains_all
 
@@ -138,9 +136,7 @@ def estimate(
     check_supported(facts, str(folder))
     quantized = _quantized(stored_quantization(facts, str(folder)) or quantization, model)
     try:
-        config = AutoConfig.from_pretrained(folder, trust_remote_code=model.trust_remote_code)
-        if hasattr(config, "quantization_config"):
-            del config.quantization_config
+        config = activations.unquantized_config(folder, model.trust_remote_code)
         built = activations.build(config, model, lora, quantized)
         phases = _phases(workload, trainer, quantized is not None)
         alive, held = activations.measure(built, phases, of_heap=workload.on_cpu)

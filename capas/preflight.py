@@ -20,7 +20,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from capas.composition import CONF, composer, word_given
+from capas.composition import CONF, Values, composer, word_given
 from capas.dag import recorded
 from capas.errors import CapasError
 from capas.params import Params
@@ -44,17 +44,10 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def command(options: argparse.Namespace) -> int:
-    root = Path.cwd()
-    if not (root / CONF).is_dir():
-        raise CapasError(f"{root} has no conf/; start it in the repository's top folder")
     if options.tokens is not None and options.tokens < 1:
         raise CapasError(f"--tokens {options.tokens}: a record has at least one token")
-    from capas.config import validate
-
-    with composer(root / CONF) as compose:
-        values = compose(options.overrides)
-    validate(values, word_given(options.overrides, root / CONF))
-    params = Params(Pins.read(root=root).known(values))
+    root, values = composed_here(options.overrides)
+    params = Params(values)
     need = of_training(params, config_folder(params.model, root), options.tokens)
     if need.workload.num_processes > 1:
         _say(f"Of each of {need.workload.num_processes} processes:")
@@ -66,6 +59,23 @@ def command(options: argparse.Namespace) -> int:
             f"To need less: {'; '.join(memory.ways_out(need.found, need.workload, params.trainer))}"
         )
     return 0 if need.fits else 1
+
+
+def composed_here(overrides: list[str]) -> tuple[Path, Values]:
+    """Return the current folder and what its conf/ composes to, valid and with the pins that are known.
+
+    Raises:
+        CapasError: there is no conf/, or it does not compose to valid values.
+    """
+    from capas.config import validate
+
+    root = Path.cwd()
+    if not (root / CONF).is_dir():
+        raise CapasError(f"{root} has no conf/; start it in the repository's top folder")
+    with composer(root / CONF) as compose:
+        values = compose(overrides)
+    validate(values, word_given(overrides, root / CONF))
+    return root, Pins.read(root=root).known(values)
 
 
 @dataclass(frozen=True)

@@ -11,42 +11,8 @@ SECONDS_BETWEEN_WORDS = 9.0  # so that none is silent for ten
 log = logging.getLogger("capas")
 
 
-class Rows(Protocol):
-    """A table of pyarrow."""
-
-    @property
-    def num_rows(self) -> int: ...
-
-
-T = TypeVar("T", bound=Rows)
-
-
-class Pace:
-    """`due()` is true once in a while."""
-
-    def __init__(self) -> None:
-        self._last = time.monotonic()
-
-    def due(self) -> bool:
-        now = time.monotonic()
-        if now - self._last <= SECONDS_BETWEEN_WORDS:
-            return False
-        self._last = now
-        return True
-
-
-def told(tables: Iterable[T], split: str) -> Iterator[T]:
-    """The same tables; how many records went by is logged while it takes long."""
-    count, pace = 0, Pace()
-    for table in tables:
-        yield table
-        count += table.num_rows
-        if pace.due():
-            log.info("%s: %d records so far", split, count)
-
-
 class Activity:
-    """What a stage is doing: `text`, and `done` of `total` where it counts."""
+    """What a stage is doing: `text`, and how much of it is `done`, of `total` where that is known."""
 
     def __init__(self, text: str, total: int | None = None) -> None:
         self.text, self.total, self.done = text, total, 0
@@ -55,10 +21,22 @@ class Activity:
         self.done += count
 
     def __str__(self) -> str:
-        return self.text if self.total is None else f"{self.text}, {self.done} of {self.total}"
+        if self.total is None:
+            return f"{self.text}, {self.done} so far" if self.done else self.text
+        return f"{self.text}, {self.done} of {self.total}"
 
 
 _activities: list[Activity] = []
+
+
+class Rows(Protocol):
+    """A table of pyarrow."""
+
+    @property
+    def num_rows(self) -> int: ...
+
+
+T = TypeVar("T", bound=Rows)
 
 
 @contextmanager
@@ -70,6 +48,14 @@ def doing(text: str, total: int | None = None) -> Iterator[Activity]:
         yield activity
     finally:
         _activities.remove(activity)
+
+
+def counted(tables: Iterable[T], text: str) -> Iterator[T]:
+    """Yield the same tables; their records are counted as what `heartbeat` says is going on."""
+    with doing(text) as activity:
+        for table in tables:
+            yield table
+            activity.step(table.num_rows)
 
 
 class _LastWord(logging.Handler):

@@ -3,12 +3,12 @@
 from collections.abc import Iterable, Set
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 from capas.chat.messages import TEXT, Message, Tools, conversation, spoken
 from capas.errors import CapasError
-from capas.records import RAW, Record, evenly_spaced, read_records
+from capas.records import RAW, Record, before_last_answer, evenly_spaced, read_records
 
+DEFAULT_NEW_TOKENS = 512  # of an answer, where neither a setting nor a reference says more
 TEXT_PROMPT_WORDS = 16  # of a plain text, which the model goes on from
 
 
@@ -54,20 +54,22 @@ def answer_limit(records: Iterable[Record], max_new_tokens: int | None) -> int:
     """
     if max_new_tokens is not None:
         return max_new_tokens
-    longest = max(len(record["input_ids"]) - len(record["prompt_ids"]) for record in records)
+    return with_room(max(len(r["input_ids"]) - len(r["prompt_ids"]) for r in records))
+
+
+def with_room(longest: int) -> int:
+    """Return how many tokens an answer may have where the longest reference has `longest`."""
     return longest + max(8, longest // 4)
 
 
 def read_questions(file: Path, ids: Set[str]) -> dict[str, str]:
     """Return {id: what is said before the last answer, without the system message} of raw records."""
     records = (record for record in read_records(file, RAW) if record["id"] in ids)
-    return {record["id"]: _question(record["messages"]) for record in records}
-
-
-def _question(messages: list[dict[str, Any]]) -> str:
-    answers = [i for i, message in enumerate(messages) if message["role"] == "assistant"]
-    asked = messages[: answers[-1]] if answers else messages
-    return "\n".join(m["content"] for m in asked if m["role"] != "system")
+    asked = {record["id"]: before_last_answer(record["messages"]) for record in records}
+    return {
+        name: "\n".join(m["content"] for m in messages if m["role"] != "system")
+        for name, messages in asked.items()
+    }
 
 
 def first_system_message(record: Record) -> str | None:

@@ -120,6 +120,12 @@ def evenly_spaced(items: Sequence[T], count: int) -> list[T]:
     return [items[i * len(items) // count] for i in range(count)]
 
 
+def before_last_answer(messages: Sequence[Record]) -> list[Record]:
+    """Return what is asked before the last answer; of a plain text, which has none, all of it."""
+    answers = [i for i, message in enumerate(messages) if message["role"] == "assistant"]
+    return list(messages[: answers[-1]] if answers else messages)
+
+
 def _other_columns(file: Path, found: pa.Schema, wanted: pa.Schema) -> str:
     def show(schema: pa.Schema) -> str:
         return ", ".join(f"{field.name}: {field.type}" for field in schema)

@@ -32,6 +32,7 @@ from capas import tuned
 from capas.chat.messages import TEXT
 from capas.errors import CapasError
 from capas.params import Params
+from capas.prompts import DEFAULT_NEW_TOKENS
 from capas.tuned import Tuned
 
 Message = dict[str, Any]
@@ -52,7 +53,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--max-new-tokens",
         type=counts,
         metavar="N",
-        help="of an answer (default: generation.max_new_tokens, or 512)",
+        help=f"of an answer (default: generation.max_new_tokens, or {DEFAULT_NEW_TOKENS})",
     )
     parser.add_argument("--seed", type=seeds, default=0, help="of what is drawn at random")
 
@@ -89,7 +90,6 @@ def command(options: argparse.Namespace) -> int:
     return code
 
 
-MAX_NEW_TOKENS = 512  # of an answer, where generation.max_new_tokens is null
 _HELP = (__doc__ or "").partition("questions:\n\n")[2].partition("\n\n")[0]
 
 
@@ -101,7 +101,7 @@ class Talk:
 
         self._served, self._settings = served, source.params.generation.settings
         set_there = source.params.generation.max_new_tokens
-        self._max_new_tokens = options.max_new_tokens or set_there or MAX_NEW_TOKENS
+        self._max_new_tokens = options.max_new_tokens or set_there or DEFAULT_NEW_TOKENS
         self._system = served.facts["system"] if options.system is None else options.system
         self.tools = served.tools if options.tools is None else read_tools(options.tools)
         self._told: list[Message] = []

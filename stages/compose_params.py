@@ -30,6 +30,7 @@ from pathlib import Path
 from tempfile import TemporaryFile
 from typing import Any
 
+from capas import embedded
 from capas.composition import (
     CONF,
     NOTHING_OVERRIDDEN,
@@ -62,7 +63,6 @@ ENVIRONMENT, LOCK, COMPOSED = (
     Path("data/composed"),
 )
 SCHEMAS = Path(".vscode/schema")
-EMBEDDED_BASE = "data/embedded"
 COST = "CAPAS_COST"  # off: nothing is measured. No result depends on it
 COSTLY = (
     "model",
@@ -131,7 +131,7 @@ def main(options: argparse.Namespace) -> None:
 
 def is_costly(old: Values, new: Values) -> bool:
     """Whether to measure what a run costs: of a model of one's own, where what decides it has changed."""
-    if new["model"]["model_name_or_path"] == EMBEDDED_BASE or "DVC_EXP_NAME" in os.environ:
+    if new["model"]["model_name_or_path"] == embedded.FOLDER or "DVC_EXP_NAME" in os.environ:
         return False
     if os.environ.get(COST) == "off":
         return False

@@ -35,6 +35,7 @@ from capas.metrics.copied import copied_values
 from capas.metrics.general import format_questions
 from capas.metrics.names import BINARY, headline
 from capas.metrics.nearest import distance_group, nearest_prompts
+from capas.metrics.power import POWER_FRACTION
 from capas.metrics.scorer import Scorer
 from capas.params import Params
 from capas.prompts import answer_limit, read_questions
@@ -85,11 +86,11 @@ def main(which: Literal["base", "tuned"], params: Params, stage: Stage) -> None:
         tuned = TunedModel(stage.dep(ADAPTER), params.model, device, load_base)
         model = tuned.model
     rows = score(model, records, params, stage)
-    if names:
-        rows = answer(model, rows, records, scorer, params, stage)
+    limit = answer_limit(records, params.evaluation.max_new_tokens) if names else None
+    if limit is not None:
+        rows = answer(model, rows, records, scorer, limit, params, stage)
     copies = read_copies(stage) if which == "tuned" else copy_nearest(records, scorer, stage)
     distances = {row["id"]: distance_group(row["similarity"]) for row in copies}
-    limit = answer_limit(records, params.evaluation.max_new_tokens) if names else None
     facts = {**summarize(rows, names, distances), "max_new_tokens": limit}
     shown = {name: facts[name] for name in ("loss", *names)}
     log.info("%s: %s", which, ", ".join(f"{name} {value:.4f}" for name, value in shown.items()))
@@ -188,14 +189,14 @@ def answer(
     rows: list[Row],
     records: list[Row],
     scorer: Scorer,
+    limit: int,
     params: Params,
     stage: Stage,
 ) -> list[Row]:
-    """The rows with a greedy completion each and what it is worth."""
+    """The rows with a greedy completion each, of up to `limit` tokens, and what it is worth."""
     from capas.generation import complete, generation_config
 
     prompts, chat = [record["prompt_ids"] for record in records], read_chat(stage)
-    limit = answer_limit(records, params.evaluation.max_new_tokens)
     config = generation_config(chat, limit)
     found = [group[0] for group in complete(model, prompts, config, params.evaluation.batch_size)]
     ids = [completion.input_ids for completion in found]
@@ -428,7 +429,7 @@ def compare(
         "metrics": names,
         "shares": [n for n in names if all(0 <= row[n] <= 1 for row in (*before, *after))],
         "confidence_fraction": params.evaluation.confidence_fraction,
-        "power_fraction": comparison.POWER_FRACTION,
+        "power_fraction": POWER_FRACTION,
         "bootstrap_resamples": params.evaluation.bootstrap_resamples,
     }
 

@@ -17,7 +17,8 @@ from collections.abc import Iterator
 from typing import Any
 
 from capas.dataset.flaws import Flaws
-from capas.dataset.inspect import EMBEDDED, Watch, parts_of
+from capas.dataset.generated import EMBEDDED
+from capas.dataset.inspect import Watch, parts_of
 from capas.dataset.pool import Identities, Pool
 from capas.dataset.selection import Selection, select_records
 from capas.dataset.source import Source, sources_of

@@ -29,7 +29,7 @@ from capas.errors import CapasError
 from capas.facts import write_csv, write_json
 from capas.page.maskpage import Sampler, write_mask_pages
 from capas.params import Params
-from capas.progress import told
+from capas.progress import counted
 from capas.records import FORMATTED, SPLITS, TOKENIZED, read_batches, write_tables
 from capas.stage import Stage, log, run
 
@@ -47,7 +47,7 @@ def main(params: Params, stage: Stage) -> None:
         batches = read_batches(stage.dep("data/tokenized") / f"{split}.parquet", TOKENIZED)
         formatted = sampled(formatters[split].format(batches), samplers[split])
         file = folder / f"{split}.parquet"
-        num_records[split] = write_tables(file, FORMATTED, told(formatted, split))
+        num_records[split] = write_tables(file, FORMATTED, counted(formatted, f"{split} records"))
         log.info("%s: %d records", split, num_records[split])
     check_overflow(formatter.overflow for formatter in formatters.values())
     if empty := [split for split in SPLITS if not num_records[split]]:

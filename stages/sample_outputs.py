@@ -264,10 +264,12 @@ def summarize(
     def scores(chosen: list[Row]) -> Row:
         found = []
         for row in chosen:
-            record = {"id": row["prompt_id"], "prompt": questions[row["prompt_id"]], "metadata": ""}
-            asked = {**record, "reference": row["reference"]}
-            texts = row["completions"] if metric and row["reference"] is not None else []
-            found += [scorer.score(text, asked)[metric] for text in texts if metric]
+            if metric is None or row["reference"] is None:
+                continue
+            name = row["prompt_id"]
+            asked = {"id": name, "prompt": questions[name], "reference": row["reference"]}
+            asked["metadata"] = ""
+            found += [scorer.score(text, asked)[metric] for text in row["completions"]]
         return {
             "distinct_completion_rate": sum(row["num_distinct"] / count for row in chosen)
             / len(chosen),

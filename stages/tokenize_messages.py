@@ -19,7 +19,7 @@ import pyarrow.compute as pc
 from capas.chat.plain import PlainEncoder
 from capas.chat.tokenizer import TokenizerFiles
 from capas.params import Params
-from capas.progress import told
+from capas.progress import counted
 from capas.records import RAW, SPLITS, TOKENIZED, read_batches, write_tables
 from capas.stage import Stage, log, run
 
@@ -37,7 +37,7 @@ def main(params: Params, stage: Stage) -> None:
         batches = together(read_batches(raw / f"{split}.parquet", RAW))
         tokenized = (tokenize(batch, encoder) for batch in batches)
         file = folder / f"{split}.parquet"
-        num_records = write_tables(file, TOKENIZED, told(tokenized, split))
+        num_records = write_tables(file, TOKENIZED, counted(tokenized, f"{split} records"))
         log.info("%s: %d records", split, num_records)
 
 

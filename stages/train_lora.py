@@ -70,9 +70,7 @@ def main(params: Params, stage: Stage) -> None:
     check_memory(num_tokens(rows), num_tokens(validation), params, device, stage)
     lengths = num_tokens([*train, *validation])
     check_lengths(stage.dep(QUANTIZED), lengths, params.model.trust_remote_code)
-    told = (example["input_ids"] for example in (*train, *validation))
-    others = (chat["pad_token_id"], *chat["stop_token_ids"])
-    check_ids(told, others, stage.dep(QUANTIZED), stage.dep(TOKENIZER))
+    check_tokens([*train, *validation], chat, stage)
     base = load_base(params, max(lengths), device, stage)
     model = unfreeze(base) if lora.trains_all(params.lora) else add_lora(base, params, initial)
     base_sha256 = certificate.fingerprint(model)
@@ -246,6 +244,13 @@ def add_with_peft(base: "PreTrainedModel", params: Params) -> Any:
         return get_peft_model(base, lora.make_config(params.lora))
     except ValueError as error:
         raise CapasError(f"PEFT refuses the lora group: {error}") from None
+
+
+def check_tokens(examples: list[Any], chat: dict[str, Any], stage: Stage) -> None:
+    """Raises CapasError: the model has no row for a token of the records, for padding or for an end."""
+    told = (example["input_ids"] for example in examples)
+    others = (chat["pad_token_id"], *chat["stop_token_ids"])
+    check_ids(told, others, stage.dep(QUANTIZED), stage.dep(TOKENIZER))
 
 
 def check_lengths(folder: Path, lengths: list[int], trust_remote_code: bool) -> None:

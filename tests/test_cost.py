@@ -24,7 +24,6 @@ LOAD = Load(
     prompt_length=40.0,
     limit=80,
     longest=64,
-    answer_length=50.0,
     train_batch=8,
     accumulation=2,
     epochs=2.0,

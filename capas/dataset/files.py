@@ -27,6 +27,7 @@ _FORMATS = {
     "parquet": (".parquet",),
     "text": (".txt",),
 }
+KNOWN = ", ".join(suffix for suffixes in _FORMATS.values() for suffix in suffixes)
 # What of fsspec's info() stands for the content of a file; where there is none, the content itself is hashed.
 _MARKS = ("ETag", "etag", "Content-MD5", "md5Hash", "content_md5", "checksum")
 
@@ -57,6 +58,11 @@ class File:
         path = PurePosixPath(self.name.split("?")[0].lower())
         self.compression = _COMPRESSED.get(path.suffix)
         self.suffix = path.with_suffix("").suffix if self.compression else path.suffix
+
+    @property
+    def format(self) -> str | None:
+        """`dataset.path` for it: json, csv, parquet or text; None where its name says nothing known."""
+        return next((f for f, suffixes in _FORMATS.items() if self.suffix in suffixes), None)
 
     @contextmanager
     def open(self) -> Iterator[BinaryIO]:
@@ -110,17 +116,12 @@ def expand(patterns: Sequence[str], path: str, root: Path) -> list[File]:
     files = [File(name, root) for name in names]
     for file in files:
         if file.suffix not in _FORMATS[path]:
-            right = next((f for f, suffixes in _FORMATS.items() if file.suffix in suffixes), None)
-            hint = f"set dataset.path={right}" if right else "known: " + ", ".join(_suffixes())
+            hint = f"set dataset.path={file.format}" if file.format else f"known: {KNOWN}"
             raise CapasError(
                 f"dataset.path={path}, but {file.name} is named {file.suffix or 'without a format'}; {hint}"
                 " (each also with .gz or .zst behind it)"
             )
     return files
-
-
-def _suffixes() -> list[str]:
-    return [suffix for suffixes in _FORMATS.values() for suffix in suffixes]
 
 
 def is_url(name: str) -> bool:

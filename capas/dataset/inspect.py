@@ -4,23 +4,21 @@ import logging
 from collections import Counter
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
-from pathlib import Path
 from typing import Any
 
 import numpy as np
 
 from capas.dataset.flaws import NUM_EXAMPLES, Flaws, location
-from capas.dataset.pool import Numbers, Part, check_parts
+from capas.dataset.generated import splits_of
+from capas.dataset.pool import Numbers, Part
 from capas.dataset.rows import Row
 from capas.dataset.shapes import SIGNS, recognise, recognises
-from capas.dataset.source import Source, sources_of
+from capas.dataset.source import Source
 from capas.dataset.splits import ordinals
 from capas.params import Params
 from capas.records import SPLITS
-from capas.task.calls import generate_records
 
 log = logging.getLogger("capas")
-EMBEDDED = "embedded"
 UNKNOWN = "unknown"  # the shape of a row that has none
 Parts = Iterator[tuple[Part, Iterator[Row]]]
 
@@ -128,27 +126,8 @@ def _shape(stated: str, value: Mapping[str, Any]) -> str:
     return recognise(value) if recognises(value) else UNKNOWN
 
 
-def inspect(dataset: Params, root: Path) -> Inspection:
-    """Read every record as fetch does, and say what was found; no flaw of a record is an error.
-
-    Args:
-        dataset: the keys of conf/dataset that fetch declares in dvc.yaml.
-        root: the repository.
-
-    Raises:
-        CapasError: a file or data set as a whole cannot be read, or no record has a column that is needed.
-    """
-    sources = sources_of(dataset, root)
-    flaws = Flaws(dataset.flaws, dataset.flaw_budget_fraction)
-    watch, numbers = Watch(sources), Numbers()
-    parts = parts_of(sources, dataset, [set() for _ in sources], flaws)
-    for checked in check_parts(watch.parts(parts), flaws):
-        numbers.extend(checked.numbers)
-    return summarise(watch.found, flaws, numbers)
-
-
 def summarise(found: list[Found], flaws: Flaws, numbers: Numbers) -> Inspection:
-    """The inspection of records that were read: by `inspect`, or by fetch on its way."""
+    """The inspection of records that were read; no flaw of a record is an error."""
     counts = flaws.dropped + flaws.refused
     copies = np.flatnonzero(ordinals(numbers["content"]) > 0)
     return Inspection(
@@ -191,8 +170,7 @@ def parts_of(sources: list[Source], dataset: Params, given: list[set[str]], flaw
     `given` gets the names of the splits, `flaws` the columns that were not read.
     """
     for number, source in enumerate(sources):
-        splits = _generated(dataset) if source.path == EMBEDDED else source.splits()
-        for split, rows in splits:
+        for split, rows in splits_of(source, dataset):
             given[number].add(split)
             code, columns = SPLITS.index(split), source.columns or {}
             log.info("%s: reading %s", source.path, split)
@@ -200,16 +178,3 @@ def parts_of(sources: list[Source], dataset: Params, given: list[set[str]], flaw
             yield Part(number, code, shape, columns, source.system, source.roles), rows
         for column, count in source.unread().items():
             flaws.leave_out(column, count)
-
-
-def _generated(dataset: Params) -> Iterator[tuple[str, Iterator[Row]]]:
-    """The embedded task's records as rows."""
-    records = generate_records(
-        seed=dataset.seed,
-        num_train=dataset.num_train,
-        num_validation=dataset.num_validation,
-        num_test_per_kind=dataset.num_test_per_kind,
-    )
-    for split in SPLITS:
-        found = enumerate(records[split], 1)
-        yield split, (Row(EMBEDDED, f"{split} record", number, value) for number, value in found)

@@ -25,7 +25,7 @@ from capas.dataset.rows import Row
 from capas.dataset.shapes import Columns, convert
 from capas.dataset.splits import Digests, content_digest, digest, ordinals, prompt_digests
 from capas.errors import CapasError
-from capas.progress import Pace
+from capas.progress import doing
 from capas.records import RAW, Record, read_batches, write_tables
 from capas.workers import in_order
 
@@ -100,12 +100,11 @@ class Checked:
 
 def check_parts(parts: Iterable[tuple[Part, Iterable[Row]]], flaws: Flaws) -> Iterator[Checked]:
     """Every row of every part, checked, in order; what is wrong is counted in `flaws`."""
-    pace = Pace()
-    for checked in in_order(partial(check_chunk, flaws=flaws.fresh()), _chunks(parts)):
-        flaws.add(checked.flaws)
-        yield checked
-        if pace.due():
-            log.info("%d records read", flaws.num_read)
+    with doing("reading records") as reading:
+        for checked in in_order(partial(check_chunk, flaws=flaws.fresh()), _chunks(parts)):
+            flaws.add(checked.flaws)
+            yield checked
+            reading.step(checked.flaws.num_read)
 
 
 def check_chunk(chunk: Chunk, flaws: Flaws) -> Checked:
@@ -165,12 +164,16 @@ class Pool:
         Raises:
             CapasError: a record has a flaw whose policy is an error, or too many were dropped.
         """
-        write_tables(self._file, RAW, self._records(parts))
+        self.read(parts)
         log.info("%d records read, %d of them are right", self._flaws.num_read, len(self))
         self._flaws.tell()
         self._flaws.check()
         if not len(self):
             raise CapasError("the sources of dataset hold no record")
+
+    def read(self, parts: Iterable[tuple[Part, Iterable[Row]]]) -> None:
+        """Read, check and write every row; records with a flaw are left out and counted."""
+        write_tables(self._file, RAW, self._records(parts))
 
     def _records(self, parts: Iterable[tuple[Part, Iterable[Row]]]) -> Iterator[pa.Table]:
         for checked in check_parts(parts, self._flaws):

@@ -1,43 +1,67 @@
-"""The splits that fetch would make, without writing any."""
+"""What fetch would do, without writing anything: flaws, splits, near-duplicates; no model, no tokenizer."""
 
 from dataclasses import dataclass
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any
 
-from capas.dataset.flaws import DROP, WAYS_OUT, Flaws
-from capas.dataset.inspect import parts_of
+from capas.dataset.flaws import Flaws
+from capas.dataset.inspect import Inspection, Watch, parts_of, summarise
 from capas.dataset.pool import Pool
 from capas.dataset.selection import select_records
 from capas.dataset.source import sources_of
+from capas.errors import CapasError
 from capas.params import Params
 from capas.records import SPLITS
 
 
 @dataclass(frozen=True)
 class Preview:
-    """Records of each split; what would be dropped (duplicate, leak, ...) and how often; near-duplicates."""
+    """What was read, and the splits of the records without a flaw.
 
+    `dropped` counts what would be left out of them (duplicate, leak, ...). `problem` is why they cannot be
+    split as stated; the splits are empty then.
+    """
+
+    inspection: Inspection
     splits: dict[str, int]
     dropped: dict[str, int]
     near_duplicates: dict[str, Any] | None
+    problem: str | None
 
 
-def preview_splits(dataset: Params, root: Path) -> Preview:
-    """Split the records as fetch would, those with a flaw left out.
+def preview(dataset: Params, root: Path) -> Preview:
+    """Read every record once as fetch does, and split them; no flaw of a record is an error.
+
+    Args:
+        dataset: the keys of conf/dataset that fetch declares in dvc.yaml.
+        root: the repository.
 
     Raises:
-        CapasError: a file cannot be read, or the records cannot be split as stated.
+        CapasError: a file or data set as a whole cannot be read, or no record has a column that is needed.
     """
     sources = sources_of(dataset, root)
-    flaws = Flaws(dict.fromkeys(WAYS_OUT, DROP), 1.0)
+    flaws, watch = Flaws(dataset.flaws, dataset.flaw_budget_fraction), Watch(sources)
     given: list[set[str]] = [set() for _ in sources]
     with TemporaryDirectory(prefix="capas-preview-") as folder:
         pool = Pool(Path(folder) / "everything.parquet", flaws)
-        pool.fill(parts_of(sources, dataset, given, flaws))
-        selection = select_records(pool, dataset, given, [source.weight for source in sources])
+        pool.read(watch.parts(parts_of(sources, dataset, given, flaws)))
+        inspection = summarise(watch.found, flaws, pool.numbers)
+        if not len(pool):
+            problem = "no record can be used" if flaws.num_read else "there is no record"
+            return _unsplit(inspection, problem)
+        try:
+            selection = select_records(pool, dataset, given, [source.weight for source in sources])
+        except CapasError as error:
+            return _unsplit(inspection, str(error))
         return Preview(
+            inspection,
             splits={split: int(selection.of(split).sum()) for split in SPLITS},
             dropped={reason: int(marks.sum()) for reason, marks in selection.dropped.items()},
             near_duplicates=selection.near_duplicates(),
+            problem=None,
         )
+
+
+def _unsplit(inspection: Inspection, problem: str) -> Preview:
+    return Preview(inspection, dict.fromkeys(SPLITS, 0), {}, None, problem)

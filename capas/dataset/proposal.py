@@ -5,18 +5,12 @@ from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from capas.dataset.files import expand
+from capas.dataset.files import KNOWN, File, expand
 from capas.dataset.readers import read_rows
 from capas.dataset.shapes import recognises
 from capas.dataset.source import Source
 from capas.errors import CapasError
 
-SUFFIXES = {
-    **dict.fromkeys((".json", ".jsonl", ".ndjson"), "json"),
-    **dict.fromkeys((".csv", ".tsv"), "csv"),
-    **{".parquet": "parquet", ".txt": "text"},
-}
-COMPRESSED = (".gz", ".zst")
 # Names of columns, without accents, in English and Spanish; the first that a file has is taken.
 QUESTIONS = (
     *("question", "prompt", "instruction", "query", "request", "user", "message", "input"),
@@ -38,14 +32,10 @@ def format_of(file: Path) -> str:
     Raises:
         CapasError: its name ends in nothing known.
     """
-    name = file.name.lower()
-    for suffix in COMPRESSED:
-        name = name.removesuffix(suffix)
-    found = SUFFIXES.get(Path(name).suffix)
+    found = File(file.name, file.parent).format
     if found is None:
         raise CapasError(
-            f"{file}: the name says no known format; known are {', '.join(SUFFIXES)}, each also with "
-            f"{' or '.join(COMPRESSED)} behind it"
+            f"{file}: the name says no known format; known are {KNOWN}, each also with .gz or .zst behind it"
         )
     return found
 

@@ -61,7 +61,7 @@ def _begins_document(line: str) -> bool:
     except json.JSONDecodeError as error:
         return error.pos >= len(line.rstrip())
     except RecursionError:
-        pass
+        return False  # all in one line, and nested too deep: a flaw of that line
     return False
 
 

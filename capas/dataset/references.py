@@ -1,14 +1,15 @@
 """Read the reference answers of a user's own files, before any stage ran."""
 
 import itertools
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from pathlib import Path
 
 from capas.dataset.conversation import check_record
 from capas.dataset.flaws import DROP, WAYS_OUT, Flaw, Flaws
+from capas.dataset.generated import splits_of
 from capas.dataset.message import Message
 from capas.dataset.shapes import convert
-from capas.dataset.source import FORMATS, Source, sources_of
+from capas.dataset.source import FORMATS, sources_of
 from capas.errors import CapasError
 from capas.params import Params
 
@@ -24,25 +25,25 @@ def read_references(dataset: Params, root: Path) -> list[str]:
     Raises:
         CapasError: a source is no file here, or a file cannot be read.
     """
-    sources = sources_of(dataset, root)
-    if elsewhere := [s.path for s in sources if s.path not in FORMATS]:
+    if elsewhere := [s.path for s in sources_of(dataset, root) if s.path not in FORMATS]:
         raise CapasError(
             f"evaluation.metrics=auto looks into files of data/own, and dataset.path is {elsewhere[0]}: "
             "choose one of conf/evaluation/, as in evaluation=text"
         )
-    answers = (m[-1]["content"] for m in read_messages(sources) if m[-1]["role"] == "assistant")
+    messages = read_messages(dataset, root)
+    answers = (m[-1]["content"] for m in messages if m[-1]["role"] == "assistant")
     return list(itertools.islice(answers, MAX_REFERENCES))
 
 
-def read_messages(sources: Sequence[Source]) -> Iterator[list[Message]]:
+def read_messages(dataset: Params, root: Path) -> Iterator[list[Message]]:
     """Yield the messages of each record without a flaw.
 
     Raises:
         CapasError: a file cannot be read.
     """
-    for source in sources:
+    for source in sources_of(dataset, root):
         columns, roles = source.columns or {}, source.roles
-        for _, rows in source.splits():
+        for _, rows in splits_of(source, dataset):
             for row in rows:
                 try:
                     found = convert(row.value, source.shape_of_rows, columns, roles)

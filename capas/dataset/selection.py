@@ -68,7 +68,7 @@ class Selection:
     def near_duplicates(self) -> dict[str, Any] | None:
         """How many records that stay have a near-duplicate; None where none were looked for.
 
-        `across_splits` counts records of test with one in train.
+        `num_test_records_like_train` counts records of test with one in train.
         """
         if self.groups is None:
             return None

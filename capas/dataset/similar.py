@@ -14,7 +14,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from capas.dataset.splits import normalised
-from capas.progress import Pace, log
+from capas.progress import doing
 from capas.records import evenly_spaced
 
 MAX_RECORDS = 200_000  # a signature of each is held in memory
@@ -45,35 +45,38 @@ def similar_groups(texts: Sequence[str], similarity: float) -> Groups:
 
     Source: A. Broder, "On the resemblance and containment of documents", 1997.
     """
-    from datasketch import MinHash, MinHashLSH
     from scipy.sparse import coo_array
     from scipy.sparse.csgraph import connected_components
 
-    index = MinHashLSH(threshold=similarity, num_perm=_NUM_PERM, weights=_WEIGHTS)
-    signatures: list[MinHash] = []
-    numbers: list[int] = []  # of the text that each signature is of
-    first: dict[str, int] = {}  # equal texts share a signature
-    pairs: list[tuple[int, int]] = []
-    common, pace = _common_runs(texts), Pace()
-    for number, text in enumerate(texts):
-        plain = _plain(text)
-        if plain in first:
-            pairs.append((first[plain], number))
-            continue
-        first[plain] = number
-        signature = MinHash(num_perm=_NUM_PERM, seed=_SEED, hashfunc=zlib.crc32)
-        signature.update_batch(sorted(_runs(plain) - common or {plain.encode()}))
-        for candidate in index.query(signature):
-            if signatures[candidate].jaccard(signature) >= similarity:
-                pairs.append((numbers[candidate], number))
-        index.insert(len(signatures), signature)
-        signatures.append(signature)
-        numbers.append(number)
-        if pace.due():
-            log.info("near-duplicates: %d records compared", number + 1)
-    rows, columns = np.array(pairs, np.int64).reshape(-1, 2).T
+    rows, columns = np.array(_pairs(texts, similarity), np.int64).reshape(-1, 2).T
     links = coo_array((np.ones(len(rows), bool), (rows, columns)), (len(texts), len(texts)))
     return Groups(connected_components(links, directed=False)[1].astype(np.int64))
+
+
+def _pairs(texts: Sequence[str], similarity: float) -> list[tuple[int, int]]:
+    """Pairs of near-duplicates, enough of them to link every group."""
+    from datasketch import MinHash, MinHashLSH
+
+    index = MinHashLSH(threshold=similarity, num_perm=_NUM_PERM, weights=_WEIGHTS)
+    signatures: dict[int, MinHash] = {}  # by the number of the text
+    first: dict[str, int] = {}  # equal texts share a signature
+    pairs: list[tuple[int, int]] = []
+    common = _common_runs(texts)
+    with doing("comparing questions", len(texts)) as compared:
+        for number, text in enumerate(texts):
+            compared.step()
+            plain = _plain(text)
+            if first.setdefault(plain, number) != number:
+                pairs.append((first[plain], number))
+                continue
+            signature = MinHash(num_perm=_NUM_PERM, seed=_SEED, hashfunc=zlib.crc32)
+            signature.update_batch(sorted(_runs(plain) - common or {plain.encode()}))
+            for other in index.query(signature):
+                if signatures[other].jaccard(signature) >= similarity:
+                    pairs.append((other, number))
+            index.insert(number, signature)
+            signatures[number] = signature
+    return pairs
 
 
 def _common_runs(texts: Sequence[str]) -> set[bytes]:

@@ -3,11 +3,11 @@
 import math
 import sys
 from collections.abc import Iterator, Mapping, Sequence
-from statistics import NormalDist
 
 import numpy as np
 
-POWER_FRACTION = 0.8  # how often a difference of the size seen would be found
+from capas.metrics.power import POWER_FRACTION, quantiles
+
 _DRAWS = 2**22  # indices in memory at once
 
 
@@ -81,8 +81,8 @@ def records_needed(
     if mean == 0 or len(difference) < 2:
         return None
     spread = (weight * (difference - mean) / weight.mean()).std(ddof=1)
-    quantiles = map(NormalDist().inv_cdf, ((1 + confidence_fraction) / 2, power_fraction))
-    needed = float((sum(quantiles) * spread / abs(mean)) ** 2)
+    factor = quantiles(confidence_fraction, power_fraction)
+    needed = float((factor * spread / abs(mean)) ** 2)
     return max(2, math.ceil(needed)) if math.isfinite(needed) else None
 
 

@@ -4,8 +4,14 @@ import math
 from statistics import NormalDist
 
 SPREAD = 0.5  # assumed standard deviation of paired differences of scores from 0 to 1
-CONFIDENCE_FRACTION, POWER_FRACTION = 0.95, 0.8
+CONFIDENCE_FRACTION = 0.95
+POWER_FRACTION = 0.8  # how often a difference of the size asked about is found
 TARGET = 0.05  # the difference that is named as an example
+
+
+def quantiles(confidence_fraction: float, power_fraction: float) -> float:
+    """Return z_c + z_p: the normal quantiles of (1 + confidence) / 2 and of the power, added."""
+    return sum(map(NormalDist().inv_cdf, ((1 + confidence_fraction) / 2, power_fraction)))
 
 
 def smallest_difference(num_records: int) -> float:
@@ -14,12 +20,13 @@ def smallest_difference(num_records: int) -> float:
     (z_c + z_p) x sd / sqrt(n) with 95 % confidence and an assumed standard deviation of 0.5, as in
     `capas.metrics.comparison.records_needed`, which uses the measured one.
     """
-    return _quantiles() * SPREAD / math.sqrt(num_records)
+    return quantiles(CONFIDENCE_FRACTION, POWER_FRACTION) * SPREAD / math.sqrt(num_records)
 
 
 def records_for(difference: float) -> int:
     """Return how many test records show such a difference in 80 % of the cases."""
-    return math.ceil((_quantiles() * SPREAD / difference) ** 2)
+    needed = quantiles(CONFIDENCE_FRACTION, POWER_FRACTION) * SPREAD / difference
+    return math.ceil(needed**2)
 
 
 def power_in_words(num_records: int) -> str:
@@ -31,8 +38,3 @@ def power_in_words(num_records: int) -> str:
     needed = records_for(TARGET)
     more = f"; about {needed} would show one of {100 * TARGET:.0f}" if num_records < needed else ""
     return said + more
-
-
-def _quantiles() -> float:
-    ends = ((1 + CONFIDENCE_FRACTION) / 2, POWER_FRACTION)
-    return sum(map(NormalDist().inv_cdf, ends))

@@ -19,6 +19,7 @@ from capas.facts import read_json
 from capas.metrics.names import headline
 from capas.page.intervals import wilson_interval
 from capas.page.neighbours import read_header
+from capas.records import before_last_answer
 
 Row = dict[str, Any]
 NUM_WRONG = 6  # answers shown
@@ -161,12 +162,7 @@ def _graded(rows: list[Row]) -> dict[str, Any]:
 def conversations(file: Path) -> dict[str, list[Row]]:
     """id -> messages up to the last answer, which is the one that is asked for."""
     rows = pq.read_table(file, columns=["id", "messages"]).to_pylist()
-    return {row["id"]: _before_last_answer(row["messages"]) for row in rows}
-
-
-def _before_last_answer(messages: list[Row]) -> list[Row]:
-    answers = [i for i, message in enumerate(messages) if message["role"] == "assistant"]
-    return messages[: answers[-1]] if answers else messages
+    return {row["id"]: before_last_answer(row["messages"]) for row in rows}
 
 
 def adapter(folder: Path) -> dict[str, Any]:

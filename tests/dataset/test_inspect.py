@@ -8,7 +8,8 @@ from dataside import DataSide
 from shipped import composed
 
 from capas.dag import StageSpec
-from capas.dataset.inspect import Copy, Inspection, inspect
+from capas.dataset.inspect import Copy, Inspection
+from capas.dataset.preview import preview
 from capas.errors import CapasError
 from capas.params import Params, select
 
@@ -21,7 +22,7 @@ def side(tmp_path: Path, tiny_tokenizer_dir: Path) -> DataSide:
 def inspected(side: DataSide, *overrides: str) -> Inspection:
     values = composed(["dataset=own_jsonl", *overrides])
     keys = StageSpec.read("fetch", side.root).keys
-    return inspect(Params(select(values, keys)).dataset, side.root)
+    return preview(Params(select(values, keys)).dataset, side.root).inspection
 
 
 def asked(number: Any, **more: Any) -> dict[str, Any]:

@@ -1,0 +1,30 @@
+"""The rows of a source: those of its files or of the Hub, or the embedded task's, which are generated."""
+
+from collections.abc import Iterator
+
+from capas.dataset.rows import Row
+from capas.dataset.source import Source
+from capas.params import Params
+from capas.records import SPLITS
+
+EMBEDDED = "embedded"
+
+
+def splits_of(source: Source, dataset: Params) -> Iterator[tuple[str, Iterator[Row]]]:
+    """(split, its rows) of a source, the embedded task's generated."""
+    return _generated(dataset) if source.path == EMBEDDED else source.splits()
+
+
+def _generated(dataset: Params) -> Iterator[tuple[str, Iterator[Row]]]:
+    """The embedded task's records as rows."""
+    from capas.task.calls import generate_records
+
+    records = generate_records(
+        seed=dataset.seed,
+        num_train=dataset.num_train,
+        num_validation=dataset.num_validation,
+        num_test_per_kind=dataset.num_test_per_kind,
+    )
+    for split in SPLITS:
+        found = enumerate(records[split], 1)
+        yield split, (Row(EMBEDDED, f"{split} record", number, value) for number, value in found)
