@@ -39,11 +39,7 @@ lint: $(READY) ## ruff and mypy
 	mypy
 
 ui: $(READY) ## the MLflow UI on http://127.0.0.1:5000 (PORT=5001 for another port)
-	@python -c "import socket; socket.create_server(('127.0.0.1', $(PORT)))" 2>/dev/null \
-	  || { echo "Port $(PORT) is in use. Try: make ui PORT=$$(( $(PORT) + 1 ))"; exit 1; }
-	@echo "The runs: http://127.0.0.1:$(PORT)/#/experiments/1?workflowType=machine_learning"
-	@MLFLOW_DISABLE_TELEMETRY=true mlflow ui --host 127.0.0.1 --port $(PORT) --workers 1 \
-	  --backend-store-uri sqlite:///mlflow.db
+	@python -m capas ui --port $(PORT)
 
 embedded: $(READY) ## make the embedded base model again and compare it with data/embedded/
 	python stages/pretrain_embedded.py

@@ -4,7 +4,7 @@ import hashlib
 import json
 import os
 import re
-from collections.abc import Collection
+from collections.abc import Collection, Mapping
 from dataclasses import dataclass
 from fnmatch import fnmatch
 from pathlib import Path
@@ -119,6 +119,20 @@ def recorded(root: Path) -> dict[str, Any]:
     lock = root / "dvc.lock"
     stages: dict[str, Any] = read_yaml(lock).get("stages", {}) if lock.exists() else {}
     return stages
+
+
+def ancestors(stage: str, lock: Mapping[str, Any]) -> set[str]:
+    """Return the stage itself and all whose outputs it rests on, by the entries of dvc.lock."""
+    makers = {out["path"]: name for name, entry in lock.items() for out in entry.get("outs", [])}
+    found: set[str] = set()
+    waiting = [stage]
+    while waiting:
+        name = waiting.pop()
+        if name not in found:
+            found.add(name)
+            deps = (dep["path"] for dep in lock[name].get("deps", []))
+            waiting += [makers[dep] for dep in deps if dep in makers]
+    return found
 
 
 def input_key(spec: StageSpec, root: Path) -> str:

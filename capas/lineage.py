@@ -19,13 +19,12 @@ from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any
 
-from capas import inputs, saved
-from capas.dag import StageSpec, input_key, md5, recorded, recorded_key
+from capas import inputs, result, runs, saved, tracking
+from capas.dag import StageSpec, ancestors, input_key, md5, recorded, recorded_key
 from capas.errors import CapasError
 from capas.facts import read_json
-from capas.result import ancestors
 from capas.stage import Stage, log
-from capas.store import Store
+from capas.store import USER, Store
 from capas.worktree import Snapshot, added, difference, git, snapshot
 
 BASE, TREE, DIRTY, FOLDER, IGNORED = (
@@ -97,10 +96,21 @@ class State:
         }
 
 
-def names() -> dict[str, str]:
-    """An experiment of DVC and its run have one name; without one, the run keeps the name it has."""
-    name = os.environ.get("DVC_EXP_NAME")
-    return {"dvc.experiment": name, "mlflow.runName": name} if name else {}
+def experiment(stage: Stage, train_key: str) -> str | None:
+    """Return the experiment of DVC that this training is: the one that runs, or one that was pulled."""
+    if running := os.environ.get("DVC_EXP_NAME"):
+        return running
+    outs = recorded(stage.root)["train"].get("outs", [])
+    adapter = next((out["md5"] for out in outs if out["path"] == saved.FOLDER), None)
+    return runs.experiment_of(train_key, adapter, stage.root) if adapter else None
+
+
+def author(stage: Stage) -> dict[str, str]:
+    """Return the tag with who trained: who works here, or who committed a result that was pulled."""
+    if result.ran_here(stage, "train"):
+        return tracking.author(stage.root)
+    name = git(stage.root, "log", "-1", "--format=%an", "--", "dvc.lock", check=False)
+    return {USER: name} if name else tracking.author(stage.root)
 
 
 def state_of(root: Path) -> State:

@@ -24,14 +24,13 @@ from typing import Any
 
 from capas import dag, links, runs, saved, timings
 from capas.clone import bring, cache_of, environment, share_cache, stored
-from capas.dag import StageSpec, read_yaml, recorded, recorded_key
+from capas.dag import StageSpec, ancestors, read_yaml, recorded, recorded_key
 from capas.errors import CapasError
 from capas.facts import read_json
 from capas.lineage import ADAPTER, CHANGED, State, read_state
 from capas.locks import exclusive, is_held
 from capas.params import flatten
 from capas.reproduced import differences
-from capas.result import ancestors
 from capas.store import TRAIN_KEY, existing, reachable, sqlite_uri, tracking_uri
 from capas.sweep.process import follow
 from capas.worktree import check_out, empty_clone, git

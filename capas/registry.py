@@ -17,6 +17,7 @@ from typing import Any, NamedTuple
 from capas import runs
 from capas.errors import CapasError
 from capas.store import GATE, MODEL, TRAIN_KEY, existing, locked, reachable, tracking_uri
+from capas.ui import Pages
 
 FORCED = "forced"
 _COPIED = (TRAIN_KEY, GATE, "mlflow.source.git.commit")  # tags of the run that its version has too
@@ -33,6 +34,8 @@ class Registered(NamedTuple):
     alias: str
     created: bool
     moved_from: str | None  # the version that had the alias
+    experiment_id: str
+    run_id: str
 
 
 class RefusedError(Exception):
@@ -66,9 +69,11 @@ def command(options: argparse.Namespace) -> int:
         return 1
     how = "registered" if done.created else "was there already"
     moved = f", which was version {done.moved_from}" if done.moved_from else ""
+    pages = Pages(tracking_uri(root), done.experiment_id)
     sys.stdout.write(
         f"{done.name} version {done.version} {how}; alias {done.alias}{moved}\n"
         f'mlflow.pyfunc.load_model("models:/{done.name}@{done.alias}")\n'
+        f"its run: {pages.run(done.run_id)}{pages.hint()}\n"
     )
     return 0
 
@@ -90,7 +95,8 @@ def register(root: Path, wanted: str, name: str | None, alias: str, force: bool)
         tags = {key: run.data.tags[key] for key in _COPIED if key in run.data.tags}
         send_tags(client, version, tags | ({FORCED: forced} if forced else {}))
         moved_from = move_alias(client, name, alias, version.version)
-    return Registered(name, str(version.version), alias, created, moved_from)
+    done = name, str(version.version), alias, created, moved_from
+    return Registered(*done, run.info.experiment_id, run.info.run_id)
 
 
 def admit(client: Any, run: Any, force: bool) -> str | None:
@@ -120,10 +126,10 @@ def admit(client: Any, run: Any, force: bool) -> str | None:
 
 
 def default_name(client: Any, run: Any) -> str:
-    preset = run.data.tags.get("model.preset")
+    preset = run.data.params.get("model.preset")
     if preset is None:
         raise CapasError(
-            f"run {run.info.run_id} has no tag 'model.preset' to name the model after; give --name"
+            f"run {run.info.run_id} has no param 'model.preset' to name the model after; give --name"
         )
     experiment = client.get_experiment(run.info.experiment_id).name
     return _NO_NAME.sub("-", f"{experiment}-{preset}")

@@ -15,8 +15,7 @@ from typing import Any
 import yaml
 
 from capas import kernels
-from capas.dag import read_yaml
-from capas.result import ancestors
+from capas.dag import ancestors, read_yaml
 
 LOCK, SCORES = "dvc.lock", "reports/metrics/tuned.json"
 Lock = Mapping[str, Any]  # stage -> its entry in dvc.lock

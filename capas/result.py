@@ -3,144 +3,200 @@
 import csv
 import hashlib
 import json
-import re
 from collections.abc import Iterator, Mapping, Sequence
-from typing import Any
+from typing import Any, NamedTuple
 
 from capas import gate, timings
-from capas.dag import recorded, recorded_key
+from capas.dag import ancestors, recorded, recorded_key
 from capas.facts import read_json
+from capas.metrics.names import headline as headline_of
 from capas.params import flatten
+from capas.run_params import metric_name
 from capas.stage import Stage
 from capas.store import GATE, Point
 from capas.tracking import CURVES
-
-MAX_TEXT = 500  # characters of a param or tag; the artifact params.yaml has them all
-_NOT_IN_A_NAME = re.compile(r"[^\w\-. /]")
+from capas.worktree import git
 
 
-def values(lock: Mapping[str, Any]) -> tuple[dict[str, Any], dict[str, Any]]:
-    """Params that led to the adapter, which its run keeps for ever, and those of what came after."""
+def values_of_training(lock: Mapping[str, Any]) -> dict[str, Any]:
+    """Return the params and package versions that led to the adapter, by dotted key."""
     led_to_it = ancestors("train", lock)
-    of_training: dict[str, Any] = {}
-    others: dict[str, Any] = {}
-    for stage, entry in lock.items():
-        for file, declared in entry.get("params", {}).items():
+    found: dict[str, Any] = {}
+    for stage in filter(led_to_it.__contains__, lock):
+        for file, declared in lock[stage].get("params", {}).items():
             prefix = "environment." if file == "environment.yaml" else ""
-            flat = {prefix + key: value for key, value in flatten(declared).items()}
-            (of_training if stage in led_to_it else others).update(flat)
-    return of_training, _shallow({k: v for k, v in others.items() if k not in of_training})
-
-
-def _shallow(flat: Mapping[str, Any], depth: int = 3) -> dict[str, Any]:
-    """Keys of at most `depth` parts: a decoding setting is one tag, not one for each of its values."""
-    shallow: dict[str, Any] = {}
-    for key, value in flat.items():
-        parts = key.split(".")
-        name, rest = ".".join(parts[:depth]), ".".join(parts[depth:])
-        if rest:
-            shallow.setdefault(name, {})[rest] = value
-        else:
-            shallow[name] = value
-    return shallow
-
-
-def ancestors(stage: str, lock: Mapping[str, Any]) -> set[str]:
-    """The stage itself and all whose outputs it rests on."""
-    makers = {out["path"]: name for name, entry in lock.items() for out in entry.get("outs", [])}
-    found: set[str] = set()
-    waiting = [stage]
-    while waiting:
-        name = waiting.pop()
-        if name not in found:
-            found.add(name)
-            deps = (dep["path"] for dep in lock[name].get("deps", []))
-            waiting += [makers[dep] for dep in deps if dep in makers]
+            found |= {prefix + key: value for key, value in flatten(declared).items()}
     return found
 
 
-def clipped(values: Mapping[str, Any]) -> dict[str, str]:
-    """As MLflow takes them: no odd characters in a name, no value without an end."""
-    texts = {_NOT_IN_A_NAME.sub("_", key)[:250]: str(value) for key, value in values.items()}
-    note = "… (whole in params.yaml)"
-    return {
-        k: v if len(v) <= MAX_TEXT else v[: MAX_TEXT - len(note)] + note for k, v in texts.items()
-    }
-
-
 def headline(stage: Stage) -> dict[str, str]:
-    """The note that MLflow shows above a run, and whether the model passed its gate."""
+    """Return the note that MLflow shows above a run, and whether the model passed its gate."""
     base = read_json(stage.dep("reports/evaluation_base.json"))
     evaluation = read_json(stage.dep("reports/evaluation.json"))
     tuned, verdict = evaluation["tuned"], gate.verdict(evaluation["gate"])
-    names = (*evaluation["metrics"], "loss", "perplexity")
+    shown = (*evaluation["metrics"], "loss", "perplexity")
     rows = [
         f"| {name} | {base[name]:.4g} | {tuned[name]:.4g} |"
-        for name in names
+        for name in shown
         if base.get(name) is not None and tuned.get(name) is not None
     ]
     table = ["| test split | base | tuned |", "|---|---|---|", *rows]
-    words = [f"Gate {verdict}.", "", "The page: artifact `report/index.html`."]
-    return {"mlflow.note.content": "\n".join([*table, "", *words]), GATE: verdict}
+    words = [
+        _in_a_sentence(base, evaluation),
+        f"Gate {verdict}. The page: artifact `report/index.html`.",
+    ]
+    return {"mlflow.note.content": "\n\n".join([*words, "\n".join(table)]), GATE: verdict}
+
+
+def _in_a_sentence(base: Mapping[str, Any], evaluation: Mapping[str, Any]) -> str:
+    name, tuned = headline_of(evaluation["metrics"]), evaluation["tuned"]
+    beside = [f"base {base[name]:.4g}"] if base.get(name) is not None else []
+    if base.get("nearest") and name in base["nearest"]:
+        beside.append(f"copying the nearest training answer {base['nearest'][name]:.4g}")
+    text = (
+        f"**{name} {tuned[name]:.4g}** on {tuned['num_records']} test records ({', '.join(beside)})"
+    )
+    if gain := evaluation["difference"].get(name):
+        share = f"{evaluation['confidence_fraction']:.0%}"
+        interval = f"{share} interval {gain['low']:.4g} to {gain['high']:.4g}"
+        text += f"; difference to the base {gain['mean']:+.4g}, {interval}"
+    return f"{text}."
 
 
 def machine(stage: Stage) -> dict[str, str]:
     """Return the CPU that trained and the kernels it used, where the training really ran here."""
-    cost, lock = timings.read(stage.root).get("train", {}), recorded(stage.root)
-    if "cpu" not in cost or recorded_key(lock["train"]) != cost["key"]:
+    cost = ran_here(stage, "train")
+    if "cpu" not in cost:
         return {}
     kernels = {f"kernels.{name}": used for name, used in cost["kernels"].items()}
     return {"cpu": cost["cpu"], **kernels}
 
 
 def metrics(stage: Stage) -> dict[str, float]:
-    """The numbers of the JSON reports, and what each stage cost where that is known.
+    """Return the numbers that people compare between runs, under names without a slash.
 
-    Scores by kind are there, by language and function not: those are in the table of predictions.
+    MLflow makes a section of charts of whatever stands before a slash: the curves alone have one, and stand
+    first. `numbers` has the rest.
     """
     evaluation = read_json(stage.dep("reports/evaluation.json"))
-    base, names = read_json(stage.dep("reports/evaluation_base.json")), evaluation["metrics"]
-    facts: dict[str, Any] = {
-        "base": _scores(base, names),
-        "tuned": _scores(evaluation["tuned"], names),
-        "difference": evaluation["difference"],
-        "general": evaluation["general"],
-        "harness": {
-            task: found["metrics"]
-            for task, found in evaluation.get("harness", {}).get("tasks", {}).items()
+    base = read_json(stage.dep("reports/evaluation_base.json"))
+    tuned, general, own = evaluation["tuned"], evaluation["general"], evaluation["metrics"]
+    costs = _costs(stage)
+    seconds = costs.get("seconds", {})
+    compared: dict[str, Any] = {
+        "tuned": _only(tuned, (*own, *_SCORES))
+        | {f"{name} by kind": v for name, v in _by_kind(tuned, own)},
+        "base": _only(base, (*own, *_SCORES)),
+        "nearest": _only(base.get("nearest") or {}, own),
+        "difference": {name: _only(of, _INTERVAL) for name, of in evaluation["difference"].items()},
+        "general": {
+            **{
+                model: _only(general[model], ("loss",))
+                for model in ("base", "tuned")
+                if model in general
+            },
+            "difference": _only(general.get("difference") or {}, _INTERVAL),
         },
-        "data": read_json(stage.dep("reports/format.json"))["splits"],
-        "quantization": read_json(stage.dep("reports/quantization.json")),
-        "training": read_json(stage.dep("reports/train.json")),
+        "harness": _harness(evaluation),
+        "quantization": _only(
+            read_json(stage.dep("reports/quantization.json")), ("relative_error_mean",)
+        ),
+        "seconds": {
+            **_only(seconds, ("train", "evaluate")),
+            "all_stages": sum(seconds.values()) or None,
+        },
+        **{measure: _only(of, ("train",)) for measure, of in costs.items() if measure != "seconds"},
     }
-    lock = recorded(stage.root)
-    for name, cost in timings.read(stage.root).items():
+    if own:  # a loss is no score: less of it is better
+        compared |= {"score": tuned.get(own[0]), "base_score": base.get(own[0])}
+    return _numbers(compared)
+
+
+def numbers(stage: Stage) -> dict[str, float]:
+    """Return every number of the JSON reports, and what each stage cost where that is known."""
+    evaluation = read_json(stage.dep("reports/evaluation.json"))
+    return _numbers(
+        {
+            "base": read_json(stage.dep("reports/evaluation_base.json")),
+            **{
+                k: evaluation[k]
+                for k in ("tuned", "difference", "difference_to_nearest", "general")
+            },
+            "harness": _harness(evaluation),
+            "data": read_json(stage.dep("reports/format.json"))["splits"],
+            "quantization": read_json(stage.dep("reports/quantization.json")),
+            "training": read_json(stage.dep("reports/train.json")),
+            **_costs(stage),
+        }
+    )
+
+
+_SCORES = (
+    *("loss", "perplexity", "token_accuracy", "stop_rate", "empty_rate", "control_token_rate"),
+    "copied_value_rate",
+)
+_INTERVAL = ("mean", "low", "high")
+
+
+def _only(facts: Mapping[str, Any], names: Sequence[str]) -> dict[str, Any]:
+    return {name: facts[name] for name in names if name in facts}
+
+
+def _by_kind(tuned: Mapping[str, Any], own: Sequence[str]) -> Iterator[tuple[str, dict[str, Any]]]:
+    kinds = tuned["by"].get("kind", {})
+    for name in own[:1]:
+        yield name, {kind: scores[name] for kind, scores in kinds.items()}
+
+
+def _harness(evaluation: Mapping[str, Any]) -> dict[str, Any]:
+    tasks = evaluation.get("harness", {}).get("tasks", {})
+    return {task: found["metrics"] for task, found in tasks.items()}
+
+
+def _costs(stage: Stage) -> dict[str, dict[str, float]]:
+    """Return measure -> stage -> value, of the stages that ran here with the recorded inputs."""
+    costs: dict[str, dict[str, float]] = {}
+    for name in recorded(stage.root):
         if name == "publish":
             continue  # that of the publish before this one: every repetition would change the run
-        if name not in lock or recorded_key(lock[name]) != cost["key"]:
-            continue  # restored from DVC's cache: this was the cost of other inputs
+        cost = ran_here(stage, name)
         for measure in timings.MEASURES:
             if measure in cost:
-                facts.setdefault(measure, {})[name] = cost[measure]
-    return {_NOT_IN_A_NAME.sub("_", key): float(value) for key, value in _numbers(facts)}
+                costs.setdefault(measure, {})[name] = cost[measure]
+    return costs
 
 
-def _scores(facts: Mapping[str, Any], names: Sequence[str]) -> dict[str, Any]:
-    """By kind the headline alone."""
-    kinds = facts["by"].get("kind", {})
-    by_kind = {
-        f"{name} by kind": {kind: scores[name] for kind, scores in kinds.items()}
-        for name in names[:1]
+def ran_here(stage: Stage, name: str) -> dict[str, Any]:
+    """Return what a stage cost; empty where DVC restored it: then its file is of other inputs."""
+    cost, lock = timings.read(stage.root).get(name, {}), recorded(stage.root)
+    is_known = name in lock and "key" in cost and recorded_key(lock[name]) == cost["key"]
+    return cost if is_known else {}
+
+
+def _numbers(facts: Mapping[str, Any]) -> dict[str, float]:
+    """Return {"tuned.loss": 0.5, ...}; texts, truth values and what is missing are left out."""
+    return {
+        metric_name(key).replace("/", "."): float(value)
+        for key, value in flatten(facts).items()
+        if isinstance(value, int | float) and not isinstance(value, bool)
     }
-    return {**facts, "by": None, **by_kind}
 
 
-def _numbers(facts: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, float]]:
-    for key, value in facts.items():
-        if isinstance(value, Mapping):
-            yield from _numbers(value, f"{prefix}{key}/")
-        elif isinstance(value, int | float) and not isinstance(value, bool):
-            yield prefix + key, value
+class Times(NamedTuple):
+    """When a training began and ended, in milliseconds since 1970; None: not known."""
+
+    started: int
+    ended: int | None
+
+
+def times(stage: Stage) -> Times | None:
+    """Return when the training ran: here, or, where it was pulled, when its dvc.lock was committed."""
+    cost = ran_here(stage, "train")
+    if "ended" in cost:
+        ended = int(1000 * cost["ended"])
+        return Times(ended - int(1000 * cost["seconds"]), ended)
+    committed = git(stage.root, "log", "-1", "--format=%ct", "--", "dvc.lock", check=False)
+    return Times(1000 * int(committed), None) if committed else None
 
 
 def curve(stage: Stage) -> list[Point]:
@@ -183,13 +239,13 @@ def predictions(stage: Stage) -> list[dict[str, Any]]:
     }
     return [
         {
-            "id": row["id"],
-            **json.loads(row["metadata"]),
             "prompt": row["prompt"],
             "reference": row["reference"],
-            "base": base[row["id"]]["completion"],
             "tuned": row["completion"],
+            "base": base[row["id"]]["completion"],
             **{name: row[name] for name in (*names, "loss")},
+            "id": row["id"],
+            **json.loads(row["metadata"]),
         }
         for row in pq.read_table(stage.dep("reports/predictions.parquet")).to_pylist()
     ]
@@ -201,11 +257,11 @@ def samples(stage: Stage) -> list[dict[str, Any]]:
     return [
         {
             "prompt": line["messages"][-1]["content"],
-            "setting": line["setting"],
-            "template": line["template"],
             "model": line["model"],
             "completion": completion,
             "reference": line["reference"],
+            "setting": line["setting"],
+            "template": line["template"],
         }
         for line in map(json.loads, lines)
         for completion in line["completions"]

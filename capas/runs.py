@@ -6,25 +6,27 @@ from typing import Any
 
 from capas.dag import parse_yaml, recorded_key
 from capas.errors import CapasError
-from capas.store import TRAIN_KEY, UNNAMED
+from capas.store import EXPERIMENT, TRAIN_KEY
 from capas.worktree import git
 
 
 def find(client: Any, word: str, root: Path) -> Any:
-    """The training's run that `word` names: an id, its beginning, a name, an experiment of DVC, a train_key.
+    """Return the run of a training, by id, name, experiment of DVC or train_key.
+
+    The beginning of an id or of a train_key will do.
 
     Raises:
         CapasError: there is none, or more than one.
     """
     runs = list(_all(client))
     keys = {word, *_experiment_keys(word, root)}
-    start = word.removeprefix(UNNAMED)  # what a run is called until it is an experiment
     ways = (
         [run for run in runs if run.info.run_id == word],
         [run for run in runs if run.info.run_name == word],
         [run for run in runs if run.data.tags[TRAIN_KEY] in keys],
+        [run for run in runs if run.data.tags.get(EXPERIMENT) == word],
         [run for run in runs if run.info.run_id.startswith(word)],
-        [run for run in runs if start != word and run.data.tags[TRAIN_KEY].startswith(start)],
+        [run for run in runs if run.data.tags[TRAIN_KEY].startswith(word)],
     )
     found = next(filter(None, ways), [])
     if not found:
@@ -52,11 +54,35 @@ def _all(client: Any) -> Iterator[Any]:
 
 
 def _experiment_keys(name: str, root: Path) -> set[str]:
-    """The trainings of DVC's experiments with that name: it may have been renamed since."""
-    listed = git(root, "for-each-ref", "--format=%(refname)", "refs/exps", check=False).split()
-    keys = set()
-    for reference in listed:
-        if reference.rpartition("/")[2] == name and reference.count("/") == 4:
-            stages = parse_yaml(git(root, "show", f"{reference}:./dvc.lock"), "dvc.lock")["stages"]
-            keys.add(recorded_key(stages["train"]))
-    return keys
+    """Return the train_key of DVC's experiments with that name: it may have been renamed since."""
+    named = [ref for ref in _experiments(root) if ref.rpartition("/")[2] == name]
+    return {key for ref in named if (key := _train_key(_lock(ref, root)))}
+
+
+def experiment_of(train_key: str, adapter_md5: str, root: Path) -> str | None:
+    """Return the name of DVC's oldest experiment with this training, say one that was pulled.
+
+    Args:
+        adapter_md5: of its output in dvc.lock; a lock without it is not parsed.
+    """
+    for ref in _experiments(root):
+        lock = _lock(ref, root)
+        if adapter_md5 in lock and _train_key(lock) == train_key:
+            return ref.rpartition("/")[2]
+    return None
+
+
+def _experiments(root: Path) -> list[str]:
+    """Return the references of DVC's experiments, oldest first."""
+    form = ("--format=%(refname)", "--sort=committerdate", "refs/exps")
+    listed = git(root, "for-each-ref", *form, check=False).split()
+    return [ref for ref in listed if ref.count("/") == 4]
+
+
+def _lock(ref: str, root: Path) -> str:
+    return git(root, "show", f"{ref}:./dvc.lock", check=False)
+
+
+def _train_key(lock: str) -> str | None:
+    entry = parse_yaml(lock, "dvc.lock").get("stages", {}).get("train")
+    return recorded_key(entry) if entry else None

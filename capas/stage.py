@@ -290,6 +290,7 @@ def _write_timing(stage: Stage, seconds: float) -> None:
     try:
         facts = {
             "key": stage.key(),
+            "ended": round(time.time(), 2),
             "seconds": round(seconds, 2),
             "cpu_seconds": round(sum(os.times()[:4]), 2),  # of its processes, too
             "peak_memory_bytes": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * kib,

@@ -17,12 +17,13 @@ from pathlib import Path
 from typing import Any, NamedTuple
 from urllib.parse import quote, unquote, urlsplit
 
+from capas import ui
 from capas.artifacts import GuardedClient, UnusableStoreError, check_artifacts
 from capas.errors import CapasError, without_secrets
 from capas.locks import BusyError, exclusive, is_held
 
-UNNAMED = "train-"  # begins the name of a run that is no experiment; the key follows
 TRAIN_KEY, GATE = "train_key", "gate"  # tags of a run
+USER, EXPERIMENT = "mlflow.user", "dvc.experiment"
 MODEL = "model"  # the folder of its artifacts that MLflow loads
 HOME = "CAPAS_HOME"  # set by a sweep; DVC sets DVC_ROOT where it works elsewhere itself
 _SETTINGS = {  # only where the user has not set them
@@ -144,19 +145,30 @@ class Store:
         """The run of this training; of several the oldest that holds something."""
         return next(iter(self._all(TRAIN_KEY, train_key)), None)
 
-    def find_or_create(self, train_key: str, run_name: str) -> Any:
+    def find_or_create(
+        self, train_key: str, name: Callable[[], str], started: int | None = None
+    ) -> Any:
         """Called under the lock of the training: nobody is at its run, which counts as failed until ended.
 
         So do other trainings whose process was on this machine.
+
+        Args:
+            name: gives the name of a run that is made.
+            started: when its training began, in milliseconds since 1970; None: now.
         """
         self.end_abandoned(TRAIN_KEY, partial(lock_file, self.root))
-        run = self.only(TRAIN_KEY, train_key, run_name)
+        run = self.only(TRAIN_KEY, train_key, name, started=started)
         if run.info.status == "RUNNING":
             self.set_status(run.info.run_id, "FAILED")
         return self.client.get_run(run.info.run_id)
 
     def only(
-        self, tag: str, value: str, run_name: str, more_tags: Mapping[str, str] | None = None
+        self,
+        tag: str,
+        value: str,
+        name: Callable[[], str],
+        more_tags: Mapping[str, str] | None = None,
+        started: int | None = None,
     ) -> Any:
         """The run with this value of this tag, made where there is none. Called under its lock.
 
@@ -165,7 +177,7 @@ class Store:
         """
         if not self._all(tag, value):
             tags = {tag: value, **(more_tags or {})}
-            self.client.create_run(self.experiment_id, run_name=run_name, tags=tags)
+            self.client.create_run(self.experiment_id, started, tags, name())
         run, *others = self._all(tag, value)
         for other in filter(_is_empty, others):
             self.client.delete_run(other.info.run_id)
@@ -188,13 +200,38 @@ class Store:
         runs = self.client.search_runs([self.experiment_id], query, order_by=order)
         return sorted(runs, key=_is_empty)  # stable
 
-    def set_status(self, run_id: str, status: str) -> None:
+    def set_status(self, run_id: str, status: str, ended: int | None = None) -> None:
+        """Set it where it is another one; `ended` in milliseconds since 1970, None: now."""
         if self.client.get_run(run_id).info.status == status:
             return  # or its end time would change
         if status == "RUNNING":
             self.client.update_run(run_id, status=status)
         else:
-            self.client.set_terminated(run_id, status)
+            self.client.set_terminated(run_id, status, ended)
+
+    def params_by_name(self, start: str) -> dict[str, dict[str, str]]:
+        """Return the params of the runs whose name begins with `start`, oldest first."""
+        query = f"attributes.run_name LIKE '{start.replace(chr(39), '_')}%'"
+        order = ["attributes.start_time ASC"]
+        runs = self.client.search_runs([self.experiment_id], query, order_by=order)
+        found: dict[str, dict[str, str]] = {}
+        for run in runs:
+            found.setdefault(run.info.run_name, run.data.params)
+        return found
+
+    def send_params(self, run_id: str, have: Any, params: Mapping[str, str]) -> None:
+        """Send what is missing. MLflow never changes a param: a tag says what has another value now."""
+        from mlflow.entities import Param
+
+        changed = {
+            f"now.{k}": v for k, v in params.items() if k in have.params and have.params[k] != v
+        }
+        for tag in [tag for tag in have.tags if tag.startswith("now.") and tag not in changed]:
+            self.client.delete_tag(run_id, tag)
+        self.send_tags(run_id, have.tags, changed)
+        new = [Param(key, value) for key, value in params.items() if key not in have.params]
+        for start in range(0, len(new), 100):  # MLflow's own limit
+            self.client.log_batch(run_id, params=new[start : start + 100])
 
     def send_tags(self, run_id: str, have: Mapping[str, str], tags: Mapping[str, str]) -> None:
         """Those that the run has not or with another value; up to 100 at once or not at all."""
@@ -361,15 +398,18 @@ def _check_database(uri: str) -> None:
 
 
 def _experiment_id(client: Any, name: str, uri: str, root: Path) -> str:
-    found = client.get_experiment_by_name(name)
+    found, view = client.get_experiment_by_name(name), ui.default_view()
     if found is None:
         # With SQLite and no server, artifacts would go to ./mlruns of whoever comes first.
         local = (home(root) / "mlartifacts").as_uri() if uri.startswith("sqlite") else None
-        return str(client.create_experiment(name, artifact_location=local, tags=_KIND))
+        tags = {**_KIND, ui.VIEW_TAG + ui.VIEW: view}
+        return str(client.create_experiment(name, artifact_location=local, tags=tags))
     if found.lifecycle_stage == "deleted":
         raise CapasError(
             f"the MLflow experiment '{name}' was deleted. Bring it back with `mlflow experiments restore "
             f"-x {found.experiment_id}` (MLFLOW_TRACKING_URI={without_secrets(uri)}), or set "
             "tracking.experiment_name to another name"
         )
+    if found.tags.get(ui.VIEW_TAG + ui.VIEW) != view:
+        client.set_experiment_tag(found.experiment_id, ui.VIEW_TAG + ui.VIEW, view)
     return str(found.experiment_id)

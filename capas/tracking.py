@@ -16,6 +16,7 @@ import os
 import select
 import sys
 import time
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -23,7 +24,9 @@ from capas.artifacts import UnusableStoreError
 from capas.dag import read_yaml
 from capas.errors import CapasError, without_secrets
 from capas.live import AWAY, UNUSABLE
-from capas.store import UNNAMED, Point, Store, locked, reachable, tracking_uri
+from capas.run_params import current_params, distinct_name, name_of
+from capas.store import HOME, USER, Point, Store, locked, reachable, tracking_uri
+from capas.worktree import git
 
 log = logging.getLogger("capas")
 # A row of Trainer's log -> a metric of MLflow. `publish` gives the recorded curve the same names.
@@ -51,8 +54,19 @@ def points_of(row: dict[str, Any]) -> list[Point]:
     ]
 
 
-def run_name(train_key: str) -> str:
-    return os.environ.get("DVC_EXP_NAME") or f"{UNNAMED}{train_key[:8]}"
+def run_name(store: Store, params: Mapping[str, str]) -> str:
+    """Return a name for the run of this training; that of a sweep's trial says already what differs."""
+    experiment = os.environ.get("DVC_EXP_NAME")
+    if experiment and HOME in os.environ:
+        return experiment
+    name = distinct_name(params, store.params_by_name(name_of(params)))
+    return f"{name} ({experiment})" if experiment else name
+
+
+def author(root: Path) -> dict[str, str]:
+    """Return the tag that MLflow shows as "Created by": who works here, by git's name or the login."""
+    name = git(root, "config", "user.name", check=False) or os.environ.get("USER")
+    return {USER: name} if name else {}
 
 
 class Follower:
@@ -98,8 +112,12 @@ class Follower:
         if self._store is None:
             self._store = Store.open(self.root, self.experiment_name)
             self.reached = True
-            run = self._store.find_or_create(self.key, run_name(self.key))
+            params, store = current_params(self.root), self._store
+            run = store.find_or_create(self.key, lambda: run_name(store, params))
             self._run_id = run.info.run_id
+            if not run.data.params:
+                store.send_params(self._run_id, run.data, params)
+                store.send_tags(self._run_id, run.data.tags, author(self.root))
             self._store.set_status(self._run_id, "RUNNING")
             if status == "RUNNING":
                 self._monitor = start_monitor(self._run_id, tracking_uri(self.root))

@@ -7,7 +7,7 @@ Params  tracking; evaluation, generation.system, hardware, model, quantization: 
 It may run any number of times: what the run has already is left alone, so a result that DVC restored,
 and an empty database after `dvc pull`, end up the same as a run that was followed live.
 
-    tag train_key 3f0c...   params lora.r=16 ...   metrics train/loss (a curve), tuned/exact_match ...
+    tag train_key 3f0c...   params lora.r=16 ...   metrics train/loss (a curve), score, tuned.loss ...
 """
 
 import json
@@ -23,9 +23,21 @@ from capas.dag import recorded, recorded_key
 from capas.errors import CapasError
 from capas.facts import read_json
 from capas.params import Params
+from capas.result import Times
+from capas.run_params import recorded_params
 from capas.stage import Stage, log, run
-from capas.store import MODEL, TRAIN_KEY, Store, locked, reachable, tracking_uri
+from capas.store import (
+    EXPERIMENT,
+    MODEL,
+    TRAIN_KEY,
+    USER,
+    Store,
+    locked,
+    reachable,
+    tracking_uri,
+)
 from capas.tracking import run_name
+from capas.ui import Pages
 
 ARTIFACTS_TAG, MODEL_TAG = "capas.artifacts", "capas.model"
 INITIAL_TAG = "initial_adapter.sha256"
@@ -52,11 +64,25 @@ def main(params: Params, stage: Stage) -> None:
         store = Store.open(stage.root, params.tracking.experiment_name)
         with reachable(tracking_uri(stage.root)):
             store.check_artifacts()
-            found = store.find_or_create(key, run_name(key))
+            texts, times = recorded_params(lock), result.times(stage)
+            found = store.find_or_create(
+                key, lambda: run_name(store, texts), times and times.started
+            )
             publish(store, found, lock, params, stage)
-            store.set_status(found.info.run_id, "FINISHED")
-    log.info("MLflow run %s holds this training; look at it with `make ui`", found.info.run_name)
+            end(store, found.info.run_id, times)
+    pages = Pages(tracking_uri(stage.root), store.experiment_id)
+    log.info("the run in MLflow: %s%s", pages.run(found.info.run_id), pages.hint())
     marker.write_text(f"{key}\n")
+
+
+def end(store: Store, run_id: str, times: Times | None) -> None:
+    """Say that the training has finished, at its own time: publishing may come much later."""
+    if times is None or times.ended is not None:
+        store.set_status(run_id, "FINISHED", times and times.ended)
+    elif store.client.get_run(run_id).info.status != "FINISHED":
+        store.client.update_run(
+            run_id, status="FINISHED"
+        )  # without an end, and so without a duration
 
 
 def train_key(stage: Stage, lock: Mapping[str, Any]) -> str:
@@ -80,10 +106,13 @@ def publish(
 ) -> None:
     """Whatever the run lacks or has with another value."""
     run_id, have = found.info.run_id, found.data
-    of_training, others = result.values(lock)
-    send_params(store, run_id, have, of_training)
-    tags = {**result.clipped(others), **lineage.names(), **result.machine(stage)}
-    tags |= result.headline(stage)
+    store.send_params(run_id, have, recorded_params(lock))
+    tags = {**result.machine(stage), **result.headline(stage)}
+    tags |= {} if USER in have.tags else lineage.author(stage)
+    if experiment := lineage.experiment(stage, have.tags[TRAIN_KEY]):
+        tags[EXPERIMENT] = experiment
+        if experiment not in found.info.run_name:
+            tags["mlflow.runName"] = f"{found.info.run_name} ({experiment})"
     if initial := initial_adapter(stage):
         tags[INITIAL_TAG] = initial["sha256"]
     store.send_tags(run_id, have.tags, tags)
@@ -98,7 +127,7 @@ def publish(
         store.client.set_tag(run_id, ARTIFACTS_TAG, digest)
     answering = f"{digest}-{bundle.code_digest(stage)}"  # the code travels with the model
     if have.tags.get(MODEL_TAG) != answering:
-        send_model(store, found, of_training, params, stage)
+        send_model(store, found, result.values_of_training(lock), params, stage)
         store.client.set_tag(run_id, MODEL_TAG, answering)
 
 
@@ -106,20 +135,6 @@ def initial_adapter(stage: Stage) -> dict[str, Any] | None:
     """Name, revision and sha256 of the adapter that the training started from."""
     found: dict[str, Any] = read_json(stage.dep("reports/certificate.json"))
     return found.get("initial_adapter")
-
-
-def send_params(store: Store, run_id: str, have: Any, of_training: dict[str, Any]) -> None:
-    """MLflow never changes a param. Two values for one adapter (a licence was corrected): a tag says so."""
-    from mlflow.entities import Param
-
-    texts = result.clipped(of_training)
-    changed = {f"now.{k}": v for k, v in texts.items() if k in have.params and have.params[k] != v}
-    for tag in [tag for tag in have.tags if tag.startswith("now.") and tag not in changed]:
-        store.client.delete_tag(run_id, tag)
-    store.send_tags(run_id, have.tags, changed)
-    new = [Param(key, value) for key, value in texts.items() if key not in have.params]
-    for start in range(0, len(new), 100):  # MLflow's own limit
-        store.client.log_batch(run_id, params=new[start : start + 100])
 
 
 def send_metrics(store: Store, run_id: str, have: Any, wanted: Mapping[str, float]) -> None:
@@ -150,6 +165,7 @@ def send_artifacts(store: Store, run_id: str, stage: Stage) -> None:
     for folder, files in FILES.items():
         for file in files:
             store.client.log_artifact(run_id, str(stage.root / file), folder or None)
+    store.client.log_dict(run_id, result.numbers(stage), "numbers.json")
     send_table(store, run_id, "predictions.json", result.predictions(stage))
     send_table(store, run_id, "samples.json", result.samples(stage))
 

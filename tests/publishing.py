@@ -26,6 +26,7 @@ from capas import lineage
 from capas.dag import StageSpec, recorded
 from capas.facts import read_json
 from capas.result import artifacts_digest
+from capas.run_params import recorded_params
 from capas.stage import Stage
 from capas.store import Store
 from capas.tracking import run_name
@@ -34,9 +35,10 @@ root = Path.cwd()
 stage = Stage(StageSpec.read("publish", root), root)
 key = read_json(root / "reports/train.json")["train_key"]
 store = Store.open(root, "capas")
-run = store.find_or_create(key, run_name(key))
-for name, value in lineage.names().items():
-    store.client.set_tag(run.info.run_id, name, value)
+lock = recorded(root)
+run = store.find_or_create(key, lambda: run_name(store, recorded_params(lock)))
+if experiment := lineage.experiment(stage, key):
+    store.client.set_tag(run.info.run_id, "dvc.experiment", experiment)
 digest = artifacts_digest(recorded(root))
 lineage.send(store, run, stage, run.data.tags.get("capas.artifacts") != digest)
 store.client.set_tag(run.info.run_id, "capas.artifacts", digest)

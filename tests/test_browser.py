@@ -21,6 +21,8 @@ import pytest
 from servers import free_port
 from workspace import Workspace, make_workspace
 
+from capas.store import existing
+
 if TYPE_CHECKING:
     from playwright.sync_api import Locator, Page
 
@@ -51,12 +53,17 @@ def images(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.fixture(scope="module")
-def swept(tmp_path_factory: pytest.TempPathFactory) -> Workspace:
-    """The real pipeline, shrunk, after a sweep of two learning rates."""
+def sweep(tmp_path_factory: pytest.TempPathFactory) -> tuple[Workspace, str]:
+    """The real pipeline, shrunk, after a sweep of two learning rates, and what the sweep printed."""
     workspace = make_workspace(tmp_path_factory.mktemp("browser") / "repository")
     points = f"trainer.learning_rate={','.join(RATES)}"
-    workspace.run(sys.executable, "stages/sweep.py", "-m", "experiment=quick", points)
-    return workspace
+    said = workspace.run(sys.executable, "stages/sweep.py", "-m", "experiment=quick", points)
+    return workspace, said
+
+
+@pytest.fixture(scope="module")
+def swept(sweep: tuple[Workspace, str]) -> Workspace:
+    return sweep[0]
 
 
 @pytest.fixture(scope="module")
@@ -91,7 +98,7 @@ def page(address: str) -> Iterator["Page"]:
 
     with sync_playwright() as playwright:
         browser = playwright.chromium.launch(executable_path=CHROMIUM, args=FLAGS)
-        page = browser.new_page(viewport={"width": 1400, "height": 900})
+        page = browser.new_page(viewport={"width": 1440, "height": 900})
         page.set_default_timeout(60_000)
         for seconds in range(60):  # the server takes some to start
             try:
@@ -115,16 +122,32 @@ def close_assistant(page: "Page") -> None:
     page.get_by_role("button", name="Close").last.click()
 
 
-def test_a_sweep_is_a_parent_with_a_child_for_each_point(page: "Page", images: Path) -> None:
+def test_the_table_opens_with_what_people_compare(
+    page: "Page", swept: Workspace, images: Path
+) -> None:
     from playwright.sync_api import expect
 
     close_assistant(page)
+    row(page, "sweep experiment=quick").locator("button").first.click()  # unfolds it
+    headings = ("score", "base_score", "tuned.loss", "lora.r", "dataset.preset", "Duration")
+    for heading in headings:
+        column = page.get_by_role("columnheader", name=heading, exact=True)
+        expect(column).to_be_in_viewport(ratio=1)
+    expect(page.get_by_role("columnheader", name="trainer.learning_rate")).to_be_in_viewport()
+    for rate in RATES:
+        expect(page.get_by_role("gridcell", name=rate, exact=True)).to_be_in_viewport()
+        shown = page.get_by_role("gridcell", name=f"{score(swept, rate):.6g}", exact=True)
+        expect(shown.first).to_be_in_viewport()
+    page.screenshot(path=images / "runs.png")
+
+
+def test_a_sweep_is_a_parent_with_a_child_for_each_point(page: "Page") -> None:
+    from playwright.sync_api import expect
+
     parent = row(page, "sweep experiment=quick")
-    parent.locator("button").first.click()  # unfolds it
     for rate in RATES:
         row(page, f"learning_rate={rate}-").get_by_role("checkbox").first.check()
     parent.get_by_role("checkbox").first.check()
-    page.screenshot(path=images / "runs.png")
     page.get_by_role("button", name="Compare").click()
     expect(page.get_by_text("Comparing 3 Runs")).to_be_visible(timeout=60_000)
     assert len(json.loads(parse_qs(page.url.partition("?")[2])["runs"][0])) == 3
@@ -136,7 +159,7 @@ def test_compare_shows_both_learning_rates_and_both_scores(page: "Page", swept: 
     page.get_by_role("switch", name="Parameters - Show diff only").click()
     rates = page.locator("tr").filter(has_text=re.compile(r"^trainer\.learning_rate"))
     assert set(RATES) <= set(rates.inner_text().split())
-    metric = page.get_by_title("Plot chart").filter(has_text=re.compile("^tuned/exact_match$"))
+    metric = page.get_by_title("Plot chart").filter(has_text=re.compile("^tuned.exact_match$"))
     bring(page, metric)
     shown = metric.evaluate(BESIDE)
     assert {f"{value:.6g}" for value in scores} <= {text.strip() for text in shown}
@@ -158,13 +181,17 @@ def bring(page: "Page", wanted: "Locator") -> None:
     raise AssertionError("the metric is not in the list")
 
 
-def score(swept: Workspace, rate: str) -> float:
-    """What the experiment of that learning rate recorded."""
+def experiment(swept: Workspace, rate: str) -> str:
+    """The reference of the experiment of that learning rate."""
     listing = swept.run("git", "for-each-ref", "--format=%(refname)", "refs/exps")
     (name,) = [ref for ref in listing.split() if f"learning_rate={rate}-" in ref]
-    value: float = json.loads(swept.run("git", "show", f"{name}:reports/metrics/tuned.json"))[
-        "exact_match"
-    ]
+    return name
+
+
+def score(swept: Workspace, rate: str) -> float:
+    """What the experiment of that learning rate recorded."""
+    found = swept.run("git", "show", f"{experiment(swept, rate)}:reports/metrics/tuned.json")
+    value: float = json.loads(found)["exact_match"]
     return value
 
 
@@ -188,17 +215,42 @@ def test_the_children_alone_differ_by_the_learning_rate(
     page.screenshot(path=images / "compare.png")
 
 
-def test_a_run_shows_its_samples_as_a_table_and_its_loss_as_a_curve(
-    page: "Page", address: str, images: Path
+def test_the_address_that_a_sweep_prints_opens_its_parallel_coordinates(
+    page: "Page", address: str, sweep: tuple[Workspace, str], images: Path
 ) -> None:
+    found = re.search(r"the trials in MLflow: (http://127\.0\.0\.1:5000\S+)", sweep[1])
+    assert found, sweep[1]
+    page.goto(found[1].replace("http://127.0.0.1:5000", address.partition("/#")[0]))
+    page.get_by_text("Parallel Coordinates").first.wait_for()
+    page.get_by_text("2 matching runs").wait_for()
+    for axis in ("score", "validation/loss"):
+        page.get_by_text(axis, exact=True).first.wait_for()
+    page.wait_for_timeout(2000)  # it is drawn
+    page.screenshot(path=images / "sweep.png")
+
+
+def answer(swept: Workspace, rate: str) -> str:
+    """The tuned model's first completion in that trial's table of samples."""
+    client = existing(swept.root)
+    (run,) = client.search_runs(["1"], f"attributes.run_name LIKE '%learning_rate={rate}-%'")
+    table = json.loads(Path(client.download_artifacts(run.info.run_id, "samples.json")).read_text())
+    rows = [dict(zip(table["columns"], row, strict=True)) for row in table["data"]]
+    return next(str(row["completion"]) for row in rows if row["model"] == "tuned")
+
+
+def test_a_run_shows_its_samples_as_a_table_and_its_loss_as_a_curve(
+    page: "Page", address: str, swept: Workspace, images: Path
+) -> None:
+    from playwright.sync_api import expect
+
     page.goto(address)
     page.get_by_role("link", name=f"learning_rate={RATES[1]}-").click()
     page.get_by_role("tab", name="Artifacts").click()
     page.get_by_text("samples.json", exact=True).click()
     page.get_by_text("View as table").wait_for()
-    for column in ("prompt", "setting", "template", "model"):
-        page.get_by_role("columnheader", name=column).first.wait_for()
-    page.get_by_role("cell", name="tuned").first.wait_for()
+    for column in ("prompt", "model", "completion", "reference"):
+        expect(page.get_by_role("columnheader", name=column).first).to_be_in_viewport()
+    expect(page.get_by_role("cell", name=answer(swept, RATES[1])).first).to_be_in_viewport()
     page.screenshot(path=images / "samples.png")
 
     page.get_by_role("tab", name="Model metrics").click()

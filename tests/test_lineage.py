@@ -67,7 +67,7 @@ def evaluate_anew(root: Path, md5: str = ZERO) -> None:
 
 def kept(root: Path) -> tuple[dict[str, str], lineage.State]:
     store, found = the_run(root)
-    shown = ("git.", "adapter.", "dvc.", "mlflow.runName", "mlflow.source.")
+    shown = ("git.", "adapter.", "dvc.", "mlflow.runName", "mlflow.source.", "mlflow.user")
     tags = {name: value for name, value in found.data.tags.items() if name.startswith(shown)}
     return tags, lineage.read_state(store.client, found)
 
@@ -231,9 +231,21 @@ def test_an_experiment_has_its_name_and_its_base(
     monkeypatch.setenv("DVC_EXP_BASELINE_REV", base)
     publish(root)
     tags, state = kept(root)
-    assert tags["dvc.experiment"] == tags["mlflow.runName"] == "tried"
+    assert tags["dvc.experiment"] == "tried"
+    assert tags["mlflow.runName"] == "embedded r16 lr4e-3 (tried)"
     assert state.taken.commit == tags["git.base"] == base
     assert b"print(2)" in state.patch
+
+
+def test_an_experiment_that_was_pulled_keeps_its_name_and_its_author(root: Path) -> None:
+    head = git(root, "rev-parse", "HEAD")
+    git(root, "update-ref", f"refs/exps/{head[:2]}/{head[2:]}/pulled", head)
+    git(root, "config", "user.name", "who pulled")
+    publish(root)
+    tags, _ = kept(root)
+    assert tags["dvc.experiment"] == "pulled"
+    assert tags["mlflow.runName"] == "embedded r16 lr4e-3 (pulled)"
+    assert tags["mlflow.user"] == "Ana"
 
 
 def test_a_folder_of_a_repository_is_named(empty_mlflow_db: Path, tmp_path: Path) -> None:

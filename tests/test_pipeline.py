@@ -205,7 +205,7 @@ _RUNS = """
 import mlflow
 mlflow.set_tracking_uri("sqlite:///mlflow.db")
 runs = mlflow.search_runs(search_all_experiments=True, output_format="list")
-print([(run.info.status, "tuned/loss" in run.data.metrics) for run in runs])
+print([(run.info.status, "tuned.loss" in run.data.metrics) for run in runs])
 """
 
 
@@ -225,7 +225,7 @@ def test_a_publish_that_is_killed_is_completed_in_the_same_run(
     assert the_run(root)[1].info.status == "FAILED"
     publish(root)
     assert the_run(root)[1].info.status == "FINISHED"
-    assert "tuned/loss" in the_run(root)[1].data.metrics
+    assert "tuned.loss" in the_run(root)[1].data.metrics
 
 
 @pytest.fixture

@@ -11,12 +11,13 @@ import pytest
 import yaml
 from report_inputs import write_inputs
 
-from capas import result
+from capas import run_params
 from capas.dag import StageSpec, read_yaml, recorded, recorded_key
 from capas.errors import CapasError
 from capas.params import Params, select
 from capas.stage import Stage
 from capas.store import Store, existing, tracking_uri
+from capas.worktree import git
 from stages import publish_run
 
 MARKER = "reports/.published"
@@ -34,11 +35,14 @@ def published(folder: Path) -> Iterator[Path]:
     """Yield a result in `folder` that is published already."""
     write_inputs(folder)
     lock = recorded(folder)
+    git(folder, "init", "-q")
+    git(folder, "config", "user.name", "Ana García")
     (folder / "reports/timings").mkdir()
     keys = {name: recorded_key(lock[name]) for name in ("train", "publish") if name in lock}
     assert len(keys) == 2
     for name, key in {**keys, "format": "of other inputs"}.items():
-        timing = {"key": key, "seconds": 12.5, "cpu_seconds": 20.0, "peak_memory_bytes": 1000}
+        timing = {"key": key, "ended": 1_700_000_012.5, "seconds": 12.5}
+        timing |= {"cpu_seconds": 20.0, "peak_memory_bytes": 1000}
         timing |= {"estimated_memory_bytes": 900} if name == "train" else {}
         (folder / f"reports/timings/{name}.json").write_text(json.dumps(timing))
     with pytest.MonkeyPatch.context() as patch:
@@ -86,24 +90,52 @@ def test_the_run_holds_params_metrics_and_where_it_comes_from(root: Path) -> Non
     data = found.data
     assert found.info.status == "FINISHED"
     assert data.params["lora.r"] == "16"
-    assert data.params["environment.torch"] == "1.2.3"
     assert data.params["dataset.num_train"] == "6000"
-    assert data.tags["evaluation.batch_size"] == "64"
-    assert data.tags["generation.settings.greedy"] == "{'do_sample': False}"
+    assert data.params["evaluation.batch_size"] == "64"
+    assert "'greedy.do_sample': False" in data.params["generation.settings"]
+    assert data.params["model.preset"] == "embedded"  # after which `capas register` names the model
+    assert not [name for name in data.params if name.startswith(("environment.", "tracking."))]
     assert data.tags["mlflow.source.git.commit"]
     assert data.tags["gate"] == "passed"
-    assert data.tags["model.preset"] == "embedded"  # after which `capas register` names the model
-    assert data.metrics["tuned/exact_match"] == 0.5
-    assert data.metrics["tuned/exact_match by kind/seen"] == 0.5
-    assert data.metrics["difference/loss/mean"] == -3.0
-    assert data.metrics["difference/loss/num_records_needed"] == 12
-    assert data.metrics["general/difference/mean"] == 0.7
-    assert data.metrics["seconds/train"] == 12.5
-    assert data.metrics["estimated_memory_bytes/train"] == 900
-    assert data.metrics["peak_memory_bytes/train"] == 1000
-    assert (
-        "seconds/format" not in data.metrics
-    )  # DVC restored it: that was the cost of other inputs
+    assert data.metrics["score"] == data.metrics["tuned.exact_match"] == 0.5
+    assert data.metrics["base_score"] == data.metrics["base.exact_match"] == 0.0
+    assert data.metrics["tuned.exact_match by kind.seen"] == 0.5
+    assert data.metrics["difference.loss.mean"] == -3.0
+    assert data.metrics["general.difference.mean"] == 0.7
+    assert data.metrics["seconds.train"] == data.metrics["seconds.all_stages"] == 12.5
+    assert data.metrics["estimated_memory_bytes.train"] == 900
+    assert data.metrics["peak_memory_bytes.train"] == 1000
+
+
+def test_what_is_seen_first_is_what_people_compare(root: Path) -> None:
+    """Charts: a section for each word before a slash, and those of the curves alone."""
+    store, found = the_run(root)
+    with_slash = {name.partition("/")[0] for name in found.data.metrics if "/" in name}
+    assert with_slash == {"train", "validation"}
+    assert len(found.data.metrics) < 70
+    assert len(found.data.tags) < 20
+    assert found.data.tags["mlflow.note.content"].startswith(
+        "**exact_match 0.5** on 10 test records (base 0"
+    )
+    assert list(table(root, "predictions.json").columns[:4]) == [
+        "prompt",
+        "reference",
+        "tuned",
+        "base",
+    ]
+    columns = ["prompt", "model", "completion", "reference"]
+    assert list(table(root, "samples.json").columns[:4]) == columns
+    file = store.client.download_artifacts(found.info.run_id, "numbers.json")
+    numbers = json.loads(Path(file).read_text())
+    assert numbers["difference.loss.num_records_needed"] == 12
+    assert "seconds.format" not in numbers  # DVC restored it: that was the cost of other inputs
+
+
+def test_the_run_says_when_and_who_and_what(root: Path) -> None:
+    _, found = the_run(root)
+    assert found.info.run_name == "embedded r16 lr4e-3"
+    assert (found.info.start_time, found.info.end_time) == (1_700_000_000_000, 1_700_000_012_500)
+    assert found.data.tags["mlflow.user"] == "Ana García"
 
 
 def test_the_curve_is_the_recorded_one(root: Path) -> None:
@@ -153,7 +185,7 @@ def test_a_second_publish_changes_nothing(root: Path) -> None:
     publish(root)
     _, after = the_run(root)
     assert after.to_dictionary() == before.to_dictionary()
-    for name in ("train/loss", "tuned/exact_match"):
+    for name in ("train/loss", "tuned.exact_match"):
         history = store.client.get_metric_history(before.info.run_id, name)
         assert len(history) == len({m.step for m in history})
 
@@ -180,7 +212,7 @@ def test_a_new_evaluation_of_the_same_training_lands_on_its_run(own: Path) -> No
     (own / "dvc.lock").write_text(yaml.safe_dump(lock))
     publish(own)
     _, found = the_run(own)
-    assert found.data.metrics["tuned/exact_match"] == 0.75
+    assert found.data.metrics["tuned.exact_match"] == 0.75
     assert found.data.tags["now.dataset.licence"] == "mit"
     assert len(table(own, "predictions.json")) == 10
 
@@ -191,8 +223,8 @@ def test_a_new_evaluation_of_the_same_training_lands_on_its_run(own: Path) -> No
 
 
 def test_long_values_and_odd_names_never_break_logging() -> None:
-    clipped = result.clipped({"a.b": "x" * 9000, "top k=5": [1, 2], "none": None})
-    assert len(clipped["a.b"]) == result.MAX_TEXT
+    clipped = run_params.clipped({"a.b": "x" * 9000, "top k=5": [1, 2], "none": None})
+    assert len(clipped["a.b"]) == run_params.MAX_TEXT
     assert clipped["a.b"].endswith("(whole in params.yaml)")
     assert clipped["top k_5"] == "[1, 2]"
     assert clipped["none"] == "None"

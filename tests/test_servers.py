@@ -187,7 +187,7 @@ def test_one_run_however_often_it_is_trained_published_and_registered(
     publish(root)
     _, again = the_run(root)
     assert again.data.tags["now.dataset.licence"] == "mit"
-    assert again.data.metrics["quantization/relative_error_mean"] == 0.5
+    assert again.data.metrics["quantization.relative_error_mean"] == 0.5
     name = f"model-of-{root.parent.name}"
     first, second = (
         register(root, found.info.run_id, name, "champion", force=False) for _ in range(2)

@@ -21,12 +21,18 @@ from capas.store import TRAIN_KEY, Point, Store, locked, reachable, tracking_uri
 
 Write = Callable[..., Path]
 REPOSITORY = Path(__file__).parents[1]
+PARAMS = (
+    "{lora: {r: 8}, model: {preset: tiny}, tracking: {enabled: true, experiment_name: tests}}\n"
+)
 
 
 @pytest.fixture(scope="module")
 def root(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
     folder = tmp_path_factory.mktemp("tracking")
-    (folder / "params.yaml").write_text("tracking: {enabled: true, experiment_name: tests}\n")
+    (folder / "params.yaml").write_text(PARAMS)
+    (folder / "dvc.yaml").write_text(
+        "stages: {train: {cmd: train, params: [lora.r, model.preset]}}\n"
+    )
     with pytest.MonkeyPatch.context() as patch:
         patch.delenv("MLFLOW_TRACKING_URI", raising=False)
         patch.delenv("DVC_EXP_NAME", raising=False)
@@ -71,6 +77,8 @@ def test_a_finished_training_is_one_finished_run(root: Path, write: Write) -> No
     run = Store.open(root, "tests").find("done")
     assert run.info.status == "FINISHED"
     assert run.data.metrics["train/loss"] == pytest.approx(1 / 3)
+    assert run.data.params == {"lora.r": "8", "model.preset": "tiny"}
+    assert run.info.run_name == "tiny r8"
     assert steps_of(root, "done") == [1, 2, 3]
 
 
@@ -114,19 +122,22 @@ def test_a_server_that_is_gone_costs_a_warning(
 
 def test_points_that_the_run_has_are_not_logged_again(root: Path) -> None:
     store = Store.open(root, "tests")
-    run_id = store.find_or_create("points", "points").info.run_id
+    run_id = store.find_or_create("points", lambda: "points").info.run_id
     points = [Point("a", step, float(step)) for step in range(1500)]
     assert store.log_points(run_id, points) == 1500
     assert store.log_points(run_id, [*points, Point("a", 1500, 0.0)]) == 1
 
 
 def test_a_new_run_counts_as_failed_until_it_is_ended(root: Path) -> None:
-    assert Store.open(root, "tests").find_or_create("new", "new").info.status == "FAILED"
+    assert Store.open(root, "tests").find_or_create("new", lambda: "new").info.status == "FAILED"
 
 
 def test_a_run_whose_machine_lost_its_power_is_ended_by_the_next(root: Path, write: Write) -> None:
     store = Store.open(root, "tests")
-    runs = {key: store.only(TRAIN_KEY, key, key).info.run_id for key in ("dead", "alive", "far")}
+    runs = {
+        key: store.only(TRAIN_KEY, key, lambda: "a name").info.run_id
+        for key in ("dead", "alive", "far")
+    }
     assert {store.client.get_run(run_id).info.status for run_id in runs.values()} == {"RUNNING"}
     with locked(root, "dead", seconds=0):
         pass  # its process was here; of `far` nothing is known on this machine
@@ -141,7 +152,7 @@ def test_of_several_runs_the_one_that_holds_something_stays(root: Path) -> None:
     tags = {stores.TRAIN_KEY: "several"}
     empty, filled, late = (store.client.create_run(store.experiment_id, tags=tags) for _ in "123")
     store.client.log_metric(filled.info.run_id, "train/loss", 1.0)
-    run = store.find_or_create("several", "several")
+    run = store.find_or_create("several", lambda: "several")
     assert (run.info.run_id, run.info.status) == (filled.info.run_id, "FAILED")
     for gone in (empty, late):
         assert store.client.get_run(gone.info.run_id).info.lifecycle_stage == "deleted"
@@ -223,7 +234,7 @@ def test_a_relative_store_outlives_the_folder_of_a_point(
     monkeypatch.setenv("MLFLOW_TRACKING_URI", "sqlite:///runs.db")
     monkeypatch.setenv(stores.HOME, str(tmp_path))
     monkeypatch.chdir(point)
-    Store.open(point, "tests").find_or_create("kept", "kept")
+    Store.open(point, "tests").find_or_create("kept", lambda: "kept")
     assert (tmp_path / "runs.db").exists() and not list(point.iterdir())
     stores.existing(tmp_path)  # as `capas register` looks for it
 
@@ -240,7 +251,7 @@ def test_a_busy_database_is_reported_with_the_way_out(
             pytest.raises(CapasError, match=r"(?s)cannot be used: .*locked.*RETRY"),
             reachable(tracking_uri(root)),
         ):
-            store.find_or_create("busy", "busy")
+            store.find_or_create("busy", lambda: "busy")
 
 
 TRAINING = """

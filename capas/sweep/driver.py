@@ -71,6 +71,8 @@ def _run(plan: Plan, words: list[str], multirun: bool) -> int:
         screen.console.print(said, markup=False)
     if rows:
         print_ranking(rows, settings, stdout(), said_by_rates[settings["language"]])
+    if address := parent.address(plan):
+        screen.console.print(f"the trials in MLflow: {address}", markup=False, soft_wrap=True)
     if failed:
         screen.console.print(
             f"\n{len(failed)} of {len(states)} points failed, see above and {plan.folder / 'logs'}. "

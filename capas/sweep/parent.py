@@ -22,10 +22,12 @@ from capas.facts import write_whole
 from capas.store import Store, locked, reachable, sqlite_file, tracking_uri
 from capas.sweep.plan import Plan
 from capas.sweep.state import CACHED, State, read_states
+from capas.ui import DEFAULT_PARAMS, VIEW_TAG, Pages, shared_view
 
 log = logging.getLogger("capas")
 KEY = "sweep_key"
 SETTINGS, RESULT, TRACKED = "tracking.json", "result.json", "tracked.json"
+ADDRESS = "mlflow.txt"
 _PARENT = "mlflow.parentRunId"
 _SECONDS_BETWEEN_LOOKS, _SECONDS_AFTER_A_FAILURE, _SECONDS_TO_END = 1.0, 15.0, 120.0
 
@@ -86,15 +88,26 @@ class Parent:
             store.send_tags(found.info.run_id, found.data.tags, tags)
             self.adopted[train_key] = found.info.run_id
 
-    def end(self, result: dict[str, Any] | None) -> None:
+    def end(self, result: dict[str, Any] | None, states: list[State]) -> None:
         """Say how it went; None: somebody stopped it."""
         store = self._opened()
+        self._share_view(store, states)
         for name, value in (result or {}).get("metrics", {}).items():
             store.client.log_metric(self._run_id, name, value)
         for name, value in (result or {}).get("tags", {}).items():
             store.client.set_tag(self._run_id, name, value)
         status = "KILLED" if result is None else result["status"]
         store.client.set_terminated(self._run_id, status)
+
+    def _share_view(self, store: Store, states: list[State]) -> None:
+        """Make a view of the trials: what was swept beside the score, as a table and in charts."""
+        view = f"sweep-{self.plan.key}"
+        shown = shared_view(swept_params(states) or DEFAULT_PARAMS, ("score", "validation/loss"))
+        store.client.set_experiment_tag(store.experiment_id, VIEW_TAG + view, shown)
+        pages = Pages(tracking_uri(self.plan.home), store.experiment_id)
+        search = f"tags.`sweep.{self.plan.key}` LIKE '%'"
+        address = pages.runs(view, search, charts=True) + pages.hint()
+        write_whole(self.plan.folder / ADDRESS, address + "\n")
 
     def _opened(self) -> Store:
         if self._store is None:
@@ -108,6 +121,22 @@ class Parent:
         return self._store
 
 
+def swept_params(states: list[State]) -> list[str]:
+    """Return the names in MLflow of the params that have several values in these trials."""
+    values: dict[str, set[str]] = {}
+    for override in (word for state in states for word in state.overrides):
+        key, _, value = override.lstrip("+~").partition("=")
+        name = key if "." in key or key == "seed" else f"{key}.preset"
+        values.setdefault(name, set()).add(value)
+    return sorted(name for name, found in values.items() if len(found) > 1)
+
+
+def address(plan: Plan) -> str | None:
+    """Return the page of MLflow that compares the trials, once the sweep was tracked."""
+    file = plan.folder / ADDRESS
+    return file.read_text(encoding="utf-8").strip() if file.exists() else None
+
+
 def _find_or_create(store: Store, plan: Plan) -> str:
     words = " ".join(plan.words)
     tags = {
@@ -115,7 +144,7 @@ def _find_or_create(store: Store, plan: Plan) -> str:
         "mlflow.source.git.commit": plan.commit,
         "sweep.overrides": words[:500],
     }
-    return str(store.only(KEY, plan.key, f"sweep {words}"[:100], tags).info.run_id)
+    return str(store.only(KEY, plan.key, lambda: f"sweep {words}"[:100], tags).info.run_id)
 
 
 def follow(plan: Plan, stdin: int) -> None:
@@ -144,7 +173,7 @@ def follow(plan: Plan, stdin: int) -> None:
         return
     with reachable(tracking_uri(plan.home)):
         parent.look(states)
-        parent.end(result)
+        parent.end(result, states)
     if result and all(state.train_key in parent.adopted for state in states):
         write_whole(mark, json.dumps(facts) + "\n")
 

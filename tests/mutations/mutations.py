@@ -202,8 +202,8 @@ MUTATIONS = (
     Mutation(
         name="publish_makes_a_second_run",
         file="stages/publish_run.py",
-        old="found = store.find_or_create(key, run_name(key))",
-        new='found = store.find_or_create(f"{key}-{time.time_ns()}", run_name(key))',
+        old="found = store.find_or_create(\n                key,",
+        new='found = store.find_or_create(\n                f"{key}-{time.time_ns()}",',
         harm="Every `dvc repro` leaves one more run of the same training in MLflow.",
         tests=("tests/test_publish.py::test_a_second_publish_changes_nothing",),
     ),

@@ -87,7 +87,7 @@ def test_mlflow_has_the_sweep_and_each_training_once(sweeper: Sweeper) -> None:
     }
     store = Store.open(sweeper.root, "capas")
     for run in trainings:
-        assert "tuned/exact_match" in run.data.metrics
+        assert "tuned.exact_match" in run.data.metrics
         points = store.client.get_metric_history(run.info.run_id, "train/loss")
         assert [p.step for p in points] == sorted({p.step for p in points})
         assert points[-1].step == LAST_STEP
