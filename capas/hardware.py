@@ -68,6 +68,8 @@ def prepare(hardware: Params, num_processes: int = 1) -> "torch.device":
     torch.backends.cudnn.deterministic = hardware.cudnn_deterministic
     torch.backends.cudnn.benchmark = hardware.cudnn_benchmark
     kernels.warm_up()
+    if hardware.instruction_set == "portable":
+        kernels.use_one_thread()
     return torch.device("cpu") if hardware.device == "cpu" else torch.device("cuda", local_rank)
 
 

@@ -140,6 +140,16 @@ def warm_up() -> None:
             getattr(torch, name)(one)
 
 
+def use_one_thread() -> None:
+    """Let the products of oneMKL that this thread asks for run on one thread, whatever torch is told.
+
+    Its branch COMPATIBLE rounds differently on 1, 2, 3 and 4 threads. Operations that torch divides itself,
+    such as attention, keep their threads.
+    """
+    if (library := mkl()) is not None:
+        library.MKL_Set_Num_Threads_Local(1)
+
+
 def keep_weights_unpacked() -> None:
     """Keep bitsandbytes from repacking 4-bit weights on CPUs with AVX512-BF16, for the whole process.
 

@@ -25,7 +25,8 @@ def recorded_params(lock: Mapping[str, Any]) -> dict[str, str]:
     Where two stages have two values of a key, that of the training counts.
     """
     led_to_it = ancestors("train", lock)
-    entries = [lock[name] for name in sorted(lock, key=led_to_it.__contains__)]
+    names = sorted(lock.keys() - {"publish"}, key=lambda name: (name in led_to_it, name))
+    entries = [lock[name] for name in names]  # publish is running: its entry is of the time before
     return _texts(entry.get("params", {}).get("params.yaml", {}) for entry in entries)
 
 

@@ -25,7 +25,7 @@ from capas.dag import read_yaml
 from capas.errors import CapasError, without_secrets
 from capas.live import AWAY, UNUSABLE
 from capas.run_params import current_params, distinct_name, name_of
-from capas.store import HOME, USER, Point, Store, locked, reachable, tracking_uri
+from capas.store import USER, Point, Store, locked, reachable, tracking_uri
 from capas.worktree import git
 
 log = logging.getLogger("capas")
@@ -55,10 +55,8 @@ def points_of(row: dict[str, Any]) -> list[Point]:
 
 
 def run_name(store: Store, params: Mapping[str, str]) -> str:
-    """Return a name for the run of this training; that of a sweep's trial says already what differs."""
+    """Return a name for the run of this training: what differs from others, and DVC's experiment."""
     experiment = os.environ.get("DVC_EXP_NAME")
-    if experiment and HOME in os.environ:
-        return experiment
     name = distinct_name(params, store.params_by_name(name_of(params)))
     return f"{name} ({experiment})" if experiment else name
 

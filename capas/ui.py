@@ -29,11 +29,12 @@ DEFAULT_PARAMS = ("trainer.learning_rate", "lora.r")
 _METRICS = ("score", "base_score", "tuned.loss")
 
 
-def shared_view(params: Sequence[str], metrics: Sequence[str]) -> str:
+def shared_view(params: Sequence[str], metrics: Sequence[str], search: str = "") -> str:
     """Return a view of the runs for `VIEW_TAG`: the table's columns, and charts that compare runs.
 
     Args:
         params, metrics: names of the axes of the parallel coordinates; the first metric has a bar chart.
+        search: MLflow's filter; in an address it would undo the order of the view.
     """
     common = {"runsCountToCompare": 100, "metricSectionId": "compared"}
     own = {"deleted": False, "isGenerated": False}
@@ -53,8 +54,10 @@ def shared_view(params: Sequence[str], metrics: Sequence[str]) -> str:
         {
             "selectedColumns": columns,
             "columnOrder": columns,  # without it Dataset and Duration push the metrics off the screen
-            "orderByKey": "attributes.start_time",
+            # Ordered by date, MLflow would fold the trials of a sweep below its run.
+            "orderByKey": f"metrics.`{_METRICS[0]}`",
             "orderByAsc": False,
+            "searchFilter": search,
             "compareRunCharts": [{**chart, **common, **own} for chart in charts],
             "compareRunSections": [{**section, **own}],
             "isAccordionReordered": True,
@@ -83,11 +86,9 @@ class Pages:
         self._base = _without_user(uri) if self.is_server else f"http://{HOST}:{port}"
         self._id = experiment_id
 
-    def runs(self, view: str = VIEW, search: str = "", charts: bool = False) -> str:
-        """Return the table of runs, or their charts; `search` is a filter of MLflow."""
-        words = [f"viewStateShareKey={view}"]
-        words += [f"searchFilter={quote(search)}"] if search else []
-        words += ["compareRunsMode=CHART"] if charts else []
+    def runs(self, view: str = VIEW, charts: bool = False) -> str:
+        """Return the table of runs, or their charts, as a shared view has them."""
+        words = [f"viewStateShareKey={view}", *(["compareRunsMode=CHART"] if charts else [])]
         return self._page(f"experiments/{self._id}/runs", *words)
 
     def run(self, run_id: str) -> str:

@@ -81,6 +81,22 @@ def test_the_cpu_is_read_from_the_kernel(tmp_path: Path) -> None:
 
 
 @x86
+def test_the_number_of_threads_changes_no_product() -> None:
+    """oneMKL's branch COMPATIBLE alone rounds these four products differently on 1, 2, 3 and 4 threads."""
+    rows, weights = torch.ones(7850, 96).mul(0.1).cumsum(0), torch.linspace(-1, 1, 96 * 1024)
+    before, found = torch.get_num_threads(), set()
+    try:
+        for num_threads in (1, 2, 3, 4):
+            torch.set_num_threads(num_threads)
+            kernels.use_one_thread()
+            product = torch.nn.functional.linear(rows, weights.view(1024, 96))
+            found.add(hashlib.sha256(product.numpy().tobytes()).hexdigest())
+    finally:
+        torch.set_num_threads(before)
+    assert len(found) == 1
+
+
+@x86
 def test_these_tests_compute_with_portable_kernels() -> None:
     assert kernels.in_use() == {"aten": "AVX2", "mkl": "COMPATIBLE"}
     kernels.check_in_use("portable", torch_was_loaded=True)

@@ -102,11 +102,11 @@ class Parent:
     def _share_view(self, store: Store, states: list[State]) -> None:
         """Make a view of the trials: what was swept beside the score, as a table and in charts."""
         view = f"sweep-{self.plan.key}"
-        shown = shared_view(swept_params(states) or DEFAULT_PARAMS, ("score", "validation/loss"))
+        params, search = swept_params(states), f"tags.`sweep.{self.plan.key}` LIKE '%'"
+        shown = shared_view(params or DEFAULT_PARAMS, ("score", "validation/loss"), search)
         store.client.set_experiment_tag(store.experiment_id, VIEW_TAG + view, shown)
         pages = Pages(tracking_uri(self.plan.home), store.experiment_id)
-        search = f"tags.`sweep.{self.plan.key}` LIKE '%'"
-        address = pages.runs(view, search, charts=True) + pages.hint()
+        address = pages.runs(view, charts=True) + pages.hint()
         write_whole(self.plan.folder / ADDRESS, address + "\n")
 
     def _opened(self) -> Store:
