@@ -13,7 +13,6 @@ It is the one check of every way in: compose, the command line of a stage, sweep
 import itertools
 import math
 from collections.abc import Collection, Iterator, Mapping, Sequence
-from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -96,12 +95,12 @@ def check_points(
         good = [override for override in good if override not in twice]
     of_points = [o for o in good if not o.is_hydra_override() and _first(o.key_or_group) != SWEEP]
     uncertain = _uncertain(wrong, conf) if combine else _EVERYTHING
-    with _composed(conf) as composed:
-        for texts in _combinations(of_points, conf, combine):
-            _check_point(texts, conf, composed, uncertain, found)
-        found.problems = list(dict.fromkeys(found.problems))
-        if reads and not found.problems:
-            found.problems += _lacking_here(found.points, composed, reads)
+    composed = _Composer(conf)
+    for texts in _combinations(of_points, conf, combine):
+        _check_point(texts, conf, composed, uncertain, found)
+    found.problems = list(dict.fromkeys(found.problems))
+    if reads and not found.problems:
+        found.problems += _lacking_here(found.points, composed, reads)
     if found.problems or not combine:
         found.points = []
     return found
@@ -303,34 +302,31 @@ def _is_glob(override: Any) -> bool:
 
 
 class _Composer:
-    """Composes a point: the options of its groups once, then its keys on a copy."""
+    """Composes the options of groups, each combination once; beside Hydra's one global instance."""
 
     def __init__(self, conf: Path) -> None:
+        from hydra import version
+        from hydra._internal.config_loader_impl import ConfigLoaderImpl
+        from hydra._internal.utils import create_config_search_path
+
+        version.setbase("1.3")
+        self._loader = ConfigLoaderImpl(create_config_search_path(str(conf.resolve())))
         self._conf, self._known = conf, dict[tuple[str, ...], Any]()
 
     def options(self, texts: tuple[str, ...]) -> Any:
         """Raises what Hydra raises."""
-        from hydra.core.global_hydra import GlobalHydra
         from hydra.types import RunMode
         from omegaconf import open_dict
 
         if texts not in self._known:
-            loader = GlobalHydra.instance().config_loader()
-            config = loader.load_configuration(
-                "config", with_new_keys(list(texts), self._conf), RunMode.RUN, from_shell=False
+            known = with_new_keys(list(texts), self._conf)
+            config = self._loader.load_configuration(
+                "config", known, RunMode.RUN, from_shell=False
             )
             with open_dict(config):
                 del config["hydra"]
             self._known[texts] = config
         return self._known[texts]
-
-
-@contextmanager
-def _composed(conf: Path) -> Iterator[_Composer]:
-    from hydra import initialize_config_dir
-
-    with initialize_config_dir(str(conf.resolve()), version_base="1.3"):
-        yield _Composer(conf)
 
 
 def _check_point(
