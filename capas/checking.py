@@ -12,13 +12,22 @@ It is the one check of every way in: compose, the command line of a stage, sweep
 
 import itertools
 import math
-from collections.abc import Collection, Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
+from copy import deepcopy
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
 from capas.composition import (
-    CONF, Values, failures, is_group, meant, reasons, to_values, with_new_keys, word_given,
+    CONF,
+    Values,
+    failures,
+    is_group,
+    meant,
+    reasons,
+    to_values,
+    with_new_keys,
+    word_given,
 )  # fmt: skip
 from capas.config import GROUPS, Group, find_problems, leaves_schema, nearest
 from capas.problems import Problem
@@ -26,7 +35,6 @@ from capas.requirements import lacking
 
 SWEEP = "sweep"  # the group of conf/ that only a sweep has
 MAX_COMBINATIONS = 1000  # of more of them each value is checked by itself: a few seconds are enough
-_EVERYTHING = (*GROUPS, "seed")
 _OPENING = {"[": "]", "{": "}", "(": ")"}
 
 
@@ -75,35 +83,68 @@ def check_points(
     """As `check`, with the combinations.
 
     Args:
-        groups: of the schema; a sweep has one more, whose overrides, and Hydra's own, are not part of a point.
+        groups: of the schema. A sweep has one more; its overrides, and Hydra's own, are no part of a point.
         combine: false where a search chooses the values: each is checked by itself, without rules between
-            keys, and there are no points.
+            keys, and there is one point, of their first values.
     """
-    found, good, wrong = Checked(), list[Any](), list[Any]()
-    for text in overrides:
-        override, problems = _parse(text)
-        if override is not None:
-            problems = [*problems, *_name_problems(override, conf, groups)]
-            if override.is_sweep_override() and not several:
-                problems.append(_one_value(override))
-        found.problems += problems
-        (wrong if problems or override is None else good).append(override or text)
-    for group, twice in _chosen_twice(good, conf).items():
-        given = ", ".join(str(override.input_line) for override in twice)
-        found.problems.append(Problem(group, "", f"{given}: choose one option of {group}"))
-        wrong += twice
-        good = [override for override in good if override not in twice]
+    good, wrong, problems = _sort_out(overrides, conf, groups, several, combine)
     of_points = [o for o in good if not o.is_hydra_override() and _first(o.key_or_group) != SWEEP]
-    uncertain = _uncertain(wrong, conf) if combine else _EVERYTHING
-    composed = _Composer(conf)
-    for texts in _combinations(of_points, conf, combine):
-        _check_point(texts, conf, composed, uncertain, found)
-    found.problems = list(dict.fromkeys(found.problems))
-    if reads and not found.problems:
-        found.problems += _lacking_here(found.points, composed, reads)
-    if found.problems or not combine:
-        found.points = []
-    return found
+    is_doubtful = _doubts(wrong, of_points) if combine else lambda key: True
+    combinations, composer = list(_combinations(of_points, conf, combine)), Composer(conf)
+    fixed = set(combinations[0]).intersection(*combinations)
+    found = {problem.message: problem for problem in problems}
+    points = []
+    for texts in combinations:
+        values, wrong_here = _check_point(texts, conf, composer, is_doubtful)
+        varied = [text for text in texts if text not in fixed]
+        for problem in wrong_here:
+            found.setdefault(problem.message, _located(problem, varied))
+        if not wrong_here:
+            points.append(Point(texts, values))
+    problems = list(found.values())
+    if reads and not problems:
+        problems = _lacking_here(points, composer, reads)
+    return Checked(problems, [] if problems else points if combine else points[:1])
+
+
+def _sort_out(
+    overrides: Sequence[str],
+    conf: Path,
+    groups: Mapping[str, type[Group]],
+    several: bool,
+    combine: bool,
+) -> tuple[list[Any], list[str], list[Problem]]:
+    """Look at each override by itself: those that can be composed, those that cannot, and why."""
+    parsed, wrong, problems = list[Any](), list[str](), list[Problem]()
+    for text in overrides:
+        override, found = _parse(text)
+        if override is not None:
+            found = [*_name_problems(override, conf, groups)]
+            found += _value_problems(override, several, combine)
+        problems += found
+        if found:
+            wrong.append(text)
+        else:
+            parsed.append(override)
+    for group, twice in _chosen_twice(parsed, conf).items():
+        given = [str(override.input_line) for override in twice]
+        problems.append(Problem(group, "", f"{', '.join(given)}: choose one option of {group}"))
+        wrong += given
+    return [o for o in parsed if o.input_line not in wrong], wrong, problems
+
+
+def _located(problem: Problem, varied: Sequence[str]) -> Problem:
+    """Say in which combination it is found, where its keys do not show it."""
+    head = problem.message.partition(": ")[0]
+    if not varied or any(f"{_key(text)}=" in head for text in varied):
+        return problem
+    return replace(problem, message=f"{problem.message} (with {' '.join(varied)})")
+
+
+def choices_of(text: str, conf: Path) -> list[str]:
+    """Return an override of several values as one for each of them; none where it cannot be parsed."""
+    override, _ = _parse(text)
+    return [] if override is None else _alternatives(override, conf)
 
 
 def option_names(conf: Path, group: str) -> list[str]:
@@ -136,8 +177,8 @@ def _syntax(text: str) -> str:
     if (left_open := _left_open(value)) is not None:
         return f"{text}: {left_open} is not closed"
     return (
-        f"{text}: the value cannot be read. Quote a text with special characters, once for the shell and once "
-        f"for Hydra: \"{key}='...'\""
+        f"{text}: the value cannot be read. Quote a text with special characters, once for the shell and "
+        f"once for Hydra: \"{key}='...'\""
     )
 
 
@@ -170,7 +211,9 @@ def _name_problems(
             return  # capas.sweep.task asks Hydra's own configuration
     if override.package is not None:
         way = f"write {key}={written}"
-        yield Problem(key, written, f"{text}: @ would move the group to where no stage reads it; {way}")
+        yield Problem(
+            key, written, f"{text}: @ would move the group to where no stage reads it; {way}"
+        )
     elif is_group(key, conf):
         yield from _group_problems(override, conf, groups)
     elif (sentence := _key_problem(override, conf, groups)) is not None:
@@ -216,9 +259,7 @@ def _elements(override: Any, there: list[str]) -> Iterator[Any]:
         yield value if isinstance(value, str | dict | list) or value is None else str(value)
 
 
-def _key_problem(
-    override: Any, conf: Path, groups: Mapping[str, type[Group]]
-) -> str | None:
+def _key_problem(override: Any, conf: Path, groups: Mapping[str, type[Group]]) -> str | None:
     """Return the sentence for a key that there is not, or that cannot be set so."""
     key, text = override.key_or_group, str(override.input_line)
     written = text.partition("=")[2]
@@ -241,15 +282,22 @@ def _key_problem(
     return None
 
 
-def _one_value(override: Any) -> Problem:
-    key, text = override.get_key_element(), str(override.input_line)
+def _value_problems(override: Any, several: bool, combine: bool) -> Iterator[Problem]:
+    """Yield what is wrong with the number of values."""
+    key, text = override.key_or_group, str(override.input_line)
     written = text.partition("=")[2]
-    return Problem(
-        key,
-        written,
-        f"{text}: several values where one is expected; a list is written {key}=[{written}]. To run each of "
-        f"them: python stages/sweep.py -m {text}",
-    )
+    if override.is_sweep_override() and not several:
+        yield Problem(
+            key,
+            written,
+            f"{text}: several values where one is expected; a list is written {key}=[{written}]. To run each "
+            f"of them: python stages/sweep.py -m {text}",
+        )
+    elif override.is_interval_sweep() and combine:
+        sentence = (
+            f"{text}: an interval needs a search (sweep=optuna); a grid has values, {key}=A,B"
+        )
+        yield Problem(key, written, sentence)
 
 
 def _chosen_twice(overrides: Sequence[Any], conf: Path) -> dict[str, list[Any]]:
@@ -261,17 +309,18 @@ def _chosen_twice(overrides: Sequence[Any], conf: Path) -> dict[str, list[Any]]:
     return {group: given for group, given in chosen.items() if len(given) > 1}
 
 
-def _uncertain(wrong: Sequence[Any], conf: Path) -> tuple[str, ...]:
-    """Return the groups in which a value may be missing because an override is left out."""
-    keys = [w.partition("=")[0].lstrip("+~") if isinstance(w, str) else w.key_or_group for w in wrong]
-    if all("." in key and _first(key) in GROUPS for key in keys):
-        return tuple({_first(key) for key in keys})
-    return _EVERYTHING  # an option brings others, and a key without its group may be of any
+def _doubts(wrong: Sequence[str], good: Sequence[Any]) -> Callable[[str], bool]:
+    """Return whether a key may lack the value that the user meant, because an override was left out."""
+    keys = [_key(text) for text in wrong]
+    by_key = all("." in key and _first(key) in GROUPS for key in keys)
+    unsure = (
+        {_first(key) for key in keys} if by_key else {*GROUPS, "seed"}
+    )  # an option brings others
+    sure = {override.key_or_group for override in good}
+    return lambda key: bool(keys) and _first(key) in unsure and key not in sure
 
 
-def _combinations(
-    overrides: Sequence[Any], conf: Path, combine: bool
-) -> Iterator[tuple[str, ...]]:
+def _combinations(overrides: Sequence[Any], conf: Path, combine: bool) -> Iterator[tuple[str, ...]]:
     """Yield the overrides of each point, in the order of Hydra's grid."""
     ways = [_alternatives(override, conf) for override in overrides]
     if combine and math.prod(map(len, ways)) <= MAX_COMBINATIONS:
@@ -301,17 +350,21 @@ def _is_glob(override: Any) -> bool:
     return bool(override.value_type is ValueType.GLOB_CHOICE_SWEEP)
 
 
-class _Composer:
-    """Composes the options of groups, each combination once; beside Hydra's one global instance."""
+class Composer:
+    """Composes the options of groups, each combination once; beside Hydra's one global instance.
 
-    def __init__(self, conf: Path) -> None:
+    Args:
+        name: of the file in conf/. Hydra's own node is left out of `config`, which no point needs.
+    """
+
+    def __init__(self, conf: Path, name: str = "config") -> None:
         from hydra import version
         from hydra._internal.config_loader_impl import ConfigLoaderImpl
         from hydra._internal.utils import create_config_search_path
 
         version.setbase("1.3")
         self._loader = ConfigLoaderImpl(create_config_search_path(str(conf.resolve())))
-        self._conf, self._known = conf, dict[tuple[str, ...], Any]()
+        self._conf, self._name, self._known = conf, name, dict[tuple[str, ...], Any]()
 
     def options(self, texts: tuple[str, ...]) -> Any:
         """Raises what Hydra raises."""
@@ -321,63 +374,61 @@ class _Composer:
         if texts not in self._known:
             known = with_new_keys(list(texts), self._conf)
             config = self._loader.load_configuration(
-                "config", known, RunMode.RUN, from_shell=False
+                self._name, known, RunMode.RUN, from_shell=False
             )
-            with open_dict(config):
-                del config["hydra"]
+            if self._name == "config":
+                with open_dict(config):
+                    del config["hydra"]
             self._known[texts] = config
         return self._known[texts]
 
 
 def _check_point(
-    texts: tuple[str, ...],
-    conf: Path,
-    composed: _Composer,
-    uncertain: Collection[str],
-    found: Checked,
-) -> None:
-    """Compose a combination and add its problems to `found`, or the point."""
-    from copy import deepcopy
-
-    from hydra._internal.config_loader_impl import ConfigLoaderImpl
-    from hydra.core.override_parser.overrides_parser import OverridesParser
+    texts: tuple[str, ...], conf: Path, composer: Composer, is_doubtful: Callable[[str], bool]
+) -> tuple[Values, list[Problem]]:
+    """Return the values of a combination, and what is wrong with it."""
     from omegaconf import OmegaConf
 
     options = tuple(text for text in texts if is_group(_key(text), conf))
     try:
-        config = deepcopy(composed.options(options))
+        config = deepcopy(composer.options(options))
     except failures() as error:
-        found.problems += _blamed(options, composed, error)
-        return
+        return {}, _blamed(options, composer, error)
+    problems = _set_keys(config, [text for text in texts if text not in options], conf)
+    try:
+        missing = sorted(OmegaConf.missing_keys(config))
+        values = {} if missing else to_values(config)
+    except failures() as error:
+        given = [text for text in texts if "${" in text]
+        if not given:
+            return {}, [*problems, _of_conf(error)]
+        sentence = reasons(error).partition("\n")[0]
+        problems += [_problem(text, f"{text}: {sentence}") for text in given]
+        rest = tuple(text for text in texts if text not in given)
+        return {}, [*problems, *_check_point(rest, conf, composer, lambda key: True)[1]]
+    problems += [Problem(key, "", f"{key}: conf/ leaves it unset (???)") for key in missing]
+    if values:
+        problems += find_problems(values, word_given(texts, conf), is_doubtful)
+    return values, problems
+
+
+def _set_keys(config: Any, texts: Sequence[str], conf: Path) -> list[Problem]:
+    """Apply overrides of keys to a composed configuration, and return those that do not apply."""
+    from hydra._internal.config_loader_impl import ConfigLoaderImpl
+    from hydra.core.override_parser.overrides_parser import OverridesParser
+
     problems = []
     for text in texts:
-        if text in options:
-            continue
         parsed = OverridesParser.create().parse_overrides(with_new_keys([text], conf))
         try:
             ConfigLoaderImpl._apply_overrides_to_config(parsed, config)
         except failures() as error:
-            problems.append(Problem(_key(text), text.partition("=")[2], _refusal(text, error)))
-    try:
-        missing = sorted(OmegaConf.missing_keys(config))
-        values = to_values(config) if not missing else {}
-    except failures() as error:
-        sentence = reasons(error).partition("\n")[0]
-        given = [text for text in texts if "${" in text]
-        found.problems += problems
-        found.problems += [Problem(_key(t), t.partition("=")[2], f"{t}: {sentence}") for t in given]
-        if given:
-            rest = tuple(text for text in texts if text not in given)
-            _check_point(rest, conf, composed, {*uncertain, *map(_first, map(_key, given))}, found)
-        else:
-            found.problems.append(_of_conf(error))
-        return
-    problems += [Problem(key, "", f"{key}: conf/ leaves it unset (???)") for key in missing]
-    if values:
-        problems += find_problems(values, word_given(texts, conf), uncertain)
-    found.problems += problems
-    if not problems:
-        found.points.append(Point(texts, values))
+            problems.append(_problem(text, _refusal(text, error)))
+    return problems
+
+
+def _problem(text: str, message: str) -> Problem:
+    return Problem(_key(text), text.partition("=")[2], message)
 
 
 def _refusal(text: str, error: Exception) -> str:
@@ -390,19 +441,16 @@ def _refusal(text: str, error: Exception) -> str:
     return f"{text}: {reasons(error)}"
 
 
-def _blamed(
-    options: tuple[str, ...], composed: _Composer, error: Exception
-) -> list[Problem]:
+def _blamed(options: tuple[str, ...], composer: Composer, error: Exception) -> list[Problem]:
     """Return which options do not compose; where none fails alone, all of them, or conf/ itself."""
     problems = []
     for texts in ((), *((option,) for option in options)):
         try:
-            composed.options(texts)
+            composer.options(texts)
         except failures() as alone:
             if not texts:
                 return [_of_conf(alone)]
-            key, _, option = texts[0].partition("=")
-            problems.append(Problem(key, option, f"{texts[0]}: {reasons(alone)}"))
+            problems.append(_problem(texts[0], reasons(alone)))
     given = ", ".join(options)
     return problems or [Problem(given, "", f"{given}: do not compose together: {reasons(error)}")]
 
@@ -412,14 +460,14 @@ def _of_conf(error: Exception) -> Problem:
 
 
 def _lacking_here(
-    points: Sequence[Point], composed: _Composer, reads: Collection[str]
+    points: Sequence[Point], composer: Composer, reads: Collection[str]
 ) -> list[Problem]:
     """Return what the points need and this machine lacks, but for what conf/ itself asks for.
 
     The results of conf/ as it stands may have come from another machine.
     """
     found = dict.fromkeys(p for point in points for p in lacking(point.values, reads))
-    always = lacking(to_values(composed.options(())), reads) if found else []
+    always = lacking(to_values(composer.options(())), reads) if found else []
     return [problem for problem in found if problem not in always]
 
 

@@ -19,7 +19,9 @@ from capas.errors import CapasError
 CONF, PARAMS, OVERRIDES = Path("conf"), Path("params.yaml"), Path("conf/overrides.yaml")
 NOTHING_OVERRIDDEN = "# Nothing overridden.\n"
 _HEADER = "# Composed from conf/ by stages/compose_params.py: edit conf/, not this file. values:{digest}\n"
-_ADVICE = re.compile(r"To append to your|See https://hydra|Either remove \+|Or add a second \+|HYDRA_FULL|object_type=")
+_ADVICE = re.compile(
+    r"To append to your|See https://hydra|Either remove \+|Or add a second \+|HYDRA_FULL|object_type="
+)
 _STAMP = re.compile(r"^# Composed from conf/ .* values:(?P<digest>\w+)$", re.MULTILINE)
 
 Values = dict[str, Any]
@@ -99,7 +101,9 @@ def with_new_keys(overrides: list[str], conf: Path = CONF) -> list[str]:
         text, key = str(override.input_line), override.key_or_group
         prefixed = override.is_add() or override.is_force_add() or override.is_delete()
         below = any(key.startswith(f"{name}.") for name in known)
-        mapping = key in known and not override.is_sweep_override() and isinstance(override.value(), dict)
+        mapping = (
+            key in known and not override.is_sweep_override() and isinstance(override.value(), dict)
+        )
         beside = key not in (*GROUPS, "sweep") and is_group(key, conf)
         if prefixed:
             changed.append(text)

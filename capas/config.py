@@ -7,7 +7,7 @@ key in params.yaml have the same name.
 
 import difflib
 import math
-from collections.abc import Callable, Collection, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from functools import partial
 from types import UnionType
@@ -849,12 +849,12 @@ def validate(values: dict[str, Any], word: Word = lambda key, value: None) -> No
 
 
 def find_problems(
-    values: dict[str, Any], word: Word, uncertain: Collection[str] = ()
+    values: dict[str, Any], word: Word, is_doubtful: Callable[[str], bool] = lambda key: False
 ) -> list[Problem]:
     """Return every problem of the values, see `validate`.
 
     Args:
-        uncertain: groups whose values are not what the user meant: no rule that reads one of them is tried.
+        is_doubtful: whether a key may not have the value that the user meant: no rule that reads it is tried.
     """
     problems: dict[str, Problem] = {}
     for problem, part in _field_problems(values, word):
@@ -863,9 +863,9 @@ def find_problems(
         problems[problem.key] = problem
 
     def valid(keys: tuple[str, ...]) -> list[Any] | None:
-        """The values of `keys`; None where one of them is missing, wrong by itself or uncertain."""
+        """The values of `keys`; None where one of them is missing, wrong by itself or doubtful."""
         wrong = any(p == key or p.startswith(f"{key}.") for p in of_fields for key in keys)
-        wrong = wrong or any(key.partition(".")[0] in uncertain for key in keys)
+        wrong = wrong or any(map(is_doubtful, keys))
         found = [_lookup(values, key) for key in keys]
         return None if wrong or any(f is _ABSENT for f in found) else found
 

@@ -1,8 +1,8 @@
 """Loaded by DVC alone (`hydra.plugins_path` in .dvc/config), before `dvc exp run` writes params.yaml.
 
-DVC composes conf/ anew for every experiment. It would drop what somebody wrote into params.yaml by hand, say in
-Hydra's words what does not compose, and leave wrong values to the first stage; of several values it would
-queue the right ones before it comes to a wrong one.
+DVC composes conf/ anew for every experiment. By itself it would drop an edit of params.yaml, repeat Hydra's
+words for what does not compose, leave wrong values to the first stage, and queue the valid ones of several
+values before it refuses a wrong one.
 """
 
 import sys
