@@ -4,6 +4,7 @@ params.yaml is always exactly what conf/ composes to. Its first line holds a dig
 that an edit by hand, or by `dvc exp run -S`, is recognised and not lost.
 """
 
+import difflib
 import hashlib
 import json
 import re
@@ -18,7 +19,9 @@ from capas.errors import CapasError
 CONF, PARAMS, OVERRIDES = Path("conf"), Path("params.yaml"), Path("conf/overrides.yaml")
 NOTHING_OVERRIDDEN = "# Nothing overridden.\n"
 _HEADER = "# Composed from conf/ by stages/compose_params.py: edit conf/, not this file. values:{digest}\n"
-_UNKNOWN = re.compile(r"Could not override '(?P<key>[^']+)'")
+_ADVICE = re.compile(
+    r"To append to your|See https://hydra|Either remove \+|Or add a second \+|HYDRA_FULL|object_type="
+)
 _STAMP = re.compile(r"^# Composed from conf/ .* values:(?P<digest>\w+)$", re.MULTILINE)
 
 Values = dict[str, Any]
@@ -69,9 +72,7 @@ def composer(conf: Path) -> Iterator[Compose]:
 
     def run(overrides: list[str]) -> Values:
         with hydra_errors():
-            if unknown := unknown_keys(overrides):
-                raise CapasError(f"conf/ does not compose: {'; '.join(unknown.values())}")
-            config = compose("config", overrides=with_new_keys(overrides))
+            config = compose("config", overrides=with_new_keys(overrides, conf))
             missing = sorted(OmegaConf.missing_keys(config))
             if missing:
                 raise CapasError(f"conf/ leaves mandatory values unset: {', '.join(missing)}")
@@ -81,74 +82,41 @@ def composer(conf: Path) -> Iterator[Compose]:
         yield run
 
 
-def with_new_keys(overrides: list[str]) -> list[str]:
-    """Mark the overrides that may add keys below one that conf/ has, as Hydra's `++` does.
+def with_new_keys(overrides: list[str], conf: Path = CONF) -> list[str]:
+    """Add the prefixes that Hydra asks for, so that no user needs to know them.
 
-    `trainer.lr_scheduler_kwargs={num_cycles: 2}` and `trainer.lr_scheduler_kwargs.num_cycles=2` are such:
-    Hydra itself refuses them, since conf/ leaves the mapping empty.
+    `++` where a key may be new, below one that conf/ has: `trainer.lr_scheduler_kwargs.num_cycles=2`, or
+    `trainer.lr_scheduler_kwargs={num_cycles: 2}`. `+` before a group that conf/config.yaml does not name:
+    `smoke=tiny`.
+
+    Raises:
+        HydraException: an override cannot be parsed.
     """
-    from capas.config import known_keys
+    from hydra.core.override_parser.overrides_parser import OverridesParser
 
-    known = known_keys()
-    changed = []
-    for override in _parsed(overrides):
+    from capas.config import GROUPS, known_keys
+
+    known, changed = known_keys(), []
+    for override in OverridesParser.create().parse_overrides(overrides):
         text, key = str(override.input_line), override.key_or_group
+        prefixed = override.is_add() or override.is_force_add() or override.is_delete()
         below = any(key.startswith(f"{name}.") for name in known)
-        mapping = key in known and isinstance(override.value(), dict)
-        changed.append(f"++{text}" if _changes(override) and (below or mapping) else text)
+        mapping = (
+            key in known and not override.is_sweep_override() and isinstance(override.value(), dict)
+        )
+        beside = key not in (*GROUPS, "sweep") and is_group(key, conf)
+        if prefixed:
+            changed.append(text)
+        elif below or mapping:
+            changed.append(f"++{text}")
+        else:
+            changed.append(f"+{text}" if beside else text)
     return changed
 
 
-def unknown_keys(overrides: list[str]) -> dict[str, str]:
-    """{override: sentence} of all overrides that change a key which conf/ does not have."""
-    from capas.config import GROUPS, known_keys, nearest
-
-    found, known = {}, {*known_keys(), *GROUPS}
-    for override in _parsed(overrides):
-        key = override.key_or_group
-        there = any(key == name or key.startswith(f"{name}.") for name in known - {*GROUPS})
-        dotted = "." in key and "/" not in key and "@" not in key and not key.startswith("hydra.")
-        if _changes(override) and dotted and not there:
-            found[str(override.input_line)] = f"{key}: no such key{nearest(key)}"
-    return found
-
-
-def checked(compose: Callable[[list[str]], Any], overrides: list[str], conf: Path) -> Any:
-    """What `compose` makes of the overrides, once its values are known to be valid.
-
-    Args:
-        compose: gives Hydra's configuration, in which its own node `hydra` may stand.
-
-    Raises:
-        CapasError: all unknown keys and wrong values at once.
-    """
-    from omegaconf import OmegaConf
-
-    from capas.config import find_problems, refused
-
-    with hydra_errors():
-        unknown = unknown_keys(overrides)
-        known = [override for override in overrides if override not in unknown]
-        config = compose(with_new_keys(known))
-        own = {key: config._get_node(key) for key in config if key != "hydra"}
-        plain = OmegaConf.create(own)
-        if missing := sorted(OmegaConf.missing_keys(plain)):
-            raise CapasError(f"conf/ leaves mandatory values unset: {', '.join(missing)}")
-        values = to_values(plain)
-    problems = [*unknown.values(), *find_problems(values, word_given(known, conf))]
-    if problems:
-        raise refused(problems)
-    return config
-
-
-def _parsed(overrides: list[str]) -> list[Any]:
-    from hydra.core.override_parser.overrides_parser import OverridesParser
-
-    return list(OverridesParser.create().parse_overrides(overrides))
-
-
-def _changes(override: Any) -> bool:
-    return not (override.is_add() or override.is_force_add() or override.is_delete())
+def is_group(key: str, conf: Path = CONF) -> bool:
+    """Whether `key` is a folder of conf/ with options; what is Hydra's own is none."""
+    return bool(key) and "." not in key and not key.startswith("hydra") and (conf / key).is_dir()
 
 
 def word_given(
@@ -201,34 +169,60 @@ def _reads_as(text: str, value: Any) -> bool:
     return type(read) is type(value) and bool(read == value)
 
 
-@contextmanager
-def hydra_errors() -> Iterator[None]:
-    """Hydra's errors as one of ours.
-
-    Raises:
-        CapasError: what is composed in the block does not compose.
-    """
+def failures() -> tuple[type[Exception], ...]:
+    """Return the exceptions that Hydra raises where something does not compose."""
     from hydra.errors import HydraException
     from omegaconf.errors import OmegaConfBaseException
     from yaml import YAMLError
 
+    return HydraException, OmegaConfBaseException, YAMLError, UnicodeDecodeError
+
+
+@contextmanager
+def hydra_errors() -> Iterator[None]:
+    """Turn Hydra's errors into one of ours.
+
+    Raises:
+        CapasError: something in the block does not compose.
+    """
     try:
         yield
-    except (HydraException, OmegaConfBaseException, YAMLError, UnicodeDecodeError) as error:
-        reasons = _reasons(error)
-        if unknown := _UNKNOWN.match(reasons):
-            from capas.config import nearest
-
-            reasons = f"{unknown['key']}: no such key{nearest(unknown['key'])}"
-        raise CapasError(f"conf/ does not compose: {reasons}") from None
+    except failures() as error:
+        raise CapasError(f"conf/ does not compose: {reasons(error)}") from None
 
 
-def _reasons(error: BaseException | None) -> str:
-    """The messages of an exception and of its causes: Hydra hides the useful one in the cause."""
+def reasons(error: BaseException | None) -> str:
+    """Return the messages of an exception and of its causes: Hydra hides the useful one in the cause.
+
+    Its advice to add prefixes is left out: `with_new_keys` adds them.
+    """
     texts: list[str] = []
     while error is not None:
-        text = str(error).strip()
+        if sentence := _no_such_option(error):
+            return "\n  ".join([*texts, sentence])
+        lines = (line.rstrip() for line in str(error).strip().splitlines())
+        text = "\n".join(line for line in lines if not _ADVICE.search(line))
         if text and text not in texts:
             texts.append(text)
         error = error.__cause__
     return "\n  ".join(texts)
+
+
+def _no_such_option(error: BaseException) -> str:
+    """Return Hydra's error about an option that a group lacks as a sentence, "" for any other error."""
+    group, _, option = str(getattr(error, "missing_cfg_file", None) or "").rpartition("/")
+    if not group:
+        return ""
+    if group.startswith("hydra/"):
+        return (
+            f"{group}={option}: no such option, or the package that brings it is not installed: "
+            "pip install -e '.[sweep]'"
+        )
+    there = [name for name in getattr(error, "options", None) or () if not name.startswith("_")]
+    return f"{group}={option}: no such option{meant(option, there, group)}"
+
+
+def meant(option: str, there: list[str], group: str) -> str:
+    """Return the option that was meant, or those that there are, to follow `no such option`."""
+    close = difflib.get_close_matches(option, there, n=1, cutoff=0.5)
+    return f"; did you mean {close[0]}?" if close else f"; {group} has {', '.join(there)}"

@@ -7,17 +7,19 @@ key in params.yaml have the same name.
 
 import difflib
 import math
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from functools import partial
-from typing import Annotated, Any, Literal
+from types import UnionType
+from typing import Annotated, Any, Literal, Union, get_args, get_origin
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
 
 from capas import embedded
-from capas.errors import CapasError, without_secrets
+from capas.errors import without_secrets
 from capas.metrics.names import AUTO, OWN_FUNCTION, BuiltIn, names_clash
 from capas.params import flatten
+from capas.problems import Problem, refused
 
 Word = Callable[[str, Any], str | None]
 Count = Annotated[int, Field(gt=0)]
@@ -846,21 +848,24 @@ def validate(values: dict[str, Any], word: Word = lambda key, value: None) -> No
         raise refused(problems)
 
 
-def refused(problems: list[str]) -> CapasError:
-    """The problems of a configuration as one error."""
-    lines = without_secrets("\n".join(f"  {text}" for text in problems))
-    return CapasError(f"conf/ has {len(problems)} problem(s); no stage was run:\n{lines}")
+def find_problems(
+    values: dict[str, Any], word: Word, is_doubtful: Callable[[str], bool] = lambda key: False
+) -> list[Problem]:
+    """Return every problem of the values, see `validate`.
 
-
-def find_problems(values: dict[str, Any], word: Word) -> list[str]:
-    """Return a sentence for each problem; see `validate`."""
-    problems: dict[str, str] = {}
-    for key, text, message in _field_problems(values, word):
-        problems[key] = f"{problems[key]} or {message}" if key in problems else text
+    Args:
+        is_doubtful: whether a key may not have the value that the user meant: no rule that reads it is tried.
+    """
+    problems: dict[str, Problem] = {}
+    for problem, part in _field_problems(values, word):
+        if before := problems.get(problem.key):
+            problem = Problem(before.key, before.value, f"{before.message} or {part}")
+        problems[problem.key] = problem
 
     def valid(keys: tuple[str, ...]) -> list[Any] | None:
-        """The values of `keys`; None where one of them is missing or wrong by itself."""
+        """The values of `keys`; None where one of them is missing, wrong by itself or doubtful."""
         wrong = any(p == key or p.startswith(f"{key}.") for p in of_fields for key in keys)
+        wrong = wrong or any(map(is_doubtful, keys))
         found = [_lookup(values, key) for key in keys]
         return None if wrong or any(f is _ABSENT for f in found) else found
 
@@ -869,10 +874,15 @@ def find_problems(values: dict[str, Any], word: Word) -> list[str]:
         found = valid(rule.keys)
         if found is not None and not rule.holds(*found):
             given = ", ".join(f"{k}={_show(f)}" for k, f in zip(rule.keys, found, strict=True))
-            problems[f"{given} {rule.expected}"] = f"{given}: expected {rule.expected}"
+            problems[f"{given} {rule.expected}"] = Problem(
+                rule.keys[0], _show(found[0]), f"{given}: expected {rule.expected}"
+            )
     if (found := valid(_OF_SCHEDULE)) is not None:
-        problems |= {text: text for text in _schedule_problems(*found)}
-    problems |= {f"{key} holds a secret": text for key, text in _secrets(values)}
+        kwargs = _OF_SCHEDULE[1]
+        for text in _schedule_problems(*found):
+            problems[text] = Problem(kwargs, _show(found[1]), text)
+    for key, text in _secrets(values):
+        problems[f"{key} holds a secret"] = Problem(key, "***", text)
     return list(problems.values())
 
 
@@ -954,8 +964,8 @@ def _brings_system(source: dict[str, Any]) -> bool:
     return source["shape"] != "columns" or "system" in columns or "messages" in columns
 
 
-def _field_problems(values: dict[str, Any], word: Word) -> Iterator[tuple[str, str, str]]:
-    """(key, the whole sentence, pydantic's part of it); a union yields one for each of its members."""
+def _field_problems(values: dict[str, Any], word: Word) -> Iterator[tuple[Problem, str]]:
+    """The problem, and pydantic's part of its sentence; a union yields one for each of its members."""
     try:
         Config.model_validate(values)
     except ValidationError as error:
@@ -966,13 +976,11 @@ def _field_problems(values: dict[str, Any], word: Word) -> Iterator[tuple[str, s
             is_scalar = isinstance(item["input"], int | float)
             if item["type"] == "string_type" and is_scalar and keys.count(key) == 1:
                 given = word(key, item["input"]) or _show(item["input"])
-                yield key, _quoting(key, given, item["input"]), message
+                yield Problem(key, given, _quoting(key, given, item["input"])), message
                 continue
-            yield (
-                key,
-                explain(key, item["type"], message, item["input"]),
-                message[0].lower() + message[1:],
-            )
+            sentence = explain(key, item["type"], message, item["input"])
+            shown = "" if item["type"] in ("missing", "extra_forbidden") else _show(item["input"])
+            yield Problem(key, shown, sentence), message[0].lower() + message[1:]
 
 
 def _quoting(key: str, given: str, value: Any) -> str:
@@ -1006,26 +1014,81 @@ def _dotted(location: tuple[int | str, ...], values: dict[str, Any]) -> str:
     return ".".join(parts)
 
 
-def explain(key: str, kind: str, message: str, value: Any) -> str:
-    """A problem that pydantic found, in a sentence."""
+def explain(
+    key: str, kind: str, message: str, value: Any, groups: Mapping[str, type[Group]] = GROUPS
+) -> str:
+    """Return a problem that pydantic found as a sentence."""
     if kind == "missing":
         return f"{key}: is missing; every option of a group must set it"
     if kind == "extra_forbidden":
-        return f"{key}={_show(value)}: no such key{nearest(key)}"
+        return f"{key}={_show(value)}: no such key{nearest(key, groups)}"
     return f"{key}={_show(value)}: {message[0].lower()}{message[1:]}"
 
 
-def nearest(key: str) -> str:
-    """The key that was meant, or those that there are, to be put behind `no such key`."""
-    group, _, name = key.partition(".")
-    if group in GROUPS:
-        known = list(GROUPS[group].model_fields)
-        meant = [n for n in (_ELSEWHERE.get(name),) if n in known]
-        close = meant or difflib.get_close_matches(name, known, n=1, cutoff=0.6)
-        there = f"; {group} has {', '.join(n for n in known if n != 'preset')}"
-        return f"; did you mean {group}.{close[0]}?" if close else there
-    close = difflib.get_close_matches(key, known_keys(), n=1, cutoff=0.6)
-    return f"; did you mean {close[0]}?" if close else ""
+def nearest(key: str, groups: Mapping[str, type[Group]] = GROUPS) -> str:
+    """Return the key that was meant, or the keys that there are, to follow `no such key`."""
+    if (left := leaves_schema(key, groups)) is None:
+        return ""
+    path, name, known = left
+    if not path:
+        meant = _nearest_group(key, groups)
+        return f"; did you mean {' or '.join(meant)}?" if meant else ""
+    if not known:
+        return f"; {path} is a value and has no keys"
+    close = [n for n in (_ELSEWHERE.get(name),) if n in known]
+    close = close or difflib.get_close_matches(name, known, n=1, cutoff=0.6)
+    there = f"; {path} has {', '.join(n for n in known if n != 'preset')}"
+    return f"; did you mean {path}.{close[0]}?" if close else there
+
+
+def leaves_schema(
+    key: str, groups: Mapping[str, type[Group]] = GROUPS
+) -> tuple[str, str, list[str]] | None:
+    """Return where a dotted key leaves the schema: the path so far, the name, the names that there are.
+
+    None where the schema has the key, or takes any name there.
+    """
+    parts = key.split(".")
+    children: list[tuple[str | None, Any]] = [*groups.items(), ("seed", int)]
+    for number, part in enumerate(parts):
+        matches = [kind for name, kind in children if name in (part, None)]
+        if not matches:
+            return ".".join(parts[:number]), part, [name for name, _ in children if name]
+        children = [child for kind in matches for child in _children(kind)]
+    return None
+
+
+def _children(annotation: Any) -> Iterator[tuple[str | None, Any]]:
+    """Yield name and type of every key below a value; the name None stands for any."""
+    arguments = get_args(annotation)
+    match get_origin(annotation):
+        case kind if kind is Annotated:
+            yield from _children(arguments[0])
+        case kind if kind in (Union, UnionType):
+            for member in arguments:
+                yield from _children(member)
+        case kind if kind is list:
+            yield None, arguments[0]
+        case kind if kind is dict:
+            literal = get_origin(arguments[0]) is Literal
+            for name in get_args(arguments[0]) if literal else (None,):
+                yield name, arguments[1]
+        case _ if isinstance(annotation, type) and issubclass(annotation, BaseModel):
+            yield from ((n, field.annotation) for n, field in annotation.model_fields.items())
+
+
+def _nearest_group(key: str, groups: Mapping[str, type[Group]]) -> list[str]:
+    """Return the groups or keys that were meant by a key whose first part is no group."""
+    if "." in key:
+        return difflib.get_close_matches(key, known_keys(), n=1, cutoff=0.6)
+    by_leaf: dict[str, list[str]] = {}
+    for known in known_keys():
+        by_leaf.setdefault(known.rpartition(".")[2], []).append(known)
+    if found := by_leaf.get(_ELSEWHERE.get(key, key)):
+        return found[:3]
+    names = [*groups, *by_leaf]
+    close = difflib.get_close_matches(key, names, n=1, cutoff=0.6)
+    return close if close and close[0] in groups else by_leaf.get(close[0], [])[:3] if close else []
 
 
 _ELSEWHERE = {  # what keys are called in PEFT's and TRL's examples, axolotl or LLaMA-Factory

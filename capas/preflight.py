@@ -20,7 +20,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from capas.composition import CONF, Values, composer, word_given
+from capas.composition import CONF, Values, composer
 from capas.dag import recorded
 from capas.errors import CapasError
 from capas.params import Params
@@ -67,14 +67,16 @@ def composed_here(overrides: list[str]) -> tuple[Path, Values]:
     Raises:
         CapasError: there is no conf/, or it does not compose to valid values.
     """
-    from capas.config import validate
+    from capas.checking import check
+    from capas.problems import refused
 
     root = Path.cwd()
     if not (root / CONF).is_dir():
         raise CapasError(f"{root} has no conf/; start it in the repository's top folder")
+    if problems := check(overrides, root / CONF):
+        raise refused(problems, "nothing was done")
     with composer(root / CONF) as compose:
         values = compose(overrides)
-    validate(values, word_given(overrides, root / CONF))
     return root, Pins.read(root=root).known(values)
 
 

@@ -178,10 +178,10 @@ def _overridden(
     if aside is None:
         return select(read_yaml(root / PARAMS), keys) if keys else {}
     script = [sys.executable, "stages/compose_params.py"]
-    command = [*script, "--print", "--files", str(aside), *overrides]
+    command = [*script, "--print", "--stage", spec.name, "--files", str(aside), *overrides]
     composed = subprocess.run(command, cwd=root, stdout=subprocess.PIPE, text=True, check=False)
     if composed.returncode:
-        raise CapasError("the overrides do not compose")
+        sys.exit(composed.returncode)  # it has said why
     values = json.loads(composed.stdout)
     _check_read(values, read_yaml(root / PARAMS), keys)
     return select(values, keys)

@@ -31,6 +31,7 @@ from tempfile import TemporaryFile
 from typing import Any
 
 from capas import embedded
+from capas.checking import check
 from capas.composition import (
     CONF,
     NOTHING_OVERRIDDEN,
@@ -54,7 +55,9 @@ from capas.metrics.own import read_sources
 from capas.overrides import absorb, difference, in_force
 from capas.params import Params
 from capas.pins import REVISIONS, Pins
+from capas.problems import refused
 from capas.progress import heartbeat
+from capas.requirements import read_by
 
 log = logging.getLogger("capas")
 ENVIRONMENT, LOCK, COMPOSED = (
@@ -89,13 +92,15 @@ def main(options: argparse.Namespace) -> None:
     ensure_overrides(reset=options.reset)
     before = inputs()
     pins, word = Pins.read(), word_given(options.overrides)
+    reads = read_by(Path(), [options.stage], before=False) if options.stage else ()
+    if problems := check(options.overrides, reads=reads) if options.print else []:
+        raise refused(problems)
     with composer(CONF) as compose:
         target = with_metrics(compose(options.overrides))
     if options.update_revisions:
         validate(target, word)
         pins.update(target)
     if options.print:
-        validate(target, word)
         target = pins.resolve(target)
         if options.files:
             write_all({options.files / path: text for path, text in resolved_files(target).items()})
@@ -356,6 +361,7 @@ def parse_options() -> argparse.Namespace:
     parser.add_argument(
         "--files", type=Path, help="with --print: write the files it names below here"
     )
+    parser.add_argument("--stage", metavar="NAME", help="with --print: it will run on this machine")
     parser.add_argument("overrides", nargs="*", help="with --print: Hydra overrides, lora.r=8")
     parser.add_argument("-m", "--multirun", action="store_true", help=argparse.SUPPRESS)
     options = parser.parse_intermixed_args()

@@ -4,7 +4,7 @@
     python stages/sweep.py -m lora.r=8,16 hydra/launcher=joblib hydra.launcher.n_jobs=2      two at once
     python stages/sweep.py -m trainer.learning_rate=1e-3,4e-3 seed=1,2,3     mean and interval of three seeds
     python stages/sweep.py -m chat_template=llama3,chatml experiment=quick      choices; an overlay
-    python stages/sweep.py -m 'lora=glob(*)'             all choices of a group
+    python stages/sweep.py -m 'model=glob(qwen*)'        all choices of a group with such a name
     python stages/sweep.py -m sweep=learning_rate        a sweep that is ready: see conf/sweep/
     python stages/sweep.py -m sweep=optuna 'trainer.learning_rate=tag(log,interval(1e-4,3e-2))'
     python stages/sweep.py -m hydra/launcher=slurm ...   a job for each point: see conf/hydra/launcher/
@@ -20,17 +20,29 @@ retries what failed. The workspace stays as it is, until `dvc exp apply NAME` ad
 
 import argparse
 import logging
+import shlex
+import signal
 import sys
 from pathlib import Path
+from typing import Any
 
 from capas.errors import told
-from capas.sweep.driver import clean, run, show
 
-if __name__ == "__main__":
-    logging.basicConfig(format="sweep: %(message)s")
-    logging.getLogger("capas").setLevel(logging.INFO)
-    # What Hydra's plugins say of a failed point is told better below the point.
-    logging.getLogger("hydra_plugins").setLevel(logging.CRITICAL)
+
+def main() -> int:
+    options = parse_options()
+    from capas.sweep.driver import clean, run, show
+
+    if options.list:
+        show(Path.cwd())
+    elif options.clean:
+        clean(Path.cwd())
+    else:
+        return run(Path.cwd(), options.words, options.multirun)
+    return 0
+
+
+def parse_options() -> argparse.Namespace:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
@@ -39,11 +51,26 @@ if __name__ == "__main__":
     ways.add_argument("--list", action="store_true", help="sweeps, experiments, disk use")
     ways.add_argument("--clean", action="store_true", help="remove workspaces and logs")
     parser.add_argument("words", nargs="*", metavar="override", help="of Hydra: lora.r=8,16")
-    options = parser.parse_intermixed_args()
+    return parser.parse_intermixed_args()
+
+
+def stop(number: int, frame: Any) -> None:
+    """End as Ctrl-C does: a scheduler that takes the machine back sends SIGTERM."""
+    raise KeyboardInterrupt
+
+
+if __name__ == "__main__":
+    signal.signal(signal.SIGTERM, stop)
+    logging.basicConfig(format="sweep: %(message)s")
+    logging.getLogger("capas").setLevel(logging.INFO)
+    # What Hydra's plugins say of a failed point is told better below the point.
+    logging.getLogger("hydra_plugins").setLevel(logging.CRITICAL)
     with told("sweep"):
-        if options.list:
-            show(Path.cwd())
-        elif options.clean:
-            clean(Path.cwd())
-        else:
-            sys.exit(run(Path.cwd(), options.words, options.multirun))
+        try:
+            sys.exit(main())
+        except KeyboardInterrupt:
+            words = shlex.join(["stages/sweep.py", *sys.argv[1:]])
+            sys.stderr.write(
+                f"sweep: stopped; finished points are kept. To go on: python {words}\n"
+            )
+            sys.exit(130)

@@ -436,7 +436,7 @@ def test_dvc_exp_run_refuses_what_is_wrong_at_once_and_leaves_the_workspace_alon
         "model.revision=12e4567: expected a text, and 12e4567 is read as a number",
     ):
         assert sentence in log
-    assert "4 problem(s)" in log and "Traceback" not in log and "unexpected error" not in log
+    assert "4 problems in" in log and "Traceback" not in log and "unexpected error" not in log
     assert (workspace.run("git", "status", "--porcelain"), workspace.read("params.yaml")) == before
     kwargs = "trainer.lr_scheduler_kwargs={num_cycles: 2}"
     schedule = "trainer.lr_scheduler_type=cosine_with_restarts"

@@ -259,30 +259,13 @@ def test_all_problems_are_reported_at_once(compose: Callable[[list[str]], Any]) 
             ]
         )
     )
-    assert "6 problem(s)" in text
+    assert "6 problems in the configuration" in text
     assert "trainer.learning_rat=1: no such key; did you mean trainer.learning_rate?" in text
     assert "lora.r=0: input should be greater than 0" in text
     assert "trainer.bf16='yes'" in text
     assert "dataset.overflow='cut': input should be 'error', 'drop' or 'truncate'" in text
     assert "lora.bias: is missing" in text
     assert "load_in_4bit=True, quantization.load_in_8bit=True: expected one of the two" in text
-
-
-@pytest.mark.parametrize(
-    ("key", "meant"),
-    [
-        ("trainer.lr", "did you mean trainer.learning_rate?"),
-        ("lora.rank", "did you mean lora.r?"),
-        ("trainer.packing", "did you mean trainer.packing_length?"),
-        ("lora.modules_to_save", "lora has r, lora_alpha,"),
-        ("dataste.max_length", "did you mean dataset.max_length?"),
-    ],
-)
-def test_an_override_of_no_key_is_told_the_one_that_was_meant(
-    compose: Callable[[list[str]], Any], key: str, meant: str
-) -> None:
-    with pytest.raises(CapasError, match=rf"{re.escape(key)}: no such key; {re.escape(meant)}"):
-        compose([f"{key}=1"])
 
 
 @pytest.mark.parametrize(
@@ -480,13 +463,6 @@ def test_a_mapping_that_conf_leaves_open_takes_keys_from_the_command_line(
     validate(values)
 
 
-def test_all_unknown_keys_are_told_at_once(compose: Callable[[list[str]], Any]) -> None:
-    with pytest.raises(
-        CapasError, match=r"did you mean lora.r\?.*did you mean trainer.learning_rat"
-    ):
-        compose(["lora.rank=8", "trainer.lr=1e-3", "experiment=quick"])
-
-
 def test_an_unknown_key_in_an_open_mapping_is_told(compose: Callable[[list[str]], Any]) -> None:
     assert "has no such argument" in problems(compose(["trainer.lr_scheduler_kwargs.cycles=2"]))
     assert "dataset.flaws.malforme" in problems(compose(["dataset.flaws.malforme=drop"]))
@@ -517,7 +493,9 @@ def test_a_word_that_is_read_as_no_text_is_told_as_it_was_given(
 def test_a_value_that_hydra_cannot_compose_is_a_clear_error(
     compose: Callable[[list[str]], Any],
 ) -> None:
-    with pytest.raises(CapasError, match=r"lora/huge"):
+    with pytest.raises(
+        CapasError, match=r"lora=huge: no such option; lora has all_linear, attention, none"
+    ):
         compose(["lora=huge"])
 
 

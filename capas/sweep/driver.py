@@ -3,6 +3,7 @@
 import contextlib
 import io
 import logging
+import math
 import os
 import shlex
 import shutil
@@ -14,17 +15,22 @@ from typing import Any
 
 from rich.table import Table
 
+from capas.checking import Point
 from capas.clone import cache_of
 from capas.composition import CONF
 from capas.errors import CapasError
 from capas.locks import BusyError, exclusive, is_held
+from capas.problems import refused
+from capas.requirements import lacking, read_by
 from capas.sweep import parent
 from capas.sweep.lesson import lesson
-from capas.sweep.plan import AT_ONCE, DRIVER, FOLDER, VARIABLE, Plan
+from capas.sweep.outlook import cached, earlier, in_words, seconds_of_all
+from capas.sweep.plan import AT_ONCE, DRIVER, FOLDER, VARIABLE, Plan, check_home
+from capas.sweep.point import num_workers
 from capas.sweep.ranking import Row, rank
 from capas.sweep.screen import Screen, print_ranking, stdout, verdict
-from capas.sweep.state import ENDED, FAILED, read_states
-from capas.sweep.task import NAME, Task, prepare
+from capas.sweep.state import ENDED, FAILED, State, read_states
+from capas.sweep.task import NAME, Task, prepare, runs_here
 from capas.worktree import git
 
 log = logging.getLogger("capas")
@@ -35,28 +41,35 @@ _LOST = (
 
 
 def run(home: Path, words: list[str], multirun: bool) -> int:
-    """The exit code: 1 where a point failed."""
+    """Run a sweep and return the exit code: 1 where a point failed.
+
+    Raises:
+        CapasError: the command is wrong; nothing was written.
+    """
+    check_home(home)
+    task = prepare(home, words, multirun)
     what = [word for word in words if not word.startswith(("hydra.launcher", "hydra/launcher"))]
     plan = Plan.make(home, what)
     try:
         with exclusive(plan.lock(f"sweep-{plan.key}"), seconds=0) as lock:
             lock.write(str(os.getpid()))
             lock.flush()
-            return _run(plan, words, multirun)
-    except KeyboardInterrupt:
-        log.warning("stopped; the same command goes on with what is left")
-        return 130
+            return _run(plan, task, multirun)
     except BusyError as busy:
         raise CapasError(
             f"this sweep is running already (pid {busy.text}); wait for it, or stop it"
         ) from None
 
 
-def _run(plan: Plan, words: list[str], multirun: bool) -> int:
+def _run(plan: Plan, task: Task, multirun: bool) -> int:
+    before = earlier(plan.home)
+    done = [] if task.searches else cached(plan, task.points)
+    left = [point for point in task.points if point not in done]
+    _check_machine(plan.home, task, left)
+    log.info("%s", _outlook(plan, task, left, before))
     plan.write()
     for file in (plan.points).iterdir():
         file.unlink()  # of the last time; what was finished is an experiment
-    task = prepare(plan, words, multirun)
     settings = task.settings
     screen = Screen(plan.points, settings, task.expected)
     with parent.tracked(plan, task.tracking):
@@ -80,6 +93,31 @@ def _run(plan: Plan, words: list[str], multirun: bool) -> int:
             markup=False,
         )
     return 1 if failed or not rows else 0
+
+
+def _check_machine(home: Path, task: Task, points: list[Point]) -> None:
+    """Check that this machine has what the points need; where a cluster runs them it is a warning.
+
+    Raises:
+        CapasError: they run here, and it lacks something.
+    """
+    reads = read_by(home)
+    missing = list(dict.fromkeys(p for point in points for p in lacking(point.values, reads)))
+    if missing and runs_here(task.launcher):
+        raise refused(missing, "no point was run")
+    for problem in missing:
+        log.warning("this machine lacks it, the launcher's may have it: %s", problem)
+
+
+def _outlook(plan: Plan, task: Task, left: list[Point], before: list[State]) -> str:
+    """Return what the sweep is about to do, in a line."""
+    at_once = min(num_workers(task.launcher), task.at_once)
+    if not task.searches:
+        found = seconds_of_all(plan, left, before, task.base, at_once)
+        return in_words(len(task.points), len(task.points) - len(left), found, at_once)
+    one = seconds_of_all(plan, task.points, before, task.base, 1)
+    whole = (one[0] * math.ceil(task.expected / at_once), one[1]) if one else None
+    return f"a search: {in_words(task.expected, 0, whole, at_once)}"
 
 
 def summary(

@@ -84,18 +84,7 @@ class Plan:
 
     @classmethod
     def make(cls, home: Path, words: list[str]) -> "Plan":
-        """The workspace as it is now, uncommitted edits and untracked files with it.
-
-        Raises:
-            CapasError: `home` is not the top folder of a git repository with DVC.
-        """
-        if not (home / "dvc.yaml").exists() or not (home / ".dvc").is_dir():
-            raise CapasError(f"{home} has no dvc.yaml; start it in the repository's top folder")
-        if folder := git(home, "rev-parse", "--show-prefix"):
-            raise CapasError(
-                f"{home} is the folder {folder} of a larger git repository; a sweep clones the repository of "
-                "its points and needs one of its own: move the folder out, or `git init` in it"
-            )
+        """The workspace as it is now, uncommitted edits and untracked files with it."""
         taken = snapshot(home)
         found = inputs.ignored(home, taken.tree)
         ignored = tuple(name for name in found if not name.startswith(f"{CONF}/"))
@@ -160,6 +149,17 @@ class Plan:
     def current(cls) -> "Plan":
         """That of the sweep which started this process, whatever the launcher."""
         return cls.read(Path(os.environ[VARIABLE]))
+
+
+def check_home(home: Path) -> None:
+    """Raises CapasError where `home` is not the top folder of a git repository with DVC."""
+    if not (home / "dvc.yaml").exists() or not (home / ".dvc").is_dir():
+        raise CapasError(f"{home} has no dvc.yaml; start it in the repository's top folder")
+    if folder := git(home, "rev-parse", "--show-prefix"):
+        raise CapasError(
+            f"{home} is the folder {folder} of a larger git repository; a sweep clones the repository of "
+            "its points and needs one of its own: move the folder out, or `git init` in it"
+        )
 
 
 def digest(*parts: Any) -> str:

@@ -29,7 +29,7 @@ from capas.sweep.screen import without_group
 from capas.sweep.shared import SharedStages
 from capas.sweep.slots import place
 from capas.sweep.state import CACHED, DONE, FAILED, RUNNING, WAITING, State
-from capas.sweep.task import is_of_sweep, values_of
+from capas.sweep.task import check_place, is_of_sweep, is_slurm, values_of
 from capas.sweep.workspace import lay_out
 from capas.workers import end_with
 from capas.worktree import git
@@ -168,21 +168,11 @@ class Point:
             CapasError: the point trains in more processes than it has GPUs, or on several machines.
         """
         hardware = self.values["hardware"]
-        device, processes = hardware["device"], hardware["num_processes"]
-        if hardware["num_machines"] > 1:
-            raise CapasError(
-                f"hardware.num_machines={hardware['num_machines']}: a point of a sweep has one machine; set 1"
-            )
-        if self.launcher["_target_"].endswith("SlurmLauncher"):
-            gpus = self.launcher.get("gpus_per_node") or 0
-            if device == "cuda" and gpus < processes:
-                raise CapasError(
-                    f"hardware.num_processes={processes}, and hydra.launcher.gpus_per_node={gpus}: set it to "
-                    f"{processes}"
-                )
+        check_place(hardware, self.launcher)
+        if is_slurm(self.launcher):
             return nullcontext({})
         workers = min(num_workers(self.launcher), int(os.environ[AT_ONCE]))
-        return place(self.plan.lock, device, workers, processes)
+        return place(self.plan.lock, hardware["device"], workers, hardware["num_processes"])
 
     def _run_experiment(self, stages: SharedStages, variables: dict[str, str], lock: int) -> None:
         sets = [word for override in self.overrides for word in ("-S", override)]

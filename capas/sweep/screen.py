@@ -31,7 +31,7 @@ class Screen:
         width = None if sys.stderr.isatty() else _WIDE
         self.console = Console(file=sys.stderr, highlight=False, width=width)
         self._folder, self._settings, self._expected = folder, settings, expected
-        self._told: dict[str, str] = {}
+        self._told, self._started = dict[str, str](), set[str]()
         self._stop = threading.Event()
 
     @contextmanager
@@ -69,6 +69,8 @@ class Screen:
             if self._told.get(state.identity) == state.status:
                 continue
             self._told[state.identity] = state.status
+            if state.status in (RUNNING, DONE, FAILED):
+                self._tell_start(state)
             if state.status == FAILED:
                 self.console.print(Text(f"failed  {state.name}", style="bold red"))
                 self.console.print(Text(_indented(state.reason)))
@@ -79,8 +81,13 @@ class Screen:
                 self.console.print(
                     Text(f"{ended}/{self._expected}  {state.name}  {value}  ({how})"), style="green"
                 )
-            elif state.status == RUNNING and not self.console.is_terminal:
-                self.console.print(Text(f"started {state.name}"))
+
+    def _tell_start(self, state: State) -> None:
+        """A terminal's table shows what runs; a point that ended between two looks has started, too."""
+        if not self.console.is_terminal and state.identity not in self._started:
+            self._started.add(state.identity)
+            count = f"{len(self._started)}/{self._expected}"
+            self.console.print(Text(f"started {state.name}  ({count})"))
 
     def _table(self, states: list[State]) -> Table:
         counts = Counter(state.status for state in states)

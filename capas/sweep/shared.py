@@ -5,7 +5,7 @@ other; it lets a stage go as soon as DVC has recorded it, and who waited finds i
 """
 
 import json
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from typing import Any
@@ -21,7 +21,11 @@ _OF_THE_WORKSPACE = ("compose", "publish")  # run in each of them
 
 def stage_keys(values: dict[str, Any], inputs: str, root: Path) -> dict[str, str]:
     """Identity of each stage's inputs, known before anything runs: its params and those above it."""
-    specs = StageSpec.read_all(root)
+    return keys_of(StageSpec.read_all(root), values, inputs)
+
+
+def keys_of(specs: Mapping[str, StageSpec], values: dict[str, Any], inputs: str) -> dict[str, str]:
+    """As `stage_keys`, where dvc.yaml has been read."""
     makers = {out: name for name, spec in specs.items() for out in spec.outs}
     keys: dict[str, str] = {}
 

@@ -1,22 +1,24 @@
 """What a sweep was asked for: composed, and checked before any point runs."""
 
-import math
-from collections.abc import Iterable
-from dataclasses import dataclass
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass, field
+from difflib import get_close_matches
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
 from pydantic import Field, ValidationError
 
-from capas.composition import CONF, hydra_errors, to_values
-from capas.config import Group, explain
+from capas.checking import Composer, Point, check_points, choices_of
+from capas.composition import CONF, failures, is_group, reasons, to_values, with_new_keys
+from capas.config import GROUPS, Group, explain, nearest
 from capas.dag import StageSpec
 from capas.errors import CapasError
 from capas.params import flatten
-from capas.sweep.plan import Plan
+from capas.problems import Problem, refused
+from capas.sweep.produced import not_produced
 
 NAME = "sweep"  # conf/sweep.yaml
-_BASE = "_base"  # of a group of conf/: what its choices have in common, no choice itself
+_LOCAL = ("BasicLauncher", "JoblibLauncher", "LocalLauncher")
 Metric = Annotated[str, Field(pattern=r"^\w+\.\w+$")]
 
 
@@ -34,49 +36,186 @@ class Sweep(Group):
 
 @dataclass(frozen=True)
 class Task:
-    """`settings` and `tracking` are groups of conf/."""
+    """What to run. A search chooses its points as it goes: `points` is then one, of the first values.
+
+    `settings` and `tracking` are groups of conf/, `base` the values of conf/ without any override.
+    """
 
     settings: dict[str, Any]
     tracking: dict[str, Any]
     words: list[str]  # overrides for Hydra
     expected: int  # points
     at_once: int  # points that the sweeper proposes before it needs a result
+    launcher: dict[str, Any] = field(default_factory=dict)
+    points: list[Point] = field(default_factory=list)
+    searches: bool = False
+    base: dict[str, Any] = field(default_factory=dict)
 
 
-def prepare(plan: Plan, words: list[str], multirun: bool) -> Task:
-    """The task of a command.
+def prepare(home: Path, words: list[str], multirun: bool) -> Task:
+    """Check a command and return its task; nothing is written.
 
     Raises:
-        CapasError: Hydra cannot compose it, or a value of the sweep itself is not valid.
+        CapasError: all that is wrong with an override, a value of any point or the sweep itself.
     """
-    from hydra import compose, initialize_config_dir
-    from hydra.core.global_hydra import GlobalHydra
+    conf = home / CONF
+    words = [_without_base(word, conf) for word in words]
+    own = [word for word in words if is_of_sweep(word) or _is_of_hydra(word)]
+    config, problems = _composed(own, conf)
+    sweeper = config["hydra"]["sweeper"] if config else {}
+    searches = "n_trials" in sweeper
+    given = {_key(word) for word in words}
+    swept = [f"{k}={v}" for k, v in (sweeper.get("params") or {}).items() if k not in given]
+    checked = check_points(
+        [*swept, *words],
+        conf,
+        several=multirun,
+        groups={**GROUPS, NAME: Sweep},
+        combine=not searches,
+    )
+    told = {problem.key for problem in checked.problems}
+    problems = [*checked.problems, *(p for p in problems if p.key not in told)]
+    if config:
+        problems += _setting_problems(config, conf, home)
+        settings = config[NAME]
+        for point in checked.points if not problems else ():
+            for key, sentence in not_produced(settings, point.values):
+                problems.append(Problem(key, "", sentence))
+            problems += _place_problems(point, config["hydra"]["launcher"], home)
+    if problems or not config:
+        raise refused(problems, "no point was run")
+    expected = int(sweeper["n_trials"]) if searches else len(checked.points)
+    return Task(
+        settings=settings,
+        tracking=checked.points[0].values["tracking"],
+        words=with_new_keys(words, conf),
+        expected=expected if multirun else 1,
+        at_once=int(sweeper["n_jobs"]) if searches else expected,
+        launcher=config["hydra"]["launcher"],
+        points=checked.points,
+        searches=searches,
+        base=to_values(Composer(conf).options(())),
+    )
+
+
+def _composed(own: list[str], conf: Path) -> tuple[dict[str, Any] | None, list[Problem]]:
+    """Return the configuration of the sweep, Hydra's part of it with it, and what is wrong with that part.
+
+    Args:
+        own: the overrides that set how the sweep goes about it.
+    """
+    from copy import deepcopy
+
+    from hydra._internal.config_loader_impl import ConfigLoaderImpl
     from hydra.core.override_parser.overrides_parser import OverridesParser
     from omegaconf import OmegaConf
 
-    conf = str(plan.folder / CONF)
-    with initialize_config_dir(conf, version_base="1.3"), hydra_errors():
-        parser = OverridesParser.create(GlobalHydra.instance().config_loader())
-        words = [_without_base(word) for word in parser.parse_overrides(words)]
-        given = parser.parse_overrides(words)
-        fixed = [word for word in given if not word.is_sweep_override()]
-        lines = [str(word.input_line) for word in fixed]
-        config = compose(NAME, overrides=lines, return_hydra_config=True)
-        hydra = OmegaConf.to_container(config.hydra, resolve=False)
-        values = values_of(config)
-        settings = to_values(config.sweep)
-        beside = [str(word.input_line) for word in fixed if not word.is_hydra_override()]
-        of_points = [line for line in beside if not is_of_sweep(line)]
-        _check_values(values, to_values(compose("config", overrides=of_points)), settings["preset"])
-        assert isinstance(hydra, dict)
-        sweeper = hydra["sweeper"]
-        params = [f"{key}={value}" for key, value in (sweeper.get("params") or {}).items()]
-        by_key = {word.key_or_group: word for word in parser.parse_overrides(params) + given}
-        swept = [word for word in by_key.values() if word.is_sweep_override()]
-        expected = _expected(swept, sweeper) if multirun else 1
-    _check_settings(settings, values, plan.home)
-    at_once = int(sweeper["n_jobs"]) if "n_trials" in sweeper else expected
-    return Task(settings, values["tracking"], words, expected, at_once)
+    options = [word for word in own if "." not in _key(word)]
+    try:
+        config = deepcopy(Composer(conf, NAME).options(tuple(options)))
+    except failures() as error:
+        key = _key(options[0]) if options else f"conf/{NAME}.yaml"
+        return None, [Problem(key, "", reasons(error))]
+    problems, known = [], flatten(OmegaConf.to_container(config, resolve=False))
+    for word in own:
+        if word in options:
+            continue
+        try:
+            parsed = OverridesParser.create().parse_overrides([word])
+            ConfigLoaderImpl._apply_overrides_to_config(parsed, config)
+        except failures() as error:
+            if _is_of_hydra(word):  # those of the group sweep are checked by their schema
+                problems.append(Problem(_key(word), "", _no_such_setting(word, known, error)))
+    tree = OmegaConf.to_container(config, resolve=False)
+    assert isinstance(tree, dict)
+    return {**tree, NAME: to_values(config[NAME])}, problems
+
+
+def _no_such_setting(word: str, known: Iterable[str], error: Exception) -> str:
+    key = _key(word)
+    if key in known:
+        return f"{word}: {reasons(error)}"
+    close = get_close_matches(key, [name for name in known if _is_of_hydra(name)], n=1, cutoff=0.6)
+    return f"{key}: no such key{f'; did you mean {close[0]}?' if close else ''}"
+
+
+def _setting_problems(config: dict[str, Any], conf: Path, home: Path) -> Iterator[Problem]:
+    """Yield what is wrong with the group `sweep`, and what conf/sweep/ sets in vain."""
+    settings = config[NAME]
+    try:
+        Sweep.model_validate(settings)
+    except ValidationError as error:
+        for item in error.errors():
+            key = ".".join(map(str, (NAME, *item["loc"])))
+            sentence = explain(key, item["type"], item["msg"], item["input"], {NAME: Sweep})
+            yield Problem(key, str(item["input"]), sentence)
+        return
+    base = to_values(Composer(conf).options(()))
+    yield from _unknown_metrics(settings, home)
+    for key in settings["replicates"]:
+        if key not in flatten(base):
+            sentence = f"sweep.replicates: {key!r} is no key of params.yaml{nearest(key)}"
+            yield Problem("sweep.replicates", key, sentence)
+    ours = flatten(values_of({k: v for k, v in config.items() if k != "hydra"}))
+    theirs = flatten(base)
+    if lost := sorted(k for k in ours if k not in theirs or ours[k] != theirs[k]):
+        preset = settings["preset"]
+        yield Problem(
+            f"conf/sweep/{preset}.yaml",
+            "",
+            f"conf/sweep/{preset}.yaml sets {', '.join(lost)}, which would reach no point; put it below "
+            "hydra.sweeper.params there, into a file of conf/experiment/, or into the command",
+        )
+
+
+def _unknown_metrics(settings: dict[str, Any], home: Path) -> Iterator[Problem]:
+    """Yield the metrics of files that no stage writes."""
+    outs = {out for spec in StageSpec.read_all(home).values() for out in spec.outs}
+    files = sorted(Path(out).stem for out in outs if out.startswith("reports/metrics/"))
+    for name in dict.fromkeys([settings["objective"], *settings["columns"]]):
+        if name.partition(".")[0] not in files:
+            yield Problem(
+                "sweep",
+                name,
+                f"sweep: {name} names no metric of dvc.yaml; FILE in FILE.KEY is one of {', '.join(files)}",
+            )
+
+
+def _place_problems(point: Point, launcher: dict[str, Any], home: Path) -> list[Problem]:
+    """Return what the launcher cannot give the point."""
+    try:
+        check_place(point.values["hardware"], launcher)
+    except CapasError as error:
+        return [Problem("hardware", "", str(error))]
+    return []
+
+
+def runs_here(launcher: dict[str, Any]) -> bool:
+    """Whether the points run on this machine: a job of a cluster may have what it lacks."""
+    return str(launcher["_target_"]).rpartition(".")[2] in _LOCAL
+
+
+def check_place(hardware: dict[str, Any], launcher: dict[str, Any]) -> None:
+    """Check that a point can train in as many processes as it says.
+
+    Raises:
+        CapasError: on several machines, or on more GPUs than its job has.
+    """
+    machines, processes = hardware["num_machines"], hardware["num_processes"]
+    if machines > 1:
+        raise CapasError(
+            f"hardware.num_machines={machines}: a point of a sweep has one machine; set 1"
+        )
+    gpus = launcher.get("gpus_per_node") or 0
+    if is_slurm(launcher) and hardware["device"] == "cuda" and gpus < processes:
+        raise CapasError(
+            f"hardware.num_processes={processes}, and hydra.launcher.gpus_per_node={gpus}: set it to "
+            f"{processes}"
+        )
+
+
+def is_slurm(launcher: dict[str, Any]) -> bool:
+    return str(launcher["_target_"]).endswith("SlurmLauncher")
 
 
 def is_of_sweep(override: str) -> bool:
@@ -84,72 +223,28 @@ def is_of_sweep(override: str) -> bool:
     return override.lstrip("+~").startswith(("sweep.", "sweep=", "sweep@"))
 
 
+def _is_of_hydra(override: str) -> bool:
+    return override.lstrip("+~").startswith(("hydra.", "hydra/"))
+
+
 def values_of(config: Any) -> dict[str, Any]:
-    """What params.yaml would hold, of a composed sweep."""
+    """Return what params.yaml would hold, of a composed sweep."""
     from omegaconf import OmegaConf
 
-    tree = OmegaConf.to_container(config, resolve=False)
+    tree = config if isinstance(config, dict) else OmegaConf.to_container(config, resolve=False)
     assert isinstance(tree, dict)
     kept = {key: value for key, value in tree.items() if key not in (NAME, "hydra")}
     return to_values(OmegaConf.create(kept))
 
 
-def _without_base(word: Any) -> str:
-    """`lora=glob(*)` as the choices that it stands for."""
-    from hydra.core.override_parser.types import ValueType
-
-    if word.value_type != ValueType.GLOB_CHOICE_SWEEP:
-        return str(word.input_line)
-    choices = [choice for choice in word.sweep_string_iterator() if choice != _BASE]
-    if not choices:
-        raise CapasError(f"{word.input_line}: conf/{word.key_or_group}/ has no such choice")
-    return f"{word.get_key_element()}={','.join(choices)}"
+def _without_base(word: str, conf: Path) -> str:
+    """Return `lora=glob(*)` as the choices that it stands for; what stands for none stays, and is refused."""
+    key, _, value = word.partition("=")
+    if not value.startswith("glob(") or not is_group(_key(word), conf):
+        return word
+    choices = [text.partition("=")[2] for text in choices_of(word, conf)]
+    return f"{key}={','.join(choices)}" if choices else word
 
 
-def _expected(swept: Iterable[Any], sweeper: dict[str, Any]) -> int:
-    """A search says how many points it tries; else they are all combinations."""
-    if "n_trials" in sweeper:
-        return int(sweeper["n_trials"])
-    return math.prod(len(list(word.sweep_string_iterator())) for word in swept)
-
-
-def _check_values(values: dict[str, Any], of_points: dict[str, Any], preset: str) -> None:
-    """A point is made of the command's words alone: what conf/sweep/ sets besides would reach none."""
-    ours, theirs = flatten(values), flatten(of_points)
-    lost = sorted(key for key in ours if key not in theirs or ours[key] != theirs[key])
-    if lost:
-        raise CapasError(
-            f"conf/sweep/{preset}.yaml sets {', '.join(lost)}, which would reach no point; put it below "
-            "hydra.sweeper.params there, into a file of conf/experiment/, or into the command"
-        )
-
-
-def _check_settings(settings: dict[str, Any], values: dict[str, Any], home: Path) -> None:
-    problems = []
-    try:
-        Sweep.model_validate(settings)
-    except ValidationError as error:
-        for item in error.errors():
-            key = ".".join(map(str, (NAME, *item["loc"])))
-            problems.append(explain(key, item["type"], item["msg"], item["input"]))
-    else:
-        problems = [*_unknown_metrics(settings, home), *_unknown_replicates(settings, values)]
-    if problems:
-        lines = "\n".join(f"  {text}" for text in problems)
-        raise CapasError(f"the sweep has {len(problems)} problem(s); no point was run:\n{lines}")
-
-
-def _unknown_metrics(settings: dict[str, Any], home: Path) -> list[str]:
-    """Of the key nothing is known before a stage has written the file."""
-    outs = {out for spec in StageSpec.read_all(home).values() for out in spec.outs}
-    files = sorted(Path(out).stem for out in outs if out.startswith("reports/metrics/"))
-    return [
-        f"sweep: {name} names no metric of dvc.yaml; FILE in FILE.KEY is one of {', '.join(files)}"
-        for name in dict.fromkeys([settings["objective"], *settings["columns"]])
-        if name.partition(".")[0] not in files
-    ]
-
-
-def _unknown_replicates(settings: dict[str, Any], values: dict[str, Any]) -> list[str]:
-    unknown = [key for key in settings["replicates"] if key not in flatten(values)]
-    return [f"sweep.replicates: {key!r} is no key of params.yaml" for key in unknown]
+def _key(word: str) -> str:
+    return word.partition("=")[0].lstrip("+~")

@@ -1,10 +1,12 @@
 """Loaded by DVC alone (`hydra.plugins_path` in .dvc/config), before `dvc exp run` writes params.yaml.
 
-DVC composes conf/ anew for every experiment. It would drop what somebody wrote into params.yaml by hand, and
-say in Hydra's words what does not compose; wrong values would be found by the first stage alone.
+DVC composes conf/ anew for every experiment. By itself it would drop an edit of params.yaml, repeat Hydra's
+words for what does not compose, leave wrong values to the first stage, and queue the valid ones of several
+values before it refuses a wrong one.
 """
 
-from functools import wraps
+import sys
+from functools import cache, wraps
 from pathlib import Path
 from typing import Any
 
@@ -12,8 +14,11 @@ from hydra._internal.hydra import Hydra
 from hydra.core.config_search_path import ConfigSearchPath
 from hydra.plugins.search_path_plugin import SearchPathPlugin
 
-from capas.composition import CONF, PARAMS, checked, edited_by_hand
-from capas.errors import CapasError, without_secrets
+from capas.checking import check, check_points
+from capas.composition import CONF, PARAMS, edited_by_hand, with_new_keys
+from capas.errors import CapasError
+from capas.problems import Problem, refused
+from capas.requirements import lacking, read_by
 
 
 class ParamsGuard(SearchPathPlugin):
@@ -41,20 +46,70 @@ _compose_config = Hydra.compose_config
 
 @wraps(_compose_config)
 def _checked_config(self: Hydra, config_name: Any, overrides: Any, *rest: Any, **more: Any) -> Any:
-    """As Hydra's own, for values that are valid: every problem is told at once, and nothing was written."""
+    """As Hydra's own, once all values of the command are valid; nothing was written before."""
     root = _root()
     if root is None:
         return _compose_config(self, config_name, overrides, *rest, **more)
+    asked = _asked()
+    given = asked.get("path_overrides", {}).get(str(PARAMS), overrides)
     try:
-        return checked(
-            lambda known: _compose_config(self, config_name, known, *rest, **more),
-            list(overrides),
-            root / CONF,
+        _check_command(
+            root,
+            tuple(given),
+            targets=tuple(asked.get("targets") or ()),
+            waits=bool(asked.get("queue")),
+            runs=bool(asked) and not asked["kwargs"].get("dry"),
         )
     except CapasError as error:
         from dvc.exceptions import DvcException
 
-        raise DvcException(without_secrets(str(error))) from None
+        raise DvcException(str(error)) from None
+    known = with_new_keys(list(overrides), root / CONF)
+    return _compose_config(self, config_name, known, *rest, **more)
+
+
+def _asked() -> dict[str, Any]:
+    """Return the arguments of `dvc exp run`; none where something else composes.
+
+    It calls Hydra once for each combination of values and hands over that one alone.
+    """
+    frame = sys._getframe()
+    while frame.f_back is not None:
+        frame = frame.f_back
+        if frame.f_globals.get("__name__") == "dvc.repo.experiments.run":
+            return frame.f_locals
+    return {}
+
+
+@cache
+def _check_command(
+    root: Path, overrides: tuple[str, ...], targets: tuple[str, ...], waits: bool, runs: bool
+) -> None:
+    """Check every combination, once a process.
+
+    Args:
+        waits: for the queue, whose workers may be on another machine: what this one lacks is a warning.
+        runs: on this machine.
+
+    Raises:
+        CapasError: all problems at once.
+    """
+    reads = read_by(root, targets) if runs else ()
+    if not waits:
+        if problems := check(overrides, root / CONF, reads=reads):
+            raise refused(problems)
+        return
+    checked = check_points(overrides, root / CONF, several=True)
+    if checked.problems:
+        raise refused(checked.problems, "nothing was queued")
+    missing = dict[Problem, None].fromkeys(
+        problem for point in checked.points for problem in lacking(point.values, reads)
+    )
+    if missing:
+        from dvc.ui import ui
+
+        lines = "\n".join(f"  {problem}" for problem in missing)
+        ui.warn(f"this machine lacks what was queued; it runs where a worker has it:\n{lines}")
 
 
 Hydra.compose_config = _checked_config

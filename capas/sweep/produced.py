@@ -1,0 +1,54 @@
+"""Which metrics the pipeline writes for a configuration, known before it runs."""
+
+from collections.abc import Iterator
+from typing import Any
+
+from capas.metrics.names import AUTO, BUILT_IN, name_of
+
+_FIXED = {  # FILE -> the keys of reports/metrics/FILE.json that a sweep can read
+    "format": ("num_train_tokens", "supervised_fraction", "num_truncated", "num_dropped"),
+    "quantize": ("bytes_before", "bytes_after", "relative_error_mean"),
+    "base": (),  # they stand below a key of their own, beside those of `tuned`
+    "train": ("num_steps", "train_loss", "validation_loss", "validation_token_accuracy"),
+}
+_ALWAYS = ("loss", "perplexity", "token_accuracy")
+_GAINS = ("_gain", "_gain_low", "_gain_high")
+
+
+def not_produced(settings: dict[str, Any], values: dict[str, Any]) -> Iterator[tuple[str, str]]:
+    """Yield (key of the sweep group, sentence) for each metric that the pipeline will not write.
+
+    Args:
+        settings: the group `sweep`. A column may be empty, the objective may not.
+        values: those of a point. Of a FILE that capas does not write nothing is known.
+    """
+    numbers = keys_of(values)
+    places = {**numbers, "tuned": ["exact_match", "stop_rate", *numbers["tuned"]]}
+    for name in settings["columns"]:
+        file, _, key = name.partition(".")
+        if key not in places.get(file, [key]):
+            yield "sweep.columns", _sentence(f"sweep.columns={name}", name, places[file])
+    name = settings["objective"]
+    file, _, key = name.partition(".")
+    if key not in numbers.get(file, [key]):
+        metrics = values["evaluation"]["metrics"]
+        chosen = f" with evaluation.metrics={metrics}" if file == "tuned" else ""
+        sentence = _sentence(f"sweep.objective={name}", name, numbers[file], chosen)
+        yield "sweep.objective", sentence
+
+
+def keys_of(values: dict[str, Any]) -> dict[str, list[str]]:
+    """Return the keys of each file in reports/metrics/ that will hold a number."""
+    metrics = values["evaluation"]["metrics"]
+    names = list(BUILT_IN) if metrics == AUTO else [name_of(metric) for metric in metrics]
+    first = names if metrics == AUTO else names[:1]  # compose chooses it
+    gains = [f"{name}{gain}" for name in first for gain in _GAINS]
+    generated = ["stop_rate"] if names else []
+    tuned = [*_ALWAYS, *names, *generated, *gains]
+    return {**{file: list(keys) for file, keys in _FIXED.items()}, "tuned": tuned}
+
+
+def _sentence(given: str, name: str, there: list[str], chosen: str = "") -> str:
+    file, _, key = name.partition(".")
+    shown = f"it has {', '.join(dict.fromkeys(there))}" if there else "it has none for a sweep"
+    return f"{given}: reports/metrics/{file}.json will have no number {key}{chosen}; {shown}"
