@@ -12,6 +12,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
+from capas import options
 from capas.dag import read_yaml
 from capas.errors import CapasError
 
@@ -64,7 +65,7 @@ def composer(conf: Path) -> Iterator[Compose]:
     Raises:
         CapasError: Hydra cannot compose it, or a mandatory value is not set.
     """
-    from hydra import compose, initialize_config_dir
+    from hydra import compose
     from omegaconf import OmegaConf
 
     def run(overrides: list[str]) -> Values:
@@ -77,7 +78,7 @@ def composer(conf: Path) -> Iterator[Compose]:
                 raise CapasError(f"conf/ leaves mandatory values unset: {', '.join(missing)}")
             return to_values(config)
 
-    with initialize_config_dir(str(conf.resolve()), version_base="1.3"):
+    with options.initialize(conf):
         yield run
 
 
@@ -168,7 +169,7 @@ def word_given(
         files = [
             conf / "config.yaml",
             conf / OVERRIDES.name,
-            *sorted((conf / group).glob("*.yaml")),
+            *options.files(conf, group),
         ]
         texts = (text for file in files if file.is_file() for text in _scalars(file, rest or group))
         return next((text for text in texts if _reads_as(text, value)), None)

@@ -51,6 +51,7 @@ from capas.metrics.choice import Choice, choose_metrics
 from capas.metrics.harness import read_tasks
 from capas.metrics.names import AUTO
 from capas.metrics.own import read_sources
+from capas.options import OWN, find_template
 from capas.overrides import absorb, difference, in_force
 from capas.params import Params
 from capas.pins import REVISIONS, Pins
@@ -274,7 +275,7 @@ def resolved_files(values: Values) -> dict[Path, str]:
     sources = read_sources(values["evaluation"]["metrics"], Path())
     harness = values["evaluation"]["harness"]
     tasks = read_tasks(harness["tasks"], harness["include_path"], Path())
-    other = f"conf/chat_template/{wrong}.jinja"
+    other = find_template(CONF, wrong).as_posix()
     return {
         COMPOSED / "chat_template.jinja": (
             "{# the model's own #}\n"
@@ -302,7 +303,11 @@ def in_conf(key: str, name: str, value: str | None = None) -> str:
             f"{given}: keep the file in conf/, so that an edit of it reruns the stages"
         )
     if not path.is_file():
-        there = ", ".join(str(p) for p in sorted(path.parent.glob(f"*{path.suffix}"))) or "nothing"
+        own = CONF / OWN / path.parent.name
+        if (own / path.name).is_file():
+            raise CapasError(f"{given}: there is no {path}; did you mean {own / path.name}?")
+        found = [file for folder in (path.parent, own) for file in folder.glob(f"*{path.suffix}")]
+        there = ", ".join(map(str, sorted(set(found)))) or "nothing"
         raise CapasError(f"{given}: there is no {path}; there is: {there}")
     return path.read_text(encoding="utf-8")
 

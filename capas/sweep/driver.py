@@ -14,6 +14,7 @@ from typing import Any
 
 from rich.table import Table
 
+from capas import options
 from capas.clone import cache_of
 from capas.composition import CONF
 from capas.errors import CapasError
@@ -135,6 +136,7 @@ def _launch(plan: Plan, words: list[str], multirun: bool) -> tuple[str, int]:
 
     from capas.sweep.point import point
 
+    options.register()
     conf, said = str(plan.folder / CONF), io.StringIO()
     sys.argv = [sys.argv[0], *(["-m"] if multirun else []), *words]
     try:

@@ -8,6 +8,7 @@ from typing import Annotated, Any, Literal
 
 from pydantic import Field, ValidationError
 
+from capas import options
 from capas.composition import CONF, hydra_errors, to_values
 from capas.config import Group, explain
 from capas.dag import StageSpec
@@ -49,13 +50,12 @@ def prepare(plan: Plan, words: list[str], multirun: bool) -> Task:
     Raises:
         CapasError: Hydra cannot compose it, or a value of the sweep itself is not valid.
     """
-    from hydra import compose, initialize_config_dir
+    from hydra import compose
     from hydra.core.global_hydra import GlobalHydra
     from hydra.core.override_parser.overrides_parser import OverridesParser
     from omegaconf import OmegaConf
 
-    conf = str(plan.folder / CONF)
-    with initialize_config_dir(conf, version_base="1.3"), hydra_errors():
+    with options.initialize(plan.folder / CONF), hydra_errors():
         parser = OverridesParser.create(GlobalHydra.instance().config_loader())
         words = [_without_base(word) for word in parser.parse_overrides(words)]
         given = parser.parse_overrides(words)

@@ -4,6 +4,8 @@ DVC composes conf/ anew for every experiment. It would drop what somebody wrote 
 say in Hydra's words what does not compose; wrong values would be found by the first stage alone.
 """
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from functools import wraps
 from pathlib import Path
 from typing import Any
@@ -14,13 +16,16 @@ from hydra.plugins.search_path_plugin import SearchPathPlugin
 
 from capas.composition import CONF, PARAMS, checked, edited_by_hand
 from capas.errors import CapasError, without_secrets
+from capas.searchpath import extend
 
 
 class ParamsGuard(SearchPathPlugin):
-    """Hydra instantiates it when it looks for plugins; the search path itself stays as it is."""
+    """Hydra instantiates it when it looks for plugins. The search path gets the own options, conf/own."""
 
     def manipulate_search_path(self, search_path: ConfigSearchPath) -> None:
         root = _root()
+        with _dvc_errors():
+            extend(search_path)
         if root is None or not (root / PARAMS).exists() or not edited_by_hand(root / PARAMS):
             return
         from dvc.exceptions import DvcException
@@ -36,6 +41,17 @@ def _root() -> Path | None:
     return next((d for d in (here, *here.parents) if (d / "dvc.yaml").exists()), None)
 
 
+@contextmanager
+def _dvc_errors() -> Iterator[None]:
+    """Turn an error of capas into one that DVC shows without a traceback."""
+    try:
+        yield
+    except CapasError as error:
+        from dvc.exceptions import DvcException
+
+        raise DvcException(without_secrets(str(error))) from None
+
+
 _compose_config = Hydra.compose_config
 
 
@@ -45,16 +61,12 @@ def _checked_config(self: Hydra, config_name: Any, overrides: Any, *rest: Any, *
     root = _root()
     if root is None:
         return _compose_config(self, config_name, overrides, *rest, **more)
-    try:
+    with _dvc_errors():
         return checked(
             lambda known: _compose_config(self, config_name, known, *rest, **more),
             list(overrides),
             root / CONF,
         )
-    except CapasError as error:
-        from dvc.exceptions import DvcException
-
-        raise DvcException(without_secrets(str(error))) from None
 
 
 Hydra.compose_config = _checked_config
