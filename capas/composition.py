@@ -198,7 +198,10 @@ def _scalars(file: Path, dotted: str) -> Iterator[str]:
 def _reads_as(text: str, value: Any) -> bool:
     from omegaconf import OmegaConf
 
-    read = OmegaConf.create(f"x: {text}").x
+    read: Any = OmegaConf.to_container(
+        OmegaConf.create(f"x: {text}")
+    )  # `???` and `${...}` as they are
+    read = read["x"]
     return type(read) is type(value) and bool(read == value)
 
 

@@ -54,7 +54,7 @@ def files(conf: Path, group: str) -> list[Path]:
     ]
 
 
-def names(conf: Path, group: str) -> list[str]:
+def options_of(conf: Path, group: str) -> list[str]:
     """Return the options of a group, sorted: shipped and own ones."""
     return sorted({file.stem for file in files(conf, group) if not file.stem.startswith("_")})
 

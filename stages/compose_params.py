@@ -51,7 +51,7 @@ from capas.metrics.choice import Choice, choose_metrics
 from capas.metrics.harness import read_tasks
 from capas.metrics.names import AUTO
 from capas.metrics.own import read_sources
-from capas.options import OWN, find_template
+from capas.options import OWN, find_template, options_of
 from capas.overrides import absorb, difference, in_force
 from capas.params import Params
 from capas.pins import REVISIONS, Pins
@@ -220,6 +220,7 @@ def came_from_outside(target: Values, pins: Pins, options: argparse.Namespace) -
 def adopt(values: Values, pins: Pins, keep: bool) -> Values:
     """Validate first: a wrong value must not reach conf/overrides.yaml."""
     validate(values, word_given())
+    check_choices(values)
     pins.resolve(values)
     resolved_files(with_metrics(values))
     absorb(values, lambda found: with_metrics(pins.known(found)))
@@ -228,6 +229,21 @@ def adopt(values: Values, pins: Pins, keep: bool) -> Values:
     if "DVC_EXP_NAME" not in os.environ or keep:
         log.info("the edit of params.yaml was moved to conf/overrides.yaml")
     return target
+
+
+def check_choices(values: Values) -> None:
+    """Check that the option of every group is there, as `preset` names it.
+
+    Raises:
+        CapasError: one is not; `dvc exp run --temp` takes the files along that git knows.
+    """
+    for group, preset in ((g, values[g]["preset"]) for g in GROUPS):
+        if preset not in (there := options_of(CONF, group)):
+            raise CapasError(
+                f"{group}={preset}: there is no {CONF / group / preset}.yaml, nor one in "
+                f"{CONF / OWN / group}; {group} has {', '.join(there)}. An experiment with --temp or --queue "
+                f"needs your own ones in git: git add {CONF / OWN}"
+            )
 
 
 def with_metrics(values: Values) -> Values:

@@ -310,6 +310,10 @@ def test_a_glob_is_all_choices_but_the_base_of_the_group(plan: Plan) -> None:
     assert (task.expected, task.at_once) == (12, 12)
     with pytest.raises(CapasError, match="has no such choice"):
         prepare(plan, ["lora=glob(x*)"], True)
+    own = plan.folder / "conf/own/lora/mine.yaml"
+    own.parent.mkdir(parents=True)
+    own.write_text("defaults: [_base, _self_]\npreset: mine\n")
+    assert prepare(plan, ["lora=glob(*)"], True).words == ["lora=all_linear,attention,mine,none"]
 
 
 def test_a_search_proposes_as_many_at_once_as_it_says(plan: Plan) -> None:

@@ -26,10 +26,17 @@ class ParamsGuard(SearchPathPlugin):
         root = _root()
         with _dvc_errors():
             extend(search_path)
-        if root is None or not (root / PARAMS).exists() or not edited_by_hand(root / PARAMS):
+        if root is None:
             return
         from dvc.exceptions import DvcException
 
+        if root != Path.cwd():
+            raise DvcException(
+                "`dvc exp run` writes params.yaml into the folder in which it is started, and no stage would "
+                f"see the values: start it in {root}"
+            )
+        if not (root / PARAMS).exists() or not edited_by_hand(root / PARAMS):
+            return
         raise DvcException(
             "params.yaml was edited by hand; `dvc exp run` would drop the edit. "
             "Record it first: dvc repro compose   (or give the value: dvc exp run -S key=value)"
