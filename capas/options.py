@@ -65,6 +65,11 @@ def find_template(conf: Path, name: str) -> Path:
     return own if own.is_file() and not shipped.is_file() else shipped
 
 
+def file_of(conf: Path, group: str, name: str) -> Path:
+    """Return the YAML of an option, named from the folder of `conf`; there must be one."""
+    return next(f.relative_to(conf.parent) for f in files(conf, group) if f.stem == name)
+
+
 def is_name(text: str) -> bool:
     """Tell whether a command line and a defaults list take `text` for an option as it is, unquoted."""
     return NAME.fullmatch(text) is not None and text.lower() not in _WORDS

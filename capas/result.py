@@ -12,10 +12,16 @@ from capas.dag import recorded, recorded_key
 from capas.facts import read_json
 from capas.params import flatten
 from capas.stage import Stage
+from capas.steps import Step
 from capas.store import GATE, Point
 from capas.tracking import CURVES
 
 MAX_TEXT = 500  # characters of a param or tag; the artifact params.yaml has them all
+_FACTORS = (  # of `Step`
+    "hardware.num_processes",
+    "trainer.per_device_train_batch_size",
+    "trainer.gradient_accumulation_steps",
+)
 _NOT_IN_A_NAME = re.compile(r"[^\w\-. /]")
 
 
@@ -29,6 +35,8 @@ def values(lock: Mapping[str, Any]) -> tuple[dict[str, Any], dict[str, Any]]:
             prefix = "environment." if file == "environment.yaml" else ""
             flat = {prefix + key: value for key, value in flatten(declared).items()}
             (of_training if stage in led_to_it else others).update(flat)
+    if {*_FACTORS} <= of_training.keys():
+        of_training["global_batch_size"] = Step(*(of_training[key] for key in _FACTORS)).num_rows
     return of_training, _shallow({k: v for k, v in others.items() if k not in of_training})
 
 

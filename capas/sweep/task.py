@@ -67,7 +67,8 @@ def prepare(plan: Plan, words: list[str], multirun: bool) -> Task:
         settings = to_values(config.sweep)
         beside = [str(word.input_line) for word in fixed if not word.is_hydra_override()]
         of_points = [line for line in beside if not is_of_sweep(line)]
-        _check_values(values, to_values(compose("config", overrides=of_points)), settings["preset"])
+        file = options.file_of(plan.folder / CONF, NAME, settings["preset"])
+        _check_values(values, to_values(compose("config", overrides=of_points)), file)
         assert isinstance(hydra, dict)
         sweeper = hydra["sweeper"]
         params = [f"{key}={value}" for key, value in (sweeper.get("params") or {}).items()]
@@ -102,7 +103,9 @@ def _without_base(word: Any) -> str:
         return str(word.input_line)
     choices = [choice for choice in word.sweep_string_iterator() if choice != _BASE]
     if not choices:
-        raise CapasError(f"{word.input_line}: conf/{word.key_or_group}/ has no such choice")
+        raise CapasError(
+            f"{word.input_line}: neither conf/{word.key_or_group}/ nor conf/own has such a choice"
+        )
     return f"{word.get_key_element()}={','.join(choices)}"
 
 
@@ -113,13 +116,13 @@ def _expected(swept: Iterable[Any], sweeper: dict[str, Any]) -> int:
     return math.prod(len(list(word.sweep_string_iterator())) for word in swept)
 
 
-def _check_values(values: dict[str, Any], of_points: dict[str, Any], preset: str) -> None:
-    """A point is made of the command's words alone: what conf/sweep/ sets besides would reach none."""
+def _check_values(values: dict[str, Any], of_points: dict[str, Any], file: Path) -> None:
+    """A point is made of the command's words alone: what the sweep's `file` sets besides would reach none."""
     ours, theirs = flatten(values), flatten(of_points)
     lost = sorted(key for key in ours if key not in theirs or ours[key] != theirs[key])
     if lost:
         raise CapasError(
-            f"conf/sweep/{preset}.yaml sets {', '.join(lost)}, which would reach no point; put it below "
+            f"{file} sets {', '.join(lost)}, which would reach no point; put it below "
             "hydra.sweeper.params there, into a file of conf/experiment/, or into the command"
         )
 

@@ -308,7 +308,7 @@ def test_a_glob_is_all_choices_but_the_base_of_the_group(plan: Plan) -> None:
     models = "llama_3.2_1b_instruct,llama_3.2_3b_instruct"
     assert task.words == ["lora=all_linear,attention,none", f"model={models}", "seed=1,2"]
     assert (task.expected, task.at_once) == (12, 12)
-    with pytest.raises(CapasError, match="has no such choice"):
+    with pytest.raises(CapasError, match="has such a choice"):
         prepare(plan, ["lora=glob(x*)"], True)
     own = plan.folder / "conf/own/lora/mine.yaml"
     own.parent.mkdir(parents=True)
@@ -344,9 +344,12 @@ def test_a_wrong_value_of_the_sweep_is_told_before_a_point_runs(
 
 def test_a_value_that_would_reach_no_point_is_refused(plan: Plan) -> None:
     lines = "# @package _global_\ndefaults: [_base@sweep, _self_]\nsweep: {preset: mine}\n"
-    mine = plan.folder / "conf/sweep/mine.yaml"
+    mine = plan.folder / "conf/own/sweep/mine.yaml"
+    mine.parent.mkdir(parents=True)
     mine.write_text(lines + "trainer: {num_train_epochs: 0.5}\n")
-    with pytest.raises(CapasError, match=r"mine.yaml sets trainer.num_train_epochs, which would"):
+    with pytest.raises(
+        CapasError, match=r"conf/own/sweep/mine.yaml sets trainer.num_train_epochs, which would"
+    ):
         prepare(plan, ["sweep=mine", "lora.r=4,8"], True)
     mine.write_text(lines + "hydra: {sweeper: {params: {trainer.num_train_epochs: 0.5}}}\n")
     assert prepare(plan, ["sweep=mine", "lora.r=4,8"], True).expected == 2
