@@ -2,7 +2,8 @@
 
     capas check                           the data set that conf/ names
     capas check support.csv               a file, wherever it lies; ends with the YAML for it
-    capas check support.csv --write       writes that YAML, and copies the file to data/own
+    capas check support.csv --write       writes conf/own/dataset/support.yaml; copies the file to data/own
+    capas check support.csv 'dataset.columns={user: pregunta, assistant: respuesta}'
     capas check --json                    the same as JSON
     capas check --cost                    and download, disk, memory and minutes of each stage
     capas check --cost experiment=NAME    of another configuration, as overrides of Hydra
@@ -17,7 +18,6 @@ import argparse
 import dataclasses
 import json
 import logging
-import shutil
 import sys
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
@@ -26,10 +26,11 @@ from tempfile import TemporaryDirectory
 from typing import Any
 
 from capas import cost
-from capas.composition import CONF, Values, composer
-from capas.dataset.files import OWN as OWN_FILES
+from capas.composition import CONF, Values, composer, word_given
+from capas.config import validate
 from capas.dataset.flaws import DROP
 from capas.dataset.inspect import Inspection
+from capas.dataset.option import Option, changed, proposed
 from capas.dataset.preview import Preview, preview
 from capas.dataset.proposal import columns_of, format_of, propose_columns
 from capas.dataset.references import read_references
@@ -40,8 +41,8 @@ from capas.metrics.power import power_in_words
 from capas.params import Params
 from capas.preflight import composed_here
 
-OWN = Path(OWN_FILES)
-OPTIONS = {"csv": "own_csv", "json": "own_jsonl", "parquet": "own_parquet", "text": "own_text"}
+_COLUMNS = "dataset.columns"
+_OF_THE_FILE = ("preset", "path", "data_files", "split", "mix")
 NUM_PLACES = 5  # of each kind of flaw
 
 
@@ -74,7 +75,11 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--write",
         action="store_true",
-        help="write the YAML to conf/dataset, and copy FILE to data/own",
+        help="write the YAML to conf/own/dataset, and copy FILE to data/own",
+    )
+    parser.add_argument("--name", help="of the option (default: from FILE's name)")
+    parser.add_argument(
+        "--force", action="store_true", help="with --write: replace an option of this name"
     )
 
 
@@ -87,28 +92,35 @@ def command(options: argparse.Namespace) -> int:
         raise CapasError(
             "--cost is of the data set that conf/ names: capas check FILE --write first"
         )
-    root, values = composed_here(overrides)
-    with _quiet(), _seen(files, values, root) as (dataset, place):
-        check = examine(dataset, place)
+    if (options.name or options.force) and not files:
+        raise CapasError("--name and --force go with a FILE: capas check FILE --write --name NAME")
+    root, values = composed_here([] if files else overrides)
+    with _quiet(), _seen(files, overrides, values, options.name, root) as seen:
+        check = examine(seen.dataset, seen.root)
     if options.json:
         sys.stdout.write(json.dumps(as_json(check), indent=2, ensure_ascii=False) + "\n")
     else:
-        text = "\n".join(in_words(check)) + "\n"
-        for file in files:  # they were read through links in a folder of their own
-            text = text.replace(str(OWN / file.name), str(file))
-        sys.stdout.write(text)
+        sys.stdout.write(_as_given("\n".join(in_words(check)), seen.option) + "\n")
     if options.cost:
         for line in cost.lines(Params(values), root, check.preview.splits):
             sys.stdout.write(f"{line}\n")
             sys.stdout.flush()
-    if files:
-        option = OPTIONS[check.dataset["path"]]
-        if options.write:
-            _write(check.dataset, option, files, root)
-        elif not options.json:
-            sys.stdout.write(f"\n# conf/dataset/{option}.yaml\n{_yaml(proposed(check.dataset))}")
-            sys.stdout.write(f"# and in conf/config.yaml: - dataset: {option}\n")
+    if seen.option is not None:
+        _tell_option(seen.option, {**proposed(check.dataset), **seen.stated}, options)
     return 0 if check.ready else 1
+
+
+def _tell_option(option: Option, wanted: Values, options: argparse.Namespace) -> None:
+    """Write the option, or show what would be written."""
+    choice = (
+        f"choose it in conf/config.yaml: - dataset: {option.name}   "
+        f"(once: dvc exp run -S dataset={option.name})\n"
+    )
+    if options.write:
+        out = sys.stderr if options.json else sys.stdout  # JSON stays JSON
+        out.write("\n".join(["", *option.write(wanted, options.force), choice]))
+    elif not options.json:
+        sys.stdout.write(f"\n# {option.file}\n{_yaml(wanted)}# {choice}")
 
 
 @contextmanager
@@ -123,11 +135,25 @@ def _quiet() -> Iterator[None]:
         log.setLevel(level)
 
 
+@dataclasses.dataclass(frozen=True)
+class Seen:
+    """What is examined: the group dataset, and the folder in which its files lie.
+
+    For FILES the folder holds links to them, `option` is what --write writes and `stated` what overrides set.
+    """
+
+    dataset: Values
+    root: Path
+    option: Option | None = None
+    stated: Values = dataclasses.field(default_factory=dict)
+
+
 @contextmanager
-def _seen(files: list[Path], values: Values, root: Path) -> Iterator[tuple[Values, Path]]:
-    """The group dataset, and the folder in which its files lie; for FILES one with links to them."""
+def _seen(
+    files: list[Path], overrides: list[str], values: Values, name: str | None, root: Path
+) -> Iterator[Seen]:
     if not files:
-        yield values["dataset"], root
+        yield Seen(values["dataset"], root)
         return
     for file in files:
         if not file.is_file():
@@ -137,26 +163,62 @@ def _seen(files: list[Path], values: Values, root: Path) -> Iterator[tuple[Value
         raise CapasError(
             f"the files have different formats ({', '.join(sorted(formats))}): check each alone"
         )
+    _check_of_dataset(overrides)
     path = formats.pop()
-    option = (
-        OPTIONS[path] if (root / CONF / f"dataset/{OPTIONS[path]}.yaml").exists() else "own_jsonl"
-    )
-    with composer(root / CONF) as compose, TemporaryDirectory(prefix="capas-check-") as name:
-        dataset = compose([f"dataset={option}"])["dataset"]
-        place = Path(name)
-        (place / OWN).mkdir(parents=True)
-        for file in files:
-            (place / OWN / file.name).symlink_to(file.resolve())
-        names = [str(OWN / file.name) for file in files]
-        dataset |= {"preset": OPTIONS[path], "path": path, "split": None, "mix": []}
-        dataset["data_files"] = names if len(names) > 1 else names[0]
-        if path != "text":
+    option = Option.of(files, path, name, root)
+    try:
+        with _linked(option, overrides, values) as seen:
+            yield seen
+    except CapasError as error:
+        raise CapasError(_as_given(str(error), option)) from None
+
+
+def _as_given(text: str, option: Option | None) -> str:
+    """Name the files as the user did: they are read through links in a folder of their own."""
+    items = option.places.items() if option else ()
+    for file, place in sorted(items, key=lambda item: -len(str(item[1]))):
+        text = text.replace(str(place), str(file))
+    return text
+
+
+@contextmanager
+def _linked(option: Option, overrides: list[str], values: Values) -> Iterator[Seen]:
+    root, path = option.root, option.path
+    with composer(root / CONF) as compose, TemporaryDirectory(prefix="capas-check-") as folder:
+        base = compose([f"dataset={option.base}"])["dataset"]
+        # Without the null, OmegaConf would merge stated columns with the template's.
+        anew = [
+            f"{_COLUMNS}=null" for word in overrides if word.lstrip("+").startswith(f"{_COLUMNS}=")
+        ]
+        dataset = compose([f"dataset={option.base}", *anew, *overrides])["dataset"]
+        stated, place = changed(dataset, base), Path(folder)
+        for file, target in option.places.items():
+            (place / target).parent.mkdir(parents=True, exist_ok=True)
+            (place / target).symlink_to(file.resolve())
+        dataset |= {"preset": option.name, "path": path, "split": None, "mix": []}
+        dataset["data_files"] = option.data_files
+        if path == "text":
+            dataset |= {"shape": "auto", "columns": None}
+        elif "columns" in stated:
+            dataset["shape"] = "columns" if dataset["columns"] else dataset["shape"]
+        elif "shape" not in stated:
             [source] = sources_of(Params(dataset), place)
             there = columns_of(source, place)
             dataset |= propose_columns(there, dataset["columns"]) if there else {}
-        else:
-            dataset |= {"shape": "auto", "columns": None}
-        yield dataset, place
+        if stated:
+            validate({**values, "dataset": dataset}, word_given(overrides, root / CONF))
+        yield Seen(dataset, place, option, stated)
+
+
+def _check_of_dataset(overrides: list[str]) -> None:
+    """Beside FILE only overrides of how it is read make sense; others would be without effect."""
+    for override in overrides:
+        key = override.lstrip("+~").partition("=")[0]
+        if not key.startswith("dataset.") or key.split(".")[1] in _OF_THE_FILE:
+            raise CapasError(
+                f"{override}: beside FILE, KEY=VALUE says how it is read: dataset.columns=..., "
+                f"dataset.reading.separator=... ({', '.join(_OF_THE_FILE)} follow from FILE)"
+            )
 
 
 def examine(dataset: Values, root: Path) -> Check:
@@ -276,12 +338,6 @@ def _plain(value: Any) -> Any:
     return [_plain(inner) for inner in value] if isinstance(value, list) else value
 
 
-def proposed(dataset: Values) -> Values:
-    """The keys of the YAML that say how these records are read."""
-    keys = ("preset", "path", "data_files", "shape", "columns")
-    return {key: dataset[key] for key in keys if dataset[key] is not None}
-
-
 def _yaml(values: Values) -> str:
     """A line for each key; lists and mappings in brackets."""
     import yaml
@@ -299,40 +355,3 @@ def _yaml(values: Values) -> str:
         for key, value in values.items()
     ]
     return "".join(lines)
-
-
-def _write(dataset: Values, option: str, files: list[Path], root: Path) -> None:
-    """Write the YAML, comments and other keys of an existing file kept, and copy the files to data/own."""
-    from ruamel.yaml import YAML
-
-    for file in files:
-        target = root / OWN / file.name
-        if target.exists() and not target.samefile(file):
-            raise CapasError(f"{OWN / file.name} is another file already; rename one of them")
-        if not target.exists():
-            shutil.copyfile(file, target)
-            sys.stdout.write(f"\n{file} was copied to {OWN / file.name}\n")
-    path = root / CONF / f"dataset/{option}.yaml"
-    template = path if path.exists() else root / CONF / "dataset/own_jsonl.yaml"
-    yaml = YAML()
-    yaml.width = 1000
-    yaml.indent(mapping=2, sequence=4, offset=2)
-    yaml.representer.add_representer(
-        type(None),
-        lambda representer, _: representer.represent_scalar("tag:yaml.org,2002:null", "null"),
-    )
-    values = yaml.load(template.read_text(encoding="utf-8"))
-    if template != path:
-        values.yaml_set_start_comment(f"My {dataset['path']} files in data/own.")
-    wanted = proposed(dataset)
-    for key in ("columns", "shape"):
-        if key not in wanted:
-            values.pop(key, None)
-    for key, value in wanted.items():
-        if values.get(key) != value:
-            values[key] = value
-    with path.open("w", encoding="utf-8") as stream:
-        yaml.dump(values, stream)
-    sys.stdout.write(
-        f"{path.relative_to(root)} was written; choose it in conf/config.yaml: - dataset: {option}\n"
-    )

@@ -30,6 +30,7 @@ from capas.composition import (
     word_given,
 )  # fmt: skip
 from capas.config import GROUPS, Group, find_problems, leaves_schema, nearest
+from capas.options import options_of, register
 from capas.problems import Problem
 from capas.requirements import lacking
 
@@ -147,11 +148,6 @@ def choices_of(text: str, conf: Path) -> list[str]:
     return [] if override is None else _alternatives(override, conf)
 
 
-def option_names(conf: Path, group: str) -> list[str]:
-    """Return the options of a group; a file whose name begins with `_` is none."""
-    return sorted(f.stem for f in (conf / group).glob("*.yaml") if not f.name.startswith("_"))
-
-
 def _parse(text: str) -> tuple[Any, list[Problem]]:
     """Return Hydra's view of an override, None with a problem where its grammar has no such thing."""
     from hydra.core.override_parser.overrides_parser import OverridesParser
@@ -224,7 +220,7 @@ def _group_problems(
     override: Any, conf: Path, groups: Mapping[str, type[Group]]
 ) -> Iterator[Problem]:
     group, text = override.key_or_group, str(override.input_line)
-    there = option_names(conf, group)
+    there = options_of(conf, group)
     shown = ", ".join(there)
     written = text.partition("=")[2]
     if override.is_delete():
@@ -270,7 +266,7 @@ def _key_problem(override: Any, conf: Path, groups: Mapping[str, type[Group]]) -
         return f"{key}: no such group{nearest(dotted, groups)}"
     if (left := leaves_schema(key, groups)) is not None:
         path, name, _ = left
-        if path and is_group(path, conf) and name in option_names(conf, path):
+        if path and is_group(path, conf) and name in options_of(conf, path):
             return f"{text}: {name} is an option of the group {path}; write {path}={name}"
         noun = "key" if path or "." in key else "group or key"
         return f"{key}: no such {noun}{nearest(key, groups)}"
@@ -337,7 +333,7 @@ def _alternatives(override: Any, conf: Path) -> list[str]:
     if override.is_interval_sweep():
         return [f"{key}={end}" for end in (override.value().start, override.value().end)]
     if _is_glob(override):
-        there = option_names(conf, override.key_or_group)
+        there = options_of(conf, override.key_or_group)
         return [f"{key}={option}" for option in override.value().filter(there)]
     if override.is_sweep_override():
         return [f"{key}={text}" for text in override.sweep_string_iterator()]
@@ -362,6 +358,7 @@ class Composer:
         from hydra._internal.config_loader_impl import ConfigLoaderImpl
         from hydra._internal.utils import create_config_search_path
 
+        register()
         version.setbase("1.3")
         self._loader = ConfigLoaderImpl(create_config_search_path(str(conf.resolve())))
         self._conf, self._name, self._known = conf, name, dict[tuple[str, ...], Any]()

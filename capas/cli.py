@@ -33,7 +33,7 @@ def main(argv: list[str] | None = None) -> int:
         )
         module.add_arguments(subparser)
         subparser.set_defaults(command=module.command)
-    options = parser.parse_args(argv)
+    options = _parse(parser, argv)
     try:
         code: int = options.command(options)
     except CapasError as error:
@@ -50,3 +50,14 @@ def main(argv: list[str] | None = None) -> int:
         sys.stderr.write(f"capas: unexpected: {type(error).__name__}: {error}\n")
         return 2
     return code
+
+
+def _parse(parser: argparse.ArgumentParser, argv: list[str] | None) -> argparse.Namespace:
+    """Parse a command; words may stand before and behind its options, which argparse alone refuses."""
+    options, more = parser.parse_known_args(argv)
+    words = next((value for value in vars(options).values() if isinstance(value, list)), None)
+    if more and (words is None or any(word.startswith("-") for word in more)):
+        parser.error(f"unrecognized arguments: {' '.join(more)}")
+    if words is not None:
+        words += more
+    return options

@@ -13,6 +13,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
+from capas import options
 from capas.dag import read_yaml
 from capas.errors import CapasError
 
@@ -67,7 +68,7 @@ def composer(conf: Path) -> Iterator[Compose]:
     Raises:
         CapasError: Hydra cannot compose it, or a mandatory value is not set.
     """
-    from hydra import compose, initialize_config_dir
+    from hydra import compose
     from omegaconf import OmegaConf
 
     def run(overrides: list[str]) -> Values:
@@ -78,7 +79,7 @@ def composer(conf: Path) -> Iterator[Compose]:
                 raise CapasError(f"conf/ leaves mandatory values unset: {', '.join(missing)}")
             return to_values(config)
 
-    with initialize_config_dir(str(conf.resolve()), version_base="1.3"):
+    with options.initialize(conf):
         yield run
 
 
@@ -116,7 +117,9 @@ def with_new_keys(overrides: list[str], conf: Path = CONF) -> list[str]:
 
 def is_group(key: str, conf: Path = CONF) -> bool:
     """Whether `key` is a folder of conf/ with options; what is Hydra's own is none."""
-    return bool(key) and "." not in key and not key.startswith("hydra") and (conf / key).is_dir()
+    if not key or "." in key or key.startswith("hydra") or key == options.OWN:
+        return False
+    return (conf / key).is_dir() or (conf / options.OWN / key).is_dir()
 
 
 def word_given(
@@ -136,7 +139,7 @@ def word_given(
         files = [
             conf / "config.yaml",
             conf / OVERRIDES.name,
-            *sorted((conf / group).glob("*.yaml")),
+            *options.files(conf, group),
         ]
         texts = (text for file in files if file.is_file() for text in _scalars(file, rest or group))
         return next((text for text in texts if _reads_as(text, value)), None)
@@ -165,7 +168,10 @@ def _scalars(file: Path, dotted: str) -> Iterator[str]:
 def _reads_as(text: str, value: Any) -> bool:
     from omegaconf import OmegaConf
 
-    read = OmegaConf.create(f"x: {text}").x
+    read: Any = OmegaConf.to_container(
+        OmegaConf.create(f"x: {text}")
+    )  # `???` and `${...}` as they are
+    read = read["x"]
     return type(read) is type(value) and bool(read == value)
 
 

@@ -15,7 +15,7 @@ from typing import Annotated, Any, Literal, Union, get_args, get_origin
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
 
-from capas import embedded
+from capas import embedded, steps
 from capas.errors import without_secrets
 from capas.metrics.names import AUTO, OWN_FUNCTION, BuiltIn, names_clash
 from capas.params import flatten
@@ -915,7 +915,7 @@ PORTABLE_OPTIMIZERS = ("adamw_torch_fused", "sgd")  # they call no vector functi
 
 def advice(values: dict[str, Any]) -> list[str]:
     """Return a line for each choice that is allowed and hardly ever meant. The values are valid."""
-    lines = list(_untrained_system(values))
+    lines = [*_untrained_system(values), *steps.advice(values)]
     if values["hardware"]["device"] != "cpu":
         return lines
     if half := [

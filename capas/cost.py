@@ -141,6 +141,7 @@ def load_of(params: Params, root: Path, splits: dict[str, int]) -> Any:
         longest=longest,
         train_batch=trainer.per_device_train_batch_size,
         accumulation=trainer.gradient_accumulation_steps,
+        num_processes=params.hardware.num_processes,
         epochs=trainer.num_train_epochs,
         max_steps=trainer.max_steps,
         eval_steps=trainer.eval_steps,

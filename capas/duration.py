@@ -39,6 +39,7 @@ class Load:
     longest: int
     train_batch: int
     accumulation: int
+    num_processes: int
     epochs: float
     max_steps: int
     eval_steps: int
@@ -57,7 +58,8 @@ class Load:
 
     @property
     def batch(self) -> int:
-        return self.train_batch * self.accumulation
+        """Records of a step, of all processes together."""
+        return self.train_batch * self.accumulation * self.num_processes
 
 
 @dataclass(frozen=True)

@@ -10,11 +10,17 @@ from typing import Any
 
 from capas.dag import StageSpec, ancestors
 from capas.params import flatten
+from capas.steps import Step
 
 MAX_TEXT = 500  # characters of a param or tag; the artifact params.yaml has them all
 _NOT_IN_A_NAME = re.compile(r"[^\w\-. /]")
 _DEPTH = 2  # dataset.flaws is one param, not one for each kind of flaw
 _GROUP_OF_TRACKING = "tracking"
+_FACTORS = (  # of `Step`
+    "hardware.num_processes",
+    "trainer.per_device_train_batch_size",
+    "trainer.gradient_accumulation_steps",
+)
 _NUM_DIFFERENCES = 3  # in a name
 _USUAL = ("_instruct", "_chat", "_it")  # endings of a model's preset
 
@@ -40,6 +46,8 @@ def current_params(root: Path) -> dict[str, str]:
 def _texts(declared: Iterable[Mapping[str, Any]]) -> dict[str, str]:
     flat = {key: value for values in declared for key, value in flatten(values).items()}
     kept = {k: v for k, v in flat.items() if k.partition(".")[0] != _GROUP_OF_TRACKING}
+    if {*_FACTORS} <= kept.keys():
+        kept["global_batch_size"] = Step(*(kept[key] for key in _FACTORS)).num_rows
     return clipped(_shallow(kept))
 
 

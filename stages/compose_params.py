@@ -52,6 +52,7 @@ from capas.metrics.choice import Choice, choose_metrics
 from capas.metrics.harness import read_tasks
 from capas.metrics.names import AUTO
 from capas.metrics.own import read_sources
+from capas.options import OWN, find_template, options_of
 from capas.overrides import absorb, difference, in_force
 from capas.params import Params
 from capas.pins import REVISIONS, Pins
@@ -224,6 +225,7 @@ def came_from_outside(target: Values, pins: Pins, options: argparse.Namespace) -
 def adopt(values: Values, pins: Pins, keep: bool) -> Values:
     """Validate first: a wrong value must not reach conf/overrides.yaml."""
     validate(values, word_given())
+    check_choices(values)
     pins.resolve(values)
     resolved_files(with_metrics(values))
     absorb(values, lambda found: with_metrics(pins.known(found)))
@@ -232,6 +234,21 @@ def adopt(values: Values, pins: Pins, keep: bool) -> Values:
     if "DVC_EXP_NAME" not in os.environ or keep:
         log.info("the edit of params.yaml was moved to conf/overrides.yaml")
     return target
+
+
+def check_choices(values: Values) -> None:
+    """Check that the option of every group is there, as `preset` names it.
+
+    Raises:
+        CapasError: one is not; `dvc exp run --temp` takes the files along that git knows.
+    """
+    for group, preset in ((g, values[g]["preset"]) for g in GROUPS):
+        if preset not in (there := options_of(CONF, group)):
+            raise CapasError(
+                f"{group}={preset}: there is no {CONF / group / preset}.yaml, nor one in "
+                f"{CONF / OWN / group}; {group} has {', '.join(there)}. An experiment with --temp or --queue "
+                f"needs your own ones in git: git add {CONF / OWN}"
+            )
 
 
 def with_metrics(values: Values) -> Values:
@@ -279,7 +296,7 @@ def resolved_files(values: Values) -> dict[Path, str]:
     sources = read_sources(values["evaluation"]["metrics"], Path())
     harness = values["evaluation"]["harness"]
     tasks = read_tasks(harness["tasks"], harness["include_path"], Path())
-    other = f"conf/chat_template/{wrong}.jinja"
+    other = find_template(CONF, wrong).as_posix()
     return {
         COMPOSED / "chat_template.jinja": (
             "{# the model's own #}\n"
@@ -307,7 +324,11 @@ def in_conf(key: str, name: str, value: str | None = None) -> str:
             f"{given}: keep the file in conf/, so that an edit of it reruns the stages"
         )
     if not path.is_file():
-        there = ", ".join(str(p) for p in sorted(path.parent.glob(f"*{path.suffix}"))) or "nothing"
+        own = CONF / OWN / path.parent.name
+        if (own / path.name).is_file():
+            raise CapasError(f"{given}: there is no {path}; did you mean {own / path.name}?")
+        found = [file for folder in (path.parent, own) for file in folder.glob(f"*{path.suffix}")]
+        there = ", ".join(map(str, sorted(set(found)))) or "nothing"
         raise CapasError(f"{given}: there is no {path}; there is: {there}")
     return path.read_text(encoding="utf-8")
 

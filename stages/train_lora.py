@@ -22,7 +22,7 @@ from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from capas import adapter, extras, hardware, launch, live, saved, unsloth
+from capas import adapter, extras, hardware, launch, live, saved, steps, unsloth
 from capas.dag import recorded
 from capas.errors import CapasError
 from capas.facts import read_json, write_csv, write_json
@@ -94,7 +94,7 @@ def main(params: Params, stage: Stage) -> None:
     if launch.is_main():
         used = usage.describe(trainer)
         checked = {"packing": packing, "used": used, "gradient_check": gradient_check}
-        write_reports(trainer, checked, stage)
+        write_reports(trainer, steps.Step.of(params.trainer, params.hardware), checked, stage)
         save_tuned(trainer.model, weights, params, chat, stage)
     folder = training.told_by_main(launch.is_main() and stage.out("data/models/adapter"))
     probes = collator(tails(validation[:4]))
@@ -325,6 +325,9 @@ def make_trainer(
     def check() -> None:
         usage.check_trainer(trainer, params)
         schedule.check_schedule(trainer)
+        step = steps.Step.of(params.trainer, params.hardware)
+        in_epoch, in_all = step.num_in_epoch(len(rows)), trainer.state.max_steps
+        log.info("%s; %d steps in an epoch, %d in all", step, in_epoch, in_all)
 
     trainer.check_at_start(check)
     return trainer
@@ -373,14 +376,16 @@ def training_arguments(params: Params, folder: Path) -> "TrainingArguments":
         raise CapasError(f"transformers refuses the trainer group: {error}") from None
 
 
-def write_reports(trainer: "Trainer", checked: dict[str, Any], stage: Stage) -> None:
-    facts = {"train_key": stage.key(), **summary(trainer), **checked}
+def write_reports(
+    trainer: "Trainer", step: steps.Step, checked: dict[str, Any], stage: Stage
+) -> None:
+    facts = {"train_key": stage.key(), **summary(trainer, step), **checked}
     write_json(stage.out("reports/train.json"), facts)
     write_json(stage.out("reports/metrics/train.json"), {name: facts[name] for name in HEADLINE})
     write_curves(trainer.state.log_history, stage)
 
 
-def summary(trainer: "Trainer") -> dict[str, Any]:
+def summary(trainer: "Trainer", step: steps.Step) -> dict[str, Any]:
     """reports/train.json, without seconds: they differ from run to run."""
     state, history = trainer.state, trainer.state.log_history
     num_trainable, num_parameters = count_parameters(trainer.model)
@@ -390,6 +395,7 @@ def summary(trainer: "Trainer") -> dict[str, Any]:
     chosen = next(row for row in rows if row["step"] == kept)
     return {
         "num_steps": state.global_step,
+        "global_batch_size": step.num_rows,
         "kept_step": kept,  # whose weights the adapter has
         "num_epochs": state.epoch,
         "num_train_tokens": last["num_tokens"],
@@ -492,6 +498,7 @@ def write_certificate(folder: Path, checks: dict[str, Any], params: Params, stag
     facts = {
         f"{'adapter' if saved.is_adapter(folder) else 'model'}_sha256": saved.sha256(folder),
         "train_key": stage.key(),
+        "global_batch_size": steps.Step.of(params.trainer, params.hardware).num_rows,
         "checks": checks,
         "inputs": dict(sorted(inputs.items())),
         "params": params.without(),

@@ -9,6 +9,7 @@ import pytest
 import yaml
 
 from capas.cli import main
+from capas.dataset.option import Option
 from capas.dataset.proposal import propose_columns
 from capas.errors import CapasError
 
@@ -46,10 +47,11 @@ def test_a_good_file_is_ready_and_says_how_it_is_read(
     assert "splits      train 75, validation 5, test 20" in said
     assert "20 test records: a difference below about 31 points cannot be shown" in said
     assert "metrics     chrf, rougeL (free text, 7 words in the median)" in said
-    assert said.index("\nready\n") < said.index("# conf/dataset/own_csv.yaml")
-    assert yaml.safe_load(said.partition("own_csv.yaml\n")[2])["columns"] == {
+    assert said.index("\nready\n") < said.index("# conf/own/dataset/soporte.yaml")
+    assert yaml.safe_load(said.partition("soporte.yaml\n")[2])["columns"] == {
         **{"user": "Pregunta", "assistant": "Respuesta"}
     }
+    assert "choose it in conf/config.yaml: - dataset: soporte " in said
     assert not any((root / "data/own").iterdir())
 
 
@@ -101,21 +103,110 @@ def test_findings_as_json(root: Path, tmp_path: Path, capsys: pytest.CaptureFixt
     assert found["dataset"]["columns"] == {"user": "Pregunta", "assistant": "Respuesta"}
 
 
-def test_the_yaml_is_written_and_the_file_copied(root: Path, tmp_path: Path) -> None:
-    file = write_csv(tmp_path / "soporte.csv")
+def test_the_yaml_is_written_and_the_file_copied(
+    root: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    file, shipped = write_csv(tmp_path / "soporte.csv"), read_all(root / "conf")
     assert main(["check", str(file), "--write"]) == 0
+    assert "choose it in conf/config.yaml: - dataset: soporte " in capsys.readouterr().out
     assert (root / "data/own/soporte.csv").read_bytes() == file.read_bytes()
-    text = (root / "conf/dataset/own_csv.yaml").read_text()
+    text = (root / "conf/own/dataset/soporte.yaml").read_text()
     written = yaml.safe_load(text)
     assert written["data_files"] == "data/own/soporte.csv" and written["split_by"] == "cluster"
     assert "# of your records: it stands in the report" in text
-    with (root / "conf/config.yaml").open("r+") as config:
-        changed = config.read().replace("dataset: embedded", "dataset: own_csv")
-        config.seek(0)
-        config.write(changed)
-    assert main(["check"]) == 0
-    write_csv(tmp_path / "soporte.csv", rows=50)
-    assert main(["check", str(file), "--write"]) == 2
+    assert read_all(root / "conf").items() - shipped.items() == {("own/dataset/soporte.yaml", text)}
+    assert main(["check", "dataset=soporte"]) == 0
+    assert "records     100 of 100 can be used" in capsys.readouterr().out
+
+
+def read_all(folder: Path) -> dict[str, str]:
+    files = (file for file in folder.rglob("*") if file.is_file())
+    return {file.relative_to(folder).as_posix(): file.read_text() for file in files}
+
+
+def test_another_project_of_the_same_name_is_not_replaced(
+    root: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    written, other = root / "conf/own/dataset/soporte.yaml", tmp_path / "other/soporte.csv"
+    other.parent.mkdir()
+    first = write_csv(tmp_path / "soporte.csv")
+    assert main(["check", str(first), "--write"]) == 0
+    written.write_text(written.read_text() + "system: Be kind.\n")
+    mine = read_all(root)
+    assert main(["check", str(first), "--write"]) == 0
+    assert "is up to date" in capsys.readouterr().out and read_all(root) == mine
+    write_csv(other, header="Frage,Antwort", rows=50)
+    assert main(["check", str(other), "--write"]) == 2
+    said = capsys.readouterr().err
+    assert "the name soporte is taken, and nothing was written" in said
+    assert "data/own/soporte.csv has other content" in said and "--name NAME" in said
+    assert "conf/own/dataset/soporte.yaml says columns: {'user': 'Pregunta'" in said
+    assert read_all(root) == mine
+    assert main(["check", str(other), "--write", "--name", "zwei"]) == 0
+    assert (root / "data/own/zwei.csv").read_bytes() == other.read_bytes()
+    assert read_all(root).items() >= mine.items()
+    assert main(["check", str(other), "--write", "--force"]) == 0
+    assert (root / "data/own/soporte.csv").read_bytes() == other.read_bytes()
+    assert yaml.safe_load(written.read_text())["columns"]["user"] == "Frage"
+    assert written.read_text().endswith("system: Be kind.\n")
+
+
+@pytest.mark.parametrize(
+    ("file", "name"),
+    [
+        ("support.csv", "support"),
+        ("Años y más 2024.csv.gz", "anos_y_mas_2024"),
+        ("qa.v1-final.jsonl", "qa.v1-final"),
+        ("2024.csv", "data_2024"),
+        ("null.txt", "data_null"),
+        ("alpaca.parquet", "own_alpaca"),  # capas ships an alpaca
+    ],
+)
+def test_an_option_is_named_after_its_file(root: Path, file: str, name: str) -> None:
+    option = Option.of([root / file], "csv", None, root)
+    assert (option.name, option.file) == (name, Path(f"conf/own/dataset/{name}.yaml"))
+    assert option.data_files == f"data/own/{file}"
+
+
+def test_places_in_data_own(root: Path) -> None:
+    (root / "data/own/deep").mkdir()
+    there, elsewhere = root / "data/own/deep/a.csv", [root / "x/a.csv", root / "b[1].csv"]
+    assert Option.of([there], "csv", "mine", root).data_files == "data/own/deep/a.csv"
+    assert Option.of(elsewhere[1:], "csv", None, root).data_files == "data/own/b_1.csv"
+    several = Option.of([*elsewhere[:1], there], "csv", "mine", root).data_files
+    assert several == ["data/own/mine/a.csv", "data/own/deep/a.csv"]
+    with pytest.raises(CapasError, match=r"would both be data/own/a\.csv: rename one"):
+        Option.of([elsewhere[0], root / "y/a.csv"], "csv", None, root)
+    for name, said in {
+        "alpaca": "ships conf/dataset/alpaca",
+        "my x": "--name my_x would do",
+    }.items():
+        with pytest.raises(CapasError, match=said):
+            Option.of([there], "csv", name, root)
+    with pytest.raises(CapasError, match="add --name NAME"):
+        Option.of([root / "数据.csv"], "csv", None, root)
+
+
+def test_columns_that_no_name_tells_are_given_behind_the_file(
+    root: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    file = write_csv(tmp_path / "a.csv", "key,front", rows=60)
+    file.write_text("".join(f"{n},{line}" for n, line in enumerate(file.open(encoding="utf-8"))))
+    file.write_text(file.read_text().replace("0,key", "n,key", 1))
+    assert main(["check", str(file)]) == 2
+    assert "capas check FILE 'dataset.columns=" in capsys.readouterr().err
+    columns = "dataset.columns={user: key, assistant: front}"
+    assert main(["check", str(file), "--write", "--name", "b", columns, "dataset.seed=3"]) == 0
+    written = yaml.safe_load((root / "conf/own/dataset/b.yaml").read_text())
+    assert written["columns"] == {"user": "key", "assistant": "front"} and written["seed"] == 3
+    for words, said in (
+        ([columns.replace("key", "kye")], f"{file}: column 'kye', which"),
+        ([columns, "dataset.seed=x"], "dataset.seed='x': input should be a valid integer"),
+        (["lora.r=8"], "lora.r=8: beside FILE"),
+        (["dataset.path=json"], "dataset.path=json: beside FILE"),
+    ):
+        assert main(["check", str(file), "--json", *words]) == 2
+        assert said in capsys.readouterr().err
 
 
 def test_a_column_that_is_not_there_is_named(

@@ -26,6 +26,7 @@ LOAD = Load(
     longest=64,
     train_batch=8,
     accumulation=2,
+    num_processes=1,
     epochs=2.0,
     max_steps=-1,
     eval_steps=25,
@@ -50,6 +51,7 @@ SPEED = Speed(
 
 def test_seconds_of_each_stage_by_hand() -> None:
     assert LOAD.steps == 50 and LOAD.batch == 16
+    assert replace(LOAD, num_processes=2).steps == 26
     assert stage_seconds(LOAD, SPEED) == {
         "quantize": 5 + 2,
         "evaluate_base": 5 + 2 * 100 * 0.5 + 7 * 80,

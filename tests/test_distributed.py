@@ -13,7 +13,7 @@ import torch
 from accelerate.data_loader import BatchSamplerShard
 from safetensors.torch import load_file
 from servers import free_port
-from test_train import ADAPTER, history, prepared, results, run_in_process, wait_for
+from test_train import ADAPTER, history, prepared, results, run_in_process, run_until, wait_for
 from tiny import REPOSITORY, read_json, read_params, run_stage
 from torch.utils.data import BatchSampler, SequentialSampler
 
@@ -74,8 +74,7 @@ class Stopped(NamedTuple):
 def stopped(tmp_path_factory: pytest.TempPathFactory) -> Stopped:
     """Two processes that are told to end, and the same command again."""
     root = prepared(tmp_path_factory.mktemp("two"), *TWO)
-    process, live = run_in_process(root), root / ".dvc/tmp/live"
-    wait_for(lambda: any('"step": 12' in f.read_text() for f in live.glob("*.jsonl")), process)
+    process = run_until(root, 13)
     process.send_signal(signal.SIGTERM)
     first = process.communicate()[0]
     assert process.returncode == 1, first
@@ -102,6 +101,7 @@ def test_two_processes_count_what_one_counts(alone: Path, two: Path) -> None:
     facts = [read_json(root / "reports/train.json") for root in (alone, two)]
     for name in ("num_steps", "num_epochs", "num_train_tokens", "num_supervised_tokens"):
         assert facts[0][name] == facts[1][name] > 0
+    assert facts[0]["global_batch_size"] == facts[1]["global_batch_size"] == 12
     used = facts[1]["used"]["accelerate"]
     assert (used["distributed_type"], used["num_processes"]) == ("MULTI_CPU", 2)
     assert facts[0]["used"] | {"accelerate": used} == facts[1]["used"]
@@ -110,6 +110,7 @@ def test_two_processes_count_what_one_counts(alone: Path, two: Path) -> None:
 def test_one_process_writes_and_the_others_leave_nothing(two: Path) -> None:
     certificate = read_json(two / "reports/certificate.json")
     assert certificate["params"]["hardware"]["num_processes"] == 2
+    assert certificate["global_batch_size"] == 12
     assert not list(two.rglob(".*.partial"))
     assert not list((two / ".dvc/tmp").glob("launch-*"))
     cost = read_json(two / "reports/timings/train.json")
@@ -118,12 +119,14 @@ def test_one_process_writes_and_the_others_leave_nothing(two: Path) -> None:
 
 
 def test_told_to_end_both_save_their_step_and_go_on(stopped: Stopped) -> None:
-    (step,) = re.findall(r"stopped by SIGTERM at step (\d+) of 40; it is saved", stopped.first)
+    assert stopped.first.count("stopped by SIGTERM at step 14 of 40; it is saved") == 1
     assert "Traceback" not in stopped.first
     assert "elastic" not in stopped.first
     assert {"rng_state_0.pth", "rng_state_1.pth"} <= stopped.saved
-    assert f"going on from checkpoint-{step}" in stopped.second
+    assert "going on from checkpoint-14" in stopped.second
     assert "2 processes share the memory" in stopped.second
+    plan = "2 processes x 3 x accumulation 2 = 12 rows a step; 4 steps in an epoch, 40 in all"
+    assert stopped.first.count(plan) == 1
     assert len(re.findall("40 steps done", stopped.second)) == 1
 
 
@@ -155,9 +158,7 @@ def test_a_process_that_is_killed_ends_the_others_and_the_training_goes_on(
     root = prepared(tmp_path / "killed", *options)
     whole = prepared(tmp_path / "whole", *options)
     launched(whole)
-    checkpoints = root / ".dvc/tmp/checkpoints"
-    process = run_in_process(root)
-    wait_for(lambda: any(checkpoints.glob("*/checkpoint-9/complete.json")), process)
+    process = run_until(root, 10)
     family = psutil.Process(process.pid).children(recursive=True)
     next(p for p in family if p.environ().get("RANK") == "1").kill()
     said = process.communicate()[0]
@@ -165,14 +166,13 @@ def test_a_process_that_is_killed_ends_the_others_and_the_training_goes_on(
     assert "train: process 1 was ended by SIGKILL: was there too little memory?" in said
     assert "Traceback" not in said
 
-    process = run_in_process(root)
-    wait_for(lambda: any(checkpoints.glob("*/checkpoint-21/complete.json")), process)
+    process = run_until(root, 22)
     family = psutil.Process(process.pid).children(recursive=True)
     process.kill()
     _, alive = psutil.wait_procs(family, timeout=20)
     assert len(family) >= 3
     assert alive == []
-    assert "going on from checkpoint-" in launched(root)
+    assert "going on from checkpoint-21" in launched(root)
     assert results(root) == results(whole)
 
 
@@ -221,8 +221,7 @@ def test_three_processes_resume_to_the_same_bytes(tmp_path: Path) -> None:
     whole = prepared(tmp_path / "whole", *options)
     launched(whole)
     root = prepared(tmp_path / "stopped", *options)
-    process, live = run_in_process(root), root / ".dvc/tmp/live"
-    wait_for(lambda: any('"step": 9' in f.read_text() for f in live.glob("*.jsonl")), process)
+    process = run_until(root, 10)
     process.send_signal(signal.SIGTERM)
     process.communicate()
     launched(root)
@@ -312,8 +311,7 @@ def test_a_divided_training_resumes_to_the_same_bytes(tmp_path: Path) -> None:
     whole = prepared(tmp_path / "whole", *options)
     launched(whole, **env)
     root = prepared(tmp_path / "stopped", *options)
-    process, live = run_in_process(root, **env), root / ".dvc/tmp/live"
-    wait_for(lambda: any('"step": 9' in f.read_text() for f in live.glob("*.jsonl")), process)
+    process = run_until(root, 10, **env)
     process.send_signal(signal.SIGTERM)
     assert "it is saved" in process.communicate()[0]
     assert "going on from checkpoint-" in launched(root, **env)

@@ -76,8 +76,7 @@ def propose_columns(there: Sequence[str], stated: Mapping[str, Any] | None) -> d
     if user is None or assistant is None or user == assistant:
         raise CapasError(
             f"the columns are {', '.join(map(repr, there)) or 'none'}: which of them hold question and "
-            "answer? Name them in conf/dataset/own_csv.yaml (own_jsonl.yaml), as in shape: columns, "
-            "columns: {user: pregunta, assistant: respuesta}"
+            "answer? Name them: capas check FILE 'dataset.columns={user: pregunta, assistant: respuesta}'"
         )
     context = _first([name for name in there if name not in (user, assistant)], CONTEXTS)
     columns: dict[str, Any] = {"user": [user, context] if context else user, "assistant": assistant}

@@ -15,6 +15,7 @@ from typing import Any
 
 from rich.table import Table
 
+from capas import options
 from capas.checking import Point
 from capas.clone import cache_of
 from capas.composition import CONF
@@ -175,6 +176,7 @@ def _launch(plan: Plan, words: list[str], multirun: bool) -> tuple[str, int]:
 
     from capas.sweep.point import point
 
+    options.register()
     conf, said = str(plan.folder / CONF), io.StringIO()
     sys.argv = [sys.argv[0], *(["-m"] if multirun else []), *words]
     try:

@@ -8,6 +8,7 @@ from typing import Annotated, Any, Literal
 
 from pydantic import Field, ValidationError
 
+from capas import options
 from capas.checking import Composer, Point, check_points, choices_of
 from capas.composition import CONF, failures, is_group, reasons, to_values, with_new_keys
 from capas.config import GROUPS, Group, explain, nearest
@@ -159,11 +160,11 @@ def _setting_problems(config: dict[str, Any], conf: Path, home: Path) -> Iterato
     ours = flatten(values_of({k: v for k, v in config.items() if k != "hydra"}))
     theirs = flatten(base)
     if lost := sorted(k for k in ours if k not in theirs or ours[k] != theirs[k]):
-        preset = settings["preset"]
+        file = options.file_of(conf, NAME, settings["preset"])
         yield Problem(
-            f"conf/sweep/{preset}.yaml",
+            str(file),
             "",
-            f"conf/sweep/{preset}.yaml sets {', '.join(lost)}, which would reach no point; put it below "
+            f"{file} sets {', '.join(lost)}, which would reach no point; put it below "
             "hydra.sweeper.params there, into a file of conf/experiment/, or into the command",
         )
 

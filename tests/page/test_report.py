@@ -182,6 +182,11 @@ def test_a_score_beyond_1_is_no_percentage(page_with: Callable[..., str]) -> Non
     assert "Exact match 0% 10.0% 50.0%" in text  # base, copied answers, tuned
 
 
+def test_the_batch_of_several_processes_is_told(page_with: Callable[..., str]) -> None:
+    text = " ".join(re.sub(r"<[^>]+>", " ", page_with("hardware.num_processes=2")).split())
+    assert "16 records a batch of each of 2 processes, 16 a step; 100 steps" in text
+
+
 def test_copied_answers_stand_between_base_and_tuned(pages: dict[str, str]) -> None:
     english, spanish = (
         " ".join(re.sub(r"<[^>]+>", " ", pages[code]).split()) for code in ("en", "es")

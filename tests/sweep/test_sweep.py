@@ -195,6 +195,22 @@ def test_points_share_what_they_have_in_common_and_nothing_else(real: Sweeper) -
     assert real.run("git", "status", "--porcelain") == ""
 
 
+@pytest.mark.slow
+@pytest.mark.parametrize("launcher", [(), TWO_AT_ONCE])
+def test_points_of_own_options_which_git_does_not_have(
+    real: Sweeper, launcher: tuple[str, ...]
+) -> None:
+    own = real.root / "conf/own/trainer/slow.yaml"
+    own.parent.mkdir(parents=True)
+    own.write_text("defaults: [qlora, _self_]\npreset: slow\nlearning_rate: 1.0e-5\n")
+    said = real.sweep("-m", "trainer=slow,adamw", *launcher)
+    (name,) = (name for name in real.experiments() if name.startswith("trainer=slow-"))
+    assert real.result(name, "data/models/adapter")["rate"] == 1e-5
+    assert real.ran()["train 1e-05"] == 1
+    again = real.sweep("-m", "trainer=slow,adamw", *launcher)
+    assert again.count("(had it)") == 2, said
+
+
 def test_a_killed_worker_is_started_again(sweeper: Sweeper) -> None:
     sweeper.hold("train")
     process = sweeper.sweep_beside("-m", RATES, *TWO_AT_ONCE)

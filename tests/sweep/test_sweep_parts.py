@@ -311,6 +311,11 @@ def test_a_glob_is_all_choices_but_the_base_of_the_group(plan: Plan) -> None:
     assert (task.expected, task.at_once) == (12, 12)
     with pytest.raises(CapasError, match="no such option"):
         prepare(plan.home, ["lora=glob(x*)"], True)
+    own = plan.home / "conf/own/lora/mine.yaml"
+    own.parent.mkdir(parents=True)
+    own.write_text("defaults: [_base, _self_]\npreset: mine\n")
+    found = prepare(plan.home, ["lora=glob(*)", "quantization=none"], True).words
+    assert found[0] == "lora=all_linear,attention,mine,none"
 
 
 def test_a_search_proposes_as_many_at_once_as_it_says(plan: Plan) -> None:
@@ -341,9 +346,12 @@ def test_a_wrong_value_of_the_sweep_is_told_before_a_point_runs(
 
 def test_a_value_that_would_reach_no_point_is_refused(plan: Plan) -> None:
     lines = "# @package _global_\ndefaults: [_base@sweep, _self_]\nsweep: {preset: mine}\n"
-    mine = plan.home / "conf/sweep/mine.yaml"
+    mine = plan.home / "conf/own/sweep/mine.yaml"
+    mine.parent.mkdir(parents=True)
     mine.write_text(lines + "trainer: {num_train_epochs: 0.5}\n")
-    with pytest.raises(CapasError, match=r"mine.yaml sets trainer.num_train_epochs, which would"):
+    with pytest.raises(
+        CapasError, match=r"conf/own/sweep/mine.yaml sets trainer.num_train_epochs, which would"
+    ):
         prepare(plan.home, ["sweep=mine", "lora.r=4,8"], True)
     mine.write_text(lines + "hydra: {sweeper: {params: {trainer.num_train_epochs: 0.5}}}\n")
     assert prepare(plan.home, ["sweep=mine", "lora.r=4,8"], True).expected == 2

@@ -6,6 +6,8 @@ values before it refuses a wrong one.
 """
 
 import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
 from functools import cache, wraps
 from pathlib import Path
 from typing import Any
@@ -16,20 +18,30 @@ from hydra.plugins.search_path_plugin import SearchPathPlugin
 
 from capas.checking import check, check_points
 from capas.composition import CONF, PARAMS, edited_by_hand, with_new_keys
-from capas.errors import CapasError
+from capas.errors import CapasError, without_secrets
 from capas.problems import Problem, refused
 from capas.requirements import lacking, read_by
+from capas.searchpath import extend
 
 
 class ParamsGuard(SearchPathPlugin):
-    """Hydra instantiates it when it looks for plugins; the search path itself stays as it is."""
+    """Hydra instantiates it when it looks for plugins. The search path gets the own options, conf/own."""
 
     def manipulate_search_path(self, search_path: ConfigSearchPath) -> None:
         root = _root()
-        if root is None or not (root / PARAMS).exists() or not edited_by_hand(root / PARAMS):
+        with _dvc_errors():
+            extend(search_path)
+        if root is None:
             return
         from dvc.exceptions import DvcException
 
+        if root != Path.cwd():
+            raise DvcException(
+                "`dvc exp run` writes params.yaml into the folder in which it is started, and no stage would "
+                f"see the values: start it in {root}"
+            )
+        if not (root / PARAMS).exists() or not edited_by_hand(root / PARAMS):
+            return
         raise DvcException(
             "params.yaml was edited by hand; `dvc exp run` would drop the edit. "
             "Record it first: dvc repro compose   (or give the value: dvc exp run -S key=value)"
@@ -39,6 +51,17 @@ class ParamsGuard(SearchPathPlugin):
 def _root() -> Path | None:
     here = Path.cwd()
     return next((d for d in (here, *here.parents) if (d / "dvc.yaml").exists()), None)
+
+
+@contextmanager
+def _dvc_errors() -> Iterator[None]:
+    """Turn an error of capas into one that DVC shows without a traceback."""
+    try:
+        yield
+    except CapasError as error:
+        from dvc.exceptions import DvcException
+
+        raise DvcException(without_secrets(str(error))) from None
 
 
 _compose_config = Hydra.compose_config
@@ -52,7 +75,7 @@ def _checked_config(self: Hydra, config_name: Any, overrides: Any, *rest: Any, *
         return _compose_config(self, config_name, overrides, *rest, **more)
     asked = _asked()
     given = asked.get("path_overrides", {}).get(str(PARAMS), overrides)
-    try:
+    with _dvc_errors():
         _check_command(
             root,
             tuple(given),
@@ -60,10 +83,6 @@ def _checked_config(self: Hydra, config_name: Any, overrides: Any, *rest: Any, *
             waits=bool(asked.get("queue")),
             runs=bool(asked) and not asked["kwargs"].get("dry"),
         )
-    except CapasError as error:
-        from dvc.exceptions import DvcException
-
-        raise DvcException(str(error)) from None
     known = with_new_keys(list(overrides), root / CONF)
     return _compose_config(self, config_name, known, *rest, **more)
 
