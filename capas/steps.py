@@ -46,7 +46,10 @@ def advice(values: Mapping[str, Any]) -> Iterator[str]:
     n = step.num_processes
     if n == 1:
         return
-    line = f"hardware.num_processes={n}: {step}, {n} times as many as one process; an epoch has 1/{n} of its steps"
+    line = (
+        f"hardware.num_processes={n}: {step}, {n} times as many as one process; "
+        f"an epoch has 1/{n} of its steps"
+    )
     for key, value in (
         ("gradient_accumulation_steps", step.accumulation),
         ("per_device_train_batch_size", step.batch_size),
