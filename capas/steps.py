@@ -47,8 +47,8 @@ def advice(values: Mapping[str, Any]) -> Iterator[str]:
     if n == 1:
         return
     line = (
-        f"hardware.num_processes={n}: {step}, {n} times as many as one process; an epoch has 1/{n} of its "
-        "steps"
+        f"hardware.num_processes={n}: {step}, {n} times as many as one process; "
+        f"an epoch has 1/{n} of its steps"
     )
     for key, value in (
         ("gradient_accumulation_steps", step.accumulation),

@@ -1,4 +1,4 @@
-"""stages/train_lora.py, which waits behind the step of HOLD_AT until SIGTERM has reached it.
+"""stages/train_lora.py, which waits behind the step of HOLD_AT until SIGTERM has reached it, or HELD is gone.
 
 A test ends the training while it waits: HELD says so, and on no machine, however busy, does it end before.
 """
@@ -27,7 +27,8 @@ def make_trainer(*args: Any, **kwargs: Any) -> Any:
             if state.global_step == int(os.environ[AT]):
                 HELD.touch()
                 end = time.monotonic() + _SECONDS
-                while not trainer._checkpoints.terminated and time.monotonic() < end:
+                while HELD.exists() and not trainer._checkpoints.terminated:
+                    assert time.monotonic() < end
                     time.sleep(0.01)
 
     if launch.is_main():

@@ -7,6 +7,7 @@ import sys
 from pathlib import Path
 from typing import NamedTuple
 
+import holding
 import psutil
 import pytest
 import torch
@@ -161,6 +162,7 @@ def test_a_process_that_is_killed_ends_the_others_and_the_training_goes_on(
     process = run_until(root, 10)
     family = psutil.Process(process.pid).children(recursive=True)
     next(p for p in family if p.environ().get("RANK") == "1").kill()
+    (root / holding.HELD).unlink()
     said = process.communicate()[0]
     assert process.returncode == 1
     assert "train: process 1 was ended by SIGKILL: was there too little memory?" in said

@@ -611,7 +611,7 @@ def run_in_process(
 
 
 def run_until(root: Path, step: int, **env: str) -> "subprocess.Popen[str]":
-    """The stage, which waits behind that step for its end: a signal that it gets now comes in time."""
+    """The stage, which now waits behind that step for a signal, or for HELD to go: neither comes too late."""
     held = root / holding.HELD
     held.unlink(missing_ok=True)
     process = run_in_process(root, holding.__file__, **env, **{holding.AT: str(step)})
