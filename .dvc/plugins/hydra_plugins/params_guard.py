@@ -1,9 +1,12 @@
 """Loaded by DVC alone (`hydra.plugins_path` in .dvc/config), before `dvc exp run` writes params.yaml.
 
 DVC composes conf/ anew for every experiment. It would drop what somebody wrote into params.yaml by hand, and
-say in Hydra's words what does not compose; wrong values would be found by the first stage alone.
+say in Hydra's words what does not compose; wrong values would be found by the first stage alone. And it would
+leave the workspace as a failed experiment left it.
 """
 
+import atexit
+import sys
 from functools import wraps
 from pathlib import Path
 from typing import Any
@@ -12,6 +15,7 @@ from hydra._internal.hydra import Hydra
 from hydra.core.config_search_path import ConfigSearchPath
 from hydra.plugins.search_path_plugin import SearchPathPlugin
 
+from capas import experiment, unfinished
 from capas.composition import CONF, PARAMS, checked, edited_by_hand
 from capas.errors import CapasError, without_secrets
 
@@ -46,6 +50,9 @@ def _checked_config(self: Hydra, config_name: Any, overrides: Any, *rest: Any, *
     if root is None:
         return _compose_config(self, config_name, overrides, *rest, **more)
     try:
+        experiment.begin(root, sys.argv)
+        atexit.register(experiment.end_preparing, root)
+        _guard_experiments()
         return checked(
             lambda known: _compose_config(self, config_name, known, *rest, **more),
             list(overrides),
@@ -55,6 +62,35 @@ def _checked_config(self: Hydra, config_name: Any, overrides: Any, *rest: Any, *
         from dvc.exceptions import DvcException
 
         raise DvcException(without_secrets(str(error))) from None
+
+
+def _guard_experiments() -> None:
+    """Put the workspace back where an experiment in it fails; one in a folder of its own changes nothing."""
+    from dvc.repo.experiments.queue.tempdir import TempDirQueue
+    from dvc.repo.experiments.queue.workspace import WorkspaceQueue
+
+    if hasattr(WorkspaceQueue._reproduce_entry, "__wrapped__"):
+        return
+    in_workspace, in_folder = WorkspaceQueue._reproduce_entry, TempDirQueue._reproduce_entry
+
+    @wraps(in_workspace)
+    def guarded(queue: Any, *args: Any, **kwargs: Any) -> Any:
+        root = Path(queue.repo.root_dir)
+        unfinished.mark_running(root)
+        try:
+            result = in_workspace(queue, *args, **kwargs)
+        except BaseException:
+            atexit.register(sys.stderr.write, experiment.after_failure(root))  # after DVC's error
+            raise
+        unfinished.drop(root)
+        return result
+
+    @wraps(in_folder)
+    def elsewhere(queue: Any, *args: Any, **kwargs: Any) -> Any:
+        experiment.end_preparing(Path(queue.repo.root_dir))
+        return in_folder(queue, *args, **kwargs)
+
+    WorkspaceQueue._reproduce_entry, TempDirQueue._reproduce_entry = guarded, elsewhere
 
 
 Hydra.compose_config = _checked_config
