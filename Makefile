@@ -10,16 +10,24 @@ export PATH := $(CURDIR)/.venv/bin:$(PATH)
 export PYTHONNOUSERSITE := 1
 
 .DEFAULT_GOAL := help
-.PHONY: help repro test test-shuffled test-slow test-gpu lint ui embedded lock clean
+.PHONY: help repro update due test test-shuffled test-slow test-gpu lint ui embedded lock clean
 
 help: ## show this list
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "  make %-14s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
 
 repro: $(READY) ## run the pipeline (dvc repro), then show what each stage cost
+	@python -m capas.restore --quiet
 	dvc repro
 	@python -m capas.timings
 	@python -m capas.reproduced
 	@echo "Report: reports/index.html   En español: reports/index.es.html   Runs: make ui"
+
+update: $(READY) ## merge a newer version (UPSTREAM=REMOTE, REMOTE/BRANCH or URL); then: what will run again
+	@python -m capas.update $(UPSTREAM)
+	@$(MAKE) --no-print-directory due
+
+due: $(READY) ## which stages will run again, and why
+	@python -m capas.due
 
 test: $(READY) ## the default tests: offline, CPU, minutes
 	python -m pytest $(PARALLEL)

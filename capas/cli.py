@@ -4,7 +4,7 @@ import argparse
 import sys
 import traceback
 
-from capas import check, merge, preflight, push, rebuild, registry, talk, ui
+from capas import check, merge, preflight, push, rebuild, registry, restore, talk, ui
 from capas.errors import CapasError, reason_of
 
 COMMANDS = {
@@ -15,6 +15,7 @@ COMMANDS = {
     "push": push,
     "register": registry,
     "rebuild": rebuild,
+    "restore": restore,
     "ui": ui,
 }
 

@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Any
 
 from capas import options
-from capas.dag import read_yaml
+from capas.dag import parse_yaml, read_yaml
 from capas.errors import CapasError
 
 CONF, PARAMS, OVERRIDES = Path("conf"), Path("params.yaml"), Path("conf/overrides.yaml")
@@ -43,8 +43,17 @@ def read(path: Path) -> tuple[Values, str | None]:
 
 def edited_by_hand(path: Path) -> bool:
     """Whether capas wrote this params.yaml and somebody changed its values since."""
-    values, stamp = read(path)
-    return stamp is not None and stamp != digest(values)
+    return edited_values(path.read_text(encoding="utf-8")) is not None
+
+
+def edited_values(text: str) -> Values | None:
+    """Return the values of a params.yaml that were changed after capas wrote it; None: they were not.
+
+    Raises:
+        CapasError: it is not YAML.
+    """
+    values, stamp = parse_yaml(text, str(PARAMS)), _STAMP.search(text)
+    return values if stamp and stamp["digest"] != digest(values) else None
 
 
 def dump(values: Values) -> str:

@@ -12,6 +12,7 @@ from tempfile import TemporaryDirectory
 from typing import Any
 
 from capas.composition import CONF, NOTHING_OVERRIDDEN, OVERRIDES, Compose, Values, composer
+from capas.dag import parse_yaml
 from capas.errors import CapasError
 from capas.facts import write_whole
 from capas.params import flatten
@@ -21,6 +22,9 @@ _HEADER = """\
 # Set by `dvc exp run -S`, by a sweep, or by an edit of params.yaml. Wins over the rest of conf/.
 # Move a line into the file it belongs to, or `python stages/compose_params.py --reset` to drop all.
 """
+
+
+_CHOICE = "override /"
 
 
 def difference(values: Values, base: Values) -> dict[str, Any]:
@@ -55,7 +59,7 @@ def in_force(conf: Path = CONF) -> list[str]:
     assert isinstance(tree, dict)
     entries = tree.pop("defaults", [])
     choices = [item for entry in entries if isinstance(entry, dict) for item in entry.items()]
-    named = [f"{str(group).removeprefix('override /')}={option}" for group, option in choices]
+    named = [f"{str(group).removeprefix(_CHOICE)}={option}" for group, option in choices]
     return named + [f"{key}={value}" for key, value in flatten(tree).items()]
 
 
@@ -81,7 +85,7 @@ def _express(
     derived, left = _interpolated() | KEYS, difference(wanted, pinned(compose([])))
     leaves = {key: value for key, value in left.items() if key not in derived}
     for _ in range(3):
-        text = _render(choices, leaves)
+        text = _written(choices, leaves)
         file.write_text(text, encoding="utf-8")
         found = pinned(compose([]))
         left = {**difference(wanted, found), **difference(found, wanted)}
@@ -103,7 +107,7 @@ def _choices(values: Values, base: Values, compose: Compose, file: Path) -> dict
     choices: dict[str, str] = {}
     while new := [g for g in _differing(values, base) if g not in choices]:
         choices[new[0]] = values[new[0]]["preset"]
-        file.write_text(_render(choices, {}), encoding="utf-8")
+        file.write_text(_written(choices, {}), encoding="utf-8")
         base = compose([])
     return choices
 
@@ -127,20 +131,38 @@ def _interpolated() -> set[str]:
     return {key for key, value in leaves.items() if isinstance(value, str) and "${" in value}
 
 
-def _render(choices: dict[str, str], leaves: dict[str, Any]) -> str:
+def _written(choices: dict[str, str], leaves: dict[str, Any]) -> str:
+    """Return the text for values: one that looks like an interpolation stays a text."""
+    return render(choices, {key: _literal(value) for key, value in leaves.items()})
+
+
+def parse(text: str) -> tuple[dict[str, str], dict[str, Any]]:
+    """Return the group choices and the leaves of a conf/overrides.yaml, interpolations as they stand.
+
+    Raises:
+        CapasError: it is not YAML.
+    """
+    tree = parse_yaml(text, str(OVERRIDES))
+    entries = tree.pop("defaults", None) or []
+    items = [item for entry in entries if isinstance(entry, dict) for item in entry.items()]
+    return {group.removeprefix(_CHOICE): option for group, option in items}, flatten(tree)
+
+
+def render(choices: dict[str, str], leaves: dict[str, Any]) -> str:
+    """Return the text of conf/overrides.yaml; the inverse of `parse`."""
     from omegaconf import OmegaConf
 
     if not choices and not leaves:
         return NOTHING_OVERRIDDEN
     tree: dict[str, Any] = {}
     if choices:
-        tree["defaults"] = ["_self_", *({f"override /{g}": o} for g, o in choices.items())]
+        tree["defaults"] = ["_self_", *({f"{_CHOICE}{g}": o} for g, o in choices.items())]
     for dotted, value in leaves.items():
         *groups, leaf = dotted.split(".")
         node = tree
         for group in groups:
             node = node.setdefault(group, {})
-        node[leaf] = _literal(value)
+        node[leaf] = value
     return _HEADER + OmegaConf.to_yaml(OmegaConf.create(tree))
 
 

@@ -39,6 +39,7 @@ from capas.saved import file_sha256
 log = logging.getLogger("capas")
 _CUBLAS_WORKSPACE = "CUBLAS_WORKSPACE_CONFIG"
 _OPEN_ROWS = "open_rows.json"  # of each process
+_SAVING = b"train: saving a checkpoint after this step; Ctrl-C again stops at once, without it\n"
 _MARK = "complete.json"  # written last into a checkpoint: what was saved, file by file
 
 
@@ -86,18 +87,20 @@ class Trainer(transformers.Trainer):
             self.add_callback(Progress())
 
     def train(self, *args: Any, **kwargs: Any) -> Any:
-        """On SIGTERM (a preempted job) the step is finished and saved.
+        """Finish the step and save a checkpoint on SIGTERM (a preempted job) and on Ctrl-C.
 
         Raises:
-            CapasError: that came before the end.
+            CapasError: the signal came before the end.
+            KeyboardInterrupt: Ctrl-C came a second time.
         """
         checkpoints = self._checkpoints
-        with _on_sigterm(lambda: setattr(checkpoints, "terminated", True)):
+        with _on_signals(checkpoints.stop):
             result = super().train(*args, **kwargs)
         step, last = self.state.global_step, self.state.max_steps
         if checkpoints.terminated and step < last and not self._stopped_early():
             raise CapasError(
-                f"stopped by SIGTERM at step {step} of {last}; it is saved: the same command goes on from it"
+                f"stopped by {checkpoints.signal} at step {step} of {last}; it is saved: the same command "
+                "goes on from it"
             )
         return result
 
@@ -253,6 +256,11 @@ class Checkpoints(TrainerCallback):
 
     def __init__(self, trainer: Trainer, total_limit: int | None = None) -> None:
         self._trainer, self._total_limit, self.terminated = trainer, total_limit, False
+        self.signal = "a signal to another process"
+
+    def stop(self, signal: str) -> None:
+        """Ask for a checkpoint after this step, and for the end of the training."""
+        self.signal, self.terminated = signal, True
 
     def on_train_begin(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
@@ -334,16 +342,29 @@ def evaluations(history: list[dict[str, Any]]) -> list[dict[str, Any]]:
 
 
 @contextmanager
-def _on_sigterm(act: Callable[[], None]) -> Iterator[None]:
-    """Inside the block; only the main thread may ask for it."""
+def _on_signals(act: Callable[[str], None]) -> Iterator[None]:
+    """Call act(name) inside the block on SIGTERM, and on the first Ctrl-C; the second one interrupts.
+
+    Only the main thread may set handlers. Where SIGINT is ignored (`nohup`, a shell's background job) it
+    stays ignored.
+    """
     if threading.current_thread() is not threading.main_thread():
         yield
         return
-    before = signal.signal(signal.SIGTERM, lambda *_: act())
+
+    def interrupted(*_: Any) -> None:
+        signal.signal(signal.SIGINT, signal.default_int_handler)
+        act("Ctrl-C")
+        os.write(2, _SAVING)  # a log record could wait for the lock of the one that was interrupted
+
+    before = {signal.SIGTERM: signal.signal(signal.SIGTERM, lambda *_: act("SIGTERM"))}
+    if signal.getsignal(signal.SIGINT) is not signal.SIG_IGN:
+        before[signal.SIGINT] = signal.signal(signal.SIGINT, interrupted)
     try:
         yield
     finally:
-        signal.signal(signal.SIGTERM, before)
+        for number, handler in before.items():
+            signal.signal(number, handler)
 
 
 def _folder(args: TrainingArguments, state: TrainerState) -> Path:

@@ -37,7 +37,7 @@ def git(root: Path, *arguments: str, check: bool = True, **env: str) -> str:
     Raises:
         CapasError: the command failed.
     """
-    return _git(root, *arguments, check=check, **env).decode().strip()
+    return git_bytes(root, *arguments, check=check, **env).decode().strip()
 
 
 def snapshot(root: Path, keep: Callable[[Path], bool] = lambda file: True) -> Snapshot:
@@ -72,7 +72,7 @@ def added(root: Path, taken: Snapshot) -> list[str]:
 
 
 def _added(top: Path, *which: str, **env: str) -> list[str]:
-    names = _git(
+    names = git_bytes(
         top,
         "diff",
         "--name-only",
@@ -88,7 +88,7 @@ def _added(top: Path, *which: str, **env: str) -> list[str]:
 
 def difference(root: Path, taken: Snapshot) -> bytes:
     """From the commit to the tree, as a patch for `git apply`; empty where all is committed."""
-    return _git(root, "diff", *_PATCH, taken.commit, taken.tree)
+    return git_bytes(root, "diff", *_PATCH, taken.commit, taken.tree)
 
 
 def clone(home: Path, taken: Snapshot, target: Path) -> None:
@@ -111,7 +111,8 @@ def check_out(target: Path, taken: Snapshot) -> None:
     git(target, "read-tree", "-u", "--reset", taken.tree)
 
 
-def _git(root: Path, *arguments: str, check: bool = True, **env: str) -> bytes:
+def git_bytes(root: Path, *arguments: str, check: bool = True, **env: str) -> bytes:
+    """As `git`, byte for byte."""
     inherited = {k: v for k, v in os.environ.items() if k not in _ELSEWHERE}
     done = subprocess.run(
         ["git", *arguments], cwd=root, env={**inherited, **env}, capture_output=True, check=False

@@ -30,7 +30,7 @@ from pathlib import Path
 from tempfile import TemporaryFile
 from typing import Any
 
-from capas import embedded
+from capas import embedded, unfinished
 from capas.checking import check
 from capas.composition import (
     CONF,
@@ -90,6 +90,8 @@ def main(options: argparse.Namespace) -> None:
     if options.schema:
         return write_schemas()
     chosen.cache_clear()
+    if not (options.print or options.check):
+        check_finished()
     ensure_overrides(reset=options.reset)
     before = inputs()
     pins, word = Pins.read(), word_given(options.overrides)
@@ -133,6 +135,17 @@ def main(options: argparse.Namespace) -> None:
     if options.reset:
         log.info("now `dvc repro` brings the results back, from the cache where it has them")
     return None
+
+
+def check_finished() -> None:
+    """Raises CapasError: an experiment was killed here, whose values would be taken for the user's."""
+    left = None if "DVC_EXP_NAME" in os.environ else unfinished.killed(Path())
+    if left:
+        raise CapasError(
+            f"`{left.command}` was killed, and its values are still in params.yaml and conf/.\n"
+            "Back to the workspace before it: capas restore   (checkpoints stay: the same command goes on)\n"
+            "To go on with its values: capas restore --keep"
+        )
 
 
 def is_costly(old: Values, new: Values) -> bool:

@@ -186,8 +186,9 @@ def test_ctrl_c_is_answered_once(tmp_path: Path) -> None:
     process.send_signal(signal.SIGINT)
     said = process.communicate()[0]
     assert process.returncode == 1
-    assert len(re.findall("train: stopped. `dvc repro` runs it again", said)) == 1
+    (step,) = re.findall(r"train: stopped by Ctrl-C at step (\d+) of \d+; it is saved", said)
     assert "Traceback" not in said
+    assert list((root / ".dvc/tmp/checkpoints").glob(f"*/checkpoint-{step}/complete.json"))
 
 
 @pytest.mark.slow

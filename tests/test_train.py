@@ -653,20 +653,23 @@ def test_killed_in_a_step_and_in_a_save_it_ends_the_same(tmp_path: Path) -> None
     assert results(root) == results(undisturbed)
 
 
+@pytest.mark.parametrize(
+    ("number", "name"), [(signal.SIGTERM, "SIGTERM"), (signal.SIGINT, "Ctrl-C")]
+)
 def test_told_to_end_it_saves_its_step_and_goes_on(
-    tmp_path: Path, caplog: pytest.LogCaptureFixture
+    number: signal.Signals, name: str, tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
-    """SIGTERM between two checkpoints and between two rows of the log."""
+    """A signal between two checkpoints and between two rows of the log."""
     options = ("trainer.max_steps=16", "trainer.save_steps=20", "trainer.logging_steps=7")
     undisturbed = train(tmp_path / "undisturbed", *options)
     root, step = prepared(tmp_path / "preempted", *options), training.Trainer.training_step
 
     def ended(self: Any, *args: Any) -> torch.Tensor:
         if self.state.global_step == 9:
-            os.kill(os.getpid(), signal.SIGTERM)
+            os.kill(os.getpid(), number)
         return step(self, *args)
 
-    saved = pytest.raises(CapasError, match="stopped by SIGTERM at step 10 of 16; it is saved")
+    saved = pytest.raises(CapasError, match=f"stopped by {name} at step 10 of 16; it is saved")
     with pytest.MonkeyPatch.context() as patch, saved:
         patch.setattr(training.Trainer, "training_step", ended)
         run_stage("train", train_lora.main, root)
@@ -675,6 +678,40 @@ def test_told_to_end_it_saves_its_step_and_goes_on(
         run_stage("train", train_lora.main, root)
     assert "going on from checkpoint-10" in caplog.text
     assert results(root) == results(undisturbed)
+
+
+def test_a_second_ctrl_c_stops_at_once_and_saves_nothing(tmp_path: Path) -> None:
+    root, step = prepared(tmp_path, "trainer.max_steps=4"), training.Trainer.training_step
+
+    def interrupted(self: Any, *args: Any) -> torch.Tensor:
+        os.kill(os.getpid(), signal.SIGINT)
+        os.kill(os.getpid(), signal.SIGINT)
+        return step(self, *args)
+
+    before = signal.getsignal(signal.SIGINT)
+    with pytest.MonkeyPatch.context() as patch, pytest.raises(KeyboardInterrupt):
+        patch.setattr(training.Trainer, "training_step", interrupted)
+        run_stage("train", train_lora.main, root)
+    assert not list(root.glob(".dvc/tmp/checkpoints/*/checkpoint-*"))
+    assert signal.getsignal(signal.SIGINT) is before
+
+
+def test_an_ignored_ctrl_c_stays_ignored(tmp_path: Path) -> None:
+    """`nohup dvc repro` goes on."""
+    root, step = prepared(tmp_path, "trainer.max_steps=3"), training.Trainer.training_step
+
+    def interrupted(self: Any, *args: Any) -> torch.Tensor:
+        os.kill(os.getpid(), signal.SIGINT)
+        return step(self, *args)
+
+    before = signal.signal(signal.SIGINT, signal.SIG_IGN)
+    try:
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setattr(training.Trainer, "training_step", interrupted)
+            run_stage("train", train_lora.main, root)
+    finally:
+        signal.signal(signal.SIGINT, before)
+    assert (root / ADAPTER).exists()
 
 
 @pytest.mark.slow

@@ -1,10 +1,11 @@
 """Loaded by DVC alone (`hydra.plugins_path` in .dvc/config), before `dvc exp run` writes params.yaml.
 
 DVC composes conf/ anew for every experiment. By itself it would drop an edit of params.yaml, repeat Hydra's
-words for what does not compose, leave wrong values to the first stage, and queue the valid ones of several
-values before it refuses a wrong one.
+words for what does not compose, leave wrong values to the first stage, queue the valid ones of several
+values before it refuses a wrong one, and leave the workspace as a failed experiment left it.
 """
 
+import atexit
 import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -16,6 +17,7 @@ from hydra._internal.hydra import Hydra
 from hydra.core.config_search_path import ConfigSearchPath
 from hydra.plugins.search_path_plugin import SearchPathPlugin
 
+from capas import experiment, unfinished
 from capas.checking import check, check_points
 from capas.composition import CONF, PARAMS, edited_by_hand, with_new_keys
 from capas.errors import CapasError, without_secrets
@@ -83,6 +85,9 @@ def _checked_config(self: Hydra, config_name: Any, overrides: Any, *rest: Any, *
             waits=bool(asked.get("queue")),
             runs=bool(asked) and not asked["kwargs"].get("dry"),
         )
+        experiment.begin(root, sys.argv)
+    atexit.register(experiment.end_preparing, root)
+    _guard_experiments()
     known = with_new_keys(list(overrides), root / CONF)
     return _compose_config(self, config_name, known, *rest, **more)
 
@@ -129,6 +134,35 @@ def _check_command(
 
         lines = "\n".join(f"  {problem}" for problem in missing)
         ui.warn(f"this machine lacks what was queued; it runs where a worker has it:\n{lines}")
+
+
+def _guard_experiments() -> None:
+    """Put the workspace back where an experiment in it fails; one in a folder of its own changes nothing."""
+    from dvc.repo.experiments.queue.tempdir import TempDirQueue
+    from dvc.repo.experiments.queue.workspace import WorkspaceQueue
+
+    if hasattr(WorkspaceQueue._reproduce_entry, "__wrapped__"):
+        return
+    in_workspace, in_folder = WorkspaceQueue._reproduce_entry, TempDirQueue._reproduce_entry
+
+    @wraps(in_workspace)
+    def guarded(queue: Any, *args: Any, **kwargs: Any) -> Any:
+        root = Path(queue.repo.root_dir)
+        unfinished.mark_running(root)
+        try:
+            result = in_workspace(queue, *args, **kwargs)
+        except BaseException:
+            atexit.register(sys.stderr.write, experiment.after_failure(root))  # after DVC's error
+            raise
+        unfinished.drop(root)
+        return result
+
+    @wraps(in_folder)
+    def elsewhere(queue: Any, *args: Any, **kwargs: Any) -> Any:
+        experiment.end_preparing(Path(queue.repo.root_dir))
+        return in_folder(queue, *args, **kwargs)
+
+    WorkspaceQueue._reproduce_entry, TempDirQueue._reproduce_entry = guarded, elsewhere
 
 
 Hydra.compose_config = _checked_config

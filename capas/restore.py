@@ -1,0 +1,208 @@
+"""Bring the workspace back after a killed experiment, a cut dvc.lock or a merge with conflicts.
+
+    capas restore            mend what is broken, and say what was done; nothing is lost
+    capas restore --keep     keep the files that a killed experiment left, and go on from them
+    capas restore --ours     keep HEAD's value where both sides of a merge set one; --theirs: the other one
+
+Of a merge it resolves the generated files: dvc.lock, params.yaml, reports and the like. Conflicts in conf/ or
+in code are listed: they are yours. `make repro` begins with this command, which refuses while DVC runs here.
+"""
+
+import argparse
+import json
+import sys
+import time
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from capas import lockfile, unfinished
+from capas.dag import StageSpec
+from capas.errors import CapasError
+from capas.facts import write_whole
+from capas.generated import BY_KEY, LOCK, PARAMS
+from capas.locks import is_held
+from capas.worktree import git
+
+if TYPE_CHECKING:
+    from collections.abc import Iterator
+
+_SECONDS_OF_GIT = 1.0
+_RWLOCKS = (".dvc/tmp/rwlock", ".dvc/tmp/exps/rwlock")
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument(
+        "--keep", action="store_true", help="keep the files that a killed experiment left"
+    )
+    sides = parser.add_mutually_exclusive_group()
+    for side, whose in {"ours": "HEAD's", "theirs": "the other side's"}.items():
+        sides.add_argument(
+            f"--{side}", action="store_const", const=side, dest="prefer", help=f"keep {whose} value"
+        )
+    parser.add_argument("--quiet", action="store_true", help="say nothing where nothing is wrong")
+
+
+def command(options: argparse.Namespace) -> int:
+    """Return the exit code: 0: the workspace is whole; 1: the user has to do something first."""
+    root = Path.cwd()
+    if not (root / "dvc.yaml").exists():
+        raise CapasError(f"{root} has no dvc.yaml; run it in the repository's top folder")
+    if busy := running(root):
+        if options.quiet:
+            return 0  # DVC waits for the other one, or says so
+        raise CapasError(f"{busy} is running here; wait for it, or stop it, then try again")
+    said, code = restore(root, options.keep, options.prefer)
+    for line in said:
+        sys.stderr.write(f"{line}\n")
+    if not said and not options.quiet:
+        sys.stderr.write("nothing to restore\n")
+    return code
+
+
+def restore(root: Path, keep: bool = False, prefer: str | None = None) -> tuple[list[str], int]:
+    """Mend what is broken; return sentences about it, and the exit code.
+
+    Raises:
+        CapasError: it cannot be mended without the user.
+    """
+    said = [*_drop_broken_locks(root), *_end_experiment(root, keep)]
+    if is_conflicted(root):
+        from capas import conflict
+
+        found = conflict.find(root)
+        if own := conflict.in_own_files(root, found):
+            return [
+                *said,
+                "Conflicts in files that you write; solve these first, and `git add` them:",
+                *(f"  {line}" for line in own),
+                "Then run `capas restore` again: it resolves the generated ones.",
+            ], 1
+        said += conflict.resolve(root, found, prefer)
+        said.append(
+            "Now run `dvc repro`, and conclude the merge: git commit -a, git rebase --continue, ..."
+        )
+    return [*said, *_heal_lock(root)], 0
+
+
+def running(root: Path) -> str:
+    """Return the command of DVC, or the stage, that runs in this workspace; empty where none does."""
+    if unfinished.is_running(root):
+        return "`dvc exp run`"
+    for holder in _holders(root):
+        from capas.experiment import is_alive
+
+        if is_alive(holder):
+            return f"`{holder['cmd']}` (process {holder['pid']})"
+    held = (file for file in (root / ".dvc/tmp").glob("stage-*.lock") if is_held(file))
+    return next((f"the stage {file.stem.removeprefix('stage-')}" for file in held), "")
+
+
+def _holders(root: Path) -> "Iterator[dict[str, object]]":
+    """Yield who holds DVC's own locks, as far as they can be read."""
+    for name in _RWLOCKS:
+        try:
+            locks = json.loads((root / name).read_text(encoding="utf-8"))
+        except (OSError, ValueError):
+            continue
+        yield from locks.get("write", {}).values()
+        yield from (holder for holders in locks.get("read", {}).values() for holder in holders)
+
+
+def _drop_broken_locks(root: Path) -> list[str]:
+    """Remove lock files that a killed process left: DVC's own, cut, and git's, which nobody holds."""
+    said = []
+    for lock in _git_locks(root):
+        lock.unlink(missing_ok=True)
+        said.append(f"removed {lock.name} of git, which a killed process left")
+    for name in _RWLOCKS:
+        file = root / name
+        try:
+            json.loads(file.read_text(encoding="utf-8"))
+        except FileNotFoundError:
+            continue
+        except ValueError:
+            file.unlink()
+            said.append(f"removed {name}, which was cut")
+    return said
+
+
+def _git_locks(root: Path) -> list[Path]:
+    """Return the lock files of git's index and references that are there and belong to no process."""
+    folder = git(root, "rev-parse", "--absolute-git-dir", check=False)
+    if not folder:
+        return []
+    names = (
+        "index.lock",
+        "HEAD.lock",
+        "packed-refs.lock",
+        "refs/stash.lock",
+        "refs/heads/**/*.lock",
+    )
+    found = [file for name in names for file in Path(folder).glob(name)]
+    if not found:
+        return []
+    import psutil  # type: ignore[import-untyped]
+
+    time.sleep(_SECONDS_OF_GIT)  # a command that runs now has its lock for so long at most
+    others = [p.info for p in psutil.process_iter(["name", "cwd"])]
+    top = git(root, "rev-parse", "--show-toplevel")
+    if any(str(p["name"]).startswith("git") and str(p["cwd"]).startswith(top) for p in others):
+        raise CapasError(f"a git command runs here and holds {found[0]}; end it first")
+    return [file for file in found if file.exists()]
+
+
+def _end_experiment(root: Path, keep: bool) -> list[str]:
+    """Put back what an experiment left that was killed."""
+    if not unfinished.read(root) and not (root / _RWLOCKS[1]).exists():
+        return []
+    from capas import experiment
+
+    before = unfinished.read(root) or experiment.left_in_stash(root)
+    return experiment.put_back(root, before, keep) if before else []
+
+
+def is_conflicted(root: Path) -> bool:
+    """Return whether git has unmerged files here, or conflict markers stand in a file that commands read."""
+    if git(root, "ls-files", "--unmerged", check=False):
+        return True
+    files = (root / name for name in (LOCK, PARAMS, "environment.yaml", *BY_KEY))
+    return any(b"<<<<<<< " in file.read_bytes() for file in files if file.exists())
+
+
+def _heal_lock(root: Path) -> list[str]:
+    """Write a dvc.lock that is whole; what it lacks, `dvc repro` restores from the run cache."""
+    file = root / LOCK
+    if not file.exists():
+        return []
+    text = file.read_text(encoding="utf-8", errors="replace")
+    committed = git(root, "show", f"HEAD:./{LOCK}", check=False)
+    healed, said = lockfile.heal(text, f"{committed}\n", StageSpec.read_all(root))
+    if not said:
+        return []
+    if healed:
+        write_whole(file, healed)
+    else:
+        file.unlink()
+    return [
+        *said,
+        f"{LOCK} is whole again; `dvc repro` restores the rest from the run cache, or runs it",
+    ]
+
+
+def main() -> int:
+    """Run the command alone: `python -m capas.restore` imports no other one."""
+    parser = argparse.ArgumentParser(
+        prog="capas restore",
+        description=__doc__,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    add_arguments(parser)
+    try:
+        return command(parser.parse_args())
+    except CapasError as error:
+        sys.stderr.write(f"capas: {error}\n")
+        return 2
+
+
+if __name__ == "__main__":
+    sys.exit(main())
