@@ -22,4 +22,5 @@ def wilson_interval(num_right: float, num_records: int, confidence: float) -> tu
     half = (
         z * math.sqrt(share * (1 - share) / num_records + weight / (4 * num_records)) / (1 + weight)
     )
-    return max(0.0, centre - half), min(1.0, centre + half)
+    # Rounding may put an end on the wrong side of a share of 0 or 1.
+    return min(share, max(0.0, centre - half)), max(share, min(1.0, centre + half))

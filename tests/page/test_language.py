@@ -60,3 +60,9 @@ def test_the_wilson_interval_stays_within_a_share(num_right: int) -> None:
     low, high = wilson_interval(num_right, 10, 0.95)
     assert 0 <= low < high <= 1
     assert high - low > 0.2
+
+
+@pytest.mark.parametrize("num_records", [5, 40, 500])  # rounding put an end beyond the share
+def test_the_wilson_interval_holds_the_share_itself(num_records: int) -> None:
+    assert wilson_interval(0, num_records, 0.95)[0] == 0.0
+    assert wilson_interval(num_records, num_records, 0.95)[1] == 1.0
