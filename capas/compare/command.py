@@ -6,9 +6,9 @@
     capas compare A B C ...     a row each; differences are to the first
     capas compare A B --why     the records that B won and lost, and the nearest training records that differ
 
-A name is `workspace`, a commit, branch or tag, an experiment of DVC, or a run in MLflow: its id, the beginning
-of it, or its name (`run:NAME` where a commit has the name, too). Intervals of a difference are paired, over the
-test records that both answered. Nothing is run and nothing is changed.
+A name is `workspace`, a commit, branch or tag, an experiment of DVC, or a run in MLflow: its id, the
+beginning of it, or its name (`run:NAME` where a commit has the name, too). Intervals of a difference are
+paired, over the test records that both answered. Nothing is run and nothing is changed.
 
 Exit code: 0 compared, 2 a name is unknown or has no result.
 """

@@ -11,6 +11,12 @@ from capas.metrics.names import BINARY, BUILT_IN
 from capas.page.intervals import wilson_interval
 
 LOSS = "loss"
+_SOURCE = (
+    "path",
+    "name",
+    "data_files",
+    "split",
+)  # of `dataset`: with others the records are others
 Verdict = Literal["better", "worse", "no difference seen"]
 Test = Literal["same", "shared", "other", "unknown"]  # the test records of two results
 
@@ -202,10 +208,8 @@ def _tests(a: Side, b: Side, pairs: Sequence[tuple[Row, Row]]) -> Test:
     limits = {side.texts.get("evaluation.max_records") for side in (a, b)}
     if raw[0] and raw[0] == raw[1]:
         return "same" if len(limits) == 1 else "shared"
-    differing = {key for key in (*a.texts, *b.texts) if key.startswith("dataset.")}
-    if any(a.texts.get(key) != b.texts.get(key) for key in differing):
-        return "other"
-    return "unknown"
+    sources = [{key: side.texts.get(f"dataset.{key}") for key in _SOURCE} for side in (a, b)]
+    return "unknown" if sources[0] == sources[1] else "other"
 
 
 def _same_tokens(pairs: Sequence[tuple[Row, Row]]) -> bool | None:

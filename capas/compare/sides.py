@@ -128,6 +128,12 @@ class Side:
             return found
         return self.tracked_sha256
 
+    @cached_property
+    def num_train(self) -> int | None:
+        """Training records that format kept; None where its report is not here."""
+        file = self.outputs.find("reports/format.json")
+        return None if file is None else int(read_json(file)["splits"]["train"]["num_records"])
+
     @property
     def stale(self) -> str | None:
         """The stage whose scores are of an earlier adapter, because it has not run since."""

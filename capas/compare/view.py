@@ -117,7 +117,7 @@ def why_lines(
         totals: how many were won and lost in all.
     """
     yield ""
-    yield from layout.wrapped(_training_words(training), width)
+    yield from layout.wrapped(words.training(pair.a, pair.b, training), width)
     for mark, name, total in ((">", "won", totals[0]), ("<", "lost", totals[1])):
         chosen = [entry for entry in records if entry[0] == mark]
         if not total:
@@ -142,20 +142,6 @@ def _near_lines(near: Near, width: int) -> Iterator[str]:
     for label, text in (("asked", near.question), ("answer", near.answer)):
         lines = layout.wrapped(printable(text), width - 12, 2)
         yield from (f"    {label if not i else '':7} {line}" for i, line in enumerate(lines))
-
-
-def _training_words(training: Training) -> str:
-    if training.missing:
-        return (
-            f"The training records cannot be compared: {', '.join(training.missing)} not in DVC's cache. "
-            "From a remote: `dvc fetch --all-commits fetch format`."
-        )
-    if not training.differs:
-        return "Both were trained on the same records: the difference comes from something else."
-    return (
-        f"Training records: {training.num_same:,} in both, {len(training.only_a):,} only in A, "
-        f"{len(training.only_b):,} only in B."
-    )
 
 
 def table_lines(
@@ -304,9 +290,10 @@ def _scores(pair: Pair) -> list[tuple[str, ...]]:
             rows.append(("  of the base model", *texts))
     times = (words.seconds(side.seconds.get("train")) for _, side in pair.letters)
     rows.append(("training, seconds", *times))
-    if compared.test != "same" and any(compared.num_tests):
-        counts = (ABSENT if n is None else f"{n:,}" for n in compared.num_tests)
-        rows.append(("test records", *counts))
+    trained = tuple(side.num_train for _, side in pair.letters)
+    for label, numbers in (("training records", trained), ("test records", compared.num_tests)):
+        if numbers[0] != numbers[1]:
+            rows.append((label, *(ABSENT if n is None else f"{n:,}" for n in numbers)))
     return rows
 
 

@@ -38,7 +38,7 @@ class _Trained(NamedTuple):
 class Training:
     """The training records that only A, and those that only B was trained on.
 
-    `missing` are the files that are not here; the records are then not known.
+    `missing` names the sides whose records are not here; nothing is then known.
     """
 
     only_a: list[_Trained]
@@ -51,7 +51,7 @@ class Training:
         return bool(self.only_a or self.only_b)
 
     def nearest(self, questions: Sequence[str]) -> list[list[Near]]:
-        """Find the nearest record of each side that the other lacks, for each question; most similar first."""
+        """Find the nearest record of each side that the other lacks, for each question."""
         found: list[list[Near]] = [[] for _ in questions]
         for only, records in ((A, self.only_a), (B, self.only_b)):
             if not records or not questions:
@@ -67,10 +67,9 @@ def differing_training(a: Side, b: Side) -> Training:
     """Compare the records that two models were trained on, whatever the ids of the records."""
     if _same_files(a, b):
         return Training([], [], 0)
-    paths = [side.outputs.find(TRAIN) for side in (a, b)]
-    if None in paths:
-        names = (f"{TRAIN} of {s.name}" for s, path in zip((a, b), paths, strict=True) if not path)
-        return Training([], [], 0, tuple(names))
+    missing = [letter for letter, side in ((A, a), (B, b)) if side.outputs.find(TRAIN) is None]
+    if missing:
+        return Training([], [], 0, tuple(missing))
     one, other = (_trained(side) for side in (a, b))
     return Training(
         [record for key, record in one.items() if key not in other],

@@ -6,8 +6,7 @@ from capas.compare.changes import Changes
 from capas.compare.inputs import Inputs
 from capas.compare.scores import LOSS, Compared, Difference, Score, headline
 from capas.compare.sides import PREDICTIONS, Side
-
-FETCH = "dvc fetch --all-commits evaluate"
+from capas.compare.why import TRAIN, Training
 
 
 def number(value: float, is_share: bool) -> str:
@@ -123,6 +122,21 @@ def _without_answers(a: Side, b: Side, found: Compared) -> Iterator[str]:
         yield "They were scored on different numbers of test records."
 
 
+def training(a: Side, b: Side, found: Training) -> str:
+    """Say how the records that the two models were trained on differ."""
+    if found.missing:
+        lacking = [pair for pair in (("A", a), ("B", b)) if pair[0] in found.missing]
+        return "The training records cannot be compared. " + " ".join(
+            f"{letter}: {how_to_get(side, TRAIN, 'fetch format')}." for letter, side in lacking
+        )
+    if not found.differs:
+        return "Both were trained on the same records: the difference comes from something else."
+    return (
+        f"Training records: {found.num_same:,} in both, {len(found.only_a):,} only in A, "
+        f"{len(found.only_b):,} only in B."
+    )
+
+
 def notes(a: Side, b: Side, found: Compared, inputs: Inputs) -> list[str]:
     """What a reader must know beside the verdict."""
     return list(_notes(a, b, found, inputs))
@@ -151,8 +165,8 @@ def _notes(a: Side, b: Side, found: Compared, inputs: Inputs) -> Iterator[str]:
     unknown = [letter for letter, side in (("A", a), ("B", b)) if "train" not in side.seconds]
     if unknown and not inputs.same_adapter:
         yield (
-            f"The seconds of {' and '.join(unknown)} are not known here: DVC restored the training, or it ran on "
-            "another machine"
+            f"The seconds of {' and '.join(unknown)} are not known here: DVC restored the training, or it "
+            "ran on another machine"
         )
     if inputs.same_data is False and found.test == "same":
         yield "The data set differs, the test records are the same (--why: the training records that differ)"
@@ -172,12 +186,14 @@ def _contradiction(letter: str, side: Side) -> Iterator[str]:
             )
 
 
-def how_to_get(side: Side) -> str:
-    """Say where the answers of a result may be had."""
-    again = {
-        "workspace": "or make them again with `dvc repro`",
-        "experiment": f"or of another clone's experiment `dvc exp pull REMOTE {side.name}`",
-        "commit": f"or make them again: `git checkout {side.name}`, `dvc repro`",
-        "run": "or make them again with `capas rebuild`",
-    }[side.kind]
-    return f"{PREDICTIONS} is not in DVC's cache here. From a remote: `{FETCH}`, {again}"
+def how_to_get(side: Side, what: str = PREDICTIONS, stages: str = "evaluate") -> str:
+    """Say how an output of `stages` that is not here can be had."""
+    ways = {
+        "workspace": f"`dvc pull {stages}` from a remote, or make it again: `dvc repro`",
+        "experiment": f"`dvc exp pull REMOTE {side.name}`, or make it again: `dvc exp apply {side.name}`, "
+        "`dvc repro`",
+        "commit": f"`dvc fetch --all-commits {stages}` from a remote, or make it again: `git checkout "
+        f"{side.name}`, `dvc repro`",
+        "run": f"`capas rebuild {side.name} --all --keep FOLDER` makes it again",
+    }
+    return f"{what} is not in DVC's cache here: {ways[side.kind]}"
