@@ -131,9 +131,9 @@ def _here(repository: Repository, options: argparse.Namespace) -> Iterator[Any]:
     else:
         yield from _pair(head, workspace, repository, options)
         is_told = 2
-    if len(rows) > is_told:
-        shown = rows[: options.rows + 1]
-        hidden = len(rows) - len(shown) + len(recent) - len(read)
+    shown = rows[: options.rows + 1]
+    hidden = len(rows) - len(shown) + len(recent) - len(read)
+    if len(rows) > is_told or hidden:
         yield from _table(shown, repository, options, hidden)
 
 
@@ -187,9 +187,6 @@ def _pair(a: Side, b: Side, repository: Repository, options: argparse.Namespace)
         yield from view.why_lines(pair, training, records, (len(won), len(lost)), width)
     else:
         yield from view.answers_lines(pair, width)
-        if won or lost:
-            yield ""
-            yield "More of them, and the training records near them: --why"
 
 
 def _records(pair: Pair, training: Training, count: int) -> list[Shown]:

@@ -106,6 +106,12 @@ def _width(character: str) -> int:
     return 2 if unicodedata.east_asian_width(character) in "WF" else 1
 
 
+def _last_blank(text: str, end: int) -> int:
+    """Where the last blank up to `end` stands at which a line may end, not before a %; -1 without one."""
+    blanks = (i for i in range(end, -1, -1) if text[i] == " " and text[i + 1 : i + 2] != "%")
+    return next(blanks, -1)
+
+
 def _num_common(texts: Sequence[str]) -> int:
     """How many characters all texts begin with."""
     columns = enumerate(zip(*texts, strict=False))
@@ -133,7 +139,7 @@ def _broken(text: str, width: int) -> list[str]:
         rest = line
         while width_of(rest) > width:
             piece = _fitting(rest, width)
-            blank = piece.rfind(" ") if rest[len(piece)] != " " else len(piece)
+            blank = _last_blank(rest, len(piece))
             piece = piece[:blank] if blank > len(piece) // 3 else piece
             lines.append(piece.rstrip())
             rest = rest[len(piece) :].lstrip()

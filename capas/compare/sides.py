@@ -10,19 +10,21 @@ from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any, Literal, NamedTuple
 
+import pyarrow as pa
 import pyarrow.parquet as pq
 
 from capas import runs, timings
 from capas.compare.changes import texts_of
 from capas.compare.outputs import Outputs
-from capas.compare.tracked import Tracked, database, read_runs
+from capas.compare.tracked import TABLE, Tracked, database, read_runs
 from capas.composition import CONF
 from capas.dag import md5, parse_yaml, read_yaml, recorded, recorded_key
 from capas.errors import CapasError
 from capas.facts import read_json
 from capas.lineage import ADAPTER
+from capas.result import artifacts_digest
 from capas.store import TRAIN_KEY, existing, reachable, tracking_uri
-from capas.tuned import ran_with
+from capas.tuned import ran_with, say
 from capas.worktree import git
 
 Kind = Literal["workspace", "commit", "experiment", "run"]
@@ -32,7 +34,6 @@ RUN = "run:"  # before the name of an MLflow run that a commit or an experiment 
 METRICS = "reports/metrics/tuned.json"
 PREDICTIONS = "reports/predictions.parquet"
 ADAPTER_FOLDER, CERTIFICATE = "data/models/adapter", "reports/certificate.json"
-TABLE = "predictions.json"  # an artifact of a run: the test records with the answers of both models
 _NUM_NAMES = 5
 # Columns of predictions that are no metric.
 _COLUMNS = frozenset(
@@ -102,7 +103,7 @@ class Side:
     def predictions(self) -> Predictions | None:
         """None where they are neither in DVC's cache nor in MLflow."""
         if file := self.outputs.find(PREDICTIONS):
-            found = pq.read_table(file)
+            found = _read_table(file)
             names = [name for name in found.column_names if name not in _COLUMNS]
             return Predictions(found.to_pylist(), names)
         if self.table is None:
@@ -174,7 +175,12 @@ class Repository:
 
     @cached_property
     def tracked(self) -> list[Tracked]:
-        return read_runs(self.root)
+        """Empty where the database cannot be read: what git and DVC have is compared all the same."""
+        try:
+            return read_runs(self.root)
+        except CapasError as error:
+            say(f"capas: MLflow is left out: {error}")
+            return []
 
     @cached_property
     def timings(self) -> dict[str, dict[str, Any]]:
@@ -256,6 +262,7 @@ class Repository:
         base: Mapping[str, Any] | None = None,
     ) -> Side:
         seconds, cpu = self._cost(lock)
+        digest = artifacts_digest(lock)
         return Side(
             name=name,
             kind=kind,
@@ -269,6 +276,7 @@ class Repository:
             baseline=dict(base or {}),
             seconds=seconds,
             cpu=cpu,
+            table=next(filter(None, (run.table(digest) for run in self.tracked)), None),
         )
 
     def _cost(self, lock: Mapping[str, Any]) -> tuple[dict[str, float], str | None]:
@@ -470,6 +478,15 @@ def _flat(run: Tracked) -> dict[str, Any]:
 def _is_gain(metric: str) -> bool:
     parts = metric.split("/")
     return len(parts) == 3 and parts[0] == "difference" and parts[2] == "low" and parts[1] != "loss"
+
+
+def _read_table(file: Path) -> pa.Table:
+    try:
+        return pq.read_table(file)
+    except pa.ArrowInvalid as error:
+        raise CapasError(
+            f"{file} is no complete parquet file ({error}): delete it, then `dvc pull` or `dvc repro`"
+        ) from None
 
 
 def _parsed(text: str, name: str) -> dict[str, Any]:

@@ -5,15 +5,17 @@ from collections.abc import Iterator
 from contextlib import closing
 from dataclasses import dataclass, field
 from pathlib import Path
+from urllib.parse import unquote, urlsplit
 
 from capas.errors import CapasError
 from capas.lineage import ADAPTER
 from capas.store import TRAIN_KEY, sqlite_file, tracking_uri
 
-CPU = "cpu"
+CPU, ARTIFACTS = "cpu", "capas.artifacts"  # tags: the latter has `result.artifacts_digest`
+TABLE = "predictions.json"  # an artifact: the test records with the answers of both models
 _SECONDS = "seconds/"
 _RUNS = """
-select runs.run_uuid, coalesce(runs.name, ''), runs.start_time, tags.value
+select runs.run_uuid, coalesce(runs.name, ''), runs.start_time, tags.value, runs.artifact_uri
 from runs join tags on tags.run_uuid = runs.run_uuid and tags.key = ?
 where runs.lifecycle_stage = 'active' order by runs.start_time desc
 """
@@ -29,6 +31,7 @@ class Tracked:
     time: float
     metrics: dict[str, float] = field(default_factory=dict)
     texts: dict[str, str] = field(default_factory=dict)
+    artifacts: str = ""  # their address
 
     @property
     def seconds(self) -> dict[str, float]:
@@ -40,6 +43,13 @@ class Tracked:
     def scores(self) -> dict[str, float]:
         """As reports/metrics/tuned.json has them."""
         return {k.removeprefix("tuned/"): v for k, v in self.metrics.items() if k[:6] == "tuned/"}
+
+    def table(self, digest: str) -> Path | None:
+        """The table of predictions, where it lies on this disk and belongs to outputs with this digest."""
+        if self.texts.get(ARTIFACTS) != digest or not self.artifacts.startswith("file:"):
+            return None
+        file = Path(unquote(urlsplit(self.artifacts).path)) / TABLE
+        return file if file.is_file() else None
 
     @property
     def cpu(self) -> str | None:
@@ -73,11 +83,11 @@ def read_runs(root: Path) -> list[Tracked]:
 
 
 def _runs(base: sqlite3.Connection) -> Iterator[Tracked]:
-    for run_id, name, started, key in base.execute(_RUNS, [TRAIN_KEY]).fetchall():
+    for run_id, name, started, key, artifacts in base.execute(_RUNS, [TRAIN_KEY]).fetchall():
         metrics = _pairs(base, "latest_metrics", run_id)
         texts = {**_pairs(base, "tags", run_id), **_pairs(base, "params", run_id)}
         numbers = {k: float(v) for k, v in metrics.items()}
-        yield Tracked(run_id, name, key, started / 1000, numbers, texts)
+        yield Tracked(run_id, name, key, started / 1000, numbers, texts, artifacts or "")
 
 
 def _pairs(base: sqlite3.Connection, table: str, run_id: str) -> dict[str, str]:

@@ -77,6 +77,9 @@ def answers_lines(pair: Pair, width: int) -> Iterator[str]:
         yield ""
         yield _titles(compared)[mark]
         yield from record_lines(pair, chosen, width)
+    if won or lost:
+        yield ""
+        yield from layout.wrapped("More of them, and training records near them: --why", width)
 
 
 def record_lines(pair: Pair, chosen: tuple[Row, Row], width: int) -> Iterator[str]:
@@ -193,7 +196,10 @@ def _numbers(sides: Sequence[Side], found: Sequence[Compared | None]) -> list[li
 def _details(side: Side, first: Side, keys: Sequence[str], width: int) -> Iterator[str]:
     """The parameters of a row in which it differs from the first; of the first all."""
     named = [
-        f"{key.removesuffix(PRESET)}={shortened(_shown(side.texts.get(key)), _MAX_NAME)}"
+        shortened(
+            f"{key.removesuffix(PRESET)}={shortened(_shown(side.texts.get(key)), _MAX_NAME)}",
+            width - 4,
+        )
         for key in keys
         if side is first or side.texts.get(key) != first.texts.get(key)
     ]

@@ -11,11 +11,12 @@ import pyarrow.parquet as pq
 from capas.compare.sides import Row, Side
 from capas.metrics.nearest import nearest_prompts
 from capas.prompts import read_questions
-from capas.records import RAW, before_last_answer, read_records
+from capas.records import RAW, before_last_answer, evenly_spaced, read_records
 
 TRAIN, TEST = "data/raw/train.parquet", "data/raw/test.parquet"
 FORMATTED_TRAIN = "data/formatted/train.parquet"
 A, B = "A", "B"
+_NUM_BESIDE = 2000
 
 
 class Near(NamedTuple):
@@ -53,11 +54,14 @@ class Training:
     def nearest(self, questions: Sequence[str]) -> list[list[Near]]:
         """Find the nearest record of each side that the other lacks, for each question."""
         found: list[list[Near]] = [[] for _ in questions]
-        for only, records in ((A, self.only_a), (B, self.only_b)):
+        for only, records, others in ((A, self.only_a, self.only_b), (B, self.only_b, self.only_a)):
             if not records or not questions:
                 continue
-            neighbours = nearest_prompts(questions, [record.question for record in records])
-            for near, neighbour in zip(found, neighbours, strict=True):
+            # Words are weighted by how rare they are: with the other side's texts both are weighted alike.
+            beside = [record.question for record in evenly_spaced(others, _NUM_BESIDE)]
+            asked = [*questions, *beside]
+            neighbours = nearest_prompts(asked, [record.question for record in records])
+            for near, neighbour in zip(found, neighbours, strict=False):
                 record = records[neighbour.index]
                 near.append(Near(only, *record, neighbour.similarity))
         return [sorted(near, key=lambda one: -one.similarity) for near in found]
