@@ -208,8 +208,9 @@ def _tests(a: Side, b: Side, pairs: Sequence[tuple[Row, Row]]) -> Test:
     limits = {side.texts.get("evaluation.max_records") for side in (a, b)}
     if raw[0] and raw[0] == raw[1]:
         return "same" if len(limits) == 1 else "shared"
-    sources = [{key: side.texts.get(f"dataset.{key}") for key in _SOURCE} for side in (a, b)]
-    return "unknown" if sources[0] == sources[1] else "other"
+    sources = [{k: side.texts.get(f"dataset.{k}") for k in _SOURCE} for side in (a, b)]
+    known = all("dataset.path" in side.texts for side in (a, b))
+    return "other" if known and sources[0] != sources[1] else "unknown"
 
 
 def _same_tokens(pairs: Sequence[tuple[Row, Row]]) -> bool | None:

@@ -16,12 +16,11 @@ import pyarrow.parquet as pq
 from capas import runs, timings
 from capas.compare.changes import texts_of
 from capas.compare.outputs import Outputs
-from capas.compare.tracked import TABLE, Tracked, database, read_runs
+from capas.compare.tracked import ARTIFACTS, PUBLISHED, TABLE, Tracked, database, read_runs
 from capas.composition import CONF
 from capas.dag import md5, parse_yaml, read_yaml, recorded, recorded_key
 from capas.errors import CapasError
 from capas.facts import read_json
-from capas.lineage import ADAPTER
 from capas.result import artifacts_digest
 from capas.store import TRAIN_KEY, existing, reachable, tracking_uri
 from capas.tuned import ran_with, say
@@ -103,7 +102,7 @@ class Side:
     def predictions(self) -> Predictions | None:
         """None where they are neither in DVC's cache nor in MLflow."""
         if file := self.outputs.find(PREDICTIONS):
-            found = _read_table(file)
+            found = read_table(file)
             names = [name for name in found.column_names if name not in _COLUMNS]
             return Predictions(found.to_pylist(), names)
         if self.table is None:
@@ -144,11 +143,14 @@ class Side:
 
 
 class Repository:
-    """The results that can be named in the repository `root`."""
+    """The results that can be named in the repository `root`.
 
-    def __init__(self, root: Path) -> None:
-        self.root = root
-        self._temporary: Path | None = None
+    Args:
+        downloads: an existing folder for artifacts of runs on a server.
+    """
+
+    def __init__(self, root: Path, downloads: Path) -> None:
+        self.root, self._downloads = root, downloads
 
     @cached_property
     def has_git(self) -> bool:
@@ -276,8 +278,15 @@ class Repository:
             baseline=dict(base or {}),
             seconds=seconds,
             cpu=cpu,
-            table=next(filter(None, (run.table(digest) for run in self.tracked)), None),
+            table=self._table(digest),
         )
+
+    def _table(self, digest: str) -> Path | None:
+        """The table of answers of the run that published outputs with this digest."""
+        for run in self.tracked:
+            if run.texts.get(ARTIFACTS) == digest and run.folder:
+                return _existing(run.folder / TABLE)
+        return None
 
     def _cost(self, lock: Mapping[str, Any]) -> tuple[dict[str, float], str | None]:
         """Seconds by stage and the CPU that trained: of the runs here, or of MLflow's run of the training."""
@@ -354,35 +363,34 @@ class Repository:
 
     def _may_be_run(self, word: str) -> bool:
         """Whether MLflow is to be asked: what a local database has is seen without importing it."""
+        uri = tracking_uri(self.root)
         if database(self.root) is None:
-            return "://" in tracking_uri(self.root) and "sqlite" not in tracking_uri(self.root)
-        start = word.removeprefix("train-")
-        return any(
-            run.name == word or run.run_id.startswith(word) or run.train_key.startswith(start)
-            for run in self.tracked
-        )
+            return "://" in uri and not uri.startswith("sqlite")
+        return any(run.is_called(word) for run in self.tracked)
 
     def _run(self, word: str) -> Side:
-        """A run with what it published.
+        """A run with what it published: from the disk where it lies there, else through MLflow.
 
         Raises:
             CapasError: there is no such run, or its publish has not finished.
         """
-        assert self._temporary is not None, "used outside `open_repository`"
+        found = [run for run in self.tracked if run.is_called(word)]
+        if len(found) == 1 and found[0].folder:
+            return self._from_artifacts(found[0], found[0].folder)
         client = existing(self.root)
         with reachable(tracking_uri(self.root)):
             run = runs.find(client, word, self.root)
             there = {file.path for file in client.list_artifacts(run.info.run_id)}
-            if missing := {"dvc.lock", "params.yaml"} - there:
+            if missing := sorted({*PUBLISHED} - there):
                 raise CapasError(
-                    f"run {run.info.run_name} has no result: {', '.join(sorted(missing))} is missing, so its "
+                    f"run {run.info.run_name} has no result: {', '.join(missing)} is missing, so its "
                     "publish has not finished. Check its state out and run `dvc repro publish`"
                 )
-            folder = self._temporary / run.info.run_id
+            folder = self._downloads / run.info.run_id
             folder.mkdir(exist_ok=True)
-            for name in {"dvc.lock", "params.yaml", TABLE} & there:
+            for name in {*PUBLISHED, TABLE} & there:
                 client.download_artifacts(run.info.run_id, name, str(folder))
-        tags, lock = run.data.tags, read_yaml(folder / "dvc.lock").get("stages", {})
+        tags = run.data.tags
         told = Tracked(
             run_id=run.info.run_id,
             name=run.info.run_name,
@@ -391,45 +399,49 @@ class Repository:
             metrics=run.data.metrics,
             texts=tags,
         )
+        return self._from_artifacts(told, folder)
+
+    def _from_artifacts(self, run: Tracked, folder: Path) -> Side:
+        lock = read_yaml(folder / "dvc.lock").get("stages", {})
+        texts = texts_of(ran_with(read_yaml(folder / "params.yaml"), lock))
+        return self._of_run(run, texts, lock, _existing(folder / TABLE))
+
+    def _of_run(
+        self,
+        run: Tracked,
+        texts: dict[str, str],
+        lock: dict[str, Any] | None = None,
+        table: Path | None = None,
+    ) -> Side:
+        base = ((k, v) for k, v in run.metrics.items() if k.startswith("base/"))
         return Side(
-            name=run.info.run_name,
+            name=run.name or run.run_id[:8],
             kind="run",
-            origin=f"MLflow run {run.info.run_id}",
-            texts=texts_of(ran_with(read_yaml(folder / "params.yaml"), lock)),
-            lock=lock,
-            metrics=_flat(told),
-            outputs=Outputs(self.root, lock),
-            time=told.time,
-            baseline={
-                k.removeprefix("base/"): v for k, v in run.data.metrics.items() if k[:5] == "base/"
-            },
-            seconds=told.seconds,
-            cpu=told.cpu,
-            tracked_sha256=tags.get(ADAPTER),
-            table=folder / TABLE if TABLE in there else None,
+            origin=f"MLflow run {run.run_id}",
+            texts=texts,
+            lock=lock or {},
+            metrics=_flat(run),
+            outputs=Outputs(self.root, lock or {}),
+            time=run.time,
+            baseline={key.removeprefix("base/"): value for key, value in base},
+            seconds=run.seconds,
+            cpu=run.cpu,
+            tracked_sha256=run.sha256,
+            table=table,
         )
 
     def untold(self, sides: Sequence[Side]) -> list[Side]:
-        """Runs of the local MLflow database that are no experiment and none of `sides`, without answers."""
+        """Runs of the local MLflow database that are no experiment and none of `sides`, newest first.
+
+        Where the artifacts of a run are elsewhere, its parameters and scores are all that is known.
+        """
         keys = {side.train_key for side in sides}
         names = {experiment.name for experiment in self.experiments}
         others = (run for run in self.tracked if not (run.train_key in keys or run.name in names))
-        left = [run for run in others if run.scores]
         return [
-            Side(
-                name=run.name or run.run_id[:8],
-                kind="run",
-                origin=f"MLflow run {run.run_id}",
-                texts=run.texts,
-                lock={},
-                metrics=_flat(run),
-                outputs=Outputs(self.root, {}),
-                time=run.time,
-                seconds=run.seconds,
-                cpu=run.cpu,
-                tracked_sha256=run.sha256,
-            )
-            for run in left
+            self._from_artifacts(run, run.folder) if run.folder else self._of_run(run, run.texts)
+            for run in others
+            if run.scores
         ]
 
     def _unknown(self, word: str) -> str:
@@ -462,9 +474,7 @@ class Repository:
 def open_repository(root: Path) -> Iterator[Repository]:
     """The repository, with a folder for what is downloaded, which goes afterwards."""
     with TemporaryDirectory(prefix="capas-compare-") as folder:
-        repository = Repository(root)
-        repository._temporary = Path(folder)
-        yield repository
+        yield Repository(root, Path(folder))
 
 
 def _flat(run: Tracked) -> dict[str, Any]:
@@ -475,14 +485,24 @@ def _flat(run: Tracked) -> dict[str, Any]:
     return {**run.scores, **marked}
 
 
+def _existing(file: Path) -> Path | None:
+    return file if file.is_file() else None
+
+
 def _is_gain(metric: str) -> bool:
     parts = metric.split("/")
     return len(parts) == 3 and parts[0] == "difference" and parts[2] == "low" and parts[1] != "loss"
 
 
-def _read_table(file: Path) -> pa.Table:
+def read_table(file: Path, columns: Sequence[str] | None = None) -> pa.Table:
+    """Read a parquet file without pyarrow.dataset, which imports pandas.
+
+    Raises:
+        CapasError: it is damaged.
+    """
     try:
-        return pq.read_table(file)
+        with pq.ParquetFile(file) as parquet:
+            return parquet.read(columns)
     except pa.ArrowInvalid as error:
         raise CapasError(
             f"{file} is no complete parquet file ({error}): delete it, then `dvc pull` or `dvc repro`"

@@ -9,9 +9,10 @@ from urllib.parse import unquote, urlsplit
 
 from capas.errors import CapasError
 from capas.lineage import ADAPTER
-from capas.store import TRAIN_KEY, sqlite_file, tracking_uri
+from capas.store import TRAIN_KEY, UNNAMED, sqlite_file, tracking_uri
 
 CPU, ARTIFACTS = "cpu", "capas.artifacts"  # tags: the latter has `result.artifacts_digest`
+PUBLISHED = ("dvc.lock", "params.yaml")  # artifacts of a run whose publish has finished
 TABLE = "predictions.json"  # an artifact: the test records with the answers of both models
 _SECONDS = "seconds/"
 _RUNS = """
@@ -44,12 +45,19 @@ class Tracked:
         """As reports/metrics/tuned.json has them."""
         return {k.removeprefix("tuned/"): v for k, v in self.metrics.items() if k[:6] == "tuned/"}
 
-    def table(self, digest: str) -> Path | None:
-        """The table of predictions, where it lies on this disk and belongs to outputs with this digest."""
-        if self.texts.get(ARTIFACTS) != digest or not self.artifacts.startswith("file:"):
+    @property
+    def folder(self) -> Path | None:
+        """Its artifacts, where they lie on this disk and are complete."""
+        if not self.artifacts.startswith("file:"):
             return None
-        file = Path(unquote(urlsplit(self.artifacts).path)) / TABLE
-        return file if file.is_file() else None
+        folder = Path(unquote(urlsplit(self.artifacts).path))
+        return folder if all((folder / name).is_file() for name in PUBLISHED) else None
+
+    def is_called(self, word: str) -> bool:
+        """Whether `word` is its name, its id or key, or the beginning of one; as for `capas.runs.find`."""
+        start = word.removeprefix(UNNAMED)
+        by_key = self.train_key == word or (start != word and self.train_key.startswith(start))
+        return word == self.name or self.run_id.startswith(word) or by_key
 
     @property
     def cpu(self) -> str | None:

@@ -6,9 +6,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import NamedTuple
 
-import pyarrow.parquet as pq
-
-from capas.compare.sides import Row, Side
+from capas.compare.sides import Row, Side, read_table
 from capas.metrics.nearest import nearest_prompts
 from capas.prompts import read_questions
 from capas.records import RAW, before_last_answer, evenly_spaced, read_records
@@ -123,4 +121,4 @@ def _trained(side: Side) -> Mapping[tuple[str, str], _Trained]:
 
 def _kept(file: Path | None) -> set[str] | None:
     """The ids in a formatted split; None where it is not here, and all count."""
-    return None if file is None else set(pq.read_table(file, columns=["id"])["id"].to_pylist())
+    return None if file is None else {*read_table(file, ["id"])["id"].to_pylist()}

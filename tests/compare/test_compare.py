@@ -195,13 +195,10 @@ def test_the_first_result_is_the_baseline(compare: Compare, tmp_path: Path) -> N
 
 def test_other_test_records_are_not_compared(results: Results, compare: Compare) -> None:
     others = [question.replace("timer", "clock") for question in QUESTIONS]
-    results.record(answered(9), ["dataset=own_csv"], questions=others)
-    said = compare(results)
-    sentence = (
-        "Not comparable: a comparison across data sets (embedded, own_csv), whose test records"
-    )
-    assert sentence in flat(said)
-    assert "interval" not in said.split("exact match")[1].split("HEAD ")[0]
+    results.record(answered(9), ["dataset.path=data/own/clocks.csv"], questions=others)
+    said = compare(results, "HEAD", "workspace")
+    assert "Not comparable: a comparison across data sets, whose test records are others." in said
+    assert " interval" not in said
     found = facts(compare, results, "HEAD", "workspace")
     assert (found["test_records"], found["difference"]) == ("other", None)
     assert "other test records" in compare(results, "HEAD", "workspace", "wide")
@@ -254,7 +251,7 @@ def test_why_shows_the_training_record_that_only_one_side_has(
 ) -> None:
     """The planted records: B gained one near question 8 and lost one near question 2."""
     results.record(RIGHT[:1] + [WRONG, *RIGHT[2:3]] + [WRONG] * 4 + [RIGHT[7], WRONG, WRONG],
-                   train=[*TRAIN, ("Please set a timer for 8 minutes.", "B's")])  # fmt: skip
+                   train=[*TRAIN, ("Just set a timer for 8 minutes.", "B's")])  # fmt: skip
     before = [*TRAIN, ("Just set a timer for 2 minutes.", "A's")]
     results.experiment("b")
     results.record(answered(3), train=before)
@@ -268,7 +265,7 @@ def test_why_shows_the_training_record_that_only_one_side_has(
     assert "    asked   Just set a timer for 2 minutes.\n    answer  A's" in lost
     found = facts(compare, results, "a", "b", "--why")
     (near, _) = found["records"][0]["nearest"]
-    assert (near["question"], near["only"]) == ("Please set a timer for 8 minutes.", "B")
+    assert (near["question"], near["only"]) == ("Just set a timer for 8 minutes.", "B")
 
 
 def test_why_says_where_the_training_records_are_the_same(made: Results, compare: Compare) -> None:
@@ -371,7 +368,7 @@ def test_scores_in_between_have_a_bootstrap_interval(results: Results, compare: 
     assert "B scores higher on 10, A on 0" in compare(results, "low", "workspace")
 
 
-@pytest.mark.parametrize("width", [40, 60, 80, 120])
+@pytest.mark.parametrize("width", [40, 80])
 def test_no_line_is_longer_than_the_terminal(
     results: Results, compare: Compare, monkeypatch: pytest.MonkeyPatch, width: int
 ) -> None:
