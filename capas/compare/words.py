@@ -72,9 +72,11 @@ def _verdict(a: Side, b: Side, found: Compared, inputs: Inputs, changes: Changes
 
 
 def _other_tests(a: Side, b: Side) -> str:
-    names = [side.texts.get("dataset.preset", "?") for side in (a, b)]
-    sets = f" ({names[0]}, {names[1]})" if names[0] != names[1] else ""
-    return f"Not comparable: a comparison across data sets{sets}, whose test records are others."
+    keys = ("dataset.preset", "dataset.path", "dataset.data_files", "dataset.seed")
+    pairs = ((a.texts.get(key, "?"), b.texts.get(key, "?")) for key in keys)
+    one, other = next((pair for pair in pairs if pair[0] != pair[1]), ("", ""))
+    named = f" ({one}, {other})" if one else ""
+    return f"Not comparable: a comparison across data sets{named}, whose test records are others."
 
 
 def _judged(found: Compared, difference: Difference) -> str:

@@ -1,6 +1,7 @@
 """`capas compare`: what it says of commits, experiments, the workspace and MLflow runs."""
 
 import json
+import re
 import shutil
 from collections.abc import Callable
 from pathlib import Path
@@ -195,9 +196,13 @@ def test_the_first_result_is_the_baseline(compare: Compare, tmp_path: Path) -> N
 
 def test_other_test_records_are_not_compared(results: Results, compare: Compare) -> None:
     others = [question.replace("timer", "clock") for question in QUESTIONS]
-    results.record(answered(9), ["dataset.path=data/own/clocks.csv"], questions=others)
+    results.record(answered(9), ["dataset.path=csv"], questions=others, train=TRAIN[:1])
     said = compare(results, "HEAD", "workspace")
-    assert "Not comparable: a comparison across data sets, whose test records are others." in said
+    assert (
+        "\nNot comparable: a comparison across data sets (embedded, csv), whose test\n"
+        "records are others.\n" in said
+    )
+    assert re.search(r"^training records +2 +1$", said, re.MULTILINE)
     assert " interval" not in said
     found = facts(compare, results, "HEAD", "workspace")
     assert (found["test_records"], found["difference"]) == ("other", None)
