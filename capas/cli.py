@@ -5,11 +5,13 @@ import sys
 import traceback
 
 from capas import check, merge, preflight, push, rebuild, registry, restore, talk, ui
+from capas.compare import command as compare
 from capas.errors import CapasError, reason_of
 
 COMMANDS = {
     "chat": talk,
     "check": check,
+    "compare": compare,
     "memory": preflight,
     "merge": merge,
     "push": push,

@@ -5,6 +5,7 @@ import json
 import sys
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
+from copy import deepcopy
 from dataclasses import dataclass
 from pathlib import Path
 from tempfile import TemporaryDirectory
@@ -17,6 +18,7 @@ from capas.facts import read_json, write_json
 from capas.params import Params, select
 from capas.prompts import held_out_prompts
 from capas.records import FORMATTED, RAW, read_records
+from capas.result import ancestors
 from capas.served import messages_of
 from capas.stage import Stage
 from capas.store import MODEL, existing, reachable, tracking_uri
@@ -117,15 +119,24 @@ def _of_workspace(root: Path, folder: Path) -> Tuned:
 
 def recorded_values(root: Path, lock: Mapping[str, Any]) -> dict[str, Any]:
     """The params with which the stages ran; of stages that have not run yet, those of params.yaml."""
-    values = read_yaml(root / "params.yaml")
-    for entry in lock.values():
+    return ran_with(read_yaml(root / "params.yaml"), lock)
+
+
+def ran_with(values: Mapping[str, Any], lock: Mapping[str, Any]) -> dict[str, Any]:
+    """Return `values` of params.yaml, with those that the stages of `lock` recorded in their place.
+
+    Where a later stage has not run again since, the value of the earlier one counts.
+    """
+    found = deepcopy(dict(values))
+    for name in sorted(lock, key=lambda stage: -len(ancestors(stage, lock))):
+        entry = lock[name]
         for dotted, value in entry.get("params", {}).get("params.yaml", {}).items():
             *groups, leaf = dotted.split(".")
-            target = values
+            target = found
             for group in groups:
                 target = target.setdefault(group, {})
             target[leaf] = value
-    return values
+    return found
 
 
 def _of_run(root: Path, word: str, folder: Path) -> Tuned:

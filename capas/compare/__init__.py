@@ -1,0 +1,1 @@
+"""`capas compare`: results of commits, experiments, the workspace and MLflow runs, side by side."""

@@ -1,0 +1,65 @@
+"""Outputs of a recorded result: out of DVC's cache, by the md5 in its dvc.lock."""
+
+import json
+from collections.abc import Mapping
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+from capas.clone import cache_of, stored
+from capas.dag import md5
+from capas.errors import CapasError
+
+
+class Outputs:
+    """Where the outputs that a dvc.lock names lie on this machine.
+
+    A file of the workspace counts where it is, byte for byte, the one that dvc.lock names.
+    """
+
+    def __init__(self, root: Path, lock: Mapping[str, Any]) -> None:
+        self._root = root
+        outs = (out for entry in lock.values() for out in entry.get("outs", []))
+        self.md5 = {out["path"]: out["md5"] for out in outs if "md5" in out}
+
+    @cached_property
+    def _cache(self) -> Path:
+        return cache_of(self._root)
+
+    def find(self, path: str) -> Path | None:
+        """The file `path`, which is an output or lies in one that is a folder; None where it is not here."""
+        if path in self.md5:
+            return self._file(path, self.md5[path])
+        folder, _, name = path.rpartition("/")
+        listed = self._listing(folder) if folder in self.md5 else {}
+        return self._file(path, listed[name]) if name in listed else None
+
+    def digest(self, path: str) -> str | None:
+        """The md5 of an output, or of a file in one whose list is here."""
+        folder, _, name = path.rpartition("/")
+        return self.md5.get(path) or (
+            self._listing(folder).get(name) if folder in self.md5 else None
+        )
+
+    def _file(self, path: str, wanted: str) -> Path | None:
+        cached = stored(self._cache, wanted)
+        if cached.is_file():
+            return cached
+        here = self._root / path
+        return here if here.is_file() and md5(here) == wanted else None
+
+    def _listing(self, folder: str) -> dict[str, str]:
+        """{file: md5} of a folder; empty where neither the cache nor the workspace has it."""
+        wanted = self.md5[folder]
+        cached = stored(self._cache, wanted)
+        if cached.is_file():
+            entries = json.loads(cached.read_text(encoding="utf-8"))
+            return {entry["relpath"]: entry["md5"] for entry in entries}
+        try:
+            is_here = (self._root / folder).is_dir() and md5(self._root / folder) == wanted
+        except CapasError:
+            is_here = False
+        if not is_here:
+            return {}
+        files = (file for file in (self._root / folder).rglob("*") if file.is_file())
+        return {file.relative_to(self._root / folder).as_posix(): md5(file) for file in files}

@@ -1,0 +1,103 @@
+"""The runs of trainings in a local MLflow database, read without MLflow: importing it takes seconds."""
+
+import sqlite3
+from collections.abc import Iterator
+from contextlib import closing
+from dataclasses import dataclass, field
+from pathlib import Path
+from urllib.parse import unquote, urlsplit
+
+from capas.errors import CapasError
+from capas.lineage import ADAPTER
+from capas.store import TRAIN_KEY, UNNAMED, sqlite_file, tracking_uri
+
+CPU, ARTIFACTS = "cpu", "capas.artifacts"  # tags: the latter has `result.artifacts_digest`
+PUBLISHED = ("dvc.lock", "params.yaml")  # artifacts of a run whose publish has finished
+TABLE = "predictions.json"  # an artifact: the test records with the answers of both models
+_SECONDS = "seconds/"
+_RUNS = """
+select runs.run_uuid, coalesce(runs.name, ''), runs.start_time, tags.value, runs.artifact_uri
+from runs join tags on tags.run_uuid = runs.run_uuid and tags.key = ?
+where runs.lifecycle_stage = 'active' order by runs.start_time desc
+"""
+
+
+@dataclass(frozen=True)
+class Tracked:
+    """A training as MLflow knows it. `texts` are its parameters; those of later stages are tags there."""
+
+    run_id: str
+    name: str
+    train_key: str
+    time: float
+    metrics: dict[str, float] = field(default_factory=dict)
+    texts: dict[str, str] = field(default_factory=dict)
+    artifacts: str = ""  # their address
+
+    @property
+    def seconds(self) -> dict[str, float]:
+        """What each stage took, where it is known."""
+        known = self.metrics.items()
+        return {k.removeprefix(_SECONDS): v for k, v in known if k.startswith(_SECONDS)}
+
+    @property
+    def scores(self) -> dict[str, float]:
+        """As reports/metrics/tuned.json has them."""
+        return {k.removeprefix("tuned/"): v for k, v in self.metrics.items() if k[:6] == "tuned/"}
+
+    @property
+    def folder(self) -> Path | None:
+        """Its artifacts, where they lie on this disk and are complete."""
+        if not self.artifacts.startswith("file:"):
+            return None
+        folder = Path(unquote(urlsplit(self.artifacts).path))
+        return folder if all((folder / name).is_file() for name in PUBLISHED) else None
+
+    def is_called(self, word: str) -> bool:
+        """Whether `word` is its name, its id or key, or the beginning of one; as for `capas.runs.find`."""
+        start = word.removeprefix(UNNAMED)
+        by_key = self.train_key == word or (start != word and self.train_key.startswith(start))
+        return word == self.name or self.run_id.startswith(word) or by_key
+
+    @property
+    def cpu(self) -> str | None:
+        return self.texts.get(CPU)
+
+    @property
+    def sha256(self) -> str | None:
+        return self.texts.get(ADAPTER)
+
+
+def database(root: Path) -> Path | None:
+    """The file of the MLflow store; None where it is a server's, or where nothing was published yet."""
+    file = sqlite_file(tracking_uri(root))
+    return file if file is not None and file.is_file() else None
+
+
+def read_runs(root: Path) -> list[Tracked]:
+    """Return the runs of trainings, newest first; none where the store is no local database.
+
+    Raises:
+        CapasError: the database is damaged, or of a version of MLflow with other tables.
+    """
+    file = database(root)
+    if file is None:
+        return []
+    try:
+        with closing(sqlite3.connect(f"{file.resolve().as_uri()}?mode=ro", uri=True)) as base:
+            return list(_runs(base))
+    except sqlite3.Error as error:
+        raise CapasError(f"{file} cannot be read: {error}") from None
+
+
+def _runs(base: sqlite3.Connection) -> Iterator[Tracked]:
+    for run_id, name, started, key, artifacts in base.execute(_RUNS, [TRAIN_KEY]).fetchall():
+        metrics = _pairs(base, "latest_metrics", run_id)
+        texts = {**_pairs(base, "tags", run_id), **_pairs(base, "params", run_id)}
+        numbers = {k: float(v) for k, v in metrics.items()}
+        yield Tracked(run_id, name, key, started / 1000, numbers, texts, artifacts or "")
+
+
+def _pairs(base: sqlite3.Connection, table: str, run_id: str) -> dict[str, str]:
+    found = base.execute(f"select key, value from {table} where run_uuid = ?", [run_id])
+    return {key: value for key, value in found if value is not None}

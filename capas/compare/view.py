@@ -1,0 +1,398 @@
+"""A comparison as lines of text."""
+
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+
+from capas.compare import layout, words
+from capas.compare.changes import PRESET, Changes
+from capas.compare.inputs import Inputs
+from capas.compare.layout import one_line, printable, shortened, width_of
+from capas.compare.scores import LOSS, Compared, Score, Settings, headline, is_share, score
+from capas.compare.sides import Row, Side
+from capas.compare.why import A, Near, Training
+
+ABSENT = "–"
+MAX_CHANGES = 20  # rows of parameters
+_MIN_CELL, _MIN_VALUE, _MAX_KEY, _MIN_NAME, _MAX_NAME = 14, 21, 34, 12, 30
+_NUM_FILES = 3
+_WORDS = {"None": "null", "True": "true", "False": "false"}
+
+
+@dataclass(frozen=True)
+class Pair:
+    """A comparison of two results with all that is shown of it."""
+
+    a: Side
+    b: Side
+    changes: Changes
+    inputs: Inputs
+    compared: Compared
+    questions: Mapping[str, str]  # {id: what is asked} of the records that are shown
+
+    @property
+    def letters(self) -> tuple[tuple[str, Side], tuple[str, Side]]:
+        return ("A", self.a), ("B", self.b)
+
+
+def pair_lines(pair: Pair, width: int) -> Iterator[str]:
+    """What differs, the scores, and in words which result is better."""
+    yield from _legend(pair.letters, width)
+    yield ""
+    said = words.verdict(pair.a, pair.b, pair.compared, pair.inputs, pair.changes)
+    yield from layout.wrapped(said, width)
+    yield ""
+    heads = ("", *(f"{letter} {one_line(side.name)}" for letter, side in pair.letters))
+    changed, scored = _parameters(pair), _scores(pair)
+    rows = [heads, *changed, *scored]
+    key, cell = _widest([row[0] for row in rows]), _widest([c for _, *cells in rows for c in cells])
+    yield from _three_columns([heads, *changed], width, key, cell)
+    yield from _other_changes(pair, width)
+    yield ""
+    yield from _three_columns(scored, width, key, cell)
+    if loss := _loss(pair.compared):
+        yield ""
+        yield from layout.wrapped(loss, width)
+    notes = words.notes(pair.a, pair.b, pair.compared, pair.inputs)
+    if notes:
+        yield ""
+    for note in notes:
+        yield from _hanging("Note: ", note, width)
+
+
+def answers_lines(pair: Pair, width: int) -> Iterator[str]:
+    """One record that B answers better and one that it answers worse, both answers side by side."""
+    compared = pair.compared
+    if not any("completion" in row and row["completion"] for p in compared.pairs for row in p):
+        return
+    won, lost = compared.changed()
+    yield ""
+    if all(before["completion"] == after["completion"] for before, after in compared.pairs):
+        yield f"The answers are the same, all {len(compared.pairs)} of them."
+        return
+    yield from layout.wrapped(_counts(compared, len(won), len(lost)), width)
+    shown = [(mark, found[0]) for mark, found in ((">", won), ("<", lost)) if found]
+    if not shown:
+        shown = [("=", next(p for p in compared.pairs if p[0]["completion"] != p[1]["completion"]))]
+    for mark, chosen in shown:
+        yield ""
+        yield _titles(compared)[mark]
+        yield from record_lines(pair, chosen, width)
+    if won or lost:
+        yield ""
+        yield from layout.wrapped("More of them, and training records near them: --why", width)
+
+
+def record_lines(pair: Pair, chosen: tuple[Row, Row], width: int) -> Iterator[str]:
+    """What a test record asks and wants, and what both models answered."""
+    before, after = chosen
+    room = width - 10
+    for label, text in (
+        ("asked", pair.questions.get(after["id"], after.get("prompt") or "")),
+        ("wanted", after["reference"] or ""),
+    ):
+        lines = layout.wrapped(printable(text), room, 3)
+        yield from (f"  {label if not i else '':7} {line}" for i, line in enumerate(lines))
+    texts = [printable(row["completion"] or "(nothing)") for row in (before, after)]
+    cell = (width - 2 - layout.GAP) // 2
+    if cell < 2 * _MIN_CELL:
+        for letter, text in zip("AB", layout.focused(texts, 3 * room), strict=True):
+            lines = layout.wrapped(text, room, 3)
+            yield from (f"  {letter if not i else '':7} {line}" for i, line in enumerate(lines))
+        return
+    texts = layout.focused(texts, 5 * cell)
+    left, right = (
+        [letter, *layout.wrapped(t, cell, 5)] for letter, t in zip("AB", texts, strict=True)
+    )
+    yield from (f"  {line}" for line in layout.beside(left, right, cell))
+
+
+def why_lines(
+    pair: Pair,
+    training: Training,
+    records: Sequence[tuple[str, tuple[Row, Row], Sequence[Near]]],
+    totals: tuple[int, int],
+    width: int,
+) -> Iterator[str]:
+    """Records won and lost, each with the nearest training records that one side lacks.
+
+    Args:
+        records: (> won or < lost, rows of A and B, nearest training records).
+        totals: how many were won and lost in all.
+    """
+    yield ""
+    yield from layout.wrapped(words.training(pair.a, pair.b, training), width)
+    for mark, name, total in ((">", "won", totals[0]), ("<", "lost", totals[1])):
+        chosen = [entry for entry in records if entry[0] == mark]
+        if not total:
+            continue
+        yield ""
+        yield f"{_titles(pair.compared)[mark]}: {len(chosen)} of {total} {name}"
+        for _, rows, near in chosen:
+            yield ""
+            yield f"  test record {shortened(one_line(str(rows[1]['id'])), width - 14)}"
+            yield from record_lines(pair, rows, width)
+            for one in near:
+                yield from _near_lines(one, width)
+
+
+def _near_lines(near: Near, width: int) -> Iterator[str]:
+    lacking = "B" if near.only == A else "A"
+    name = shortened(one_line(near.record_id), 24)
+    yield (
+        f"  nearest training record of {near.only} that {lacking} lacks: {name}, similarity "
+        f"{near.similarity:.2f}"
+    )
+    for label, text in (("asked", near.question), ("answer", near.answer)):
+        lines = layout.wrapped(printable(text), width - 12, 2)
+        yield from (f"    {label if not i else '':7} {line}" for i, line in enumerate(lines))
+
+
+def table_lines(
+    sides: Sequence[Side], changes: Changes, found: Sequence[Compared | None], width: int
+) -> Iterator[str]:
+    """A row for each result: the parameters that differ, score, difference to the first, loss, seconds.
+
+    Parameters for which there is no column stand in a line of their own below the row.
+
+    Args:
+        found: each result compared with the first; None for the first.
+    """
+    keys = changes.shown
+    names = ["", *(f"{one_line(side.name)}{' *' if side.same_as else ''}" for side in sides)]
+    fixed = _numbers(sides, found)
+    columns = [
+        [head, *(_shown(side.texts.get(key)) for side in sides)]
+        for key, head in zip(keys, _short_keys(keys), strict=True)
+    ]
+    least = min(_MIN_NAME, _widest(names))
+    while len(fixed) > 1 and _room(fixed, width) < least:
+        fixed.pop(1)  # on a narrow terminal the score alone stays
+    taken = sum(min(_MIN_CELL, _widest(column)) + layout.GAP for column in columns)
+    is_wide = taken + least <= _room(fixed, width)
+    kept = columns if is_wide else []
+    name_width = min(_MAX_NAME, _widest(names), _room(fixed, width) - (taken if is_wide else 0))
+    widths = [name_width, *(min(_MIN_CELL, _widest(c)) for c in kept), *map(_widest, fixed)]
+    right = [False, *([False] * len(kept)), *([True] * len(fixed))]
+    lines = layout.table(list(zip(names, *kept, *fixed, strict=True)), widths, right)
+    yield lines[0]
+    for side, line in zip(sides, lines[1:], strict=True):
+        yield line
+        if not is_wide:
+            yield from _details(side, sides[0], keys, width)
+    yield from _footnotes(sides, found, width)
+
+
+def _numbers(sides: Sequence[Side], found: Sequence[Compared | None]) -> list[list[str]]:
+    """The columns of numbers with their heads: score, difference to the first, loss, seconds."""
+    metric = headline(sides[0])
+    share = all(is_share(side, metric) for side in sides if metric in side.metrics)
+    columns = [[words.metric_name(metric), *(_value(side, metric, share) for side in sides)]]
+    columns.append(["to the first", *(_change(one, metric, share) for one in found)])
+    if metric != LOSS:
+        columns.append([LOSS, *(_value(side, LOSS, False) for side in sides)])
+    return [*columns, ["seconds", *(words.seconds(side.seconds.get("train")) for side in sides)]]
+
+
+def _details(side: Side, first: Side, keys: Sequence[str], width: int) -> Iterator[str]:
+    """The parameters of a row in which it differs from the first; of the first all."""
+    named = [
+        shortened(
+            f"{key.removesuffix(PRESET)}={shortened(_shown(side.texts.get(key)), _MAX_NAME)}",
+            width - 4,
+        )
+        for key in keys
+        if side is first or side.texts.get(key) != first.texts.get(key)
+    ]
+    yield from (f"    {line}" for line in layout.wrapped("  ".join(named), width - 4) if named)
+
+
+def _footnotes(
+    sides: Sequence[Side], found: Sequence[Compared | None], width: int
+) -> Iterator[str]:
+    if same := next((side for side in sides if side.same_as), None):
+        yield f"* = {same.same_as}"
+    if confidence := next((one.confidence for one in found if one), None):
+        said = (
+            f"To the first: the difference on the test records that both answered, {100 * confidence:g} % "
+            "interval. Seconds are those of the training."
+        )
+        yield from layout.wrapped(said, width)
+
+
+def _room(fixed: Sequence[Sequence[str]], width: int) -> int:
+    return width - sum(_widest(column) + layout.GAP for column in fixed)
+
+
+def baseline_lines(side: Side, width: int) -> Iterator[str]:
+    """One result, with that of its base model."""
+    settings, metric = Settings.of(side.texts), headline(side)
+    share, found = is_share(side, metric), score(side, headline(side), settings)
+    rows = [(words.metric_name(metric), words.score(found, share))]
+    if (base := side.baseline.get(metric)) is not None:
+        rows.append(("  of its base model", words.number(float(base), share)))
+    if metric != LOSS:
+        rows.append(("loss", _value(side, LOSS, False)))
+    rows.append(("training, seconds", words.seconds(side.seconds.get("train"))))
+    yield f"{side.name}  {shortened(one_line(side.origin), width - width_of(side.name) - 2)}"
+    yield ""
+    label = max(width_of(name) for name, _ in rows)
+    yield from layout.table(rows, [label, width - label - layout.GAP], [False, False])
+
+
+def _legend(letters: Sequence[tuple[str, Side]], width: int) -> Iterator[str]:
+    room = min(_MAX_NAME, max(width_of(one_line(side.name)) for _, side in letters))
+    for letter, side in letters:
+        origin = one_line(side.origin)
+        same = f" = {side.same_as}" if side.same_as else ""
+        yield from layout.table(
+            [(letter, one_line(side.name), f"{origin}{same}")],
+            [1, room, max(_MIN_CELL, width - room - 1 - 2 * layout.GAP)],
+            [False] * 3,
+        )
+
+
+def _parameters(pair: Pair) -> list[tuple[str, ...]]:
+    return [
+        (key.removesuffix(PRESET), *(_shown(side.texts.get(key)) for _, side in pair.letters))
+        for key in pair.changes.shown[:MAX_CHANGES]
+    ]
+
+
+def _other_changes(pair: Pair, width: int) -> Iterator[str]:
+    """What differs beside the parameters in the table."""
+    changes = pair.changes
+    if not changes.shown:
+        yield "The parameters are the same."
+    if len(changes.shown) > MAX_CHANGES:
+        yield f"{len(changes.shown) - MAX_CHANGES} more parameters differ: --json has them all."
+    if changes.explained:
+        count = len(changes.explained)
+        yield f"({count} more {'value follows' if count == 1 else 'values follow'} from these.)"
+    yield from _inputs(pair.inputs, width)
+
+
+def _inputs(inputs: Inputs, width: int) -> Iterator[str]:
+    for label, names in (("Code that differs", inputs.code), ("Files that differ", inputs.files)):
+        if names:
+            more = f" and {len(names) - _NUM_FILES} more" if len(names) > _NUM_FILES else ""
+            said = ", ".join(names[:_NUM_FILES]) + more
+            yield from _hanging(f"{label}: ", said, width)
+    if inputs.packages:
+        changed = [f"{n} {one} -> {other}" for n, (one, other) in inputs.packages.items()]
+        yield from _hanging("Packages that differ: ", ", ".join(changed), width)
+
+
+def _scores(pair: Pair) -> list[tuple[str, ...]]:
+    compared = pair.compared
+    rows: list[tuple[str, ...]] = []
+    for name, found in compared.scores.items():
+        is_first = name == compared.metric
+        share = all(is_share(side, name) for _, side in pair.letters)
+        shown = found if is_first else map(_without_interval, found)
+        rows.append((words.metric_name(name), *(words.score(one, share) for one in shown)))
+        bases = [side.baseline.get(name) for _, side in pair.letters]
+        if is_first and (compared.test == "other" or bases[0] != bases[1]):
+            texts = (ABSENT if b is None else words.number(float(b), share) for b in bases)
+            rows.append(("  of the base model", *texts))
+    times = (words.seconds(side.seconds.get("train")) for _, side in pair.letters)
+    rows.append(("training, seconds", *times))
+    trained = tuple(side.num_train for _, side in pair.letters)
+    for label, numbers in (("training records", trained), ("test records", compared.num_tests)):
+        if numbers[0] != numbers[1]:
+            rows.append((label, *(ABSENT if n is None else f"{n:,}" for n in numbers)))
+    return rows
+
+
+def _loss(compared: Compared) -> str:
+    """What the paired difference of the losses says, where the headline is something else."""
+    change = compared.loss
+    if change is None or compared.metric == LOSS:
+        return ""
+    said = "no difference is shown" if change.verdict == "no difference seen" else change.verdict
+    return (
+        f"Loss of B: {said}, {words.points(change.mean, False)}, {100 * compared.confidence:g} % interval "
+        f"{words.bounds(change.low, change.high, False)}."
+    )
+
+
+def _three_columns(rows: Sequence[Sequence[str]], width: int, key: int, cell: int) -> Iterator[str]:
+    """Key, A, B; below each other where the terminal is narrow.
+
+    Args:
+        key, cell: the widest key and the widest value.
+    """
+    key = min(_MAX_KEY, key)
+    room = (width - key - 2 * layout.GAP) // 2
+    if room >= min(cell, _MIN_VALUE):
+        yield from layout.table(rows, [key, min(room, cell), min(room, cell)], [False] * 3)
+        return
+    for name, *cells in rows:
+        if name:
+            yield shortened(name, width)
+            for letter, text in zip("AB", cells, strict=True):
+                yield f"  {letter}  {shortened(text, width - 5)}"
+
+
+def _hanging(label: str, text: str, width: int) -> Iterator[str]:
+    lines = layout.wrapped(text, width - len(label))
+    yield from (f"{label if not i else ' ' * len(label)}{line}" for i, line in enumerate(lines))
+
+
+def _counts(compared: Compared, won: int, lost: int) -> str:
+    total = len(compared.pairs)
+    alike = f"{total - won - lost} score alike"
+    if _is_right_or_wrong(compared):
+        return f"Of {total} test records B alone is right on {won}, A alone on {lost}; {alike}."
+    return f"Of {total} test records B scores higher on {won}, A on {lost}; {alike}."
+
+
+def _titles(compared: Compared) -> dict[str, str]:
+    if _is_right_or_wrong(compared):
+        return {">": "Only B is right", "<": "Only A is right", "=": "An example"}
+    return {">": "B scores higher", "<": "A scores higher", "=": "An example"}
+
+
+def _is_right_or_wrong(compared: Compared) -> bool:
+    name = compared.metric
+    return name is not None and all(row[name] in (0, 1) for pair in compared.pairs for row in pair)
+
+
+def _without_interval(found: Score | None) -> Score | None:
+    return found and Score(found.value)
+
+
+def _shown(value: str | None) -> str:
+    """A parameter's text as YAML would have it."""
+    if value is None:
+        return ABSENT
+    return one_line(_WORDS.get(value, value.replace("'", "") if value[:1] in "[{" else value))
+
+
+def _value(side: Side, metric: str, share: bool) -> str:
+    value = side.metrics.get(metric)
+    return ABSENT if value is None else words.number(float(value), share)
+
+
+def _change(found: Compared | None, metric: str, share: bool) -> str:
+    if found is None:
+        return ""
+    if found.test == "other":
+        return "other test records"
+    change = found.difference
+    if change is None or found.metric != metric:
+        return ABSENT
+    shown = f"{100 * change.mean:+.1f}" if share else f"{change.mean:+.3g}"
+    return f"{shown} ({words.bounds(change.low, change.high, share)})"
+
+
+def _short_keys(keys: Sequence[str]) -> list[str]:
+    """The last part of each key, the whole key where two end alike; a choice by its group."""
+    last = [key.removesuffix(PRESET).rpartition(".")[2] for key in keys]
+    return [
+        short if last.count(short) == 1 else key.removesuffix(PRESET)
+        for key, short in zip(keys, last, strict=True)
+    ]
+
+
+def _widest(column: Sequence[str]) -> int:
+    return max(map(width_of, column))
