@@ -12,13 +12,12 @@ from tempfile import TemporaryDirectory
 from typing import Any
 
 from capas import bundle, runs
-from capas.dag import StageSpec, read_yaml, recorded
+from capas.dag import StageSpec, ancestors, read_yaml, recorded
 from capas.errors import CapasError
 from capas.facts import read_json, write_json
 from capas.params import Params, select
 from capas.prompts import held_out_prompts
 from capas.records import FORMATTED, RAW, read_records
-from capas.result import ancestors
 from capas.served import messages_of
 from capas.stage import Stage
 from capas.store import MODEL, existing, reachable, tracking_uri

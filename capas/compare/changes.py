@@ -9,10 +9,11 @@ from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any
 
+from capas import options
 from capas.composition import NOTHING_OVERRIDDEN, OVERRIDES, Compose, composer
 from capas.errors import CapasError
 from capas.params import flatten
-from capas.result import clipped
+from capas.run_params import clipped
 
 Texts = Mapping[str, str]  # {dotted key: value}, as MLflow has them
 PRESET = ".preset"
@@ -61,9 +62,9 @@ def find_changes(sides: Sequence[Texts], conf: Path, partial: bool = False) -> C
     keys = [key for key in differing if not _is_choice(key)]
     explained: set[str] = set()
     if groups and conf.is_dir():
-        with _options(conf) as options:
-            explained = {key for key in keys if options.explain(key, sides)}
-            groups = _independent(groups, sides, options)
+        with _options(conf) as chosen:
+            explained = {key for key in keys if chosen.explain(key, sides)}
+            groups = _independent(groups, sides, chosen)
     if conf.is_dir():
         explained |= _referring(keys, sides, conf)
     left = tuple(key for key in keys if key not in explained)
@@ -93,7 +94,7 @@ class _Options:
     def chosen(self, side: Texts) -> dict[str, str]:
         """The options of a side, as far as conf/ still has them."""
         pairs = {k.removesuffix(PRESET): v for k, v in side.items() if _is_choice(k)}
-        return {g: o for g, o in pairs.items() if (self._conf / g / f"{o}.yaml").is_file()}
+        return {g: o for g, o in pairs.items() if o in options.options_of(self._conf, g)}
 
     def texts(self, choices: Mapping[str, str]) -> Texts | None:
         """None where they do not compose."""
@@ -133,12 +134,12 @@ def _options(conf: Path) -> Iterator[_Options]:
             yield _Options(copy, compose)
 
 
-def _independent(groups: list[str], sides: Sequence[Texts], options: _Options) -> list[str]:
+def _independent(groups: list[str], sides: Sequence[Texts], chosen: _Options) -> list[str]:
     """The choices that no other choice brings, as a model brings its chat template."""
     kept = sorted(groups, key=lambda group: (group not in _FIRST, groups.index(group)))
     for group in reversed(kept[1:]):
         others = [other for other in kept if other != group]
-        if options.follows(group, others, sides):
+        if chosen.follows(group, others, sides):
             kept = others
     return kept
 
@@ -150,7 +151,7 @@ def _referring(keys: Sequence[str], sides: Sequence[Texts], conf: Path) -> set[s
         group, _, name = key.partition(".")
         others = {
             match["other"]
-            for file in (conf / group).glob("*.yaml")
+            for file in options.files(conf, group)
             for match in _REFERENCE.finditer(file.read_text(encoding="utf-8"))
             if match["key"] == name
         }

@@ -5,7 +5,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from capas.compare.sides import ADAPTER_FOLDER, Side
-from capas.result import ancestors
+from capas.dag import ancestors
 
 ENVIRONMENT = "environment.yaml"
 RAW = "data/raw"

@@ -9,12 +9,12 @@ from urllib.parse import unquote, urlsplit
 
 from capas.errors import CapasError
 from capas.lineage import ADAPTER
-from capas.store import TRAIN_KEY, UNNAMED, sqlite_file, tracking_uri
+from capas.store import EXPERIMENT, TRAIN_KEY, sqlite_file, tracking_uri
 
 CPU, ARTIFACTS = "cpu", "capas.artifacts"  # tags: the latter has `result.artifacts_digest`
 PUBLISHED = ("dvc.lock", "params.yaml")  # artifacts of a run whose publish has finished
 TABLE = "predictions.json"  # an artifact: the test records with the answers of both models
-_SECONDS = "seconds/"
+_SECONDS, _TUNED = "seconds.", "tuned."
 _RUNS = """
 select runs.run_uuid, coalesce(runs.name, ''), runs.start_time, tags.value, runs.artifact_uri
 from runs join tags on tags.run_uuid = runs.run_uuid and tags.key = ?
@@ -43,7 +43,8 @@ class Tracked:
     @property
     def scores(self) -> dict[str, float]:
         """As reports/metrics/tuned.json has them."""
-        return {k.removeprefix("tuned/"): v for k, v in self.metrics.items() if k[:6] == "tuned/"}
+        known = self.metrics.items()
+        return {k.removeprefix(_TUNED): v for k, v in known if k.startswith(_TUNED)}
 
     @property
     def folder(self) -> Path | None:
@@ -55,9 +56,9 @@ class Tracked:
 
     def is_called(self, word: str) -> bool:
         """Whether `word` is its name, its id or key, or the beginning of one; as for `capas.runs.find`."""
-        start = word.removeprefix(UNNAMED)
-        by_key = self.train_key == word or (start != word and self.train_key.startswith(start))
-        return word == self.name or self.run_id.startswith(word) or by_key
+        ids = self.run_id, self.train_key
+        names = self.name, self.texts.get(EXPERIMENT)
+        return word in names or any(found.startswith(word) for found in ids)
 
     @property
     def cpu(self) -> str | None:

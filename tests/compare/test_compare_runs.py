@@ -16,7 +16,8 @@ from capas.compare.sides import Repository
 from capas.compare.tracked import Tracked
 from capas.dag import recorded, recorded_key
 from capas.params import flatten
-from capas.result import artifacts_digest, clipped
+from capas.result import artifacts_digest
+from capas.run_params import clipped
 from capas.store import Store
 
 
@@ -54,11 +55,11 @@ def publish(results: Results, store: Store, name: str, score: float, seconds: fl
     run = store.client.create_run(store.experiment_id, run_name=name, tags=tags)
     run_id = run.info.run_id
     numbers = {
-        "tuned/exact_match": score,
-        "tuned/loss": 0.5,
+        "tuned.exact_match": score,
+        "tuned.loss": 0.5,
         "difference/exact_match/low": score,
         "base/exact_match": 0.0,
-        "seconds/train": seconds,
+        "seconds.train": seconds,
     }
     metrics = [Metric(key, value, 1, 0) for key, value in numbers.items()]
     params = clipped(flatten(lock["train"]["params"]["params.yaml"]))
