@@ -11,10 +11,11 @@ from typing import Any
 import pytest
 import yaml
 from hub import Hub, go_offline, use
-from workspace import Workspace, make_workspace, stages_run
+from workspace import REPOSITORY, Workspace, make_workspace, stages_run
 
 from capas.composition import NOTHING_OVERRIDDEN, composer, dump
 from capas.errors import told
+from capas.requirements import num_gpus
 from capas.sources import folder_revision
 from stages.compose_params import main, parse_options
 
@@ -443,6 +444,55 @@ def test_dvc_exp_run_refuses_what_is_wrong_at_once_and_leaves_the_workspace_alon
     workspace.run("dvc", "exp", "run", "-S", schedule, "-S", kwargs, "compose")
     values = yaml.safe_load(workspace.read("params.yaml"))
     assert values["trainer"]["lr_scheduler_kwargs"] == {"num_cycles": 2}
+
+
+def state_of(workspace: Workspace) -> tuple[str, ...]:
+    """What a command that was refused must leave as it was."""
+    refs = workspace.run("git", "for-each-ref", "--format=%(refname)", "refs")
+    store = str((workspace.root / "mlflow.db").exists())
+    files = (workspace.read("params.yaml"), workspace.read("conf/overrides.yaml"))
+    return (workspace.run("git", "status", "--porcelain"), refs, store, *files)
+
+
+def test_the_queue_takes_no_value_before_all_combinations_are_valid(workspace: Composing) -> None:
+    shutil.copyfile(REPOSITORY / "dvc.yaml", workspace.root / "dvc.yaml")
+    before = state_of(workspace)
+    queue = ("dvc", "exp", "run", "--queue")
+    log = workspace.run(*queue, "-S", "lora.r=8,-3", "-S", "lora=all_liner", check=False)
+    assert "2 problems in the configuration; nothing was queued" in log
+    assert "lora=all_liner: no such option; did you mean all_linear?" in log
+    assert "lora.r=-3: input should be greater than 0" in log and "Queued" not in log
+    assert state_of(workspace) == before
+    log = workspace.run(*queue, "-S", "lora.r=8,16", "-S", "hardware=gpu")
+    assert log.count("Queued experiment") == 2
+    if num_gpus() == 0:
+        assert "this machine lacks what was queued" in log and "no NVIDIA GPU" in log
+    workspace.run("dvc", "queue", "remove", "--all")
+
+
+def test_an_experiment_elsewhere_is_refused_as_well_and_leaves_nothing(
+    workspace: Composing,
+) -> None:
+    before = state_of(workspace)
+    log = workspace.run("dvc", "exp", "run", "--temp", "-S", "experiment=quik", check=False)
+    assert "experiment=quik: no such option; did you mean quick?" in log
+    assert "Available options" not in log and state_of(workspace) == before
+
+
+def test_a_stage_by_hand_tells_what_is_wrong_once(workspace: Composing) -> None:
+    shutil.copyfile(REPOSITORY / "dvc.yaml", workspace.root / "dvc.yaml")
+    before = state_of(workspace)
+    log = workspace.run(
+        "python", "stages/train_lora.py", "lora.rank=8", "trainer=qlorra", check=False
+    )
+    assert log.splitlines() == [
+        "compose: 2 problems in the configuration; no stage was run:",
+        "  lora.rank: no such key; did you mean lora.r?",
+        "  trainer=qlorra: no such option; did you mean qlora?",
+    ]
+    assert state_of(workspace) == before
+    refused = workspace.refusal("--print", "lora=all_liner", "trainer.lr=1")
+    assert "did you mean all_linear?" in refused and "did you mean trainer.learning" in refused
 
 
 def test_a_revision_that_somebody_chose_is_an_override(online: Any) -> None:

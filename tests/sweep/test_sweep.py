@@ -6,6 +6,7 @@ The fakes run in DVC where DVC's part is meant, below a stand-in (tests/dvc_stan
 import json
 import os
 import re
+import shlex
 import signal
 import subprocess
 from collections import Counter
@@ -19,7 +20,7 @@ from sweeping import Sweeper
 from capas import links
 from capas.errors import CapasError
 from capas.locks import exclusive
-from capas.sweep.plan import Plan
+from capas.sweep.plan import Plan, check_home
 from capas.worktree import git
 
 TWO_AT_ONCE = ("hydra/launcher=joblib", "hydra.launcher.n_jobs=2")
@@ -144,7 +145,8 @@ def interrupted(
     sweeper.wait_for("evaluate", 1)
     sweeper.hold("train")
     sweeper.wait_for("train", 3 if launcher else 2)
-    os.kill(process.pid, number)
+    send = os.killpg if number == signal.SIGINT else os.kill  # a terminal's Ctrl-C reaches all
+    send(process.pid, number)
     process.wait(120)
     sweeper.wait_until_idle()
     sweeper.let_go()
@@ -164,11 +166,21 @@ def check_it_goes_on(sweeper: Sweeper, words: tuple[str, ...], num_points: int) 
     assert sweeper.ran()["train"] == num_points - finished
 
 
-def test_a_stopped_sweep_goes_on(sweeper: Sweeper) -> None:
-    process = interrupted(sweeper, signal.SIGINT, ("-m", RATES))
+@pytest.mark.parametrize(
+    ("number", "launcher"), [(signal.SIGTERM, ()), (signal.SIGINT, TWO_AT_ONCE)]
+)
+def test_a_stopped_sweep_says_how_to_go_on_and_does(
+    sweeper: Sweeper, number: int, launcher: tuple[str, ...]
+) -> None:
+    words = ("-m", RATES) if not launcher else THREE
+    process = interrupted(sweeper, number, words, *launcher)
+    said = process.communicate()[0]
     assert process.returncode == 130
-    assert "the same command goes on with what is left" in process.communicate()[0]
-    check_it_goes_on(sweeper, ("-m", RATES), 2)
+    command = shlex.join(["stages/sweep.py", *words, *launcher])
+    last = f"sweep: stopped; finished points are kept. To go on: python {command}"
+    assert said.splitlines()[-1] == last
+    assert "Traceback" not in said and "KeyboardInterrupt" not in said
+    check_it_goes_on(sweeper, words, 3 if launcher else 2)
 
 
 def test_a_killed_sweep_goes_on(sweeper: Sweeper) -> None:
@@ -309,7 +321,7 @@ def test_a_folder_of_a_larger_repository_is_refused(tmp_path: Path) -> None:
     (tmp_path / "sub/dvc.yaml").touch()
     git(tmp_path, "init", "-q")
     with pytest.raises(CapasError, match=r"sub is the folder sub/ of a larger git repository"):
-        Plan.make(tmp_path / "sub", [])
+        check_home(tmp_path / "sub")
 
 
 def test_an_error_that_nobody_thought_of_is_told_as_what_it_is(sweeper: Sweeper) -> None:
@@ -333,26 +345,48 @@ def test_one_point_without_multirun(sweeper: Sweeper) -> None:
     assert code == 0 and "1/1  learning_rate=0.01-" in said
 
 
+def test_a_sweep_says_what_it_will_do_and_when_a_point_starts_and_ends(sweeper: Sweeper) -> None:
+    said = sweeper.sweep_here("-m", RATES)[1]
+    lines = [line for line in said.splitlines() if line.strip()]
+    assert lines[0] == "sweep: 2 points; 2 to run; no earlier run here says how long"
+    for number, rate in enumerate(("0.01", "0.1"), 1):
+        started = rf"started learning_rate={rate}-\w+  \({number}/2\)"
+        assert re.fullmatch(started, lines[2 * number - 1])
+        assert re.fullmatch(rf"{number}/2  learning_rate={rate}-.*\(\d+ s\)", lines[2 * number])
+    said = sweeper.sweep_here("-m", f"{RATES},0.02", "hydra.launcher.x=1")[1]
+    assert "hydra.launcher.x: no such key" in said
+    said = sweeper.sweep_here("-m", f"{RATES},0.02")[1]
+    assert "3 points, 2 of them done already; 1 to run, less than a minute (earlier points)" in said
+    assert said.count("(had it)") == 2 and said.count("started") == 1
+    assert (
+        "3 points, 3 of them done already: nothing to run"
+        in sweeper.sweep_here("-m", f"{RATES},0.02")[1]
+    )
+
+
 @pytest.mark.parametrize(
     ("words", "expected"),
     [
-        (("-m", "trainer.learning_rat=1,2"), "Key 'learning_rat' is not in struct"),
-        (("-m", "lora.r=0"), "lora.r=0: "),
-        (("-m", "dataset=nothing,embedded"), "Could not find 'dataset/nothing'"),
+        (("-m", "trainer.learning_rat=1,2"), "did you mean trainer.learning_rate?"),
+        (("-m", "lora.r=8,0"), "lora.r=0: input should be greater than 0"),
+        (("-m", "dataset=nothing,embedded"), "dataset=nothing: no such option; dataset has alpaca"),
+        (("-m", "lora=all_linear,none"), "cannot be (with lora=none)"),
+        (("-m", "lora.r=4,8", "sweep.objective=tuned.rougeL"), "will have no number rougeL"),
+        (("lora.r=4,8",), "python stages/sweep.py -m lora.r=4,8"),
     ],
-)  # fmt: skip
-def test_wrong_words_are_told_without_a_traceback(
-    sweeper: Sweeper, words: tuple[str, ...], expected: str
+)
+def test_wrong_words_are_told_before_the_first_point_and_nothing_is_left(
+    quick: Sweeper, words: tuple[str, ...], expected: str
 ) -> None:
-    code, said = sweeper.sweep_here(*words)
+    code, said = quick.sweep_here(*words)
     assert code == 1
-    assert expected in said and "Traceback" not in said
+    assert expected in said and "Traceback" not in said and "+" not in said
+    assert quick.run("git", "status", "--porcelain") == "" and quick.experiments() == {}
+    assert not (quick.root / "mlflow.db").exists()
+    assert not (quick.root / ".dvc/tmp/sweep/plans").exists()
 
 
 def test_an_objective_that_no_stage_computes_is_told_without_a_traceback(sweeper: Sweeper) -> None:
-    code, said = sweeper.sweep_here("-m", "sweep.objective=train.loss", "lora.r=8")
-    assert code == 1
-    assert "reports/metrics/train.json has validation_loss" in said and "Traceback" not in said
     code, said = sweeper.sweep_here("-m", "sweep.objective=tuned.loss", "lora.r=8")
     assert code == 1
     assert "sweep.objective=tuned.loss is None" in said and "Traceback" not in said

@@ -2,6 +2,7 @@
 
 import json
 import os
+import re
 import shutil
 import signal
 import subprocess
@@ -9,6 +10,7 @@ import sys
 import threading
 import time
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -23,9 +25,11 @@ from capas.errors import CapasError
 from capas.locks import BusyError, exclusive
 from capas.sweep import driver
 from capas.sweep.lesson import lesson
+from capas.sweep.outlook import in_words, seconds_of_all
 from capas.sweep.plan import AT_ONCE, Plan
 from capas.sweep.point import Point, name_of, num_workers
 from capas.sweep.process import follow
+from capas.sweep.produced import keys_of, not_produced
 from capas.sweep.ranking import Row, rank
 from capas.sweep.screen import verdict
 from capas.sweep.shared import stage_keys
@@ -342,6 +346,91 @@ def test_a_wrong_value_of_the_sweep_is_told_before_a_point_runs(
 ) -> None:
     with pytest.raises(CapasError, match=told):
         prepare(plan.home, ["lora.r=4,8", word], True)
+
+
+@pytest.mark.parametrize(
+    ("word", "told"),
+    [
+        ("hydra.launcher.n_job=2", "hydra.launcher.n_job: no such key"),
+        ("hydra/launcher=jobli", "hydra/launcher=jobli: no such option, or the package that brings"),
+        ("sweep=optna", "sweep=optna: no such option; did you mean optuna?"),
+        ("sweep.objectiv=train.loss", "sweep.objectiv: no such key; did you mean sweep.objective?"),
+        ("lora.rr=8,16", "lora.rr: no such key; did you mean lora.r?"),
+        ("trainer.learning_rate=1e-3,x", "trainer.learning_rate='x': input should be a valid number"),
+        ("evaluation=loss,json", "with evaluation.metrics=[]"),
+    ],
+)  # fmt: skip
+def test_all_that_is_wrong_with_a_sweep_is_told_at_once(plan: Plan, word: str, told: str) -> None:
+    words = ["lora.alpha=4,8", "sweep.objective=tuned.exact_match"]
+    with pytest.raises(CapasError, match=re.escape(told)) as refused:
+        prepare(plan.home, [*(words[1:] if "evaluation" in word else words), word], True)
+    assert "evaluation" in word or "did you mean lora.lora_alpha?" in str(refused.value)
+
+
+def test_a_search_checks_each_value_and_no_rule_between_them(plan: Plan) -> None:
+    rates = "trainer.learning_rate=tag(log,interval(1e-4,3))"
+    with pytest.raises(CapasError, match=r"trainer.learning_rate=3.0: input should be less than 1"):
+        prepare(plan.home, ["sweep=optuna", rates], True)
+    task = prepare(plan.home, ["sweep=optuna", "lora=all_linear,none"], True)
+    assert task.searches and task.expected == 20
+
+
+def test_metrics_that_will_be_written_are_known_before(plan: Plan) -> None:
+    [values] = (point.values for point in prepare(plan.home, [], True).points)
+    for file, keys in keys_of(values).items():
+        written = json.loads((REPOSITORY / f"reports/metrics/{file}.json").read_text())
+        assert set(keys) == (set() if file == "base" else set(written))
+    settings = {"objective": "tuned.rougeL", "columns": ["tuned.exact_match", "train.x"]}
+    assert [key for key, _ in not_produced(settings, values)] == [
+        "sweep.columns",
+        "sweep.objective",
+    ]
+    values["evaluation"]["metrics"] = "auto"
+    assert list(not_produced({**settings, "columns": []}, values)) == []
+
+
+def test_a_machine_that_lacks_a_gpu_runs_no_point_but_sends_jobs(
+    plan: Plan, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    monkeypatch.setattr("capas.requirements.num_gpus", lambda: 0)
+    task = prepare(plan.home, ["hardware=gpu", "lora.r=4,8"], True)
+    for launcher in ("BasicLauncher", "JoblibLauncher", "LocalLauncher"):
+        local = replace(task, launcher={"_target_": f"hydra_plugins.x.{launcher}"})
+        with pytest.raises(CapasError, match=r"no point was run:\n  hardware.device=cuda"):
+            driver._check_machine(plan.home, local, task.points)
+    with pytest.raises(CapasError, match="a point of a sweep has one machine; set 1"):
+        prepare(plan.home, ["hardware.num_machines=2", "hardware.num_processes=2,4"], True)
+    driver._check_machine(plan.home, task, [])
+    slurm = replace(task, launcher={"_target_": "hydra_plugins.x.SlurmLauncher"})
+    driver._check_machine(plan.home, slurm, task.points)
+    assert "this machine lacks it, the launcher's may have it: hardware.device" in caplog.text
+
+
+def timed(home: Path, **seconds: float) -> None:
+    folder = home / "reports/timings"
+    folder.mkdir(parents=True, exist_ok=True)
+    for stage, value in seconds.items():
+        (folder / f"{stage}.json").write_text(json.dumps({"seconds": value}))
+
+
+def test_the_time_of_a_sweep_is_that_of_the_stages_that_it_runs(plan: Plan) -> None:
+    task = prepare(plan.home, ["trainer.num_train_epochs=2,4", "seed=1,2"], True)
+    assert seconds_of_all(plan, task.points, [], task.base, 1) is None
+    timed(plan.home, train=100, evaluate=10, sample=5, report=3, publish=2)
+    epochs = task.base["trainer"]["num_train_epochs"]
+    once = sum(100 * n / epochs + 10 + 5 + 3 + 2 + 6 for n in (2, 2, 4, 4))
+    found = seconds_of_all(plan, task.points, [], task.base, 1)
+    assert found == (pytest.approx(once), "reports/timings")
+    halved = seconds_of_all(plan, task.points, [], task.base, 2)
+    assert halved == (pytest.approx(once / 2), "reports/timings")
+    before = [state(1.0, "trainer.num_train_epochs=2", f"seed={i}") for i in (3, 4)]
+    for one, seconds in zip(before, (60.0, 120.0), strict=True):
+        one.seconds = seconds
+    assert seconds_of_all(plan, task.points, before, task.base, 1) == (360.0, "earlier points")
+    other = [state(1.0, "lora.r=8")]
+    assert seconds_of_all(plan, task.points, other, task.base, 1) == found
+    assert in_words(4, 0, found, 2).startswith("4 points; 4 to run, 2 at once, about ")
+    assert in_words(1, 0, (7300.0, "x"), 1) == "1 point; 1 to run, about 2.0 hours (x)"
 
 
 def test_a_value_that_would_reach_no_point_is_refused(plan: Plan) -> None:
