@@ -9,6 +9,7 @@ DVC itself keeps the user's edits in a git stash for a moment, twice. An experim
 moment has them in the record, or in the stash alone, if there is no record yet.
 """
 
+import gc
 import json
 import os
 import re
@@ -24,6 +25,7 @@ from contextlib import ExitStack, contextmanager
 from datetime import UTC, datetime
 from pathlib import Path
 from tempfile import TemporaryDirectory
+from typing import Any
 
 import psutil  # type: ignore[import-untyped]
 
@@ -81,8 +83,14 @@ def _look(root: Path, command: str) -> Before:
         branch=_branch(root),
         head=head,
         tree=_tree(root),
-        index=git(root, "rev-parse", f"{stash}^2^{{tree}}") if stash else git(root, "write-tree"),
+        index=_index(root, stash),
+        stash=stash,
     )
+
+
+def _index(root: Path, stash: str) -> str:
+    """Return a git tree of what the user has staged; DVC keeps it in its stash alone."""
+    return git(root, "rev-parse", f"{stash}^2^{{tree}}") if stash else git(root, "write-tree")
 
 
 def _branch(root: Path) -> str:
@@ -130,33 +138,40 @@ def _tree(root: Path) -> str:
         return git(root, "write-tree", GIT_INDEX_FILE=str(own))
 
 
-def end_preparing(root: Path) -> None:
-    """Drop the record of an experiment that ran elsewhere (`--temp`, `--queue`): DVC has put all back.
+def at_exit(root: Path) -> None:
+    """Put the workspace back at the end of DVC's process, unless the experiment succeeded.
 
-    Where it was interrupted twice, so that DVC has not, put it back.
+    One that was queued has changed nothing, unless it was interrupted while DVC tidied up.
     """
-    before = unfinished.read(root)
-    if before is None or before.phase != PREPARING:
-        return
-    head = git(root, "rev-parse", "HEAD")
-    attached = git(root, "symbolic-ref", "--quiet", "HEAD", check=False)
-    if attached == before.branch and not _stash_of_dvc(root, head):
-        unfinished.drop(root)
-        return
-    sys.stderr.write(after_failure(root))
-
-
-def after_failure(root: Path) -> str:
-    """Put the workspace back in DVC's process, and return lines that say so; Ctrl-C waits for it."""
-    before = unfinished.read(root)
-    if before is None:
-        return ""
     with _undisturbed():
+        gc.collect()  # DVC's own tidying that an interruption left for later
+        before = unfinished.read(root)
+        if before is None:
+            return
         try:
+            if before.phase == PREPARING and _is_untouched(root, before):
+                clean_up(root, before)
+                return
             lines = put_back(root, before)
         except (CapasError, OSError) as error:
-            lines = [f"the workspace could not be put back: {error}", "try again: capas restore"]
-    return "".join(f"capas: {line}\n" for line in lines)
+            lines = [f"the workspace could not be put back: {error}", "Try again: capas restore"]
+        sys.stderr.write("".join(f"capas: {line}\n" for line in lines))
+
+
+def _is_untouched(root: Path, before: Before) -> bool:
+    """Return whether DVC has put back by itself what it changed to queue an experiment."""
+    if is_index_broken(root):
+        return False
+    attached = git(root, "symbolic-ref", "--quiet", "HEAD", check=False)
+    stashed = before.stash and any(line.startswith(before.stash) for line in _stashes(root))
+    return attached == before.branch and not stashed and not _wrong(root, before)
+
+
+def end_elsewhere(root: Path) -> None:
+    """Drop the record of an experiment that runs in a folder of its own, and let others begin."""
+    unfinished.drop(root)
+    _process.close()
+    _held.clear()
 
 
 @contextmanager
@@ -171,29 +186,58 @@ def _undisturbed() -> Iterator[None]:
         signal.signal(signal.SIGINT, handler)
 
 
-def left_in_stash(root: Path) -> Before | None:
-    """Return what DVC holds in a stash, where it was killed before there was a record."""
-    file = root / _RWLOCK
-    try:
-        holder = json.loads(file.read_text(encoding="utf-8"))["write"].get(_STASHING)
-    except (OSError, ValueError, KeyError):
-        return None
-    if holder is None or is_alive(holder) or unfinished.read(root):
+def left_in_stash(root: Path, guess: bool) -> Before | None:
+    """Return what DVC holds in a stash, where it was killed or interrupted before there was a record.
+
+    Args:
+        guess: look for a stash of DVC where its lock does not tell, too.
+    """
+    file, holder = root / _RWLOCK, _stashing(root)
+    if holder and is_alive(holder):
         return None
     head = git(root, "rev-parse", "HEAD")
-    stash = _stash_of_dvc(root, head)
-    staged = git(root, "rev-parse", f"{stash}^2^{{tree}}") if stash else git(root, "write-tree")
+    stash = _stash_of_dvc(root, head) if holder else guess and _forgotten_stash(root, head)
+    if not holder and not stash:
+        return None
+    stash = stash or ""
+    started = file.stat().st_mtime if holder else int(git(root, "log", "-1", "--format=%ct", stash))
     return Before(
-        command=str(holder["cmd"]),
-        started=datetime.fromtimestamp(file.stat().st_mtime, UTC).isoformat(timespec="seconds"),
+        command=str(holder["cmd"]) if holder else "dvc exp run",
+        started=datetime.fromtimestamp(started, UTC).isoformat(timespec="seconds"),
         branch=_branch(root),
         head=head,
         tree=git(root, "rev-parse", f"{stash or head}^{{tree}}"),
-        index=staged,
+        index=_index(root, stash),
+        stash=stash,
     )
 
 
-def is_alive(holder: dict[str, object]) -> bool:
+def _forgotten_stash(root: Path, head: str) -> str:
+    """Return the newest stash, if DVC detached HEAD from its commit within a second and files are reset.
+
+    Ctrl-C, pressed twice when `dvc exp run` has just begun, leaves the user's edits there.
+    """
+    log = git(root, "log", "-g", "-20", "--date=unix", "--format=%gd %gs", "HEAD", check=False)
+    moved = [line for line in log.splitlines() if _MOVED in line and line.endswith(f" to {head}")]
+    times = [int(re.sub(r".*@\{(\d+)\}.*", r"\1", line)) for line in moved]
+    if not times or git(root, "diff", "--name-only", "HEAD"):
+        return ""
+    commit, made, parent, _ = ([*_stashes(root), "- 0 - -"][0]).split(" ", 3)
+    is_dvcs = any(0 <= time - int(made) <= 1 for time in times)
+    return commit if parent == head and is_dvcs else ""
+
+
+def _stashing(root: Path) -> dict[str, Any] | None:
+    """Return who holds DVC's lock for its stash of experiments."""
+    try:
+        locks = json.loads((root / _RWLOCK).read_text(encoding="utf-8"))
+    except (OSError, ValueError):
+        return None
+    holder: dict[str, Any] | None = locks.get("write", {}).get(_STASHING)
+    return holder
+
+
+def is_alive(holder: dict[str, Any]) -> bool:
     """Return whether the process of an entry in DVC's lock files still runs, and is that one."""
     try:
         words = psutil.Process(int(str(holder["pid"]))).cmdline()
@@ -212,6 +256,7 @@ def put_back(root: Path, before: Before, keep: bool = False) -> list[str]:
     Raises:
         CapasError: a git command failed; the record stays, so that it can be tried again.
     """
+    said = mend_index(root, before.index)
     head = git(root, "rev-parse", "HEAD")
     if not _is_where_it_was(root, before, head):
         clean_up(root, before)
@@ -219,8 +264,8 @@ def put_back(root: Path, before: Before, keep: bool = False) -> list[str]:
             f"`{before.command}` did not end, and there are commits since: nothing is put back. It began at "
             f"{before.head[:7]}"
         ]
-    said = _attach(root, before)
-    if keep:
+    said += _attach(root, before)
+    if keep and before.phase != PREPARING:
         said.append(f"the workspace stays as `{before.command}` left it")
     else:
         said += _put_files_back(root, before)
@@ -230,6 +275,24 @@ def put_back(root: Path, before: Before, keep: bool = False) -> list[str]:
     )  # fails where a file differs: no error
     clean_up(root, before)
     return said
+
+
+def is_index_broken(root: Path) -> bool:
+    """Return whether git cannot read its index: DVC writes it in place."""
+    try:
+        git(root, "ls-files", "--error-unmatch", "dvc.yaml")
+    except CapasError as error:
+        return "index file" in str(error) or "bad index" in str(error)
+    return False
+
+
+def mend_index(root: Path, tree: str) -> list[str]:
+    """Make git's index anew from a tree where it cannot be read, and return a sentence about it."""
+    if not is_index_broken(root):
+        return []
+    (Path(git(root, "rev-parse", "--absolute-git-dir")) / "index").unlink()
+    git(root, "read-tree", tree)
+    return ["git's index was cut, and is made anew"]
 
 
 def _is_where_it_was(root: Path, before: Before, head: str) -> bool:
@@ -255,11 +318,10 @@ def _attach(root: Path, before: Before) -> list[str]:
 
 
 def _put_files_back(root: Path, before: Before) -> list[str]:
-    then, now = _blobs(root, before.tree), _hashes(root, _generated_now(root))
-    wrong = [p for p in then if is_generated(p) and now.get(p) != then[p]]
-    gone = [p for p in now if p not in then] if before.phase != PREPARING else []
-    if before.phase == PREPARING:
-        wrong += _reset_by_dvc(root, before, then)
+    wrong, gone = _wrong(root, before), []
+    if before.phase != PREPARING:
+        then = _blobs(root, before.tree)
+        gone = [path for path in _generated_now(root) if path not in then]
     if kept := _move_aside(root, [*wrong, *gone]):
         kept = f"; the replaced ones are in {kept}"
     if wrong:
@@ -275,6 +337,20 @@ def _put_files_back(root: Path, before: Before) -> list[str]:
     ]
 
 
+def _wrong(root: Path, before: Before) -> list[str]:
+    """Return the files that are not as they were and that the experiment, or DVC, has changed."""
+    then, now = _blobs(root, before.tree), _hashes(root, _generated_now(root))
+    wrong = [path for path in then if is_generated(path) and now.get(path) != then[path]]
+    return [*wrong, *(_reset_by_dvc(root, before, then) if before.phase == PREPARING else [])]
+
+
+def _differ(root: Path, before: Before) -> list[str]:
+    """Return the user's own files that are not as they were."""
+    own = {path: blob for path, blob in _blobs(root, before.tree).items() if not is_generated(path)}
+    here = _hashes(root, [path for path in own if (root / path).is_file()])
+    return [path for path in own if here.get(path) != own[path]]
+
+
 def _generated_now(root: Path) -> list[str]:
     listing = git_bytes(root, "ls-files", "-z", "--cached", "--others", "--exclude-standard")
     names = [*os.fsdecode(listing).split("\0"), *uncached(root)]
@@ -285,7 +361,7 @@ def _blobs(root: Path, tree: str) -> dict[str, str]:
     """Return {path below root: object} of a git tree."""
     entries = os.fsdecode(git_bytes(root, "ls-tree", "-r", "-z", tree)).split("\0")
     parted = (entry.partition("\t") for entry in entries if entry)
-    return {path: facts.split()[2] for facts, _, path in parted}
+    return {path: facts.split()[2] for facts, _, path in parted if facts.split()[1] == "blob"}
 
 
 def _hashes(root: Path, paths: list[str]) -> dict[str, str]:
@@ -341,12 +417,10 @@ def _check_out_data(root: Path) -> None:
 
 
 def clean_up(root: Path, before: Before) -> None:
-    """Remove what DVC leaves behind where it is killed, and the record."""
-    stash = _stash_of_dvc(root, before.head)
-    staged = git(root, "rev-parse", f"{stash}^2^{{tree}}") if stash else ""
-    is_ours = before.phase == PREPARING and staged == before.index
+    """Remove what DVC leaves behind where it is killed or interrupted twice, and the record."""
+    is_back = before.stash and not _differ(root, before)
     for number, line in reversed(list(enumerate(_stashes(root)))):
-        if _OF_EXPERIMENT in line or (is_ours and line.startswith(stash)):
+        if _OF_EXPERIMENT in line or (is_back and line.startswith(before.stash)):
             git(root, "stash", "drop", "--quiet", f"stash@{{{number}}}")
     for name in _LEFT:
         git(root, "update-ref", "--no-deref", "-d", f"refs/exps/exec/{name}", check=False)
@@ -354,5 +428,6 @@ def clean_up(root: Path, before: Before) -> None:
     for left in _LEFT_FILES:
         path = root / left
         shutil.rmtree(path) if path.is_dir() else path.unlink(missing_ok=True)
-    (root / _RWLOCK).unlink(missing_ok=True)
+    if (holder := _stashing(root)) and (holder["pid"] == os.getpid() or not is_alive(holder)):
+        (root / _RWLOCK).unlink()
     unfinished.drop(root)

@@ -13,7 +13,7 @@ import json
 import sys
 import time
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from capas import lockfile, unfinished
 from capas.dag import StageSpec
@@ -51,7 +51,7 @@ def command(options: argparse.Namespace) -> int:
         if options.quiet:
             return 0  # DVC waits for the other one, or says so
         raise CapasError(f"{busy} is running here; wait for it, or stop it, then try again")
-    said, code = restore(root, options.keep, options.prefer)
+    said, code = restore(root, options.keep, options.prefer, guess=not options.quiet)
     for line in said:
         sys.stderr.write(f"{line}\n")
     if not said and not options.quiet:
@@ -59,13 +59,18 @@ def command(options: argparse.Namespace) -> int:
     return code
 
 
-def restore(root: Path, keep: bool = False, prefer: str | None = None) -> tuple[list[str], int]:
+def restore(
+    root: Path, keep: bool = False, prefer: str | None = None, guess: bool = True
+) -> tuple[list[str], int]:
     """Mend what is broken; return sentences about it, and the exit code.
+
+    Args:
+        guess: also look for edits that an interrupted DVC left in a stash without saying so.
 
     Raises:
         CapasError: it cannot be mended without the user.
     """
-    said = [*_drop_broken_locks(root), *_end_experiment(root, keep)]
+    said = [*_drop_broken_locks(root), *_end_experiment(root, keep, guess), *_mend_index(root)]
     if is_conflicted(root):
         from capas import conflict
 
@@ -97,7 +102,7 @@ def running(root: Path) -> str:
     return next((f"the stage {file.stem.removeprefix('stage-')}" for file in held), "")
 
 
-def _holders(root: Path) -> "Iterator[dict[str, object]]":
+def _holders(root: Path) -> "Iterator[dict[str, Any]]":
     """Yield who holds DVC's own locks, as far as they can be read."""
     for name in _RWLOCKS:
         try:
@@ -151,14 +156,21 @@ def _git_locks(root: Path) -> list[Path]:
     return [file for file in found if file.exists()]
 
 
-def _end_experiment(root: Path, keep: bool) -> list[str]:
+def _end_experiment(root: Path, keep: bool, guess: bool) -> list[str]:
     """Put back what an experiment left that was killed."""
-    if not unfinished.read(root) and not (root / _RWLOCKS[1]).exists():
-        return []
     from capas import experiment
 
-    before = unfinished.read(root) or experiment.left_in_stash(root)
+    before = unfinished.read(root) or experiment.left_in_stash(root, guess)
     return experiment.put_back(root, before, keep) if before else []
+
+
+def _mend_index(root: Path) -> list[str]:
+    """Make git's index anew where it is cut and no record tells what was staged."""
+    if not git(root, "ls-files", "--cached", "dvc.yaml", check=False):
+        from capas import experiment
+
+        return experiment.mend_index(root, "HEAD")
+    return []
 
 
 def is_conflicted(root: Path) -> bool:

@@ -27,6 +27,8 @@ class Before:
         head: the commit.
         tree: a git tree with the tracked files, and those generated ones that git ignores, as they stood.
         index: a git tree of what was staged.
+        stash: the commit of the stash in which DVC has the user's edits while PREPARING; empty where there
+            were none.
         phase: PREPARING while DVC may have the user's edits in a stash, then RUNNING.
     """
 
@@ -36,6 +38,7 @@ class Before:
     head: str
     tree: str
     index: str
+    stash: str
     phase: str = PREPARING
 
 

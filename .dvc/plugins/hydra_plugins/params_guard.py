@@ -86,7 +86,7 @@ def _checked_config(self: Hydra, config_name: Any, overrides: Any, *rest: Any, *
             runs=bool(asked) and not asked["kwargs"].get("dry"),
         )
         experiment.begin(root, sys.argv)
-    atexit.register(experiment.end_preparing, root)
+    atexit.register(experiment.at_exit, root)
     _guard_experiments()
     known = with_new_keys(list(overrides), root / CONF)
     return _compose_config(self, config_name, known, *rest, **more)
@@ -137,7 +137,7 @@ def _check_command(
 
 
 def _guard_experiments() -> None:
-    """Put the workspace back where an experiment in it fails; one in a folder of its own changes nothing."""
+    """Tell `capas.experiment` how far an experiment has come."""
     from dvc.repo.experiments.queue.tempdir import TempDirQueue
     from dvc.repo.experiments.queue.workspace import WorkspaceQueue
 
@@ -149,17 +149,13 @@ def _guard_experiments() -> None:
     def guarded(queue: Any, *args: Any, **kwargs: Any) -> Any:
         root = Path(queue.repo.root_dir)
         unfinished.mark_running(root)
-        try:
-            result = in_workspace(queue, *args, **kwargs)
-        except BaseException:
-            atexit.register(sys.stderr.write, experiment.after_failure(root))  # after DVC's error
-            raise
-        unfinished.drop(root)
+        result = in_workspace(queue, *args, **kwargs)
+        unfinished.drop(root)  # it succeeded: the workspace is this experiment now
         return result
 
     @wraps(in_folder)
     def elsewhere(queue: Any, *args: Any, **kwargs: Any) -> Any:
-        experiment.end_preparing(Path(queue.repo.root_dir))
+        experiment.end_elsewhere(Path(queue.repo.root_dir))
         return in_folder(queue, *args, **kwargs)
 
     WorkspaceQueue._reproduce_entry, TempDirQueue._reproduce_entry = guarded, elsewhere
