@@ -74,10 +74,16 @@ def find_changes(sides: Sequence[Texts], conf: Path, partial: bool = False) -> C
 def _differing(sides: Sequence[Texts], partial: bool) -> Iterator[str]:
     """In the order of the last side."""
     for key in dict.fromkeys(key for side in reversed(sides) for key in side):
-        if partial and any(key not in side for side in sides):
+        lacking = [side for side in sides if key not in side]
+        if lacking and (partial or all(_is_filled(key, side) for side in lacking)):
             continue
         if len({side.get(key) for side in sides}) > 1:
             yield key
+
+
+def _is_filled(key: str, side: Texts) -> bool:
+    """Whether a mapping that is empty elsewhere has keys here: they are shown in its place."""
+    return any(name.startswith(f"{key}.") for name in side)
 
 
 def _is_choice(key: str) -> bool:

@@ -155,7 +155,7 @@ def _alone(first: Side, workspace: Side, options: argparse.Namespace) -> Iterato
     change = "Change a value (`dvc exp run -S lora.r=8`), and `capas compare` says what it changed."
     if first.name != HEAD:
         said = (
-            "The last commit has no result: this is the first one, the baseline. Keep it: `git add -A && git "
+            "This result is the first, the baseline: no commit here has one yet. Keep it: `git add -A && git "
             f"commit`. {change}"
         )
     elif workspace.has_result:

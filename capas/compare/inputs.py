@@ -31,7 +31,9 @@ def differing_inputs(a: Side, b: Side) -> Inputs:
     files = _differing(_files(a.lock), _files(b.lock))
     one, other = _packages(a.lock), _packages(b.lock)
     packages = {name: (one.get(name, "–"), other.get(name, "–")) for name in _differing(one, other)}
-    data = [side.outputs.md5.get(RAW) for side in (a, b)]
+    data = [side.outputs.digest(f"{RAW}/train.parquet") for side in (a, b)]
+    if None in data:
+        data = [side.outputs.md5.get(RAW) for side in (a, b)]
     return Inputs(
         code=tuple(name for name in files if name.endswith(".py")),
         files=tuple(name for name in files if not name.endswith(".py")),

@@ -321,6 +321,8 @@ class Repository:
     def _named(self, word: str) -> Side:
         if word == WORKSPACE:
             return self.workspace()
+        if not word:
+            raise CapasError("an empty name names no result")
         if word.startswith(RUN):
             return self._run(word.removeprefix(RUN))
         experiments = self._experiments_called(word)
@@ -454,11 +456,14 @@ class Repository:
             "branches and tags": listed.split(),
             "MLflow runs": [run.name or run.run_id[:8] for run in self.tracked],
         }
-        every = [WORKSPACE, HEAD, *(name for names in places.values() for name in names)]
+        always = [WORKSPACE, HEAD] if self.has_git else [WORKSPACE]
+        every = [*always, *(name for names in places.values() for name in names)]
         close = difflib.get_close_matches(word, every, n=1, cutoff=0.6)
         meant = f"; did you mean {close[0]}?" if close else ""
         lines = [f"no experiment, commit, branch, tag or MLflow run is called {word!r}{meant}"]
-        lines.append("  always there: workspace, HEAD")
+        lines.append(f"  always there: {', '.join(always)}")
+        if not self.has_git:
+            lines.append(f"  {self.root} is no git repository with a commit")
         for place, names in places.items():
             unique = list(dict.fromkeys(names))
             more = f" and {len(unique) - _NUM_NAMES} more" if len(unique) > _NUM_NAMES else ""

@@ -45,10 +45,11 @@ def pair_lines(pair: Pair, width: int) -> Iterator[str]:
     changed, scored = _parameters(pair), _scores(pair)
     rows = [heads, *changed, *scored]
     key, cell = _widest([row[0] for row in rows]), _widest([c for _, *cells in rows for c in cells])
-    yield from _three_columns([heads, *changed], width, key, cell)
+    if changed:
+        yield from _three_columns([heads, *changed], width, key, cell)
     yield from _other_changes(pair, width)
     yield ""
-    yield from _three_columns(scored, width, key, cell)
+    yield from _three_columns(scored if changed else [heads, *scored], width, key, cell)
     if loss := _loss(pair.compared):
         yield ""
         yield from layout.wrapped(loss, width)
@@ -252,34 +253,59 @@ def _legend(letters: Sequence[tuple[str, Side]], width: int) -> Iterator[str]:
 
 
 def _parameters(pair: Pair) -> list[tuple[str, ...]]:
+    """A row for each parameter that differs, but for those of `_one_sided`."""
+    shown = [key for key in pair.changes.shown if key not in _one_sided(pair)]
     return [
         (key.removesuffix(PRESET), *(_shown(side.texts.get(key)) for _, side in pair.letters))
-        for key in pair.changes.shown[:MAX_CHANGES]
+        for key in shown[:MAX_CHANGES]
     ]
+
+
+def _one_sided(pair: Pair) -> dict[str, str]:
+    """{key: the letter of the side that has it} of keys that came with another version of conf/.
+
+    A few are shown as rows, and so are those of a mapping that is empty on the other side.
+    """
+    found = {}
+    for key in pair.changes.shown:
+        having = [letter for letter, side in pair.letters if key in side.texts]
+        parents = {key.rsplit(".", n)[0] for n in range(1, key.count(".") + 1)}
+        is_filled = any(not parents.isdisjoint(side.texts) for _, side in pair.letters)
+        if len(having) == 1 and not is_filled:
+            found[key] = having[0]
+    return found if len(found) > _NUM_FILES else {}
 
 
 def _other_changes(pair: Pair, width: int) -> Iterator[str]:
     """What differs beside the parameters in the table."""
-    changes = pair.changes
+    changes, one_sided = pair.changes, _one_sided(pair)
     if not changes.shown:
         yield "The parameters are the same."
-    if len(changes.shown) > MAX_CHANGES:
-        yield f"{len(changes.shown) - MAX_CHANGES} more parameters differ: --json has them all."
+    more = len(changes.shown) - len(one_sided) - MAX_CHANGES
+    if more > 0:
+        yield f"{more} more parameters differ: --json has them all."
     if changes.explained:
         count = len(changes.explained)
         yield f"({count} more {'value follows' if count == 1 else 'values follow'} from these.)"
+    for letter, _ in pair.letters:
+        keys = [key for key, having in one_sided.items() if having == letter]
+        yield from _listed(f"Parameters that {letter} alone has: ", keys, width)
     yield from _inputs(pair.inputs, width)
 
 
 def _inputs(inputs: Inputs, width: int) -> Iterator[str]:
-    for label, names in (("Code that differs", inputs.code), ("Files that differ", inputs.files)):
-        if names:
-            more = f" and {len(names) - _NUM_FILES} more" if len(names) > _NUM_FILES else ""
-            said = ", ".join(names[:_NUM_FILES]) + more
-            yield from _hanging(f"{label}: ", said, width)
+    yield from _listed("Code that differs: ", inputs.code, width)
+    yield from _listed("Files that differ: ", inputs.files, width)
     if inputs.packages:
         changed = [f"{n} {one} -> {other}" for n, (one, other) in inputs.packages.items()]
         yield from _hanging("Packages that differ: ", ", ".join(changed), width)
+
+
+def _listed(label: str, names: Sequence[str], width: int) -> Iterator[str]:
+    """The first names, and how many more there are."""
+    more = f" and {len(names) - _NUM_FILES} more" if len(names) > _NUM_FILES else ""
+    if names:
+        yield from _hanging(label, ", ".join(names[:_NUM_FILES]) + more, width)
 
 
 def _scores(pair: Pair) -> list[tuple[str, ...]]:
@@ -306,7 +332,7 @@ def _scores(pair: Pair) -> list[tuple[str, ...]]:
 def _loss(compared: Compared) -> str:
     """What the paired difference of the losses says, where the headline is something else."""
     change = compared.loss
-    if change is None or compared.metric == LOSS:
+    if change is None or compared.metric == LOSS or change.low == change.high == 0:
         return ""
     said = "no difference is shown" if change.verdict == "no difference seen" else change.verdict
     return (
@@ -334,6 +360,10 @@ def _three_columns(rows: Sequence[Sequence[str]], width: int, key: int, cell: in
 
 
 def _hanging(label: str, text: str, width: int) -> Iterator[str]:
+    """`text` beside its label, or below it where that leaves little room."""
+    if len(label) > width // 3:
+        yield from layout.wrapped(label + text, width)
+        return
     lines = layout.wrapped(text, width - len(label))
     yield from (f"{label if not i else ' ' * len(label)}{line}" for i, line in enumerate(lines))
 

@@ -51,12 +51,12 @@ def _verdict(a: Side, b: Side, found: Compared, inputs: Inputs, changes: Changes
     if inputs.same_adapter:
         sha256 = b.sha256 or a.sha256
         yield f"The same adapter{f' (sha256 {sha256[:12]}…)' if sha256 else ''}."
-        if not changes.shown and not inputs.differ and found.test == "same":
-            if found.difference and any(found.changed()):
-                yield "Its answers differ all the same:"
-            else:
-                yield "Nothing differs."
-                return
+        if found.test == "same" and not any(found.changed()):
+            is_all = not changes.shown and not inputs.differ
+            yield (
+                "Nothing differs." if is_all else "Its answers score the same on every test record."
+            )
+            return
     if found.test == "other":
         yield _other_tests(a, b)
     elif found.difference is None:

@@ -187,7 +187,7 @@ def test_the_first_result_is_the_baseline(compare: Compare, tmp_path: Path) -> N
     results.record(answered(5))
     said = compare(results)
     assert said.startswith("workspace  the files here\n")
-    assert "The last commit has no result: this is the first one, the baseline." in said
+    assert "This result is the first, the baseline: no commit here has one yet." in flat(said)
     assert "has no result: evaluate has not run" in compare(results, "HEAD", code=2)
     results.commit()
     results.record(answered(8), ["lora.r=8"])
@@ -285,6 +285,31 @@ def test_an_unknown_name_is_answered_with_those_there_are(made: Results, compare
     assert "called 'wider'; did you mean wide?" in said
     assert "experiments: attention, seed, wide" in said
     assert "branches and tags: main" in said
+
+
+def test_without_git_there_is_the_workspace_alone(compare: Compare, tmp_path: Path) -> None:
+    results = Results.make(tmp_path / "results")
+    results.record(answered(5))
+    shutil.rmtree(results.root / ".git")
+    assert compare(results).startswith("workspace  the files here\n")
+    said = compare(results, "HEAD", code=2)
+    assert "always there: workspace\n" in said
+    assert "is no git repository with a commit" in said
+
+
+def test_keys_of_another_version_of_conf_are_one_line(results: Results, compare: Compare) -> None:
+    """But a mapping that was empty is a difference of values."""
+    results.record(answered(4), ["trainer.lr_scheduler_kwargs={num_cycles: 2}"])
+    for file in ("params.yaml", "dvc.lock"):
+        text = results.read(file).replace("packing_length: null", "packing_length_new: null")
+        for key in ("fused_lora", "use_dora", "use_rslora"):
+            text = text.replace(f"{key}: false", f"{key}_new: false")
+        (results.root / file).write_text(text)
+    said = compare(results, "HEAD", "workspace")
+    assert re.search(r"^trainer.lr_sch\S+cycles +– +2$", said, re.MULTILINE)
+    only = "lora.use_dora, lora.use_rslora, trainer.fused_lora and 1 more"
+    assert f"Parameters that A alone has: {only}" in flat(said)
+    assert "Parameters that B alone has: " in said
 
 
 def test_a_name_of_an_experiment_and_a_branch_is_refused(
