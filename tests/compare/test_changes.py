@@ -15,6 +15,9 @@ def changes(*overrides: Sequence[str]) -> tuple[tuple[str, ...], tuple[str, ...]
     return found.choices, found.keys
 
 
+KWARGS = "trainer.lr_scheduler_kwargs"
+
+
 @pytest.mark.parametrize(
     ("one", "other", "choices", "keys"),
     [
@@ -22,7 +25,7 @@ def changes(*overrides: Sequence[str]) -> tuple[tuple[str, ...], tuple[str, ...]
         ([], ["seed=3"], (), ("seed",)),
         ([], ["lora=attention", "lora.r=8"], ("lora",), ("lora.r",)),
         ([], ["model=qwen2.5_0.5b_instruct"], ("model",), ()),
-        ([], ["trainer.lr_scheduler_kwargs={num_cycles: 2}"], (), ("trainer.lr_scheduler_kwargs.num_cycles",)),
+        ([], [f"{KWARGS}={{num_cycles: 2}}"], (), (f"{KWARGS}.num_cycles",)),
         ([], ["experiment=quick"], ("experiment",), ()),
         (["experiment=quick"], ["experiment=quick", "trainer.max_steps=5"], (), ("trainer.max_steps",)),
         ([], ["model=qwen2.5_0.5b_instruct", "chat_template=llama3"], ("model", "chat_template"), ()),
