@@ -255,4 +255,22 @@ MUTATIONS = (
         harm="Right answers are cut off, and the model looks worse than it is.",
         tests=("tests/metrics/test_evaluate.py",),
     ),
+    Mutation(
+        name="results_paired_by_id_alone",
+        file="capas/compare/scores.py",
+        old='if same_prompts else ("id", "reference")',
+        new='if same_prompts is None else ("id",)',
+        harm="Two data sets with equal ids are compared as if their test records were the same.",
+        tests=("tests/compare/test_compare.py::test_other_test_records_are_not_compared",),
+    ),
+    Mutation(
+        name="answers_of_another_result",
+        file="capas/compare/outputs.py",
+        old="return here if here.is_file() and md5(here) == wanted else None",
+        new="return here if here.is_file() else None",
+        harm="The answers in the workspace are taken for those of another commit.",
+        tests=(
+            "tests/compare/test_compare.py::test_a_file_of_the_workspace_counts_if_it_is_the_recorded_one",
+        ),
+    ),
 )
