@@ -67,17 +67,20 @@ def prepare(home: Path, words: list[str], multirun: bool) -> Task:
     searches = "n_trials" in sweeper
     given = {_key(word) for word in words}
     swept = [f"{k}={v}" for k, v in (sweeper.get("params") or {}).items() if k not in given]
+    composer = Composer(conf)
     checked = check_points(
         [*swept, *words],
         conf,
         several=multirun,
         groups={**GROUPS, NAME: Sweep},
         combine=not searches,
+        composer=composer,
     )
     told = {problem.key for problem in checked.problems}
     problems = [*checked.problems, *(p for p in problems if p.key not in told)]
     if config:
-        problems += _setting_problems(config, conf, home)
+        base = to_values(composer.options())
+        problems += _setting_problems(config, base, home)
         settings = config[NAME]
         for point in checked.points if not problems else ():
             for key, sentence in not_produced(settings, point.values):
@@ -95,7 +98,7 @@ def prepare(home: Path, words: list[str], multirun: bool) -> Task:
         launcher=config["hydra"]["launcher"],
         points=checked.points,
         searches=searches,
-        base=to_values(Composer(conf).options(())),
+        base=base,
     )
 
 
@@ -105,15 +108,11 @@ def _composed(own: list[str], conf: Path) -> tuple[dict[str, Any] | None, list[P
     Args:
         own: the overrides that set how the sweep goes about it.
     """
-    from copy import deepcopy
-
-    from hydra._internal.config_loader_impl import ConfigLoaderImpl
-    from hydra.core.override_parser.overrides_parser import OverridesParser
     from omegaconf import OmegaConf
 
-    options = [word for word in own if "." not in _key(word)]
+    composer, options = Composer(conf, NAME), [word for word in own if "." not in _key(word)]
     try:
-        config = deepcopy(Composer(conf, NAME).options(tuple(options)))
+        config = composer.options(tuple(options))
     except failures() as error:
         key = _key(options[0]) if options else f"conf/{NAME}.yaml"
         return None, [Problem(key, "", reasons(error))]
@@ -122,8 +121,7 @@ def _composed(own: list[str], conf: Path) -> tuple[dict[str, Any] | None, list[P
         if word in options:
             continue
         try:
-            parsed = OverridesParser.create().parse_overrides([word])
-            ConfigLoaderImpl._apply_overrides_to_config(parsed, config)
+            composer.set(config, word)
         except failures() as error:
             if _is_of_hydra(word):  # those of the group sweep are checked by their schema
                 problems.append(Problem(_key(word), "", _no_such_setting(word, known, error)))
@@ -136,11 +134,18 @@ def _no_such_setting(word: str, known: Iterable[str], error: Exception) -> str:
     key = _key(word)
     if key in known:
         return f"{word}: {reasons(error)}"
+    if key.startswith("hydra.launcher.") and "hydra.launcher.n_jobs" not in known:
+        return (
+            f"{key}: the chosen launcher has no such setting. hydra/launcher=joblib runs "
+            "hydra.launcher.n_jobs points at once, hydra/launcher=slurm sends jobs to a cluster"
+        )
     close = get_close_matches(key, [name for name in known if _is_of_hydra(name)], n=1, cutoff=0.6)
     return f"{key}: no such key{f'; did you mean {close[0]}?' if close else ''}"
 
 
-def _setting_problems(config: dict[str, Any], conf: Path, home: Path) -> Iterator[Problem]:
+def _setting_problems(
+    config: dict[str, Any], base: dict[str, Any], home: Path
+) -> Iterator[Problem]:
     """Yield what is wrong with the group `sweep`, and what conf/sweep/ sets in vain."""
     settings = config[NAME]
     try:
@@ -151,7 +156,6 @@ def _setting_problems(config: dict[str, Any], conf: Path, home: Path) -> Iterato
             sentence = explain(key, item["type"], item["msg"], item["input"], {NAME: Sweep})
             yield Problem(key, str(item["input"]), sentence)
         return
-    base = to_values(Composer(conf).options(()))
     yield from _unknown_metrics(settings, home)
     for key in settings["replicates"]:
         if key not in flatten(base):
@@ -160,7 +164,7 @@ def _setting_problems(config: dict[str, Any], conf: Path, home: Path) -> Iterato
     ours = flatten(values_of({k: v for k, v in config.items() if k != "hydra"}))
     theirs = flatten(base)
     if lost := sorted(k for k in ours if k not in theirs or ours[k] != theirs[k]):
-        file = options.file_of(conf, NAME, settings["preset"])
+        file = options.file_of(home / CONF, NAME, settings["preset"])
         yield Problem(
             str(file),
             "",

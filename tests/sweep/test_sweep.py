@@ -354,7 +354,7 @@ def test_a_sweep_says_what_it_will_do_and_when_a_point_starts_and_ends(sweeper: 
         assert re.fullmatch(started, lines[2 * number - 1])
         assert re.fullmatch(rf"{number}/2  learning_rate={rate}-.*\(\d+ s\)", lines[2 * number])
     said = sweeper.sweep_here("-m", f"{RATES},0.02", "hydra.launcher.x=1")[1]
-    assert "hydra.launcher.x: no such key" in said
+    assert "hydra.launcher.x: the chosen launcher has no such setting" in said
     said = sweeper.sweep_here("-m", f"{RATES},0.02")[1]
     assert "3 points, 2 of them done already; 1 to run, less than a minute (earlier points)" in said
     assert said.count("(had it)") == 2 and said.count("started") == 1

@@ -351,7 +351,7 @@ def test_a_wrong_value_of_the_sweep_is_told_before_a_point_runs(
 @pytest.mark.parametrize(
     ("word", "told"),
     [
-        ("hydra.launcher.n_job=2", "hydra.launcher.n_job: no such key"),
+        ("hydra.launcher.n_jobs=2", "hydra/launcher=joblib runs"),
         ("hydra/launcher=jobli", "hydra/launcher=jobli: no such option, or the package that brings"),
         ("sweep=optna", "sweep=optna: no such option; did you mean optuna?"),
         ("sweep.objectiv=train.loss", "sweep.objectiv: no such key; did you mean sweep.objective?"),
