@@ -351,7 +351,7 @@ def _write(file: Path, content: bytes | None) -> None:
 
 def _mark_resolved(root: Path, paths: Iterable[str]) -> None:
     """Stage the files as they are now, and the removal of those that are gone."""
-    ignored = (
-        git_bytes(root, "check-ignore", "-z", "--", *set(paths), check=False).decode().split("\0")
-    )
-    git(root, "add", "--all", "--", *sorted(set(paths) - set(ignored)))
+    known = git_bytes(root, "ls-files", "--cached", "--others", "--exclude-standard", "-z")
+    wanted = set(paths) & set(known.decode(errors="surrogateescape").split("\0"))
+    if wanted:
+        git(root, "add", "--all", "--", *sorted(wanted))

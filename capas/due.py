@@ -12,6 +12,7 @@ from typing import Any
 
 from capas.dag import StageSpec, md5, read_yaml, recorded
 from capas.errors import CapasError
+from capas.params import flatten
 
 _MOST = 4  # reasons that are shown for a stage
 _ABSENT = "absent"
@@ -38,10 +39,11 @@ class Inputs:
             yield "another command"
         for file, values in self.params.items():
             before = (entry.get("params") or {}).get(file, {})
-            for key, value in values.items():
-                if key not in before or before[key] != value:
-                    yield f"{key} {_short(before.get(key, _ABSENT))} -> {_short(value)}"
-            yield from (f"{key} is no longer read" for key in before if key not in values)
+            old, new = flatten(before), flatten(values)
+            for key in dict.fromkeys([*new, *old]):
+                was, becomes = old.get(key, _ABSENT), new.get(key, _ABSENT)
+                if was != becomes:
+                    yield f"{key} {_short(was)} -> {_short(becomes)}"
         before = {dep["path"]: dep["md5"] for dep in entry.get("deps", [])}
         yield from (dep for dep, found in self.deps.items() if before.get(dep) != found)
         yield from (f"{dep} is no longer read" for dep in before if dep not in self.deps)

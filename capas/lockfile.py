@@ -14,6 +14,7 @@ from capas.generated import LOCK
 
 _HEADER = "schema: '2.0'\nstages:\n"
 _STAGE = re.compile(r"^  (?=[^\s#])(?P<name>[^\n]+?):\n", re.MULTILINE)
+_TOP_LEVEL = re.compile(r"^(?=\S)", re.MULTILINE)
 _MD5 = re.compile(r"[0-9a-f]{32}(?P<folder>\.dir)?")
 Pieces = dict[str, str]  # stage -> its lines, the name's included
 
@@ -21,6 +22,7 @@ Pieces = dict[str, str]  # stage -> its lines, the name's included
 def split(text: str) -> Pieces:
     """Return the pieces of a dvc.lock, whole or not."""
     _, header, body = text.partition("stages:\n")
+    body = _TOP_LEVEL.split(body, 1)[0]
     starts = list(_STAGE.finditer(body)) if header else []
     ends = (*(start.start() for start in starts[1:]), len(body))
     return {s["name"]: body[s.start() : end] for s, end in zip(starts, ends, strict=False)}
