@@ -21,11 +21,12 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
-from capas.compare import layout, view, words
+from capas.compare import layout, listing, view, words
 from capas.compare.changes import Changes, find_changes
 from capas.compare.inputs import differing_inputs
+from capas.compare.repository import Repository, open_repository
 from capas.compare.scores import Compared, Settings, compare, headline, is_share, score
-from capas.compare.sides import HEAD, Repository, Row, Side, open_repository
+from capas.compare.sides import HEAD, Row, Side
 from capas.compare.view import Pair
 from capas.compare.why import Near, Training, differing_training, questions_of
 from capas.composition import CONF
@@ -218,7 +219,7 @@ def _table(
     width = layout.terminal_width()
     if not options.names:
         yield ""
-    yield from view.table_lines(sides, changes, found, width)
+    yield from listing.table_lines(sides, changes, found, width)
     if hidden > 0:
         yield f"{hidden} older ones are not listed (--rows {len(sides) + hidden})."
 

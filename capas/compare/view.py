@@ -13,7 +13,7 @@ from capas.compare.why import A, Near, Training
 
 ABSENT = "–"
 MAX_CHANGES = 20  # rows of parameters
-_MIN_CELL, _MIN_VALUE, _MAX_KEY, _MIN_NAME, _MAX_NAME = 14, 21, 34, 12, 30
+MIN_CELL, _MIN_VALUE, _MAX_KEY, MAX_NAME = 14, 21, 34, 30
 _NUM_FILES = 3
 _WORDS = {"None": "null", "True": "true", "False": "false"}
 
@@ -44,7 +44,7 @@ def pair_lines(pair: Pair, width: int) -> Iterator[str]:
     heads = ("", *(f"{letter} {one_line(side.name)}" for letter, side in pair.letters))
     changed, scored = _parameters(pair), _scores(pair)
     rows = [heads, *changed, *scored]
-    key, cell = _widest([row[0] for row in rows]), _widest([c for _, *cells in rows for c in cells])
+    key, cell = widest([row[0] for row in rows]), widest([c for _, *cells in rows for c in cells])
     if changed:
         yield from _three_columns([heads, *changed], width, key, cell)
     yield from _other_changes(pair, width)
@@ -95,7 +95,7 @@ def record_lines(pair: Pair, chosen: tuple[Row, Row], width: int) -> Iterator[st
         yield from (f"  {label if not i else '':7} {line}" for i, line in enumerate(lines))
     texts = [printable(row["completion"] or "(nothing)") for row in (before, after)]
     cell = (width - 2 - layout.GAP) // 2
-    if cell < 2 * _MIN_CELL:
+    if cell < 2 * MIN_CELL:
         for letter, text in zip("AB", layout.focused(texts, 3 * room), strict=True):
             lines = layout.wrapped(text, room, 3)
             yield from (f"  {letter if not i else '':7} {line}" for i, line in enumerate(lines))
@@ -148,82 +148,6 @@ def _near_lines(near: Near, width: int) -> Iterator[str]:
         yield from (f"    {label if not i else '':7} {line}" for i, line in enumerate(lines))
 
 
-def table_lines(
-    sides: Sequence[Side], changes: Changes, found: Sequence[Compared | None], width: int
-) -> Iterator[str]:
-    """A row for each result: the parameters that differ, score, difference to the first, loss, seconds.
-
-    Parameters for which there is no column stand in a line of their own below the row.
-
-    Args:
-        found: each result compared with the first; None for the first.
-    """
-    keys = changes.shown
-    names = ["", *(f"{one_line(side.name)}{' *' if side.same_as else ''}" for side in sides)]
-    fixed = _numbers(sides, found)
-    columns = [
-        [head, *(_shown(side.texts.get(key)) for side in sides)]
-        for key, head in zip(keys, _short_keys(keys), strict=True)
-    ]
-    least = min(_MIN_NAME, _widest(names))
-    while len(fixed) > 1 and _room(fixed, width) < least:
-        fixed.pop(1)  # on a narrow terminal the score alone stays
-    taken = sum(min(_MIN_CELL, _widest(column)) + layout.GAP for column in columns)
-    is_wide = taken + least <= _room(fixed, width)
-    kept = columns if is_wide else []
-    name_width = min(_MAX_NAME, _widest(names), _room(fixed, width) - (taken if is_wide else 0))
-    widths = [name_width, *(min(_MIN_CELL, _widest(c)) for c in kept), *map(_widest, fixed)]
-    right = [False, *([False] * len(kept)), *([True] * len(fixed))]
-    lines = layout.table(list(zip(names, *kept, *fixed, strict=True)), widths, right)
-    yield lines[0]
-    for side, line in zip(sides, lines[1:], strict=True):
-        yield line
-        if not is_wide:
-            yield from _details(side, sides[0], keys, width)
-    yield from _footnotes(sides, found, width)
-
-
-def _numbers(sides: Sequence[Side], found: Sequence[Compared | None]) -> list[list[str]]:
-    """The columns of numbers with their heads: score, difference to the first, loss, seconds."""
-    metric = headline(sides[0])
-    share = all(is_share(side, metric) for side in sides if metric in side.metrics)
-    columns = [[words.metric_name(metric), *(_value(side, metric, share) for side in sides)]]
-    columns.append(["to the first", *(_change(one, metric, share) for one in found)])
-    if metric != LOSS:
-        columns.append([LOSS, *(_value(side, LOSS, False) for side in sides)])
-    return [*columns, ["seconds", *(words.seconds(side.seconds.get("train")) for side in sides)]]
-
-
-def _details(side: Side, first: Side, keys: Sequence[str], width: int) -> Iterator[str]:
-    """The parameters of a row in which it differs from the first; of the first all."""
-    named = [
-        shortened(
-            f"{key.removesuffix(PRESET)}={shortened(_shown(side.texts.get(key)), _MAX_NAME)}",
-            width - 4,
-        )
-        for key in keys
-        if side is first or side.texts.get(key) != first.texts.get(key)
-    ]
-    yield from (f"    {line}" for line in layout.wrapped("  ".join(named), width - 4) if named)
-
-
-def _footnotes(
-    sides: Sequence[Side], found: Sequence[Compared | None], width: int
-) -> Iterator[str]:
-    if same := next((side for side in sides if side.same_as), None):
-        yield f"* = {same.same_as}"
-    if confidence := next((one.confidence for one in found if one), None):
-        said = (
-            f"To the first: the difference on the test records that both answered, {100 * confidence:g} % "
-            "interval. Seconds are those of the training."
-        )
-        yield from layout.wrapped(said, width)
-
-
-def _room(fixed: Sequence[Sequence[str]], width: int) -> int:
-    return width - sum(_widest(column) + layout.GAP for column in fixed)
-
-
 def baseline_lines(side: Side, width: int) -> Iterator[str]:
     """One result, with that of its base model."""
     settings, metric = Settings.of(side.texts), headline(side)
@@ -232,7 +156,7 @@ def baseline_lines(side: Side, width: int) -> Iterator[str]:
     if (base := side.baseline.get(metric)) is not None:
         rows.append(("  of its base model", words.number(float(base), share)))
     if metric != LOSS:
-        rows.append(("loss", _value(side, LOSS, False)))
+        rows.append(("loss", value_of(side, LOSS, False)))
     rows.append(("training, seconds", words.seconds(side.seconds.get("train"))))
     yield f"{side.name}  {shortened(one_line(side.origin), width - width_of(side.name) - 2)}"
     yield ""
@@ -241,13 +165,13 @@ def baseline_lines(side: Side, width: int) -> Iterator[str]:
 
 
 def _legend(letters: Sequence[tuple[str, Side]], width: int) -> Iterator[str]:
-    room = min(_MAX_NAME, max(width_of(one_line(side.name)) for _, side in letters))
+    room = min(MAX_NAME, max(width_of(one_line(side.name)) for _, side in letters))
     for letter, side in letters:
         origin = one_line(side.origin)
         same = f" = {side.same_as}" if side.same_as else ""
         yield from layout.table(
             [(letter, one_line(side.name), f"{origin}{same}")],
-            [1, room, max(_MIN_CELL, width - room - 1 - 2 * layout.GAP)],
+            [1, room, max(MIN_CELL, width - room - 1 - 2 * layout.GAP)],
             [False] * 3,
         )
 
@@ -256,7 +180,7 @@ def _parameters(pair: Pair) -> list[tuple[str, ...]]:
     """A row for each parameter that differs, but for those of `_one_sided`."""
     shown = [key for key in pair.changes.shown if key not in _one_sided(pair)]
     return [
-        (key.removesuffix(PRESET), *(_shown(side.texts.get(key)) for _, side in pair.letters))
+        (key.removesuffix(PRESET), *(as_yaml(side.texts.get(key)) for _, side in pair.letters))
         for key in shown[:MAX_CHANGES]
     ]
 
@@ -391,38 +315,17 @@ def _without_interval(found: Score | None) -> Score | None:
     return found and Score(found.value)
 
 
-def _shown(value: str | None) -> str:
+def as_yaml(value: str | None) -> str:
     """A parameter's text as YAML would have it."""
     if value is None:
         return ABSENT
     return one_line(_WORDS.get(value, value.replace("'", "") if value[:1] in "[{" else value))
 
 
-def _value(side: Side, metric: str, share: bool) -> str:
+def value_of(side: Side, metric: str, share: bool) -> str:
     value = side.metrics.get(metric)
     return ABSENT if value is None else words.number(float(value), share)
 
 
-def _change(found: Compared | None, metric: str, share: bool) -> str:
-    if found is None:
-        return ""
-    if found.test == "other":
-        return "other test records"
-    change = found.difference
-    if change is None or found.metric != metric:
-        return ABSENT
-    shown = f"{100 * change.mean:+.1f}" if share else f"{change.mean:+.3g}"
-    return f"{shown} ({words.bounds(change.low, change.high, share)})"
-
-
-def _short_keys(keys: Sequence[str]) -> list[str]:
-    """The last part of each key, the whole key where two end alike; a choice by its group."""
-    last = [key.removesuffix(PRESET).rpartition(".")[2] for key in keys]
-    return [
-        short if last.count(short) == 1 else key.removesuffix(PRESET)
-        for key, short in zip(keys, last, strict=True)
-    ]
-
-
-def _widest(column: Sequence[str]) -> int:
+def widest(column: Sequence[str]) -> int:
     return max(map(width_of, column))

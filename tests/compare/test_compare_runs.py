@@ -12,7 +12,7 @@ import pytest
 from comparing import Results, answered
 
 from capas import cli
-from capas.compare.sides import Repository
+from capas.compare.repository import Repository
 from capas.compare.tracked import Tracked
 from capas.dag import recorded, recorded_key
 from capas.params import flatten
