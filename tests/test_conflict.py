@@ -1,4 +1,4 @@
-"""Two people: conflicts of git in generated files are resolved, those in files that people write are listed."""
+"""Two people: git's conflicts in generated files are resolved, those in hand-written files are listed."""
 
 import shutil
 import subprocess
