@@ -28,6 +28,7 @@ _NOT_X86 = (
     "hardware.instruction_set=portable is one of x86 and this machine is %s: the results repeat here, "
     "but their bytes differ from those of an x86 machine"
 )
+MAX_PORTABLE_THREADS = 2
 
 
 def prepare(hardware: Params, num_processes: int = 1) -> "torch.device":
@@ -93,9 +94,14 @@ def environment(hardware: Params, num_processes: int = 1) -> dict[str, str]:
 
 
 def num_threads(hardware: Params, num_processes: int = 1) -> int:
-    """Return hardware.num_threads; null: this process's share of the physical cores."""
+    """Return hardware.num_threads; null: this process's share of the physical cores.
+
+    Portable kernels take two at most: three threads, which torch takes for small tensors where it may have
+    four, cut a tensor where vector and scalar functions meet, and those round differently.
+    """
     here = int(os.environ.get("LOCAL_WORLD_SIZE", num_processes))
-    return at_most(hardware.num_threads or max(1, physical_cores() // here))
+    found = at_most(hardware.num_threads or max(1, physical_cores() // here))
+    return min(found, MAX_PORTABLE_THREADS) if hardware.instruction_set == "portable" else found
 
 
 def facts(device: "torch.device") -> dict[str, object]:
