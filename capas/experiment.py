@@ -29,7 +29,7 @@ from typing import Any
 
 import psutil  # type: ignore[import-untyped]
 
-from capas import unfinished
+from capas import gitindex, unfinished
 from capas.errors import CapasError
 from capas.generated import is_generated, uncached
 from capas.locks import BusyError, exclusive
@@ -160,7 +160,7 @@ def at_exit(root: Path) -> None:
 
 def _is_untouched(root: Path, before: Before) -> bool:
     """Return whether DVC has put back by itself what it changed to queue an experiment."""
-    if is_index_broken(root):
+    if gitindex.is_broken(root):
         return False
     attached = git(root, "symbolic-ref", "--quiet", "HEAD", check=False)
     stashed = before.stash and any(line.startswith(before.stash) for line in _stashes(root))
@@ -256,7 +256,7 @@ def put_back(root: Path, before: Before, keep: bool = False) -> list[str]:
     Raises:
         CapasError: a git command failed; the record stays, so that it can be tried again.
     """
-    said = mend_index(root, before.index)
+    said = gitindex.mend(root, before.index)
     head = git(root, "rev-parse", "HEAD")
     if not _is_where_it_was(root, before, head):
         clean_up(root, before)
@@ -275,24 +275,6 @@ def put_back(root: Path, before: Before, keep: bool = False) -> list[str]:
     )  # fails where a file differs: no error
     clean_up(root, before)
     return said
-
-
-def is_index_broken(root: Path) -> bool:
-    """Return whether git cannot read its index: DVC writes it in place."""
-    try:
-        git(root, "ls-files", "--error-unmatch", "dvc.yaml")
-    except CapasError as error:
-        return "index file" in str(error) or "bad index" in str(error)
-    return False
-
-
-def mend_index(root: Path, tree: str) -> list[str]:
-    """Make git's index anew from a tree where it cannot be read, and return a sentence about it."""
-    if not is_index_broken(root):
-        return []
-    (Path(git(root, "rev-parse", "--absolute-git-dir")) / "index").unlink()
-    git(root, "read-tree", tree)
-    return ["git's index was cut, and is made anew"]
 
 
 def _is_where_it_was(root: Path, before: Before, head: str) -> bool:

@@ -15,7 +15,7 @@ import time
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from capas import lockfile, unfinished
+from capas import gitindex, lockfile, unfinished
 from capas.dag import StageSpec
 from capas.errors import CapasError
 from capas.facts import write_whole
@@ -70,7 +70,11 @@ def restore(
     Raises:
         CapasError: it cannot be mended without the user.
     """
-    said = [*_drop_broken_locks(root), *_end_experiment(root, keep, guess), *_mend_index(root)]
+    said = [
+        *_drop_broken_locks(root),
+        *_end_experiment(root, keep, guess),
+        *gitindex.mend(root, "HEAD"),
+    ]
     if is_conflicted(root):
         from capas import conflict
 
@@ -162,15 +166,6 @@ def _end_experiment(root: Path, keep: bool, guess: bool) -> list[str]:
 
     before = unfinished.read(root) or experiment.left_in_stash(root, guess)
     return experiment.put_back(root, before, keep) if before else []
-
-
-def _mend_index(root: Path) -> list[str]:
-    """Make git's index anew where it is cut and no record tells what was staged."""
-    if not git(root, "ls-files", "--cached", "dvc.yaml", check=False):
-        from capas import experiment
-
-        return experiment.mend_index(root, "HEAD")
-    return []
 
 
 def is_conflicted(root: Path) -> bool:

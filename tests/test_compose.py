@@ -328,11 +328,22 @@ def test_an_experiment_that_is_refused_leaves_the_workspace_alone(workspace: Com
 def test_an_experiment_that_was_refused_leaves_no_riddle(workspace: Composing) -> None:
     """A file that is not there is missed by the stage alone, once DVC has written params.yaml."""
     missing = "generation.prompts=conf/generation/none.txt"
+    before = workspace.read("params.yaml")
     log = workspace.run("dvc", "exp", "run", "-S", missing, "compose", check=False)
     assert "there is no such file" in log
+    assert "capas: the workspace is as it was" in log
+    assert workspace.read("params.yaml") == before
+    workspace.compose()
+
+
+def test_what_an_unfinished_experiment_left_without_a_record_is_no_riddle(
+    workspace: Composing,
+) -> None:
+    stamp, values = workspace.read("params.yaml").split("\n", 1)
+    (workspace.root / "params.yaml").write_text(values.replace("  r: 16", "  r: 4"))
     assert "left by an unfinished `dvc exp run`" in workspace.refusal()
     workspace.compose("--force")
-    assert "  r: 16\n" in workspace.read("params.yaml")
+    assert workspace.read("params.yaml") == f"{stamp}\n{values}"
 
 
 def test_a_check_tells_what_would_become_of_a_hand_edit(

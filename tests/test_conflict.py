@@ -1,4 +1,8 @@
+<<<<<<< HEAD
 """Two people: git's conflicts in generated files are resolved, those in hand-written files are listed."""
+=======
+"""Two people: conflicts in generated files are resolved, those in files that people write are listed."""
+>>>>>>> part-g2
 
 import shutil
 import subprocess
@@ -51,7 +55,14 @@ COMMANDS = {
 }
 
 
-@pytest.mark.parametrize("command", COMMANDS)
+@pytest.mark.parametrize(
+    "command",
+    [
+        "merge",
+        "stash",
+        *(pytest.param(n, marks=pytest.mark.slow) for n in ("rebase", "cherry-pick", "apply")),
+    ],
+)
 def test_both_values_are_there_and_one_stage_runs_again(small: Small, command: str) -> None:
     """The results of `prepare` are those of the other side: it has the value that decides them."""
     small.run("sh", "-c", COMMANDS[command], check=False)
