@@ -68,7 +68,7 @@ def test_lists_and_words_include_own_options(conf: Path) -> None:
     assert "_base" not in options.options_of(conf, "dataset")
     (conf / "own/model/mine.yaml").write_text("preset: mine\nlicence: 12e4567\n")
     assert word_given([], conf)("model.licence", float("inf")) == "12e4567"
-    with composer(conf) as compose, pytest.raises(CapasError, match=r"\tsupport\n"):
+    with composer(conf) as compose, pytest.raises(CapasError, match="support"):
         compose(["dataset=suport"])
 
 
