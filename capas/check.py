@@ -29,7 +29,7 @@ from capas import cost
 from capas.composition import CONF, Values, composer, word_given
 from capas.config import validate
 from capas.dataset.flaws import DROP
-from capas.dataset.inspect import Inspection
+from capas.dataset.inspect import Found, Inspection
 from capas.dataset.option import Option, changed, proposed
 from capas.dataset.preview import Preview, preview
 from capas.dataset.proposal import columns_of, format_of, propose_columns
@@ -271,6 +271,8 @@ def in_words(check: Check) -> Iterator[str]:
             yield f"{'file':12}{file['file']}{shown}"
         yield f"{'read as':12}{source.why}"
         yield f"{'columns':12}{', '.join(f'{name} {n}' for name, n in source.columns.items())}"
+        if source.path == "text":
+            yield from _of_texts(source, check.dataset["reading"])
     if isinstance(columns := check.dataset.get("columns"), Mapping):
         yield f"{'':12}{', '.join(f'{role} = {_joined(names)}' for role, names in columns.items())}"
     yield f"{'records':12}{found.num_right} of {found.num_read} can be used"
@@ -312,6 +314,24 @@ def in_words(check: Check) -> Iterator[str]:
     for problem in check.problems:
         yield f"{'problem':12}{problem}"
     yield "ready" if check.ready else "not ready"
+
+
+def _of_texts(source: Found, reading: Values) -> Iterator[str]:
+    """Yield what makes a record of text files, and how long ones are cut: by characters, not by tokens."""
+    record = "each file" if reading["documents"] == "file" else "what stands between blank lines"
+    yield f"{'texts':12}a record is {record} (dataset.reading.documents={reading['documents']})"
+    most = reading["max_characters"]
+    if most is None:
+        yield (
+            f"{'':12}none is cut (dataset.reading.max_characters=null); `format` compares tokens with "
+            "max_length"
+        )
+        return
+    yield (
+        f"{'':12}{source.num_cut} longer than dataset.reading.max_characters={most} are cut into "
+        f"{source.num_pieces} records of whole paragraphs, by characters and not by tokens"
+    )
+    yield f"{'':12}a paragraph that is longer stays whole; `format` compares tokens with max_length"
 
 
 def _joined(names: str | list[str]) -> str:

@@ -21,7 +21,7 @@ from typing import Any
 
 from capas import inputs, result, runs, saved, tracking
 from capas.dag import StageSpec, ancestors, input_key, md5, recorded, recorded_key
-from capas.errors import CapasError
+from capas.errors import CapasError, without_secrets
 from capas.facts import read_json
 from capas.stage import Stage, log
 from capas.store import USER, Store
@@ -66,6 +66,8 @@ _SECRET = (
     *("token", "token.*", "*.token", "*_token", "*-token", "*_token.*", "*-token.*", "hf_token*"),
 )
 _EXAMPLE = ("*.example", "*.sample", "*.template", "*.pub")
+_PRIVATE_KEY = re.compile(r"-----BEGIN (?:[A-Z]+ )*PRIVATE KEY-----")
+_WORD = re.compile(r"[\w-]{16,}", re.ASCII)  # as long as a token is
 _HEADER = re.compile(rb"capas: from (?P<commit>[0-9a-f]+) to (?P<tree>[0-9a-f]+)\n")
 
 
@@ -145,12 +147,27 @@ def state_of(root: Path) -> State:
 
 
 def travels(file: Path) -> bool:
-    """Whether a file that is not committed goes to MLflow: its name is none of a secret, nor is it large."""
+    """Tell whether a file that is not committed goes to MLflow.
+
+    It stays where its name is that of a secret, where it is large, and where it is a text with a token in it.
+    """
     name = file.name.lower()
     is_secret = any(fnmatch(name, pattern) for pattern in _SECRET)
     if is_secret and not any(fnmatch(name, pattern) for pattern in _EXAMPLE):
         return False
-    return file.is_symlink() or file.stat().st_size <= MAX_FILE_BYTES
+    if file.is_symlink():
+        return True
+    return file.stat().st_size <= MAX_FILE_BYTES and not _holds_token(file)
+
+
+def _holds_token(file: Path) -> bool:
+    """Tell whether a text file holds a private key, or a token of a form that `capas.errors` knows."""
+    content = file.read_bytes()
+    if b"\0" in content:  # no text
+        return False
+    text = content.decode("utf-8", "replace")
+    words = {*_WORD.findall(text)}  # without the characters of a URL, whose parts look like tokens
+    return bool(_PRIVATE_KEY.search(text)) or any(without_secrets(word) != word for word in words)
 
 
 def _needed(root: Path, stayed: list[Path]) -> str:

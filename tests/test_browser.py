@@ -94,8 +94,9 @@ def address(swept: Workspace) -> Iterator[str]:
 
 @pytest.fixture(scope="module")
 def page(address: str) -> Iterator["Page"]:
-    from playwright.sync_api import Error, sync_playwright
+    from playwright.sync_api import Error, expect, sync_playwright
 
+    expect.set_options(timeout=60_000)
     with sync_playwright() as playwright:
         browser = playwright.chromium.launch(executable_path=CHROMIUM, args=FLAGS)
         page = browser.new_page(viewport={"width": 1440, "height": 900})

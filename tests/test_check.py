@@ -273,6 +273,27 @@ def test_columns_are_guessed_by_their_names(there: list[str], columns: dict[str,
     assert propose_columns(there, stated)["columns"] == stated
 
 
+def test_how_text_files_are_cut_is_said_truthfully(
+    root: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    file = tmp_path / "a.txt"
+    file.write_text("\n\n".join([*(f"{t} " * 9 for t in TOPICS[:80]), "long " * 400]))
+    main(["check", str(file)])
+    said = capsys.readouterr().out
+    assert "texts       a record is each file (dataset.reading.documents=file)" in said
+    assert "none is cut (dataset.reading.max_characters=null); `format` compares tokens" in said
+    main(["check", str(file), "dataset.reading.max_characters=500"])
+    said = capsys.readouterr().out
+    assert (
+        "1 longer than dataset.reading.max_characters=500 are cut into 9 records of whole" in said
+    )
+    assert "records     9 of 9 can be used" in said
+    assert "characters  " in said and " to 2000," in said  # the paragraph that stayed whole
+    main(["check", str(file), "dataset.reading.documents=blank_lines", "--json"])
+    [source] = json.loads(capsys.readouterr().out)["inspection"]["sources"]
+    assert (source["num_cut"], source["columns"]) == (0, {"text": 81})
+
+
 def test_json_over_many_lines_may_be_named_jsonl(
     root: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:

@@ -1,8 +1,4 @@
-<<<<<<< HEAD
 """Two people: git's conflicts in generated files are resolved, those in hand-written files are listed."""
-=======
-"""Two people: conflicts in generated files are resolved, those in files that people write are listed."""
->>>>>>> part-g2
 
 import shutil
 import subprocess

@@ -134,6 +134,43 @@ def test_what_may_hold_a_secret_or_is_large_stays_here_and_what_travels_is_told(
     assert "git.left_out" not in tags
 
 
+TOKEN = "hf_" + "aB3" * 10
+
+
+@pytest.mark.parametrize(
+    ("text", "stays"),
+    [
+        (f"login(token='{TOKEN}')\n", True),
+        (f"curl -H 'Authorization: Bearer {TOKEN}' https://h/x\n", True),
+        ("export GH=ghp_" + "x1" * 18, True),
+        ("glpat-" + "x-1" * 8, True),
+        ('{"aws": "AKIA' + "Z" * 16 + '"}', True),
+        ("-----BEGIN RSA PRIVATE KEY-----\nMII\n", True),
+        (f"ñ \xff {TOKEN}", True),
+        ("hf_hub_download('openai/gsm8k')\nhf_token = os.environ['HF_TOKEN']\n", False),
+        ("pip install git+ssh://git@github.com/org/name?key=abc\n", False),
+        (f"\0\0{TOKEN}", False),  # binary
+    ],
+)
+def test_a_text_with_a_token_stays_here(tmp_path: Path, text: str, stays: bool) -> None:
+    file = tmp_path / "notes.py"
+    file.write_bytes(text.encode("latin-1"))
+    assert lineage.travels(file) is not stays
+
+
+def test_a_token_in_a_file_of_any_name_does_not_travel(
+    root: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    (root / "try_it.py").write_text(f"token = '{TOKEN}'\n")
+    (root / "plain.py").write_text("token = None\n")
+    caplog.set_level("INFO", "capas")
+    publish(root)
+    _, state = kept(root)
+    assert TOKEN.encode() not in state.patch and b"plain.py" in state.patch
+    (stayed,) = (text for text in caplog.messages if "not sent to MLflow" in text)
+    assert "try_it.py" in stayed and "plain.py" not in stayed
+
+
 def test_a_run_that_needs_a_file_which_stayed_says_so(root: Path) -> None:
     secret = root / "conf/secret.yaml"
     secret.parent.mkdir(exist_ok=True)

@@ -13,7 +13,8 @@ A row of `openai/gsm8k`, as it is yielded::
 
 import json
 import re
-from collections.abc import Iterator
+from collections import Counter
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from glob import escape
 from pathlib import Path, PurePosixPath
@@ -25,11 +26,18 @@ from capas.hub import Repository, is_commit
 
 BATCH = 1000  # rows; one by one costs six times as much
 BUFFER_BYTES = 2**20  # of each column
+Needed = Callable[[list[str]], list[str]]
 METADATA = ("README.md", ".huggingface.yaml", "dataset_infos.json")
 
 
 def read_split(
-    path: str, name: str | None, revision: str | None, split: str | None, key: str = "dataset"
+    path: str,
+    name: str | None,
+    revision: str | None,
+    split: str | None,
+    key: str = "dataset",
+    needed: Needed | None = None,
+    unread: Counter[str] | None = None,
 ) -> Iterator[dict[str, Any]]:
     """The rows of a split, as `datasets` reads them, in the order of its files; memory stays bounded.
 
@@ -37,6 +45,8 @@ def read_split(
         path: owner/name. `name` is one of its configurations, null where it has a default one.
         revision: a commit, 40 hex digits.
         key: dotted key of the node that holds path, name, revision and split, for messages.
+        needed: of parquet files, the columns to read, of those that there are; None: all.
+        unread: gets the rows of each column that was not read.
 
     Raises:
         CapasError: no such data set, configuration or split; gated, private or out of reach; a repository
@@ -63,26 +73,35 @@ def read_split(
             file.symlink_to(downloaded / file.relative_to(shown.resolve()))
         builder.config.data_files = {split: [str(file) for file in files]}
         if all(file.suffix == ".parquet" for file in files):
-            _read_parquet_in_batches(builder)
+            _read_parquet_in_batches(builder, [str(file) for file in files], needed, unread)
         for batch in builder.as_streaming_dataset(split=split).iter(BATCH):
             yield from (
                 dict(zip(batch, row, strict=True)) for row in zip(*batch.values(), strict=True)
             )
 
 
-def _read_parquet_in_batches(builder: Any) -> None:
-    """Gives the builder another reader of its files, with the same rows.
+def _read_parquet_in_batches(
+    builder: Any, files: list[str], needed: Needed | None, unread: Counter[str] | None
+) -> None:
+    """Give the builder another reader of its files, with the same rows, of the needed columns alone.
 
     Its own (pyarrow's scanner) runs ahead of whoever takes the rows: half of a file of 500 MB was in memory,
     all of it where the file was one row group. This one held 6 MB.
     """
     from pyarrow import Table
-    from pyarrow.parquet import ParquetFile
+    from pyarrow.parquet import ParquetFile, read_schema
+
+    names = list(dict.fromkeys(name for file in files for name in read_schema(file).names))
+    columns = names if needed is None else needed(names)
+    builder.config.columns = columns
 
     def tables(files: list[str], **_: Any) -> Iterator[tuple[tuple[int, int], Any]]:
         for number, file in enumerate(files):
             with ParquetFile(file, pre_buffer=False, buffer_size=BUFFER_BYTES) as content:
-                for i, batch in enumerate(content.iter_batches(BATCH)):
+                if unread is not None:
+                    there = {*content.schema_arrow.names} - {*columns}
+                    unread.update(dict.fromkeys(there, content.metadata.num_rows))
+                for i, batch in enumerate(content.iter_batches(BATCH, columns=columns)):
                     yield (number, i), builder._cast_table(Table.from_batches([batch]))
 
     builder._generate_tables = tables

@@ -28,7 +28,8 @@ class Found:
     """What the rows of one source look like.
 
     `shapes` and `columns` count rows; trees of messages have become conversations by then. `files` are the
-    facts of source.json, with the encoding and separator that were found.
+    facts of source.json, with the encoding and separator that were found. `num_cut` texts were longer than
+    dataset.reading.max_characters, and became `num_pieces` records.
     """
 
     path: str
@@ -37,6 +38,8 @@ class Found:
     columns: Counter[str] = field(default_factory=Counter)
     splits: Counter[str] = field(default_factory=Counter)
     files: list[dict[str, Any]] = field(default_factory=list)
+    num_cut: int = 0
+    num_pieces: int = 0
 
     @property
     def why(self) -> str:
@@ -107,8 +110,9 @@ class Watch:
             yield part, self._rows(part, rows)
         for source, found in zip(self._sources, self.found, strict=True):
             found.files = [file.facts() for file in source.files]
-            for file in source.files:
-                found.columns.update(file.unread)
+            found.columns.update(source.unread())
+            found.num_cut = sum(file.num_cut for file in source.files)
+            found.num_pieces = sum(file.num_pieces for file in source.files)
 
     def _rows(self, part: Part, rows: Iterator[Row]) -> Iterator[Row]:
         found = self.found[part.source]

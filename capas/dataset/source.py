@@ -45,6 +45,7 @@ class Source:
     key: str
     reading: Reading
     files: list[File] = field(default_factory=list)
+    unread_of_hub: Counter[str] = field(default_factory=Counter)
 
     @property
     def shape_of_rows(self) -> str:
@@ -116,8 +117,12 @@ class Source:
     def _hub_rows(self, theirs: str) -> Iterator[Row]:
         from capas.dataset.hub import read_split
 
-        rows = read_split(self.path, self.name, self.revision, theirs, self.key)
         where = f"{self.path} ({theirs})"
+        rows = read_split(
+            *(self.path, self.name, self.revision, theirs, self.key),
+            needed=lambda there: self._needed(there, where),
+            unread=self.unread_of_hub,
+        )
         found = (
             Row(where, "record", number, without_nulls_of_others(value))
             for number, value in enumerate(rows, 1)
@@ -135,7 +140,7 @@ class Source:
 
     def unread(self) -> dict[str, int]:
         """{column that was not read: its rows}."""
-        counts: Counter[str] = Counter()
+        counts = Counter(self.unread_of_hub)
         for file in self.files:
             counts.update(file.unread)
         return dict(counts)

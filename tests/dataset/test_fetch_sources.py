@@ -258,7 +258,9 @@ def test_a_url_needs_the_pin_of_its_content(side: DataSide) -> None:
 def test_rows_of_the_hub_go_the_same_way(side: DataSide, monkeypatch: pytest.MonkeyPatch) -> None:
     called = []
 
-    def read_split(path: str, name: str | None, revision: str, split: str, key: str) -> Any:
+    def read_split(
+        path: str, name: str | None, revision: str, split: str, key: str, **_: Any
+    ) -> Any:
         called.append((path, name, revision, split, key))
         return iter([asked(f"{split} {n}", score=None) for n in range(60)])
 

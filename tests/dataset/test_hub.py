@@ -16,13 +16,16 @@ import pyarrow.parquet as pq
 import pytest
 from hub import Fault, Hub, go_offline, use
 from report_inputs import write_inputs
+from shipped import composed
 from test_publish import publish
 from tiny import REPOSITORY, run_stage
 from workspace import make_workspace
 
 from capas import hub as client
 from capas.dataset.hub import read_split
+from capas.dataset.source import sources_of
 from capas.errors import CapasError
+from capas.params import Params
 from stages import fetch_model, fetch_tokenizer
 
 SECRET = "hf_" + "Secret" * 5  # not as it stands here: the tests look for it in all files
@@ -314,6 +317,36 @@ def test_rows_of_a_split_come_from_its_files_alone(hub: Hub) -> None:
     sent = ["README.md", "main/train-0.parquet", "main/train-1.parquet"]
     assert sorted(hub.files_sent()) == sent
     assert list(read_split(DATASET, "hard", commit, "train")) == ROWS[:1]
+
+
+def test_of_parquet_only_the_needed_columns_are_read(
+    hub: Hub, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    rows = [{"question": f"q{n}", "answer": f"a{n}", "page": "x" * n, "id": n} for n in range(7)]
+    files = {f"train-{i}.parquet": parquet(rows[3 * i : 3 * i + 3]) for i in range(3)}
+    commit = hub.commit("datasets/org/wide", files)
+    asked: list[Any] = []
+    batches = pq.ParquetFile.iter_batches
+
+    def iter_batches(self: Any, *args: Any, **kwargs: Any) -> Any:
+        asked.append(kwargs["columns"])
+        return batches(self, *args, **kwargs)
+
+    monkeypatch.setattr(pq.ParquetFile, "iter_batches", iter_batches)
+    needed = composed(
+        (
+            "dataset=gsm8k",
+            "dataset.path=org/wide",
+            "dataset.name=null",
+            f"dataset.revision={commit}",
+        )
+    )
+    [source] = sources_of(Params({**needed["dataset"], "split": "train"}), Path())
+    [(_, found)] = source.splits()
+    wanted = [{k: row[k] for k in ("question", "answer", "id")} for row in rows]
+    assert [row.value for row in found] == wanted
+    assert asked == [["question", "answer", "id"]] * 3
+    assert source.unread() == {"page": 7}
 
 
 def test_a_data_set_is_read_again_without_a_network_at_its_commit(
