@@ -3,6 +3,7 @@
 import csv
 import json
 import re
+import sys
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -43,7 +44,7 @@ def test_both_readmes_give_the_same_lines() -> None:
     found = recipes(README)
     assert found == recipes(README.with_suffix(".es.md"))
     assert [(recipe["model"], recipe["dataset"]) for recipe in found] == [
-        ("qwen2.5_0.5b_instruct", "own_csv"),
+        ("qwen2.5_0.5b_instruct", "support"),
     ]
 
 
@@ -56,13 +57,16 @@ def own(
     root = tmp_path / "clone"
     root.mkdir()
     workspace = make_workspace(root)
+    write_records(kit, tmp_path, root / "data/own")
+    if recipe["dataset"] == "support":
+        words = ("check", str(tmp_path / "support.csv"), "--write")
+        workspace.run(sys.executable, "-m", "capas", *words)
     for group, option in recipe.items():
         config = workspace.read("conf/config.yaml")
         (root / "conf/config.yaml").write_text(
             re.sub(rf"^  - {group}: \w+.*$", f"  - {group}: {option}", config, flags=re.MULTILINE)
         )
     (root / "conf/overrides.yaml").write_text(SHORT)
-    write_records(kit, root / "data/own")
     with Hub() as hub:
         name = yaml.safe_load(workspace.read(f"conf/model/{recipe['model']}.yaml"))[
             "model_name_or_path"
@@ -74,11 +78,11 @@ def own(
         yield workspace, recipe
 
 
-def write_records(kit: Path, folder: Path) -> None:
-    """mine.csv and mine.jsonl."""
+def write_records(kit: Path, elsewhere: Path, folder: Path) -> None:
+    """Write support.csv somewhere, and mine.jsonl to `folder`, which is data/own."""
     rows = [json.loads(line) for line in (kit / "data/xquad_es.jsonl").open(encoding="utf-8")]
     pairs = [(f"{row['instruction']}\n\n{row['input']}", row["output"]) for row in rows]
-    with (folder / "mine.csv").open("w", encoding="utf-8", newline="") as file:
+    with (elsewhere / "support.csv").open("w", encoding="utf-8", newline="") as file:
         writer = csv.writer(file)
         writer.writerow(["question", "answer"])
         writer.writerows(pairs)
