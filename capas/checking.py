@@ -289,7 +289,10 @@ def _value_problems(override: Any, several: bool, combine: bool) -> Iterator[Pro
     """Yield what is wrong with the number of values."""
     key, text = override.key_or_group, str(override.input_line)
     written = text.partition("=")[2]
-    if override.is_sweep_override() and not several:
+    of_sweep = override.is_hydra_override() or _first(key) == SWEEP
+    if override.is_sweep_override() and of_sweep:
+        yield Problem(key, written, f"{text}: takes one value; it says how the whole sweep runs")
+    elif override.is_sweep_override() and not several:
         yield Problem(
             key,
             written,

@@ -65,12 +65,12 @@ if __name__ == "__main__":
     logging.getLogger("capas").setLevel(logging.INFO)
     # What Hydra's plugins say of a failed point is told better below the point.
     logging.getLogger("hydra_plugins").setLevel(logging.CRITICAL)
+    command = shlex.join(["stages/sweep.py", *sys.argv[1:]])
     with told("sweep"):
         try:
             sys.exit(main())
         except KeyboardInterrupt:
-            words = shlex.join(["stages/sweep.py", *sys.argv[1:]])
             sys.stderr.write(
-                f"sweep: stopped; finished points are kept. To go on: python {words}\n"
+                f"sweep: stopped; finished points are kept. To go on: python {command}\n"
             )
             sys.exit(130)

@@ -257,7 +257,8 @@ def test_a_run_shows_its_samples_as_a_table_and_its_loss_as_a_curve(
 
     page.get_by_role("tab", name="Model metrics").click()
     page.get_by_placeholder("Search metric charts").fill("train/loss")
-    plot = page.locator(".js-plotly-plot").first
+    plot = page.locator(".js-plotly-plot")
+    expect(plot).to_have_count(1)  # the others are filtered out
     plot.locator("path.js-line").first.wait_for()
     losses = plot.evaluate("plot => plot.data[0].y")
     assert len(losses) >= 10

@@ -10,7 +10,7 @@ from shipped import CONF
 from workspace import REPOSITORY
 
 from capas import extras, kernels, requirements
-from capas.checking import MAX_COMBINATIONS, check, check_points
+from capas.checking import MAX_COMBINATIONS, Composer, check, check_points
 from capas.errors import CapasError
 from capas.requirements import lacking, read_by
 
@@ -80,10 +80,18 @@ KINDS = {  # an override -> its sentence
 }  # fmt: skip
 
 
+@pytest.fixture(scope="module")
+def composer() -> Composer:
+    """What it has composed once it copies."""
+    return Composer(CONF)
+
+
 @pytest.mark.parametrize(("override", "sentence"), KINDS.items())
-def test_each_kind_of_problem_has_its_sentence(override: str, sentence: str) -> None:
+def test_each_kind_of_problem_has_its_sentence(
+    composer: Composer, override: str, sentence: str
+) -> None:
     several = "glob(" in override
-    [problem] = check([override], CONF, several=several)
+    [problem] = check_points([override], CONF, several=several, composer=composer).problems
     assert sentence in problem.message and "To append" not in problem.message
     assert "Traceback" not in problem.message and "hydra.cc" not in problem.message
 
@@ -97,9 +105,9 @@ def test_each_kind_of_problem_has_its_sentence(override: str, sentence: str) -> 
         "trainer.lr_scheduler_kwargs={}", "dataset.flaws.malformed=drop", "chat_template=llama3",
     ],
 )  # fmt: skip
-def test_what_is_right_is_no_problem(override: str) -> None:
+def test_what_is_right_is_no_problem(composer: Composer, override: str) -> None:
     beside = ["dataset.flaw_budget_fraction=0.1"] if "flaws" in override else []
-    assert check([override, *beside], CONF) == []
+    assert check_points([override, *beside], CONF, composer=composer).problems == []
 
 
 def test_all_are_told_at_once_and_none_follows_from_another() -> None:

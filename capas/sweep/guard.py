@@ -32,6 +32,8 @@ def _end_with_starter(child: "subprocess.Popen[bytes]", stdin: int) -> None:
 
 
 if __name__ == "__main__":
-    # The starter decides. Not SIG_IGN: the command would inherit it, and SIGINT could not end it.
-    signal.signal(signal.SIGINT, lambda number, frame: None)
+    # A signal to the whole group reaches the starter, too, and the starter decides: who died here would leave
+    # the command behind. Not SIG_IGN: the command would inherit it, and SIGINT could not end it.
+    for number in (signal.SIGINT, signal.SIGTERM):
+        signal.signal(number, lambda number, frame: None)
     sys.exit(run(sys.argv[1:], sys.stdin.fileno()))

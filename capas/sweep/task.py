@@ -62,7 +62,8 @@ def prepare(home: Path, words: list[str], multirun: bool) -> Task:
     conf = home / CONF
     words = [_without_base(word, conf) for word in words]
     own = [word for word in words if is_of_sweep(word) or _is_of_hydra(word)]
-    config, problems = _composed(own, conf)
+    fixed = tuple(word for word in words if _chooses(word, conf))
+    config, problems = _composed([*own, *fixed], conf)
     sweeper = config["hydra"]["sweeper"] if config else {}
     searches = "n_trials" in sweeper
     given = {_key(word) for word in words}
@@ -80,7 +81,7 @@ def prepare(home: Path, words: list[str], multirun: bool) -> Task:
     problems = [*checked.problems, *(p for p in problems if p.key not in told)]
     if config:
         base = to_values(composer.options())
-        problems += _setting_problems(config, base, home)
+        problems += _setting_problems(config, to_values(composer.options(fixed)), home)
         settings = config[NAME]
         for point in checked.points if not problems else ():
             for key, sentence in not_produced(settings, point.values):
@@ -106,7 +107,7 @@ def _composed(own: list[str], conf: Path) -> tuple[dict[str, Any] | None, list[P
     """Return the configuration of the sweep, Hydra's part of it with it, and what is wrong with that part.
 
     Args:
-        own: the overrides that set how the sweep goes about it.
+        own: the overrides that set how the sweep goes about it, and options of all points, which may, too.
     """
     from omegaconf import OmegaConf
 
@@ -226,6 +227,12 @@ def is_slurm(launcher: dict[str, Any]) -> bool:
 def is_of_sweep(override: str) -> bool:
     """Whether it sets how the sweep goes about it (`sweep=optuna`) and not what a point is."""
     return override.lstrip("+~").startswith(("sweep.", "sweep=", "sweep@"))
+
+
+def _chooses(word: str, conf: Path) -> bool:
+    """Whether an override chooses one option, which there is, for all points."""
+    key, _, option = word.partition("=")
+    return is_group(key, conf) and key != NAME and option in options.options_of(conf, key)
 
 
 def _is_of_hydra(override: str) -> bool:

@@ -145,7 +145,8 @@ def interrupted(
     sweeper.wait_for("evaluate", 1)
     sweeper.hold("train")
     sweeper.wait_for("train", 3 if launcher else 2)
-    send = os.killpg if number == signal.SIGINT else os.kill  # a terminal's Ctrl-C reaches all
+    # Ctrl-C in a terminal, `timeout` and schedulers reach the whole group.
+    send = os.kill if number == signal.SIGKILL else os.killpg
     send(process.pid, number)
     process.wait(120)
     sweeper.wait_until_idle()

@@ -353,6 +353,8 @@ def test_a_wrong_value_of_the_sweep_is_told_before_a_point_runs(
     [
         ("hydra.launcher.n_jobs=2", "hydra/launcher=joblib runs"),
         ("hydra/launcher=jobli", "hydra/launcher=jobli: no such option, or the package that brings"),
+        ("hydra/launcher=basic,joblib", "takes one value; it says how the whole sweep runs"),
+        ("sweep.keep=true,false", "takes one value; it says how the whole sweep runs"),
         ("sweep=optna", "sweep=optna: no such option; did you mean optuna?"),
         ("sweep.objectiv=train.loss", "sweep.objectiv: no such key; did you mean sweep.objective?"),
         ("lora.rr=8,16", "lora.rr: no such key; did you mean lora.r?"),
@@ -373,6 +375,13 @@ def test_a_search_checks_each_value_and_no_rule_between_them(plan: Plan) -> None
         prepare(plan.home, ["sweep=optuna", rates], True)
     task = prepare(plan.home, ["sweep=optuna", "lora=all_linear,none"], True)
     assert task.searches and task.expected == 20
+
+
+def test_an_overlay_may_choose_the_launcher(plan: Plan) -> None:
+    lines = "# @package _global_\ndefaults: [override /hydra/launcher: joblib]\n"
+    (plan.home / "conf/experiment/mine.yaml").write_text(f"{lines}experiment: {{preset: mine}}\n")
+    task = prepare(plan.home, ["experiment=mine", "seed=1,2", "hydra.launcher.n_jobs=2"], True)
+    assert task.launcher["_target_"].endswith("JoblibLauncher") and task.launcher["n_jobs"] == 2
 
 
 def test_metrics_that_will_be_written_are_known_before(plan: Plan) -> None:
