@@ -33,7 +33,7 @@ class Experimenter(Sweeper):
         return subprocess.Popen(
             ["dvc", "exp", "run", *words],
             cwd=self.root,
-            env=self._env(),
+            env=self._env(CAPAS_HOME=str(self.root)),
             stdout=subprocess.PIPE,
             stderr=subprocess.STDOUT,
             text=True,
