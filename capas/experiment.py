@@ -270,9 +270,7 @@ def put_back(root: Path, before: Before, keep: bool = False) -> list[str]:
     else:
         said += _put_files_back(root, before)
     git(root, "read-tree", before.index)
-    git(
-        root, "update-index", "-q", "--refresh", check=False
-    )  # fails where a file differs: no error
+    git(root, "update-index", "-q", "--refresh", check=False)  # fails where a file differs
     clean_up(root, before)
     return said
 

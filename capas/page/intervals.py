@@ -5,7 +5,7 @@ from statistics import NormalDist
 
 
 def wilson_interval(num_right: float, num_records: int, confidence: float) -> tuple[float, float]:
-    """Wilson score interval of a binomial share: within [0, 1], and honest at 0 and at 1.
+    """Wilson score interval of a binomial share: within [0, 1], around the share, and honest at 0 and at 1.
 
     Args:
         num_right: how many of `num_records` are right.
@@ -22,4 +22,5 @@ def wilson_interval(num_right: float, num_records: int, confidence: float) -> tu
     half = (
         z * math.sqrt(share * (1 - share) / num_records + weight / (4 * num_records)) / (1 + weight)
     )
-    return max(0.0, centre - half), min(1.0, centre + half)
+    # Rounding may leave a share of 0 or 1 outside of its own interval by 1e-16.
+    return max(0.0, min(share, centre - half)), min(1.0, max(share, centre + half))

@@ -60,3 +60,11 @@ def test_the_wilson_interval_stays_within_a_share(num_right: int) -> None:
     low, high = wilson_interval(num_right, 10, 0.95)
     assert 0 <= low < high <= 1
     assert high - low > 0.2
+
+
+def test_the_wilson_interval_holds_the_share_of_any_number_of_records() -> None:
+    """A plot refuses an interval that ends before its share, be it by 1e-16."""
+    for num_records in range(1, 200):
+        for num_right in (0, 1, num_records):
+            low, high = wilson_interval(num_right, num_records, 0.95)
+            assert low <= num_right / num_records <= high
