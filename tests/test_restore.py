@@ -512,4 +512,4 @@ def test_a_killed_experiment_of_the_real_pipeline_goes_on_after_the_restore(tmp_
     assert "  quantize" not in due and "  sample" in due
     user.run("cp", "-rn", str(upstream.root / ".dvc/cache"), ".dvc/")
     ran = [s for s in stages_run(user.repro()) if s not in ("compose", "publish")]
-    assert set(ran) == {"train", "evaluate", "sample", "report"} or set(ran) == {"sample", "report"}
+    assert ran == ["sample", "report"]
