@@ -129,9 +129,9 @@ def resolve(root: Path, found: Mapping[str, Sides], prefer: str | None) -> list[
     _mark_resolved(root, [path for path in BY_KEY if path in found or path in merged])
     if PARAMS in found or not _is_yaml(root / PARAMS):
         (root / PARAMS).unlink(missing_ok=True)
-    _run(root, "--force")
+    compose(root, "--force")
     if any(is_generated(path) and Path(path).match(SCHEMAS) for path in found):
-        _run(root, "--schema")
+        compose(root, "--schema")
     lock, chosen = _choose_entries(root, _locks(root, found))
     if lock:
         write_whole(root / LOCK, lock)
@@ -143,7 +143,7 @@ def resolve(root: Path, found: Mapping[str, Sides], prefer: str | None) -> list[
     return [f"resolved: {', '.join(sorted(found))}", *said]
 
 
-def _run(root: Path, option: str) -> None:
+def compose(root: Path, option: str) -> None:
     """Run compose with the code as it is now on disk."""
     command = [sys.executable, "stages/compose_params.py", option]
     done = subprocess.run(command, cwd=root, stderr=subprocess.PIPE, text=True, check=False)

@@ -270,9 +270,7 @@ def put_back(root: Path, before: Before, keep: bool = False) -> list[str]:
     else:
         said += _put_files_back(root, before)
     git(root, "read-tree", before.index)
-    git(
-        root, "update-index", "-q", "--refresh", check=False
-    )  # fails where a file differs: no error
+    git(root, "update-index", "-q", "--refresh", check=False)  # fails where a file differs
     clean_up(root, before)
     return said
 
@@ -304,7 +302,7 @@ def _put_files_back(root: Path, before: Before) -> list[str]:
     if before.phase != PREPARING:
         then = _blobs(root, before.tree)
         gone = [path for path in _generated_now(root) if path not in then]
-    if kept := _move_aside(root, [*wrong, *gone]):
+    if kept := move_aside(root, [*wrong, *gone]):
         kept = f"; the replaced ones are in {kept}"
     if wrong:
         git(root, "restore", f"--source={before.tree}", "--worktree", "--", *wrong)
@@ -340,10 +338,16 @@ def _generated_now(root: Path) -> list[str]:
 
 
 def _blobs(root: Path, tree: str) -> dict[str, str]:
-    """Return {path below root: object} of a git tree."""
-    entries = os.fsdecode(git_bytes(root, "ls-tree", "-r", "-z", tree)).split("\0")
-    parted = (entry.partition("\t") for entry in entries if entry)
-    return {path: facts.split()[2] for facts, _, path in parted if facts.split()[1] == "blob"}
+    """Return {path: object} of a git tree; a path outside of `root` begins with `..`."""
+    listing = git_bytes(root, "ls-tree", "-r", "-z", "--full-tree", tree)
+    parted = (entry.partition("\t") for entry in os.fsdecode(listing).split("\0") if entry)
+    top = git(root, "rev-parse", "--show-cdup") or "."
+    prefix = git(root, "rev-parse", "--show-prefix")
+    return {
+        path.removeprefix(prefix) if path.startswith(prefix) else f"{top}{path}": facts.split()[2]
+        for facts, _, path in parted
+        if facts.split()[1] == "blob"
+    }
 
 
 def _hashes(root: Path, paths: list[str]) -> dict[str, str]:
@@ -370,12 +374,12 @@ def _reset_by_dvc(root: Path, before: Before, then: dict[str, str]) -> list[str]
     return [path for path in own if here.get(path) != then[path] and is_reset(path)]
 
 
-def _move_aside(root: Path, paths: Iterable[str]) -> str:
+def move_aside(root: Path, paths: Iterable[str]) -> str:
     """Move the files that exist to a new folder, and return its name; empty where there are none."""
     there = [path for path in paths if (root / path).is_file()]
     folder = REPLACED / time.strftime("%Y%m%d-%H%M%S")
     for path in there:
-        target = root / folder / path
+        target = root / folder / path.replace("../", "__/")
         target.parent.mkdir(parents=True, exist_ok=True)
         (root / path).rename(target)
     return str(folder) if there else ""

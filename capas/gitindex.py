@@ -25,9 +25,7 @@ def mend(root: Path, tree: str) -> list[str]:
         return []
     file.unlink()
     git(root, "read-tree", tree)
-    git(
-        root, "update-index", "-q", "--refresh", check=False
-    )  # fails where a file differs: no error
+    git(root, "update-index", "-q", "--refresh", check=False)  # fails where a file differs
     return ["git's index was cut, and is made anew"]
 
 

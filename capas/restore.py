@@ -16,7 +16,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from capas import gitindex, lockfile, unfinished
-from capas.dag import StageSpec
+from capas.dag import StageSpec, read_yaml
 from capas.errors import CapasError
 from capas.facts import write_whole
 from capas.generated import BY_KEY, LOCK, PARAMS
@@ -90,7 +90,7 @@ def restore(
         said.append(
             "Now run `dvc repro`, and conclude the merge: git commit -a, git rebase --continue, ..."
         )
-    return [*said, *_heal_lock(root)], 0
+    return [*said, *_heal_params(root), *_heal_lock(root)], 0
 
 
 def running(root: Path) -> str:
@@ -174,6 +174,22 @@ def is_conflicted(root: Path) -> bool:
         return True
     files = (root / name for name in (LOCK, PARAMS, "environment.yaml", *BY_KEY))
     return any(b"<<<<<<< " in file.read_bytes() for file in files if file.exists())
+
+
+def _heal_params(root: Path) -> list[str]:
+    """Move a params.yaml that is not YAML aside, and compose it from conf/."""
+    file = root / PARAMS
+    try:
+        if file.exists():
+            read_yaml(file)
+        return []
+    except CapasError as error:
+        from capas.conflict import compose
+        from capas.experiment import move_aside
+
+        kept = move_aside(root, [PARAMS])
+        compose(root, "--force")
+        return [f"{error}", f"{PARAMS} is composed anew from conf/; the other one is in {kept}"]
 
 
 def _heal_lock(root: Path) -> list[str]:

@@ -273,4 +273,28 @@ MUTATIONS = (
             "tests/compare/test_compare.py::test_a_file_of_the_workspace_counts_if_it_is_the_recorded_one",
         ),
     ),
+    Mutation(
+        name="cut_lock_believed",
+        file="capas/lockfile.py",
+        old="    return md5 is not None and all(isinstance(item.get(count), int) for count in counts)",
+        new="    return all(isinstance(item.get(count), int) for count in counts)",
+        harm="DVC takes a result for recorded whose digest was cut when it was killed.",
+        tests=("tests/test_lockfile.py",),
+    ),
+    Mutation(
+        name="stashed_edits_forgotten",
+        file="capas/experiment.py",
+        old="*(_reset_by_dvc(root, before, then) if before.phase == PREPARING else [])",
+        new="*[]",
+        harm="Edits in conf/ that DVC had stashed when it was killed are gone.",
+        tests=("tests/test_restore.py::test_edits_that_dvc_holds_in_a_stash_come_back",),
+    ),
+    Mutation(
+        name="lock_of_the_other_side_ignored",
+        file="capas/conflict.py",
+        old="chosen[spec.name] = (fits or candidates)[0]",
+        new="chosen[spec.name] = candidates[0]",
+        harm="After a merge every stage runs again, though the other side has its result.",
+        tests=("tests/test_conflict.py::test_both_values_are_there_and_one_stage_runs_again",),
+    ),
 )
