@@ -45,7 +45,8 @@ def test_without_a_number_of_threads_each_physical_core_has_one(
 ) -> None:
     monkeypatch.setattr(hardware, "physical_cores", lambda: 6)
     monkeypatch.delenv(MAX_THREADS, raising=False)
-    chosen = options(num_threads=None)
+    chosen = options(num_threads=None, instruction_set="native")
+    assert hardware.num_threads(options(num_threads=None)) == 2  # portable
     assert hardware.num_threads(chosen) == 6
     assert hardware.environment(chosen)["OMP_NUM_THREADS"] == "6"
     assert hardware.num_threads(chosen, num_processes=4) == 1
