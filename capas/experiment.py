@@ -325,8 +325,9 @@ def _wrong(root: Path, before: Before) -> list[str]:
 
 
 def _differ(root: Path, before: Before) -> list[str]:
-    """Return the user's own files that are not as they were."""
-    own = {path: blob for path, blob in _blobs(root, before.tree).items() if not is_generated(path)}
+    """Return the files with edits of the user that are not as they were."""
+    then, head = _blobs(root, before.tree), _blobs(root, before.head)
+    own = {p: then[p] for p in then if not is_generated(p) and then[p] != head.get(p)}
     here = _hashes(root, [path for path in own if (root / path).is_file()])
     return [path for path in own if here.get(path) != own[path]]
 
@@ -341,7 +342,7 @@ def _blobs(root: Path, tree: str) -> dict[str, str]:
     """Return {path: object} of a git tree; a path outside of `root` begins with `..`."""
     listing = git_bytes(root, "ls-tree", "-r", "-z", "--full-tree", tree)
     parted = (entry.partition("\t") for entry in os.fsdecode(listing).split("\0") if entry)
-    top = git(root, "rev-parse", "--show-cdup") or "."
+    top = git(root, "rev-parse", "--show-cdup")
     prefix = git(root, "rev-parse", "--show-prefix")
     return {
         path.removeprefix(prefix) if path.startswith(prefix) else f"{top}{path}": facts.split()[2]

@@ -12,10 +12,12 @@ _DIGESTS = ("sha1", "sha256")  # of git's object formats
 
 
 def is_broken(root: Path) -> bool:
-    """Return whether the index ends with another checksum than its own."""
+    """Return whether the index is empty, or ends with another checksum than its own."""
     file = _file(root)
-    content = file.read_bytes() if file and file.exists() else b""
-    return bool(content) and not any(_is_whole(content, name) for name in _DIGESTS)
+    if file is None or not file.exists():
+        return False
+    content = file.read_bytes()
+    return not content or not any(_is_whole(content, name) for name in _DIGESTS)
 
 
 def mend(root: Path, tree: str) -> list[str]:

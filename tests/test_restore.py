@@ -374,12 +374,13 @@ def test_a_params_yaml_that_is_not_yaml_is_composed_anew_and_kept(small: Small) 
     assert kept.read_text().endswith("r: [8")
 
 
-def test_locks_and_the_index_that_a_kill_left_are_mended(small: Small) -> None:
+@pytest.mark.parametrize("length", [0, -30])
+def test_locks_and_the_index_that_a_kill_left_are_mended(small: Small, length: int) -> None:
     git_index, rwlock = small.root / ".git/index", small.root / ".dvc/tmp/rwlock"
     (small.root / ".git/index.lock").touch()
     rwlock.parent.mkdir(parents=True)
     rwlock.write_text('{"write": {')
-    git_index.write_bytes(git_index.read_bytes()[:-30])
+    git_index.write_bytes(git_index.read_bytes()[:length])
     said = small.restore()
     for sentence in ("removed index.lock of git", "removed .dvc/tmp/rwlock", "index was cut"):
         assert sentence in said
