@@ -19,7 +19,7 @@ from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any
 
-from capas import inputs, result, runs, saved, tracking
+from capas import inputs, runs, saved, tracking
 from capas.dag import StageSpec, ancestors, input_key, md5, recorded, recorded_key
 from capas.errors import CapasError, without_secrets
 from capas.facts import read_json
@@ -107,9 +107,9 @@ def experiment(stage: Stage, train_key: str) -> str | None:
     return runs.experiment_of(train_key, adapter, stage.root) if adapter else None
 
 
-def author(stage: Stage) -> dict[str, str]:
+def author(stage: Stage, ran_here: bool) -> dict[str, str]:
     """Return the tag with who trained: who works here, or who committed a result that was pulled."""
-    if result.ran_here(stage, "train"):
+    if ran_here:
         return tracking.author(stage.root)
     name = git(stage.root, "log", "-1", "--format=%an", "--", "dvc.lock", check=False)
     return {USER: name} if name else tracking.author(stage.root)

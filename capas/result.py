@@ -7,7 +7,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from typing import Any, NamedTuple
 
 from capas import gate, timings
-from capas.dag import ancestors, recorded, recorded_key
+from capas.dag import ancestors
 from capas.facts import read_json
 from capas.metrics.names import headline as headline_of
 from capas.params import flatten
@@ -16,6 +16,8 @@ from capas.stage import Stage
 from capas.store import GATE, Point
 from capas.tracking import CURVES
 from capas.worktree import git
+
+Costs = Mapping[str, Mapping[str, Any]]  # stage -> what it cost, see `timings.read`
 
 
 def values_of_training(lock: Mapping[str, Any]) -> dict[str, Any]:
@@ -63,16 +65,16 @@ def _in_a_sentence(base: Mapping[str, Any], evaluation: Mapping[str, Any]) -> st
     return f"{text}."
 
 
-def machine(stage: Stage) -> dict[str, str]:
+def machine(costs: Costs) -> dict[str, str]:
     """Return the CPU that trained and the kernels it used, where the training really ran here."""
-    cost = ran_here(stage, "train")
+    cost = costs.get("train", {})
     if "cpu" not in cost:
         return {}
     kernels = {f"kernels.{name}": used for name, used in cost["kernels"].items()}
     return {"cpu": cost["cpu"], **kernels}
 
 
-def metrics(stage: Stage) -> dict[str, float]:
+def metrics(stage: Stage, costs: Costs) -> dict[str, float]:
     """Return the numbers that people compare between runs, under names without a slash.
 
     MLflow makes a section of charts of whatever stands before a slash: the curves alone have one, and stand
@@ -81,8 +83,8 @@ def metrics(stage: Stage) -> dict[str, float]:
     evaluation = read_json(stage.dep("reports/evaluation.json"))
     base = read_json(stage.dep("reports/evaluation_base.json"))
     tuned, general, own = evaluation["tuned"], evaluation["general"], evaluation["metrics"]
-    costs = _costs(stage)
-    seconds = costs.get("seconds", {})
+    measures = _by_measure(costs)
+    seconds = measures.get("seconds", {})
     compared: dict[str, Any] = {
         "tuned": _only(tuned, (*own, *_SCORES))
         | {f"{name} by kind": v for name, v in _by_kind(tuned, own)},
@@ -105,14 +107,18 @@ def metrics(stage: Stage) -> dict[str, float]:
             **_only(seconds, ("train", "evaluate")),
             "all_stages": sum(seconds.values()) or None,
         },
-        **{measure: _only(of, ("train",)) for measure, of in costs.items() if measure != "seconds"},
+        **{
+            measure: _only(of, ("train",))
+            for measure, of in measures.items()
+            if measure != "seconds"
+        },
     }
     if own:  # a loss is no score: less of it is better
         compared |= {"score": tuned.get(own[0]), "base_score": base.get(own[0])}
     return _numbers(compared)
 
 
-def numbers(stage: Stage) -> dict[str, float]:
+def numbers(stage: Stage, costs: Costs) -> dict[str, float]:
     """Return every number of the JSON reports, and what each stage cost where that is known."""
     evaluation = read_json(stage.dep("reports/evaluation.json"))
     return _numbers(
@@ -126,7 +132,7 @@ def numbers(stage: Stage) -> dict[str, float]:
             "data": read_json(stage.dep("reports/format.json"))["splits"],
             "quantization": read_json(stage.dep("reports/quantization.json")),
             "training": read_json(stage.dep("reports/train.json")),
-            **_costs(stage),
+            **_by_measure(costs),
         }
     )
 
@@ -153,24 +159,22 @@ def _harness(evaluation: Mapping[str, Any]) -> dict[str, Any]:
     return {task: found["metrics"] for task, found in tasks.items()}
 
 
-def _costs(stage: Stage) -> dict[str, dict[str, float]]:
-    """Return measure -> stage -> value, of the stages that ran here with the recorded inputs."""
-    costs: dict[str, dict[str, float]] = {}
-    for name in recorded(stage.root):
-        if name == "publish":
-            continue  # that of the publish before this one: every repetition would change the run
-        cost = ran_here(stage, name)
-        for measure in timings.MEASURES:
-            if measure in cost:
-                costs.setdefault(measure, {})[name] = cost[measure]
-    return costs
+def costs(stage: Stage, lock: Mapping[str, Any]) -> Costs:
+    """Return what the stages cost that ran here with the recorded inputs.
+
+    publish is left out: its cost is that of the time before, and every repetition would change the run.
+    """
+    found = timings.matching(timings.read(stage.root), lock)
+    return {name: cost for name, cost in found.items() if name != "publish"}
 
 
-def ran_here(stage: Stage, name: str) -> dict[str, Any]:
-    """Return what a stage cost; empty where DVC restored it: then its file is of other inputs."""
-    cost, lock = timings.read(stage.root).get(name, {}), recorded(stage.root)
-    is_known = name in lock and "key" in cost and recorded_key(lock[name]) == cost["key"]
-    return cost if is_known else {}
+def _by_measure(costs: Costs) -> dict[str, dict[str, float]]:
+    """Return measure -> stage -> value."""
+    found: dict[str, dict[str, float]] = {}
+    for name, cost in costs.items():
+        for measure in filter(cost.__contains__, timings.MEASURES):
+            found.setdefault(measure, {})[name] = cost[measure]
+    return found
 
 
 def _numbers(facts: Mapping[str, Any]) -> dict[str, float]:
@@ -189,9 +193,9 @@ class Times(NamedTuple):
     ended: int | None
 
 
-def times(stage: Stage) -> Times | None:
+def times(stage: Stage, costs: Costs) -> Times | None:
     """Return when the training ran: here, or, where it was pulled, when its dvc.lock was committed."""
-    cost = ran_here(stage, "train")
+    cost = costs.get("train", {})
     if "ended" in cost:
         ended = int(1000 * cost["ended"])
         return Times(ended - int(1000 * cost["seconds"]), ended)

@@ -2,7 +2,7 @@
 
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 from capas.dag import parse_yaml, recorded_key
 from capas.errors import CapasError
@@ -53,10 +53,33 @@ def _all(client: Any) -> Iterator[Any]:
             return
 
 
+class Experiment(NamedTuple):
+    """An experiment of DVC: a commit below the commit on which it was run."""
+
+    name: str
+    reference: str
+    commit: str
+    baseline: str
+    time: float  # of its commit, in seconds since 1970
+
+
+def experiments(root: Path) -> list[Experiment]:
+    """Return DVC's experiments in this repository, newest first."""
+    form = "--format=%(refname) %(objectname) %(committerdate:unix)"
+    order = "--sort=-committerdate"
+    found = []
+    for line in git(root, "for-each-ref", order, form, "refs/exps", check=False).splitlines():
+        reference, commit, time = line.split()
+        if reference.count("/") == 4:  # refs/exps/ab/cdef.../NAME
+            _, _, start, rest, name = reference.split("/")
+            found.append(Experiment(name, reference, commit, start + rest, float(time)))
+    return found
+
+
 def _experiment_keys(name: str, root: Path) -> set[str]:
     """Return the train_key of DVC's experiments with that name: it may have been renamed since."""
-    named = [ref for ref in _experiments(root) if ref.rpartition("/")[2] == name]
-    return {key for ref in named if (key := _train_key(_lock(ref, root)))}
+    named = [one for one in experiments(root) if one.name == name]
+    return {key for one in named if (key := _train_key(_lock(one, root)))}
 
 
 def experiment_of(train_key: str, adapter_md5: str, root: Path) -> str | None:
@@ -65,22 +88,15 @@ def experiment_of(train_key: str, adapter_md5: str, root: Path) -> str | None:
     Args:
         adapter_md5: of its output in dvc.lock; a lock without it is not parsed.
     """
-    for ref in _experiments(root):
-        lock = _lock(ref, root)
+    for one in reversed(experiments(root)):
+        lock = _lock(one, root)
         if adapter_md5 in lock and _train_key(lock) == train_key:
-            return ref.rpartition("/")[2]
+            return one.name
     return None
 
 
-def _experiments(root: Path) -> list[str]:
-    """Return the references of DVC's experiments, oldest first."""
-    form = ("--format=%(refname)", "--sort=committerdate", "refs/exps")
-    listed = git(root, "for-each-ref", *form, check=False).split()
-    return [ref for ref in listed if ref.count("/") == 4]
-
-
-def _lock(ref: str, root: Path) -> str:
-    return git(root, "show", f"{ref}:./dvc.lock", check=False)
+def _lock(experiment: Experiment, root: Path) -> str:
+    return git(root, "show", f"{experiment.commit}:./dvc.lock", check=False)
 
 
 def _train_key(lock: str) -> str | None:

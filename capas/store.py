@@ -23,6 +23,7 @@ from capas.errors import CapasError, without_secrets
 from capas.locks import BusyError, exclusive, is_held
 
 TRAIN_KEY, GATE = "train_key", "gate"  # tags of a run
+ARTIFACTS = "capas.artifacts"  # as well: `result.artifacts_digest` of what was published
 USER, EXPERIMENT = "mlflow.user", "dvc.experiment"
 MODEL = "model"  # the folder of its artifacts that MLflow loads
 HOME = "CAPAS_HOME"  # set by a sweep; DVC sets DVC_ROOT where it works elsewhere itself

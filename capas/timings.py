@@ -6,11 +6,11 @@ reports/timings/ when it really runs. A stage that DVC restored keeps those of i
 
 import json
 import sys
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
-from capas.dag import read_yaml
+from capas.dag import read_yaml, recorded_key
 
 FOLDER = Path("reports/timings")
 # What may be known of a stage; the last two only of train, the very last only on a GPU.
@@ -25,6 +25,18 @@ def read(root: Path) -> dict[str, dict[str, Any]]:
     files = {file.stem: file for file in (root / FOLDER).glob("*.json")}
     stages = read_yaml(root / "dvc.yaml")["stages"]
     return {name: json.loads(files[name].read_text()) for name in stages if name in files}
+
+
+def matching(timings: Mapping[str, Any], lock: Mapping[str, Any]) -> dict[str, dict[str, Any]]:
+    """Return those of stages that ran here with what dvc.lock records.
+
+    Where DVC restored a stage, its file is of other inputs.
+    """
+    return {
+        name: cost
+        for name, cost in timings.items()
+        if name in lock and cost.get("key") == recorded_key(lock[name])
+    }
 
 
 def table(timings: dict[str, dict[str, Any]]) -> str:

@@ -17,7 +17,7 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, NoReturn
-from urllib.parse import quote, urlsplit, urlunsplit
+from urllib.parse import urlsplit, urlunsplit
 
 from capas.dag import read_yaml
 from capas.errors import CapasError
@@ -93,14 +93,6 @@ class Pages:
 
     def run(self, run_id: str) -> str:
         return self._page(f"experiments/{self._id}/runs/{run_id}")
-
-    def comparison(self, run_ids: Sequence[str]) -> str:
-        """Return the page that compares runs; it opens with the parameters that differ."""
-        given = json.dumps(list(run_ids), separators=(",", ":"))
-        experiments = json.dumps([self._id])
-        return self._page(
-            "compare-runs", f"runs={quote(given)}", f"experiments={quote(experiments)}"
-        )
 
     def _page(self, path: str, *words: str) -> str:
         return f"{self._base}/#/{path}?{'&'.join([*words, _TRAININGS])}"

@@ -27,6 +27,7 @@ from capas.result import Times
 from capas.run_params import recorded_params
 from capas.stage import Stage, log, run
 from capas.store import (
+    ARTIFACTS,
     EXPERIMENT,
     MODEL,
     TRAIN_KEY,
@@ -39,7 +40,7 @@ from capas.store import (
 from capas.tracking import run_name
 from capas.ui import Pages
 
-ARTIFACTS_TAG, MODEL_TAG = "capas.artifacts", "capas.model"
+MODEL_TAG = "capas.model"
 INITIAL_TAG = "initial_adapter.sha256"
 FILES = {
     "": ("dvc.lock", "environment.yaml", "params.yaml", "reports/certificate.json"),
@@ -64,11 +65,12 @@ def main(params: Params, stage: Stage) -> None:
         store = Store.open(stage.root, params.tracking.experiment_name)
         with reachable(tracking_uri(stage.root)):
             store.check_artifacts()
-            texts, times = recorded_params(lock), result.times(stage)
+            costs = result.costs(stage, lock)
+            texts, times = recorded_params(lock), result.times(stage, costs)
             found = store.find_or_create(
                 key, lambda: run_name(store, texts), times and times.started
             )
-            publish(store, found, lock, params, stage)
+            publish(store, found, lock, costs, params, stage)
             end(store, found.info.run_id, times)
     pages = Pages(tracking_uri(stage.root), store.experiment_id)
     log.info("the run in MLflow: %s%s", pages.run(found.info.run_id), pages.hint())
@@ -102,13 +104,18 @@ def train_key(stage: Stage, lock: Mapping[str, Any]) -> str:
 
 
 def publish(
-    store: Store, found: Any, lock: Mapping[str, Any], params: Params, stage: Stage
+    store: Store,
+    found: Any,
+    lock: Mapping[str, Any],
+    costs: result.Costs,
+    params: Params,
+    stage: Stage,
 ) -> None:
     """Whatever the run lacks or has with another value."""
     run_id, have = found.info.run_id, found.data
     store.send_params(run_id, have, recorded_params(lock))
-    tags = {**result.machine(stage), **result.headline(stage)}
-    tags |= {} if USER in have.tags else lineage.author(stage)
+    tags = {**result.machine(costs), **result.headline(stage)}
+    tags |= {} if USER in have.tags else lineage.author(stage, ran_here="train" in costs)
     if experiment := lineage.experiment(stage, have.tags[TRAIN_KEY]):
         tags[EXPERIMENT] = experiment
         if experiment not in found.info.run_name:
@@ -116,15 +123,15 @@ def publish(
     if initial := initial_adapter(stage):
         tags[INITIAL_TAG] = initial["sha256"]
     store.send_tags(run_id, have.tags, tags)
-    send_metrics(store, run_id, have, result.metrics(stage))
+    send_metrics(store, run_id, have, result.metrics(stage, costs))
     store.log_points(run_id, result.curve(stage))
     store.client.log_inputs(run_id, datasets=datasets(lock, stage))
     digest = result.artifacts_digest(lock)
-    is_new = have.tags.get(ARTIFACTS_TAG) != digest
+    is_new = have.tags.get(ARTIFACTS) != digest
     lineage.send(store, found, stage, is_new)
     if is_new:
-        send_artifacts(store, run_id, stage)
-        store.client.set_tag(run_id, ARTIFACTS_TAG, digest)
+        send_artifacts(store, run_id, costs, stage)
+        store.client.set_tag(run_id, ARTIFACTS, digest)
     answering = f"{digest}-{bundle.code_digest(stage)}"  # the code travels with the model
     if have.tags.get(MODEL_TAG) != answering:
         send_model(store, found, result.values_of_training(lock), params, stage)
@@ -161,11 +168,11 @@ def datasets(lock: Mapping[str, Any], stage: Stage) -> list[Any]:
     return inputs
 
 
-def send_artifacts(store: Store, run_id: str, stage: Stage) -> None:
+def send_artifacts(store: Store, run_id: str, costs: result.Costs, stage: Stage) -> None:
     for folder, files in FILES.items():
         for file in files:
             store.client.log_artifact(run_id, str(stage.root / file), folder or None)
-    store.client.log_dict(run_id, result.numbers(stage), "numbers.json")
+    store.client.log_dict(run_id, result.numbers(stage, costs), "numbers.json")
     send_table(store, run_id, "predictions.json", result.predictions(stage))
     send_table(store, run_id, "samples.json", result.samples(stage))
 

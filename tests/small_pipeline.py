@@ -5,13 +5,11 @@ Its compose stage has no Hydra: params.yaml is conf/config.yaml and, over it, co
 
 import hashlib
 import json
-import subprocess
-import sys
 from pathlib import Path
 from typing import Any
 
 import yaml
-from workspace import Workspace
+from workspace import REPOSITORY, Workspace
 
 from capas.composition import dump
 from capas.dag import StageSpec, md5, recorded
@@ -91,9 +89,8 @@ class Small(Workspace):
         made.commit()
         return made
 
-    def run(self, *command: str, check: bool = True, **env: str) -> str:
-        repository = str(Path(__file__).resolve().parents[1])
-        return super().run(*command, check=check, **{**env, "PYTHONPATH": repository})
+    def _env(self, **env: str) -> dict[str, str]:
+        return super()._env(**{**env, "PYTHONPATH": str(REPOSITORY)})
 
     def compose(self) -> None:
         values = yaml.safe_load(self.read("conf/config.yaml"))
@@ -148,20 +145,6 @@ class Small(Workspace):
             size = {"size": 1, "nfiles": 1} if found.endswith(".dir") else {"size": 1}
             listed.append({"path": path, "hash": "md5", "md5": found, **size})
         return listed
-
-    def restore(self, *options: str, code: int = 0) -> str:
-        """What `capas restore` says; AssertionError where it ends with another code."""
-        done = subprocess.run(
-            [sys.executable, "-m", "capas.restore", *options],
-            cwd=self.root,
-            env=self._env() | {"PYTHONPATH": str(Path(__file__).resolve().parents[1])},
-            stdout=subprocess.PIPE,
-            stderr=subprocess.STDOUT,
-            text=True,
-            check=False,
-        )
-        assert done.returncode == code, done.stdout
-        return done.stdout
 
     def unmerged(self) -> list[str]:
         listed = self.run("git", "diff", "--name-only", "--diff-filter=U").split()

@@ -165,15 +165,7 @@ class Sweeper(Workspace):
 
     def sweep_beside(self, *words: str) -> "subprocess.Popen[str]":
         """The same, started and not waited for."""
-        return subprocess.Popen(
-            [sys.executable, "stages/sweep.py", *words],
-            cwd=self.root,
-            env=self._env(),
-            stdout=subprocess.PIPE,
-            stderr=subprocess.STDOUT,
-            text=True,
-            start_new_session=True,
-        )
+        return self.start(sys.executable, "stages/sweep.py", *words)
 
     def ran(self) -> Counter[str]:
         """{'train': 2, 'train 0.001': 1, ...}"""

@@ -136,6 +136,7 @@ def test_the_table_opens_with_what_people_compare(
         expect(page.locator(f'.ag-header-cell[col-id="{column}"]')).to_be_in_viewport(ratio=1)
     duration = page.locator(".ag-header-cell").filter(has_text="Duration")
     expect(duration).to_be_in_viewport(ratio=1)
+    assert parse_qs(page.url.partition("?")[2])["viewStateShareKey"] == ["capas"]
     for rate in RATES:
         expect(page.get_by_role("gridcell", name=rate, exact=True)).to_be_in_viewport()
         shown = page.get_by_role("gridcell", name=f"{score(swept, rate):.6g}", exact=True)

@@ -12,11 +12,12 @@ import yaml
 from report_inputs import write_inputs
 
 from capas import run_params
+from capas.compare.repository import open_repository
 from capas.dag import StageSpec, read_yaml, recorded, recorded_key
 from capas.errors import CapasError
 from capas.params import Params, select
 from capas.stage import Stage
-from capas.store import Store, existing, tracking_uri
+from capas.store import ARTIFACTS, Store, existing, tracking_uri
 from capas.worktree import git
 from stages import publish_run
 
@@ -131,6 +132,19 @@ def test_what_is_seen_first_is_what_people_compare(root: Path) -> None:
     assert "seconds.format" not in numbers  # DVC restored it: that was the cost of other inputs
 
 
+def test_capas_compare_reads_what_was_published(
+    root: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.delenv("MLFLOW_TRACKING_URI", raising=False)
+    _, found = the_run(root)
+    with open_repository(root) as repository:
+        side = repository.find(found.info.run_id)
+    assert side.kind == "run"
+    assert (side.metrics["exact_match"], side.baseline["exact_match"]) == (0.5, 0.0)
+    assert side.metrics_named[0] == "exact_match"  # the headline
+    assert side.seconds["train"] == 12.5
+
+
 def test_the_run_says_when_and_who_and_what(root: Path) -> None:
     _, found = the_run(root)
     assert found.info.run_name == "embedded r16 lr4e-3"
@@ -195,7 +209,7 @@ def test_the_model_written_anew_is_the_same_bytes(own: Path) -> None:
     (folder,) = (own / "mlartifacts").glob("*/artifacts/model")
     files = sorted(file for file in folder.rglob("*") if file.is_file())
     before = {file: file.read_bytes() for file in files}
-    for tag in (publish_run.ARTIFACTS_TAG, publish_run.MODEL_TAG):
+    for tag in (ARTIFACTS, publish_run.MODEL_TAG):
         store.client.set_tag(found.info.run_id, tag, "of an older publish")
     publish(own)
     assert len(before) > 30

@@ -29,29 +29,8 @@ DATA = ("data/raw", "data/models/quantized", "data/models/adapter", "reports/eva
 class Experimenter(Sweeper):
     """Starts `dvc exp run` in a process group of its own, as a terminal does."""
 
-    def start(self, *words: str) -> "subprocess.Popen[str]":
-        return subprocess.Popen(
-            ["dvc", "exp", "run", *words],
-            cwd=self.root,
-            env=self._env(CAPAS_HOME=str(self.root)),
-            stdout=subprocess.PIPE,
-            stderr=subprocess.STDOUT,
-            text=True,
-            start_new_session=True,
-        )
-
-    def restore(self, *options: str, code: int = 0) -> str:
-        done = subprocess.run(
-            [sys.executable, "-m", "capas.restore", *options],
-            cwd=self.root,
-            env=self._env(),
-            stdout=subprocess.PIPE,
-            stderr=subprocess.STDOUT,
-            text=True,
-            check=False,
-        )
-        assert done.returncode == code, done.stdout
-        return done.stdout
+    def start_experiment(self, *words: str) -> "subprocess.Popen[str]":
+        return self.start("dvc", "exp", "run", *words, CAPAS_HOME=str(self.root))
 
 
 @pytest.fixture(scope="module")
@@ -119,7 +98,7 @@ def test_an_experiment_that_is_killed_is_put_back_by_restore(edited: Experimente
     """SIGKILL to DVC and its stage, after the training."""
     before = state(edited)
     edited.hold("evaluate")
-    process = edited.start("-S", OTHER)
+    process = edited.start_experiment("-S", OTHER)
     edited.wait_for("evaluate")
     assert "is running" in edited.restore(code=2)
     assert edited.restore("--quiet") == ""
@@ -145,7 +124,7 @@ def test_an_experiment_that_is_killed_is_put_back_by_restore(edited: Experimente
 
 def interrupt(edited: Experimenter, times: int) -> str:
     edited.hold("train")
-    process = edited.start("-S", OTHER)
+    process = edited.start_experiment("-S", OTHER)
     edited.wait_for("train")
     for _ in range(times):
         os.killpg(process.pid, signal.SIGINT)
@@ -175,7 +154,7 @@ def test_ended_at_any_moment_nothing_of_the_users_is_lost(
     while not ended:
         made = edit(finished.copy(tmp_path / str(turn)))
         before = state(made)
-        process = made.start("-S", OTHER)
+        process = made.start_experiment("-S", OTHER)
         try:
             said = process.communicate(timeout=seconds)[0]
             ended = True
@@ -327,7 +306,7 @@ def test_an_experiment_in_a_folder_of_its_own_needs_nothing(edited: Experimenter
     """While it runs, another one may begin."""
     before = state(edited)
     edited.hold("train")
-    process = edited.start("--temp", "-S", OTHER)
+    process = edited.start_experiment("--temp", "-S", OTHER)
     wait(lambda: "train 0.02" in edited.ran(), 60)
     assert unfinished.read(edited.root) is None
     assert not unfinished.is_running(edited.root)
@@ -440,15 +419,7 @@ def test_ctrl_c_in_a_training_under_dvc_saves_a_checkpoint_and_it_goes_on(
     made.edit("conf/config.yaml", "experiment: none", "experiment: quick")
     made.edit("conf/trainer/quick.yaml", "max_steps: 20", "max_steps: 400")
     made.edit("conf/trainer/quick.yaml", "save_steps: 5", "save_steps: 1000")
-    process = subprocess.Popen(
-        ["dvc", "repro", "train"],
-        cwd=made.root,
-        env=made._env(SHELL=shell),
-        stdout=subprocess.PIPE,
-        stderr=subprocess.STDOUT,
-        text=True,
-        start_new_session=True,
-    )
+    process = made.start("dvc", "repro", "train", SHELL=shell)
     live = made.root / ".dvc/tmp/live"
     wait(lambda: any('"step": 2' in f.read_text() for f in live.glob("*.jsonl")), 600)
     os.killpg(process.pid, signal.SIGINT)
@@ -459,15 +430,7 @@ def test_ctrl_c_in_a_training_under_dvc_saves_a_checkpoint_and_it_goes_on(
     step = said.split("stopped by Ctrl-C at step ")[1].split()[0]
     made.edit("conf/trainer/quick.yaml", "save_steps: 1000", "save_steps: 1000 # as it was")
     assert list((made.root / ".dvc/tmp/checkpoints").glob(f"train-*/checkpoint-{step}"))
-    process = subprocess.Popen(
-        ["dvc", "repro", "train"],
-        cwd=made.root,
-        env=made._env(SHELL=shell),
-        stdout=subprocess.PIPE,
-        stderr=subprocess.STDOUT,
-        text=True,
-        start_new_session=True,
-    )
+    process = made.start("dvc", "repro", "train", SHELL=shell)
     lines = iter(process.stdout or ())
     assert any(f"going on from checkpoint-{step}" in line for line in lines)
     os.killpg(process.pid, signal.SIGKILL)

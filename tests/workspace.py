@@ -33,6 +33,12 @@ class Workspace:
 
     def run(self, *command: str, check: bool = True, **env: str) -> str:
         """stdout and stderr together; AssertionError with both where the command fails."""
+        code, said = self.ended(*command, **env)
+        assert not check or code == 0, f"{' '.join(command)}:\n{said}"
+        return said
+
+    def ended(self, *command: str, **env: str) -> tuple[int, str]:
+        """The exit code, and stdout and stderr together."""
         done = subprocess.run(
             command,
             cwd=self.root,
@@ -42,8 +48,25 @@ class Workspace:
             text=True,
             check=False,
         )
-        assert not check or done.returncode == 0, f"{' '.join(command)}:\n{done.stdout}"
-        return done.stdout
+        return done.returncode, done.stdout
+
+    def start(self, *command: str, **env: str) -> "subprocess.Popen[str]":
+        """The command in a process group of its own, as a terminal starts it, not waited for."""
+        return subprocess.Popen(
+            command,
+            cwd=self.root,
+            env=self._env(**env),
+            stdout=subprocess.PIPE,
+            stderr=subprocess.STDOUT,
+            text=True,
+            start_new_session=True,
+        )
+
+    def restore(self, *options: str, code: int = 0) -> str:
+        """What `capas restore` says; AssertionError where it ends with another code."""
+        found, said = self.ended(sys.executable, "-m", "capas.restore", *options)
+        assert found == code, said
+        return said
 
     def repro(self, *targets: str, check: bool = True, **env: str) -> str:
         return self.run("dvc", "repro", *targets, check=check, **env)

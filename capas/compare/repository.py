@@ -8,33 +8,24 @@ from dataclasses import replace
 from functools import cached_property
 from pathlib import Path
 from tempfile import TemporaryDirectory
-from typing import Any, NamedTuple
+from typing import Any
 
 from capas import runs, timings
 from capas.compare.changes import texts_of
 from capas.compare.outputs import Outputs
 from capas.compare.sides import HEAD, METRICS, RUN, WORKSPACE, Kind, Side
-from capas.compare.tracked import ARTIFACTS, PUBLISHED, TABLE, Tracked, database, read_runs
+from capas.compare.tracked import PUBLISHED, TABLE, Tracked, database, read_runs
 from capas.composition import CONF
 from capas.dag import md5, parse_yaml, read_yaml, recorded, recorded_key
 from capas.errors import CapasError
 from capas.facts import read_json
 from capas.result import artifacts_digest
-from capas.store import TRAIN_KEY, existing, reachable, tracking_uri
+from capas.store import ARTIFACTS, EXPERIMENT, TRAIN_KEY, existing, reachable, tracking_uri
 from capas.tuned import ran_with, say
 from capas.worktree import git
 
 _NUM_NAMES = 5
-
-
-class Experiment(NamedTuple):
-    """An experiment of DVC: a commit below the commit on which it was run."""
-
-    name: str
-    reference: str
-    commit: str
-    baseline: str
-    time: float
+_LOW = ".low"
 
 
 class Repository:
@@ -56,19 +47,9 @@ class Repository:
         return git(self.root, "rev-parse", "HEAD") if self.has_git else None
 
     @cached_property
-    def experiments(self) -> list[Experiment]:
+    def experiments(self) -> list[runs.Experiment]:
         """Newest first."""
-        if not self.has_git:
-            return []
-        form = "--format=%(refname) %(objectname) %(committerdate:unix)"
-        listed = git(self.root, "for-each-ref", "--sort=-committerdate", form, "refs/exps")
-        found = []
-        for line in listed.splitlines():
-            reference, commit, time = line.split()
-            if reference.count("/") == 4:  # refs/exps/ab/cdef.../NAME
-                _, _, start, rest, name = reference.split("/")
-                found.append(Experiment(name, reference, commit, start + rest, float(time)))
-        return found
+        return runs.experiments(self.root)
 
     @cached_property
     def tracked(self) -> list[Tracked]:
@@ -185,11 +166,7 @@ class Repository:
 
     def _cost(self, lock: Mapping[str, Any]) -> tuple[dict[str, float], str | None]:
         """Seconds by stage and the CPU that trained: of the runs here, or of MLflow's run of the training."""
-        own = {
-            name: cost
-            for name, cost in self.timings.items()
-            if name in lock and cost.get("key") == recorded_key(lock[name])
-        }
+        own = timings.matching(self.timings, lock)
         seconds = {name: float(cost["seconds"]) for name, cost in own.items()}
         cpu = own.get("train", {}).get("cpu")
         if "train" in lock and "train" not in own:
@@ -235,7 +212,7 @@ class Repository:
             return self._run(word)
         raise CapasError(self._unknown(word))
 
-    def _experiments_called(self, word: str) -> list[Experiment]:
+    def _experiments_called(self, word: str) -> list[runs.Experiment]:
         """At most one.
 
         Raises:
@@ -310,7 +287,6 @@ class Repository:
         lock: dict[str, Any] | None = None,
         table: Path | None = None,
     ) -> Side:
-        base = ((k, v) for k, v in run.metrics.items() if k.startswith("base/"))
         return Side(
             name=run.name or run.run_id[:8],
             kind="run",
@@ -320,7 +296,7 @@ class Repository:
             metrics=_flat(run),
             outputs=Outputs(self.root, lock or {}),
             time=run.time,
-            baseline={key.removeprefix("base/"): value for key, value in base},
+            baseline=run.below("base."),
             seconds=run.seconds,
             cpu=run.cpu,
             tracked_sha256=run.sha256,
@@ -334,7 +310,11 @@ class Repository:
         """
         keys = {side.train_key for side in sides}
         names = {experiment.name for experiment in self.experiments}
-        others = (run for run in self.tracked if not (run.train_key in keys or run.name in names))
+        others = [
+            run
+            for run in self.tracked
+            if not (run.train_key in keys or run.texts.get(EXPERIMENT) in names)
+        ]
         return [
             self._from_artifacts(run, run.folder) if run.folder else self._of_run(run, run.texts)
             for run in others
@@ -379,19 +359,14 @@ def open_repository(root: Path) -> Iterator[Repository]:
 
 def _flat(run: Tracked) -> dict[str, Any]:
     """A run's metrics as reports/metrics/tuned.json has them, with the interval that marks the headline."""
-    gain = next((k for k in run.metrics if _is_gain(k)), None)
-    name = gain.split("/")[1] if gain else None
-    marked = {} if name is None else {f"{name}_gain_low": run.metrics[f"difference/{name}/low"]}
+    lows = (k.removesuffix(_LOW) for k in run.below("difference.") if k.endswith(_LOW))
+    name = next((name for name in lows if name != "loss"), None)
+    marked = {} if name is None else {f"{name}_gain_low": run.metrics[f"difference.{name}{_LOW}"]}
     return {**run.scores, **marked}
 
 
 def _existing(file: Path) -> Path | None:
     return file if file.is_file() else None
-
-
-def _is_gain(metric: str) -> bool:
-    parts = metric.split("/")
-    return len(parts) == 3 and parts[0] == "difference" and parts[2] == "low" and parts[1] != "loss"
 
 
 def _parsed(text: str, name: str) -> dict[str, Any]:

@@ -11,10 +11,9 @@ from capas.errors import CapasError
 from capas.lineage import ADAPTER
 from capas.store import EXPERIMENT, TRAIN_KEY, sqlite_file, tracking_uri
 
-CPU, ARTIFACTS = "cpu", "capas.artifacts"  # tags: the latter has `result.artifacts_digest`
+CPU = "cpu"  # a tag
 PUBLISHED = ("dvc.lock", "params.yaml")  # artifacts of a run whose publish has finished
 TABLE = "predictions.json"  # an artifact: the test records with the answers of both models
-_SECONDS, _TUNED = "seconds.", "tuned."
 _RUNS = """
 select runs.run_uuid, coalesce(runs.name, ''), runs.start_time, tags.value, runs.artifact_uri
 from runs join tags on tags.run_uuid = runs.run_uuid and tags.key = ?
@@ -24,7 +23,7 @@ where runs.lifecycle_stage = 'active' order by runs.start_time desc
 
 @dataclass(frozen=True)
 class Tracked:
-    """A training as MLflow knows it. `texts` are its parameters; those of later stages are tags there."""
+    """A training as MLflow knows it. `texts` are its parameters and its tags."""
 
     run_id: str
     name: str
@@ -34,17 +33,20 @@ class Tracked:
     texts: dict[str, str] = field(default_factory=dict)
     artifacts: str = ""  # their address
 
+    def below(self, prefix: str) -> dict[str, float]:
+        """Return the metrics whose names begin with `prefix`, without it."""
+        known = self.metrics.items()
+        return {k.removeprefix(prefix): v for k, v in known if k.startswith(prefix)}
+
     @property
     def seconds(self) -> dict[str, float]:
         """What each stage took, where it is known."""
-        known = self.metrics.items()
-        return {k.removeprefix(_SECONDS): v for k, v in known if k.startswith(_SECONDS)}
+        return self.below("seconds.")
 
     @property
     def scores(self) -> dict[str, float]:
         """As reports/metrics/tuned.json has them."""
-        known = self.metrics.items()
-        return {k.removeprefix(_TUNED): v for k, v in known if k.startswith(_TUNED)}
+        return self.below("tuned.")
 
     @property
     def folder(self) -> Path | None:

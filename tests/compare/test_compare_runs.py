@@ -6,13 +6,14 @@ import sqlite3
 import subprocess
 import sys
 from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
 from comparing import Results, answered
 
 from capas import cli
-from capas.compare.repository import Repository
+from capas.compare.repository import Repository, open_repository
 from capas.compare.tracked import Tracked
 from capas.dag import recorded, recorded_key
 from capas.params import flatten
@@ -57,8 +58,9 @@ def publish(results: Results, store: Store, name: str, score: float, seconds: fl
     numbers = {
         "tuned.exact_match": score,
         "tuned.loss": 0.5,
-        "difference/exact_match/low": score,
-        "base/exact_match": 0.0,
+        "difference.loss.low": -1.0,
+        "difference.exact_match.low": score,
+        "base.exact_match": 0.0,
         "seconds.train": seconds,
     }
     metrics = [Metric(key, value, 1, 0) for key, value in numbers.items()]
@@ -131,6 +133,18 @@ def test_the_list_has_the_first_run_that_no_commit_has(
         "wide",
         "train-first",
     ]
+
+
+def test_the_run_of_an_experiment_is_no_row_of_its_own(published: Results) -> None:
+    """Its name says what differs, so the experiment's name is a tag."""
+    with open_repository(published.root) as repository:
+        first = next(run for run in repository.tracked if run.name == "train-first")
+        named = replace(first, name="r64 (wide)", texts={**first.texts, "dvc.experiment": "wide"})
+        repository.tracked = [named]
+        assert [one.name for one in repository.experiments] == ["wide"]
+        assert repository.untold([]) == []
+        repository.tracked = [first]
+        assert [side.name for side in repository.untold([])] == ["train-first"]
 
 
 def test_a_run_without_artifacts_here_is_listed_with_its_scores(

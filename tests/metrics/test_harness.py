@@ -121,7 +121,7 @@ def test_the_page_and_the_run_show_every_score(tmp_path: Path) -> None:
     page = build_words(root)
     row = "<code>numbers</code> acc</th><td>0.250 ± 0.100</td><td>0.750</td><td>12</td>"
     assert row in page and "harness 0.4.13 says" in page
-    metrics = result.metrics(Stage(StageSpec.read("publish", root), root))
+    metrics = result.metrics(Stage(StageSpec.read("publish", root), root), {})
     sent = {name: value for name, value in metrics.items() if name.startswith("harness.")}
     prefix = "harness.numbers.acc"
     assert sent == {f"{prefix}.{name}": v for name, v in SCORES.items() if v is not None}
