@@ -38,7 +38,10 @@ COMMON = (
 ALONE = (*COMMON, "trainer.per_device_train_batch_size=6")
 TWO = (*COMMON, "trainer.per_device_train_batch_size=3", "hardware.num_processes=2")
 HARDWARE_DIVIDED = {"distributed_type": "fsdp2"}
-HARDWARE = {"device": "cuda", "num_threads": 4, "num_processes": 8, "num_machines": 1}
+HARDWARE = {
+    **{"device": "cuda", "num_threads": 4, "num_processes": 8, "num_machines": 1},
+    "instruction_set": "native",
+}
 
 
 def quantized(root: Path, *options: str) -> Path:
