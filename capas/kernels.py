@@ -144,8 +144,11 @@ def use_one_thread() -> None:
     """Let the products of oneMKL that this thread asks for run on one thread, whatever torch is told.
 
     Its branch COMPATIBLE rounds differently on 1, 2, 3 and 4 threads. Operations that torch divides itself,
-    such as attention, keep their threads.
+    such as attention, keep their threads. Call it after `torch.set_num_threads`.
     """
+    import torch
+
+    torch.get_num_threads()  # torch sets oneMKL's threads once more when a thread first asks for its own
     if (library := mkl()) is not None:
         library.MKL_Set_Num_Threads_Local(1)
 

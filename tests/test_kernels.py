@@ -97,6 +97,23 @@ def test_the_number_of_threads_changes_no_product() -> None:
 
 
 @x86
+def test_a_stage_keeps_its_products_on_one_thread() -> None:
+    """In a process of its own: torch sets oneMKL's threads anew in its first parallel operation."""
+    program = """
+from capas import hardware, kernels
+from capas.params import Params
+flags = dict.fromkeys(("allow_tf32", "cudnn_benchmark"), False) | {"cudnn_deterministic": True}
+hardware.prepare(Params({"device": "cpu", "num_threads": 2, "instruction_set": "portable", **flags}))
+import torch
+torch.rand(1000, 1000).exp()
+print(torch.get_num_threads(), kernels.mkl().MKL_Get_Max_Threads())
+"""
+    command = [sys.executable, "-c", program]
+    said = subprocess.run(command, cwd=REPOSITORY, capture_output=True, text=True, check=True)
+    assert said.stdout.split() == ["2", "1"]
+
+
+@x86
 def test_these_tests_compute_with_portable_kernels() -> None:
     assert kernels.in_use() == {"aten": "AVX2", "mkl": "COMPATIBLE"}
     kernels.check_in_use("portable", torch_was_loaded=True)
