@@ -227,6 +227,19 @@ def _forgotten_stash(root: Path, head: str) -> str:
     return commit if parent == head and is_dvcs else ""
 
 
+def stash_on_head(root: Path) -> list[str]:
+    """Return a sentence about a stash that an interrupted DVC may have left, or the user has made."""
+    commit, made, parent, _ = ([*_stashes(root), "- 0 - -"][0]).split(" ", 3)
+    clean = not git(root, "diff", "--name-only", "HEAD", check=False)
+    if not clean or parent != git(root, "rev-parse", "HEAD", check=False):
+        return []
+    when = datetime.fromtimestamp(int(made), UTC).isoformat(timespec="seconds")
+    return [
+        f"git has a stash of edits ({commit[:7]}, of {when}). If they were in your files when `dvc exp run` "
+        "was interrupted, bring them back: git stash pop --index"
+    ]
+
+
 def _stashing(root: Path) -> dict[str, Any] | None:
     """Return who holds DVC's lock for its stash of experiments."""
     try:

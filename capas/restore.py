@@ -90,7 +90,12 @@ def restore(
         said.append(
             "Now run `dvc repro`, and conclude the merge: git commit -a, git rebase --continue, ..."
         )
-    return [*said, *_heal_params(root), *_heal_lock(root)], 0
+    said += [*_heal_params(root), *_heal_lock(root)]
+    if guess and not said:
+        from capas.experiment import stash_on_head
+
+        said = stash_on_head(root)
+    return said, 0
 
 
 def running(root: Path) -> str:
