@@ -17,6 +17,7 @@ import torch
 from conftest import REPOSITORY
 
 from capas import kernels
+from capas.cores import MAX_THREADS
 from capas.errors import CapasError
 
 x86 = pytest.mark.skipif(not kernels.is_x86(), reason="kernels of x86")
@@ -97,7 +98,7 @@ def test_the_number_of_threads_changes_no_product() -> None:
 
 
 @x86
-def test_a_stage_keeps_its_products_on_one_thread() -> None:
+def test_a_stage_keeps_its_products_on_one_thread(monkeypatch: pytest.MonkeyPatch) -> None:
     """In a process of its own: torch sets oneMKL's threads anew in its first parallel operation."""
     program = """
 from capas import hardware, kernels
@@ -108,6 +109,7 @@ import torch
 torch.rand(1000, 1000).exp()
 print(torch.get_num_threads(), kernels.mkl().MKL_Get_Max_Threads())
 """
+    monkeypatch.delenv(MAX_THREADS, raising=False)  # pytest's workers share the cores
     command = [sys.executable, "-c", program]
     said = subprocess.run(command, cwd=REPOSITORY, capture_output=True, text=True, check=True)
     assert said.stdout.split() == ["2", "1"]
