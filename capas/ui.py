@@ -14,10 +14,10 @@ import json
 import os
 import socket
 import sys
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any, NoReturn
-from urllib.parse import urlsplit, urlunsplit
+from urllib.parse import quote, urlsplit, urlunsplit
 
 from capas.dag import read_yaml
 from capas.errors import CapasError
@@ -93,6 +93,13 @@ class Pages:
 
     def run(self, run_id: str) -> str:
         return self._page(f"experiments/{self._id}/runs/{run_id}")
+
+    def comparison(self, run_ids: Iterable[str]) -> str:
+        """Return the page that compares runs; it opens with the parameters that differ."""
+        runs = json.dumps(list(run_ids), separators=(",", ":"))
+        return self._page(
+            "compare-runs", f"runs={quote(runs)}", f"experiments={quote(json.dumps([self._id]))}"
+        )
 
     def _page(self, path: str, *words: str) -> str:
         return f"{self._base}/#/{path}?{'&'.join([*words, _TRAININGS])}"

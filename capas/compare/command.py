@@ -88,10 +88,13 @@ def _named(repository: Repository, options: argparse.Namespace) -> Iterator[Any]
         sides.append(_with_result(repository.workspace()))
     if len(sides) == 2:
         yield from _pair(sides[0], sides[1], repository, options)
-        return
-    if options.why:
+    elif options.why:
         raise CapasError("--why compares two results: capas compare A B --why")
-    yield from _table(sides, repository, options)
+    else:
+        yield from _table(sides, repository, options)
+    if page := repository.page(sides):
+        address, hint = page
+        yield {"mlflow": address} if options.json else f"\nIn MLflow: {address}{hint}"
 
 
 def _with_result(workspace: Side) -> Side:

@@ -22,6 +22,7 @@ from capas.facts import read_json
 from capas.result import artifacts_digest
 from capas.store import ARTIFACTS, EXPERIMENT, TRAIN_KEY, existing, reachable, tracking_uri
 from capas.tuned import ran_with, say
+from capas.ui import Pages
 from capas.worktree import git
 
 _NUM_NAMES = 5
@@ -140,7 +141,7 @@ class Repository:
         base: Mapping[str, Any] | None = None,
     ) -> Side:
         seconds, cpu = self._cost(lock)
-        digest = artifacts_digest(lock)
+        run = self._publisher(artifacts_digest(lock))
         return Side(
             name=name,
             kind=kind,
@@ -154,15 +155,14 @@ class Repository:
             baseline=dict(base or {}),
             seconds=seconds,
             cpu=cpu,
-            table=self._table(digest),
+            run=run,
+            table=_existing(run.folder / TABLE) if run and run.folder else None,
         )
 
-    def _table(self, digest: str) -> Path | None:
-        """The table of answers of the run that published outputs with this digest."""
-        for run in self.tracked:
-            if run.texts.get(ARTIFACTS) == digest and run.folder:
-                return _existing(run.folder / TABLE)
-        return None
+    def _publisher(self, digest: str) -> Tracked | None:
+        """Return the run that published outputs with this digest: one with its artifacts here, if any has."""
+        found = [run for run in self.tracked if run.texts.get(ARTIFACTS) == digest]
+        return next((run for run in found if run.folder), next(iter(found), None))
 
     def _cost(self, lock: Mapping[str, Any]) -> tuple[dict[str, float], str | None]:
         """Seconds by stage and the CPU that trained: of the runs here, or of MLflow's run of the training."""
@@ -272,6 +272,7 @@ class Repository:
             time=run.info.start_time / 1000,
             metrics=run.data.metrics,
             texts=tags,
+            experiment_id=run.info.experiment_id,
         )
         return self._from_artifacts(told, folder)
 
@@ -300,8 +301,19 @@ class Repository:
             seconds=run.seconds,
             cpu=run.cpu,
             tracked_sha256=run.sha256,
+            run=run,
             table=table,
         )
+
+    def page(self, sides: Sequence[Side]) -> tuple[str, str] | None:
+        """Return the address of MLflow's comparison, and what must be done first; None without runs."""
+        found = [side.run for side in sides if side.run]
+        ids = list(dict.fromkeys(run.run_id for run in found))
+        experiments = {run.experiment_id for run in found}
+        if len(ids) < len(sides) or len(experiments) > 1:
+            return None
+        pages = Pages(tracking_uri(self.root), experiments.pop())
+        return pages.comparison(ids), pages.hint()
 
     def untold(self, sides: Sequence[Side]) -> list[Side]:
         """Runs of the local MLflow database that are no experiment and none of `sides`, newest first.

@@ -10,6 +10,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from capas.compare.outputs import Outputs
+from capas.compare.tracked import Tracked
 from capas.dag import recorded_key
 from capas.errors import CapasError
 from capas.facts import read_json
@@ -63,7 +64,8 @@ class Side:
     seconds: dict[str, float] = field(default_factory=dict)  # by stage, where known
     cpu: str | None = None
     tracked_sha256: str | None = None
-    table: Path | None = None  # the artifact TABLE of a run
+    run: Tracked | None = None  # that published it
+    table: Path | None = None  # the artifact TABLE of the run
     same_as: str = ""  # another name of the same result
     pending: str = ""  # edits of the workspace that no stage has run with
 

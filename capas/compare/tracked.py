@@ -15,7 +15,8 @@ CPU = "cpu"  # a tag
 PUBLISHED = ("dvc.lock", "params.yaml")  # artifacts of a run whose publish has finished
 TABLE = "predictions.json"  # an artifact: the test records with the answers of both models
 _RUNS = """
-select runs.run_uuid, coalesce(runs.name, ''), runs.start_time, tags.value, runs.artifact_uri
+select runs.run_uuid, coalesce(runs.name, ''), runs.start_time, tags.value, runs.artifact_uri,
+    runs.experiment_id
 from runs join tags on tags.run_uuid = runs.run_uuid and tags.key = ?
 where runs.lifecycle_stage = 'active' order by runs.start_time desc
 """
@@ -32,6 +33,7 @@ class Tracked:
     metrics: dict[str, float] = field(default_factory=dict)
     texts: dict[str, str] = field(default_factory=dict)
     artifacts: str = ""  # their address
+    experiment_id: str = ""
 
     def below(self, prefix: str) -> dict[str, float]:
         """Return the metrics whose names begin with `prefix`, without it."""
@@ -94,11 +96,15 @@ def read_runs(root: Path) -> list[Tracked]:
 
 
 def _runs(base: sqlite3.Connection) -> Iterator[Tracked]:
-    for run_id, name, started, key, artifacts in base.execute(_RUNS, [TRAIN_KEY]).fetchall():
+    for run_id, name, started, key, artifacts, experiment in base.execute(
+        _RUNS, [TRAIN_KEY]
+    ).fetchall():
         metrics = _pairs(base, "latest_metrics", run_id)
         texts = {**_pairs(base, "tags", run_id), **_pairs(base, "params", run_id)}
         numbers = {k: float(v) for k, v in metrics.items()}
-        yield Tracked(run_id, name, key, started / 1000, numbers, texts, artifacts or "")
+        yield Tracked(
+            run_id, name, key, started / 1000, numbers, texts, artifacts or "", str(experiment)
+        )
 
 
 def _pairs(base: sqlite3.Connection, table: str, run_id: str) -> dict[str, str]:

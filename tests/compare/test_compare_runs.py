@@ -8,13 +8,14 @@ import sys
 from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
+from urllib.parse import unquote
 
 import pytest
 from comparing import Results, answered
 
 from capas import cli
 from capas.compare.repository import Repository, open_repository
-from capas.compare.tracked import Tracked
+from capas.compare.tracked import Tracked, read_runs
 from capas.dag import recorded, recorded_key
 from capas.params import flatten
 from capas.result import artifacts_digest
@@ -180,3 +181,19 @@ def test_neither_torch_nor_mlflow_is_imported(published: Results) -> None:
         [sys.executable, "-c", code], cwd=published.root, capture_output=True, text=True, check=True
     )
     assert said.stdout.splitlines()[-1] == "set()"
+
+
+def test_a_comparison_names_its_page_in_mlflow(
+    published: Results, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Where MLflow has a run for each; the workspace's result is not published here."""
+    first, second = (run.run_id for run in reversed(read_runs(published.root)))
+    page = facts(capsys, "train-first", "run:wide")["mlflow"]
+    assert isinstance(page, str)
+    words = dict(word.split("=") for word in page.partition("?")[2].split("&"))
+    assert json.loads(unquote(words["runs"])) == [first, second]
+    assert json.loads(unquote(words["experiments"])) == ["1"]
+    assert cli.main(["compare", "train-first", "run:wide"]) == 0
+    assert f"In MLflow: {page}   (served by `make ui`)" in capsys.readouterr().out
+    assert "mlflow" not in facts(capsys, "train-first", "workspace")
+    assert "mlflow" not in facts(capsys, "train-first", "train-first")
