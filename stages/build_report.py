@@ -19,15 +19,21 @@ from tokenizers import Tokenizer
 from capas import saved
 from capas.dag import StageSpec, read_yaml
 from capas.facts import read_json
-from capas.page import findings, pipeline, plots, tokens
+from capas.page import families, findings, levels, pipeline, plots, tokens
 from capas.page.figure import to_svg
 from capas.page.findings import read_csv, read_lines
 from capas.page.language import Language
+from capas.page.tables import label_cells
 from capas.params import Params, flatten
 from capas.stage import Stage, log, run
 
 PAGE = Path("capas/page")
 LANGUAGES = {"en": "reports/index.html", "es": "reports/index.es.html"}
+# What is said in a conversation that every family's template writes.
+CONTENTS = {
+    "en": ("Be brief.", "Hi", "Hello.", "Two and two?", "Four."),
+    "es": ("Sé breve.", "Hola", "Hola.", "¿Dos más dos?", "Cuatro."),
+}
 
 
 def main(params: Params, stage: Stage) -> None:
@@ -37,9 +43,11 @@ def main(params: Params, stage: Stage) -> None:
     stage.dep("capas/page/report.html.jinja")
     for code, page in LANGUAGES.items():
         folder = stage.dep(f"capas/page/{code}.yaml").parent
-        language = Language(folder, code, facts)
+        language = Language(folder, code, {**facts, **of_language(code, params, stage)})
         figures = draw(facts, specs, language)
-        html = language.render("report.html.jinja", style=style, figures=figures, pages=LANGUAGES)
+        html = label_cells(
+            language.render("report.html.jinja", style=style, figures=figures, pages=LANGUAGES)
+        )
         stage.out(page).write_text(html, encoding="utf-8")
         log.info("%s: %d kB", page, len(html.encode()) // 1000)
 
@@ -50,6 +58,9 @@ def gather(params: Params, stage: Stage) -> dict[str, Any]:
     return {
         "params": plain(params),
         "flat_params": flatten(plain(params)),
+        "overridden": findings.overridden(
+            read_yaml(stage.dep("conf/overrides.yaml")) or {}, flatten(plain(params))
+        ),
         "versions": versions,
         "stages": {
             n: e.get("desc", "") for n, e in read_yaml(stage.root / "dvc.yaml")["stages"].items()
@@ -58,6 +69,18 @@ def gather(params: Params, stage: Stage) -> dict[str, Any]:
         **of_models(params, stage),
         **of_results(stage),
         **findings.decoding(plain(params.generation.settings)),
+    }
+
+
+def of_language(code: str, params: Params, stage: Stage) -> dict[str, Any]:
+    """What each language shows with words of its own: a sentence in tokens, a conversation in templates."""
+    tokenizer = Tokenizer.from_file(str(stage.dep("data/models/tokenizer") / "tokenizer.json"))
+    records = tokens.first_records(stage.dep("data/raw") / "train.parquet")
+    return {
+        "sentence": tokens.sentence(tokenizer, records, code),
+        "families": families.render_all(
+            stage.dep("conf/chat_template"), CONTENTS[code], params.chat_template.date_string
+        ),
     }
 
 
@@ -94,7 +117,11 @@ def of_models(params: Params, stage: Stage) -> dict[str, Any]:
         "config": config,
         "quantization": read_json(stage.dep("reports/quantization.json")),
         "layer_errors": read_csv(stage.dep("reports/quantization_error.csv")),
+        "levels": levels.four_bit_levels(base, stage.dep("data/models/quantized")),
         "train": train,
+        "learned": findings.learned_from(
+            train, read_json(stage.dep("reports/format.json"))["splits"]["train"]["num_records"]
+        ),
         "used": train["used"],
         **findings.adapter(stage.dep(saved.FOLDER)),
         "history": history,
@@ -106,15 +133,21 @@ def of_models(params: Params, stage: Stage) -> dict[str, Any]:
 def of_results(stage: Stage) -> dict[str, Any]:
     base = read_json(stage.dep("reports/evaluation_base.json"))
     evaluation = read_json(stage.dep("reports/evaluation.json"))
-    base_file = stage.dep("reports/predictions_base.parquet")
-    tuned_file = stage.dep("reports/predictions.parquet")
+    records = findings.test_records(
+        {
+            "base": stage.dep("reports/predictions_base.parquet"),
+            "nearest": stage.dep("reports/predictions_nearest.parquet"),
+            "tuned": stage.dep("reports/predictions.parquet"),
+        }
+    )
     messages = findings.conversations(stage.dep("data/raw") / "test.parquet")
-    scores = findings.scores(base, evaluation)
+    scores = findings.scores(base, evaluation, records)
     lines = read_lines(stage.dep("reports/samples.jsonl"))
     probabilities = read_csv(stage.dep("reports/next_token.csv"))
     return {
         "scores": scores,
-        "answers": findings.answers(base_file, tuned_file, messages, scores["headline"]),
+        "answers": findings.answers(records, messages, scores["headline"], LANGUAGES),
+        "answer_losses": read_csv(stage.dep("reports/answer_loss.csv")),
         "samples": findings.samples(lines, read_json(stage.dep("reports/samples.json"))),
         "probabilities": probabilities,
         "favourites": findings.favourites(probabilities),
@@ -126,8 +159,20 @@ def draw(facts: dict[str, Any], specs: dict[str, StageSpec], language: Language)
     words: Callable[[str], str] = lambda key: str(language.say(f"plots.{key}"))  # noqa: E731
     number, percent = language.numbers.general, language.numbers.percent
     scores = facts["scores"]
-    kinds = [r for r in scores["groups"].get("kind", []) if r["tuned"] and scores["is_share"]]
-    kinds = [{**row, "label": label_of(row["label"], language)} for row in kinds]
+    parts = scores["groups"][scores["drawn_group"]] if scores["drawn_group"] else []
+    kinds = [
+        {**row, "label": label_of(row["label"], language)}
+        for row in parts
+        if row["tuned"] and scores["is_share"]
+    ]
+    distances = [
+        {
+            **row,
+            "label": f"{number(row['low'])}–{number(row['high'])}, n = {row['num_records']}",
+        }
+        for row in scores["by_similarity"]
+        if scores["is_share"]
+    ]
     history, validation = facts["history"], facts["validation"]
     figures = {
         "dag": pipeline.draw(specs),
@@ -137,6 +182,12 @@ def draw(facts: dict[str, Any], specs: dict[str, StageSpec], language: Language)
         figures["learning_rate"] = plots.learning_rate(history, words, number)
     if kinds:
         figures["kinds"] = plots.shares(kinds, words, percent)
+    if distances:
+        figures["distances"] = plots.shares(distances, words, percent)
+    if facts["answer_losses"]:
+        figures["answer_loss"] = plots.answer_loss(facts["answer_losses"], words, number)
+    if facts["levels"]:
+        figures["levels"] = plots.levels(facts["levels"], words, percent)
     if facts["layer_errors"]:
         figures["layer_errors"] = plots.layer_errors(facts["layer_errors"], words, number)
     if facts["lengths"]:

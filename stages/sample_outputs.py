@@ -2,7 +2,8 @@
 
 Reads   data/composed, data/formatted, data/models/adapter, data/models/quantized, data/models/tokenizer,
         data/raw (test)
-Writes  reports/samples.jsonl, reports/samples.md, reports/samples.json, reports/next_token.csv
+Writes  reports/samples.jsonl, reports/samples.md, reports/samples.json, reports/next_token.csv,
+        reports/answer_loss.csv
 Params  evaluation.metrics, generation, hardware, model
 
 The travelling record at its end, in samples.jsonl:
@@ -40,7 +41,7 @@ from capas.prompts import (
     held_out_prompts,
     own_prompts,
 )
-from capas.records import FORMATTED, RAW, read_records
+from capas.records import FORMATTED, IGNORE_INDEX, RAW, read_records
 from capas.stage import Stage, log, run
 from capas.vocabulary import check_ids
 
@@ -51,6 +52,7 @@ Row = dict[str, Any]
 COMPOSED, DATA, TOKENIZER = "data/composed", "data/formatted", "data/models/tokenizer"
 MODELS = ("base", "tuned")
 COLUMNS = ("setting", "model", "token", "probability")  # of reports/next_token.csv
+LOSS_COLUMNS = ("record_id", "token", *MODELS)  # of reports/answer_loss.csv
 NUM_TOKENS = 8  # of a next-token distribution
 
 
@@ -79,6 +81,7 @@ def main(params: Params, stage: Stage) -> None:
     place, probabilities = models.look_inside(
         prompts[0], right.prompt_ids(prompts[0].messages, prompts[0].tools)
     )
+    losses = models.losses(record) if (record := record_of(prompts[0], stage)) else []
 
     write_lines(rows + wrong_rows, stage)
     scorer = Scorer(params.evaluation.metrics, stage.dep(f"{COMPOSED}/metrics.json"))
@@ -86,6 +89,7 @@ def main(params: Params, stage: Stage) -> None:
     facts = summarize(rows, wrong_rows, place, params.generation, scorer, questions)
     write_json(stage.out("reports/samples.json"), facts)
     write_csv(stage.out("reports/next_token.csv"), COLUMNS, probabilities)
+    write_csv(stage.out("reports/answer_loss.csv"), LOSS_COLUMNS, losses)
     stage.out("reports/samples.md").write_text(
         to_markdown(prompts, rows + wrong_rows), encoding="utf-8"
     )
@@ -147,6 +151,27 @@ class Models:
         }
         return place, rows
 
+    def losses(self, record: Row) -> list[Row]:
+        """Return the loss of each token of a record's last trained answer under both models, in nats.
+
+        Args:
+            record: of data/formatted.
+        """
+        import torch
+
+        start, end = last_trained(record["labels"])
+        before, answer = record["input_ids"][:start], record["input_ids"][start:end]
+        found = {}
+        for which in MODELS:
+            probabilities = self._logits(which, before, answer)[:-1].log_softmax(dim=-1)
+            picked = probabilities.gather(1, torch.tensor(answer)[:, None])
+            found[which] = (-picked[:, 0]).tolist()
+        return [
+            {"record_id": record["id"], "token": self._decode([token])}
+            | {which: found[which][i] for which in MODELS}
+            for i, token in enumerate(answer)
+        ]
+
     def _complete(self, which: str, ids: list[int], **settings: Any) -> list[list[int]]:
         from capas.generation import complete, generation_config
 
@@ -197,6 +222,18 @@ def choose_prompts(generation: Params, stage: Stage) -> list[Prompt]:
         return own_prompts(requests, system, TEXT if is_text else "user")
     ids = [record["id"] for record in test_records(stage)]
     return held_out_prompts(raw, ids, generation.num_prompts)
+
+
+def record_of(prompt: Prompt, stage: Stage) -> Row | None:
+    """Return the formatted test record of a prompt; a request of the user's own has none."""
+    return next((r for r in test_records(stage) if r["id"] == prompt.prompt_id), None)
+
+
+def last_trained(labels: list[int]) -> tuple[int, int]:
+    """Return the first position of the last run of trained tokens, and the position after it."""
+    end = max(i for i, label in enumerate(labels) if label != IGNORE_INDEX) + 1
+    before = (i for i in range(end - 1, -1, -1) if labels[i] == IGNORE_INDEX)
+    return next(before, -1) + 1, end
 
 
 def test_records(stage: Stage) -> Iterator[Row]:

@@ -81,6 +81,8 @@ def _made(
 def _write_workspace(root: Path, overrides: tuple[str, ...], **texts: str) -> None:
     shutil.copy(REPOSITORY / "dvc.yaml", root / "dvc.yaml")
     shutil.copytree(REPOSITORY / "capas", root / "capas", ignore=shutil.ignore_patterns("*.pyc"))
+    shutil.copytree(REPOSITORY / "conf/chat_template", root / "conf/chat_template")
+    _write(root / "conf/overrides.yaml", "# Nothing overridden.\n")
     (root / "stages").mkdir(exist_ok=True)
     params = composed(overrides)
     _write(root / "params.yaml", composed_text(overrides))
@@ -303,6 +305,7 @@ def _train(key: str) -> dict[str, Any]:
         "train_key": key,
         "num_steps": 100,
         "global_batch_size": 16,
+        "packing": None,
         "num_epochs": 4.0,
         "num_train_tokens": 2880,
         "num_supervised_tokens": 900,
@@ -389,6 +392,16 @@ def _predictions(root: Path, records: list[dict[str, Any]], metrics: list[str]) 
                 }
             )
         _parquet(root / f"reports/{name}.parquet", rows)
+    copied = [
+        {k: v for k, v in row.items() if k not in ("loss", "token_accuracy")}
+        | {"nearest_id": "r000", "similarity": (0.95, 0.7, 0.3)[i % 3]}
+        | {name_of(metric): _score(metric, False, i) for metric in metrics}
+        for i, row in enumerate(rows)
+    ]
+    schema = pa.Table.from_pylist(copied).schema
+    kept = copied if metrics else []
+    file = root / "reports/predictions_nearest.parquet"
+    pq.write_table(pa.Table.from_pylist(kept, schema=schema), file)
 
 
 def _score(metric: str, right: bool, i: int) -> float | bool:
@@ -431,6 +444,8 @@ def _samples(
     summary = {"metric": name_of(metrics[0]) if metrics else None, "settings": summary}
     facts = {**summary, "wrong_template": wrong_row, "next_token": position}
     _json(root / "reports/samples.json", facts)
+    losses = [(record["id"], token, 3.0, 0.1) for token in ('{"', "$a_b$", "<|im_end|>")]
+    _csv(root / "reports/answer_loss.csv", "record_id,token,base,tuned", losses)
     rows = [
         (setting, model, token["token"], 1 / 2 ** (i + 1))
         for setting in ("unchanged", *(name for name in settings if name != "greedy"))

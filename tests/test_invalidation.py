@@ -66,6 +66,7 @@ EXPECTED: dict[str, list[str]] = {
 
 INSIDE = {  # a file of each folder that is a dep
     "conf": "conf/trainer/_base.yaml",
+    "conf/chat_template": "conf/chat_template/qwen.yaml",
     "data/own": "data/own/mine.jsonl",
     "capas/page/mask": "capas/page/mask/es.yaml",
 }
@@ -73,6 +74,8 @@ INSIDE = {  # a file of each folder that is a dep
 FILES: dict[str, list[str]] = {
     "requirements.lock": ["compose"],
     "conf": ["compose"],
+    "conf/chat_template": ["compose", "report"],
+    "conf/overrides.yaml": ["compose", "report"],
     "data/composed/chat_template.jinja": ["format"],
     "data/composed/harness.json": ["evaluate"],
     "data/composed/metrics.json": ["evaluate_base", "evaluate", "sample"],
@@ -92,11 +95,11 @@ FILES: dict[str, list[str]] = {
     "data/formatted": [*READ_MODEL, "report", "publish"],
     "data/models/base": ["quantize", "evaluate_base", "report"],
     "data/models/initial_adapter": ["train"],
-    "data/models/quantized": [*READ_MODEL, "publish"],
+    "data/models/quantized": [*READ_MODEL, "report", "publish"],
     "data/models/adapter": ["evaluate", "sample", "report", "publish"],
     "reports/evaluation_base.json": ["evaluate", "report", "publish"],
     "reports/predictions_base.parquet": ["evaluate", "report", "publish"],
-    "reports/predictions_nearest.parquet": ["evaluate"],
+    "reports/predictions_nearest.parquet": ["evaluate", "report"],
     "reports/certificate.json": ["publish"],
     "reports/evaluation.json": ["report", "publish"],
     "reports/format.json": ["report", "publish"],
@@ -108,6 +111,7 @@ FILES: dict[str, list[str]] = {
     "reports/validation.csv": ["report", "publish"],
     "reports/lengths.csv": ["report"],
     "reports/next_token.csv": ["report"],
+    "reports/answer_loss.csv": ["report"],
     "reports/quantization_error.csv": ["report"],
     "reports/samples.json": ["report"],
     "reports/samples.md": ["publish"],

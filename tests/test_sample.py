@@ -9,9 +9,11 @@ import pytest
 import torch
 from conftest import stored
 from tiny import make_model, read_json, run_stage, write_workspace
+from transformers import AutoModelForCausalLM
 
 from capas.generation import generation_config, next_token_probabilities
 from capas.prompts import Prompt, first_system_message, held_out_prompts, own_prompts
+from capas.records import FORMATTED, read_records
 from stages import sample_outputs, train_lora
 
 
@@ -59,8 +61,33 @@ def test_next_token_before_and_after(sampled: Path) -> None:
     assert sum(tuned["top_k"]) == pytest.approx(1) and tuned["top_k"][5:] == [0, 0, 0]
 
 
+def test_the_losses_of_an_answer_are_those_that_evaluation_averages(sampled: Path) -> None:
+    """Token by token, the end token included; their mean is the loss of the whole record."""
+    rows = list(csv.DictReader((sampled / "reports/answer_loss.csv").open()))
+    record = next(
+        record
+        for record in read_records(sampled / "data/formatted/test.parquet", FORMATTED)
+        if record["id"] == rows[0]["record_id"]
+    )
+    start, end = sample_outputs.last_trained(record["labels"])
+    assert len(rows) == end - start and rows[-1]["token"] == "<|im_end|>"
+    model = AutoModelForCausalLM.from_pretrained(sampled / "data/models/base")
+    labels = [-100] * start + record["input_ids"][start:end]
+    with torch.inference_mode():
+        whole = model(torch.tensor([record["input_ids"][:end]]), labels=torch.tensor([labels])).loss
+    base = sum(float(row["base"]) for row in rows) / len(rows)
+    assert base == pytest.approx(float(whole), rel=1e-4)
+    assert all(float(row["tuned"]) > 0 for row in rows)
+    assert [row["tuned"] for row in rows] != [row["base"] for row in rows]
+
+
+def test_the_last_answer_of_several_is_found() -> None:
+    assert sample_outputs.last_trained([-100, 5, 6, -100, -100, 7, 8, -100]) == (5, 7)
+    assert sample_outputs.last_trained([5, 6]) == (0, 2)
+
+
 def test_second_run_writes_the_same_bytes(sampled: Path) -> None:
-    names = ("samples.jsonl", "samples.md", "samples.json", "next_token.csv")
+    names = ("samples.jsonl", "samples.md", "samples.json", "next_token.csv", "answer_loss.csv")
     before = [(sampled / "reports" / name).read_bytes() for name in names]
     run_stage("sample", sample_outputs.main, sampled)
     assert [(sampled / "reports" / name).read_bytes() for name in names] == before

@@ -7,7 +7,8 @@ A number that a run does not have (no completions generated, nothing quantized) 
 import json
 import math
 from collections import Counter
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -17,12 +18,16 @@ import pyarrow.parquet as pq
 from capas import saved
 from capas.facts import read_json
 from capas.metrics.names import headline
-from capas.page.intervals import wilson_interval
+from capas.metrics.nearest import distance_group
+from capas.page.intervals import mean_interval
 from capas.page.neighbours import read_header
+from capas.params import flatten
 from capas.records import before_last_answer
 
 Row = dict[str, Any]
 NUM_WRONG = 6  # answers shown
+MAX_PARTS = 12  # of the test split in one plot
+SIMILARITIES = (0.0, 0.2, 0.4, 0.6, 0.8)  # where the bins of the plot over distance begin
 
 
 def read_csv(file: Path) -> list[Row]:
@@ -47,27 +52,82 @@ def changes(splits: Mapping[str, Row]) -> dict[str, int]:
     return {name: count for name, count in counts.items() if count}
 
 
-def scores(base: Row, evaluation: Row) -> dict[str, Any]:
-    """Base, copied answers and tuned side by side; `groups` holds every part of the test split.
+def learned_from(train: Row, num_records: int) -> Row:
+    """Return how many training records the steps covered, and whether that is all of them."""
+    seen = train["num_steps"] * train["global_batch_size"]
+    if train["packing"]:  # a row of a batch holds several records
+        seen = round(num_records * train["num_epochs"])
+    return {"num_records": min(seen, num_records), "is_all": seen >= num_records}
+
+
+def overridden(overrides: Row, flat_params: Row) -> list[str]:
+    """Return the parameters that conf/overrides.yaml sets, by dotted key; a choice is its `preset`."""
+    chosen = [
+        key for entry in overrides.get("defaults") or [] if isinstance(entry, dict) for key in entry
+    ]
+    presets = [f"{key.removeprefix('override /')}.preset" for key in chosen]
+    set_there = flatten({key: value for key, value in overrides.items() if key != "defaults"})
+    return [key for key in (*presets, *set_there) if key in flat_params]
+
+
+def test_records(files: Mapping[str, Path]) -> list[Row]:
+    """Return a row for each test record: its parts of the split, its similarity and every model's row.
+
+    Args:
+        files: {base, nearest and tuned: their predictions}; `nearest` is empty where nothing was generated.
+    """
+    found = {m: {row["id"]: row for row in pq.read_table(f).to_pylist()} for m, f in files.items()}
+    rows = []
+    for name, tuned in found["tuned"].items():
+        parts = {key: str(value) for key, value in json.loads(tuned["metadata"]).items()}
+        similarity = found["nearest"].get(name, {}).get("similarity")
+        if similarity is not None:
+            parts["distance"] = distance_group(similarity)
+        models = {model: of[name] for model, of in found.items() if name in of}
+        rows.append({"id": name, "parts": parts, "similarity": similarity, "models": models})
+    return rows
+
+
+def scores(base: Row, evaluation: Row, records: Sequence[Row]) -> dict[str, Any]:
+    """Return base, copied answers and tuned side by side; `groups` holds every part of the test split.
 
     `is_share`: the headline lies between 0 and 1, so that it can be a percentage and have an interval.
+    `graded`: some of its scores lie between 0 and 1.
+
+    Args:
+        records: of `test_records`.
     """
-    tuned, confidence = evaluation["tuned"], evaluation["confidence_fraction"]
-    metrics, shares = evaluation["metrics"], evaluation["shares"]
+    tuned, metrics, shares = evaluation["tuned"], evaluation["metrics"], evaluation["shares"]
     name, nearest = headline(metrics), base["nearest"]
     models = {"base": base, **({"nearest": nearest} if nearest else {}), "tuned": tuned}
+    interval = _Interval(
+        name, name in shares, evaluation["confidence_fraction"], evaluation["bootstrap_resamples"]
+    )
 
-    def compared(parts: Mapping[str, Row]) -> Row:
-        found = {m: _score(part, name, name in shares, confidence) for m, part in parts.items()}
+    def compared(parts: Mapping[str, Row], within: Sequence[Row]) -> Row:
+        found = {
+            model: interval.around(
+                part, [r["models"][model] for r in within if model in r["models"]]
+            )
+            for model, part in parts.items()
+        }
         return {**found, "num_records": parts["tuned"]["num_records"]}
 
     groups = {
         group: [
-            {"label": label, **compared({m: of["by"][group][label] for m, of in models.items()})}
+            {
+                "label": label,
+                **compared(
+                    {model: of["by"][group][label] for model, of in models.items()},
+                    [r for r in records if r["parts"].get(group) == label],
+                ),
+            }
             for label in parts
         ]
         for group, parts in tuned["by"].items()
     }
+    plotted = (group for group in ("kind", "function", *groups) if group in groups)
+    drawn = next((g for g in plotted if g != "distance" and 1 < len(groups[g]) <= MAX_PARTS), None)
     return {
         "base": base,
         "tuned": tuned,
@@ -77,29 +137,79 @@ def scores(base: Row, evaluation: Row) -> dict[str, Any]:
         "is_share": name in shares,
         "nearest": nearest,
         "over_nearest": evaluation["difference_to_nearest"].get(name),
-        "overall": compared(models),
+        "overall": compared(models, records),
         "groups": groups,
+        "drawn_group": drawn,
+        "by_similarity": interval.by_similarity(records, list(models)),
+        "graded": any(r["models"]["tuned"].get(name) not in (0, 1, None) for r in records),
         "difference": evaluation["difference"],
-        "confidence": confidence,
+        "confidence": evaluation["confidence_fraction"],
         "power": evaluation["power_fraction"],
         "resamples": evaluation["bootstrap_resamples"],
         "generated": bool(metrics),
         "general": evaluation["general"],
         "harness": evaluation.get("harness"),
-        "gate": evaluation["gate"],
+        "gate": {
+            **evaluation["gate"],
+            "checks": [{**c, "digits": _digits(c)} for c in evaluation["gate"]["checks"]],
+        },
     }
 
 
-def _score(
-    part: Row, name: str, is_share: bool, confidence: float
-) -> tuple[float, float | None, float | None] | None:
-    """(score, low, high). Wilson's interval is that of right or wrong: too wide for scores in between."""
-    score, num_records = part.get(name), part["num_records"]
-    if score is None or not num_records:
-        return None
-    if not is_share:
-        return score, None, None
-    return (score, *wilson_interval(score * num_records, num_records, confidence))
+def _digits(check: Row) -> int:
+    """Return how many decimals of a percentage keep a value apart from its limit: 89.96 % is not 90.0 %."""
+    value, limit = check["value"], check["limit"]
+    if value is None or limit is None or value == limit:
+        return 1
+    shown = (d for d in range(1, 7) if f"{100 * value:.{d}f}" != f"{100 * limit:.{d}f}")
+    return next(shown, 7)
+
+
+@dataclass(frozen=True)
+class _Interval:
+    """Intervals of the metric `name`."""
+
+    name: str
+    is_share: bool
+    confidence: float
+    resamples: int
+
+    def around(
+        self, part: Row, rows: Sequence[Row]
+    ) -> tuple[float, float | None, float | None] | None:
+        """Return (score, low, high) of a part of the split; None where it has no score."""
+        score = part.get(self.name)
+        if score is None or not part["num_records"]:
+            return None
+        values = [float(row[self.name]) for row in rows]
+        if not (self.is_share and values):
+            return score, None, None
+        low, high = mean_interval(values, self.confidence, self.resamples)
+        return score, min(low, score), max(high, score)  # the score was rounded when it was written
+
+    def by_similarity(self, records: Sequence[Row], models: Sequence[str]) -> list[Row]:
+        """Return a row for each bin of similarity to the training split that holds a record."""
+        measured = [r for r in records if r["similarity"] is not None]
+        found = []
+        for low, high in zip(SIMILARITIES, (*SIMILARITIES[1:], None), strict=True):
+            within = [
+                r
+                for r in measured
+                if low <= r["similarity"] and (high is None or r["similarity"] < high)
+            ]
+            if not within:
+                continue
+            row: Row = {
+                "low": low,
+                "high": 1.0 if high is None else high,
+                "num_records": len(within),
+            }
+            for model in models:
+                rows = [r["models"][model] for r in within]
+                mean = sum(float(r[self.name]) for r in rows) / len(rows)
+                row[model] = self.around({self.name: mean, "num_records": len(rows)}, rows)
+            found.append(row)
+        return found
 
 
 def origin(source: Row) -> dict[str, Any]:
@@ -118,45 +228,53 @@ def origin(source: Row) -> dict[str, Any]:
 
 
 def answers(
-    base_file: Path, tuned_file: Path, messages: Mapping[str, list[Row]], metric: str
+    records: Sequence[Row], messages: Mapping[str, list[Row]], metric: str, languages: Iterable[str]
 ) -> dict[str, Any]:
-    """The first test record that the tuned model gets right, and one that it gets wrong of each kind.
+    """Return test records with both answers: an example in each language, and some that are wrong.
 
-    Where scores lie in between (`graded`): the first that it answers better than the base, and the lowest.
+    The example is the first record that the tuned model gets right; wrong ones are one of each kind. Where
+    scores lie in between (`graded`): the first that it answers better than the base, and the lowest.
     """
-    base = {row["id"]: row for row in pq.read_table(base_file).to_pylist()}
-    rows = [
-        {
-            **json.loads(row["metadata"]),
-            "messages": messages[row["id"]],
-            "reference": row["reference"],
-            "base": base[row["id"]]["completion"],
-            "tuned": row["completion"],
-            "score": row[metric],
-            "right": row[metric] == 1,
-            "gain": row[metric] - base[row["id"]][metric],
-        }
-        for row in pq.read_table(tuned_file).to_pylist()
-        if row["completion"] is not None and row["id"] in base and row["id"] in messages
-    ]
-    if any(row["score"] not in (0, 1) for row in rows):
-        return _graded(rows)
-    example = next((row for row in rows if row["right"]), rows[0] if rows else None)
+    rows = []
+    for record in records:
+        base, tuned = (record["models"].get(model) for model in ("base", "tuned"))
+        if base is None or tuned["completion"] is None or record["id"] not in messages:
+            continue
+        rows.append(
+            {
+                "kind": record["parts"].get("kind"),
+                "language": record["parts"].get("language"),
+                "messages": messages[record["id"]],
+                "reference": tuned["reference"],
+                "base": base["completion"],
+                "tuned": tuned["completion"],
+                "score": tuned[metric],
+                "right": tuned[metric] == 1,
+                "gain": tuned[metric] - base[metric],
+            }
+        )
+    graded = any(row["score"] not in (0, 1) for row in rows)
+    if graded:
+        for row in rows:
+            row["right"] = row["gain"] > 0
+    examples = {code: _example(rows, code) for code in languages}
+    if graded:
+        lowest = sorted(rows, key=lambda row: float(row["score"]))[:NUM_WRONG]
+        return {"examples": examples, "wrong": lowest, "num_wrong": len(rows), "graded": True}
     wrong = [row for row in rows if not row["right"]]
     first: dict[Any, Row] = {}
     for row in wrong:
         first.setdefault(row.get("kind"), row)
     shown = list(first.values()) if len(first) > 1 else wrong[:NUM_WRONG]
-    found = {"example": example, "wrong": shown[:NUM_WRONG], "num_wrong": len(wrong)}
+    found = {"examples": examples, "wrong": shown[:NUM_WRONG], "num_wrong": len(wrong)}
     return {**found, "graded": False}
 
 
-def _graded(rows: list[Row]) -> dict[str, Any]:
-    for row in rows:
-        row["right"] = row["gain"] > 0
-    example = next((row for row in rows if row["right"]), rows[0])
-    lowest = sorted(rows, key=lambda row: float(row["score"]))[:NUM_WRONG]
-    return {"example": example, "wrong": lowest, "num_wrong": len(rows), "graded": True}
+def _example(rows: Sequence[Row], language: str) -> Row | None:
+    """Return the first right record, in this language where one is; else the first record."""
+    right = [row for row in rows if row["right"]] or list(rows)
+    spoken = (row for row in right if row["language"] == language)
+    return next(spoken, right[0] if right else None)
 
 
 def conversations(file: Path) -> dict[str, list[Row]]:

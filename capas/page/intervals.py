@@ -1,7 +1,30 @@
-"""Confidence intervals of a share."""
+"""Confidence intervals of a mean over records."""
 
 import math
+from collections.abc import Sequence
 from statistics import NormalDist
+
+from capas.metrics.comparison import paired_difference
+
+
+def mean_interval(
+    scores: Sequence[float], confidence: float, resamples: int
+) -> tuple[float, float]:
+    """Return the interval of a mean: Wilson's where each score is 0 or 1, else the percentile bootstrap's.
+
+    Args:
+        scores: [records], one at least.
+        confidence: for example 0.95.
+
+    Source: B. Efron, "Bootstrap methods: another look at the jackknife", Annals of Statistics 7 (1979).
+    """
+    if all(score in (0, 1) for score in scores):
+        return wilson_interval(sum(scores), len(scores), confidence)
+    found = paired_difference(
+        [0.0] * len(scores), scores, [1.0] * len(scores),
+        resamples=resamples, confidence_fraction=confidence, seed=0,
+    )  # fmt: skip
+    return found["low"], found["high"]
 
 
 def wilson_interval(num_right: float, num_records: int, confidence: float) -> tuple[float, float]:

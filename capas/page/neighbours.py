@@ -1,11 +1,14 @@
-"""Nearest neighbours in a model's embedding, read from its safetensors without torch.
+"""Numbers of a model's safetensors, read without torch, and the nearest neighbours in its embedding.
 
 safetensors' numpy reader refuses bfloat16, which most models are stored in; the file format (a
 length, a JSON header, the raw numbers) is simple enough to map it: https://github.com/huggingface/safetensors
 """
 
 import json
+import math
 from collections.abc import Sequence
+from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -14,41 +17,75 @@ from numpy.typing import NDArray
 
 from capas.facts import read_json
 
-_DTYPES = {"F32": "<f4", "F16": "<f2", "BF16": "<u2"}
+_DTYPES = {"F32": "<f4", "F16": "<f2", "BF16": "<u2", "U8": "u1"}
 _CHUNK_ROWS = 8192
 
 
+@dataclass(frozen=True)
+class Tensor:
+    """A tensor of a safetensors file; its numbers are read where they are needed."""
+
+    file: Path
+    dtype: str
+    shape: tuple[int, ...]
+    start: int  # in the file, in bytes
+
+    @property
+    def size(self) -> int:
+        return math.prod(self.shape)
+
+    @cached_property
+    def raw(self) -> NDArray[Any]:
+        """The numbers as they are stored, mapped: [rows, ...]."""
+        return np.memmap(self.file, _DTYPES[self.dtype], "r", self.start, self.shape)
+
+    def flat(self, count: int | None) -> NDArray[Any]:
+        """Return the first `count` numbers, or all: bytes as they are, others as float32."""
+        return self.as_float(self.raw.reshape(-1)[:count])
+
+    def as_float(self, stored: Any) -> NDArray[Any]:
+        """Return numbers of this tensor as float32; bytes stay bytes."""
+        numbers = np.asarray(stored)
+        if self.dtype == "BF16":
+            return (numbers.astype(np.uint32) << 16).view(np.float32)
+        return numbers if self.dtype == "U8" else numbers.astype(np.float32)
+
+
+def tensors(folder: Path) -> dict[str, Tensor]:
+    """Return the tensors of a model folder by name, of those kinds that can be read."""
+    found = {}
+    for file in sorted(folder.glob("*.safetensors")):
+        header, start = read_header(file)
+        for name, entry in sorted(header.items()):
+            if entry["dtype"] in _DTYPES:
+                place = start + entry["data_offsets"][0]
+                found[name] = Tensor(file, entry["dtype"], tuple(entry["shape"]), place)
+    return found
+
+
 class Embedding:
-    """The token embedding of a model folder; rows are read where they are needed.
+    """The token embedding of a model folder.
 
     `shape` is (vocabulary size, hidden size).
     """
 
-    def __init__(self, file: Path, name: str, entry: dict[str, Any], start: int) -> None:
-        self.name = name
-        self.shape: tuple[int, int] = tuple(entry["shape"])
-        self._bfloat16 = entry["dtype"] == "BF16"
-        offset = start + entry["data_offsets"][0]
-        self._rows = np.memmap(file, _DTYPES[entry["dtype"]], "r", offset, self.shape)
+    def __init__(self, name: str, table: Tensor) -> None:
+        self.name, self._table = name, table
+        self.shape = table.shape
 
     @classmethod
     def find(cls, folder: Path) -> "Embedding | None":
-        """The first tensor of shape (vocab_size, ...) that is an input embedding; None if there is none."""
+        """Return the first tensor of shape (vocab_size, ...) that is an input embedding; None without one."""
         vocab_size = read_json(folder / "config.json").get("vocab_size")
-        for file in sorted(folder.glob("*.safetensors")):
-            header, start = read_header(file)
-            for name, entry in sorted(header.items()):
-                is_table = len(entry["shape"]) == 2 and entry["shape"][0] == vocab_size
-                if is_table and "lm_head" not in name and entry["dtype"] in _DTYPES:
-                    return cls(file, name, entry, start)
+        for name, tensor in tensors(folder).items():
+            is_table = len(tensor.shape) == 2 and tensor.shape[0] == vocab_size
+            if is_table and "lm_head" not in name and tensor.dtype != "U8":
+                return cls(name, tensor)
         return None
 
     def rows(self, index: Any) -> NDArray[np.float32]:
-        """Rows as float32: shape (number of rows, hidden size)."""
-        rows = np.asarray(self._rows[index])
-        if self._bfloat16:
-            return (rows.astype(np.uint32) << 16).view(np.float32)
-        return rows.astype(np.float32)
+        """Return rows as float32: [number of rows, hidden size]."""
+        return self._table.as_float(self._table.raw[index])
 
     def neighbours(self, token_id: int, others: Sequence[int], k: int) -> list[tuple[int, float]]:
         """The k tokens among `others` whose rows have the largest cosine with that of `token_id`."""

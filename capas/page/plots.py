@@ -3,7 +3,8 @@
 `words` translates a label; `number` writes a tick as the page's language does.
 """
 
-from collections.abc import Callable, Mapping, Sequence
+import itertools
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from itertools import groupby, pairwise
 from typing import Any
 
@@ -24,6 +25,8 @@ Number = Callable[[float], str]
 UNCHANGED = "unchanged"  # the setting of reports/next_token.csv that is none
 WIDTH = 5.2  # inches: on a phone, text of this figure is as large as the text around it
 LABELS = 1.3  # inches of it that long labels take
+NUM_COLUMNS = 3  # of settings beside each other
+MAX_TOKENS = 60  # of an answer whose losses are drawn
 MARKERS = {"base": "o", "nearest": "s", "tuned": "D"}  # a shape besides a colour
 COLOURS = {"base": BASE, "nearest": ACCENT, "tuned": TUNED}
 
@@ -120,6 +123,55 @@ def layer_errors(rows: Sequence[Row], words: Words, number: Number) -> Figure:
     return figure
 
 
+def levels(found: Mapping[str, Any], words: Words, percent: str) -> Figure:
+    """Weights of one layer, divided by the largest of their block: before, and at the levels of 4 bits.
+
+    Args:
+        found: of `capas.page.levels.four_bit_levels`.
+    """
+    with drawing():
+        figure = Figure(figsize=(WIDTH, 3.0))
+        above, below = figure.subplots(2, 1, sharex=True)
+        edges = found["edges"]
+        above.stairs(found["before"], edges, fill=True, color=BASE)
+        below.vlines(found["levels"], 0, found["after"], color=TUNED, lw=2)
+        below.plot(found["levels"], found["after"], MARKERS["tuned"], ms=5, color=TUNED)
+        for axes, key in ((above, "weights_before"), (below, "weights_after")):
+            axes.set_title(words(key), loc="left", color=FAINT, fontsize=9)
+            axes.set_ylim(bottom=0)
+            axes.grid(axis="y")
+            axes.yaxis.set_major_locator(MaxNLocator(3))
+            axes.yaxis.set_major_formatter(PercentFormatter(1, decimals=0, symbol=percent))
+        below.set_xlabel(words("relative_weight"))
+        figure.subplots_adjust(hspace=0.35)
+    return figure
+
+
+def answer_loss(rows: Sequence[Row], words: Words, number: Number) -> Figure:
+    """Loss of each token of one answer, base beside tuned.
+
+    Rows: {token, base, tuned}, the losses in nats.
+    """
+    shown = rows[:MAX_TOKENS]
+    with drawing():
+        figure, axes = _axes(max(WIDTH, 0.17 * len(shown)), 2.6)
+        places = range(len(shown))
+        for model, shift in (("base", -0.2), ("tuned", 0.2)):
+            heights = [row[model] for row in shown]
+            axes.bar(
+                [x + shift for x in places], heights, 0.4, color=COLOURS[model], label=words(model)
+            )
+        axes.set_xticks(places, [visible(row["token"]) for row in shown], rotation=90)
+        axes.tick_params(axis="x", length=0, labelcolor=INK, labelsize=8)
+        axes.set_xlim(-0.8, len(shown) - 0.2)
+        axes.set_ylabel(words("loss"))
+        axes.grid(axis="y")
+        axes.yaxis.set_major_locator(MaxNLocator(4))
+        axes.yaxis.set_major_formatter(FuncFormatter(lambda value, _: number(value)))
+        axes.legend(loc="lower right", bbox_to_anchor=(1.0, 1.0), ncols=2)
+    return figure
+
+
 def lengths(rows: Sequence[Row], words: Words, number: Number) -> Figure:
     """How many records have how many tokens, one small histogram for every split."""
     splits = {split: list(group) for split, group in groupby(rows, key=lambda row: row["split"])}
@@ -144,23 +196,32 @@ def lengths(rows: Sequence[Row], words: Words, number: Number) -> Figure:
 
 
 def next_token(rows: Sequence[Row], words: Words, percent: str) -> Figure:
-    """Probabilities of the next token under each setting (columns), for each model (rows)."""
+    """Draw the probabilities of the next token: a column for each setting, a row for each model."""
     settings = list(dict.fromkeys(row["setting"] for row in rows))
     models = list(dict.fromkeys(row["model"] for row in rows))
+    lines = list(batched(settings, NUM_COLUMNS))
     with drawing():
-        figure = Figure(figsize=(1.35 * len(settings) + 1.0, 2.1 * len(models)))
-        grid = figure.subplots(len(models), len(settings), sharex=True, squeeze=False)
-        for line, model in zip(grid, models, strict=True):
-            for i, (axes, setting) in enumerate(zip(line, settings, strict=True)):
-                chosen = [r for r in rows if r["setting"] == setting and r["model"] == model]
+        figure = Figure(figsize=(WIDTH, 1.9 * len(models) * len(lines)))
+        grid = figure.subplots(len(models) * len(lines), NUM_COLUMNS, sharex=True, squeeze=False)
+        for number, (chunk, model) in enumerate(itertools.product(lines, models)):
+            for i, axes in enumerate(grid[number]):
+                if i >= len(chunk):
+                    axes.axis("off")
+                    continue
+                chosen = [r for r in rows if r["setting"] == chunk[i] and r["model"] == model]
                 _probabilities(axes, chosen, COLOURS[model], percent, labelled=i == 0)
                 if model == models[0]:
-                    title = words(setting) if setting == UNCHANGED else setting
-                    short = title if len(title) < 10 else title.replace("_", "_\n")
-                    axes.set_title(short, loc="left", fontsize=9)
-            line[0].set_ylabel(words(model), color=INK)
-        figure.subplots_adjust(wspace=0.12, hspace=0.15)
+                    title = words(chunk[i]) if chunk[i] == UNCHANGED else chunk[i]
+                    axes.set_title(title, loc="left", fontsize=9)
+            grid[number][0].set_ylabel(words(model), color=INK)
+        figure.subplots_adjust(wspace=0.12, hspace=0.35)
     return figure
+
+
+def batched(items: Sequence[str], size: int) -> Iterator[Sequence[str]]:
+    """Yield `items` in groups of `size`, the last one perhaps smaller (itertools.batched, Python 3.12)."""
+    for start in range(0, len(items), size):
+        yield items[start : start + size]
 
 
 def _probabilities(axes: Any, rows: list[Row], colour: str, percent: str, labelled: bool) -> None:

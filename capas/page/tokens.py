@@ -2,12 +2,12 @@
 
 import json
 from collections import Counter
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import pyarrow.parquet as pq
-from tokenizers import Tokenizer
+from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 
 from capas.page.neighbours import Embedding
 from capas.page.pieces import Piece, cut
@@ -17,6 +17,7 @@ Row = dict[str, Any]
 Word = tuple[int, str]  # a token id and its text
 NUM_LOOKED_AT = 1000  # records: enough for a frequency, not the whole of a large dataset
 NUM_WORDS = 6  # in the table of neighbours
+MAX_VOCABULARY, MAX_SENTENCE = 1024, 200  # of the second tokenizer; characters of its sentence
 MIN_NEIGHBOUR_COUNT = 2  # a token that the data hardly uses says nothing as a neighbour
 
 
@@ -40,6 +41,37 @@ def describe(tokenizer: Tokenizer, tokenizer_json: Row, records: Sequence[Row]) 
         "pieces": pieces,
         "num_tokens": len(ids),
         "characters_per_token": len(reference) / max(1, len(ids)),
+    }
+
+
+def sentence(tokenizer: Tokenizer, records: Sequence[Row], language: str) -> Row:
+    """Return one request of the data cut by the model's tokenizer, and by one as SentencePiece makes them.
+
+    The latter is learned here from the same texts, with the vocabulary size of the model or `MAX_VOCABULARY`:
+    merges of characters (BPE), a space being the character ▁, and a character that it never saw `<unk>`.
+
+    Args:
+        records: of data/raw.
+        language: of the request, where records say theirs.
+    """
+    spoken = (r for r in records if json.loads(r["metadata"] or "{}").get("language") == language)
+    record = next(spoken, records[0])
+    text = next((m["content"] for m in record["messages"] if m["role"] == "user"), "")
+    text = text or record["messages"][-1]["content"]
+    other = Tokenizer(models.BPE(unk_token="<unk>"))
+    other.pre_tokenizer, other.decoder = pre_tokenizers.Metaspace(), decoders.Metaspace()
+    size = min(MAX_VOCABULARY, tokenizer.get_vocab_size())
+    trainer = trainers.BpeTrainer(vocab_size=size, special_tokens=["<unk>"], show_progress=False)
+    other.train_from_iterator((m["content"] for r in records for m in r["messages"]), trainer)
+    text = text[:MAX_SENTENCE]
+    return {
+        "text": text,
+        "own": [
+            p.text for p in cut(tokenizer, tokenizer.encode(text, add_special_tokens=False).ids)
+        ],
+        "own_count": len(tokenizer.encode(text, add_special_tokens=False).ids),
+        "sentencepiece": other.encode(text).tokens,
+        "sentencepiece_size": other.get_vocab_size(),
     }
 
 
@@ -114,7 +146,9 @@ def embedding(folder: Path, tokenizer: Tokenizer, records: Sequence[Row]) -> Row
         {
             "token": text,
             "count": counts[i, text],
-            "neighbours": [(words[n], cosine) for n, cosine in table.neighbours(i, list(words), 4)],
+            "neighbours": [
+                (words[n], cosine) for n, cosine in table.neighbours(i, _others(words, text), 4)
+            ],
         }
         for i, text in _different(asked)[:NUM_WORDS]
         if len(words) > 1
@@ -128,6 +162,11 @@ def embedding(folder: Path, tokenizer: Tokenizer, records: Sequence[Row]) -> Row
         "words": shown,
         "closest": max(pairs, key=lambda pair: pair[1], default=None),
     }
+
+
+def _others(words: Mapping[int, str], text: str) -> list[int]:
+    """Return the tokens of other words: `minutes` is no neighbour of `Minutes`."""
+    return [i for i, other in words.items() if other.lower() != text.lower()]
 
 
 def _words(tokenizer: Tokenizer, record: Row) -> Iterator[Word]:

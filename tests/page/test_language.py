@@ -5,7 +5,7 @@ from pathlib import Path
 import pytest
 
 from capas.errors import CapasError
-from capas.page.intervals import wilson_interval
+from capas.page.intervals import mean_interval, wilson_interval
 from capas.page.language import NARROW_SPACE, Language, Numbers
 
 ENGLISH, SPANISH = Numbers("en"), Numbers("es")
@@ -66,3 +66,12 @@ def test_the_wilson_interval_stays_within_a_share(num_right: int) -> None:
 def test_the_wilson_interval_holds_the_share_itself(num_records: int) -> None:
     assert wilson_interval(0, num_records, 0.95)[0] == 0.0
     assert wilson_interval(num_records, num_records, 0.95)[1] == 1.0
+
+
+def test_scores_between_right_and_wrong_get_a_bootstrap_interval() -> None:
+    """Close to the normal one for many records; Wilson's would be wider."""
+    scores = [0.4, 0.5, 0.6] * 40
+    low, high = mean_interval(scores, 0.95, 2000)
+    half = 1.96 * (sum((s - 0.5) ** 2 for s in scores) / len(scores)) ** 0.5 / len(scores) ** 0.5
+    assert (low, high) == (pytest.approx(0.5 - half, abs=2e-3), pytest.approx(0.5 + half, abs=2e-3))
+    assert mean_interval([1.0, 0.0, 1.0, 1.0], 0.95, 2000) == wilson_interval(3, 4, 0.95)

@@ -5,9 +5,11 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import torch
 from safetensors.numpy import save_file
 from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers
 
+from capas.page.levels import four_bit_levels
 from capas.page.neighbours import Embedding
 from capas.page.pieces import cut
 
@@ -74,3 +76,28 @@ def test_pieces_put_together_are_the_text(tokenizer: Tokenizer) -> None:
 def test_half_a_character_at_the_end_is_shown_as_such(tokenizer: Tokenizer) -> None:
     pieces = cut(tokenizer, tokenizer.encode("añ").ids[:-1])
     assert [piece.text for piece in pieces] == ["a", "\ufffd"]
+
+
+def test_four_bit_levels_are_those_that_bitsandbytes_chose(tmp_path: Path) -> None:
+    """Each weight, divided by the largest of its block, takes the nearest level."""
+    from bitsandbytes.functional import quantize_4bit
+
+    weight = torch.randn(24, 64, generator=torch.Generator().manual_seed(0))
+    packed, state = quantize_4bit(weight, quant_type="nf4", blocksize=64)
+    base, quantized = tmp_path / "base", tmp_path / "quantized"
+    for folder in (base, quantized):
+        folder.mkdir()
+    name = "model.layers.0.q_proj.weight"
+    save_file({name: weight.numpy()}, base / "model.safetensors")
+    facts = np.frombuffer(json.dumps({"blocksize": 64}).encode(), dtype=np.uint8)
+    stored = {name: packed.numpy(), f"{name}.quant_map": state.code.numpy()}
+    stored[f"{name}.quant_state.bitsandbytes__nf4"] = facts
+    save_file(stored, quantized / "model.safetensors")
+    found = four_bit_levels(base, quantized)
+    assert found is not None and found["layer"] == "model.layers.0.q_proj"
+    relative = weight / weight.abs().max(dim=1, keepdim=True).values
+    nearest = (relative.reshape(-1, 1) - state.code).abs().argmin(dim=1)
+    counts = torch.bincount(nearest, minlength=16) / weight.numel()
+    assert found["after"] == pytest.approx(counts.tolist(), abs=1e-3)
+    assert sum(found["before"]) == pytest.approx(1, abs=1e-4)
+    assert four_bit_levels(base, base) is None

@@ -3,6 +3,7 @@
 import json
 import re
 from collections.abc import Callable
+from html import unescape
 from html.parser import HTMLParser
 from pathlib import Path
 from typing import Any
@@ -31,6 +32,21 @@ def page_with(tmp_path: Path) -> Callable[..., str]:
         return build_words(write_inputs(tmp_path, overrides), plots)
 
     return make
+
+
+def words_of(page: str) -> str:
+    """The text of a page, without markup."""
+    return " ".join(
+        unescape(re.sub(r"<style.*?</style>|<[^>]+>", " ", page, flags=re.DOTALL)).split()
+    )
+
+
+def rows_of(page: str) -> list[list[str]]:
+    """The cells of every table row, as text."""
+    return [
+        [words_of(cell) for cell in re.findall(r"<t[dh].*?</t[dh]>", row, re.DOTALL)]
+        for row in re.findall(r"<tr.*?</tr>", page, re.DOTALL)
+    ]
 
 
 class Elements(HTMLParser):
@@ -115,58 +131,83 @@ def test_the_headline_is_the_score_in_each_language(pages: dict[str, str]) -> No
 @pytest.mark.parametrize(
     ("limit", "headline", "row"),
     [
-        ("0.9", ">passes its gate", "<td>90.0%</td><td>90.0%</td><td>passed</td>"),
-        ("0.95", "does not pass its gate", "<td>90.0%</td><td>95.0%</td><td>failed</td>"),
-        ("null", ">passes its gate", "<td>90.0%</td><td>–</td><td>not checked</td>"),
+        ("0.9", ">passes its gate", ["90.0%", "at least 90.0%", "passed"]),
+        ("0.95", "does not pass its gate", ["90.0%", "at least 95.0%", "failed"]),
+        ("0.900004", "does not pass its gate", ["90.0000%", "at least 90.0004%", "failed"]),
+        ("null", ">passes its gate", ["90.0%", "–", "not checked"]),
     ],
 )
 def test_the_page_shows_every_check_of_the_gate(
-    page_with: Callable[..., str], limit: str, headline: str, row: str
+    page_with: Callable[..., str], limit: str, headline: str, row: list[str]
 ) -> None:
     page = page_with(f"evaluation.gate.min_stop_rate={limit}")
-    assert headline in page and row in page
-    assert "<td>+30.0 points</td><td>0.0 points</td><td>passed</td>" in page
+    assert headline in page
+    rows = rows_of(page)
+    assert ["Answers that ended with an end token", *row] in rows
+    gain = "Gain: Exact match, lower end of the interval"
+    assert [gain, "+30.0 points", "more than 0", "passed"] in rows
+
+
+def test_a_gain_of_nothing_fails_for_a_reason_that_can_be_seen(tmp_path: Path) -> None:
+    root = write_inputs(tmp_path)
+    failed = {"value": 0.0, "high": 0.1, "limit": 0.0, "passed": False}
+    edit(
+        root / "reports/evaluation.json",
+        lambda found: found["gate"].update(
+            passed=False, checks=[{"name": "exact_match_gain"} | failed]
+        ),
+    )
+    page = build_words(root)
+    gain = "Gain: Exact match, lower end of the interval"
+    assert [gain, "0.0 points", "more than 0", "failed"] in rows_of(page)
+    assert "does not pass its gate . Registering it needs --force ." in words_of(page)
 
 
 def test_a_model_that_fails_its_gate_is_told_so(page_with: Callable[..., str]) -> None:
     page = page_with("evaluation.gate.max_quantization_loss=0.05")
     assert "does not pass its gate" in page
-    assert "<td>0.100</td><td>0.050</td><td>failed</td>" in page
+    assert [
+        "Loss added to the base by quantization",
+        "0.100",
+        "at most 0.050",
+        "failed",
+    ] in rows_of(page)
 
 
 def test_without_completions_the_page_compares_losses(page_with: Callable[..., str]) -> None:
     page = page_with("evaluation=loss")
     assert "Test loss from 3.200 to 0.200" in page
-    assert "Nothing was generated, because" in page
+    assert "No answers were generated, because evaluation.metrics is empty" in words_of(page)
     assert 'id="figure-kinds"' not in page
 
 
 def test_every_metric_has_its_difference_its_verdict_and_the_records_it_needs(
     pages: dict[str, str],
 ) -> None:
-    row = r'<tr><th scope="row">{}</th><td>\+50.0 {}</td><td>\+30.0 … \+70.0</td><td>{}</td><td>12</td></tr>'
-    english = [row.format(name, "points", "better") for name in ("Exact match", "Valid JSON")]
-    spanish = row.format("Acierto exacto", "puntos", "mejor").replace(".0", ",0")
-    assert all(re.search(pattern, pages["en"]) for pattern in english)
-    assert re.search(spanish, pages["es"])
-    loss = "<td>−3.000</td><td>−3.200 … −2.800</td><td>better</td><td>12</td>"
-    assert f'<tr><th scope="row">Loss on expected answers</th>{loss}' in pages["en"]
+    english, spanish = rows_of(pages["en"]), rows_of(pages["es"])
+    for name in ("Exact match", "Valid JSON"):
+        assert [name, "+50.0 points", "+30.0 … +70.0", "better", "12"] in english
+    assert ["Coincidencia exacta", "+50,0 puntos", "+30,0 … +70,0", "mejor", "12"] in spanish
+    loss = ["−3.000", "−3.200 … −2.800", "better", "12"]
+    assert ["Loss on expected answers", *loss] in english
 
 
 def test_what_was_forgotten_is_told_in_each_language(pages: dict[str, str]) -> None:
-    row = "<td>5.100</td><td>5.800</td><td>+0.700</td><td>+0.600 … +0.800</td><td>worse</td></tr>"
-    assert row in pages["en"] and "What it forgot" in pages["en"]
-    assert row.replace(".", ",").replace("worse", "peor") in pages["es"]
+    row = ["5.100", "5.800", "+0.700", "+0.600 … +0.800", "worse"]
+    assert ["Loss on expected answers", *row] in rows_of(pages["en"])
+    spanish = [cell.replace(".", ",").replace("worse", "peor") for cell in row]
+    assert ["Pérdida en las respuestas esperadas", *spanish] in rows_of(pages["es"])
 
 
 def test_graded_answers_are_shown_from_the_lowest(page_with: Callable[..., str]) -> None:
     page = page_with("evaluation=text", plots=True)
-    text = " ".join(re.sub(r"<[^>]+>", " ", page).split())
+    text = words_of(page)
     assert "chrF from 0% to 50.0%" in text
-    assert "that the tuned model answers with a higher score than the base" in text
-    assert "Gain: chrF, worse end of the interval" in text
-    assert "chrF : F-score of runs of 1 to 6 characters" in text
-    lowest = text.partition("Where it scores lowest")[2]
+    assert "A test record on which the tuned model scores higher than the base." in text
+    assert "Gain: chrF, lower end of the interval" in text
+    assert "chrF : F-score of shared character n-grams" in text
+    assert "95% bootstrap interval" in text and "Wilson" not in text
+    lowest = text.partition("Lowest scores")[2]
     assert "Okay. 1.0%" in lowest  # the second record: the first that is wrong
     assert lowest.index("Okay. 1.0%") < lowest.index("Okay. 3.0%") < lowest.index("Okay. 9.0%")
     assert "Exact match" not in text
@@ -174,7 +215,7 @@ def test_graded_answers_are_shown_from_the_lowest(page_with: Callable[..., str])
 
 def test_a_score_beyond_1_is_no_percentage(page_with: Callable[..., str]) -> None:
     page = page_with("evaluation.metrics=[conf/x.py:tone,exact_match]", plots=True)
-    text = " ".join(re.sub(r"<[^>]+>", " ", page).split())
+    text = words_of(page)
     assert "tone from 0.000 to 5.000" in text
     assert "tone : a function of this repository" in text
     assert "tone differs by 0.500, interval 0.300 to 0.700." in text
@@ -183,21 +224,19 @@ def test_a_score_beyond_1_is_no_percentage(page_with: Callable[..., str]) -> Non
 
 
 def test_the_batch_of_several_processes_is_told(page_with: Callable[..., str]) -> None:
-    text = " ".join(re.sub(r"<[^>]+>", " ", page_with("hardware.num_processes=2")).split())
-    assert "16 records a batch of each of 2 processes, 16 a step; 100 steps" in text
+    text = words_of(page_with("hardware.num_processes=2"))
+    assert "16 records per batch on each of 2 processes, 16 per step . 100 steps" in text.replace(
+        "step.", "step ."
+    )
 
 
 def test_copied_answers_stand_between_base_and_tuned(pages: dict[str, str]) -> None:
-    english, spanish = (
-        " ".join(re.sub(r"<[^>]+>", " ", pages[code]).split()) for code in ("en", "es")
-    )
+    english, spanish = (words_of(pages[code]) for code in ("en", "es"))
     assert "Copied 10.0% the answer of the most similar training record" in english
-    assert (
-        "The tuned model differs from that by +40.0 points (95% interval +20.0 to +60.0 points): better"
-        in english
-    )
-    assert "Gain over copying: Exact match, worse end of the interval" in english
-    assert "Every copied value right 0% 10.0% 50.0%" in english
+    interval = "(95% interval +20.0 to +60.0 points): better"
+    assert f"The tuned model differs from this baseline by +40.0 points {interval}" in english
+    assert "Gain over copying: Exact match, lower end of the interval" in english
+    assert "All copied values correct 0% 10.0% 50.0%" in english
     assert "6 of 10 test records have some" in english
     assert "nearly the same (similarity 0.9 or more) 2" in english
     assert "Copia 10,0 % la respuesta del registro de entrenamiento más parecido" in spanish
@@ -222,8 +261,8 @@ def test_a_model_that_came_quantized_is_told_so(tmp_path: Path) -> None:
     file.write_text(json.dumps(json.loads(file.read_text()) | {"came_quantized": True}))
     (root / "reports/quantization_error.csv").write_text("layer,relative_error,bits\n")
     page = build_words(root)
-    assert "The model came quantized (nf4) and was taken as it is" in page
-    assert "Error of each quantized layer" not in page
+    assert "The model came quantized (nf4) and was used unchanged" in page
+    assert "Relative error of each quantized layer" not in page
 
 
 def test_without_a_wrong_template_the_page_says_so(page_with: Callable[..., str]) -> None:
@@ -234,8 +273,8 @@ def test_without_a_wrong_template_the_page_says_so(page_with: Callable[..., str]
 
 def test_a_greedy_grid_needs_no_sampling_setting(page_with: Callable[..., str]) -> None:
     page = page_with("generation=greedy", plots=True)
-    assert "No setting draws: every answer is greedy." in page
-    assert page.count("No setting of this run") == 4
+    assert "0 settings draw: every answer is greedy." in page
+    assert page.count("no setting of this run") == 4
 
 
 def edit(file: Path, change: Callable[[dict[str, Any]], None]) -> None:
@@ -249,18 +288,21 @@ def test_a_gpu_run_names_its_card_and_its_libraries(tmp_path: Path) -> None:
     facts = {"device": "cuda", "gpu": "NVIDIA A1", "cuda": "12.8", "cudnn": 91002, "tf32": True}
     edit(root / "reports/train.json", lambda train: train["used"].update(facts))
     page = build_words(root)
-    assert "NVIDIA A1, CUDA 12.8, cuDNN 91002; TF32" in page
-    assert "No GPU and so no CUDA" not in page
+    text = words_of(page)
+    assert "NVIDIA A1, CUDA 12.8; TF32 yes" in text and "Here: cuDNN 91002." in text
+    assert "without a GPU" not in text and 'id="layer-cpu"' not in page
 
 
 def test_unsloth_is_a_layer_with_a_version(tmp_path: Path) -> None:
     root = write_inputs(tmp_path)
-    assert "Unsloth" not in build_words(root)
+    assert "Not used: trainer.backend=transformers ." in words_of(build_words(root))
     edit(
         root / "reports/train.json",
         lambda train: train["used"].update(unsloth={"version": "2026.10.9"}),
     )
-    assert '<h3>Unsloth <span class="version">2026.10.9</span></h3>' in build_words(root)
+    page = build_words(root)
+    assert '<h3>Unsloth <span class="version">2026.10.9</span></h3>' in page
+    assert "It replaced parts of this model." in words_of(page)
 
 
 def test_records_without_metadata_are_scored_as_a_whole(tmp_path: Path) -> None:
@@ -276,7 +318,7 @@ def test_a_training_too_short_to_be_logged_is_told_so(tmp_path: Path) -> None:
     history = root / "reports/history.csv"
     history.write_text(history.read_text().splitlines()[0] + "\n")
     page = build_words(root, plots=True)
-    assert "no row of it was logged" in " ".join(page.split())
+    assert "so nothing was logged" in words_of(page)
     assert 'id="figure-learning_rate"' not in page
 
 
@@ -311,14 +353,12 @@ def test_the_page_tells_where_records_come_from_and_what_was_dropped(tmp_path: P
         "left_out": {"topic": 5},
     }
     file.write_text(json.dumps(source))
-    text = " ".join(re.sub(r"<[^>]+>", " ", build_words(root)).split())
-    assert "Of 99 records that were read, 25 stayed" in text
-    assert "3 left out: an empty answer" in text
-    assert (
-        "data/own/x.csv, line 7 messages[1].content : &#39;&lt;b&gt;&#39; an empty answer" in text
-    )
-    assert "2 times: two messages of one role in a row; merged into one message." in text
-    assert "1 kept although: the same prompt" in text
+    text = words_of(build_words(root))
+    assert "Of 99 records, 25 were kept" in text
+    assert "3 dropped: an empty answer" in text
+    assert "data/own/x.csv, line 7 messages[1].content : '<b>' an empty answer" in text
+    assert "2 repaired: two consecutive messages of the same role; merged into one message." in text
+    assert "1 kept with a warning: the same prompt" in text
     assert "topic 5" in text
 
 
@@ -331,18 +371,183 @@ def test_every_reason_and_policy_has_words(language: str) -> None:
 
 
 def test_the_mask_marks_the_answer_and_its_end(pages: dict[str, str]) -> None:
-    mask = re.findall(r'<figure class="mask">.*?</figure>', pages["en"], re.DOTALL)[0]
+    masks = re.findall(r'<figure class="mask">.*?</figure>', pages["en"], re.DOTALL)
+    mask = next(mask for mask in masks if "<code>r000</code>" in mask)
     trained = re.findall(r'<span class="token trained[^>]*>([^<]*)</span>', mask)
     text = "".join(trained).replace("&#34;", '"').replace("&lt;", "<").replace("&gt;", ">")
     assert text == '{"name": "set_timer", "arguments": {"minutes": 5}}<|im_end|>'
 
 
 def test_the_page_counts_what_the_template_did(pages: dict[str, str]) -> None:
-    assert "9 texts lost blanks at their ends" in pages["en"]
-    assert "9 textos perdieron blancos en los extremos" in pages["es"]
-    assert "conversations that the template refuses were left out" not in pages["en"]
+    assert "9 texts trimmed: the template removes spaces at both ends" in pages["en"]
+    assert "9 textos recortados: la plantilla quita los espacios" in pages["es"]
+    assert "conversations dropped: the template refuses them" not in pages["en"]
 
 
 def test_the_family_of_the_run_is_marked(pages: dict[str, str]) -> None:
-    marked = re.findall(r'<tr class="used"><th scope="row">(.*?)</th>', pages["en"])
-    assert marked == ["ChatML"]
+    assert used_template(pages["en"]) == ["ChatML"]
+
+
+def used_template(page: str) -> list[str]:
+    return re.findall(r'<tr class="used"><th scope="row">(.*?)</th>', page)
+
+
+def test_a_template_of_the_model_s_own_is_marked(page_with: Callable[..., str]) -> None:
+    page = page_with("chat_template=model")
+    assert used_template(page) == ["The model’s own"]
+    assert "The template that comes with the tokenizer of data/embedded ;" in words_of(page)
+
+
+def test_each_family_writes_the_same_conversation(pages: dict[str, str]) -> None:
+    """In the words of the page's language; system messages go where each family has them."""
+    english, spanish = (
+        [
+            unescape(text).replace("↵\n", "\n")
+            for text in re.findall(r"<pre>(.*?)</pre>", pages[code], re.DOTALL)
+        ]
+        for code in ("en", "es")
+    )
+    assert (
+        english[3]
+        == "<s>[INST] Hi[/INST] Hello.</s>[INST] Be brief.\n\nTwo and two?[/INST] Four.</s>"
+    )
+    assert spanish[4].startswith("<bos><start_of_turn>user\nSé breve.\n\nHola<end_of_turn>\n")
+    assert len(english) == len(spanish) == 5
+
+
+@pytest.mark.parametrize(
+    ("steps", "epochs", "learned", "wrote"),
+    [
+        (100, 133.33, "learned from 12 conversations", "It wrote a checkpoint every 30 steps."),
+        (
+            30,
+            40.0,
+            "learned from 12 conversations",
+            "trainer.save_steps = 30 the first one was not due.",
+        ),
+        (1, 0.5, "learned from 6 of 12 conversations", "It wrote no checkpoint:"),
+    ],
+)
+def test_what_a_short_training_did_is_said(
+    tmp_path: Path, steps: int, epochs: float, learned: str, wrote: str
+) -> None:
+    root = write_inputs(tmp_path, ["trainer.save_steps=30"])
+    facts = {"num_steps": steps, "num_epochs": epochs, "global_batch_size": 6}
+    edit(root / "reports/train.json", lambda train: train.update(facts))
+    text = words_of(build_words(root))
+    assert f"of 20,000 parameters, {learned}." in text
+    assert wrote in text
+    assert f"{epochs:.2f}" in text or f"{epochs:.1f}" in text
+
+
+def test_packed_records_are_counted_by_epochs(tmp_path: Path) -> None:
+    root = write_inputs(tmp_path)
+    facts = {"num_steps": 1, "num_epochs": 0.75, "global_batch_size": 1, "packing": {"length": 512}}
+    edit(root / "reports/train.json", lambda train: train.update(facts))
+    assert "learned from 9 of 12 conversations." in words_of(build_words(root))
+
+
+def test_an_example_is_in_the_language_of_the_page(pages: dict[str, str]) -> None:
+    """Records 15 and 16 are the first right ones: one Spanish, one English by its number."""
+    shown = [
+        words_of(re.findall(r'<div class="bubble user">.*?</div>', pages[code], re.DOTALL)[0])
+        for code in ("en", "es")
+    ]
+    assert shown[1].startswith("Petición Pon un temporizador")
+    assert shown[0].startswith("Prompt")
+
+
+def test_changed_parameters_come_first(tmp_path: Path) -> None:
+    root = write_inputs(tmp_path)
+    assert "No value is set over the rest of conf/ for this run." in words_of(build_words(root))
+    (root / "conf/overrides.yaml").write_text(
+        "# @package _global_\ndefaults:\n  - override /lora: attention\nlora: {r: 8}\n"
+    )
+    changed = build_words(root).partition('<section id="params">')[2].partition("<details")[0]
+    assert [row[0] for row in rows_of(changed)] == ["Key", "lora.preset", "lora.r"]
+
+
+def test_a_cell_knows_the_heading_of_its_column(pages: dict[str, str]) -> None:
+    """A phone stacks a row; each cell then says what it is."""
+    cells = re.findall(r"<td[^>]*>", pages["es"])
+    named = [cell for cell in cells if "data-h=" in cell]
+    assert len(named) > 0.9 * len(cells) > 100
+    assert '<td data-h="Registros">12</td>' in pages["es"]
+
+
+def test_a_prompt_goes_through_both_tokenizers(pages: dict[str, str]) -> None:
+    text = words_of(pages["es"])
+    assert re.search(
+        r"Arriba, el del modelo: \d+ tokens. Abajo, BPE como lo hace SentencePiece", text
+    )
+    assert "▁" in pages["es"].partition("SentencePiece, aprendido")[2]
+
+
+# The terms of the primer that users are taught with, as they stand there.
+TERMS = (
+    *(
+        "NumPy",
+        "PyTorch",
+        "CUDA",
+        "cuDNN",
+        "Transformers",
+        "Datasets",
+        "Accelerate",
+        "PEFT",
+        "Unsloth",
+    ),
+    *("bitsandbytes", "Trainer", "dataset", "Token", "BPE", "SentencePiece", "Embedding", "loss"),
+    *(
+        "backward pass",
+        "backpropagation",
+        "autograd",
+        "Adam",
+        "AdamW",
+        "SGD",
+        "learning rate",
+        "epoch",
+    ),
+    *(
+        "batch",
+        "step",
+        "attention_mask",
+        "padding",
+        "pad_token_id",
+        "eos_token_id",
+        "apply_chat_template",
+    ),
+    *(
+        "Llama 3",
+        "Mistral",
+        "Qwen",
+        "Gemma",
+        "do_sample",
+        "Multinomial",
+        "temperature",
+        "top_k",
+        "top_p",
+    ),
+    *("nucleus", "attn_implementation", "eager", "sdpa", "LoRA"),
+)
+SPANISH = {"backpropagation": "retropropagación", "epoch": "época"}
+
+
+@pytest.mark.parametrize("code", ["en", "es"])
+def test_every_term_of_the_primer_is_on_the_page(pages: dict[str, str], code: str) -> None:
+    text = words_of(pages[code]).lower()
+    terms = [SPANISH.get(term, term) if code == "es" else term for term in TERMS]
+    assert [term for term in terms if term.lower() not in text] == []
+
+
+@pytest.mark.parametrize("code", ["en", "es"])
+def test_every_concept_and_layer_has_a_number_of_this_run(pages: dict[str, str], code: str) -> None:
+    """Unsloth alone has none where it is not used, and the template where it has a name."""
+    here = dict(
+        re.findall(r'id="concept-(\w+)">.*?<p class="here">(.*?)</p>', pages[code], re.DOTALL)
+    )
+    layers = dict(re.findall(r'id="layer-(\w+)">.*?<p>(.*?)</p>', pages[code], re.DOTALL))
+    assert len(here) == 23 and len(layers) == 12
+    without = [
+        name for name, text in {**here, **layers}.items() if not re.search(r"\d", words_of(text))
+    ]
+    assert without == ["unsloth"]
