@@ -120,7 +120,9 @@ def of_models(params: Params, stage: Stage) -> dict[str, Any]:
         "levels": levels.four_bit_levels(base, stage.dep("data/models/quantized")),
         "train": train,
         "learned": findings.learned_from(
-            train, read_json(stage.dep("reports/format.json"))["splits"]["train"]["num_records"]
+            train,
+            params.trainer,
+            read_json(stage.dep("reports/format.json"))["splits"]["train"]["num_records"],
         ),
         "used": train["used"],
         **findings.adapter(stage.dep(saved.FOLDER)),

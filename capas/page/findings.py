@@ -26,6 +26,7 @@ from capas.records import before_last_answer
 
 Row = dict[str, Any]
 NUM_WRONG = 6  # answers shown
+_ROUNDING = 0.01  # of an epoch
 MAX_PARTS = 12  # of the test split in one plot
 SIMILARITIES = (0.0, 0.2, 0.4, 0.6, 0.8)  # where the bins of the plot over distance begin
 
@@ -52,12 +53,24 @@ def changes(splits: Mapping[str, Row]) -> dict[str, int]:
     return {name: count for name, count in counts.items() if count}
 
 
-def learned_from(train: Row, num_records: int) -> Row:
-    """Return how many training records the steps covered, and whether that is all of them."""
+def learned_from(train: Row, trainer: Mapping[str, Any], num_records: int) -> Row:
+    """Return how many training records the steps covered, and whether the training ended early.
+
+    Args:
+        train: reports/train.json.
+        trainer: the parameters.
+    """
     seen = train["num_steps"] * train["global_batch_size"]
     if train["packing"]:  # a row of a batch holds several records
         seen = round(num_records * train["num_epochs"])
-    return {"num_records": min(seen, num_records), "is_all": seen >= num_records}
+    planned, done = trainer["max_steps"], train["num_steps"]
+    if planned < 1:
+        planned, done = trainer["num_train_epochs"], train["num_epochs"]
+    return {
+        "num_records": min(seen, num_records),
+        "is_all": seen >= num_records,
+        "ended_early": done < planned - _ROUNDING,
+    }
 
 
 def overridden(overrides: Row, flat_params: Row) -> list[str]:

@@ -432,12 +432,31 @@ def test_what_a_short_training_did_is_said(
     tmp_path: Path, steps: int, epochs: float, learned: str, wrote: str
 ) -> None:
     root = write_inputs(tmp_path, ["trainer.save_steps=30"])
-    facts = {"num_steps": steps, "num_epochs": epochs, "global_batch_size": 6}
+    facts = {"num_steps": steps, "kept_step": steps, "num_epochs": epochs, "global_batch_size": 6}
     edit(root / "reports/train.json", lambda train: train.update(facts))
     text = words_of(build_words(root))
     assert f"of 20,000 parameters, {learned}." in text
     assert wrote in text
     assert f"{epochs:.2f}" in text or f"{epochs:.1f}" in text
+
+
+@pytest.mark.parametrize(
+    ("overrides", "facts", "early"),
+    [
+        (["trainer.num_train_epochs=4.5"], {"kept_step": 80}, True),
+        (["trainer.num_train_epochs=4.0"], {}, False),
+        (["trainer.max_steps=101"], {}, True),
+        (["trainer.max_steps=100"], {}, False),
+    ],
+)
+def test_an_early_end_and_the_weights_of_an_earlier_step_are_said(
+    tmp_path: Path, overrides: list[str], facts: dict[str, int], early: bool
+) -> None:
+    root = write_inputs(tmp_path, overrides)
+    edit(root / "reports/train.json", lambda train: train.update(facts))
+    text = words_of(build_words(root))
+    assert ("It stopped early." in text) == early
+    assert ("The weights are those of step 80, the best one." in text) == bool(facts)
 
 
 def test_packed_records_are_counted_by_epochs(tmp_path: Path) -> None:
