@@ -68,7 +68,7 @@ def _computed_by(
         begin = time.perf_counter()
         for ids in inputs:
             model(ids.to(inner.device)).logits[0, -1].cpu()  # waits for a GPU
-        return logits, time.perf_counter() - begin
+        return logits, round(time.perf_counter() - begin, 4)
 
 
 @contextmanager
