@@ -13,7 +13,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-from capas import options
+from capas import elsewhere, options
 from capas.dag import parse_yaml, read_yaml
 from capas.errors import CapasError
 
@@ -239,5 +239,7 @@ def _no_such_option(error: BaseException) -> str:
 
 def meant(option: str, there: list[str], group: str) -> str:
     """Return the option that was meant, or those that there are, to follow `no such option`."""
+    if answer := elsewhere.OPTIONS.get((group, option)):
+        return f"; write {answer}"
     close = difflib.get_close_matches(option, there, n=1, cutoff=0.5)
     return f"; did you mean {close[0]}?" if close else f"; {group} has {', '.join(there)}"

@@ -16,6 +16,7 @@ from typing import Annotated, Any, Literal, Union, get_args, get_origin
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
 
 from capas import embedded, steps
+from capas.elsewhere import answer_to_key, answer_to_value
 from capas.errors import without_secrets
 from capas.metrics.names import AUTO, OWN_FUNCTION, BuiltIn, names_clash
 from capas.params import flatten
@@ -771,6 +772,11 @@ RULES = (
         "with",
     ),
     Rule(
+        ("lora.target_modules",),
+        lambda modules: modules not in ("all_linear", "all", "linear"),
+        "all-linear, with a hyphen; or a list of names, or a regular expression for whole names",
+    ),
+    Rule(
         ("lora.use_dora", "quantization.load_in_8bit"),
         lambda dora, eight: not (dora and eight),
         "quantization=nf4 or none, or lora.use_dora=false: DoRA cannot go through int8 layers"
@@ -1022,6 +1028,8 @@ def explain(
         return f"{key}: is missing; every option of a group must set it"
     if kind == "extra_forbidden":
         return f"{key}={_show(value)}: no such key{nearest(key, groups)}"
+    if (answer := answer_to_value(key, value)) is not None:
+        return f"{key}={_show(value)}: no such value; {answer}"
     return f"{key}={_show(value)}: {message[0].lower()}{message[1:]}"
 
 
@@ -1030,15 +1038,22 @@ def nearest(key: str, groups: Mapping[str, type[Group]] = GROUPS) -> str:
     if (left := leaves_schema(key, groups)) is None:
         return ""
     path, name, known = left
-    if not path:
-        meant = _nearest_group(key, groups)
-        return f"; did you mean {' or '.join(meant)}?" if meant else ""
-    if not known:
+    if path and not known:
         return f"; {path} is a value and has no keys"
-    close = [n for n in (_ELSEWHERE.get(name),) if n in known]
-    close = close or difflib.get_close_matches(name, known, n=1, cutoff=0.6)
+    if (not path or path.partition(".")[0] in GROUPS) and (answer := answer_to_key(name)):
+        return answer
+    if not path:
+        if meant := _nearest_group(key, groups):
+            return f"; did you mean {' or '.join(meant)}?"
+        return answer_to_key(key.rpartition(".")[2]) or ""
+    if path in GROUPS and name not in _GENERAL and (others := _keys_called(name)):
+        return f"; did you mean {' or '.join(others)}?"
+    close = difflib.get_close_matches(name, known, n=1, cutoff=0.6)
     there = f"; {path} has {', '.join(n for n in known if n != 'preset')}"
     return f"; did you mean {path}.{close[0]}?" if close else there
+
+
+_GENERAL = ("name", "path")  # names of keys that say nothing without their group
 
 
 def leaves_schema(
@@ -1080,26 +1095,18 @@ def _children(annotation: Any) -> Iterator[tuple[str | None, Any]]:
 def _nearest_group(key: str, groups: Mapping[str, type[Group]]) -> list[str]:
     """Return the groups or keys that were meant by a key whose first part is no group."""
     if "." in key:
-        return difflib.get_close_matches(key, known_keys(), n=1, cutoff=0.6)
-    by_leaf: dict[str, list[str]] = {}
-    for known in known_keys():
-        by_leaf.setdefault(known.rpartition(".")[2], []).append(known)
-    if found := by_leaf.get(_ELSEWHERE.get(key, key)):
-        return found[:3]
-    names = [*groups, *by_leaf]
-    close = difflib.get_close_matches(key, names, n=1, cutoff=0.6)
-    return close if close and close[0] in groups else by_leaf.get(close[0], [])[:3] if close else []
+        close = difflib.get_close_matches(key, known_keys(), n=1, cutoff=0.6)
+        return close or _keys_called(key.rpartition(".")[2])
+    leaves = {known.rpartition(".")[2] for known in known_keys()}
+    if found := _keys_called(key):
+        return found
+    close = difflib.get_close_matches(key, [*groups, *leaves], n=1, cutoff=0.6)
+    return close if close and close[0] in groups else _keys_called(close[0]) if close else []
 
 
-_ELSEWHERE = {  # what keys are called in PEFT's and TRL's examples, axolotl or LLaMA-Factory
-    **{"lr": "learning_rate", "scheduler": "lr_scheduler_type", "warmup_ratio": "warmup_steps"},
-    **dict.fromkeys(("epochs", "num_epochs"), "num_train_epochs"),
-    **dict.fromkeys(("batch_size", "micro_batch_size"), "per_device_train_batch_size"),
-    **dict.fromkeys(("packing", "sample_packing"), "packing_length"),
-    **dict.fromkeys(("rank", "lora_r", "lora_rank"), "r"),
-    **{"alpha": "lora_alpha", "dropout": "lora_dropout", "lora_target": "target_modules"},
-    **dict.fromkeys(("max_seq_length", "sequence_len", "cutoff_len"), "max_length"),
-}
+def _keys_called(leaf: str) -> list[str]:
+    """Return the keys with this last part, three at most."""
+    return [key for key in known_keys() if key.rpartition(".")[2] == leaf][:3]
 
 
 def known_keys() -> list[str]:

@@ -149,6 +149,7 @@ def of_results(stage: Stage) -> dict[str, Any]:
     return {
         "scores": scores,
         "answers": findings.answers(records, messages, scores["headline"], LANGUAGES),
+        "attention": read_json(stage.dep("reports/attention.json")),
         "answer_losses": read_csv(stage.dep("reports/answer_loss.csv")),
         "samples": findings.samples(lines, read_json(stage.dep("reports/samples.json"))),
         "probabilities": probabilities,

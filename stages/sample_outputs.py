@@ -3,7 +3,7 @@
 Reads   data/composed, data/formatted, data/models/adapter, data/models/quantized, data/models/tokenizer,
         data/raw (test)
 Writes  reports/samples.jsonl, reports/samples.md, reports/samples.json, reports/next_token.csv,
-        reports/answer_loss.csv
+        reports/answer_loss.csv, reports/attention.json
 Params  evaluation.metrics, generation, hardware, model
 
 The travelling record at its end, in samples.jsonl:
@@ -64,7 +64,7 @@ def main(params: Params, stage: Stage) -> None:
     right = recorded_format(stage.dep(DATA), stage.dep(TOKENIZER))
     prompts = choose_prompts(params.generation, stage)
     quantized = stage.dep("data/models/quantized")
-    told = (right.prompt_ids(prompt.messages, prompt.tools) for prompt in prompts)
+    told = [right.prompt_ids(prompt.messages, prompt.tools) for prompt in prompts]
     check_ids(told, (read_chat(stage)["pad_token_id"],), quantized, stage.dep(TOKENIZER))
     load_base = partial(load_model, quantized, params.model, device)
     tuned = TunedModel(stage.dep("data/models/adapter"), params.model, device, load_base)
@@ -93,6 +93,7 @@ def main(params: Params, stage: Stage) -> None:
     stage.out("reports/samples.md").write_text(
         to_markdown(prompts, rows + wrong_rows), encoding="utf-8"
     )
+    compare_attention(tuned.model, told, stage)
     log.info("%d prompts, %d settings", len(prompts), len(params.generation.settings))
 
 
@@ -209,6 +210,22 @@ class Models:
     def _decode(self, ids: list[int]) -> str:
         text: str = self.tokenizer.decode(ids, skip_special_tokens=False)
         return text
+
+
+def compare_attention(model: Any, sequences: list[list[int]], stage: Stage) -> None:
+    """Write how far the tuned model's logits differ between eager attention and sdpa; report the seconds."""
+    from capas import attention
+
+    found = attention.compare(model, sequences)
+    write_json(stage.out("reports/attention.json"), found.facts)
+    if found.facts["skipped"]:
+        log.info("eager attention and sdpa are not compared: %s", found.facts["skipped"])
+        return
+    stage.costs["attention_seconds"] = found.seconds
+    log.info(
+        "eager attention and sdpa: the largest difference of a logit is %.2g, in %.3f and %.3f seconds",
+        found.facts["largest_logit_difference"], *found.seconds.values(),
+    )  # fmt: skip
 
 
 def choose_prompts(generation: Params, stage: Stage) -> list[Prompt]:

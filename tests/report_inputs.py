@@ -445,6 +445,9 @@ def _samples(
     summary = {"metric": name_of(metrics[0]) if metrics else None, "settings": summary}
     facts = {**summary, "wrong_template": wrong_row, "next_token": position}
     _json(root / "reports/samples.json", facts)
+    compared = {"used": "sdpa", "num_tokens": 40, "num_same_next_token": 39, "skipped": None}
+    compared |= {"largest_logit": 12.5, "largest_logit_difference": 2e-5}
+    _json(root / "reports/attention.json", compared)
     losses = [(record["id"], token, 3.0, 0.1) for token in ('{"', "$a_b$", "<|im_end|>")]
     _csv(root / "reports/answer_loss.csv", "record_id,token,base,tuned", losses)
     rows = [

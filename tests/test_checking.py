@@ -9,8 +9,9 @@ import pytest
 from shipped import CONF
 from workspace import REPOSITORY
 
-from capas import extras, kernels, requirements
+from capas import elsewhere, extras, kernels, requirements
 from capas.checking import MAX_COMBINATIONS, Composer, check, check_points
+from capas.config import known_keys, nearest
 from capas.errors import CapasError
 from capas.requirements import lacking, read_by
 
@@ -22,7 +23,7 @@ KINDS = {  # an override -> its sentence
     "lora.rank=8": "lora.rank: no such key; did you mean lora.r?",
     "trainer.lr=1": "trainer.lr: no such key; did you mean trainer.learning_rate?",
     "trainer.packing=1": "trainer.packing: no such key; did you mean trainer.packing_length?",
-    "lora.modules_to_save=x": "lora.modules_to_save: no such key; lora has r, lora_alpha, lora_dropout,",
+    "lora.rank_pattern=x": "lora.rank_pattern: no such key; lora has r, lora_alpha, lora_dropout,",
     "dataset.flaws.malfromed=drop": "no such key; did you mean dataset.flaws.malformed?",
     "generation.settings.greedy.topk=3": "did you mean generation.settings.greedy.top_k?",
     "lora.r.x=1": "lora.r.x: no such key; lora.r is a value and has no keys",
@@ -32,12 +33,26 @@ KINDS = {  # an override -> its sentence
     "r=8": "r: no such group or key; did you mean lora.r?",
     "learning_rat=1": "no such group or key; did you mean trainer.learning_rate?",
     "max_records=2": "did you mean dataset.max_records or evaluation.max_records?",
+    # what another library calls it, with or without the group
+    "max_seq_length=9": "max_seq_length: no such group or key; did you mean dataset.max_length?",
+    "trainer.max_length=9": "no such key; did you mean dataset.max_length?",
+    "model.load_in_4bit=true": "no such key; did you mean quantization.load_in_4bit?",
+    "trainer.lora_alpha=9": "no such key; did you mean lora.lora_alpha?",
+    "sft.completion_only_loss=true": "no such key; did you mean chat_template.train_on?",
+    "trainer.report_to=wandb": "no such key; runs are tracked in MLflow; tracking=none switches it off",
+    "model.device_map=auto": "no such key; offloading to the CPU or to disk is not supported",
+    "hardware.offload=true": "For a model that is too large: quantization=nf4, a smaller dataset.max_length, "
+    "trainer.gradient_checkpointing=true, or hardware=gpu_fsdp2",
+    "trainer.fsdp=full_shard": "choose hardware=gpu_ddp, or hardware=gpu_fsdp2 with quantization=none",
+    "generation.temperature=0.5": "as in generation.settings.low_temperature.temperature=0.7",
     # an option that there is not
     "lora=all_liner": "lora=all_liner: no such option; did you mean all_linear?",
     "experiment=quik": "experiment=quik: no such option; did you mean quick?",
     "lora=_base": f"lora=_base: no such option; lora has {LORA}",
     "smoke=tini": "smoke=tini: no such option; did you mean tiny?",
     "lora=glob(x*)": "lora=x*: no such option",
+    "quantization=4bit": "quantization=4bit: no such option; write quantization=nf4",
+    "trainer=sgd": "trainer=sgd: no such option; write trainer.optim=sgd",
     # a group where a key stands, and a key where a group stands
     "lora={r: 8}": f"lora is a group; choose one of its options ({LORA}), or set one of its keys, as in "
     "lora.r=VALUE",
@@ -75,6 +90,11 @@ KINDS = {  # an override -> its sentence
     "trainer.max_steps=0": "trainer.max_steps=0: expected -1 (epochs decide) or at least 1",
     "model.revision=12e4567": "12e4567 is read as a number. Quote it",
     "trainer.seed=${nope}": "trainer.seed=${nope}: Interpolation key 'nope' not found",
+    "trainer.optim=adam": "trainer.optim='adam': no such value; Adam is AdamW without weight decay: write "
+    "trainer.optim=adamw_torch_fused trainer.weight_decay=0",
+    "trainer.optim=lion": "trainer.optim='lion': input should be 'adamw_torch',",
+    "hardware.device=mps": "Apple's GPUs are not supported; choose hardware=cpu",
+    "lora.target_modules=all_linear": "expected all-linear, with a hyphen",
     "trainer.fp16=true": "trainer.fp16=True, hardware.device='cpu': expected hardware=gpu",
     "lora=none": "expected quantization=none where all weights are trained",
 }  # fmt: skip
@@ -94,6 +114,20 @@ def test_each_kind_of_problem_has_its_sentence(
     [problem] = check_points([override], CONF, several=several, composer=composer).problems
     assert sentence in problem.message and "To append" not in problem.message
     assert "Traceback" not in problem.message and "hydra.cc" not in problem.message
+
+
+def test_what_is_answered_to_names_of_other_libraries_exists(composer: Composer) -> None:
+    sentences = {**elsewhere.ANSWERS, **elsewhere.OPTIONS}
+    sentences |= {key: " ".join(answers.values()) for key, answers in elsewhere.VALUES.items()}
+    written = set(re.findall(r"[a-z_]+(?:\.\w+)*=[\w.]+", " ".join(sentences.values())))
+    assert {"hardware=gpu_fsdp2", "trainer.optim=adamw_8bit"} < written
+    for override in sorted(written):
+        for problem in check_points([override], CONF, composer=composer).problems:
+            assert "expected" in problem.message, problem  # of rules, which other overrides satisfy
+    assert set(elsewhere.KEYS.values()) < set(known_keys())
+    for name in elsewhere.KEYS | elsewhere.ANSWERS:
+        answer = elsewhere.answer_to_key(name)
+        assert answer and nearest(name) == nearest(f"trainer.{name}") == answer
 
 
 @pytest.mark.parametrize(

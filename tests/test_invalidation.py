@@ -112,6 +112,7 @@ FILES: dict[str, list[str]] = {
     "reports/lengths.csv": ["report"],
     "reports/next_token.csv": ["report"],
     "reports/answer_loss.csv": ["report"],
+    "reports/attention.json": ["report"],
     "reports/quantization_error.csv": ["report"],
     "reports/samples.json": ["report"],
     "reports/samples.md": ["publish"],

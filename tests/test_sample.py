@@ -86,8 +86,16 @@ def test_the_last_answer_of_several_is_found() -> None:
     assert sample_outputs.last_trained([5, 6]) == (0, 2)
 
 
+def test_eager_attention_is_compared_with_sdpa(sampled: Path) -> None:
+    facts = read_json(sampled / "reports/attention.json")
+    assert (facts["used"], facts["num_sequences"], facts["skipped"]) == ("sdpa", 2, None)
+    assert 0 < facts["largest_logit_difference"] < 1e-4
+    assert facts["num_same_next_token"] == facts["num_tokens"] > 20
+
+
 def test_second_run_writes_the_same_bytes(sampled: Path) -> None:
-    names = ("samples.jsonl", "samples.md", "samples.json", "next_token.csv", "answer_loss.csv")
+    names = [f"{name}.csv" for name in ("next_token", "answer_loss")]
+    names += ["samples.jsonl", "samples.md", "samples.json", "attention.json"]
     before = [(sampled / "reports" / name).read_bytes() for name in names]
     run_stage("sample", sample_outputs.main, sampled)
     assert [(sampled / "reports" / name).read_bytes() for name in names] == before

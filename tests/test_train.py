@@ -244,6 +244,28 @@ def test_b_learns_faster_than_a(tmp_path: Path, optim: str) -> None:
     assert history(faster)[0]["learning_rate"] == history(plain)[0]["learning_rate"]
 
 
+def test_the_loss_falls_with_sgd(tmp_path: Path) -> None:
+    train(tmp_path, "trainer.optim=sgd", "trainer.learning_rate=0.9", "trainer.max_steps=30")
+    losses = [row["loss"] for row in history(tmp_path)]
+    assert len(losses) == 15
+    assert sum(losses[-5:]) / 5 < losses[0] - 0.2, losses
+
+
+def test_adamw_without_weight_decay_is_adam() -> None:
+    """The answer to trainer.optim=adam says so."""
+    start, found = torch.linspace(-1, 1, 12), []
+    for make in (torch.optim.Adam, torch.optim.AdamW):
+        weight = start.clone().requires_grad_()
+        optimizer = make([weight], lr=0.01, weight_decay=0.0, fused=True)
+        for _ in range(5):
+            optimizer.zero_grad()
+            (weight**4).sum().backward()
+            optimizer.step()
+        found.append(weight.detach())
+    assert torch.equal(*found)
+    assert not torch.equal(found[0], start)
+
+
 def test_a_record_beyond_the_models_positions_is_refused(tmp_path: Path) -> None:
     make_model().config.save_pretrained(tmp_path)
     check_lengths(tmp_path, [512, 3], trust_remote_code=False)

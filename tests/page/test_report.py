@@ -476,6 +476,15 @@ def test_an_example_is_in_the_language_of_the_page(pages: dict[str, str]) -> Non
     assert shown[0].startswith("Prompt")
 
 
+def test_both_ways_of_attention_are_compared(pages: dict[str, str], tmp_path: Path) -> None:
+    text = words_of(pages["en"])
+    assert "the largest difference of a logit is 2.00e−05 (largest logit: 12.5)" in text
+    assert "the same at 39 of 40 positions" in text
+    root = write_inputs(tmp_path)
+    edit(root / "reports/attention.json", lambda found: found.update(skipped="sdpa is not there"))
+    assert "eager and sdpa were not compared: sdpa is not there" in words_of(build_words(root))
+
+
 def test_changed_parameters_come_first(tmp_path: Path) -> None:
     root = write_inputs(tmp_path)
     assert "No value is set over the rest of conf/ for this run." in words_of(build_words(root))
