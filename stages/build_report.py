@@ -135,6 +135,7 @@ def of_models(params: Params, stage: Stage) -> dict[str, Any]:
 def of_results(stage: Stage) -> dict[str, Any]:
     base = read_json(stage.dep("reports/evaluation_base.json"))
     evaluation = read_json(stage.dep("reports/evaluation.json"))
+    losses = read_csv(stage.dep("reports/answer_loss.csv"))
     records = findings.test_records(
         {
             "base": stage.dep("reports/predictions_base.parquet"),
@@ -150,7 +151,8 @@ def of_results(stage: Stage) -> dict[str, Any]:
         "scores": scores,
         "answers": findings.answers(records, messages, scores["headline"], LANGUAGES),
         "attention": read_json(stage.dep("reports/attention.json")),
-        "answer_losses": read_csv(stage.dep("reports/answer_loss.csv")),
+        "answer_losses": losses,
+        "num_tokens_drawn": min(len(losses), plots.MAX_TOKENS),
         "samples": findings.samples(lines, read_json(stage.dep("reports/samples.json"))),
         "probabilities": probabilities,
         "favourites": findings.favourites(probabilities),

@@ -26,7 +26,7 @@ UNCHANGED = "unchanged"  # the setting of reports/next_token.csv that is none
 WIDTH = 5.2  # inches: on a phone, text of this figure is as large as the text around it
 LABELS = 1.3  # inches of it that long labels take
 NUM_COLUMNS = 3  # of settings beside each other
-MAX_TOKENS = 60  # of an answer whose losses are drawn
+MAX_TOKENS = 48  # of an answer whose losses are drawn
 MARKERS = {"base": "o", "nearest": "s", "tuned": "D"}  # a shape besides a colour
 COLOURS = {"base": BASE, "nearest": ACCENT, "tuned": TUNED}
 
@@ -154,7 +154,7 @@ def answer_loss(rows: Sequence[Row], words: Words, number: Number) -> Figure:
     """
     shown = rows[:MAX_TOKENS]
     with drawing():
-        figure, axes = _axes(max(WIDTH, 0.17 * len(shown)), 2.6)
+        figure, axes = _axes(WIDTH, 2.8)
         places = range(len(shown))
         for model, shift in (("base", -0.2), ("tuned", 0.2)):
             heights = [row[model] for row in shown]
@@ -162,7 +162,7 @@ def answer_loss(rows: Sequence[Row], words: Words, number: Number) -> Figure:
                 [x + shift for x in places], heights, 0.4, color=COLOURS[model], label=words(model)
             )
         axes.set_xticks(places, [visible(row["token"]) for row in shown], rotation=90)
-        axes.tick_params(axis="x", length=0, labelcolor=INK, labelsize=8)
+        axes.tick_params(axis="x", length=0, labelcolor=INK, labelsize=7)
         axes.set_xlim(-0.8, len(shown) - 0.2)
         axes.set_ylabel(words("loss"))
         axes.grid(axis="y")
