@@ -23,7 +23,8 @@ from capas.errors import CapasError
 from capas.locks import BusyError, exclusive, is_held
 from capas.problems import refused
 from capas.requirements import lacking, read_by
-from capas.sweep import parent
+from capas.sweep import crossing, parent
+from capas.sweep.crosstable import CSV, LANGUAGES, TEXT, CrossTable
 from capas.sweep.lesson import lesson
 from capas.sweep.outlook import cached, earlier, in_words, seconds_of_all
 from capas.sweep.plan import AT_ONCE, DRIVER, FOLDER, VARIABLE, Plan, check_home
@@ -80,11 +81,18 @@ def _run(plan: Plan, task: Task, multirun: bool) -> int:
         failed = [state for state in states if state.status == FAILED]
         rows = rank(states, settings)
         said_by_rates = lesson(rows, settings, plan)
-        parent.finish(plan, summary(rows, settings, bool(failed), said_by_rates))
+        crossed = None
+        if settings[crossing.SETTING] and rows and not failed:
+            crossed = crossing.cross(rows, plan)
+            crossed.write(plan.home)
+        parent.finish(plan, summary(rows, settings, bool(failed), said_by_rates, crossed))
     if said and not failed:
         screen.console.print(said, markup=False)
     if rows:
         print_ranking(rows, settings, stdout(), said_by_rates[settings["language"]])
+    if crossed:
+        said_by_crossing = f"\n{crossed.text(settings['language'])}\n({TEXT}, {CSV})"
+        stdout().print(said_by_crossing, markup=False, soft_wrap=True)
     if address := parent.address(plan):
         screen.console.print(f"the trials in MLflow: {address}", markup=False, soft_wrap=True)
     if failed:
@@ -122,7 +130,11 @@ def _outlook(plan: Plan, task: Task, left: list[Point], before: list[State]) -> 
 
 
 def summary(
-    rows: list[Row], settings: dict[str, Any], failed: bool, lessons: dict[str, list[str]]
+    rows: list[Row],
+    settings: dict[str, Any],
+    failed: bool,
+    lessons: dict[str, list[str]],
+    crossed: CrossTable | None = None,
 ) -> dict[str, Any]:
     """For the parent run in MLflow."""
     if not rows:
@@ -131,6 +143,7 @@ def summary(
     lines = [f"| {row.rank} | {row.mean:.6g} | {row.name} |" for row in rows]
     table = "\n".join([f"| | {objective} | experiment |", "|---|---|---|", *lines])
     words = [verdict(rows, settings), *(" ".join(lesson) for lesson in lessons.values())]
+    words += [crossed.markdown(code) for code in LANGUAGES] if crossed else []
     return {
         "status": "FAILED" if failed else "FINISHED",
         "metrics": {f"best/{objective}": rows[0].mean},
