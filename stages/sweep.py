@@ -13,8 +13,8 @@
     python stages/sweep.py --clean                       remove their workspaces and logs, not the experiments
 
 Reads   the workspace as it is when it starts, with what is not committed; conf/sweep.yaml, conf/sweep/
-Writes  an experiment of DVC for each point (`dvc exp show`), a run in MLflow with their trainings as children,
-        and with sweep=templates reports/templates.md and reports/templates.csv, which git ignores
+Writes  an experiment of DVC for each point (`dvc exp show`), a run in MLflow with their trainings as children
+        sweep=templates: also reports/templates.md and reports/templates.csv, which git ignores
 
 A point that is an experiment already is not run again: the same command continues what was stopped, and
 retries what failed. The workspace stays as it is, until `dvc exp apply NAME` adopts a point.
