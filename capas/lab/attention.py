@@ -16,8 +16,6 @@ ROUNDS = (
 
 def run(root: Path, count: int, language: Language) -> Iterator[str]:
     """Yield how far logits and answers differ, and how long each way takes."""
-    import torch
-
     with questions(root, count) as asked:
         logits, seconds, answers = {}, dict.fromkeys(WAYS, float("inf")), {}
         models = {}
@@ -40,7 +38,6 @@ def run(root: Path, count: int, language: Language) -> Iterator[str]:
         "largest": float(eager.abs().max()),
         "same_token": float((eager.argmax(-1) == sdpa.argmax(-1)).float().mean()),
         "same_answer": sum(one == other for one, other in pairs),
-        "version": torch.__version__,
         **{f"{way}_seconds": seconds[way] for way in WAYS},
     }
     for key in ("difference", "same", "seconds", "finding"):

@@ -1,6 +1,8 @@
 """The labs that have a command of their own, on tiny models; tests/test_labs.py runs them whole."""
 
 import re
+import subprocess
+import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -156,6 +158,25 @@ def test_logits_of_both_implementations_are_compared_token_by_token(tiny_model_d
     with torch.no_grad():
         model.model.layers[0].self_attn.v_proj.weight.mul_(2)
     assert not torch.allclose(attention.logits_of(served, some), sdpa, atol=1e-5)
+
+
+PROBE = """
+import sys
+from pathlib import Path
+from capas.lab import attention, end_token, template
+
+def questions(root, count):
+    raise SystemExit("torch" in sys.modules)
+
+LAB.questions = questions
+list(LAB.run(Path.cwd(), 1, None))
+"""
+
+
+@pytest.mark.parametrize("lab", ["attention", "end_token", "template"])
+def test_torch_is_not_imported_before_its_kernels_are_chosen(lab: str) -> None:
+    command = [sys.executable, "-c", PROBE.replace("LAB", lab)]
+    assert subprocess.run(command, cwd=ROOT, check=False).returncode == 0
 
 
 def test_an_answer_is_shown_as_one_line() -> None:
