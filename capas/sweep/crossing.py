@@ -103,7 +103,7 @@ def read_kept(plan: Plan, names: Sequence[str]) -> list[Cell] | None:
 def key_of(plan: Plan, names: Sequence[str]) -> str:
     """Return the identity of all that decides the table."""
     outs = [Outputs(plan.home, plan.recorded(name)).md5 for name in sorted(names)]
-    return digest([{path: of[path] for path in (*_FOLDERS, *_FILES)} for of in outs])
+    return digest([{path: of.get(path) for path in (*_FOLDERS, *_FILES)} for of in outs])
 
 
 def compute(plan: Plan) -> None:

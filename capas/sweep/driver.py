@@ -81,11 +81,9 @@ def _run(plan: Plan, task: Task, multirun: bool) -> int:
         failed = [state for state in states if state.status == FAILED]
         rows = rank(states, settings)
         said_by_rates = lesson(rows, settings, plan)
-        crossed = None
-        if settings[crossing.SETTING] and rows and not failed:
-            crossed = crossing.cross(rows, plan)
-            crossed.write(plan.home)
-        parent.finish(plan, summary(rows, settings, bool(failed), said_by_rates, crossed))
+        crossed, refusal = _cross(rows, plan, settings) if not failed else (None, "")
+        result = summary(rows, settings, bool(failed or refusal), said_by_rates, crossed)
+        parent.finish(plan, result)
     if said and not failed:
         screen.console.print(said, markup=False)
     if rows:
@@ -101,7 +99,21 @@ def _run(plan: Plan, task: Task, multirun: bool) -> int:
             "The same command runs these again, and nothing else.",
             markup=False,
         )
-    return 1 if failed or not rows else 0
+    if refusal:
+        screen.console.print(f"\nsweep: {refusal}", markup=False)
+    return 1 if failed or refusal or not rows else 0
+
+
+def _cross(rows: list[Row], plan: Plan, settings: dict[str, Any]) -> tuple[CrossTable | None, str]:
+    """Return the table of models asked in each other's format, or why there is none: the ranking counts."""
+    if not settings[crossing.SETTING] or not rows:
+        return None, ""
+    try:
+        crossed = crossing.cross(rows, plan)
+    except CapasError as error:
+        return None, str(error)
+    crossed.write(plan.home)
+    return crossed, ""
 
 
 def _check_machine(home: Path, task: Task, points: list[Point]) -> None:

@@ -179,8 +179,12 @@ def test_the_table_of_the_same_models_is_kept_and_that_of_others_is_not(
     found = crossing.cross([row("a"), row("b")], plan)
     assert (found.cells, found.metric) == (cells(), "kind")
     lock["train"]["outs"][0]["md5"] = "other"
-    with pytest.raises(CapasError, match="could not be asked in each other's format, see above"):
+    told = "could not be asked in each other's format, see above"
+    with pytest.raises(CapasError, match=told):
         crossing.cross([row("a"), row("b")], plan)
+    table, refusal = driver._cross([row("a"), row("b")], plan, {crossing.SETTING: True})
+    assert table is None and told in refusal  # and the ranking is shown
+    assert driver._cross([row("a")], plan, {crossing.SETTING: False}) == (None, "")
 
 
 def test_an_output_that_is_not_in_the_cache_is_named(
