@@ -7,11 +7,13 @@ import traceback
 from capas import check, merge, preflight, push, rebuild, registry, restore, talk, ui
 from capas.compare import command as compare
 from capas.errors import CapasError, reason_of
+from capas.lab import command as lab
 
 COMMANDS = {
     "chat": talk,
     "check": check,
     "compare": compare,
+    "lab": lab,
     "memory": preflight,
     "merge": merge,
     "push": push,

@@ -6,6 +6,7 @@
     python stages/sweep.py -m chat_template=llama3,chatml experiment=quick      choices; an overlay
     python stages/sweep.py -m 'model=glob(qwen*)'        all choices of a group with such a name
     python stages/sweep.py -m sweep=learning_rate        a sweep that is ready: see conf/sweep/
+    python stages/sweep.py -m sweep=templates            train with each chat template, ask each model in each
     python stages/sweep.py -m sweep=optuna 'trainer.learning_rate=tag(log,interval(1e-4,3e-2))'
     python stages/sweep.py -m hydra/launcher=slurm ...   a job for each point: see conf/hydra/launcher/
     python stages/sweep.py --list                        sweeps, their experiments, and what they take on disk
@@ -13,6 +14,7 @@
 
 Reads   the workspace as it is when it starts, with what is not committed; conf/sweep.yaml, conf/sweep/
 Writes  an experiment of DVC for each point (`dvc exp show`), a run in MLflow with their trainings as children
+        sweep=templates: also reports/templates.md and reports/templates.csv, which git ignores
 
 A point that is an experiment already is not run again: the same command continues what was stopped, and
 retries what failed. The workspace stays as it is, until `dvc exp apply NAME` adopts a point.

@@ -24,7 +24,7 @@ from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers, 
 from capas import gate
 from capas.dag import StageSpec, read_yaml, recorded_key
 from capas.metrics.names import BINARY, name_of
-from capas.page import plots
+from capas.page.plots import MAX_TOKENS
 from capas.params import Params, flatten, select
 from capas.records import RAW, write_records
 from capas.stage import Stage
@@ -501,6 +501,6 @@ def build_words(root: Path, plots: bool = False) -> str:
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(build_report, "to_svg", lambda *_: "<svg></svg>")
         if not plots:
-            patch.setattr(build_report, "plots", Mock(MAX_TOKENS=plots.MAX_TOKENS))
+            patch.setattr(build_report, "plots", Mock(MAX_TOKENS=MAX_TOKENS))
             patch.setattr(build_report, "pipeline", Mock())
         return build(root, "en")["en"]

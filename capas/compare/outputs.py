@@ -34,6 +34,21 @@ class Outputs:
         listed = self._listing(folder) if folder in self.md5 else {}
         return self._file(path, listed[name]) if name in listed else None
 
+    def folder(self, path: str) -> dict[str, Path]:
+        """Return {name: file} of an output that is a folder.
+
+        Raises:
+            CapasError: one of its files, or the list of them, is not here.
+        """
+        listed = self._listing(path) if path in self.md5 else {}
+        found = {name: self.find(f"{path}/{name}") for name in listed}
+        files = {name: file for name, file in found.items() if file is not None}
+        if not files or len(files) < len(found):
+            raise CapasError(
+                f"{path}: DVC's cache does not hold it any more; `dvc pull` may bring it back"
+            )
+        return files
+
     def digest(self, path: str) -> str | None:
         """The md5 of an output, or of a file in one whose list is here."""
         folder, _, name = path.rpartition("/")

@@ -23,7 +23,8 @@ from capas.errors import CapasError
 from capas.locks import BusyError, exclusive, is_held
 from capas.problems import refused
 from capas.requirements import lacking, read_by
-from capas.sweep import parent
+from capas.sweep import crossing, parent
+from capas.sweep.crosstable import CSV, LANGUAGES, TEXT, CrossTable
 from capas.sweep.lesson import lesson
 from capas.sweep.outlook import cached, earlier, in_words, seconds_of_all
 from capas.sweep.plan import AT_ONCE, DRIVER, FOLDER, VARIABLE, Plan, check_home
@@ -80,11 +81,16 @@ def _run(plan: Plan, task: Task, multirun: bool) -> int:
         failed = [state for state in states if state.status == FAILED]
         rows = rank(states, settings)
         said_by_rates = lesson(rows, settings, plan)
-        parent.finish(plan, summary(rows, settings, bool(failed), said_by_rates))
+        crossed, refusal = _cross(rows, plan, settings) if not failed else (None, "")
+        result = summary(rows, settings, bool(failed or refusal), said_by_rates, crossed)
+        parent.finish(plan, result)
     if said and not failed:
         screen.console.print(said, markup=False)
     if rows:
         print_ranking(rows, settings, stdout(), said_by_rates[settings["language"]])
+    if crossed:
+        said_by_crossing = f"\n{crossed.text(settings['language'])}\n({TEXT}, {CSV})"
+        stdout().print(said_by_crossing, markup=False, soft_wrap=True)
     if address := parent.address(plan):
         screen.console.print(f"the trials in MLflow: {address}", markup=False, soft_wrap=True)
     if failed:
@@ -93,7 +99,21 @@ def _run(plan: Plan, task: Task, multirun: bool) -> int:
             "The same command runs these again, and nothing else.",
             markup=False,
         )
-    return 1 if failed or not rows else 0
+    if refusal:
+        screen.console.print(f"\nsweep: {refusal}", markup=False)
+    return 1 if failed or refusal or not rows else 0
+
+
+def _cross(rows: list[Row], plan: Plan, settings: dict[str, Any]) -> tuple[CrossTable | None, str]:
+    """Return the table of models asked in each other's format, or why there is none: the ranking counts."""
+    if not settings[crossing.SETTING] or not rows:
+        return None, ""
+    try:
+        crossed = crossing.cross(rows, plan)
+    except CapasError as error:
+        return None, str(error)
+    crossed.write(plan.home)
+    return crossed, ""
 
 
 def _check_machine(home: Path, task: Task, points: list[Point]) -> None:
@@ -122,7 +142,11 @@ def _outlook(plan: Plan, task: Task, left: list[Point], before: list[State]) -> 
 
 
 def summary(
-    rows: list[Row], settings: dict[str, Any], failed: bool, lessons: dict[str, list[str]]
+    rows: list[Row],
+    settings: dict[str, Any],
+    failed: bool,
+    lessons: dict[str, list[str]],
+    crossed: CrossTable | None = None,
 ) -> dict[str, Any]:
     """For the parent run in MLflow."""
     if not rows:
@@ -131,6 +155,7 @@ def summary(
     lines = [f"| {row.rank} | {row.mean:.6g} | {row.name} |" for row in rows]
     table = "\n".join([f"| | {objective} | experiment |", "|---|---|---|", *lines])
     words = [verdict(rows, settings), *(" ".join(lesson) for lesson in lessons.values())]
+    words += [crossed.markdown(code) for code in LANGUAGES] if crossed else []
     return {
         "status": "FAILED" if failed else "FINISHED",
         "metrics": {f"best/{objective}": rows[0].mean},

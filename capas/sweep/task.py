@@ -16,6 +16,7 @@ from capas.dag import StageSpec
 from capas.errors import CapasError
 from capas.params import flatten
 from capas.problems import Problem, refused
+from capas.sweep import crossing
 from capas.sweep.produced import not_produced
 
 NAME = "sweep"  # conf/sweep.yaml
@@ -32,6 +33,7 @@ class Sweep(Group):
     replicates: list[str]
     confidence_fraction: Annotated[float, Field(gt=0, lt=1)]
     language: Literal["en", "es"]
+    cross_templates: bool
     keep: bool
 
 
@@ -87,6 +89,8 @@ def prepare(home: Path, words: list[str], multirun: bool) -> Task:
             for key, sentence in not_produced(settings, point.values):
                 problems.append(Problem(key, "", sentence))
             problems += _place_problems(point, config["hydra"]["launcher"], home)
+        if not problems:
+            problems += crossing.problems(settings, checked.points, searches)
     if problems or not config:
         raise refused(problems, "no point was run")
     expected = int(sweeper["n_trials"]) if searches else len(checked.points)

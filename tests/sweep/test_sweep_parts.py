@@ -481,13 +481,13 @@ def test_a_point_whose_process_always_dies_is_given_up_and_the_others_run(
     assert "the worker is gone" in states["deadly"].reason
 
 
-@pytest.mark.parametrize("option", ["grid", "optuna", "learning_rate"])
+@pytest.mark.parametrize("option", ["grid", "optuna", "learning_rate", "templates"])
 def test_every_ready_sweep_composes(option: str, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("CAPAS_SWEEP", "/nowhere")
     with initialize_config_dir(str(REPOSITORY / "conf"), version_base="1.3"):
         config = compose("sweep", overrides=[f"sweep={option}"], return_hydra_config=True)
         assert config.sweep.preset == option
-        assert set(config.sweep) == {*SETTINGS, "preset", "keep", "language"}
+        assert set(config.sweep) == {*SETTINGS, "preset", "keep", "language", "cross_templates"}
         if option == "optuna":
             assert config.hydra.sweeper.direction == config.sweep.direction
 
