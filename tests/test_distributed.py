@@ -168,7 +168,7 @@ def test_a_process_that_is_killed_ends_the_others_and_the_training_goes_on(
     (root / holding.HELD).unlink()
     said = process.communicate()[0]
     assert process.returncode == 1
-    assert "train: process 1 was ended by SIGKILL: was there too little memory?" in said
+    assert "train: process 1 was killed by SIGKILL (possibly out of memory)" in said
     assert "Traceback" not in said
 
     process = run_until(root, 22)

@@ -114,7 +114,7 @@ def test_encoder_only_model_is_refused_with_the_reason(tmp_path: Path) -> None:
     config = BertConfig(vocab_size=50, hidden_size=16, num_hidden_layers=1, num_attention_heads=2)
     BertForMaskedLM(config).save_pretrained(tmp_path)
     with pytest.raises(
-        CapasError, match=r"encoder-only model \(BertForMaskedLM\).*cannot write an answer"
+        CapasError, match=r"encoder-only model \(BertForMaskedLM\).*cannot generate"
     ):
         load_model(tmp_path, PLAIN, CPU)
 
@@ -128,7 +128,7 @@ def test_encoder_only_model_is_refused_with_the_reason(tmp_path: Path) -> None:
             "encoder-decoder",
         ),
         ({"architectures": ["Qwen2Model"]}, "encoder-only"),
-        ({}, "names no architectures"),
+        ({}, "has no `architectures`"),
     ],
 )
 def test_what_is_no_causal_model_is_refused(config: dict[str, Any], message: str) -> None:
