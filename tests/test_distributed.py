@@ -366,7 +366,7 @@ def test_a_job_of_slurm_has_an_agent_on_each_node(
 
 @pytest.mark.parametrize(
     ("job", "found"),
-    [({}, "no job of SLURM"), ({"SLURM_JOB_NUM_NODES": "1"}, "a job of SLURM with 1")],
+    [({}, "no SLURM job"), ({"SLURM_JOB_NUM_NODES": "1"}, "a SLURM job with 1")],
 )
 def test_several_machines_need_a_job_that_has_them(job: dict[str, str], found: str) -> None:
     hardware = Params({**HARDWARE, "num_machines": 2})

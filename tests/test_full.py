@@ -265,7 +265,7 @@ def test_it_is_talked_to_and_its_base_too(
 def test_it_needs_no_merging(made: Path, monkeypatch: pytest.MonkeyPatch, capsys: Any) -> None:
     monkeypatch.chdir(made)
     assert cli.main(["merge", "merged"]) == 2
-    assert "it is a whole model already: data/models/adapter" in capsys.readouterr().err
+    assert "AutoModelForCausalLM.from_pretrained: data/models/adapter" in capsys.readouterr().err
     assert not (made / "merged").exists()
 
 

@@ -177,7 +177,7 @@ def test_what_capas_cannot_carry_is_refused_as_it_is_fetched(
 @pytest.mark.parametrize(
     ("other", "message"),
     [
-        ({"intermediate_size": 96}, "the shapes of .* differ; it is an adapter of another base"),
+        ({"intermediate_size": 96}, "the shapes of .* differ, so it is an adapter of another base"),
         ({"num_hidden_layers": 3}, "another base: this one has no layer called .*layers.2"),
         ({"num_hidden_layers": 1}, "adapts 14 layers, and the adapter 7"),
     ],
@@ -194,11 +194,14 @@ def test_an_adapter_of_another_base_is_refused(
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        (lambda w: {**w, "base_model.model.lm_head.weight": torch.ones(2)}, "beside those of LoRA"),
+        (
+            lambda w: {**w, "base_model.model.lm_head.weight": torch.ones(2)},
+            "weights that are not LoRA weights",
+        ),
         (lambda w: {k: v * float("nan") for k, v in w.items()}, "NaN or infinite"),
         (
             lambda w: {k: v for k, v in w.items() if "0.mlp.up_proj.lora_B" not in k},
-            "not hold what PEFT",
+            "not have the weights that PEFT",
         ),
     ],
 )

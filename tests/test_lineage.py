@@ -127,7 +127,7 @@ def test_what_may_hold_a_secret_or_is_large_stays_here_and_what_travels_is_told(
     there = {file.name for file in (tmp_path / "clone").iterdir()}
     assert {".env.example", "tokenizer.json"} <= there
     assert not there & {*SECRETS, "large.bin"}
-    assert "kept with the run in MLflow: .env.example, tokenizer.json" in caplog.text
+    assert "saved with the run in MLflow: .env.example, tokenizer.json" in caplog.text
     (stayed,) = (text for text in caplog.messages if "not sent to MLflow" in text)
     assert all(name in stayed for name in (*SECRETS, "large.bin"))
     assert git(root, "status", "--porcelain", "sub") == "?? sub/"  # the user's index is his own
@@ -178,7 +178,7 @@ def test_a_run_that_needs_a_file_which_stayed_says_so(root: Path) -> None:
     publish(root)
     store, found = the_run(root)
     assert found.data.tags["git.left_out"] == "conf/secret.yaml"
-    with pytest.raises(CapasError, match=r"not kept was conf/secret\.yaml"):
+    with pytest.raises(CapasError, match=r"conf/secret\.yaml was not saved"):
         lineage.read_state(store.client, found)
 
 
@@ -321,7 +321,7 @@ def test_a_patch_without_end_is_not_kept(root: Path, monkeypatch: pytest.MonkeyP
     (root / "large.bin").write_bytes(Random(0).randbytes(5000))
     publish(root)
     store, found = the_run(root)
-    with pytest.raises(CapasError, match=r"not kept was source/uncommitted\.patch"):
+    with pytest.raises(CapasError, match=r"source/uncommitted\.patch was not saved"):
         lineage.read_state(store.client, found)
 
 
@@ -333,7 +333,7 @@ def test_a_script_edited_after_it_ran_is_told_and_replaces_no_state(
     monkeypatch.setattr(lineage, "input_key", lambda spec, _: spec.name)
     evaluate_anew(root)
     publish(root)
-    assert "edited after they ran: fetch" in caplog.text
+    assert "edited after the stages ran: fetch" in caplog.text
     assert kept(root) == before
 
 

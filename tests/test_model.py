@@ -99,7 +99,9 @@ def test_four_bits_on_a_cpu_only_where_rows_are_whole_blocks(tmp_path: Path, wid
     if is_whole:
         assert load_model(tmp_path, PLAIN, CPU, quantization_config=config).num_parameters() > 0
     else:
-        with pytest.raises(CapasError, match=r"mlp.down_proj has 96 inputs, no multiple of 64"):
+        with pytest.raises(
+            CapasError, match=r"mlp.down_proj has 96 inputs, which is not a multiple of 64"
+        ):
             load_model(tmp_path, PLAIN, CPU, quantization_config=config)
 
 

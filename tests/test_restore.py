@@ -86,7 +86,7 @@ def test_an_experiment_that_fails_leaves_the_workspace_as_it_was(edited: Experim
     assert "the loss is nan" in said
     assert changed(edited, before) == set()
     back = ", ".join(sorted(LEFT - {"reports/metrics/train.json"}))
-    assert f"as it was before `dvc exp run -S {WORSE}`; back came {back}" in said
+    assert f"as it was before `dvc exp run -S {WORSE}`; restored: {back}" in said
     assert said.index("ERROR: failed to reproduce 'train'") < said.index("capas: the workspace is")
     (replaced,) = (edited.root / REPLACED).glob("*/conf/overrides.yaml")
     assert "learning_rate: 0.9" in replaced.read_text()
@@ -212,7 +212,7 @@ def test_commits_that_were_made_since_are_left_alone(edited: Experimenter) -> No
     edited.edit("params.yaml", "seed: 0\n", "seed: 1\n")
     edited.commit()
     before = state(edited)
-    assert "there are commits since: nothing is put back" in edited.restore()
+    assert "there are newer commits: nothing was restored" in edited.restore()
     assert changed(edited, before) == set()
 
 
@@ -252,7 +252,7 @@ def test_edits_that_dvc_holds_in_a_stash_come_back(edited: Experimenter) -> None
     lock_of_dvc(edited)
     before = in_stash(edited)
     assert "conf/config.yaml" in changed(edited, before)
-    assert "back came" in edited.restore("--quiet")
+    assert "; restored: " in edited.restore("--quiet")
     assert changed(edited, before) == set()
 
 
@@ -283,7 +283,7 @@ def test_edits_in_a_stash_of_a_dvc_that_was_interrupted_twice_come_back(
     """Its lock is released; the reflog of HEAD tells. `make repro` does not guess."""
     before = in_stash(edited)
     assert edited.restore("--quiet") == ""
-    assert "back came" in edited.restore()
+    assert "; restored: " in edited.restore()
     assert changed(edited, before) == set()
 
 
@@ -376,7 +376,7 @@ def test_locks_and_the_index_that_a_kill_left_are_mended(small: Small, length: i
     rwlock.write_text('{"write": {')
     git_index.write_bytes(git_index.read_bytes()[:length])
     said = small.restore()
-    for sentence in ("removed index.lock of git", "removed .dvc/tmp/rwlock", "index was cut"):
+    for sentence in ("removed index.lock of git", "removed .dvc/tmp/rwlock", "index was truncated"):
         assert sentence in said
     assert small.run("git", "status", "--porcelain") == ""
 

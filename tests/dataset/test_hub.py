@@ -179,7 +179,9 @@ def test_the_client_alone_does_not_ask_again(hub: Hub) -> None:
 
 def test_what_is_no_hub_is_said(hub: Hub, root: Path) -> None:
     hub.faults = [Fault("GET /api", status=200)]  # as a hotel's page to log in
-    with pytest.raises(CapasError, match=r"org/tiny.*what answers is no Hub\nLook at HF_ENDPOINT"):
+    with pytest.raises(
+        CapasError, match=r"org/tiny.*the server that answered is not a Hub\nCheck HF_ENDPOINT"
+    ):
         fetch(root, "0" * 40)
 
 
@@ -195,7 +197,7 @@ def test_a_hub_that_stays_busy_is_an_error(hub: Hub, root: Path) -> None:
     [
         ({"gated": True}, None, r"it is gated, and nobody is logged in\nAccept its conditions on "
          r"https://huggingface.co/org/tiny; log in with `hf auth login`, or set HF_TOKEN"),
-        ({"gated": True}, "hf_other", r"it is gated, and your account has no access yet"),
+        ({"gated": True}, "hf_other", r"it is gated, and your account does not have access yet"),
         ({"private": True}, None, r"no model of that name, or it is private\n.*`hf auth login`"),
         ({"private": True}, "hf_other", r"does not accept your token"),
     ],
@@ -267,7 +269,7 @@ def test_a_file_that_came_damaged_is_refused(
     commit = hub.commit(f"models/{MODEL}", files)
     where = "GET /cdn/" if name == "model.safetensors" else f"GET .*{name}"
     hub.faults = [Fault(where, change=lambda body: body[:-1] + bytes([body[-1] ^ 1]))]
-    with pytest.raises(CapasError, match=rf"{name} was damaged.*run again: rm (\S+)") as refusal:
+    with pytest.raises(CapasError, match=rf"{name} is damaged.*run again: rm (\S+)") as refusal:
         fetch(root, commit, "fetch_model")
     Path(str(refusal.value).rpartition(" ")[2]).unlink()
     fetch(root, commit, "fetch_model")

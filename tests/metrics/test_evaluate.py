@@ -137,7 +137,7 @@ def test_other_metrics_stand_in_columns_reports_and_log(
     lines = list(csv.DictReader((root / "reports/before_after.csv").open()))
     assert {line["metric"] for line in lines} == {"brevity"}
     assert re.search(r"brevity [+-]\S+ \(\S+ to \S+\): (better|worse|no difference)", caplog.text)
-    assert re.search(r"seconds a record: about \d+ seconds for 10", caplog.text)
+    assert re.search(r"seconds per record: about \d+ seconds for 10", caplog.text)
 
 
 def test_the_loss_alone_has_a_verdict_and_no_bars_for_kinds(

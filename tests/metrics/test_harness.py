@@ -138,12 +138,12 @@ def test_it_is_refused_where_the_harness_is_not_installed(
 @pytest.mark.parametrize(
     ("include_path", "message"),
     [
-        ("/tmp/tasks", "keep the tasks in a folder of conf or data/own"),
-        ("data/own/../../elsewhere", "keep the tasks in a folder"),
-        ("data/own", "keep the tasks in a folder"),
-        ("data/own/nothing", "there is no such folder"),
-        ("data/own/empty", "it holds no task; one is a file NAME.yaml"),
-        ("data/own/binary", "a file is no text in UTF-8"),
+        ("/tmp/tasks", "move the tasks into a folder of conf or data/own"),
+        ("data/own/../../elsewhere", "move the tasks into a folder"),
+        ("data/own", "move the tasks into a folder"),
+        ("data/own/nothing", "no such folder"),
+        ("data/own/empty", "no task found; a task is a file NAME.yaml"),
+        ("data/own/binary", "a file is not UTF-8 text"),
     ],
 )
 def test_a_folder_that_cannot_be_used_is_refused(

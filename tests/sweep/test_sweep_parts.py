@@ -352,7 +352,7 @@ def test_a_wrong_value_of_the_sweep_is_told_before_a_point_runs(
     ("word", "told"),
     [
         ("hydra.launcher.n_jobs=2", "hydra/launcher=joblib runs"),
-        ("hydra/launcher=jobli", "hydra/launcher=jobli: no such option, or the package that brings"),
+        ("hydra/launcher=jobli", "hydra/launcher=jobli: no such option, or its package"),
         ("hydra/launcher=basic,joblib", "takes one value; it says how the whole sweep runs"),
         ("sweep.keep=true,false", "takes one value; it says how the whole sweep runs"),
         ("sweep=optna", "sweep=optna: no such option; did you mean optuna?"),
