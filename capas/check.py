@@ -1,15 +1,15 @@
-"""Check data before any stage runs: what is read, what is wrong, how it is split and scored.
+"""Check a dataset before any stage runs: its records, flaws, splits and metrics.
 
-    capas check                           the data set that conf/ names
-    capas check support.csv               a file, wherever it lies; ends with the YAML for it
-    capas check support.csv --write       writes conf/own/dataset/support.yaml; copies the file to data/own
+    capas check                           the dataset chosen in conf/
+    capas check support.csv               any file; prints the YAML to use it
+    capas check support.csv --write       write conf/own/dataset/support.yaml, copy the file to data/own
     capas check support.csv 'dataset.columns={user: pregunta, assistant: respuesta}'
-    capas check --json                    the same as JSON
-    capas check --cost                    and download, disk, memory and minutes of each stage
-    capas check --cost experiment=NAME    of another configuration, as overrides of Hydra
+    capas check --json                    the findings as JSON
+    capas check --cost                    also download, disk, memory and minutes of each stage
+    capas check --cost experiment=NAME    for another configuration, given as Hydra overrides
 
-It needs seconds, no model and no network. All flaws of all kinds are shown at once, each with file and line.
-With --cost it needs the model's config.json, and trains for about 20 seconds to measure.
+The check takes seconds and needs neither a model nor a network. Flaws of all kinds are reported at once, with
+file and line. `--cost` also needs the model's config.json, and trains for about 20 seconds to measure.
 
 Exit code: 0 ready; 1 records or splits have flaws; 2 a file cannot be read.
 """

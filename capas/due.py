@@ -1,4 +1,4 @@
-"""Which stages will run again, and why: `python -m capas.due`, from what dvc.lock records.
+"""List the stages that will run again, and why: `python -m capas.due`, compared with dvc.lock.
 
 It compares commands, values and files as `dvc status` does, in a tenth of the time. A stage whose outputs are
 in the run cache is restored instead of run; that is not looked up here.

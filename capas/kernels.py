@@ -125,7 +125,7 @@ def check_in_use(instruction_set: str, torch_was_loaded: bool) -> None:
     else:
         why = "choose native or portable"
     raise CapasError(
-        f"hardware.instruction_set={instruction_set} is ignored: {seen} is in use. {why}"
+        f"hardware.instruction_set={instruction_set} is ignored: {seen} is in use: {why}"
     )
 
 

@@ -1,19 +1,19 @@
 """Merge the adapter into its base: one model in full precision, in safetensors.
 
-    capas merge FOLDER                     of the workspace's result
-    capas merge FOLDER --run RUN           of a run in MLflow: its id, its beginning, its name, an experiment
-    capas merge FOLDER --dtype bfloat16    in another precision than the training computed in
+    capas merge FOLDER                     the workspace's result
+    capas merge FOLDER --run RUN           of an MLflow run: run id or its beginning, name, DVC experiment
+    capas merge FOLDER --dtype bfloat16    in another precision than in training
 
-A quantized base is dequantized first, and the adapter added to that: the weights it was trained on. (Adding
-it to the base in full precision gives another model, quantizing the sum once more a third.) Then FOLDER is
-loaded by transformers alone, and its logits are compared with those of base and adapter on prompts of the
-test split. FOLDER appears only where the largest difference is within the tolerance, and less than half of
-what the adapter changes.
+A quantized base is dequantized first, and the adapter is added to these weights, which it was trained on.
+(Adding it to the full-precision base gives a different model.) The merged model is then loaded with
+transformers alone, and its logits are compared with those of base and adapter on prompts of the test split.
+FOLDER is only written if the largest difference is within the tolerance and less than half of the
+adapter's own effect.
 
-FOLDER holds config.json, weights, tokenizer, chat template, generation_config.json, and merge.json, which
-says what was compared. `AutoModelForCausalLM.from_pretrained(FOLDER)` needs nothing else; git ignores it.
+FOLDER holds config.json, weights, tokenizer, chat template, generation_config.json, and merge.json
+with the comparison. `AutoModelForCausalLM.from_pretrained(FOLDER)` needs nothing else; git ignores it.
 
-Exit code: 0 merged, 1 refused (the difference is told), 2 it failed, 130 stopped.
+Exit code: 0 merged, 1 refused (the difference is printed), 2 failed, 130 stopped.
 """
 
 import argparse

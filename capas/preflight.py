@@ -1,17 +1,16 @@
-"""Estimate what a training needs in memory, before anything is downloaded or run.
+"""Estimate the memory that training needs, before anything is downloaded or run.
 
-    capas memory                                        conf/ as it stands
-    capas memory experiment=llama_3.1_8b_qlora_24gb     another configuration, as overrides of Hydra
+    capas memory                                        the configuration in conf/
+    capas memory experiment=llama_3.1_8b_qlora_24gb     another configuration, given as Hydra overrides
     capas memory trainer.per_device_train_batch_size=8 quantization=none
-    capas memory --tokens 600                           the longest record has so many tokens
+    capas memory --tokens 600                           assume that the longest record has 600 tokens
 
-Of the model it needs config.json alone: that of the last `dvc repro`, of a folder, of the Hub's cache or of
-the Hub.
+Only the model's config.json is needed: from the last `dvc repro`, a folder, the Hub's cache or the Hub.
 
-Every record of a batch is taken to be as long as dataset.max_length allows; `train` estimates again with the
-records that there are, and stops before it begins where the machine has less.
+Every record of a batch is assumed to have dataset.max_length tokens. `train` estimates again with the real
+records, and stops before training if the machine has too little memory.
 
-Exit code: 0 it fits, or there is no such device here; 1 it does not fit; 2 it cannot be estimated.
+Exit code: 0 it fits, or this machine has no such device; 1 it does not fit; 2 it cannot be estimated.
 """
 
 import argparse

@@ -225,7 +225,7 @@ def test_a_template_outside_conf_is_refused(workspace: Composing, tmp_path: Path
         "path: conf/chat_template/${.preset}.jinja",
         f"path: {tmp_path}/mine.jinja",
     )
-    assert "keep the file in conf/" in workspace.refusal()
+    assert "move the file into conf/" in workspace.refusal()
 
 
 def test_prompts_of_ones_own_come_from_a_file(workspace: Composing) -> None:

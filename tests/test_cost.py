@@ -145,7 +145,7 @@ def test_a_cost_that_cannot_be_said_stops_nothing(
     monkeypatch.chdir(tmp_path)
     caplog.set_level("INFO", "capas")
     compose_params.tell_cost()
-    assert "what the run costs is not known: " in caplog.text
+    assert "the cost of the run could not be estimated: " in caplog.text
 
 
 @pytest.mark.slow

@@ -127,9 +127,9 @@ def test_told_to_end_both_save_their_step_and_go_on(stopped: Stopped) -> None:
     assert "Traceback" not in stopped.first
     assert "elastic" not in stopped.first
     assert {"rng_state_0.pth", "rng_state_1.pth"} <= stopped.saved
-    assert "going on from checkpoint-14" in stopped.second
+    assert "resuming from checkpoint-14" in stopped.second
     assert "2 processes share the memory" in stopped.second
-    plan = "2 processes x 3 x accumulation 2 = 12 rows a step; 4 steps in an epoch, 40 in all"
+    plan = "2 processes x 3 x accumulation 2 = 12 rows per step; 4 steps per epoch, 40 in total"
     assert stopped.first.count(plan) == 1
     assert len(re.findall("40 steps done", stopped.second)) == 1
 
@@ -177,7 +177,7 @@ def test_a_process_that_is_killed_ends_the_others_and_the_training_goes_on(
     _, alive = psutil.wait_procs(family, timeout=20)
     assert len(family) >= 3
     assert alive == []
-    assert "going on from checkpoint-21" in launched(root)
+    assert "resuming from checkpoint-21" in launched(root)
     assert results(root) == results(whole)
 
 
@@ -319,8 +319,8 @@ def test_a_divided_training_resumes_to_the_same_bytes(tmp_path: Path) -> None:
     root = prepared(tmp_path / "stopped", *options)
     process = run_until(root, 10, **env)
     process.send_signal(signal.SIGTERM)
-    assert "it is saved" in process.communicate()[0]
-    assert "going on from checkpoint-" in launched(root, **env)
+    assert "A checkpoint was saved" in process.communicate()[0]
+    assert "resuming from checkpoint-" in launched(root, **env)
     assert results(root) == results(whole)
 
 
@@ -328,7 +328,7 @@ def test_a_model_that_comes_quantized_is_not_divided(tmp_path: Path) -> None:
     root = quantized(tmp_path, *TWO, "quantization=nf4")
     params = Params({**read_params("train", root).without(), "hardware": HARDWARE_DIVIDED})
     with pytest.raises(
-        CapasError, match=r"fsdp2 cannot divide data/embedded, .* are nf4: choose ddp"
+        CapasError, match=r"fsdp2 cannot shard data/embedded, .* are nf4\. Choose ddp"
     ):
         train_lora.load_plain(root / "data/models/quantized", params, torch.device("cpu"))
 

@@ -182,7 +182,7 @@ def test_killed_and_told_to_end_it_ends_the_same(tmp_path: Path) -> None:
         said = process.communicate()[0]
         assert process.returncode != 0, said
     last = run_in_process(root)
-    assert re.search(r"going on from checkpoint-(18|19|2\d)", last.communicate()[0])
+    assert re.search(r"resuming from checkpoint-(18|19|2\d)", last.communicate()[0])
     assert results(root) == results(undisturbed)
 
 
@@ -209,7 +209,7 @@ def test_weights_that_are_left_out_are_refused(tmp_path: Path) -> None:
     model = make_model()
     optimizer = torch.optim.SGD([model.lm_head.weight], lr=1.0)
     trainer: Any = type("Trainer", (), {"model": model, "optimizer": optimizer})
-    with pytest.raises(CapasError, match=r"would leave out \d+ weights, e\.g\. model\.layers"):
+    with pytest.raises(CapasError, match=r"would not update \d+ weights, e\.g\. model\.layers"):
         usage.check_trained(trainer, all_weights=True)
     with pytest.raises(CapasError, match="the training would change 1 weights of the base"):
         usage.check_trained(trainer, all_weights=False)

@@ -196,7 +196,7 @@ def test_an_adapter_of_another_base_is_refused(
     [
         (
             lambda w: {**w, "base_model.model.lm_head.weight": torch.ones(2)},
-            "weights that are not LoRA weights",
+            "that are not LoRA weights",
         ),
         (lambda w: {k: v * float("nan") for k, v in w.items()}, "NaN or infinite"),
         (
@@ -221,9 +221,7 @@ def test_a_cut_file_and_a_pickle_are_refused(first: Path, tmp_path: Path) -> Non
     cut = Path(shutil.copytree(first, tmp_path / "cut"))
     whole = (cut / adapter.WEIGHTS).read_bytes()
     (cut / adapter.WEIGHTS).unlink()
-    with pytest.raises(
-        CapasError, match=r"holds no adapter_model.safetensors. Reading an adapter_m"
-    ):
+    with pytest.raises(CapasError, match=r"has no adapter_model.safetensors. Loading an adapter_m"):
         initial(cut, tmp_path / "none")
     (cut / adapter.WEIGHTS).write_bytes(whole[:1000])
     root = initial(cut, tmp_path / "root")
@@ -231,7 +229,7 @@ def test_a_cut_file_and_a_pickle_are_refused(first: Path, tmp_path: Path) -> Non
         run_stage("train", train_lora.main, root)
     (cut / adapter.CONFIG).unlink()
     with pytest.raises(
-        CapasError, match=r"holds no adapter_config.json: it is no adapter in PEFT's"
+        CapasError, match=r"has no adapter_config.json, so it is not an adapter in PEFT's"
     ):
         initial(cut, tmp_path / "model")
 
@@ -259,7 +257,7 @@ def test_a_folder_is_pinned_to_what_is_in_it(first: Path, tmp_path: Path) -> Non
     (root / "first" / adapter.WEIGHTS).unlink()
     save_file({k: v * 2 for k, v in weights.items()}, root / "first" / adapter.WEIGHTS)
     with pytest.raises(
-        CapasError, match=r"lora.adapter_revision=\w+: first is a folder, whose files"
+        CapasError, match=r"lora.adapter_revision=\w+: first is a folder, and its content"
     ):
         fetch(root)
 

@@ -92,7 +92,7 @@ def test_all_weights_are_trained(first: Workspace, tmp_path: Path) -> None:
     )
     first.commit()
     rebuilt = first.run("capas", "rebuild", run_id)
-    assert "same, byte for byte" in rebuilt
+    assert "identical, byte for byte" in rebuilt
 
 
 def uri(workspace: Workspace) -> str:

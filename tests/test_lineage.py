@@ -342,7 +342,7 @@ def test_a_patch_that_is_not_of_the_state_is_refused(root: Path, tmp_path: Path)
     publish(root)
     _, state = kept(root)
     wrong = replace(state, patch=state.patch.replace(b"+print(2)", b"+print(4)"))
-    with pytest.raises(CapasError, match="the patch is not that of this run"):
+    with pytest.raises(CapasError, match="the patch belongs to another run"):
         lay_out(root, tmp_path / "one", wrong)
     gone = replace(state, taken=state.taken._replace(commit="1" * 40))
     with pytest.raises(CapasError, match=f"commit {'1' * 40} is not in this repository"):
@@ -355,7 +355,7 @@ def test_a_run_is_found_by_what_it_is_called(root: Path) -> None:
     for word in (found.info.run_id, found.info.run_id[:6], found.info.run_name):
         assert runs.find(store.client, word, root).info.run_id == found.info.run_id
     with pytest.raises(
-        CapasError, match=r"no run of a training called 'x'\. There are 1, the newest"
+        CapasError, match=r"no training run 'x'\. It has 1 training runs, the newest"
     ):
         runs.find(store.client, "x", root)
     store.client.create_run(store.experiment_id, tags={"train_key": "k"}, run_name="twin")

@@ -406,7 +406,7 @@ def test_the_command_prints_the_parts_and_what_the_machine_has(
     assert run_command("--tokens", "64", "lora.r=8") == 0
     lines = capsys.readouterr().out.splitlines()
     assert "of the evaluation: 50 records of 64 tokens" in "".join(lines)
-    assert lines[-1].startswith("total") and "there are" in lines[-1]
+    assert lines[-1].startswith("total") and "available" in lines[-1]
     monkeypatch.setattr(capacity, "free_bytes", lambda device: 2**20)
     assert run_command("quantization=none") == 1
     assert "To need less: trainer.per_device" in capsys.readouterr().out

@@ -116,7 +116,7 @@ def test_an_experiment_that_is_killed_is_put_back_by_restore(edited: Experimente
     edited.edit("conf/config.yaml", "# mine", "# mine, edited since")
     mine = edited.read("conf/config.yaml")
     said = edited.restore()
-    assert "HEAD is the branch main again" in said
+    assert "HEAD is back on the branch main" in said
     assert changed(edited, before) == {"conf/config.yaml"}
     assert edited.read("conf/config.yaml") == mine
     assert edited.restore() == "nothing to restore\n"
@@ -140,7 +140,7 @@ def test_an_experiment_that_is_interrupted_leaves_the_workspace_as_it_was(
 ) -> None:
     before = state(edited)
     said = interrupt(edited, times=3)
-    assert "checkpoints stay: the same command goes on" in said
+    assert "checkpoints are kept: the same command resumes" in said
     assert changed(edited, before) == set()
 
 
@@ -293,7 +293,7 @@ def test_a_stash_of_the_users_own_stays(edited: Experimenter) -> None:
     lock_of_dvc(edited)
     edited.run("git", "checkout", "-q", "--detach", "HEAD")
     before = state(edited)
-    assert "HEAD is the branch main again" in edited.restore()
+    assert "HEAD is back on the branch main" in edited.restore()
     assert changed(edited, before) == {"HEAD"}
 
 
@@ -342,7 +342,7 @@ def small(tmp_path: Path) -> Small:
 def test_a_lock_that_was_cut_is_whole_again(small: Small, length: int) -> None:
     whole = small.read("dvc.lock")
     (small.root / "dvc.lock").write_text(whole[:length])
-    assert "dvc.lock is whole again" in small.restore("--quiet")
+    assert "dvc.lock was repaired" in small.restore("--quiet")
     assert small.read("dvc.lock") == whole
     assert small.restore("--quiet") == ""
 
@@ -396,7 +396,7 @@ def test_a_lock_of_git_that_is_held_stays(small: Small) -> None:
     )
     wait(lambda: (small.root / ".git/ready").exists())
     assert lock.exists()
-    assert "a git command runs here" in small.restore(code=2)
+    assert "a running git command holds" in small.restore(code=2)
     assert lock.exists()
     os.killpg(process.pid, signal.SIGKILL)
     process.wait()
@@ -441,13 +441,13 @@ def test_ctrl_c_in_a_training_under_dvc_saves_a_checkpoint_and_it_goes_on(
     said = process.communicate()[0]
     assert process.returncode != 0
     assert "saving a checkpoint after this step; Ctrl-C again stops at once" in said
-    assert "it is saved: the same command goes on from it" in said
+    assert "A checkpoint was saved: the same command resumes from it" in said
     step = said.split("stopped by Ctrl-C at step ")[1].split()[0]
     made.edit("conf/trainer/quick.yaml", "save_steps: 1000", "save_steps: 1000 # as it was")
     assert list((made.root / ".dvc/tmp/checkpoints").glob(f"train-*/checkpoint-{step}"))
     process = made.start("dvc", "repro", "train", SHELL=shell)
     lines = iter(process.stdout or ())
-    assert any(f"going on from checkpoint-{step}" in line for line in lines)
+    assert any(f"resuming from checkpoint-{step}" in line for line in lines)
     os.killpg(process.pid, signal.SIGKILL)
     process.communicate()
 
@@ -475,7 +475,7 @@ def test_a_killed_experiment_of_the_real_pipeline_goes_on_after_the_restore(tmp_
     assert "params.yaml" in changed(user, before)
     user.run("python", "-m", "capas", "restore")
     assert changed(user, before) == set()
-    assert "train: going on from checkpoint-" in user.run(*words)
+    assert "train: resuming from checkpoint-" in user.run(*words)
     user.commit()
 
     upstream.edit("stages/quantize_model.py", '"""', '"""Here is more to read. ')

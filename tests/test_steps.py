@@ -21,8 +21,8 @@ def test_the_factors_of_a_step_by_hand() -> None:
 @pytest.mark.parametrize(
     ("batch", "accumulation", "advised"),
     [
-        (8, 1, ". As large as in one process: trainer.per_device_train_batch_size=4"),
-        (3, 4, ". As large as in one process: trainer.gradient_accumulation_steps=2"),
+        (8, 1, ". For the step size of one process, set trainer.per_device_train_batch_size=4"),
+        (3, 4, ". For the step size of one process, set trainer.gradient_accumulation_steps=2"),
         (3, 1, ""),
     ],
 )

@@ -174,7 +174,7 @@ def test_another_system_message(model: Model, capsys: Any) -> None:
         ),
         ("/setting cold", "generation.settings has no 'cold'; there are greedy, warm"),
         ("/setting", "now: greedy; there are greedy, warm"),
-        ("word " * 200, "the model was made for 512: /reset begins anew"),
+        ("word " * 200, "the model's context is 512 tokens: /reset for a new conversation"),
     ],
 )
 def test_what_cannot_be_done_is_told_and_changes_nothing(
@@ -190,7 +190,7 @@ def test_what_cannot_be_done_is_told_and_changes_nothing(
 
 def test_nothing_to_compare_and_the_end(model: Model, capsys: Any) -> None:
     conversation = talk(model)
-    with pytest.raises(CapasError, match="nothing was asked yet"):
+    with pytest.raises(CapasError, match="no question has been asked yet"):
         conversation.hear("/base")
     assert conversation.hear("  \n")
     assert not conversation.hear("/quit")

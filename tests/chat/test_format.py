@@ -230,7 +230,7 @@ def test_a_template_that_begins_a_text_twice_is_told(
     file = side.root / "data/models/tokenizer/chat_template.jinja"
     file.write_text("{{ bos_token + bos_token }}" + template_text("chatml"))
     put(side, say("Hi", "Hello")).run("format", overrides=("chat_template=model",))
-    assert "chat_template.path=model begins a text twice" in caplog.text
+    assert "chat_template.path=model writes bos_token twice" in caplog.text
 
 
 def test_too_long_records_are_dropped_within_the_budget(side: DataSide) -> None:

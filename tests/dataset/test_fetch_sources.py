@@ -401,7 +401,7 @@ def test_near_duplicates_stay_on_one_side_and_are_counted(
     found = facts["near_duplicates"]
     assert (found["num_records"], found["num_groups"], found["largest_group"]) == (300, 100, 3)
     assert found["num_test_records_like_train"] == 0
-    assert "300 records ask nearly the same as another one (100 groups" in caplog.text
+    assert "300 records are near-duplicates (100 groups" in caplog.text
     assert "60 test records: a difference below about 18 points cannot be shown" in caplog.text
     split_of: dict[str, set[str]] = {}
     for split, records in side.raw().items():
@@ -432,7 +432,7 @@ def test_near_duplicates_in_two_splits_are_told_with_their_places(
     assert example["file"] == "data/own/mine.jsonl" and example["why"].startswith(
         "near-duplicate of data/own/"
     )
-    assert "dataset.split_by=cluster keeps near-duplicates on one side" in caplog.text
+    assert "dataset.split_by=cluster keeps near-duplicates in one split" in caplog.text
     without = fetch(
         side, "dataset.leak_budget_fraction=0.9", "dataset.near_duplicate_similarity=null"
     )

@@ -221,7 +221,7 @@ def test_a_record_that_would_fill_the_memory_is_refused(
     own: Path, tmp_path: Path, name: str, content: bytes, stated: dict[str, str]
 ) -> None:
     path = {"t": "text", "c": "csv"}.get(name[2], "json")
-    message = rf"data/own/{name}, (line|record) \d.* max_record_characters=1000"
+    message = rf"data/own/{name}, (line|record) \d.*max_record_characters=1000"
     with pytest.raises(CapasError, match=message):
         read(tmp_path, path, put(own, name, content), max_record_characters=1000, **stated)
 

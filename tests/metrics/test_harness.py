@@ -138,7 +138,7 @@ def test_it_is_refused_where_the_harness_is_not_installed(
 @pytest.mark.parametrize(
     ("include_path", "message"),
     [
-        ("/tmp/tasks", "move the tasks into a folder of conf or data/own"),
+        ("/tmp/tasks", "move the tasks into a folder in conf or data/own"),
         ("data/own/../../elsewhere", "move the tasks into a folder"),
         ("data/own", "move the tasks into a folder"),
         ("data/own/nothing", "no such folder"),

@@ -113,9 +113,9 @@ def test_it_is_tried_before_anything_is_generated(root: Path) -> None:
 @pytest.mark.parametrize(
     ("source", "metric", "message"),
     [
-        (SOURCE, "scores.py:politeness", "keep the file in conf or data/own"),
-        (SOURCE, "data/own/../scores.py:politeness", "keep the file in conf or data/own"),
-        (SOURCE, "data/ownings/scores.py:politeness", "keep the file in conf or data/own"),
+        (SOURCE, "scores.py:politeness", "move the file into conf or data/own"),
+        (SOURCE, "data/own/../scores.py:politeness", "move the file into conf or data/own"),
+        (SOURCE, "data/ownings/scores.py:politeness", "move the file into conf or data/own"),
         (SOURCE, "data/own/score.py:politeness", "there is no data/own/score.py"),
         (SOURCE, f"{FILE}:rudeness", "defines no rudeness; it has politeness, tone, wrong, scalar"),
         ("def politeness(:\n", POLITE, r"scores.py is not valid Python: .*line 1"),
@@ -163,6 +163,6 @@ def test_a_function_that_compose_has_not_copied_is_named() -> None:
 
 def test_references_without_a_number_are_told_before_anything_is_generated(root: Path) -> None:
     rows = [{**ROW, "reference": "#### 5"}, {**ROW, "id": "r2"}, {**ROW, "id": "r3"}]
-    with pytest.raises(CapasError, match=r"test record r2 holds no number \('please'; 2 such"):
+    with pytest.raises(CapasError, match=r"test record r2 has no number \('please'; 2 such"):
         scorer(root, "final_number").check(rows)
     scorer(root, "final_number").check(rows[:1])
