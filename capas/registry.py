@@ -115,18 +115,18 @@ def admit(client: Any, run: Any, force: bool) -> str | None:
     """
     reasons = []
     if run.info.status != "FINISHED":
-        reasons.append(f"the run is {run.info.status}; to finish it: dvc repro")
+        reasons.append(f"the run is {run.info.status}: finish it with `dvc repro`")
     files = {file.path for file in client.list_artifacts(run.info.run_id, MODEL)}
     if f"{MODEL}/MLmodel" not in files:
         reasons.append(
-            f"the run has no model (artifact {MODEL}/MLmodel); to publish it: dvc repro -s -f "
-            "publish"
+            f"the run has no model (artifact {MODEL}/MLmodel): publish it with `dvc repro -s -f "
+            "publish`"
         )
     found: str | None = run.data.tags.get(GATE)
     verdict = (
         f"gate {found}"
         if found
-        else f"the run has no tag '{GATE}'; to publish it: dvc repro -s -f publish"
+        else f"the run has no tag '{GATE}': publish it with `dvc repro -s -f publish`"
     )
     passed = found == "passed"
     if not passed and not force:

@@ -54,8 +54,8 @@ def describe(root: Path) -> str:
         return ""
     stage, outs = found
     lines = [
-        "The results differ from the committed bytes. The first stage that differs, from the same "
-        f"inputs: {stage} ({', '.join(outs)}), on {kernels.cpu()['model']}.",
+        f"The results differ from the committed bytes: {stage} is the first stage that differs "
+        f"({', '.join(outs)}), from the same inputs, on {kernels.cpu()['model']}.",
         *_scores(root),
     ]
     if (

@@ -59,7 +59,7 @@ def bounded(kind: Callable[[str], Any], low: float, high: float) -> Callable[[st
     def number(text: str) -> Any:
         value = kind(text)
         if not low <= value <= high:
-            raise argparse.ArgumentTypeError(f"{text}: expected a number >= {low}")
+            raise argparse.ArgumentTypeError(f"{text}: expected a finite number >= {low}")
         return value
 
     return number

@@ -65,7 +65,7 @@ def test_both_values_are_there_and_one_stage_runs_again(small: Small, command: s
     assert {LOCK, "params.yaml", "conf/overrides.yaml"} <= {*small.unmerged()}
     said = small.restore()
     assert small.unmerged() == []
-    assert "dvc.lock records the results of 1 of 3 stages as they are now" in said
+    assert "dvc.lock keeps the results of 1 of 3 stages" in said
     found = values(small)
     assert found["trainer"]["learning_rate"] == 0.01
     assert (found["lora"]["r"], found["dataset"]["seed"]) == (8, 7)

@@ -361,7 +361,7 @@ def test_a_run_is_found_by_what_it_is_called(root: Path) -> None:
     store.client.create_run(store.experiment_id, tags={"train_key": "k"}, run_name="twin")
     store.client.create_run(store.experiment_id, tags={"train_key": "l"}, run_name="twin")
     store.client.create_run(store.experiment_id, run_name="no training")
-    with pytest.raises(CapasError, match="'twin' names 2 runs"):
+    with pytest.raises(CapasError, match="'twin' matches 2 runs"):
         runs.find(store.client, "twin", root)
     with pytest.raises(CapasError, match="There are 3"):
         runs.find(store.client, "no training", root)

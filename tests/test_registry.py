@@ -154,7 +154,7 @@ def test_a_run_must_be_the_only_one(store: Store, make: Make) -> None:
     twins = [make(), make()]
     for run in twins:
         store.client.set_tag(run, "mlflow.runName", "twin")
-    with pytest.raises(CapasError, match="'twin' names 2 runs") as caught:
+    with pytest.raises(CapasError, match="'twin' matches 2 runs") as caught:
         registered(store, "twin", "twins")
     assert all(run in str(caught.value) for run in twins)
     with pytest.raises(CapasError, match="no training run 'nobody'"):

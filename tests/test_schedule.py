@@ -62,7 +62,7 @@ def test_a_schedule_that_is_hardly_meant_is_said(
 @pytest.mark.parametrize(
     ("kind", "num_steps", "warmup", "kwargs", "refusal"),
     [
-        ("linear", 1, 1, {}, "is 0 for 1 of 1 steps, .*Set trainer.warmup_steps=0"),
+        ("linear", 1, 1, {}, "is 0 for 1 of 1 steps.* Set trainer.warmup_steps=0"),
         ("polynomial", 4, 4, {}, "the warm-up takes all steps"),
         (
             "warmup_stable_decay",

@@ -58,7 +58,7 @@ def test_messages_may_be_a_list_or_json(given: Any) -> None:
     [
         ({}, "expected a `prompt`"),
         ({"prompt": float("nan")}, "expected a `prompt`"),
-        ({"messages": "{"}, "`messages` is no JSON"),
+        ({"messages": "{"}, "`messages` is not valid JSON"),
         ({"messages": "{}"}, "`messages` must be a list, not dict"),
         ({"messages": [{"role": "user"}]}, "role and content"),
         ({"messages": []}, "must end with"),

@@ -230,7 +230,7 @@ def test_the_processes_of_a_point_share_its_cores(
 @pytest.mark.parametrize(
     ("hardware", "gpus", "message"),
     [
-        (hardware_of("cuda", 4), 1, "hydra.launcher.gpus_per_node=1: set it to 4"),
+        (hardware_of("cuda", 4), 1, "hydra.launcher.gpus_per_node=1. Set gpus_per_node to 4"),
         (hardware_of("cuda", 4, 2), 4, "num_machines=2: a trial of a sweep runs on one machine"),
     ],
 )
@@ -336,8 +336,8 @@ def test_a_search_proposes_as_many_at_once_as_it_says(plan: Plan) -> None:
         ("sweep.confidence_fraction=95", "sweep.confidence_fraction=95"),
         ("sweep.objective=loss", "sweep.objective='loss'"),
         ("sweep.objective=trained.loss", "FILE in FILE.KEY must be one of .*train, tuned"),
-        ("sweep.columns=[tuend.loss]", "tuend.loss names no metric"),
-        ("sweep.replicates=[sed]", "'sed' is no key"),
+        ("sweep.columns=[tuend.loss]", "tuend.loss is not a metric"),
+        ("sweep.replicates=[sed]", "'sed' is not a key"),
         ("+sweep.x=1", "sweep.x: no such key"),
     ],
 )
@@ -618,4 +618,4 @@ def test_no_more_is_said_of_a_learning_rate_than_its_curve_shows(
     plan: Any = None  # the curves are replaced
     best, other = lesson(rows, SETTINGS, plan)["en"]
     assert other.startswith(words)
-    assert best.startswith("0.01 has the best" if "apart" in words else "0.01 is right")
+    assert best.startswith("0.01 has the best" if "separate" in words else "0.01 is right")
