@@ -113,7 +113,7 @@ def test_the_yaml_is_written_and_the_file_copied(
     text = (root / "conf/own/dataset/soporte.yaml").read_text()
     written = yaml.safe_load(text)
     assert written["data_files"] == "data/own/soporte.csv" and written["split_by"] == "cluster"
-    assert "# of your records: it stands in the report" in text
+    assert "# of your records; shown in the report" in text
     assert read_all(root / "conf").items() - shipped.items() == {("own/dataset/soporte.yaml", text)}
     assert main(["check", "dataset=soporte"]) == 0
     assert "records     100 of 100 can be used" in capsys.readouterr().out
@@ -280,7 +280,7 @@ def test_how_text_files_are_cut_is_said_truthfully(
     file.write_text("\n\n".join([*(f"{t} " * 9 for t in TOPICS[:80]), "long " * 400]))
     main(["check", str(file)])
     said = capsys.readouterr().out
-    assert "texts       a record = each file (dataset.reading.documents=file)" in said
+    assert "texts       record = each file (dataset.reading.documents=file)" in said
     assert "texts are not split (dataset.reading.max_characters=null); `format` checks" in said
     main(["check", str(file), "dataset.reading.max_characters=500"])
     said = capsys.readouterr().out

@@ -204,8 +204,8 @@ def test_a_store_is_in_its_repository_whatever_that_is_called(
     ("uri", "reason"),
     [
         ("postgres://ana:hidden@host/x", "Use postgresql://USER:PASSWORD@HOST/NAME"),
-        ("postgresql://ana:hidden@host/x", r"psycopg, .*or write postgresql\+psycopg2://"),
-        ("mysql://ana:hidden@host/x", r"pip install mysqlclient; or write mysql\+pymysql://"),
+        ("postgresql://ana:hidden@host/x", r"psycopg, .*or use postgresql\+psycopg2://"),
+        ("mysql://ana:hidden@host/x", r"pip install mysqlclient; or use mysql\+pymysql://"),
         ("mysql+pymysql://ana:hidden@host/x", "pip install pymysql"),
         ("postgresql+psycopg2://ana:hid/den@host:5432/x", "escape / @ # : as %2F"),
         ("postgresql+psycopg2://ana:hidden@127.0.0.1:9/x", "no database answers at"),
