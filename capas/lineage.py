@@ -276,7 +276,7 @@ def read_state(client: Any, run: Any) -> State:
             f"{called} was published outside a git repository, so its code was not saved"
         )
     if tags.get(LEFT_OUT):
-        raise CapasError(f"{called} cannot be restored: {tags[LEFT_OUT]} was not saved")
+        raise CapasError(f"{called} cannot be restored; not saved with the run: {tags[LEFT_OUT]}")
     taken, dirty = Snapshot(tags[BASE], tags[TREE]), tags[DIRTY] == "true"
     patch = b""
     if dirty:

@@ -32,7 +32,7 @@ def find(client: Any, word: str, root: Path) -> Any:
     if not found:
         there = ", ".join(f"{run.info.run_name} ({run.info.run_id[:8]})" for run in runs[:5])
         raise CapasError(
-            f"MLflow has no training run {word!r}. It has {len(runs)} training runs"
+            f"MLflow has no training run {word!r}. Training runs: {len(runs)}"
             + (f", the newest: {there}" if runs else "")
         )
     if len(found) > 1:

@@ -178,7 +178,7 @@ def test_a_run_that_needs_a_file_which_stayed_says_so(root: Path) -> None:
     publish(root)
     store, found = the_run(root)
     assert found.data.tags["git.left_out"] == "conf/secret.yaml"
-    with pytest.raises(CapasError, match=r"conf/secret\.yaml was not saved"):
+    with pytest.raises(CapasError, match=r"not saved with the run: conf/secret\.yaml"):
         lineage.read_state(store.client, found)
 
 
@@ -321,7 +321,7 @@ def test_a_patch_without_end_is_not_kept(root: Path, monkeypatch: pytest.MonkeyP
     (root / "large.bin").write_bytes(Random(0).randbytes(5000))
     publish(root)
     store, found = the_run(root)
-    with pytest.raises(CapasError, match=r"source/uncommitted\.patch was not saved"):
+    with pytest.raises(CapasError, match=r"not saved with the run: source/uncommitted\.patch"):
         lineage.read_state(store.client, found)
 
 
@@ -354,16 +354,14 @@ def test_a_run_is_found_by_what_it_is_called(root: Path) -> None:
     store, found = the_run(root)
     for word in (found.info.run_id, found.info.run_id[:6], found.info.run_name):
         assert runs.find(store.client, word, root).info.run_id == found.info.run_id
-    with pytest.raises(
-        CapasError, match=r"no training run 'x'\. It has 1 training runs, the newest"
-    ):
+    with pytest.raises(CapasError, match=r"no training run 'x'\. Training runs: 1, the newest"):
         runs.find(store.client, "x", root)
     store.client.create_run(store.experiment_id, tags={"train_key": "k"}, run_name="twin")
     store.client.create_run(store.experiment_id, tags={"train_key": "l"}, run_name="twin")
     store.client.create_run(store.experiment_id, run_name="no training")
     with pytest.raises(CapasError, match="'twin' matches 2 runs"):
         runs.find(store.client, "twin", root)
-    with pytest.raises(CapasError, match="There are 3"):
+    with pytest.raises(CapasError, match="Training runs: 3"):
         runs.find(store.client, "no training", root)
 
 

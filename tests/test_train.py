@@ -267,7 +267,7 @@ def test_the_linear_layers_of_gpt2_are_found() -> None:
 def test_modules_that_are_no_linear_layers_are_told_shortly_and_by_name(asked: Any) -> None:
     model = make_model()
     with pytest.raises(
-        CapasError, match=r"fits \d+ modules .*mlp \(Qwen2MLP\).*q_proj,v_proj"
+        CapasError, match=r"matches \d+ modules .*mlp \(Qwen2MLP\).*q_proj,v_proj"
     ) as told:
         check_target_modules(model, asked)
     assert len(str(told.value)) < 500
@@ -418,7 +418,7 @@ def test_a_schedule_that_never_reaches_its_peak_is_told_before_the_first_step(
 ) -> None:
     train(tmp_path, "trainer.warmup_steps=10")
     (told,) = (text for text in caplog.messages if "warm-up steps of 6" in text)
-    assert "peaks at 0.002, and never reaches trainer.learning_rate=0.004" in told
+    assert "peaks at 0.002 and never reaches trainer.learning_rate=0.004" in told
     with pytest.raises(CapasError, match=r"is 0 for 1 of 1 steps.*Set trainer.warmup_steps=0"):
         train(tmp_path / "one", "trainer.max_steps=1")
 
@@ -669,7 +669,9 @@ def test_told_to_end_it_saves_its_step_and_goes_on(
             os.kill(os.getpid(), number)
         return step(self, *args)
 
-    saved = pytest.raises(CapasError, match=f"stopped by {name} at step 10 of 16; it is saved")
+    saved = pytest.raises(
+        CapasError, match=f"stopped by {name} at step 10 of 16\. A checkpoint was saved"
+    )
     with pytest.MonkeyPatch.context() as patch, saved:
         patch.setattr(training.Trainer, "training_step", ended)
         run_stage("train", train_lora.main, root)
