@@ -123,7 +123,7 @@ def test_one_process_writes_and_the_others_leave_nothing(two: Path) -> None:
 
 
 def test_told_to_end_both_save_their_step_and_go_on(stopped: Stopped) -> None:
-    assert stopped.first.count("stopped by SIGTERM at step 14 of 40; it is saved") == 1
+    assert stopped.first.count("stopped by SIGTERM at step 14 of 40. A checkpoint was saved") == 1
     assert "Traceback" not in stopped.first
     assert "elastic" not in stopped.first
     assert {"rng_state_0.pth", "rng_state_1.pth"} <= stopped.saved
@@ -189,7 +189,9 @@ def test_ctrl_c_is_answered_once(tmp_path: Path) -> None:
     process.send_signal(signal.SIGINT)
     said = process.communicate()[0]
     assert process.returncode == 1
-    (step,) = re.findall(r"train: stopped by Ctrl-C at step (\d+) of \d+; it is saved", said)
+    (step,) = re.findall(
+        r"train: stopped by Ctrl-C at step (\d+) of \d+\. A checkpoint was saved", said
+    )
     assert "Traceback" not in said
     assert list((root / ".dvc/tmp/checkpoints").glob(f"*/checkpoint-{step}/complete.json"))
 

@@ -376,7 +376,7 @@ def test_the_first_stage_that_differs_comes_first(root: Path) -> None:
     assert first == "first to differ: format: data/formatted"
     assert (
         second
-        == f"differs too: train: data/models/adapter, from other {after['train']['deps'][-1]['path']}"
+        == f"differs too: train: data/models/adapter, from different {after['train']['deps'][-1]['path']}"
     )
 
 

@@ -670,7 +670,7 @@ def test_told_to_end_it_saves_its_step_and_goes_on(
         return step(self, *args)
 
     saved = pytest.raises(
-        CapasError, match=f"stopped by {name} at step 10 of 16\. A checkpoint was saved"
+        CapasError, match=f"stopped by {name} at step 10 of 16. A checkpoint was saved"
     )
     with pytest.MonkeyPatch.context() as patch, saved:
         patch.setattr(training.Trainer, "training_step", ended)
@@ -725,7 +725,7 @@ def test_a_process_that_is_told_to_end_does_the_same(tmp_path: Path) -> None:
     process.send_signal(signal.SIGTERM)
     said = process.communicate()[0]
     assert process.returncode == 1
-    assert "stopped by SIGTERM at step 16 of 60; it is saved" in said
+    assert "stopped by SIGTERM at step 16 of 60. A checkpoint was saved" in said
     assert not (root / ADAPTER).exists()
     again = run_in_process(root)
     assert "resuming from checkpoint-16" in again.communicate()[0]
