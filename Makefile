@@ -15,62 +15,62 @@ export PYTHONNOUSERSITE := 1
 help: ## show this list
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "  make %-14s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
 
-repro: $(READY) ## run the pipeline (dvc repro), then show what each stage cost
+repro: $(READY) ## run the pipeline (dvc repro), then show time and memory of each stage
 	@python -m capas.restore --quiet
 	dvc repro
 	@python -m capas.timings
 	@python -m capas.reproduced
 	@echo "Report: reports/index.html   En español: reports/index.es.html   Runs: make ui"
 
-update: $(READY) ## merge a newer version (UPSTREAM=REMOTE, REMOTE/BRANCH or URL); then: what will run again
+update: $(READY) ## merge a newer version (UPSTREAM=REMOTE, REMOTE/BRANCH or URL), then list the due stages
 	@python -m capas.update $(UPSTREAM)
 	@$(MAKE) --no-print-directory due
 
-due: $(READY) ## which stages will run again, and why
+due: $(READY) ## list the stages that will run again, and why
 	@python -m capas.due
 
-test: $(READY) ## the default tests: offline, CPU, minutes
+test: $(READY) ## run the default tests: offline, CPU, minutes
 	python -m pytest $(PARALLEL)
 
-test-shuffled: $(READY) ## the default tests in random order; SEED=N repeats the order of a run that printed N
+test-shuffled: $(READY) ## run the default tests in random order; SEED=N repeats an order
 	python -m pytest $(PARALLEL) -p randomly --randomly-seed=$(SEED)
 
-test-slow: $(READY) ## whole pipelines in temporary clones: kills, threads, second clones
+test-slow: $(READY) ## run the slow tests: whole pipelines in temporary clones
 	python -m pytest $(PARALLEL) -m slow
 
-test-gpu: $(READY) ## what holds on a CPU holds on an NVIDIA GPU
+test-gpu: $(READY) ## run the tests that need an NVIDIA GPU
 	python -m pytest -m gpu
 
-lint: $(READY) ## ruff and mypy
+lint: $(READY) ## run ruff and mypy
 	ruff check .
 	ruff format --check .
 	mypy
 
-ui: $(READY) ## the MLflow UI on http://127.0.0.1:5000 (PORT=5001 for another port)
+ui: $(READY) ## serve the MLflow UI on http://127.0.0.1:5000 (PORT=5001 for another port)
 	@python -m capas ui --port $(PORT)
 
-embedded: $(READY) ## make the embedded base model again and compare it with data/embedded/
+embedded: $(READY) ## rebuild the embedded base model and compare it with data/embedded/
 	python stages/pretrain_embedded.py
 
-lock: ## resolve pyproject.toml anew into requirements.lock
+lock: ## resolve pyproject.toml into requirements.lock
 	rm -rf .venv-lock && $(PYTHON) -m venv .venv-lock
 	.venv-lock/bin/pip install --quiet '.[sweep,harness,serve,dev]'
 	set -o pipefail; { sed -n '1,/^[^#]/{/^#/p;}' requirements.lock; \
 	  .venv-lock/bin/pip freeze --exclude capas | sed 's/+[a-z0-9.]*$$//'; } > requirements.lock.new
 	mv requirements.lock.new requirements.lock && rm -rf .venv-lock
 
-clean: ## remove .venv, tool caches and debug runs; results and DVC's cache stay (see dvc gc)
+clean: ## remove .venv, tool caches and debug runs; keep results and DVC's cache (see dvc gc)
 	rm -rf .venv .pytest_cache .mypy_cache .ruff_cache capas.egg-info dvc_plots .dvc/tmp/debug
 	find capas stages tests -name __pycache__ -type d -prune -exec rm -rf {} +
 
 $(READY): requirements.lock pyproject.toml
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' || { exit=$$?; \
 	  echo "capas needs Python 3.11 or newer, and $(PYTHON) is $$($(PYTHON) --version 2>&1)."; \
-	  echo "Name another: make PYTHON=python3.12"; exit $$exit; }
+	  echo "Use another: make PYTHON=python3.12"; exit $$exit; }
 	@echo "Setting up .venv: about 2 GB, a few minutes."
 	@.venv/bin/python -m pip --version > /dev/null 2>&1 || { rm -rf .venv; $(PYTHON) -m venv .venv; }
 	@set -o pipefail; $(PIP) -r requirements.lock | awk -v all=$$(grep -c == requirements.lock) ' \
 	  /^(Collecting|Processing) / && ++n % 30 == 0 { print "  " n " of " all " packages"; fflush() } \
-	  /^Installing collected/ { print "  all there; unpacking them takes a minute"; fflush() }'
+	  /^Installing collected/ { print "  all downloaded; unpacking takes a minute"; fflush() }'
 	@$(PIP) --quiet --no-deps -e .
 	@touch $(READY)

@@ -38,8 +38,9 @@ def check_kind(config: Mapping[str, Any], name: str) -> None:
     """
     if config.get("peft_type") != "LORA":
         raise CapasError(
-            f"{name} is no LoRA adapter: peft_type={config.get('peft_type')} in its {CONFIG}. Merge it into "
-            "its base with PEFT (merge_and_unload) and name that model in model.model_name_or_path"
+            f"{name} is not a LoRA adapter: its {CONFIG} says peft_type={config.get('peft_type')}. "
+            "Merge it into its base with PEFT (merge_and_unload) and name that model in "
+            "model.model_name_or_path"
         )
     odd = {
         key: value
@@ -51,8 +52,9 @@ def check_kind(config: Mapping[str, Any], name: str) -> None:
     if odd:
         told = ", ".join(f"{key}={value}" for key, value in sorted(odd.items()))
         raise CapasError(
-            f"no training can start from {name}: its {CONFIG} says {told}, for which capas has no place. "
-            "Merge it into its base (PEFT's merge_and_unload) and name that model in model.model_name_or_path"
+            f"training cannot start from {name}: its {CONFIG} says {told}, which capas does not "
+            "support. Merge it into its base (PEFT's merge_and_unload) and name that model in "
+            "model.model_name_or_path"
         )
 
 
@@ -72,8 +74,7 @@ def check_agreement(config: Mapping[str, Any], lora: Mapping[str, Any], name: st
         told = ", ".join(f"lora.{key}={lora[key]}, the adapter has {own[key]}" for key in wrong)
         ways = " ".join(f"lora.{key}={str(own[key]).lower()}" for key in wrong)
         raise CapasError(
-            f"the lora group contradicts the adapter that the training starts from, {name}: {told}. "
-            f"Set {ways}"
+            f"the lora group contradicts the initial adapter {name}: {told}. Set {ways}"
         )
 
 
@@ -87,5 +88,6 @@ def check_origin(folder: Path, lora: Mapping[str, Any]) -> None:
     for key, value in origin.items():
         if lora[key] != value:
             raise CapasError(
-                f"lora.{key}={lora[key]}, but {FOLDER} was made with {value}: `dvc repro` fetches the other"
+                f"lora.{key}={lora[key]}, but {FOLDER} was fetched for {value}. Run `dvc repro` "
+                "to fetch the new adapter"
             )

@@ -70,9 +70,9 @@ def _pass_on(number: int, frame: Any) -> None:
 def _reason(failure: Any) -> str:
     rank, code = failure.local_rank, failure.exitcode
     if code >= 0:
-        return f"process {rank} ended with exit code {code} and said nothing"
-    memory = ": was there too little memory?" if code == -signal.SIGKILL else ""
-    return f"process {rank} was ended by {signal.Signals(-code).name}{memory}"
+        return f"process {rank} exited with code {code} and printed no error"
+    memory = " (possibly out of memory)" if code == -signal.SIGKILL else ""
+    return f"process {rank} was killed by {signal.Signals(-code).name}{memory}"
 
 
 if __name__ == "__main__":

@@ -7,14 +7,12 @@ from typing import Any
 from capas.errors import CapasError
 
 _CAUSAL = ("ForCausalLM", "LMHeadModel", "ForConditionalGeneration")
-_FULL_PRECISION = (
-    "Choose the model in full precision that it was made from; capas quantizes it itself."
-)
+_FULL_PRECISION = "Choose the full-precision model it was made from; capas quantizes it itself."
 # What transformers 5 says of training through layers of that kind.
 _REFUSED = {
-    "gptq": "it computes with the packages optimum and gptqmodel, which capas does not use",
-    "awq": "it computes with the package gptqmodel, which capas does not use",
-    "compressed-tensors": "it computes with the package compressed-tensors, which capas does not use",
+    "gptq": "it needs the packages optimum and gptqmodel, which capas does not use",
+    "awq": "it needs the package gptqmodel, which capas does not use",
+    "compressed-tensors": "it needs the package compressed-tensors, which capas does not use",
     "fp8": "its kernels have no backward pass, so that no gradient goes through it",
     "fbgemm_fp8": "its kernels have no backward pass, so that no gradient goes through it",
     "mxfp4": "its kernels have no backward pass, so that no gradient goes through it",
@@ -45,18 +43,19 @@ def check_causal(config: dict[str, Any], name: str) -> None:
     architectures = config.get("architectures") or []
     if not architectures:
         raise CapasError(
-            f"{name}: config.json names no architectures; a causal language model is needed"
+            f"{name}: config.json has no `architectures`; capas needs a causal language model"
         )
     if config.get("is_encoder_decoder"):
         raise CapasError(
-            f"{name} is an encoder-decoder ({architectures[0]}): its prompt and its answer go through "
-            "different stacks. capas tunes decoder-only models, e.g. Llama, Qwen, Mistral or Gemma."
+            f"{name} is an encoder-decoder ({architectures[0]}): prompt and answer go through "
+            "different stacks. capas trains decoder-only models only, e.g. Llama, Qwen, Mistral or "
+            "Gemma."
         )
     if not any(a.endswith(_CAUSAL) for a in architectures) or config.get("is_decoder") is False:
         raise CapasError(
-            f"{name} is an encoder-only model ({architectures[0]}): each of its tokens sees the tokens after "
-            "it, so it cannot write an answer token by token. Choose a causal language model, "
-            "e.g. Llama, Qwen, Mistral or Gemma."
+            f"{name} is an encoder-only model ({architectures[0]}): every token attends to the "
+            "tokens after it, so the model cannot generate token by token. Choose a causal "
+            "language model, e.g. Llama, Qwen, Mistral or Gemma."
         )
 
 
@@ -84,9 +83,7 @@ def check_modules_dense(model: Any, name: str) -> None:
     for path, module in model.named_modules():
         kind = type(module).__name__
         if _ROUTED.search(kind) or path.rpartition(".")[2] == "experts":
-            raise _mixture_of_experts(
-                name, [type(model).__name__], f"its layer {path} is of the class {kind}"
-            )
+            raise _mixture_of_experts(name, [type(model).__name__], f"layer {path} is a {kind}")
 
 
 def _mixture_of_experts(name: str, architectures: list[str] | None, sign: str) -> CapasError:
@@ -137,7 +134,7 @@ def stored_quantization(config: dict[str, Any], name: str) -> dict[str, Any] | N
     bits = {key: bool(stored.get(key)) for key in ("load_in_4bit", "load_in_8bit")}
     method = stored.get("quant_method") or ("bitsandbytes" if any(bits.values()) else "unnamed")
     if method != "bitsandbytes" or not any(bits.values()):
-        reason = _REFUSED.get(method, "capas does not know this kind")
+        reason = _REFUSED.get(method, "capas does not support this method")
         raise CapasError(
             f"model.model_name_or_path={name} cannot be trained: its config.json says "
             f"quantization_config.quant_method={method}, and {reason}. {_FULL_PRECISION}"
@@ -160,6 +157,7 @@ def check_stored_quantization(stored: dict[str, Any], asked: dict[str, Any], nam
         ]
         given = ", ".join(f"quantization.{key}={str(asked[key]).lower()}" for key in wrong)
         raise CapasError(
-            f"{given}, but bitsandbytes quantized the weights of {name} before they came, and they cannot be "
-            f"quantized again. To train on them as they are: {', '.join(options)}. {_FULL_PRECISION}"
+            f"{given}, but the weights of {name} are already quantized with bitsandbytes and cannot "
+            f"be quantized again. To train on them as they are: {', '.join(options)}. "
+            f"{_FULL_PRECISION}"
         )

@@ -16,14 +16,14 @@ _PACKAGES = {  # what MLflow needs for a scheme and does not bring along
     "sftp": "pysftp",
 }
 _CREDENTIALS = {
-    "s3": "set AWS_ACCESS_KEY_ID and AWS_SECRET_ACCESS_KEY, or run `aws configure`; MLFLOW_S3_ENDPOINT_URL "
-    "names a server that is not Amazon's",
+    "s3": "set AWS_ACCESS_KEY_ID and AWS_SECRET_ACCESS_KEY, or run `aws configure`; "
+    "MLFLOW_S3_ENDPOINT_URL names an S3 server other than Amazon's",
     "gs": "set GOOGLE_APPLICATION_CREDENTIALS, or run `gcloud auth application-default login`",
     "wasbs": "set AZURE_STORAGE_CONNECTION_STRING or AZURE_STORAGE_ACCESS_KEY",
     "abfss": "set AZURE_STORAGE_CONNECTION_STRING, or run `az login`",
 }
 _OTHERWISE = (
-    "start the server with `mlflow server --artifacts-destination WHERE`: it then stores them"
+    "start the server with `mlflow server --artifacts-destination WHERE`, so the server stores them"
 )
 
 
@@ -92,8 +92,8 @@ def _check_disk(location: str, uri: str) -> None:
     there = next(parent for parent in (path, *path.parents) if parent.exists())
     if not there.is_dir() or not os.access(there, os.W_OK | os.X_OK):
         raise UnusableStoreError(
-            f"the artifacts of MLflow's runs go to {path}, which cannot be written: {there} belongs to "
-            f"somebody else or is no folder. Give it to this user, or {_OTHERWISE}"
+            f"the artifacts of MLflow's runs go to {path}, which cannot be written: {there} belongs "
+            f"to another user or is not a folder. Change its owner, or {_OTHERWISE}"
         )
 
 

@@ -64,16 +64,17 @@ def check_adapter(
     zero = sorted(name for name, weight in outer.items() if not weight.any())
     if outer and len(zero) == len(outer):
         raise CapasError(
-            "nothing was learned: every lora_B is zero, as before the training. Is trainer.learning_rate "
-            "large enough, and does any record carry loss (reports/mask.html)?"
+            "nothing was learned: every lora_B is still zero. Check that trainer.learning_rate is "
+            "large enough and that some tokens are trained (reports/mask.html)"
         )
     if initial is not None and _are_equal(weights, load_file(initial / WEIGHTS)):
         raise CapasError(
-            "nothing was learned: the adapter is the one that the training started from. Is "
-            "trainer.learning_rate large enough, and does any record carry loss (reports/mask.html)?"
+            "nothing was learned: the adapter equals the initial adapter. Check that "
+            "trainer.learning_rate is large enough and that some tokens are trained "
+            "(reports/mask.html)"
         )
     if fingerprint(model) != base:
-        raise CapasError("the training changed weights of the base, which must stay as they are")
+        raise CapasError("training changed weights of the base model, which must stay frozen")
     divided = any(isinstance(parameter, DTensor) for parameter in model.parameters())
     what = "weight" if divided else "logit"
     difference = _of_weights(model, weights) if divided else _of_logits(model, folder, batch)
@@ -113,8 +114,9 @@ def check_whole(
         num_weights += sum(weight.numel() for weight in weights.values())
     if fingerprint(model) == base:
         raise CapasError(
-            "nothing was learned: all weights are as before the training. Is trainer.learning_rate large "
-            "enough for the type of the weights, and does any record carry loss (reports/mask.html)?"
+            "nothing was learned: no weight changed. Check that trainer.learning_rate is large "
+            "enough for the dtype of the weights and that some tokens are trained "
+            "(reports/mask.html)"
         )
     trained = compute_logits(model, batch)
     difference = _difference(trained, compute_logits(load(), batch))
@@ -132,14 +134,14 @@ def check_finite(what: str, weights: dict[str, torch.Tensor]) -> None:
     """Raises CapasError: one is no number."""
     broken = sorted(name for name, weight in weights.items() if not weight.isfinite().all())
     if broken:
-        raise CapasError(f"{what} holds weights that are no numbers: {listed(broken)}")
+        raise CapasError(f"{what} has NaN or infinite weights: {listed(broken)}")
 
 
 def _check_difference(saved: str, what: str, difference: float) -> None:
     if not difference <= _MAX_DIFFERENCE:  # nor NaN
         raise CapasError(
-            f"the saved {saved} gives other {what}s than the trained one: they differ by {difference:.3g} of "
-            "the largest"
+            f"the saved {saved} does not reproduce the {what}s of the trained model: the largest "
+            f"difference is {difference:.3g} of the largest {what}"
         )
 
 

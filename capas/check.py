@@ -1,15 +1,15 @@
-"""Check data before any stage runs: what is read, what is wrong, how it is split and scored.
+"""Check a dataset before any stage runs: its records, flaws, splits and metrics.
 
-    capas check                           the data set that conf/ names
-    capas check support.csv               a file, wherever it lies; ends with the YAML for it
-    capas check support.csv --write       writes conf/own/dataset/support.yaml; copies the file to data/own
+    capas check                           the dataset chosen in conf/
+    capas check support.csv               any file; prints the YAML to use it
+    capas check support.csv --write       write conf/own/dataset/support.yaml, copy the file to data/own
     capas check support.csv 'dataset.columns={user: pregunta, assistant: respuesta}'
-    capas check --json                    the same as JSON
-    capas check --cost                    and download, disk, memory and minutes of each stage
-    capas check --cost experiment=NAME    of another configuration, as overrides of Hydra
+    capas check --json                    the findings as JSON
+    capas check --cost                    also download, disk, memory and minutes of each stage
+    capas check --cost experiment=NAME    for another configuration, given as Hydra overrides
 
-It needs seconds, no model and no network. All flaws of all kinds are shown at once, each with file and line.
-With --cost it needs the model's config.json, and trains for about 20 seconds to measure.
+The check takes seconds and needs neither a model nor a network. Flaws of all kinds are reported at once, with
+file and line. `--cost` also needs the model's config.json, and trains for about 20 seconds to measure.
 
 Exit code: 0 ready; 1 records or splits have flaws; 2 a file cannot be read.
 """
@@ -66,18 +66,20 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "words",
         nargs="*",
         metavar="FILE",
-        help="instead of conf/'s data set; KEY=VALUE: an override",
+        help="check this file instead of the dataset in conf/; KEY=VALUE is an override",
     )
     parser.add_argument("--json", action="store_true", help="write the findings as JSON")
     parser.add_argument(
-        "--cost", action="store_true", help="measure how long each stage takes, too"
+        "--cost",
+        action="store_true",
+        help="also estimate download, disk, memory and the minutes of each stage",
     )
     parser.add_argument(
         "--write",
         action="store_true",
         help="write the YAML to conf/own/dataset, and copy FILE to data/own",
     )
-    parser.add_argument("--name", help="of the option (default: from FILE's name)")
+    parser.add_argument("--name", help="name of the new option (default: from FILE's name)")
     parser.add_argument(
         "--force", action="store_true", help="with --write: replace an option of this name"
     )
@@ -90,10 +92,11 @@ def command(options: argparse.Namespace) -> int:
         raise CapasError("--write needs a FILE: capas check FILE --write")
     if options.cost and files:
         raise CapasError(
-            "--cost is of the data set that conf/ names: capas check FILE --write first"
+            "--cost needs the dataset chosen in conf/, not a FILE: run capas check FILE "
+            "--write first and choose it"
         )
     if (options.name or options.force) and not files:
-        raise CapasError("--name and --force go with a FILE: capas check FILE --write --name NAME")
+        raise CapasError("--name and --force need --write: capas check FILE --write --name NAME")
     root, values = composed_here([] if files else overrides)
     with _quiet(), _seen(files, overrides, values, options.name, root) as seen:
         check = examine(seen.dataset, seen.root)
@@ -157,7 +160,7 @@ def _seen(
         return
     for file in files:
         if not file.is_file():
-            raise CapasError(f"{file}: there is no such file")
+            raise CapasError(f"{file}: no such file")
     formats = {format_of(file) for file in files}
     if len(formats) > 1:
         raise CapasError(
@@ -216,8 +219,9 @@ def _check_of_dataset(overrides: list[str]) -> None:
         key = override.lstrip("+~").partition("=")[0]
         if not key.startswith("dataset.") or key.split(".")[1] in _OF_THE_FILE:
             raise CapasError(
-                f"{override}: beside FILE, KEY=VALUE says how it is read: dataset.columns=..., "
-                f"dataset.reading.separator=... ({', '.join(_OF_THE_FILE)} follow from FILE)"
+                f"{override}: with FILE, only keys that say how it is read can be set: "
+                f"dataset.columns=..., dataset.reading.separator=... ({', '.join(_OF_THE_FILE)} "
+                "follow from FILE)"
             )
 
 
@@ -301,8 +305,9 @@ def in_words(check: Check) -> Iterator[str]:
     near = check.preview.near_duplicates
     if near and near["num_records"]:
         yield (
-            f"{'alike':12}{near['num_records']} records ask nearly the same as another one, in "
-            f"{near['num_groups']} groups; {near['num_test_records_like_train']} of test like one of train"
+            f"{'alike':12}{near['num_records']} records are near-duplicates, in "
+            f"{near['num_groups']} groups; {near['num_test_records_like_train']} test records have "
+            "one in train"
         )
         for e in near["examples"][:1]:
             yield f"{'':12}  {e['file']}, {e['at']}: {e['value']}: {e['why']}"
@@ -318,20 +323,20 @@ def in_words(check: Check) -> Iterator[str]:
 
 def _of_texts(source: Found, reading: Values) -> Iterator[str]:
     """Yield what makes a record of text files, and how long ones are cut: by characters, not by tokens."""
-    record = "each file" if reading["documents"] == "file" else "what stands between blank lines"
-    yield f"{'texts':12}a record is {record} (dataset.reading.documents={reading['documents']})"
+    record = "each file" if reading["documents"] == "file" else "each block between blank lines"
+    yield f"{'texts':12}record = {record} (dataset.reading.documents={reading['documents']})"
     most = reading["max_characters"]
     if most is None:
         yield (
-            f"{'':12}none is cut (dataset.reading.max_characters=null); `format` compares tokens with "
-            "max_length"
+            f"{'':12}texts are not split (dataset.reading.max_characters=null); `format` checks "
+            "dataset.max_length in tokens"
         )
         return
     yield (
-        f"{'':12}{source.num_cut} longer than dataset.reading.max_characters={most} are cut into "
-        f"{source.num_pieces} records of whole paragraphs, by characters and not by tokens"
+        f"{'':12}{source.num_cut} texts longer than dataset.reading.max_characters={most} are split "
+        f"into {source.num_pieces} records at paragraphs (characters, not tokens)"
     )
-    yield f"{'':12}a paragraph that is longer stays whole; `format` compares tokens with max_length"
+    yield f"{'':12}a longer paragraph is not split; `format` checks dataset.max_length in tokens"
 
 
 def _joined(names: str | list[str]) -> str:

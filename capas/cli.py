@@ -1,4 +1,4 @@
-"""What DVC and Hydra have no command for: `capas COMMAND`, or `python -m capas COMMAND`."""
+"""Commands that DVC and Hydra lack: `capas COMMAND`, or `python -m capas COMMAND`."""
 
 import argparse
 import sys

@@ -230,8 +230,8 @@ def _no_such_option(error: BaseException) -> str:
         return ""
     if group.startswith("hydra/"):
         return (
-            f"{group}={option}: no such option, or the package that brings it is not installed: "
-            "pip install -e '.[sweep]'"
+            f"{group}={option}: no such option, or its package is not installed: pip install -e "
+            "'.[sweep]'"
         )
     there = [name for name in getattr(error, "options", None) or () if not name.startswith("_")]
     return f"{group}={option}: no such option{meant(option, there, group)}"

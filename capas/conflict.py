@@ -148,7 +148,7 @@ def compose(root: Path, option: str) -> None:
     command = [sys.executable, "stages/compose_params.py", option]
     done = subprocess.run(command, cwd=root, stderr=subprocess.PIPE, text=True, check=False)
     if done.returncode:
-        raise CapasError(f"{done.stderr.strip()}\nMend conf/, then run `capas restore` again")
+        raise CapasError(f"{done.stderr.strip()}\nFix conf/, then run `capas restore` again")
     sys.stderr.write(done.stderr)
 
 
@@ -188,7 +188,7 @@ def _merge_keys(
             f"  {k}: {_shown(ours, k)} (ours, HEAD) or {_shown(theirs, k)} (theirs)" for k in both
         ]
         raise CapasError(
-            "\n".join([f"{path}: a value that both sides set; choose one:", *lines])
+            "\n".join([f"{path}: both sides of the merge set a value; choose one:", *lines])
             + "\nRun: capas restore --ours   or: capas restore --theirs   (for all of these keys)"
         )
     side = ours if prefer == "ours" else theirs
@@ -308,7 +308,7 @@ def _choose_entries(root: Path, locks: list[str]) -> tuple[str, str]:
     count = f"{len(fitting)} of {len(specs)} stages"
     return (
         lockfile.join({name: chosen[name] for name in order}),
-        f"{LOCK} records the results of {count} as they are now; `dvc repro` makes the others again",
+        f"{LOCK} keeps the results of {count}; `dvc repro` runs the others",
     )
 
 

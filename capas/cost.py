@@ -50,25 +50,28 @@ def lines(params: Params, root: Path, splits: dict[str, int] | None) -> Iterator
     yield from _disk(params, folder, root)
     need = of_training(params, folder)
     total = need.found.total + need.used_bytes
-    here = "no such device here" if need.free_bytes is None else (
-        f"there are {_size(need.used_bytes + need.free_bytes)}"
+    here = "this machine has no such device" if need.free_bytes is None else (
+        f"{_size(need.used_bytes + need.free_bytes)} available"
     )  # fmt: skip
     yield f"{'memory':12}at most {_size(total)}; {here}{'' if need.fits else ': it does not fit'}"
     if splits is None or not all(splits.values()):
-        yield f"{'time':12}known once the data is here: capas check --cost after dvc repro fetch"
+        yield (
+            f"{'time':12}unknown until the data is downloaded: run dvc repro fetch, then capas "
+            "check --cost"
+        )
         return
     if params.hardware.device != "cpu" and need.free_bytes is None:
-        yield f"{'time':12}no GPU here to measure with"
+        yield f"{'time':12}unknown: this machine has no GPU to measure on"
         return
     load = load_of(params, root, splits)
     speed = duration.measure(folder, params, load, imports)
     seconds = duration.stage_seconds(load, speed)
     minutes = sum(seconds.values()) / 60
     shown = ", ".join(f"{stage} {value / 60:.1f}" for stage, value in seconds.items())
-    yield f"{'time':12}about {minutes:.0f} minutes ({shown}), measured here"
+    yield f"{'time':12}about {minutes:.0f} minutes ({shown}), measured on this machine"
     yield (
-        f"{'':12}{load.steps} steps of {load.batch} records, {load.length:.0f} tokens each in the mean; "
-        f"{load.num_test} answers of up to {load.limit} tokens"
+        f"{'':12}{load.steps} steps of {load.batch} records, {load.length:.0f} tokens each on "
+        f"average; {load.num_test} answers of up to {load.limit} tokens"
     )
     if minutes > duration.MINUTES_TO_ADVISE:
         for way in duration.advice(load, speed):
@@ -94,7 +97,7 @@ def _disk(params: Params, folder: Path, root: Path) -> Iterator[str]:
     num_bytes = _stored_bytes(folder, params.model.trust_remote_code)
     hub = find_source(params.model.model_name_or_path, root) is Source.HUB
     if hub:
-        yield f"{'download':12}{_size(num_bytes)}, less what the Hub's cache holds already"
+        yield f"{'download':12}{_size(num_bytes)}, minus what is already in the Hub's cache"
     asked = params.quantization
     bits = 4.5 if asked.load_in_4bit else 8.1 if asked.load_in_8bit else 0
     total = int(num_bytes * (1 + hub) + num_bytes * bits / 16)
@@ -161,7 +164,7 @@ def _token_counts(params: Params, root: Path) -> list[tuple[int, int]]:
         lengths = [count(m["content"]) + TOKENS_PER_MESSAGE for m in messages]
         found.append((sum(lengths[:-1]), lengths[-1]))
     if not found:
-        raise CapasError("no record can be used, so that nothing is to be timed")
+        raise CapasError("no record can be used, so the time cannot be estimated")
     return found
 
 

@@ -186,7 +186,7 @@ def md5(path: Path, made: Collection[str] = ()) -> str:
             return hashlib.file_digest(content, _plain_md5).hexdigest()
     if not path.is_dir() or any(path.match(out) for out in made):
         raise CapasError(
-            f"{path} is not in dvc.lock: an earlier stage has not run; run `dvc repro`"
+            f"{path} is not in dvc.lock: an earlier stage has not run yet. Run `dvc repro`"
         )
     entries = [{"md5": md5(path / name), "relpath": name} for name in sorted(_files_below(path))]
     listed = json.dumps(entries, sort_keys=True).encode()

@@ -1,4 +1,4 @@
-"""Which stages will run again, and why: `python -m capas.due`, from what dvc.lock records.
+"""List the stages that will run again, and why: `python -m capas.due`, compared with dvc.lock.
 
 It compares commands, values and files as `dvc status` does, in a tenth of the time. A stage whose outputs are
 in the run cache is restored instead of run; that is not looked up here.
@@ -108,7 +108,7 @@ def due(root: Path) -> dict[str, list[str]]:
         if spec.name in lock:
             found = list(Inputs.read(spec, root, made).differences(lock[spec.name]))
         if gone := [out for out in spec.outs if not (root / out).exists()]:
-            found.append(f"{gone[0]} is not here")
+            found.append(f"{gone[0]} is missing")
         before = {makers[dep] for dep in spec.deps if dep in makers} & reasons.keys()
         found += [f"after {name}" for name in reasons if name in before]
         if found:
@@ -120,9 +120,9 @@ def describe(root: Path) -> str:
     """Return a line for each stage that is due, or a sentence where none is."""
     found = due(root)
     if not found:
-        return "No stage is due: dvc.lock records all results."
+        return "No stage is due: all results are recorded in dvc.lock."
     lines = [f"  {name:16} {_listed(reasons)}" for name, reasons in found.items()]
-    return "\n".join(["These stages will run again, or come from the run cache:", *lines])
+    return "\n".join(["These stages will run again or be restored from the run cache:", *lines])
 
 
 def _listed(reasons: list[str]) -> str:

@@ -9,8 +9,8 @@ from capas.facts import read_json
 FOLDER = "data/embedded"
 MANIFEST = f"{FOLDER}/manifest.json"
 _WAY_OUT = (
-    "Get it back with `git checkout data/embedded`, or make all of them again with "
-    "`python stages/pretrain_embedded.py --replace`."
+    "Restore it with `git checkout data/embedded`, or rebuild all files with `python "
+    "stages/pretrain_embedded.py --replace`."
 )
 
 
@@ -36,8 +36,9 @@ def _verify_file(file: Path, expected: str) -> None:
     if found != expected:
         hint = " It is a Git LFS pointer." if content.startswith(b"version https://git-lfs") else ""
         raise CapasError(
-            f"{file} is not the file that ships with this version.{hint}\n  sha256 found    {found}\n"
-            f"  sha256 expected {expected}\n{_WAY_OUT}"
+            f"{file} is not the file shipped with this version.{hint}\n"
+            f"  sha256 found    {found}\n  sha256 expected {expected}\n"
+            f"{_WAY_OUT}"
         )
 
 
@@ -47,5 +48,5 @@ def _read_manifest(manifest: Path) -> dict[str, dict[str, str]]:
     except CapasError as error:
         raise CapasError(f"{error}. {_WAY_OUT}") from None
     if not isinstance(files, dict):
-        raise CapasError(f"{manifest} is damaged: 'files' is no object. {_WAY_OUT}")
+        raise CapasError(f"{manifest} is damaged: 'files' is not an object. {_WAY_OUT}")
     return files

@@ -66,8 +66,8 @@ def sweep_instead(overrides: list[str]) -> str:
     """For whoever asks a stage to sweep; options among the overrides are left out."""
     given = " ".join(word for word in overrides if not word.startswith("-"))
     return (
-        "a stage is run once. A sweep runs the pipeline for each point: "
-        f"python stages/sweep.py -m {given or 'trainer.learning_rate=1e-3,4e-3'}"
+        "a stage script runs one configuration. To run several, use a sweep: python "
+        f"stages/sweep.py -m {given or 'trainer.learning_rate=1e-3,4e-3'}"
     )
 
 
@@ -90,7 +90,8 @@ def told(name: str) -> Iterator[None]:
         if reason is None:
             raise
         sys.exit(
-            f"{name}: {without_secrets(reason)}. Nothing was recorded; mend it and run `dvc repro` again."
+            f"{name}: {without_secrets(reason)}. Nothing was recorded. Fix this and run `dvc repro` "
+            "again."
         )
 
 

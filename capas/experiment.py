@@ -61,8 +61,8 @@ def begin(root: Path, words: list[str]) -> None:
     """
     if left := unfinished.killed(root):
         raise CapasError(
-            f"an earlier experiment was killed: `{left.command}`, of {left.started}. Put the workspace back "
-            "first: capas restore   (or keep what it left: capas restore --keep)"
+            f"an earlier experiment was killed: `{left.command}`, started {left.started}. Restore the "
+            "workspace first: capas restore   (or keep its files: capas restore --keep)"
         )
     if root not in _held:
         try:
@@ -154,7 +154,7 @@ def at_exit(root: Path) -> None:
                 return
             lines = put_back(root, before)
         except (CapasError, OSError) as error:
-            lines = [f"the workspace could not be put back: {error}", "Try again: capas restore"]
+            lines = [f"the workspace could not be restored: {error}", "Try again: capas restore"]
         sys.stderr.write("".join(f"capas: {line}\n" for line in lines))
 
 
@@ -235,8 +235,8 @@ def stash_on_head(root: Path) -> list[str]:
         return []
     when = datetime.fromtimestamp(int(made), UTC).isoformat(timespec="seconds")
     return [
-        f"git has a stash of edits ({commit[:7]}, of {when}). If they were in your files when `dvc exp run` "
-        "was interrupted, bring them back: git stash pop --index"
+        f"git has a stash of edits ({commit[:7]}, of {when}). If an interrupted `dvc exp run` "
+        "stashed your edits, restore them: git stash pop --index"
     ]
 
 
@@ -274,8 +274,8 @@ def put_back(root: Path, before: Before, keep: bool = False) -> list[str]:
     if not _is_where_it_was(root, before, head):
         clean_up(root, before)
         return [
-            f"`{before.command}` did not end, and there are commits since: nothing is put back. It began at "
-            f"{before.head[:7]}"
+            f"`{before.command}` was interrupted, but there are newer commits: nothing was "
+            f"restored. It began at {before.head[:7]}"
         ]
     said += _attach(root, before)
     if keep and before.phase != PREPARING:
@@ -305,9 +305,14 @@ def _attach(root: Path, before: Before) -> list[str]:
         return []
     name = before.branch.removeprefix("refs/heads/")
     if git(root, "rev-parse", "-q", "--verify", before.branch, check=False) != before.head:
-        return [f"the branch {name} has moved since: HEAD stays detached; git switch {name}"]
+        return [
+            (
+                f"the branch {name} has moved since, so HEAD stays detached; to return: git switch "
+                f"{name}"
+            )
+        ]
     git(root, "symbolic-ref", "-m", f"capas: back to {name}", "HEAD", before.branch)
-    return [f"HEAD is the branch {name} again"]
+    return [f"HEAD is back on the branch {name}"]
 
 
 def _put_files_back(root: Path, before: Before) -> list[str]:
@@ -316,17 +321,17 @@ def _put_files_back(root: Path, before: Before) -> list[str]:
         then = _blobs(root, before.tree)
         gone = [path for path in _generated_now(root) if path not in then]
     if kept := move_aside(root, [*wrong, *gone]):
-        kept = f"; the replaced ones are in {kept}"
+        kept = f"; the replaced files are in {kept}"
     if wrong:
         git(root, "restore", f"--source={before.tree}", "--worktree", "--", *wrong)
     came_back = sorted([*wrong, *gone])
     if before.phase != PREPARING:
         _check_out_data(root)
         came_back.append("the data")
-    listed = f"; back came {', '.join(came_back)}" if came_back else ""
+    listed = f"; restored: {', '.join(came_back)}" if came_back else ""
     return [
         f"the workspace is as it was before `{before.command}`{listed}{kept}",
-        "checkpoints stay: the same command goes on from the last one",
+        "checkpoints are kept: the same command resumes from the last one",
     ]
 
 

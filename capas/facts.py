@@ -20,7 +20,7 @@ def read_json(file: Path) -> dict[str, Any]:
     except FileNotFoundError:
         raise CapasError(f"{file} is missing") from None
     except ValueError as error:
-        raise CapasError(f"{file} is damaged: {error}; get it again") from None
+        raise CapasError(f"{file} is damaged: {error}. Restore it and try again") from None
     if not isinstance(content, dict):
         raise CapasError(f"{file} must hold an object, not {type(content).__name__}")
     return content

@@ -31,8 +31,8 @@ def fuse(model: torch.nn.Module) -> None:
     for name, layer in _lora_layers(model):
         if not _is_plain(layer):
             raise CapasError(
-                f"trainer.fused_lora=true, but {name} is no plain LoRA layer on a 4-bit weight; "
-                "set trainer.fused_lora=false"
+                f"trainer.fused_lora=true, but {name} is not a plain LoRA layer on a 4-bit weight. "
+                "Set trainer.fused_lora=false"
             )
         layer.forward = MethodType(_forward, layer)  # this instance's; the class keeps PEFT's
 

@@ -115,15 +115,16 @@ def check_positions(model: PreTrainedModel, prompts: list[list[int]], max_new_to
         else "shorten the prompts (dataset.max_length, with dataset.overflow=drop or truncate)"
     )
     raise CapasError(
-        f"prompt {[len(p) for p in prompts].index(longest) + 1} of {len(prompts)} has {longest} tokens and "
-        f"its answer may have {max_new_tokens}, but the model was made for {limit}: {way}"
+        f"prompt {[len(p) for p in prompts].index(longest) + 1} of {len(prompts)} has {longest} "
+        f"tokens and its answer may have {max_new_tokens}, but the model's context is {limit} "
+        f"tokens: {way}"
     )
 
 
 def _tell_ahead(seconds: float, num_prompts: int) -> None:
     """A batch takes about as long whatever the number of its prompts: the first one may be small."""
     whole = f"{seconds:.0f} seconds" if seconds < 120 else f"{seconds / 60:.0f} minutes"
-    log.info("%.3g seconds a record: about %s for %d", seconds / num_prompts, whole, num_prompts)
+    log.info("%.3g seconds per record: about %s for %d", seconds / num_prompts, whole, num_prompts)
 
 
 def next_token_probabilities(

@@ -28,7 +28,7 @@ def mend(root: Path, tree: str) -> list[str]:
     file.unlink()
     git(root, "read-tree", tree)
     git(root, "update-index", "-q", "--refresh", check=False)  # fails where a file differs
-    return ["git's index was cut, and is made anew"]
+    return ["git's index was truncated and has been rebuilt"]
 
 
 def _file(root: Path) -> Path | None:

@@ -25,8 +25,8 @@ for _talkative in ("bitsandbytes.autograd._functions", "bitsandbytes.backends.cp
     logging.getLogger(_talkative).setLevel(logging.ERROR)
 
 _NOT_X86 = (
-    "hardware.instruction_set=portable is one of x86 and this machine is %s: the results repeat here, "
-    "but their bytes differ from those of an x86 machine"
+    "hardware.instruction_set=portable is for x86 CPUs, but this machine is %s: results repeat "
+    "here, but their bytes differ from those of an x86 machine"
 )
 MAX_PORTABLE_THREADS = 2
 
@@ -136,14 +136,14 @@ def _visible_devices(device: str) -> str:
 def _check_launched(there: int, asked: int) -> None:
     if there != asked:
         raise CapasError(
-            f"{there} processes were launched (WORLD_SIZE), and this stage is {asked}: start it by itself, "
-            "`dvc repro`. Training starts the processes of hardware.num_processes"
+            f"{there} processes were launched (WORLD_SIZE), but this stage is {asked}. Run `dvc "
+            "repro` without a launcher; training itself starts hardware.num_processes processes"
         )
 
 
 def _check_gpu(local_rank: int, num_gpus: int) -> None:
     if local_rank >= num_gpus:
         raise CapasError(
-            f"a process has no GPU: this machine has {num_gpus}, and hardware.num_processes needs "
-            f"{local_rank + 1} or more on each"
+            f"too few GPUs: this machine has {num_gpus}, but hardware.num_processes needs at least "
+            f"{local_rank + 1} on each machine"
         )

@@ -104,8 +104,8 @@ class Repository:
             blob = file.parent / file.readlink()
             if _is_damaged(blob):
                 raise CapasError(
-                    f"{self.key}={self.name}: {name} was damaged, on the way or on this disk: its content "
-                    f"does not have the hash that the Hub names. Delete it and run again: rm {file.resolve()}"
+                    f"{self.key}={self.name}: {name} is damaged: its content does not match the "
+                    f"hash on the Hub. Delete it and run again: rm {file.resolve()}"
                 )
 
     def _asked(self, revision: str, ask: Callable[[], Answer]) -> Answer:
@@ -146,21 +146,24 @@ class Repository:
         if isinstance(error, RevisionNotFoundError):
             return (
                 f"it has no commit, branch or tag {revision}",
-                f"Those that it has are on {self.page}, under 'Files and versions'.",
+                f"Its revisions are listed on {self.page}, under 'Files and versions'.",
             )
         if isinstance(error, RepositoryNotFoundError):
             return (
                 f"the Hub has no {self.kind} of that name, or it is private",
-                f"Check the name ({self.page}); for a private one, {log_in}. (If a folder is meant: there is "
-                "none of that name here.)",
+                f"Check the name ({self.page}); for a private one, {log_in}. (If you meant a "
+                "folder: no folder of that name exists here.)",
             )
         if isinstance(error, HfHubHTTPError) and _status(error) == 401:
             return "the Hub does not accept your token", f"Make a new one and {log_in}."
         if isinstance(error, JSONDecodeError):
-            return "what answers is no Hub", "Look at HF_ENDPOINT; a proxy may ask you to log in."
+            return (
+                "the server that answered is not a Hub",
+                "Check HF_ENDPOINT; a proxy may require a login.",
+            )
         return str(error), (
-            f"Without a network, what was downloaded before can be used, or {self.kind}=embedded"
-            + (", or a folder that somebody downloaded." if self.kind == "model" else ".")
+            f"Without a network, use a {self.kind} downloaded before, or {self.kind}=embedded"
+            + (", or a downloaded folder." if self.kind == "model" else ".")
         )
 
 
@@ -178,7 +181,7 @@ def _refusals() -> tuple[type[Exception], ...]:
 
 def _wait(error: Any, seconds: float) -> None:
     seconds = min(_wait_asked_for(error) or seconds, LONGEST_WAIT_SECONDS)
-    log.info("the Hub is busy (%s): again in %.0f s", _status(error), seconds)
+    log.info("the Hub is busy (HTTP %s): retrying in %.0f s", _status(error), seconds)
     time.sleep(seconds)
 
 
@@ -188,7 +191,9 @@ def _status(error: Any) -> int:
 
 
 def _who(error: Any) -> str:
-    return "nobody is logged in" if _status(error) == 401 else "your account has no access yet"
+    return (
+        "nobody is logged in" if _status(error) == 401 else "your account does not have access yet"
+    )
 
 
 def _wait_asked_for(error: Any) -> float | None:

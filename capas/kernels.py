@@ -69,8 +69,8 @@ def check_supported(instruction_set: str) -> None:
     if missing:
         raise CapasError(
             f"hardware.instruction_set={instruction_set}, but this CPU does not report "
-            f"{', '.join(sorted(missing))}. Choose hardware.instruction_set=native: the results then repeat "
-            "on this kind of machine, and their bytes differ from those of other machines"
+            f"{', '.join(sorted(missing))}. Choose hardware.instruction_set=native: results then "
+            "repeat on this kind of CPU only, and their bytes differ on others"
         )
 
 
@@ -113,16 +113,19 @@ def check_in_use(instruction_set: str, torch_was_loaded: bool) -> None:
         f"{name} with {found[name]}" for name in found if found[name] != expected[name]
     )
     if torch_was_loaded:
-        why = "torch was imported before the stage could choose; start the stage by itself"
+        why = (
+            "torch was imported before the stage could set it. Run the stage in a process of its "
+            "own"
+        )
     elif cpu()["vendor"] != "GenuineIntel":
         why = (
-            "oneMKL honours it on Intel CPUs alone. Choose native (the fastest here), "
-            "or portable (the same bytes on every x86 CPU)"
+            "oneMKL supports it on Intel CPUs only. Choose native (the fastest here), or portable "
+            "(the same bytes on every x86 CPU)"
         )
     else:
         why = "choose native or portable"
     raise CapasError(
-        f"hardware.instruction_set={instruction_set} is ignored: {seen} computes; {why}"
+        f"hardware.instruction_set={instruction_set} is ignored: {seen} is in use: {why}"
     )
 
 

@@ -109,11 +109,11 @@ def agents(hardware: Params, script: Path, environ: Mapping[str, str]) -> list[s
 def _srun(num_machines: int, environ: Mapping[str, str]) -> list[str]:
     there = int(environ.get("SLURM_JOB_NUM_NODES", "0"))
     if there < num_machines:
-        found = f"a job of SLURM with {there}" if there else "no job of SLURM"
+        found = f"a SLURM job with {there}" if there else "no SLURM job"
         raise CapasError(
-            f"hardware.num_machines={num_machines}, but this runs in {found}. Submit it: sbatch "
-            f"--nodes={num_machines} --ntasks-per-node=1 --gpus-per-node=... --wrap='dvc repro'; or set "
-            "hardware.num_machines=1"
+            f"hardware.num_machines={num_machines}, but this process runs in {found}. Submit the "
+            f"pipeline: sbatch --nodes={num_machines} --ntasks-per-node=1 --gpus-per-node=... "
+            "--wrap='dvc repro'; or set hardware.num_machines=1"
         )
     cores = environ.get("SLURM_CPUS_PER_TASK")  # srun does not take it over
     return [
@@ -133,7 +133,9 @@ def _warn_of_threads(hardware: Params) -> None:
     threads = num_threads(hardware, here)
     if here * threads > usable_cores():
         log.warning(
-            "%d processes with hardware.num_threads=%d each, on %d cores: fewer threads are faster",
+
+                "%d processes with hardware.num_threads=%d each, on %d cores: fewer threads would "
+                "be faster",
             here, threads, usable_cores(),
         )  # fmt: skip
 

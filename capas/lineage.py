@@ -205,19 +205,21 @@ def _send_state(
     changed = changed_since(stage.root, lock)
     if changed:
         log.warning(
-            "edited after they ran: %s. A rebuild would start from the edit", ", ".join(changed)
+            "edited after the stages ran: %s. `capas rebuild` would start from the edited files",
+            ", ".join(changed),
         )
     if state.added:
-        log.info("not committed, and kept with the run in MLflow: %s", ", ".join(state.added))
+        log.info("uncommitted files saved with the run in MLflow: %s", ", ".join(state.added))
     if state.stayed:
         log.warning(
-            "not committed, and not sent to MLflow, as they may hold a secret or are larger than %d MiB: %s. "
-            "Have git ignore them",
+            "uncommitted files not sent to MLflow, because they may contain a secret or exceed %d "
+            "MiB: %s. Add them to .gitignore",
             *(MAX_FILE_BYTES // 2**20, ", ".join(state.stayed)),
         )
     if state.left_out:
         log.warning(
-            "the run cannot be rebuilt without %s; commit it, or have git ignore it", state.left_out
+            "the run cannot be rebuilt without %s. Commit it, or add it to .gitignore",
+            state.left_out,
         )
     key = read_json(stage.dep("reports/train.json"))["train_key"]
     if is_known and (changed or state.left_out or key != recorded_key(lock["train"])):
@@ -266,13 +268,15 @@ def read_state(client: Any, run: Any) -> State:
     called = f"run {run.info.run_name} ({run.info.run_id[:8]})"
     if BASE not in tags:
         raise CapasError(
-            f"{called} has no tag {BASE}: it was never published completely. "
-            "Run `dvc repro publish` where its result is"
+            f"{called} has no tag {BASE}: publishing never finished. Run `dvc repro publish` in the "
+            "workspace that has its result"
         )
     if tags[BASE] == UNKNOWN:
-        raise CapasError(f"{called} was published outside a git repository: its code was not kept")
+        raise CapasError(
+            f"{called} was published outside a git repository, so its code was not saved"
+        )
     if tags.get(LEFT_OUT):
-        raise CapasError(f"{called} cannot be restored; not kept was {tags[LEFT_OUT]}")
+        raise CapasError(f"{called} cannot be restored; not saved with the run: {tags[LEFT_OUT]}")
     taken, dirty = Snapshot(tags[BASE], tags[TREE]), tags[DIRTY] == "true"
     patch = b""
     if dirty:
@@ -289,7 +293,7 @@ def _read_patch(client: Any, run_id: str, called: str) -> tuple[Snapshot, bytes]
     content = _artifact(client, run_id, PATCH, called)
     header = _HEADER.match(content)
     if header is None:
-        raise CapasError(f"{PATCH} of {called} is damaged: it does not say where it leads")
+        raise CapasError(f"{PATCH} of {called} is damaged: the commit and tree are missing")
     taken = Snapshot(header["commit"].decode(), header["tree"].decode())
     return taken, content[header.end() :]
 

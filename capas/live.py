@@ -57,16 +57,14 @@ def start_check(root: Path, enabled: bool) -> Callable[[], None]:
         except subprocess.TimeoutExpired:
             started.kill()
             started.communicate()
-            log.warning(
-                "MLflow does not answer within %.0f s; the training goes on", _CHECK_SECONDS
-            )
+            log.warning("MLflow did not answer within %.0f s; training continues", _CHECK_SECONDS)
             return
         if started.returncode == UNUSABLE:
             raise CapasError(
                 f"the result could not be published: {told}\nTo train without MLflow: tracking=none"
             )
         if started.returncode:
-            log.warning("the training goes on without MLflow: %s", told or trace.strip())
+            log.warning("training continues without MLflow: %s", told or trace.strip())
 
     return finish
 

@@ -50,9 +50,9 @@ def flaw(piece: str, spec: StageSpec | None) -> str:
     """
     found = entry(piece)
     if found is None or not piece.endswith("\n"):
-        return "it is cut"
+        return "truncated"
     if not isinstance(found.get("cmd"), str):
-        return "it has no command"
+        return "no command"
     for kind in ("deps", "outs"):
         for item in found.get(kind) or []:
             if not _is_whole(item):
@@ -61,7 +61,7 @@ def flaw(piece: str, spec: StageSpec | None) -> str:
         return ""
     recorded = {item["path"] for item in found.get("outs") or []}
     missing = [path for path in spec.outs if path not in recorded]
-    return f"it lacks {', '.join(missing)}" if missing else ""
+    return f"{', '.join(missing)} missing" if missing else ""
 
 
 def _is_whole(item: Any) -> bool:
@@ -89,14 +89,14 @@ def heal(text: str, committed: str, specs: Mapping[str, StageSpec]) -> tuple[str
     whole = {name: piece for name, piece in here.items() if not flaws[name]}
     lost = [name for name in there if name in specs and name not in here]
     said = [
-        f"{LOCK}: the entry of {n} is not whole: {reason}" for n, reason in flaws.items() if reason
+        f"{LOCK}: the entry of {n} is incomplete: {reason}" for n, reason in flaws.items() if reason
     ]
     if lost:
         said.append(f"{LOCK}: the entries of {', '.join(lost)} are missing")
     if not here or join(here) != text:
         if not said and _is_lock(text):
             return text, []  # in another layout than DVC's: nothing is known against it
-        said = [f"{LOCK} was cut or overwritten"]
+        said = [f"{LOCK} was truncated or overwritten"]
     if not said:
         return text, []
     for name, piece in there.items():

@@ -48,7 +48,8 @@ def check_target_modules(base: Any, target_modules: list[str] | str) -> None:
     if isinstance(target_modules, str):
         fitting = {target_modules: _fullmatches(target_modules, list(modules))}
         unknown = (
-            f"the regular expression {target_modules!r} matches the whole name of no linear layer"
+            f"the regular expression {target_modules!r} matches no linear layer (it must match "
+            "whole names)"
         )
     else:
         fitting = {t: [n for n in modules if f".{n}".endswith(f".{t}")] for t in target_modules}
@@ -62,9 +63,9 @@ def check_target_modules(base: Any, target_modules: list[str] | str) -> None:
 
         kinds = {f"{n.rpartition('.')[2]} ({type(modules[n]).__name__})": None for n in others}
         raise CapasError(
-            f"lora.target_modules={_show(target_modules)} fits {len(others)} modules that are no linear "
-            f"layers: {listed(list(kinds))}. Name the linear ones, e.g. [q_proj,v_proj], or take all-linear; "
-            f"{there}"
+            f"lora.target_modules={_show(target_modules)} matches {len(others)} modules that are "
+            f"not linear layers: {listed(list(kinds))}. Name linear layers only, e.g. "
+            f"[q_proj,v_proj], or take all-linear; {there}"
         )
 
 
@@ -74,8 +75,9 @@ def _fullmatches(pattern: str, names: list[str]) -> list[str]:
         return [name for name in names if re.fullmatch(pattern, name)]
     except re.error as error:
         raise CapasError(
-            f"lora.target_modules={pattern!r} is no regular expression: {error}. Give all-linear, names in "
-            "brackets ([q_proj,v_proj]), or an expression for whole names ('.*\\.(q|v)_proj')"
+            f"lora.target_modules={pattern!r} is not a valid regular expression: {error}. Use "
+            "all-linear, names in brackets ([q_proj,v_proj]), or an expression for whole names "
+            "('.*\\.(q|v)_proj')"
         ) from None
 
 
@@ -91,8 +93,9 @@ def check_untied(model: Any) -> None:
     layers = [(n, m) for n, m in model.named_modules() if isinstance(m, LoraLayer)]
     if tied := [name for name, layer in layers if layer.get_base_layer().weight is shared]:
         raise CapasError(
-            f"lora.target_modules: {', '.join(n.rpartition('.')[2] for n in tied)} has the weights of the "
-            "embedding (tie_word_embeddings): a merged model could not hold what it learns. Leave it out"
+            f"lora.target_modules: {', '.join(n.rpartition('.')[2] for n in tied)} is tied to the "
+            "embedding (tie_word_embeddings), so its update could not be merged. Remove it from "
+            "the list"
         )
 
 
@@ -127,20 +130,22 @@ def load_initial(model: Any, folder: Path, base_name: str) -> None:
     except SafetensorError as error:
         raise CapasError(f"{adapter.WEIGHTS} of {name} is damaged: {error}") from None
     if base_name != own:
-        log.warning("%s was trained on %s, and goes on here on %s", name, own, base_name)
+        log.warning(
+            "the adapter %s was trained on %s; training continues on %s", name, own, base_name
+        )
     check_finite(name, weights)
     expected = get_peft_model_state_dict(model, save_embedding_layers=False)
     _check_layers(name, weights, expected, model)
     if wrong := sorted(k for k, v in weights.items() if v.shape != expected[k].shape):
         raise CapasError(
-            f"{name} does not fit the base {base_name}: the shapes of {listed(wrong)} differ; it is an "
-            "adapter of another base"
+            f"{name} does not fit the base {base_name}: the shapes of {listed(wrong)} differ, so it "
+            "is an adapter of another base"
         )
     set_peft_model_state_dict(model, weights)
     loaded = get_peft_model_state_dict(model, save_embedding_layers=False)
     lost = [k for k, v in weights.items() if not loaded[k].cpu().equal(v.to(loaded[k].dtype))]
     if lost:
-        raise CapasError(f"PEFT did not take all weights of {name}: {listed(sorted(lost))}")
+        raise CapasError(f"PEFT did not load all weights of {name}: {listed(sorted(lost))}")
 
 
 def _check_layers(name: str, weights: dict[str, Any], expected: dict[str, Any], model: Any) -> None:
@@ -149,8 +154,9 @@ def _check_layers(name: str, weights: dict[str, Any], expected: dict[str, Any], 
     others = sorted(key for key in weights if ".lora_" not in key)
     if others:
         raise CapasError(
-            f"{name} holds weights beside those of LoRA, for which capas has no place: {listed(others)}. "
-            "Merge it into its base and name that model in model.model_name_or_path"
+            f"{name} has weights that are not LoRA weights, which capas does not support: "
+            f"{listed(others)}. Merge it into its base and name that model in "
+            "model.model_name_or_path"
         )
     found, asked = _layers(weights), _layers(expected)
     there = {layer for layer, _ in model.named_modules()}
@@ -160,12 +166,13 @@ def _check_layers(name: str, weights: dict[str, Any], expected: dict[str, Any], 
         )
     if found != asked:
         raise CapasError(
-            f"the lora group contradicts the adapter that the training starts from, {name}: "
-            f"lora.target_modules={_show(model.peft_config['default'].target_modules)} adapts {len(asked)} "
-            f"layers, and the adapter {len(found)}. Set lora.target_modules={_show(_shortest(found, there))}"
+            f"the lora group contradicts the initial adapter {name}: "
+            f"lora.target_modules={_show(model.peft_config['default'].target_modules)} adapts "
+            f"{len(asked)} layers, and the adapter {len(found)}. Set "
+            f"lora.target_modules={_show(_shortest(found, there))}"
         )
     if odd := sorted(weights.keys() ^ expected.keys()):
-        raise CapasError(f"{name} does not hold what PEFT expects of it: {listed(odd)}")
+        raise CapasError(f"{name} does not have the weights that PEFT expects: {listed(odd)}")
 
 
 def _layers(names: Any) -> set[str]:

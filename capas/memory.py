@@ -312,7 +312,7 @@ def check(found: Estimate, used_bytes: int, free_bytes: int, ways: list[str]) ->
         return
     text = f"{summary(found, used_bytes, free_bytes)}. To need less: {'; '.join(ways)}"
     if needed > there and os.environ.get(CHECK) != "warn":
-        raise CapasError(f"{text}. With {CHECK}=warn in the environment it is tried all the same.")
+        raise CapasError(f"{text}. To try anyway, set {CHECK}=warn in the environment.")
     log.warning("%s", text)
 
 
@@ -322,7 +322,7 @@ def summary(found: Estimate, used_bytes: int, free_bytes: int) -> str:
     listed = sorted(parts.items(), key=lambda item: -item[1])
     text = ", ".join(f"{_named(name, found)} {show(n)}" for name, n in listed if n)
     needed, there = show(used_bytes + found.total), show(used_bytes + free_bytes)
-    return f"the training needs about {needed} of memory, and there are {there}: {text}"
+    return f"training needs about {needed} of memory, and {there} are available: {text}"
 
 
 def _named(part: str, found: Estimate) -> str:

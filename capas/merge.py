@@ -1,19 +1,19 @@
 """Merge the adapter into its base: one model in full precision, in safetensors.
 
-    capas merge FOLDER                     of the workspace's result
-    capas merge FOLDER --run RUN           of a run in MLflow: its id, its beginning, its name, an experiment
-    capas merge FOLDER --dtype bfloat16    in another precision than the training computed in
+    capas merge FOLDER                     the workspace's result
+    capas merge FOLDER --run RUN           of an MLflow run: run id or its beginning, name, DVC experiment
+    capas merge FOLDER --dtype bfloat16    in another precision than in training
 
-A quantized base is dequantized first, and the adapter added to that: the weights it was trained on. (Adding
-it to the base in full precision gives another model, quantizing the sum once more a third.) Then FOLDER is
-loaded by transformers alone, and its logits are compared with those of base and adapter on prompts of the
-test split. FOLDER appears only where the largest difference is within the tolerance, and less than half of
-what the adapter changes.
+A quantized base is dequantized first, and the adapter is added to these weights, which it was trained on.
+(Adding it to the full-precision base gives a different model.) The merged model is then loaded with
+transformers alone, and its logits are compared with those of base and adapter on prompts of the test split.
+FOLDER is only written if the largest difference is within the tolerance and less than half of the
+adapter's own effect.
 
-FOLDER holds config.json, weights, tokenizer, chat template, generation_config.json, and merge.json, which
-says what was compared. `AutoModelForCausalLM.from_pretrained(FOLDER)` needs nothing else; git ignores it.
+FOLDER holds config.json, weights, tokenizer, chat template, generation_config.json, and merge.json
+with the comparison. `AutoModelForCausalLM.from_pretrained(FOLDER)` needs nothing else; git ignores it.
 
-Exit code: 0 merged, 1 refused (the difference is told), 2 it failed, 130 stopped.
+Exit code: 0 merged, 1 refused (the difference is printed), 2 failed, 130 stopped.
 """
 
 import argparse
@@ -43,14 +43,16 @@ _OF_ADAPTER = ("adapter_config.json", "adapter_model.safetensors", "README.md")
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("folder", type=Path, metavar="FOLDER", help="a new folder")
+    parser.add_argument("folder", type=Path, metavar="FOLDER", help="folder to create")
     tuned.add_arguments(parser)
-    parser.add_argument("--dtype", choices=DTYPES, help="(default: that of the training)")
+    parser.add_argument(
+        "--dtype", choices=DTYPES, help="precision of the merged model (default: as in training)"
+    )
     parser.add_argument(
         "--tolerance",
         type=tuned.bounded(float, 0, sys.float_info.max),
         metavar="X",
-        help="largest difference of a logit, as a part of the largest logit (default: "
+        help="largest allowed logit difference, relative to the largest logit (default: "
         + ", ".join(f"{t:g} for {name}" for name, t in TOLERANCE.items())
         + f"; {INT8_TOLERANCE:g} for an int8 base)",
     )
@@ -59,7 +61,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 def command(options: argparse.Namespace) -> int:
     """1 where the merged model differs."""
     if options.folder.exists():
-        raise CapasError(f"{options.folder} exists already; name a folder that does not")
+        raise CapasError(f"{options.folder} already exists; name a new folder")
     partial = options.folder.with_name(f".{options.folder.name}.partial")
     with tuned.tuned(Path.cwd(), options.run) as source:
         check_is_adapter(source)
@@ -67,15 +69,20 @@ def command(options: argparse.Namespace) -> int:
             facts = merge(source, partial, options.dtype, options.tolerance)
             tuned.say(told(facts))
             if not facts["difference"] <= facts["tolerance"]:
-                rounded = "" if facts["dtype"] == "float32" else "; --dtype float32 rounds less"
+                rounded = (
+                    ""
+                    if facts["dtype"] == "float32"
+                    else "; try --dtype float32, which rounds less"
+                )
                 tuned.say(
-                    f"capas: {options.folder} was not written: merged and adapted model differ{rounded}"
+                    f"capas: {options.folder} was not written: the merged model differs from "
+                    f"base + adapter{rounded}"
                 )
                 return 1
             partial.rename(options.folder)
         finally:
             shutil.rmtree(partial, ignore_errors=True)
-    tuned.say(f"{options.folder} holds {source.name}, merged")
+    tuned.say(f"{options.folder}: merged model of {source.name}")
     return 0
 
 
@@ -84,8 +91,8 @@ def check_is_adapter(source: Tuned) -> None:
     if not saved.is_adapter(source.folder / "adapter"):
         where = saved.FOLDER if source.run_id is None else f"the artifact adapter of {source.name}"
         raise CapasError(
-            f"{source.name} needs no merging, it is a whole model already: {where}, for "
-            "AutoModelForCausalLM.from_pretrained"
+            f"{source.name} is a whole model, there is nothing to merge. Load it with "
+            f"AutoModelForCausalLM.from_pretrained: {where}"
         )
 
 
@@ -207,7 +214,7 @@ def _merge_layer(name: str, layer: Any, config: Any) -> "nn.Module":
     own = {k: v.float() for k, v in layer.state_dict().items() if not k.startswith("base_layer.")}
     missing = lora.load_state_dict(own, strict=False).missing_keys
     if any(not key.startswith("base_layer.") for key in missing):
-        raise CapasError(f"{name}: PEFT expects other weights than the adapter has: {missing}")
+        raise CapasError(f"{name}: the adapter lacks weights that PEFT expects: {missing}")
     try:
         lora.merge(safe_merge=True)
     except ValueError as error:  # not finite
@@ -244,7 +251,9 @@ def compare(
         folder, dtype=dtype, trust_remote_code=trusted, output_loading_info=True
     )
     if lost := sorted(map(str, [*info["missing_keys"], *info["unexpected_keys"]])):
-        raise CapasError(f"{folder} was not written whole: {', '.join(lost[:4])}")
+        raise CapasError(
+            f"{folder} is incomplete: missing or unexpected weights {', '.join(lost[:4])}"
+        )
     model.eval()
     same = 0
 
@@ -268,8 +277,8 @@ def compare(
 def _check_finite(found: "torch.Tensor", dtype: str) -> None:
     if not bool(found.isfinite().all()):
         raise CapasError(
-            f"the merged model's logits are not all numbers in {dtype}"
-            + (", whose range ends at 65,504: --dtype bfloat16" if dtype == "float16" else "")
+            f"the merged model has NaN or infinite logits in {dtype}"
+            + (", which overflows above 65,504. Use --dtype bfloat16" if dtype == "float16" else "")
         )
 
 
@@ -285,7 +294,7 @@ def difference(found: Iterable["torch.Tensor"], expected: list["torch.Tensor"]) 
 def told(facts: dict[str, Any]) -> str:
     largest = facts["difference"] * facts["max_logit"]
     return (
-        f"largest difference of a logit: {largest:.3g}, {facts['difference']:.3g} of the largest (tolerance "
+        f"largest logit difference: {largest:.3g}, relative {facts['difference']:.3g} (tolerance "
         f"for {facts['dtype']}: {facts['tolerance']:.3g}; the adapter changes "
         f"{facts['adapter_difference']:.3g}); the most probable next token is the same for "
         f"{facts['num_same_next_token']} of {facts['num_tokens']} tokens"

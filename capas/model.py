@@ -49,7 +49,7 @@ def load_model(folder: Path, model: Params, device: torch.device, **kwargs: Any)
     except (ImportError, ValueError, OSError, SafetensorError) as error:
         if getattr(error, "errno", None):  # the machine's, not the model's
             raise
-        raise CapasError(f"{folder} cannot be loaded as asked ({asked}): {error}") from None
+        raise CapasError(f"{folder} cannot be loaded with {asked}: {error}") from None
     check_modules_dense(loaded, str(folder))
     _check_weights(folder, info)
     check_loaded(asked, loaded)
@@ -61,7 +61,7 @@ def load_model(folder: Path, model: Params, device: torch.device, **kwargs: Any)
 def check_quantized(model: nn.Module, stored: dict[str, Any] | None, folder: Path) -> None:
     """Raises CapasError: the weights in `folder` are quantized (`stored`), and those of `model` are not."""
     if stored and quantization_method(model) == "none":
-        raise CapasError(f"{folder} holds quantized weights, which were loaded as if they were not")
+        raise CapasError(f"{folder} has quantized weights, but they were loaded as unquantized")
 
 
 def save_model(model: PreTrainedModel, folder: Path) -> None:
@@ -173,11 +173,12 @@ def _check_weights(folder: Path, info: dict[str, Any]) -> None:
         if info.get(kind):
             names = ", ".join(sorted(str(key) for key in info[kind])[:4])
             raise CapasError(
-                f"the weights in {folder} are not those of its config.json: {kind.replace('_', ' ')}: {names}"
+                f"the weights in {folder} do not match its config.json: "
+                f"{kind.replace('_', ' ')}: {names}"
             )
     if unused := sorted(str(key) for key in info.get("unexpected_keys") or ()):
         log.warning(
-            "%s holds %d weights that its config.json has no place for, e.g. %s: they are not used",
+            "%s has %d weights that its config.json does not define, e.g. %s: they are ignored",
             folder, len(unused), ", ".join(unused[:3]),
         )  # fmt: skip
 
@@ -187,8 +188,8 @@ def check_loaded(asked: dict[str, Any], model: PreTrainedModel) -> None:
     capped = getattr(model.config.get_text_config(), "attn_logit_softcapping", None)
     if capped is not None and asked.get("attn_implementation") == "sdpa":
         raise CapasError(
-            f"model.attn_implementation=sdpa: {type(model).__name__} caps the logits of its attention at "
-            f"{capped:g}, which sdpa leaves out; choose eager, or flash_attention_2 on a GPU"
+            f"model.attn_implementation=sdpa: {type(model).__name__} caps its attention logits at "
+            f"{capped:g}, which sdpa does not support. Choose eager, or flash_attention_2 on a GPU"
         )
     used = {
         "attn_implementation": model.config._attn_implementation,
@@ -209,6 +210,7 @@ def _check_blocks(model: nn.Module) -> None:
         state = getattr(layer.weight, "quant_state", None)
         if state and layer.weight.device.type == "cpu" and layer.in_features % state.blocksize:
             raise CapasError(
-                f"{name} has {layer.in_features} inputs, no multiple of {state.blocksize}: on a CPU "
-                "bitsandbytes computes such 4-bit layers wrongly. Choose quantization=int8 or none, or a GPU"
+                f"{name} has {layer.in_features} inputs, which is not a multiple of "
+                f"{state.blocksize}: on a CPU bitsandbytes computes such 4-bit layers wrongly. "
+                "Choose quantization=int8 or none, or a GPU"
             )

@@ -117,13 +117,16 @@ def _problems(conf: Path, file: Path, groups: set[str], shipped: Path | None) ->
     if file.suffix == ".jinja":
         return
     if group == ".":
-        yield f"{here}: is in no group; move it to conf/{OWN}/GROUP/{file.name}, GROUP as in conf/"
+        yield (
+            f"{here}: the file is not in a group; move it to conf/{OWN}/GROUP/{file.name}, with a "
+            "GROUP of conf/"
+        )
     elif group not in groups:
         close = difflib.get_close_matches(group, sorted(groups), n=1, cutoff=_CLOSE)
         if close:
             yield f"{here}: there is no group {group}; did you mean conf/{OWN}/{close[0]}/{file.name}?"
     elif file.suffix == ".yml":
-        yield f"{here}: Hydra reads no .yml; rename it to {file.stem}.yaml"
+        yield f"{here}: Hydra does not read .yml files; rename it to {file.stem}.yaml"
     elif not file.stem.startswith("_"):
         yield from _problems_of_option(conf / OWN / file, group, here)
 
@@ -133,8 +136,8 @@ def _problems_of_option(file: Path, group: str, here: str) -> Iterator[str]:
 
     if not is_name(file.stem):
         yield (
-            f"{here}: {group}={file.stem} cannot be chosen so; a name begins with a letter and holds "
-            "letters, digits, . _ and - alone"
+            f"{here}: {group}={file.stem} is not a valid name; a name must begin with a letter and "
+            "may contain letters, digits, . _ and -"
         )
     if group not in GROUPS and group != "sweep":  # hydra/launcher: Hydra's own
         return
@@ -156,4 +159,7 @@ def _problems_of_option(file: Path, group: str, here: str) -> Iterator[str]:
         wanted = f"preset: {file.stem}"
         wanted = f"{group}: {{{wanted}}}" if node is not tree else wanted
         said = "says no preset" if found is None else f"says preset: {found}"
-        yield f"{here}: {said}; params.yaml names a choice by it, so that it must say {wanted}"
+        yield (
+            f"{here}: {said}; it must say {wanted}, because params.yaml records the choice by its "
+            "preset"
+        )

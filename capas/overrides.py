@@ -79,7 +79,8 @@ def _express(
     choices = _choices(values, base, compose, file)
     if gone and not choices:
         raise CapasError(
-            f"params.yaml lacks {', '.join(gone)}, which conf/ sets; remove it in conf/ instead"
+            f"params.yaml lacks {', '.join(gone)}, which conf/ sets. To remove a key, remove it "
+            "in conf/"
         )
     wanted = pinned(values)
     derived, left = _interpolated() | KEYS, difference(wanted, pinned(compose([])))

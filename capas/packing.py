@@ -100,9 +100,10 @@ def check_isolation(
     part, allowed = difference / largest, _allowed(model)
     if not part <= allowed:  # nor NaN
         raise CapasError(
-            f"packed records see each other: logits differ by {part:.3g} of the largest from those of the "
-            f"record alone, and rounding explains {allowed:g}. A {model.config.model_type} model with "
-            f"model.attn_implementation={model.config._attn_implementation} cannot be packed: set "
+            "packed records attend to each other: logits differ from the unpacked record by "
+            f"{part:.3g} of the largest logit; rounding explains at most {allowed:g}. A "
+            f"{model.config.model_type} model with "
+            f"model.attn_implementation={model.config._attn_implementation} cannot be packed. Set "
             "trainer.packing_length=null, or another attn_implementation"
         )
     return part

@@ -65,8 +65,8 @@ def select(values: Mapping[str, Any], keys: list[str], file: str = "params.yaml"
             target = target.setdefault(group, {})
         if not isinstance(source, Mapping) or leaf not in source:
             raise CapasError(
-                f"{file}: dvc.yaml declares the param '{dotted}', which the file does not have; "
-                "run `dvc repro compose`"
+                f"{file}: the param '{dotted}' that dvc.yaml declares is missing. Run `dvc repro "
+                "compose`"
             )
         target[leaf] = source[leaf]
     return chosen

@@ -82,9 +82,9 @@ def _of_hub(node: dict[str, Any], key: str, repository: Repository) -> Iterator[
             return repository.commit(revision or MAIN)
         except CapasError as error:
             raise CapasError(
-                f"{error}\n{key}={revision or 'null'} is not pinned yet. Give the commit as revision (40 hex "
-                f"digits, on {repository.page}, 'Files and versions'), or run `dvc repro compose` where "
-                "there is a network and take conf/revisions.yaml from there."
+                f"{error}\n{key}={revision or 'null'} is not pinned yet. Set the revision to a "
+                f"commit (40 hex digits, on {repository.page}, 'Files and versions'), or run `dvc "
+                "repro compose` on a machine with a network and copy its conf/revisions.yaml."
             ) from None
 
     entry = f"{repository.name}@{revision or MAIN}"
@@ -111,8 +111,9 @@ class Pins:
             for entry, pin in pins.items():
                 if not isinstance(pin, str) or not _PINNED.fullmatch(pin):
                     raise CapasError(
-                        f"{file}: {section}: {entry}: {pin!r} is no commit (40 hex digits) and not the "
-                        "revision of a folder or of files; remove the line, and compose records it anew"
+                        f"{file}: {section}: {entry}: {pin!r} is neither a commit (40 hex digits) "
+                        "nor the revision of a folder or of files. Remove the line; compose pins "
+                        "it again"
                     )
         return cls(entries, root or Path.cwd())
 
@@ -158,7 +159,7 @@ class Pins:
             pin = self._recorded(place)
             if pin is None and ask:
                 pin = place.ask()
-                log.info("%s is %s, from now on: conf/revisions.yaml", place.entry, pin)
+                log.info("pinned %s to %s in conf/revisions.yaml", place.entry, pin)
                 self._record(place, pin)
             if pin is not None:
                 place.node[place.leaf] = pin

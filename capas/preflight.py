@@ -1,17 +1,16 @@
-"""Estimate what a training needs in memory, before anything is downloaded or run.
+"""Estimate the memory that training needs, before anything is downloaded or run.
 
-    capas memory                                        conf/ as it stands
-    capas memory experiment=llama_3.1_8b_qlora_24gb     another configuration, as overrides of Hydra
+    capas memory                                        the configuration in conf/
+    capas memory experiment=llama_3.1_8b_qlora_24gb     another configuration, given as Hydra overrides
     capas memory trainer.per_device_train_batch_size=8 quantization=none
-    capas memory --tokens 600                           the longest record has so many tokens
+    capas memory --tokens 600                           assume that the longest record has 600 tokens
 
-Of the model it needs config.json alone: that of the last `dvc repro`, of a folder, of the Hub's cache or of
-the Hub.
+Only the model's config.json is needed: from the last `dvc repro`, a folder, the Hub's cache or the Hub.
 
-Every record of a batch is taken to be as long as dataset.max_length allows; `train` estimates again with the
-records that there are, and stops before it begins where the machine has less.
+Every record of a batch is assumed to have dataset.max_length tokens. `train` estimates again with the real
+records, and stops before training if the machine has too little memory.
 
-Exit code: 0 it fits, or there is no such device here; 1 it does not fit; 2 it cannot be estimated.
+Exit code: 0 it fits, or this machine has no such device; 1 it does not fit; 2 it cannot be estimated.
 """
 
 import argparse
@@ -33,24 +32,24 @@ _IDENTITY = ("model.model_name_or_path", "model.revision")
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
-        "overrides", nargs="*", metavar="OVERRIDE", help="as `dvc exp run -S` takes it"
+        "overrides", nargs="*", metavar="OVERRIDE", help="a Hydra override, as for `dvc exp run -S`"
     )
     parser.add_argument(
         "--tokens",
         type=int,
         metavar="N",
-        help="of the longest record (default: dataset.max_length)",
+        help="tokens of the longest record (default: dataset.max_length)",
     )
 
 
 def command(options: argparse.Namespace) -> int:
     if options.tokens is not None and options.tokens < 1:
-        raise CapasError(f"--tokens {options.tokens}: a record has at least one token")
+        raise CapasError(f"--tokens {options.tokens}: expected at least 1")
     root, values = composed_here(options.overrides)
     params = Params(values)
     need = of_training(params, config_folder(params.model, root), options.tokens)
     if need.workload.num_processes > 1:
-        _say(f"Of each of {need.workload.num_processes} processes:")
+        _say(f"Memory of each of {need.workload.num_processes} processes:")
     _say(table(need.found, need.workload, need.used_bytes, need.free_bytes))
     if not need.fits:
         from capas import memory
@@ -139,8 +138,8 @@ def config_folder(model: Params, root: Path) -> Path:
         return on_hub(model.model_name_or_path).download(model.revision or "main", files)
     except CapasError as error:
         raise CapasError(
-            f"{error}\nThe estimate needs config.json alone. Without a network: put that file into a folder "
-            "and add model.model_name_or_path=FOLDER model.revision=null"
+            f"{error}\nThe estimate only needs config.json. Without a network: put this file into a "
+            "folder and add model.model_name_or_path=FOLDER model.revision=null"
         ) from None
 
 
@@ -167,9 +166,10 @@ def table(found: Any, workload: Any, used_bytes: int, free_bytes: int | None) ->
     total = found.total + used_bytes
     end = f"{'total':20}  {show(total):>11}"
     there = (
-        "no GPU here to compare with; one also holds the CUDA context and what its allocator cannot use"
+        "this machine has no GPU to compare with; a GPU also needs memory for the CUDA context "
+        "and fragmentation"
         if free_bytes is None
-        else f"there are {show(used_bytes + free_bytes)}"
+        else f"{show(used_bytes + free_bytes)} available"
     )
     return "\n".join([*lines, "-" * len(end), f"{end}  {there}"])
 

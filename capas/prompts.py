@@ -87,7 +87,8 @@ def _prompt(record: Record) -> Prompt:
     last = max(i for i, message in enumerate(messages) if message["role"] == "assistant")
     if last == 0:
         raise CapasError(
-            f"test record {record['id']} begins with its only answer: there is nothing to ask"
+            f"test record {record['id']} has no user message before its only answer: there is "
+            "no prompt"
         )
     return Prompt(record["id"], messages[:last], messages[last]["content"], tools)
 

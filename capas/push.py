@@ -1,17 +1,17 @@
-"""Push the model of a run to the Hugging Face Hub, with its card.
+"""Push the model of a run to the Hugging Face Hub, with a model card.
 
-    capas push OWNER/NAME                      the adapter of the workspace's training, as it was published;
-                                               the whole model, where all weights were trained
-    capas push OWNER/NAME --run RUN            of another run: its id, its beginning, its name, an experiment
-    capas push OWNER/NAME --merged FOLDER      what `capas merge` wrote, instead of the adapter
+    capas push OWNER/NAME                      the adapter of the workspace's result, as published;
+                                               the whole model, if all weights were trained
+    capas push OWNER/NAME --run RUN            another run: run id or its beginning, name, DVC experiment
+    capas push OWNER/NAME --merged FOLDER      the merged model of `capas merge` instead of the adapter
 
-The repository is made where there is none, and gets one commit; the same model twice makes no second one. Of
-another model that was there weights and configuration go in the same commit; files of your own stay.
-The card says from which base and data the model was made, under which licences, in which template, what it
-scores with intervals, and how it is loaded and rebuilt. An adapter whose base is not on the Hub and is small
-takes the base along, in the folder `base`. Log in once: `hf auth login`, or set HF_TOKEN.
+The repository is created if it does not exist. A push is one commit; pushing the same model again adds none.
+The commit also deletes the weights and configuration of a previous model; your own files stay. The card
+lists base, data, licences, chat template, scores with intervals, and how to load and rebuild the model. A
+small base that is not on the Hub is pushed with the adapter, in the folder `base`. Log in once:
+`hf auth login`, or set HF_TOKEN.
 
-Exit code: 0 pushed, 1 refused (every reason is told), 2 it failed, 130 stopped.
+Exit code: 0 pushed, 1 refused (all reasons are printed), 2 failed, 130 stopped.
 """
 
 import argparse
@@ -36,25 +36,35 @@ _OF_MODEL = re.compile(
     r"(adapter_config|config|generation_config|merge)\.json"
 )
 _STATUS = {
-    401: "the Hub does not know you: log in with `hf auth login`, or set HF_TOKEN to a token that may write",
-    403: "your token may not write there: make one with write access, or choose another OWNER",
-    404: "there is no such repository, or your token may not see it",
+    401: (
+        "you are not logged in to the Hub: run `hf auth login`, or set HF_TOKEN to a token with "
+        "write access"
+    ),
+    403: "your token has no write access there: create one that has, or choose another OWNER",
+    404: "no such repository, or your token has no access to it",
 }
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("name", metavar="OWNER/NAME", help="of the repository on the Hub")
-    parser.add_argument("--run", metavar="RUN", help="of MLflow, instead of the training here")
-    parser.add_argument("--merged", type=Path, metavar="FOLDER", help="of `capas merge`")
-    parser.add_argument("--private", action="store_true", help="where the repository is made now")
-    parser.add_argument("--branch", default="main", help="(default: main)")
-    parser.add_argument("--force", action="store_true", help="though the gate failed")
+    parser.add_argument("name", metavar="OWNER/NAME", help="repository on the Hub")
+    parser.add_argument(
+        "--run", metavar="RUN", help="push a run of MLflow instead of the workspace's result"
+    )
+    parser.add_argument(
+        "--merged",
+        type=Path,
+        metavar="FOLDER",
+        help="push the merged model in FOLDER (capas merge)",
+    )
+    parser.add_argument("--private", action="store_true", help="make a new repository private")
+    parser.add_argument("--branch", default="main", help="branch to push to (default: main)")
+    parser.add_argument("--force", action="store_true", help="push even if the gate failed")
 
 
 def command(options: argparse.Namespace) -> int:
     """1 where the run is refused."""
     if not _NAME.fullmatch(options.name):
-        raise CapasError(f"{options.name!r} names no repository: expected OWNER/NAME")
+        raise CapasError(f"{options.name!r} is not a repository name: expected OWNER/NAME")
     root, word = Path.cwd(), options.run or own_training(Path.cwd())
     client = existing(root)
     with TemporaryDirectory(prefix="capas-") as temporary:
@@ -69,7 +79,9 @@ def command(options: argparse.Namespace) -> int:
         data = Path(temporary, SERVED)
         whole = not saved.is_adapter(data / "adapter")
         if whole and options.merged:
-            raise CapasError("--merged: the run's model is a whole one already; leave it out")
+            raise CapasError(
+                "the run's model is a whole model, there is nothing to merge. Omit --merged"
+            )
         files = of_tuned(data) if options.merged is None else of_merged(options.merged, run)
         text = (data / "adapter/README.md").read_text(encoding="utf-8")
         facts = read_json(options.merged / "merge.json") if options.merged else None
@@ -85,7 +97,9 @@ def own_training(root: Path) -> str:
     if not (root / "dvc.yaml").exists():
         raise CapasError(f"{root} has no dvc.yaml; start it in the repository's top folder")
     if not (root / "reports/train.json").exists():
-        raise CapasError("nothing is trained here yet: run `dvc repro`, or name a run with --run")
+        raise CapasError(
+            "no trained model in this workspace. Run `dvc repro`, or choose a run with --run"
+        )
     return str(read_json(root / "reports/train.json")["train_key"])
 
 
@@ -103,8 +117,8 @@ def of_merged(folder: Path, run: Any) -> dict[str, Path]:
     merged, own = read_json(folder / "merge.json")["adapter_sha256"], run.data.tags.get(ADAPTER)
     if merged != own:
         raise CapasError(
-            f"{folder} was merged from the adapter {merged[:12]}..., and run {run.info.run_name} has "
-            f"{str(own)[:12]}...: name its run with --run, or merge again"
+            f"{folder} was merged from the adapter {merged[:12]}..., and run {run.info.run_name} "
+            f"has {str(own)[:12]}.... Choose its run with --run, or merge again"
         )
     own = ("README.md", ".gitignore")
     return {file.name: file for file in folder.iterdir() if file.name not in own}

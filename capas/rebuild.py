@@ -1,14 +1,14 @@
-"""Make the adapter of a run in MLflow again, and compare its bytes.
+"""Train the adapter of an MLflow run again and compare its bytes.
 
-    capas rebuild RUN             a run's id, its beginning, its name, or an experiment of DVC
-    capas rebuild RUN --all       evaluation, samples and report too
-    capas rebuild RUN --restore   take the adapter out of DVC's cache or remote instead of training it
+    capas rebuild RUN             run id or its beginning, run name, or DVC experiment
+    capas rebuild RUN --all       also evaluation, samples and report
+    capas rebuild RUN --restore   take the adapter from DVC's cache or remote instead of training
 
-The files as they were when the run was published are laid out in a folder of their own: the commit, and what
-was not committed. What comes before the training is taken from DVC's cache or remote where they have it, the
-training is done anew. Your files, dvc.lock, branches and MLflow stay as they are.
+The run's commit and its uncommitted changes are checked out into a separate folder. The stages before
+training are restored from DVC's cache or remote if possible; training runs again. Your files, dvc.lock,
+branches and MLflow are not changed.
 
-Exit code: 0 the same bytes, 1 others, 2 it cannot be restored (the reason is told), 130 stopped.
+Exit code: 0 identical bytes, 1 different bytes, 2 it cannot be rebuilt (the reason is printed), 130 stopped.
 """
 
 import argparse
@@ -41,11 +41,17 @@ _TOLD = ("Running stage", "Stage '")
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("run", help="id, its beginning, name, or experiment of DVC")
+    parser.add_argument("run", help="run id or its beginning, run name, or DVC experiment")
     ways = parser.add_mutually_exclusive_group()
-    ways.add_argument("--all", action="store_true", help="run what follows the training, too")
-    ways.add_argument("--restore", action="store_true", help="do not train: cache or remote")
-    parser.add_argument("--keep", type=Path, metavar="FOLDER", help="a new folder that stays")
+    ways.add_argument("--all", action="store_true", help="also run the stages after training")
+    ways.add_argument(
+        "--restore",
+        action="store_true",
+        help="take the adapter from DVC's cache or remote",
+    )
+    parser.add_argument(
+        "--keep", type=Path, metavar="FOLDER", help="rebuild in this new folder and keep it"
+    )
 
 
 def command(options: argparse.Namespace) -> int:
@@ -54,20 +60,18 @@ def command(options: argparse.Namespace) -> int:
         raise CapasError(f"{root} has no dvc.yaml; start it in the repository's top folder")
     keep = options.keep.absolute() if options.keep else None
     if keep and keep.exists():
-        raise CapasError(f"--keep {options.keep} exists already; name a folder that does not")
+        raise CapasError(f"--keep {options.keep} already exists; name a new folder")
     with _terminated_as_interrupted():
         client = existing(root)
         with reachable(tracking_uri(root)):
             run = runs.find(client, options.run, root)
             state = read_state(client, run)
         _say(
-            f"run {run.info.run_name} ({run.info.run_id}), commit {state.taken.commit[:10]}"
-            f"{' with what was not committed' if state.dirty else ''}"
+            f"run {run.info.run_name} ({run.info.run_id}), commit "
+            f"{state.taken.commit[:10]}{' with uncommitted changes' if state.dirty else ''}"
         )
         if run.data.tags.get(CHANGED):
-            _say(
-                f"when it was published, these were not what they had been: {run.data.tags[CHANGED]}"
-            )
+            _say(f"edited between the run and its publishing: {run.data.tags[CHANGED]}")
         with _folder(root, keep) as work:
             rebuilt = Rebuilt(root, work, state, run)
             return rebuilt.restored() if options.restore else rebuilt.trained(options.all)
@@ -86,10 +90,11 @@ class Rebuilt:
             )
         self.lock = recorded(self.work)
         if "train" not in self.lock:
-            raise CapasError("the dvc.lock that was published with this run records no training")
+            raise CapasError("the dvc.lock published with this run has no training")
         if recorded_key(self.lock["train"]) != run.data.tags[TRAIN_KEY]:
             _say(
-                "its training was accepted under other inputs with `dvc commit`: those are what is run"
+                "the run's training was accepted with `dvc commit` under other inputs; these "
+                "inputs are used"
             )
         self._cache = cache_of(home)
         share_cache(home, self._cache, self.work)
@@ -106,7 +111,8 @@ class Rebuilt:
         self._dvc("checkout", "--quiet", "train", allowed="cannot be restored")
         if not any((self.work / saved.FOLDER).glob("*.safetensors")):
             raise CapasError(
-                "neither DVC's cache here nor a remote has the adapter. Without --restore it is trained anew"
+                "the adapter is neither in DVC's cache nor in a remote. To train it again, "
+                "omit --restore"
             )
         return self._compared("restored")
 
@@ -126,7 +132,7 @@ class Rebuilt:
             rest = [name for name in specs if name not in {*above, "train", "publish"}]
             for name in rest:
                 self._dvc("repro", "--no-commit", "--force", "--single-item", name)
-        return self._compared(f"trained anew in {time.monotonic() - started:.0f} s", everything)
+        return self._compared(f"retrained in {time.monotonic() - started:.0f} s", everything)
 
     def _pull(self, stages: list[str]) -> None:
         """What the cache lacks, from the remote. The pipeline makes what this does not bring."""
@@ -143,10 +149,10 @@ class Rebuilt:
             return
         remote = Config(str(self.work / ".dvc"))["core"].get("remote")
         if not remote:
-            _say(f"not in DVC's cache, and no remote is set up to have it: {', '.join(lacking)}")
+            _say(f"not in DVC's cache, and no DVC remote is configured: {', '.join(lacking)}")
             return
         _say(f"pulling {', '.join(lacking)} from the remote {remote}")
-        self._dvc("pull", *stages, allowed=f"the remote {remote} does not have all of it")
+        self._dvc("pull", *stages, allowed=f"the remote {remote} does not have everything")
 
     def _dvc(self, *words: str, allowed: str = "") -> None:
         """Its stages are told as they begin; where it may fail, `allowed` is what is said then."""
@@ -172,12 +178,12 @@ class Rebuilt:
         sys.stdout.write(f"recorded  {expected}\nhere      {found}\n")
         differing = differences(self.lock, recorded(self.work))
         if found == expected and not (everything and differing):
-            sys.stdout.write(f"The adapter is the same, byte for byte; {how}.\n")
+            sys.stdout.write(f"The adapter is identical, byte for byte; {how}.\n")
             return 0
         same = (
-            "The adapter is the same; other results are not"
+            "The adapter is identical, but other results differ"
             if found == expected
-            else "The adapter is another"
+            else "The adapter differs"
         )
         lines = [f"{same}; {how}.", *differing, *self._machine()]
         sys.stdout.write("\n".join(lines) + "\n")
@@ -193,7 +199,9 @@ class Rebuilt:
         if md5 and old.exists() and new.exists():
             used, uses = (flatten(read_json(file).get("used", {})) for file in (old, new))
             differing += [(k, uses[k], used[k]) for k in uses if used.get(k, uses[k]) != uses[k]]
-        return [f"on this machine {key} is {found}, was {was}" for key, found, was in differing]
+        return [
+            f"{key}: {found} on this machine, {was} in the run" for key, found, was in differing
+        ]
 
 
 def lay_out(home: Path, target: Path, state: State) -> None:
@@ -213,8 +221,8 @@ def lay_out(home: Path, target: Path, state: State) -> None:
     made = git(target, "write-tree")
     if made != tree:
         raise CapasError(
-            f"commit {commit[:10]} and the patch lead to the tree {made[:10]}, recorded is {tree[:10]}: "
-            "the patch is not that of this run"
+            f"commit {commit[:10]} and the patch give the tree {made[:10]}, but {tree[:10]} was "
+            "recorded: the patch belongs to another run"
         )
     check_out(target, state.taken)
 
@@ -227,7 +235,7 @@ def _fetch(home: Path, target: Path, commit: str) -> None:
     for remote in remotes:
         url = git(home, "remote", "get-url", remote)
         url = str((home / url).resolve()) if (home / url).exists() else url
-        _say(f"commit {commit[:10]} is not here; asking {remote}")
+        _say(f"commit {commit[:10]} is not in this repository; fetching it from {remote}")
         for what in (
             commit,
             "+refs/*:refs/fetched/*",
@@ -236,11 +244,12 @@ def _fetch(home: Path, target: Path, commit: str) -> None:
             if _has(target, commit):
                 return
     asked = (
-        f"and {', '.join(remotes)} does not give it" if remotes else "and it has no remote to ask"
+        f"nor can it be fetched from {', '.join(remotes)}"
+        if remotes
+        else "and there is no git remote"
     )
     raise CapasError(
-        f"commit {commit} is not in this repository, {asked}. It was made elsewhere and not pushed, "
-        "or is gone"
+        f"commit {commit} is not in this repository, {asked}. It was never pushed, or was deleted"
     )
 
 
@@ -261,14 +270,14 @@ def _copy_ignored(home: Path, work: Path, ignored: dict[str, str]) -> None:
         if not (home / name).is_file():
             wrong.append(f"{name} is missing")
         elif dag.md5(home / name) != md5:
-            wrong.append(f"{name} is not the file that it was")
+            wrong.append(f"{name} has changed")
         else:
             (work / name).parent.mkdir(parents=True, exist_ok=True)
             links.place(home / name, work / name)
     if wrong:
         raise CapasError(
-            f"the training read files that git ignores: {'; '.join(wrong)}. Bring back what the run had (its "
-            "artifact source/ignored.json has their md5)"
+            f"the training read files that git ignores: {'; '.join(wrong)}. Restore the versions "
+            "that the run used (md5s: the run's artifact source/ignored.json)"
         )
 
 

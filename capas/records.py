@@ -110,7 +110,7 @@ def read_batches(file: Path, schema: pa.Schema) -> Iterator[pa.RecordBatch]:
             yield from parquet.iter_batches(ROWS_PER_GROUP)
     except pa.ArrowInvalid as error:
         raise CapasError(
-            f"{file} is no complete parquet file ({error}); `dvc repro` makes it again once it is deleted"
+            f"{file} is not a complete parquet file ({error}). Delete it and run `dvc repro`"
         ) from None
 
 
@@ -131,8 +131,8 @@ def _other_columns(file: Path, found: pa.Schema, wanted: pa.Schema) -> str:
         return ", ".join(f"{field.name}: {field.type}" for field in schema)
 
     return (
-        f"{file} has other columns than this version of capas writes; delete it and run `dvc repro`.\n"
-        f"  found    {show(found)}\n  expected {show(wanted)}"
+        f"{file} does not have the columns that this version of capas writes. Delete it and run "
+        f"`dvc repro`.\n  found    {show(found)}\n  expected {show(wanted)}"
     )
 
 

@@ -1,11 +1,11 @@
-"""Register the model of a run in MLflow, where its gate lets it pass.
+"""Register the model of an MLflow run, if it passed its gate.
 
     capas register RUN [--name NAME] [--alias ALIAS] [--force]
 
-RUN is a run's id, the beginning of it, its name, or an experiment of DVC. The version that comes of it is
-loaded with mlflow.pyfunc.load_model("models:/NAME@ALIAS"). The same run twice is the same version.
+RUN is a run id or its beginning, a run name, or a DVC experiment. Load the new version with
+mlflow.pyfunc.load_model("models:/NAME@ALIAS"). Registering a run again does not add a version.
 
-Exit code: 0 registered, 1 refused (every reason is told), 2 it failed (say, no such run), 130 stopped.
+Exit code: 0 registered, 1 refused (all reasons are printed), 2 failed (e.g. no such run), 130 stopped.
 """
 
 import argparse
@@ -51,11 +51,19 @@ class RefusedError(Exception):
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("run", metavar="RUN", help="id, its beginning, name, or experiment of DVC")
-    parser.add_argument("--name", help="of the model (default: EXPERIMENT-MODEL_PRESET)")
-    parser.add_argument("--alias", default="champion", help="of the version (default: champion)")
     parser.add_argument(
-        "--force", action="store_true", help="though the gate failed; a tag says so"
+        "run", metavar="RUN", help="run id or its beginning, run name, or DVC experiment"
+    )
+    parser.add_argument(
+        "--name", help="name of the registered model (default: EXPERIMENT-MODEL_PRESET)"
+    )
+    parser.add_argument(
+        "--alias", default="champion", help="alias of the new version (default: champion)"
+    )
+    parser.add_argument(
+        "--force",
+        action="store_true",
+        help="register even if the gate failed; the version is tagged",
     )
 
 
@@ -67,7 +75,7 @@ def command(options: argparse.Namespace) -> int:
     except RefusedError as error:
         sys.stderr.write(error.told(f"{options.run} is not registered"))
         return 1
-    how = "registered" if done.created else "was there already"
+    how = "registered" if done.created else "was already registered"
     moved = f", which was version {done.moved_from}" if done.moved_from else ""
     pages = Pages(tracking_uri(root), done.experiment_id)
     sys.stdout.write(
@@ -107,19 +115,22 @@ def admit(client: Any, run: Any, force: bool) -> str | None:
     """
     reasons = []
     if run.info.status != "FINISHED":
-        reasons.append(f"the run is {run.info.status}: `dvc repro` finishes it")
+        reasons.append(f"the run is {run.info.status}: finish it with `dvc repro`")
     files = {file.path for file in client.list_artifacts(run.info.run_id, MODEL)}
     if f"{MODEL}/MLmodel" not in files:
         reasons.append(
-            f"the run has no model ({MODEL}/MLmodel among its artifacts): `dvc repro -s -f publish`"
+            f"the run has no model (artifact {MODEL}/MLmodel): publish it with `dvc repro -s -f "
+            "publish`"
         )
     found: str | None = run.data.tags.get(GATE)
     verdict = (
-        f"gate {found}" if found else f"the run has no tag '{GATE}': `dvc repro -s -f publish`"
+        f"gate {found}"
+        if found
+        else f"the run has no tag '{GATE}': publish it with `dvc repro -s -f publish`"
     )
     passed = found == "passed"
     if not passed and not force:
-        reasons.append(f"{verdict} (--force does it all the same)")
+        reasons.append(f"{verdict} (to override: --force)")
     if reasons:
         raise RefusedError(reasons)
     return None if passed else verdict
@@ -129,7 +140,7 @@ def default_name(client: Any, run: Any) -> str:
     preset = run.data.params.get("model.preset")
     if preset is None:
         raise CapasError(
-            f"run {run.info.run_id} has no param 'model.preset' to name the model after; give --name"
+            f"run {run.info.run_id} has no param 'model.preset' to derive the name from. Set --name"
         )
     experiment = client.get_experiment(run.info.experiment_id).name
     return _NO_NAME.sub("-", f"{experiment}-{preset}")
@@ -137,14 +148,14 @@ def default_name(client: Any, run: Any) -> str:
 
 def check_name(name: str) -> str:
     if _NO_NAME.search(name) or not name.strip():
-        raise CapasError(f"--name {name!r}: expected a name without / : and quotes")
+        raise CapasError(f"--name {name!r}: expected a name without /, : or quotes")
     return name
 
 
 def check_alias(alias: str) -> None:
     if not _ALIAS.fullmatch(alias) or _RESERVED.fullmatch(alias):
         raise CapasError(
-            f"--alias {alias!r}: expected letters, digits, - and _, and neither 'latest' nor v1, v2, ..."
+            f"--alias {alias!r}: expected letters, digits, - and _, but not 'latest' or v1, v2, ..."
         )
 
 

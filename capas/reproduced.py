@@ -28,7 +28,7 @@ def differences(before: Lock, after: Lock) -> list[str]:
         changed = {kind: _changed(before[name], after[name], kind) for kind in ("deps", "outs")}
         if changed["outs"]:
             first = "first to differ: " if not lines else "differs too: "
-            from_other = f", from other {', '.join(changed['deps'])}" if changed["deps"] else ""
+            from_other = f", from different {', '.join(changed['deps'])}" if changed["deps"] else ""
             lines.append(f"{first}{name}: {', '.join(changed['outs'])}{from_other}")
     return lines
 
@@ -54,22 +54,20 @@ def describe(root: Path) -> str:
         return ""
     stage, outs = found
     lines = [
-        f"Other bytes than the committed ones: {stage} is the first stage that differs ({', '.join(outs)}), "
-        f"from the same inputs, on {kernels.cpu()['model']}.",
+        f"The results differ from the committed bytes: {stage} is the first stage that differs "
+        f"({', '.join(outs)}), from the same inputs, on {kernels.cpu()['model']}.",
         *_scores(root),
     ]
     if (
         kernels.is_x86()
         and read_yaml(root / "params.yaml")["hardware"]["instruction_set"] == "portable"
     ):
-        lines.append(
-            "On an x86 CPU this should not happen: please report it, with the lines above."
-        )
+        lines.append("This should not happen on an x86 CPU: please report it with the lines above.")
     else:
         lines.append(
-            "That is harmless: another kind of CPU or a GPU rounds the last bits differently, and repeats on "
-            "machines of its kind. To keep the committed results: "
-            "git checkout dvc.lock reports && dvc checkout"
+            "This is harmless: another kind of CPU or a GPU rounds the last bits differently, and "
+            "gives the same bytes on machines of its kind. To keep the committed results: git "
+            "checkout dvc.lock reports && dvc checkout"
         )
     return "\n".join(lines)
 
@@ -86,7 +84,7 @@ def _scores(root: Path) -> list[str]:
     old, new = json.loads(committed), json.loads(here.read_text(encoding="utf-8"))
     shared = [name for name in new if name in old and not name.startswith("perplexity")]
     if all(old[name] == new[name] for name in shared):
-        return ["The scores are equal to the committed ones."]
+        return ["The scores equal the committed ones."]
     both = (
         f"{name} {old[name]:.4g} -> {new[name]:.4g}" for name in shared if old[name] != new[name]
     )

@@ -75,8 +75,8 @@ def _check_device(device: str, values: Values) -> None:
         )
     if (torch := _installed("torch") or "").endswith("+cpu"):
         raise CapasError(
-            f"hardware.device=cuda: torch {torch} is built without CUDA. Install a CUDA build of the same "
-            "version, or choose hardware=cpu"
+            f"hardware.device=cuda: torch {torch} is a build without CUDA. Install a CUDA build of "
+            "the same version, or choose hardware=cpu"
         )
     hardware = values["hardware"]
     needed = hardware["num_processes"] // hardware["num_machines"]

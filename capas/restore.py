@@ -1,11 +1,12 @@
-"""Bring the workspace back after a killed experiment, a cut dvc.lock or a merge with conflicts.
+"""Restore the workspace after a killed experiment, a truncated dvc.lock or a merge with conflicts.
 
-    capas restore            mend what is broken, and say what was done; nothing is lost
-    capas restore --keep     keep the files that a killed experiment left, and go on from them
-    capas restore --ours     keep HEAD's value where both sides of a merge set one; --theirs: the other one
+    capas restore            repair what is broken and print what was done; nothing is lost
+    capas restore --keep     keep the files that a killed experiment left and continue from them
+    capas restore --ours     if both sides of a merge set a value, keep HEAD's; --theirs: the other side's
 
-Of a merge it resolves the generated files: dvc.lock, params.yaml, reports and the like. Conflicts in conf/ or
-in code are listed: they are yours. `make repro` begins with this command, which refuses while DVC runs here.
+After a merge, conflicts in generated files (dvc.lock, params.yaml, reports, ...) are resolved; conflicts in
+conf/ or in code are listed for you to resolve. `make repro` begins with this command. It refuses to run while
+DVC runs in this workspace.
 """
 
 import argparse
@@ -32,14 +33,18 @@ _RWLOCKS = (".dvc/tmp/rwlock", ".dvc/tmp/exps/rwlock")
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
-        "--keep", action="store_true", help="keep the files that a killed experiment left"
+        "--keep", action="store_true", help="keep the files that a killed experiment left behind"
     )
     sides = parser.add_mutually_exclusive_group()
     for side, whose in {"ours": "HEAD's", "theirs": "the other side's"}.items():
         sides.add_argument(
-            f"--{side}", action="store_const", const=side, dest="prefer", help=f"keep {whose} value"
+            f"--{side}",
+            action="store_const",
+            const=side,
+            dest="prefer",
+            help=f"in a conflict, keep {whose} value",
         )
-    parser.add_argument("--quiet", action="store_true", help="say nothing where nothing is wrong")
+    parser.add_argument("--quiet", action="store_true", help="print nothing if nothing is wrong")
 
 
 def command(options: argparse.Namespace) -> int:
@@ -50,7 +55,9 @@ def command(options: argparse.Namespace) -> int:
     if busy := running(root):
         if options.quiet:
             return 0  # DVC waits for the other one, or says so
-        raise CapasError(f"{busy} is running here; wait for it, or stop it, then try again")
+        raise CapasError(
+            f"{busy} is running in this workspace. Wait for it or stop it, then try again"
+        )
     said, code = restore(root, options.keep, options.prefer, guess=not options.quiet)
     for line in said:
         sys.stderr.write(f"{line}\n")
@@ -82,13 +89,13 @@ def restore(
         if own := conflict.in_own_files(root, found):
             return [
                 *said,
-                "Conflicts in files that you write; solve these first, and `git add` them:",
+                "Conflicts in your own files. Resolve them and `git add` them:",
                 *(f"  {line}" for line in own),
-                "Then run `capas restore` again: it resolves the generated ones.",
+                "Then run `capas restore` again: it resolves the generated files.",
             ], 1
         said += conflict.resolve(root, found, prefer)
         said.append(
-            "Now run `dvc repro`, and conclude the merge: git commit -a, git rebase --continue, ..."
+            "Now run `dvc repro`, then finish the merge: git commit -a, git rebase --continue, ..."
         )
     said += [*_heal_params(root), *_heal_lock(root)]
     if guess and not said:
@@ -127,7 +134,7 @@ def _drop_broken_locks(root: Path) -> list[str]:
     said = []
     for lock in _git_locks(root):
         lock.unlink(missing_ok=True)
-        said.append(f"removed {lock.name} of git, which a killed process left")
+        said.append(f"removed git's {lock.name}, left by a killed process")
     for name in _RWLOCKS:
         file = root / name
         try:
@@ -136,7 +143,7 @@ def _drop_broken_locks(root: Path) -> list[str]:
             continue
         except ValueError:
             file.unlink()
-            said.append(f"removed {name}, which was cut")
+            said.append(f"removed {name}, which was truncated")
     return said
 
 
@@ -161,7 +168,9 @@ def _git_locks(root: Path) -> list[Path]:
     others = [p.info for p in psutil.process_iter(["name", "cwd"])]
     top = git(root, "rev-parse", "--show-toplevel")
     if any(str(p["name"]).startswith("git") and str(p["cwd"]).startswith(top) for p in others):
-        raise CapasError(f"a git command runs here and holds {found[0]}; end it first")
+        raise CapasError(
+            f"a running git command holds {found[0]}. Wait for it or end it, then try again"
+        )
     return [file for file in found if file.exists()]
 
 
@@ -194,7 +203,7 @@ def _heal_params(root: Path) -> list[str]:
 
         kept = move_aside(root, [PARAMS])
         compose(root, "--force")
-        return [f"{error}", f"{PARAMS} is composed anew from conf/; the other one is in {kept}"]
+        return [f"{error}", f"{PARAMS} was composed again from conf/; the old file is in {kept}"]
 
 
 def _heal_lock(root: Path) -> list[str]:
@@ -213,7 +222,7 @@ def _heal_lock(root: Path) -> list[str]:
         file.unlink()
     return [
         *said,
-        f"{LOCK} is whole again; `dvc repro` restores the rest from the run cache, or runs it",
+        f"{LOCK} was repaired; `dvc repro` restores the rest from the run cache or runs it",
     ]
 
 

@@ -32,12 +32,15 @@ def find(client: Any, word: str, root: Path) -> Any:
     if not found:
         there = ", ".join(f"{run.info.run_name} ({run.info.run_id[:8]})" for run in runs[:5])
         raise CapasError(
-            f"MLflow has no run of a training called {word!r}. There are {len(runs)}"
+            f"MLflow has no training run {word!r}. Training runs: {len(runs)}"
             + (f", the newest: {there}" if runs else "")
         )
     if len(found) > 1:
         several = ", ".join(f"{run.info.run_id} ({run.info.run_name})" for run in found[:5])
-        raise CapasError(f"{word!r} names {len(found)} runs: {several}. Give the id, or more of it")
+        raise CapasError(
+            f"{word!r} matches {len(found)} runs: {several}. Use the run id, or more characters of "
+            "it"
+        )
     return found[0]
 
 

@@ -51,7 +51,8 @@ def check_rates(
         rates = [factor(step) for step in range(num_steps + 1)][:-1]  # Trainer asks for one more
     except ArithmeticError:
         raise CapasError(
-            f"{about}: the warm-up leaves no step to decay in. Set a smaller trainer.warmup_steps"
+            f"{about}: the warm-up takes all steps, so the learning rate cannot decay. Set a "
+            "smaller trainer.warmup_steps"
         ) from None
     peak, zeros = max(rates), sum(rate == 0 for rate in rates)
     if wrong := [rate for rate in rates if not -_ROUNDING <= rate <= 1 + _ROUNDING]:
@@ -62,7 +63,7 @@ def check_rates(
         )
     if peak == 0 or 2 * zeros > num_steps:
         raise CapasError(
-            f"{about}: the learning rate is 0 for {zeros} of {num_steps} steps, which learn nothing. "
+            f"{about}: the learning rate is 0 for {zeros} of {num_steps} steps. "
             + (
                 "Set trainer.warmup_steps=0, or train for more steps"
                 if peak == 0
@@ -71,12 +72,12 @@ def check_rates(
         )
     if peak < 1 - _ROUNDING:
         return [
-            f"{about}: the learning rate rises to {peak * args.learning_rate:.3g} at most, and never to "
+            f"{about}: the learning rate peaks at {peak * args.learning_rate:.3g} and never reaches "
             f"trainer.learning_rate={args.learning_rate:g}"
         ]
     if kind not in CONSTANT and num_steps > 1 and rates[-1] > _HARDLY_LOWER * peak:
         return [
-            f"{about}: the learning rate does not decay; that of the last step is "
+            f"{about}: the learning rate does not decay; in the last step it is "
             f"{rates[-1] * args.learning_rate:.3g}"
         ]
     return []

@@ -54,8 +54,8 @@ class Served:
         self.format = ChatFormat.load(*given)
         if self.format.probes_sha256() != chat["probes_sha256"]:
             raise CapasError(
-                f"{folder}: template and tokenizer do not encode as they did in the training; install "
-                "the packages of the model's requirements.txt"
+                f"{folder}: chat template and tokenizer no longer give the token ids of training. "
+                "Install the packages in the model's requirements.txt"
             )
         model = Params(self.facts["model"])
 
@@ -120,14 +120,14 @@ def messages_of(row: Mapping[Any, Any], system: str | None, role: str) -> list[d
     if told is None:
         prompt = row.get("prompt")
         if not isinstance(prompt, str) or not prompt:
-            raise CapasError("neither a `prompt` (a text) nor `messages` (role and content)")
+            raise CapasError("expected a `prompt` (text) or `messages` (role and content)")
         first = [] if system is None else [{"role": "system", "content": system}]
         return [*first, {"role": role, "content": prompt}]
     for message in told:
         if not isinstance(message, Mapping) or not {"role", "content"} <= message.keys():
             raise CapasError(f"`messages` must hold objects with role and content, not {message!r}")
     if not told or told[-1]["role"] in ("assistant", "system"):
-        raise CapasError("`messages` must end with what the model answers, such as a user's turn")
+        raise CapasError("`messages` must end with a message to answer, e.g. of the user")
     return [dict(message) for message in told]
 
 
@@ -137,7 +137,7 @@ def _parsed(row: Mapping[Any, Any], column: str) -> list[Any] | None:
         try:
             value = json.loads(value)
         except ValueError as error:
-            raise CapasError(f"`{column}` is no JSON: {error}") from None
+            raise CapasError(f"`{column}` is not valid JSON: {error}") from None
         if not isinstance(value, list):
             raise CapasError(f"`{column}` must be a list, not {type(value).__name__}")
     if hasattr(value, "tolist"):
@@ -156,12 +156,12 @@ def base_folder(folder: Path, base: Mapping[str, Any]) -> Path:
     name, revision = base["model_name_or_path"], base["revision"]
     if own := os.environ.get(BASE):
         if not (Path(own) / "config.json").is_file():
-            raise CapasError(f"{BASE}={own} holds no model: there is no config.json")
+            raise CapasError(f"{BASE}={own} is not a model folder: it has no config.json")
         return Path(own)
     if revision is None or not base["hub"]:
         raise CapasError(
-            f"this model belongs to the base {name}, a local folder of whoever trained it: set {BASE} "
-            "to a folder with that model"
+            f"this model needs the base {name}, a local folder on the machine that trained it. Set "
+            f"{BASE} to a folder with this base"
         )
     from huggingface_hub import snapshot_download
     from huggingface_hub.errors import HfHubHTTPError, LocalEntryNotFoundError
@@ -171,8 +171,9 @@ def base_folder(folder: Path, base: Mapping[str, Any]) -> Path:
         return Path(snapshot_download(name, revision=revision, allow_patterns=patterns))
     except (HfHubHTTPError, LocalEntryNotFoundError, OSError) as error:
         raise CapasError(
-            f"the base {name} at {revision} cannot be got: {error}. Fetch it once with a network, "
-            f"`hf download {name} --revision {revision}`, or set {BASE} to a folder with it"
+            f"the base {name} at {revision} cannot be loaded: {error}. Download it once with a "
+            f"network, `hf download {name} --revision {revision}`, or set {BASE} to a folder with "
+            "it"
         ) from None
 
 
@@ -180,7 +181,7 @@ def choose_device(recorded: Mapping[str, Any]) -> "torch.device":
     """As in the evaluation where this process can; else with what there is, which may move the last bits."""
     chosen = dict(recorded)
     if recorded["device"] == "cuda" and not _has_gpu():
-        log.warning("the model was evaluated on a GPU; here it answers on the CPU")
+        log.warning("the model was evaluated on a GPU and runs on the CPU here")
         chosen |= {"device": "cpu", "instruction_set": "native"}
     elif "torch" in sys.modules:  # its kernels are chosen already
         chosen["instruction_set"] = "native"
@@ -189,7 +190,7 @@ def choose_device(recorded: Mapping[str, Any]) -> "torch.device":
     except CapasError as error:
         if chosen["instruction_set"] == "native":
             raise
-        log.warning("%s: completions may differ from those of the evaluation", error)
+        log.warning("%s: completions may differ from the evaluation", error)
         return hardware.prepare(Params(chosen | {"instruction_set": "native"}))
 
 

@@ -59,8 +59,9 @@ def find_source(name: str, root: Path, kind: Kind = MODEL) -> Source:
         return Source.EMBEDDED
     if kind is ADAPTER and (root / name).resolve().is_relative_to((root / _MADE_HERE).resolve()):
         raise CapasError(
-            f"{kind.key}={name}: the pipeline writes {_MADE_HERE} anew, and the next training would start "
-            f"from its own result. Copy the adapter first: cp -rL {name} FOLDER, and set {kind.key}=FOLDER"
+            f"{kind.key}={name}: the pipeline overwrites {_MADE_HERE}, so the next training would "
+            f"start from its own result. Copy the adapter first: cp -rL {name} FOLDER, and set "
+            f"{kind.key}=FOLDER"
         )
     if (root / name).is_dir():
         return Source.FOLDER
@@ -93,10 +94,10 @@ def check_folder(
     if given[index:][:1] != [_digest(matching(folder, patterns))]:
         now = adapter_revision(folder) if kind is ADAPTER else folder_revision(folder)
         raise CapasError(
-            f"{kind.revision}={revision or 'null'}: {name} is a folder, whose files may change; the revision "
-            "stands for what is in it. To use it as it is now: python stages/compose_params.py "
-            "--update-revisions; where conf/ gives the revision itself, set it there, "
-            f"{kind.revision.rpartition('.')[2]}: {now}"
+            f"{kind.revision}={revision or 'null'}: {name} is a folder, and its content does not "
+            "match the pinned revision. To use the current content: python "
+            "stages/compose_params.py --update-revisions; if conf/ sets the revision, change it "
+            f"there, {kind.revision.rpartition('.')[2]}: {now}"
         )
 
 
@@ -152,9 +153,9 @@ def _a(kind: Kind) -> str:
 def _commit(name: str, revision: str | None, kind: Kind) -> str:
     if revision is None or not is_commit(revision):
         raise CapasError(
-            f"{kind.revision}={revision or 'null'} does not name the commit of {name}; a branch moves, and "
-            f"the same configuration would mean another {kind.called} tomorrow. `dvc repro compose` asks the "
-            f"Hub once and records it in conf/revisions.yaml. (If {name} is meant to be a folder: there is "
-            "none of that name here.)"
+            f"{kind.revision}={revision or 'null'} is not a commit of {name}; a branch can move, "
+            f"and the same configuration would then use another {kind.called}. `dvc repro compose` "
+            "resolves it once and pins it in conf/revisions.yaml. (If you meant a folder: no "
+            f"folder {name} exists here.)"
         )
     return revision

@@ -66,7 +66,7 @@ class Stage:
         if self.aside and (self.aside / path).exists() and path.startswith("data/composed/"):
             return self.aside / path  # what the overrides of a debug run compose to
         if not found.exists():
-            raise CapasError(f"{path} is missing; the stage that makes it has not run: `dvc repro`")
+            raise CapasError(f"{path} is missing because its stage has not run. Run `dvc repro`")
         return found
 
     def out(self, path: str) -> Path:
@@ -194,11 +194,11 @@ def _check_read(values: dict[str, Any], before: dict[str, Any], keys: list[str])
     unread = [k for k in changed if not any(k == d or k.startswith(f"{d}.") for d in keys)]
     if unread and unread == changed:
         raise CapasError(
-            f"this stage does not read {', '.join(unread)}. A debug run has the inputs that the last "
-            "`dvc repro` left; to run with other ones: dvc exp run -S ..."
+            f"this stage does not read {', '.join(unread)}. A debug run uses the inputs of the last "
+            "`dvc repro`. To change them: dvc exp run -S ..."
         )
     if unread:
-        log.warning("without effect, for this stage does not read it: %s", ", ".join(unread))
+        log.warning("ignored, because this stage does not read it: %s", ", ".join(unread))
 
 
 @contextmanager
@@ -208,8 +208,8 @@ def _only_one(name: str, root: Path) -> Iterator[None]:
             lock = stack.enter_context(exclusive(root / f".dvc/tmp/stage-{name}.lock", seconds=0))
         except BusyError as busy:
             raise CapasError(
-                f"already running in this workspace (pid {busy.text}): it outlived its `dvc`. "
-                "Wait for it or stop it, then run `dvc repro` again."
+                f"this stage is already running in this workspace (pid {busy.text}); its `dvc` "
+                "process has ended. Wait for it or stop it, then run `dvc repro` again."
             ) from None
         lock.write(str(os.getpid()))
         lock.flush()
@@ -237,8 +237,9 @@ def _check_environment(spec: StageSpec, root: Path) -> None:
     if wrong:
         raise CapasError(
             f"the installed packages are not those of {ENVIRONMENT}: {'; '.join(wrong)}.\n"
-            "Install the recorded ones: pip install -r requirements.lock. To keep yours, pin them in "
-            "requirements.lock and run `dvc repro`: it reruns the stages they touch."
+            "Install the recorded ones: pip install -r requirements.lock. To keep the installed "
+            "ones, pin them in requirements.lock and run `dvc repro`, which reruns the affected "
+            "stages."
         )
 
 
@@ -275,8 +276,9 @@ def _check_unchanged(before: dict[str, Any], after: dict[str, Any]) -> None:
     changed = [name for name in {**before, **after} if before.get(name) != after.get(name)]
     if changed:
         raise CapasError(
-            f"changed while the stage was running: {', '.join(changed)}.\nDVC would record this result "
-            "under the new inputs, so it is not recorded. Run `dvc repro` again."
+            f"changed while the stage was running: {', '.join(changed)}.\n"
+            "The result was not recorded, because DVC would record it under the new inputs. Run "
+            "`dvc repro` again."
         )
 
 
@@ -299,7 +301,7 @@ def _write_timing(stage: Stage, seconds: float) -> None:
         folder.mkdir(parents=True, exist_ok=True)
         (folder / f"{stage.name}.json").write_text(json.dumps(facts) + "\n")
     except (OSError, CapasError) as error:  # a finished training is worth more than its timing
-        log.warning("reports/timings is not written: %s", error)
+        log.warning("reports/timings could not be written: %s", error)
 
 
 def _remove(path: Path) -> None:

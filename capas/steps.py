@@ -37,7 +37,7 @@ class Step:
     def __str__(self) -> str:
         processes = f"{self.num_processes} process{'es' if self.num_processes > 1 else ''}"
         factors = f"{processes} x {self.batch_size} x accumulation {self.accumulation}"
-        return f"{factors} = {self.num_rows} rows a step"
+        return f"{factors} = {self.num_rows} rows per step"
 
 
 def advice(values: Mapping[str, Any]) -> Iterator[str]:
@@ -55,6 +55,6 @@ def advice(values: Mapping[str, Any]) -> Iterator[str]:
         ("per_device_train_batch_size", step.batch_size),
     ):
         if value % n == 0:
-            yield f"{line}. As large as in one process: trainer.{key}={value // n}"
+            yield f"{line}. For the step size of one process, set trainer.{key}={value // n}"
             return
     yield line

@@ -49,7 +49,7 @@ _DRIVERS = {  # the module that SQLAlchemy imports -> the package that brings it
     "MySQLdb": "mysqlclient",
     "mysql": "mysql-connector-python",
 }
-RETRY = "To retry, once it is there: the same command, or dvc repro publish"
+RETRY = "Once it is reachable, retry with the same command or dvc repro publish"
 
 
 class Point(NamedTuple):
@@ -271,8 +271,8 @@ def existing(root: Path) -> Any:
     file = sqlite_file(uri)
     if file is not None and not file.exists():
         raise CapasError(
-            f"{file} is missing: nothing was published here yet. Run `dvc repro`, or set "
-            "MLFLOW_TRACKING_URI to the server that has the run"
+            f"{file} is missing: no run was published in this workspace. Run `dvc repro`, or set "
+            "MLFLOW_TRACKING_URI to the server with the run"
         )
     _check_uri(uri)
     with reachable(uri):
@@ -344,8 +344,8 @@ def _port(uri: str) -> int | None:
         return urlsplit(uri).port
     except ValueError:
         raise UnusableStoreError(
-            f"MLFLOW_TRACKING_URI={without_secrets(uri)}: what stands for the port is no number. A password "
-            "with /, @, # or : in it must be quoted: %2F, %40, %23, %3A"
+            f"MLFLOW_TRACKING_URI={without_secrets(uri)}: the port is not a number. In a password, "
+            "escape / @ # : as %2F %40 %23 %3A"
         ) from None
 
 
@@ -359,21 +359,22 @@ def _check_driver(uri: str) -> None:
         make_url(uri).get_dialect().import_dbapi()
     except NoSuchModuleError:
         raise UnusableStoreError(
-            f"{given}: SQLAlchemy knows no database of that kind. Write "
-            "postgresql://USER:PASSWORD@HOST/NAME, mysql+pymysql://USER:PASSWORD@HOST/NAME or sqlite:///FILE"
+            f"{given}: SQLAlchemy does not know this kind of database. Use "
+            "postgresql://USER:PASSWORD@HOST/NAME, mysql+pymysql://USER:PASSWORD@HOST/NAME or "
+            "sqlite:///FILE"
         ) from None
     except ModuleNotFoundError as error:
         package = _DRIVERS.get(str(error.name), str(error.name))
         other = ""
         if error.name == "psycopg" and importlib.util.find_spec("psycopg2"):
-            other = "; or write postgresql+psycopg2://..., whose driver is installed"
+            other = "; or use postgresql+psycopg2://..., whose driver is installed"
         if error.name == "MySQLdb":
-            other = "; or write mysql+pymysql://... and pip install pymysql"
+            other = "; or use mysql+pymysql://... and pip install pymysql"
         raise UnusableStoreError(
             f"{given} needs the module {error.name}, which is not installed: pip install {package}{other}"
         ) from None
     except ArgumentError as error:
-        raise UnusableStoreError(f"{given} is no address of a database: {error}") from None
+        raise UnusableStoreError(f"{given} is not a database address: {error}") from None
 
 
 def _check_database(uri: str) -> None:
@@ -389,7 +390,7 @@ def _check_database(uri: str) -> None:
         create_engine(uri, poolclass=NullPool).connect().close()
     except OSError as error:
         raise CapasError(
-            f"the database {uri} cannot be made: {error.strerror} ({error.filename})"
+            f"the database {uri} cannot be created: {error.strerror} ({error.filename})"
         ) from None
     except SQLAlchemyError as error:
         reason = str(getattr(error, "orig", None) or error).strip().splitlines()[0][:300]
@@ -407,9 +408,9 @@ def _experiment_id(client: Any, name: str, uri: str, root: Path) -> str:
         return str(client.create_experiment(name, artifact_location=local, tags=tags))
     if found.lifecycle_stage == "deleted":
         raise CapasError(
-            f"the MLflow experiment '{name}' was deleted. Bring it back with `mlflow experiments restore "
-            f"-x {found.experiment_id}` (MLFLOW_TRACKING_URI={without_secrets(uri)}), or set "
-            "tracking.experiment_name to another name"
+            f"the MLflow experiment '{name}' was deleted. Restore it with `mlflow experiments "
+            f"restore -x {found.experiment_id}` (MLFLOW_TRACKING_URI={without_secrets(uri)}), or "
+            "set tracking.experiment_name to another name"
         )
     if found.tags.get(ui.VIEW_TAG + ui.VIEW) != view:
         client.set_experiment_tag(found.experiment_id, ui.VIEW_TAG + ui.VIEW, view)

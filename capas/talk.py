@@ -1,23 +1,23 @@
 """Talk to the tuned model, and to its base for comparison.
 
     capas chat                      the workspace's result
-    capas chat --run RUN            a run in MLflow: its id, its beginning, its name, an experiment of DVC
-    capas chat --setting top_p      decode as a setting of conf/generation says (default: the first one)
-    echo "set a timer" | capas chat      one answer for each line
+    capas chat --run RUN            an MLflow run: run id or its beginning, run name, or DVC experiment
+    capas chat --setting top_p      decode with a setting of conf/generation (default: the first)
+    echo "set a timer" | capas chat      one answer per input line
 
-The template, its end tokens, the system message and the tools that are offered are those of the training's
-data (of the first test record). Where no record of the data has a second question, each question begins a new
-conversation. Between the questions:
+The chat template, its end tokens, the system message and the tools are those of the training data (of the
+first test record). If all records are single-turn, each question starts a new conversation. Commands between
+the questions:
 
-    /base           what the base answers to the last question
-    /setting NAME   decode another way; without NAME: which ways there are
-    /system TEXT    another system message, and a new conversation; /system none: no such message;
-                    without TEXT: which one it is
-    /reset          a new conversation
-    /help           these lines
+    /base           the base model's answer to the last question
+    /setting NAME   decode with another setting; without NAME: list the settings
+    /system TEXT    set the system message and start a new conversation; /system none: no system
+                    message; without TEXT: print the current one
+    /reset          start a new conversation
+    /help           print this list
     /quit           or Ctrl-D
 
-Exit code: 0 all was answered, 2 something could not be, 130 stopped.
+Exit code: 0 all questions were answered, 2 some were not, 130 stopped.
 """
 
 import argparse
@@ -40,22 +40,31 @@ Message = dict[str, Any]
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     tuned.add_arguments(parser)
-    parser.add_argument("--setting", metavar="NAME", help="of generation.settings")
-    parser.add_argument("--system", metavar="TEXT", help="message (default: that of the training)")
     parser.add_argument(
-        "--tools", type=Path, metavar="FILE", help="a JSON list of tools; [] offers none"
+        "--setting", metavar="NAME", help="setting of generation.settings to decode with"
     )
     parser.add_argument(
-        "--history", action="store_true", help="keep it, though the data has one question a record"
+        "--system", metavar="TEXT", help="system message (default: the one used in training)"
+    )
+    parser.add_argument(
+        "--tools", type=Path, metavar="FILE", help="JSON file with a list of tools; [] for no tools"
+    )
+    parser.add_argument(
+        "--history",
+        action="store_true",
+        help="keep the history even if the data is single-turn",
     )
     counts, seeds = tuned.bounded(int, 1, sys.maxsize), tuned.bounded(int, 0, 2**63 - 1)
     parser.add_argument(
         "--max-new-tokens",
         type=counts,
         metavar="N",
-        help=f"of an answer (default: generation.max_new_tokens, or {DEFAULT_NEW_TOKENS})",
+        help=(
+            "maximum tokens of an answer (default: generation.max_new_tokens, or "
+            f"{DEFAULT_NEW_TOKENS})"
+        ),
     )
-    parser.add_argument("--seed", type=seeds, default=0, help="of what is drawn at random")
+    parser.add_argument("--seed", type=seeds, default=0, help="seed for sampling")
 
 
 def command(options: argparse.Namespace) -> int:
@@ -66,14 +75,18 @@ def command(options: argparse.Namespace) -> int:
         talk = Talk(served, source, options)
         if sys.stdin.isatty():
             tuned.say(
-                f"{source.name}, {talk.setting}. /base compares, /quit ends, `capas chat -h` tells more."
+                f"{source.name}, {talk.setting}. /base: the base model's answer, /quit: end, "
+                "`capas chat -h`: help."
             )
             if not talk.keeps:
                 tuned.say(
-                    "Each question stands alone, as in the training data (--history keeps them)."
+                    "Each question starts a new conversation, as in the training data "
+                    "(--history keeps the history)."
                 )
             if talk.tools:
-                tuned.say(f"{len(talk.tools)} tools are offered (--tools FILE: others).")
+                tuned.say(
+                    f"The model is offered {len(talk.tools)} tools (--tools FILE for others)."
+                )
         code = 0
         for line in _lines():
             try:
@@ -146,16 +159,16 @@ class Talk:
 
     def _compare(self) -> None:
         if not self._told:
-            raise CapasError("nothing was asked yet")
+            raise CapasError("no question has been asked yet")
         self._answer(self._told[:-1], base=True)
 
     def _reset(self) -> None:
         self._told.clear()
-        tuned.say("A new conversation.")
+        tuned.say("New conversation.")
 
     def _set(self, name: str) -> None:
         self._choose(name)
-        tuned.say(f"Answers are decoded as {name} says.")
+        tuned.say(f"Decoding with the setting {name}.")
 
     def _choose(self, name: str) -> None:
         if name not in self._settings:
@@ -188,11 +201,14 @@ class Talk:
         if limit is not None and len(ids) + self._max_new_tokens > limit:
             ways = [f"--max-new-tokens {limit - len(ids)}"] if len(ids) < limit else []
             ways.append(
-                "/reset begins anew" if self._told and self.keeps else "shorten the question"
+                "/reset for a new conversation"
+                if self._told and self.keeps
+                else "shorten the question"
             )
             raise CapasError(
-                f"the conversation has {len(ids)} tokens and its answer may have {self._max_new_tokens}, "
-                f"but the model was made for {limit}: {', or '.join(ways)}"
+                f"the conversation has {len(ids)} tokens and its answer may have "
+                f"{self._max_new_tokens}, but the model's context is {limit} tokens: "
+                f"{', or '.join(ways)}"
             )
         settings: Params = self._settings[self.setting]
         config = generation_config(self._served.chat, self._max_new_tokens, **settings.without())
@@ -216,7 +232,7 @@ def read_tools(file: Path) -> list[Any] | None:
         raise CapasError(f"--tools {file}: {error}") from None
     if not isinstance(found, list) or not all(isinstance(tool, dict) for tool in found):
         raise CapasError(
-            f"--tools {file}: expected a JSON list of objects, as records hold in `tools`"
+            f"--tools {file}: expected a JSON list of objects, as in a record's `tools`"
         )
     return found or None
 

@@ -104,7 +104,7 @@ class Follower:
             self._stop_monitor()
             self._store = None
             self._next = time.monotonic() + _RETRY_SECONDS
-            log.warning("the training goes on without live metrics: %s", error)
+            log.warning("training continues without live metrics: %s", error)
 
     def _send(self, status: str) -> None:
         if self._store is None:
@@ -143,7 +143,7 @@ def start_monitor(run_id: str, uri: str) -> Any:
         )
         monitor.start()
     except Exception as error:  # noqa: BLE001  drivers of any kind; the curve is worth more
-        log.warning("no metrics of the machine: %s", error)
+        log.warning("no system metrics: %s", error)
         return None
     return monitor
 
@@ -184,7 +184,7 @@ def end_late(root: Path, key: str, experiment_name: str, status: str) -> None:
                     store.set_status(run.info.run_id, status)
             return
         except (CapasError, OSError) as error:
-            log.info("the run is not ended yet: %s", error)
+            log.info("the run could not be marked as ended: %s", error)
 
 
 def check(root: Path) -> int:

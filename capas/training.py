@@ -99,8 +99,8 @@ class Trainer(transformers.Trainer):
         step, last = self.state.global_step, self.state.max_steps
         if checkpoints.terminated and step < last and not self._stopped_early():
             raise CapasError(
-                f"stopped by {checkpoints.signal} at step {step} of {last}; it is saved: the same command "
-                "goes on from it"
+                f"stopped by {checkpoints.signal} at step {step} of {last}. A checkpoint was saved: "
+                "the same command resumes from it"
             )
         return result
 
@@ -128,10 +128,10 @@ class Trainer(transformers.Trainer):
         self._seen[1] += (inputs["labels"][:, 1:] != IGNORE_INDEX).sum()
         if not torch.isfinite(loss):
             raise CapasError(
-                f"the loss is {loss.item()} at step {self.state.global_step + 1}, in the batch of the "
-                f"records {listed(self._record_ids)}. Usual causes: a learning rate that is too high "
-                f"(trainer.learning_rate={self.args.learning_rate:g}), fp16 without loss scaling, or "
-                "max_grad_norm=0."
+                f"the loss is {loss.item()} at step {self.state.global_step + 1}, in the batch with "
+                f"the records {listed(self._record_ids)}. Usual causes: a learning rate that is too "
+                f"high (trainer.learning_rate={self.args.learning_rate:g}), fp16 without loss "
+                "scaling, or max_grad_norm=0."
             )
         return loss
 
@@ -139,10 +139,11 @@ class Trainer(transformers.Trainer):
         first = next((row["loss"] for row in self.state.log_history if "loss" in row), loss)
         if self._divergence_factor is not None and loss > self._divergence_factor * first:
             raise CapasError(
-                f"the training diverges: the loss is {loss:.4g} at step {self.state.global_step}, and was "
-                f"{first:.4g} at first. The last batch had the records {listed(self._record_ids)}. Try a "
-                f"smaller trainer.learning_rate than {self.args.learning_rate:g}, more warmup_steps, or a "
-                "smaller max_grad_norm; trainer.divergence_factor=null trains, anew, to the end all the same."
+                f"training diverges: the loss is {loss:.4g} at step {self.state.global_step}, up "
+                f"from {first:.4g} at first. Records of the last batch: {listed(self._record_ids)}. "
+                f"Try a smaller trainer.learning_rate than {self.args.learning_rate:g}, more "
+                "warmup_steps, or a smaller max_grad_norm; to train to the end anyway, set "
+                "trainer.divergence_factor=null (training restarts)."
             )
 
     def create_optimizer(self, model: Any = None) -> torch.optim.Optimizer:
@@ -319,7 +320,9 @@ class EarlyStopping(TrainerCallback):
     ) -> None:
         scores = [row[f"eval_{self.metric}"] for row in evaluations(state.log_history)]
         if waited(scores, bool(args.greater_is_better), self.threshold) >= self.patience:
-            log.info("no better %s in %d evaluations: stopped", self.metric, self.patience)
+            log.info(
+                "stopped early: %s did not improve in %d evaluations", self.metric, self.patience
+            )
             control.should_training_stop = self.stopped = True
             control.should_save = False
 
@@ -383,11 +386,9 @@ def last_checkpoint(folder: Path, resume: bool) -> Path | None:
     while found:
         newest = found.pop()
         if resume and _is_complete(newest):
-            log.info("going on from %s", newest.name)
+            log.info("resuming from %s", newest.name)
             return newest
-        log.info(
-            "%s is not used: it was not written to its end, or this is a debug run", newest.name
-        )
+        log.info("%s is ignored: it is incomplete, or this is a debug run", newest.name)
         shutil.rmtree(newest)
     return None
 

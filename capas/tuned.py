@@ -49,7 +49,7 @@ class Tuned:
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
-        "--run", metavar="RUN", help="of MLflow, instead of the result of `dvc repro` here"
+        "--run", metavar="RUN", help="use a run of MLflow instead of the workspace's result"
     )
 
 
@@ -59,7 +59,7 @@ def bounded(kind: Callable[[str], Any], low: float, high: float) -> Callable[[st
     def number(text: str) -> Any:
         value = kind(text)
         if not low <= value <= high:
-            raise argparse.ArgumentTypeError(f"{text}: expected a number from {low} on")
+            raise argparse.ArgumentTypeError(f"{text}: expected a finite number >= {low}")
         return value
 
     return number
@@ -93,10 +93,12 @@ def tuned(root: Path, run: str | None) -> Iterator[Tuned]:
 def _of_workspace(root: Path, folder: Path) -> Tuned:
     lock = recorded(root)
     if "train" not in lock:
-        raise CapasError("nothing is trained here yet: run `dvc repro`, or name a run with --run")
+        raise CapasError(
+            "no trained model in this workspace. Run `dvc repro`, or choose a run with --run"
+        )
     for path in _MADE:
         if not (root / path).exists():
-            raise CapasError(f"{path} is missing: get it back with `dvc checkout` or `dvc repro`")
+            raise CapasError(f"{path} is missing. Restore it with `dvc checkout` or `dvc repro`")
     values = recorded_values(root, lock)
     stage = Stage(StageSpec.read("publish", root), root)
     params = Params(select(values, stage.spec.keys))
@@ -145,8 +147,8 @@ def _of_run(root: Path, word: str, folder: Path) -> Tuned:
         there = {file.path for file in client.list_artifacts(run.info.run_id)}
         if MODEL not in there:
             raise CapasError(
-                f"run {run.info.run_name} holds no model: its publish has not finished; check its state "
-                "out and run `dvc repro publish`"
+                f"run {run.info.run_name} has no model because publishing did not finish. Check out "
+                "its commit and run `dvc repro publish`"
             )
         for name in (MODEL, "params.yaml"):
             client.download_artifacts(run.info.run_id, name, str(folder))

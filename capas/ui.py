@@ -1,12 +1,11 @@
-"""Serve MLflow's UI and give the addresses of its pages in the view of trainings.
+"""Serve the MLflow UI and print the addresses of its training pages.
 
-    capas ui                  serve the store of this repository at http://127.0.0.1:5000
+    capas ui                  serve this repository's store at http://127.0.0.1:5000
     capas ui --port 5001      on another port
 
-The table of runs opens with the columns that people compare. MLflow keeps such a view as a tag of the
-experiment, and shows it for an address that names the tag; other addresses open the view for traces of
-GenAI applications. Where MLFLOW_TRACKING_URI names a server, that server has the UI: only its addresses
-are printed.
+The table of runs opens with the columns worth comparing. Use the printed addresses: others open MLflow's view
+for traces of GenAI applications. If MLFLOW_TRACKING_URI names a server, only that server's addresses are
+printed.
 """
 
 import argparse
@@ -140,7 +139,8 @@ def command(options: argparse.Namespace) -> int:
     lines += [f"newest   {pages.run(run.info.run_id)}" for run in newest]
     if not newest:
         lines.append(
-            f"No run yet: `dvc repro` publishes one to {'this server' if is_server else uri}."
+            "No run yet. `dvc repro` publishes the first one to "
+            f"{'this server' if is_server else uri}."
         )
     sys.stdout.write("\n".join(lines) + "\n")
     if is_server:

@@ -50,7 +50,7 @@ def prepare(root: Path) -> None:
     try:
         import unsloth  # noqa: F401
     except (ImportError, NotImplementedError, RuntimeError) as error:
-        raise CapasError(f"Unsloth refuses this machine: {error}") from None
+        raise CapasError(f"Unsloth does not support this machine: {error}") from None
 
 
 def load_base(
@@ -89,7 +89,7 @@ def load_base(
     except torch.OutOfMemoryError:
         raise
     except (*_REFUSALS, OSError) as error:
-        raise CapasError(f"Unsloth refuses {model.model_name_or_path}: {error}") from None
+        raise CapasError(f"Unsloth cannot load {model.model_name_or_path}: {error}") from None
     check_loaded({"dtype": model.dtype}, loaded)
     check_quantized(loaded, stored, folder)
     _restore_embedding(loaded, folder)
@@ -158,7 +158,8 @@ def _restore_embedding(model: "PreTrainedModel", folder: Path) -> None:
     for _, stored in read_weights(folder, [name]):
         if stored.shape != embedding.weight.shape:
             raise CapasError(
-                f"Unsloth made {embedding.weight.shape[0]} tokens of the {stored.shape[0]} of the base"
+                f"Unsloth changed the vocabulary from {stored.shape[0]} to "
+                f"{embedding.weight.shape[0]} tokens"
             )
         with torch.no_grad():
             embedding.weight.copy_(stored)

@@ -23,9 +23,13 @@ def main(upstream: str | None) -> int:
     """
     root = Path.cwd()
     if busy := restore.running(root):
-        raise CapasError(f"{busy} is running here; wait for it, or stop it, then try again")
+        raise CapasError(
+            f"{busy} is running in this workspace. Wait for it or stop it, then try again"
+        )
     if restore.is_conflicted(root):
-        raise CapasError("a merge is not concluded here: capas restore, then git commit -a")
+        raise CapasError(
+            "a merge is unfinished in this repository. Run capas restore, then git commit -a"
+        )
     before = git(root, "rev-parse", "HEAD")
     remote, branch = where_from(root, upstream)
     git(root, "fetch", "--quiet", remote, branch)
@@ -43,7 +47,7 @@ def main(upstream: str | None) -> int:
             raise  # git refuses, and says why
     # The code is the newer one by now: this process still has the old one.
     if code := subprocess.call([sys.executable, "-m", "capas.restore"], cwd=root):
-        say("then conclude the merge: git commit --no-edit")
+        say("then finish the merge: git commit --no-edit")
         return code
     git(root, "commit", "--quiet", "--no-edit")
     return 0
@@ -59,7 +63,9 @@ def where_from(root: Path, upstream: str | None) -> tuple[str, str]:
     if upstream is None:
         upstream = next((name for name in _DEFAULTS if name in remotes), None)
     if upstream is None:
-        raise CapasError("there is no remote to update from; name one: make update UPSTREAM=URL")
+        raise CapasError(
+            "there is no git remote to update from. Name one: make update UPSTREAM=URL"
+        )
     remote, slash, branch = upstream.partition("/")
     if remote in remotes and slash:
         return remote, branch

@@ -83,11 +83,9 @@ def check_trained(trainer: transformers.Trainer, all_weights: bool) -> None:
         if all_weights or "lora_" in name
     }
     if wrong := sorted(name for name, key in wanted.items() if key not in found):
-        raise CapasError(f"the training would leave out {len(wrong)} weights, e.g. {wrong[0]}")
+        raise CapasError(f"training would not update {len(wrong)} weights, e.g. {wrong[0]}")
     if len(found) > len(wanted):
-        raise CapasError(
-            f"the training would change {len(found) - len(wanted)} weights of the base"
-        )
+        raise CapasError(f"training would change {len(found) - len(wanted)} weights of the base")
 
 
 def check(used: dict[str, Any], params: Params) -> None:
@@ -131,7 +129,7 @@ def check(used: dict[str, Any], params: Params) -> None:
             f"{found['num_gpus_in_process']} GPUs in one process, instead of `accelerate launch`"
         )
     if wrong:
-        raise CapasError("the training would not use what was asked for: " + "; ".join(wrong))
+        raise CapasError("training would not use the requested settings: " + "; ".join(wrong))
 
 
 def _distributed_type(machine: Params) -> str:
@@ -162,8 +160,9 @@ def check_gradients(model: Any, batch: dict[str, torch.Tensor]) -> dict[str, flo
     after = _gradient_norm(model, batch)
     if before != after:
         raise CapasError(
-            f"an evaluation changes the gradients: their norm is {before:g} before and {after:g} after it. "
-            "Training would silently go wrong on this CPU; choose quantization=none and report the CPU."
+            f"an evaluation changes the gradients: their norm is {before:g} before and {after:g} "
+            "after. Training on this CPU would silently be wrong. Set quantization=none, and "
+            "please report the CPU."
         )
     return {"gradient_norm_before_evaluation": before, "gradient_norm_after_evaluation": after}
 

@@ -53,9 +53,9 @@ def check_ids(records: Iterable[Any], others: Sequence[int], folder: Path, token
     if beyond:
         named = in_words(sorted(beyond), Tokenizer.from_file(str(tokenizer / "tokenizer.json")))
         raise CapasError(
-            f"the model's embedding has {rows} rows (config.json: vocab_size), for the ids 0 to {rows - 1}, "
-            f"and the records or the chat template use {named}. Choose a chat_template and a model.pad_token "
-            "whose tokens the model has; or give it the rows once "
+            f"the model's embedding has {rows} rows (config.json: vocab_size), for the ids 0 to "
+            f"{rows - 1}, but the records or the chat template use {named}. Choose a chat_template "
+            "and a model.pad_token whose tokens the model has. Or resize the embedding once "
             "(model.resize_token_embeddings(len(tokenizer))), save model and tokenizer with "
             "save_pretrained(FOLDER), and set model.model_name_or_path=FOLDER"
         )

@@ -55,8 +55,8 @@ def _side_by_side(
             yield waiting.popleft().result()
     except BrokenProcessPool:
         raise CapasError(
-            f"one of {number} processes was killed, perhaps because memory ran out; nothing was written. "
-            "Free some and run it again"
+            f"one of {number} processes was killed, possibly out of memory; nothing was written. "
+            "Free some memory and run it again"
         ) from None
     finally:
         executor.shutdown(cancel_futures=True)

@@ -133,7 +133,7 @@ def main(options: argparse.Namespace) -> None:
     if is_costly(old, target):
         tell_cost()
     if options.reset:
-        log.info("now `dvc repro` brings the results back, from the cache where it has them")
+        log.info("now run `dvc repro`: it restores the results from the cache, or runs the stages")
     return None
 
 
@@ -143,8 +143,8 @@ def check_finished() -> None:
     if left:
         raise CapasError(
             f"`{left.command}` was killed, and its values are still in params.yaml and conf/.\n"
-            "Back to the workspace before it: capas restore   (checkpoints stay: the same command goes on)\n"
-            "To go on with its values: capas restore --keep"
+            "To restore the workspace: capas restore   (checkpoints are kept: the same command "
+            "resumes)\nTo keep its values: capas restore --keep"
         )
 
 
@@ -159,7 +159,7 @@ def is_costly(old: Values, new: Values) -> bool:
 
 def tell_cost() -> None:
     """Log download, disk, memory and minutes of the stages; that it cannot be said stops nothing."""
-    log.info("measuring what the run costs; it takes about 20 seconds")
+    log.info("estimating the cost of the run (about 20 seconds)")
     command = [sys.executable, "-m", "capas.cost"]
     with (
         heartbeat(),
@@ -172,7 +172,7 @@ def tell_cost() -> None:
         if process.wait():
             errors.seek(0)
             reason = errors.read().strip().splitlines()[-1:] or ["unknown"]
-            log.info("what the run costs is not known: %s", reason[0])
+            log.info("the cost of the run could not be estimated: %s", reason[0])
 
 
 def ensure_overrides(reset: bool) -> None:
@@ -199,7 +199,7 @@ def show_changes(target: Values, pins: Pins, options: argparse.Namespace) -> Non
     for key, value in becomes.items():
         log.info("%s: %s -> %s", key, was.get(key), value)
     for key in was.keys() - becomes.keys():
-        log.info("%s: goes away", key)
+        log.info("%s: removed", key)
 
 
 def came_from_outside(target: Values, pins: Pins, options: argparse.Namespace) -> bool:
@@ -224,14 +224,13 @@ def came_from_outside(target: Values, pins: Pins, options: argparse.Namespace) -
         return True
     keys = ", ".join({**difference(old, target), **difference(target, old)})
     what = (
-        "params.yaml was left by an unfinished `dvc exp run` and is not what conf/ composes to"
+        "params.yaml was left by an unfinished `dvc exp run` and differs from conf/"
         if stamp is None
         else "params.yaml was edited and conf/ changed as well"
     )
     raise CapasError(
-        f"{what}; they differ in: {keys}\n"
-        "If conf/ is right, run: python stages/compose_params.py --force\n"
-        "If params.yaml is right: python stages/compose_params.py --keep"
+        f"{what}; they differ in: {keys}\nTo keep conf/: python stages/compose_params.py --force\n"
+        "To keep params.yaml: python stages/compose_params.py --keep"
     )
 
 
@@ -259,8 +258,8 @@ def check_choices(values: Values) -> None:
         if preset not in (there := options_of(CONF, group)):
             raise CapasError(
                 f"{group}={preset}: there is no {CONF / group / preset}.yaml, nor one in "
-                f"{CONF / OWN / group}; {group} has {', '.join(there)}. An experiment with --temp or --queue "
-                f"needs your own ones in git: git add {CONF / OWN}"
+                f"{CONF / OWN / group}; {group} has {', '.join(there)}. Experiments with --temp or "
+                f"--queue only see options that git tracks: git add {CONF / OWN}"
             )
 
 
@@ -298,7 +297,7 @@ def environment() -> str:
     versions = {name.lower().replace("_", "-"): pin for name, pin in pins.items()}
     missing = [package for package in PACKAGES if package not in versions]
     if missing:
-        raise CapasError(f"{LOCK} does not pin {', '.join(missing)}; make it with `make lock`")
+        raise CapasError(f"{LOCK} does not pin {', '.join(missing)}. Update it: make lock")
     lines = [f'{package}: "{versions[package]}"' for package in PACKAGES]
     return "\n".join([f"# From {LOCK}, by stages/compose_params.py.", *lines]) + "\n"
 
@@ -333,16 +332,14 @@ def in_conf(key: str, name: str, value: str | None = None) -> str:
     """The text of a file in conf/, where compose sees every edit of it; `value` is what names it."""
     path, given = Path(name), f"{key}={value or name!r}"
     if not path.resolve().is_relative_to(CONF.resolve()):
-        raise CapasError(
-            f"{given}: keep the file in conf/, so that an edit of it reruns the stages"
-        )
+        raise CapasError(f"{given}: move the file into conf/, so that edits rerun the stages")
     if not path.is_file():
         own = CONF / OWN / path.parent.name
         if (own / path.name).is_file():
             raise CapasError(f"{given}: there is no {path}; did you mean {own / path.name}?")
         found = [file for folder in (path.parent, own) for file in folder.glob(f"*{path.suffix}")]
         there = ", ".join(map(str, sorted(set(found)))) or "nothing"
-        raise CapasError(f"{given}: there is no {path}; there is: {there}")
+        raise CapasError(f"{given}: there is no {path}; available: {there}")
     return path.read_text(encoding="utf-8")
 
 
@@ -351,12 +348,15 @@ def prompts(setting: Any) -> list[str] | None:
         return setting
     if not Path(setting).is_file():
         raise CapasError(
-            f"generation.prompts={setting!r}: there is no such file. A file is named from the top folder, "
-            "conf/generation/NAME.txt; requests stand in brackets, quoted: ['Set a timer for 5 minutes.']"
+            f"generation.prompts={setting!r}: no such file. Name a file as "
+            "conf/generation/NAME.txt, or write a list of quoted prompts: ['Set a timer for 5 "
+            "minutes.']"
         )
     lines = [line.strip() for line in in_conf("generation.prompts", setting).splitlines()]
     if not any(lines):
-        raise CapasError(f"generation.prompts={setting!r}: the file has no prompt; one a line")
+        raise CapasError(
+            f"generation.prompts={setting!r}: the file has no prompt. Write one prompt per line"
+        )
     return [line for line in lines if line]
 
 
@@ -386,16 +386,22 @@ def parse_options() -> argparse.Namespace:
         "--check": "show what would change, change nothing",
         "--print": "print the composed values as JSON",
         "--reset": "empty conf/overrides.yaml first",
-        "--force": "conf/ is right: drop edits of params.yaml",
-        "--keep": "params.yaml is right: record its values",
-        "--update-revisions": "pin what branches on the Hub, and folders, stand for today",
+        "--force": "keep conf/, drop edits of params.yaml",
+        "--keep": "keep params.yaml, record its values as overrides",
+        "--update-revisions": "pin branches on the Hub and folders to their current content",
         "--schema": "write the JSON Schemas for editors",
     }.items():
         ways.add_argument(name, action="store_true", help=text)
     parser.add_argument(
-        "--files", type=Path, help="with --print: write the files it names below here"
+        "--files",
+        type=Path,
+        help="with --print: write the files named in the values to this folder",
     )
-    parser.add_argument("--stage", metavar="NAME", help="with --print: it will run on this machine")
+    parser.add_argument(
+        "--stage",
+        metavar="NAME",
+        help="with --print: check that this machine can run NAME",
+    )
     parser.add_argument("overrides", nargs="*", help="with --print: Hydra overrides, lora.r=8")
     parser.add_argument("-m", "--multirun", action="store_true", help=argparse.SUPPRESS)
     options = parser.parse_intermixed_args()

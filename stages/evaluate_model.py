@@ -289,9 +289,9 @@ def check_prompts(records: list[Row]) -> None:
         ]  # a tokenizer may melt the last one with the answer's first
         if record["input_ids"][: len(sure)] != sure:
             raise CapasError(
-                f"data/formatted/test.parquet, record {record['id']}: prompt_ids is not how input_ids "
-                "begins; the model would be asked in another format than it was trained in. "
-                "Run `dvc repro -f format`."
+                f"data/formatted/test.parquet, record {record['id']}: prompt_ids is not a prefix of "
+                "input_ids, so the model would be prompted in another format than it was trained "
+                "in. Run `dvc repro -f format`."
             )
 
 
@@ -400,9 +400,9 @@ def read_base(names: list[str], stage: Stage) -> list[Row]:
     if found != schema.names:
         other = ", ".join(sorted({*found} ^ {*schema.names})) or "their order"
         raise CapasError(
-            "reports/predictions_base.parquet holds the scores of other metrics than evaluation.metrics "
-            f"({other}); run `dvc repro evaluate_base`, or try other metrics on the base: "
-            "python stages/evaluate_model.py base ..."
+            "reports/predictions_base.parquet has scores of other metrics than evaluation.metrics "
+            f"({other}). Run `dvc repro evaluate_base`, or try other metrics on the base: python "
+            "stages/evaluate_model.py base ..."
         )
     return list(read_records(file, schema))
 
@@ -419,7 +419,7 @@ def compare(
     """
     if [row["id"] for row in before] != [row["id"] for row in after]:
         raise CapasError(
-            "reports/predictions_base.parquet holds other records; run `dvc repro evaluate_base`"
+            "reports/predictions_base.parquet has other records. Run `dvc repro evaluate_base`"
         )
 
     columns = [*names, "loss"]

@@ -92,13 +92,13 @@ def remarks(facts: dict[str, Any], dataset: Params) -> Iterator[str]:
     found = facts["near_duplicates"]
     if found and found["num_records"]:
         yield (
-            f"{found['num_records']} records ask nearly the same as another one ({found['num_groups']} "
-            f"groups, the largest has {found['largest_group']})"
+            f"{found['num_records']} records are near-duplicates ({found['num_groups']} groups, the "
+            f"largest has {found['largest_group']})"
         )
         if like_train := found["num_test_records_like_train"]:
             yield (
-                f"{like_train} of the test records have a near-duplicate in train, so their score tells "
-                "what was memorised; dataset.split_by=cluster keeps near-duplicates on one side"
+                f"{like_train} test records have a near-duplicate in train, so their score measures "
+                "memorisation. dataset.split_by=cluster keeps near-duplicates in one split"
             )
     if dataset.path != EMBEDDED:
         yield power_in_words(facts["splits"][SPLITS[-1]]["num_records"])

@@ -84,22 +84,23 @@ def fetch_adapter(lora: Params, stage: Stage) -> None:
     found = get(*ADAPTER_FILES)
     if not (found / adapter.WEIGHTS).is_file():
         raise CapasError(
-            f"{name} holds no {adapter.WEIGHTS}. Reading an adapter_model.bin can run any code in it: load "
-            "it once with PEFT where you trust it, and save it again (save_pretrained)"
+            f"{name} has no {adapter.WEIGHTS}. Loading an adapter_model.bin can run arbitrary code. "
+            "If you trust the adapter, convert it once: load it with PEFT and save it again "
+            "(save_pretrained)"
         )
     for file in matching(found, ADAPTER_FILES):
         place(file, folder / file.name, immutable=not is_folder)
     if is_folder:
         check_folder(found, name, lora.adapter_revision, "adapter")
-    log.info("the training starts from the adapter %s", name)
+    log.info("training starts from the adapter %s", name)
 
 
 def check_adapter(folder: Path, name: str) -> None:
     """Raises CapasError: as `adapter.check_kind`, or there is no adapter_config.json."""
     if not (folder / adapter.CONFIG).is_file():
         raise CapasError(
-            f"lora.adapter_name_or_path={name} holds no {adapter.CONFIG}: it is no adapter in PEFT's format. "
-            "A whole model goes into model.model_name_or_path"
+            f"lora.adapter_name_or_path={name} has no {adapter.CONFIG}, so it is not an adapter in "
+            "PEFT's format. For a whole model, set model.model_name_or_path"
         )
     adapter.check_kind(read_json(folder / adapter.CONFIG), name)
 
@@ -110,11 +111,12 @@ def refuse_pickles(name: str, found: list[Path], all_names: Callable[[], list[st
         return
     pickles = sorted(other for other in all_names() if Path(other).suffix in PICKLES)
     if not pickles:
-        raise CapasError(f"{name} holds no model*.safetensors: it is not a model's folder")
+        raise CapasError(f"{name} has no model*.safetensors: it is not a model folder")
     raise CapasError(
-        f"{name} has its weights as {', '.join(pickles)} only. Reading such a file can run any code in it; "
-        "capas reads safetensors. Choose a revision that has them, or convert the model once where you trust "
-        "it (AutoModelForCausalLM.from_pretrained(...).save_pretrained(FOLDER)) and set "
+        f"{name} has its weights only as {', '.join(pickles)}. Loading such a file can run "
+        "arbitrary code, so capas reads safetensors only. Choose a revision with safetensors. Or, "
+        "if you trust the model, convert it once "
+        "(AutoModelForCausalLM.from_pretrained(...).save_pretrained(FOLDER)) and set "
         "model.model_name_or_path=FOLDER."
     )
 
@@ -122,7 +124,7 @@ def refuse_pickles(name: str, found: list[Path], all_names: Callable[[], list[st
 def check_config(folder: Path, name: str) -> None:
     """Raises CapasError: no config.json, not a causal model, or quantized in a way that cannot be trained."""
     if not (folder / "config.json").is_file():
-        raise CapasError(f"{name} holds no config.json")
+        raise CapasError(f"{name} has no config.json")
     config = read_json(folder / "config.json")
     check_supported(config, name)
     stored_quantization(config, name)
@@ -136,7 +138,7 @@ def check_files(found: list[Path], name: str) -> None:
         shards = set(read_json(index)["weight_map"].values())
         if missing := sorted(shards - set(files)):
             raise CapasError(
-                f"{name}: model.safetensors.index.json names {', '.join(missing)}: not there"
+                f"{name}: model.safetensors.index.json names missing files: {', '.join(missing)}"
             )
 
 

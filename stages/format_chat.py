@@ -57,7 +57,7 @@ def main(params: Params, stage: Stage) -> None:
         )
 
     num_compared = compare(chat, {split: formatters[split].sample for split in SPLITS})
-    log.info("%d records are as transformers' apply_chat_template makes them", num_compared)
+    log.info("%d records equal those of transformers' apply_chat_template", num_compared)
     write_chat(folder, chat, params, stage)
     facts = summary(formatters, chat, params)
     write_json(stage.out("reports/format.json"), facts)
@@ -94,7 +94,7 @@ def load_format(params: Params, stage: Stage) -> ChatFormat:
     )
     if chat.doubles_bos:
         log.warning(
-            "chat_template.path=%s begins a text twice; probably it has a bos_token too many",
+            "chat_template.path=%s writes bos_token twice; the template probably has one too many",
             options.path,
         )
     return chat
@@ -145,8 +145,9 @@ def pad_token_id(chat: ChatFormat, pad_token: str | None) -> int:
     found: int | None = chat.tokenizer.token_to_id(pad_token)
     if found is None:
         raise CapasError(
-            f"model.pad_token={pad_token!r}: the tokenizer has no such token. Padding is masked by position: "
-            "model.pad_token=null, which takes one that it has, is as good"
+            f"model.pad_token={pad_token!r}: the tokenizer has no such token. Set "
+            "model.pad_token=null, which uses an existing token; padding is masked by position "
+            "anyway"
         )
     return found
 

@@ -56,8 +56,10 @@ log = logging.getLogger("capas")
 
 def main(arguments: list[str] | None = None) -> int:
     """Build, compare, replace; 1 where files differ and `--replace` is not given."""
-    parser = argparse.ArgumentParser(description="Make the embedded base model again.")
-    parser.add_argument("--replace", action="store_true", help="put different files in place")
+    parser = argparse.ArgumentParser(description="Rebuild the embedded base model.")
+    parser.add_argument(
+        "--replace", action="store_true", help="replace files in data/embedded that differ"
+    )
     parser.add_argument("--num-threads", type=int, default=HARDWARE["num_threads"])
     options = parser.parse_args(arguments)
     hardware.prepare(Params({**HARDWARE, "num_threads": options.num_threads}))
@@ -70,7 +72,7 @@ def main(arguments: list[str] | None = None) -> int:
             replace(Path(aside), FOLDER)
             return 0
     if different:
-        log.info("data/embedded/ was left as it is; --replace puts the new files in place")
+        log.info("data/embedded/ is unchanged; --replace installs the new files")
     return 1 if different else 0
 
 

@@ -98,7 +98,8 @@ def train_key(stage: Stage, lock: Mapping[str, Any]) -> str:
     key: str = read_json(stage.dep("reports/train.json"))["train_key"]
     if key != recorded_key(lock["train"]):
         log.info(
-            "the training was accepted with `dvc commit`: it stays in its run, train_key %s", key
+            "training was accepted with `dvc commit`: the result stays in its run, train_key %s",
+            key,
         )
     return key
 

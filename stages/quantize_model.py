@@ -115,7 +115,7 @@ def originals(
         read.add(name)
         yield name, weight
     if left := [name for name in layers if name not in read]:
-        log.info("%d weights have other names on disk: the model is loaded once more", len(left))
+        log.info("%d weights have different names on disk: loading the model again", len(left))
         model = load_model(base, params.model, torch.device("cpu"))
         yield from ((name, model.get_submodule(name).weight) for name in left)
 

@@ -1,23 +1,23 @@
-"""Run the pipeline for many values: Hydra multirun over DVC experiments, each in a workspace of its own.
+"""Run the pipeline for many values: a Hydra multirun of DVC experiments, each in its own workspace.
 
     python stages/sweep.py -m trainer.learning_rate=1e-3,4e-3 lora.r=8,16        all combinations
     python stages/sweep.py -m lora.r=8,16 hydra/launcher=joblib hydra.launcher.n_jobs=2      two at once
     python stages/sweep.py -m trainer.learning_rate=1e-3,4e-3 seed=1,2,3     mean and interval of three seeds
     python stages/sweep.py -m chat_template=llama3,chatml experiment=quick      choices; an overlay
-    python stages/sweep.py -m 'model=glob(qwen*)'        all choices of a group with such a name
-    python stages/sweep.py -m sweep=learning_rate        a sweep that is ready: see conf/sweep/
+    python stages/sweep.py -m 'model=glob(qwen*)'        all choices of a group that match a pattern
+    python stages/sweep.py -m sweep=learning_rate        a predefined sweep: see conf/sweep/
     python stages/sweep.py -m sweep=templates            train with each chat template, ask each model in each
     python stages/sweep.py -m sweep=optuna 'trainer.learning_rate=tag(log,interval(1e-4,3e-2))'
-    python stages/sweep.py -m hydra/launcher=slurm ...   a job for each point: see conf/hydra/launcher/
-    python stages/sweep.py --list                        sweeps, their experiments, and what they take on disk
-    python stages/sweep.py --clean                       remove their workspaces and logs, not the experiments
+    python stages/sweep.py -m hydra/launcher=slurm ...   one job per trial: see conf/hydra/launcher/
+    python stages/sweep.py --list                        list sweeps, experiments and disk use
+    python stages/sweep.py --clean                       remove workspaces and logs; experiments are kept
 
-Reads   the workspace as it is when it starts, with what is not committed; conf/sweep.yaml, conf/sweep/
-Writes  an experiment of DVC for each point (`dvc exp show`), a run in MLflow with their trainings as children
+Reads   the workspace at the start, including uncommitted changes; conf/sweep.yaml, conf/sweep/
+Writes  a DVC experiment per trial (`dvc exp show`), an MLflow run with the trials as child runs;
         sweep=templates: also reports/templates.md and reports/templates.csv, which git ignores
 
-A point that is an experiment already is not run again: the same command continues what was stopped, and
-retries what failed. The workspace stays as it is, until `dvc exp apply NAME` adopts a point.
+A finished trial is not run again: the same command continues a stopped sweep and retries failed trials. The
+workspace does not change until `dvc exp apply NAME` adopts a trial.
 """
 
 import argparse
@@ -49,10 +49,16 @@ def parse_options() -> argparse.Namespace:
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     ways = parser.add_mutually_exclusive_group()
-    ways.add_argument("-m", "--multirun", action="store_true", help="run all combinations")
-    ways.add_argument("--list", action="store_true", help="sweeps, experiments, disk use")
-    ways.add_argument("--clean", action="store_true", help="remove workspaces and logs")
-    parser.add_argument("words", nargs="*", metavar="override", help="of Hydra: lora.r=8,16")
+    ways.add_argument(
+        "-m", "--multirun", action="store_true", help="run all combinations of the values"
+    )
+    ways.add_argument("--list", action="store_true", help="list sweeps, experiments and disk use")
+    ways.add_argument(
+        "--clean", action="store_true", help="remove the workspaces and logs of sweeps"
+    )
+    parser.add_argument(
+        "words", nargs="*", metavar="override", help="Hydra override, e.g. lora.r=8,16"
+    )
     return parser.parse_intermixed_args()
 
 
@@ -73,6 +79,6 @@ if __name__ == "__main__":
             sys.exit(main())
         except KeyboardInterrupt:
             sys.stderr.write(
-                f"sweep: stopped; finished points are kept. To go on: python {command}\n"
+                f"sweep: stopped; finished trials are kept. To continue: python {command}\n"
             )
             sys.exit(130)

@@ -148,7 +148,7 @@ def check_memory(
     used, free = capacity.used_bytes(device), capacity.free_bytes(device) // num_sharing
     ways = memory.ways_out(found, workload, params.trainer)
     if num_sharing > 1:
-        log.info("%d processes share the memory; of each:", num_sharing)
+        log.info("%d processes share the memory. Each needs:", num_sharing)
         ways.append(f"hardware.num_processes below {workload.num_processes}")
     log.info("%s", memory.summary(found, used, free))
     memory.check(found, used, free, ways)
@@ -180,8 +180,8 @@ def load_plain(folder: Path, params: Params, device: "torch.device") -> "PreTrai
     base = load_model(folder, params.model, torch.device("cpu"))
     if (method := quantization_method(base)) != "none":
         raise CapasError(
-            f"hardware.distributed_type=fsdp2 cannot divide {params.model.model_name_or_path}, whose weights "
-            f"are {method}: choose ddp, or a model that is not quantized"
+            f"hardware.distributed_type=fsdp2 cannot shard {params.model.model_name_or_path}, whose "
+            f"weights are {method}. Choose ddp, or a model that is not quantized"
         )
     return base
 
@@ -193,8 +193,8 @@ def unfreeze(base: "PreTrainedModel") -> "PreTrainedModel":
     base.requires_grad_(True)
     if base.dtype == torch.bfloat16:
         log.warning(
-            "the weights are bfloat16, which keeps 8 bits: a step of less than 1/256 of a weight is lost. "
-            "model.dtype=float32 with trainer.bf16=true loses none"
+            "the weights are bfloat16 (8 bits of precision): updates smaller than 1/256 of a "
+            "weight are lost. To keep them, set model.dtype=float32 and trainer.bf16=true"
         )
     return base
 
@@ -243,7 +243,7 @@ def add_with_peft(base: "PreTrainedModel", params: Params) -> Any:
     try:
         return get_peft_model(base, lora.make_config(params.lora))
     except ValueError as error:
-        raise CapasError(f"PEFT refuses the lora group: {error}") from None
+        raise CapasError(f"PEFT rejects the lora group: {error}") from None
 
 
 def check_tokens(examples: list[Any], chat: dict[str, Any], stage: Stage) -> None:
@@ -261,8 +261,8 @@ def check_lengths(folder: Path, lengths: list[int], trust_remote_code: bool) -> 
     limit = getattr(config.get_text_config(), "max_position_embeddings", None)
     if limit is not None and max(lengths) > limit:
         raise CapasError(
-            f"the longest record has {max(lengths)} tokens, and the model has positions for {limit}: set "
-            f"dataset.max_length={limit}, with dataset.overflow=drop or truncate"
+            f"the longest record has {max(lengths)} tokens, but the model's context is {limit} "
+            f"tokens. Set dataset.max_length={limit}, with dataset.overflow=drop or truncate"
         )
 
 
@@ -327,7 +327,7 @@ def make_trainer(
         schedule.check_schedule(trainer)
         step = steps.Step.of(params.trainer, params.hardware)
         in_epoch, in_all = step.num_in_epoch(len(rows)), trainer.state.max_steps
-        log.info("%s; %d steps in an epoch, %d in all", step, in_epoch, in_all)
+        log.info("%s; %d steps per epoch, %d in total", step, in_epoch, in_all)
 
     trainer.check_at_start(check)
     return trainer
@@ -373,7 +373,7 @@ def training_arguments(params: Params, folder: Path) -> "TrainingArguments":
             disable_tqdm=True,  # see capas.training.Progress
         )
     except (ValueError, ImportError) as error:
-        raise CapasError(f"transformers refuses the trainer group: {error}") from None
+        raise CapasError(f"transformers rejects the trainer group: {error}") from None
 
 
 def write_reports(

@@ -113,7 +113,7 @@ def test_the_yaml_is_written_and_the_file_copied(
     text = (root / "conf/own/dataset/soporte.yaml").read_text()
     written = yaml.safe_load(text)
     assert written["data_files"] == "data/own/soporte.csv" and written["split_by"] == "cluster"
-    assert "# of your records: it stands in the report" in text
+    assert "# of your records; shown in the report" in text
     assert read_all(root / "conf").items() - shipped.items() == {("own/dataset/soporte.yaml", text)}
     assert main(["check", "dataset=soporte"]) == 0
     assert "records     100 of 100 can be used" in capsys.readouterr().out
@@ -138,7 +138,7 @@ def test_another_project_of_the_same_name_is_not_replaced(
     write_csv(other, header="Frage,Antwort", rows=50)
     assert main(["check", str(other), "--write"]) == 2
     said = capsys.readouterr().err
-    assert "the name soporte is taken, and nothing was written" in said
+    assert "an option named soporte exists already, nothing was written" in said
     assert "data/own/soporte.csv has other content" in said and "--name NAME" in said
     assert "conf/own/dataset/soporte.yaml says columns: {'user': 'Pregunta'" in said
     assert read_all(root) == mine
@@ -200,10 +200,10 @@ def test_columns_that_no_name_tells_are_given_behind_the_file(
     written = yaml.safe_load((root / "conf/own/dataset/b.yaml").read_text())
     assert written["columns"] == {"user": "key", "assistant": "front"} and written["seed"] == 3
     for words, said in (
-        ([columns.replace("key", "kye")], f"{file}: column 'kye', which"),
+        ([columns.replace("key", "kye")], f"{file}: column 'kye', needed by"),
         ([columns, "dataset.seed=x"], "dataset.seed='x': input should be a valid integer"),
-        (["lora.r=8"], "lora.r=8: beside FILE"),
-        (["dataset.path=json"], "dataset.path=json: beside FILE"),
+        (["lora.r=8"], "lora.r=8: with FILE"),
+        (["dataset.path=json"], "dataset.path=json: with FILE"),
     ):
         assert main(["check", str(file), "--json", *words]) == 2
         assert said in capsys.readouterr().err
@@ -221,13 +221,13 @@ def test_a_column_that_is_not_there_is_named(
 @pytest.mark.parametrize(
     ("name", "content", "said"),
     [
-        ("a.xlsx", "", "the name says no known format; known are .json"),
+        ("a.xlsx", "", "unknown format; the file name must end with .json"),
         (
             "a.csv",
             "name,size,colour\nx,1,red\n",
-            "'name', 'size', 'colour': which of them hold question and answer?",
+            "cannot tell which columns hold question and answer: 'name', 'size', 'colour'",
         ),
-        ("a.csv", None, "there is no such file"),
+        ("a.csv", None, "no such file"),
     ],
 )
 def test_what_cannot_be_read_has_exit_code_2(
@@ -280,12 +280,12 @@ def test_how_text_files_are_cut_is_said_truthfully(
     file.write_text("\n\n".join([*(f"{t} " * 9 for t in TOPICS[:80]), "long " * 400]))
     main(["check", str(file)])
     said = capsys.readouterr().out
-    assert "texts       a record is each file (dataset.reading.documents=file)" in said
-    assert "none is cut (dataset.reading.max_characters=null); `format` compares tokens" in said
+    assert "texts       record = each file (dataset.reading.documents=file)" in said
+    assert "texts are not split (dataset.reading.max_characters=null); `format` checks" in said
     main(["check", str(file), "dataset.reading.max_characters=500"])
     said = capsys.readouterr().out
     assert (
-        "1 longer than dataset.reading.max_characters=500 are cut into 9 records of whole" in said
+        "1 texts longer than dataset.reading.max_characters=500 are split into 9 records at" in said
     )
     assert "records     9 of 9 can be used" in said
     assert "characters  " in said and " to 2000," in said  # the paragraph that stayed whole
@@ -310,5 +310,7 @@ def test_json_over_many_lines_may_be_named_jsonl(
 
 
 def test_three_columns_without_a_name_are_not_guessed() -> None:
-    with pytest.raises(CapasError, match="'a', 'b', 'c': which of them hold question and answer"):
+    with pytest.raises(
+        CapasError, match="cannot tell which columns hold question and answer: 'a', 'b', 'c'"
+    ):
         propose_columns(["a", "b", "c"], None)

@@ -225,7 +225,7 @@ def test_a_template_outside_conf_is_refused(workspace: Composing, tmp_path: Path
         "path: conf/chat_template/${.preset}.jinja",
         f"path: {tmp_path}/mine.jinja",
     )
-    assert "keep the file in conf/" in workspace.refusal()
+    assert "move the file into conf/" in workspace.refusal()
 
 
 def test_prompts_of_ones_own_come_from_a_file(workspace: Composing) -> None:
@@ -236,7 +236,7 @@ def test_prompts_of_ones_own_come_from_a_file(workspace: Composing) -> None:
     workspace.compose()
     assert '"Call Ana.",\n    "Pon música."' in workspace.read("data/composed/prompts.json")
     (workspace.root / "conf/generation/mine.txt").unlink()
-    assert "there is no such file" in workspace.refusal()
+    assert "no such file" in workspace.refusal()
 
 
 def test_a_function_of_ones_own_is_copied_and_an_edit_of_it_is_seen(workspace: Composing) -> None:
@@ -254,7 +254,7 @@ def test_a_function_of_ones_own_is_copied_and_an_edit_of_it_is_seen(workspace: C
     assert stages_run(workspace.repro("compose")) == ["compose"]
     assert workspace.outputs()[composed] != before
     own.write_text("def politeness(\n")
-    assert "data/own/scores.py is no Python" in workspace.refusal()
+    assert "data/own/scores.py is not valid Python" in workspace.refusal()
     own.unlink()
 
 
@@ -330,7 +330,7 @@ def test_an_experiment_that_was_refused_leaves_no_riddle(workspace: Composing) -
     missing = "generation.prompts=conf/generation/none.txt"
     before = workspace.read("params.yaml")
     log = workspace.run("dvc", "exp", "run", "-S", missing, "compose", check=False)
-    assert "there is no such file" in log
+    assert "no such file" in log
     assert "capas: the workspace is as it was" in log
     assert workspace.read("params.yaml") == before
     workspace.compose()
@@ -388,7 +388,9 @@ def test_a_branch_on_the_hub_is_pinned_until_it_is_updated(
     checked = workspace.compose("--check")
     assert f"model.revision: None -> {first}" in checked
     assert "org/x" not in workspace.read("conf/revisions.yaml") + workspace.read("params.yaml")
-    assert f"org/x@main is {first}, from now on" in workspace.repro("compose", **env)
+    assert f"pinned org/x@main to {first} in conf/revisions.yaml" in workspace.repro(
+        "compose", **env
+    )
     second = hub.commit("models/org/x", {"config.json": b"{ }"})
     assert "didn't change, skipping" in workspace.repro("compose", **env)
     workspace.edit("conf/lora/_base.yaml", "r: 16", "r: 8")
@@ -406,7 +408,7 @@ def test_without_a_network_nothing_is_pinned_and_nothing_written(workspace: Comp
     workspace.edit("conf/model/embedded.yaml", ": data/embedded", ": org/x")
     before = workspace.read("params.yaml")
     log = workspace.refusal()
-    assert "model.revision=null is not pinned yet. Give the commit" in log
+    assert "model.revision=null is not pinned yet. Set the revision to a commit" in log
     assert (workspace.read("params.yaml"), "org/x" in workspace.read("conf/revisions.yaml")) == (
         before,
         False,

@@ -65,7 +65,7 @@ def test_both_values_are_there_and_one_stage_runs_again(small: Small, command: s
     assert {LOCK, "params.yaml", "conf/overrides.yaml"} <= {*small.unmerged()}
     said = small.restore()
     assert small.unmerged() == []
-    assert "dvc.lock records the results of 1 of 3 stages as they are now" in said
+    assert "dvc.lock keeps the results of 1 of 3 stages" in said
     found = values(small)
     assert found["trainer"]["learning_rate"] == 0.01
     assert (found["lora"]["r"], found["dataset"]["seed"]) == (8, 7)
@@ -240,7 +240,7 @@ def test_a_newer_upstream_is_merged_and_what_runs_again_is_said(
 def test_an_update_says_what_is_wrong(forked: Small, tmp_path: Path) -> None:
     small = Small(Path(shutil.copytree(forked.root, tmp_path / "home", symlinks=True)))
     said = small.run("python", "-m", "capas.update", check=False)
-    assert "there is no remote to update from" in said
+    assert "there is no git remote to update from" in said
     said = small.run("python", "-m", "capas.update", str(tmp_path / "none"), check=False)
     assert "does not appear to be a git repository" in said
     small.override(lora={"r": 2})  # not committed

@@ -92,7 +92,7 @@ def lines(monkeypatch: pytest.MonkeyPatch, speed: Speed, *overrides: str) -> str
 def test_disk_memory_and_minutes_are_told(monkeypatch: pytest.MonkeyPatch) -> None:
     said = lines(monkeypatch, SPEED)
     assert "disk        about 2 MiB" in said and "download" not in said
-    assert "memory      at most 1,536 MiB; there are 2,560 MiB" in said
+    assert "memory      at most 1,536 MiB; 2,560 MiB available" in said
     assert "750 steps of 16 records" in said and "500 answers of up to" in said
     assert said.count("shorter: ") == 2
     quick = replace(SPEED, train_batch=0.1, answer=0.01, tuned_answer=0.01, sample=0.01)
@@ -104,7 +104,7 @@ def test_without_the_data_the_time_is_not_guessed(monkeypatch: pytest.MonkeyPatc
     need = SimpleNamespace(found=SimpleNamespace(total=1), used_bytes=1, free_bytes=1, fits=True)
     monkeypatch.setattr(cost, "of_training", lambda *_: need)
     *_, last = cost.lines(Params(composed(("dataset=gsm8k",))), REPOSITORY, None)
-    assert "known once the data is here" in last
+    assert "unknown until the data is downloaded" in last
     assert cost.split_counts(Params(composed(("dataset=gsm8k",))["dataset"]), REPOSITORY) is None
 
 
@@ -145,7 +145,7 @@ def test_a_cost_that_cannot_be_said_stops_nothing(
     monkeypatch.chdir(tmp_path)
     caplog.set_level("INFO", "capas")
     compose_params.tell_cost()
-    assert "what the run costs is not known: " in caplog.text
+    assert "the cost of the run could not be estimated: " in caplog.text
 
 
 @pytest.mark.slow

@@ -123,13 +123,13 @@ def test_one_process_writes_and_the_others_leave_nothing(two: Path) -> None:
 
 
 def test_told_to_end_both_save_their_step_and_go_on(stopped: Stopped) -> None:
-    assert stopped.first.count("stopped by SIGTERM at step 14 of 40; it is saved") == 1
+    assert stopped.first.count("stopped by SIGTERM at step 14 of 40. A checkpoint was saved") == 1
     assert "Traceback" not in stopped.first
     assert "elastic" not in stopped.first
     assert {"rng_state_0.pth", "rng_state_1.pth"} <= stopped.saved
-    assert "going on from checkpoint-14" in stopped.second
+    assert "resuming from checkpoint-14" in stopped.second
     assert "2 processes share the memory" in stopped.second
-    plan = "2 processes x 3 x accumulation 2 = 12 rows a step; 4 steps in an epoch, 40 in all"
+    plan = "2 processes x 3 x accumulation 2 = 12 rows per step; 4 steps per epoch, 40 in total"
     assert stopped.first.count(plan) == 1
     assert len(re.findall("40 steps done", stopped.second)) == 1
 
@@ -168,7 +168,7 @@ def test_a_process_that_is_killed_ends_the_others_and_the_training_goes_on(
     (root / holding.HELD).unlink()
     said = process.communicate()[0]
     assert process.returncode == 1
-    assert "train: process 1 was ended by SIGKILL: was there too little memory?" in said
+    assert "train: process 1 was killed by SIGKILL (possibly out of memory)" in said
     assert "Traceback" not in said
 
     process = run_until(root, 22)
@@ -177,7 +177,7 @@ def test_a_process_that_is_killed_ends_the_others_and_the_training_goes_on(
     _, alive = psutil.wait_procs(family, timeout=20)
     assert len(family) >= 3
     assert alive == []
-    assert "going on from checkpoint-21" in launched(root)
+    assert "resuming from checkpoint-21" in launched(root)
     assert results(root) == results(whole)
 
 
@@ -189,7 +189,9 @@ def test_ctrl_c_is_answered_once(tmp_path: Path) -> None:
     process.send_signal(signal.SIGINT)
     said = process.communicate()[0]
     assert process.returncode == 1
-    (step,) = re.findall(r"train: stopped by Ctrl-C at step (\d+) of \d+; it is saved", said)
+    (step,) = re.findall(
+        r"train: stopped by Ctrl-C at step (\d+) of \d+\. A checkpoint was saved", said
+    )
     assert "Traceback" not in said
     assert list((root / ".dvc/tmp/checkpoints").glob(f"*/checkpoint-{step}/complete.json"))
 
@@ -319,8 +321,8 @@ def test_a_divided_training_resumes_to_the_same_bytes(tmp_path: Path) -> None:
     root = prepared(tmp_path / "stopped", *options)
     process = run_until(root, 10, **env)
     process.send_signal(signal.SIGTERM)
-    assert "it is saved" in process.communicate()[0]
-    assert "going on from checkpoint-" in launched(root, **env)
+    assert "A checkpoint was saved" in process.communicate()[0]
+    assert "resuming from checkpoint-" in launched(root, **env)
     assert results(root) == results(whole)
 
 
@@ -328,7 +330,7 @@ def test_a_model_that_comes_quantized_is_not_divided(tmp_path: Path) -> None:
     root = quantized(tmp_path, *TWO, "quantization=nf4")
     params = Params({**read_params("train", root).without(), "hardware": HARDWARE_DIVIDED})
     with pytest.raises(
-        CapasError, match=r"fsdp2 cannot divide data/embedded, .* are nf4: choose ddp"
+        CapasError, match=r"fsdp2 cannot shard data/embedded, .* are nf4\. Choose ddp"
     ):
         train_lora.load_plain(root / "data/models/quantized", params, torch.device("cpu"))
 
@@ -366,7 +368,7 @@ def test_a_job_of_slurm_has_an_agent_on_each_node(
 
 @pytest.mark.parametrize(
     ("job", "found"),
-    [({}, "no job of SLURM"), ({"SLURM_JOB_NUM_NODES": "1"}, "a job of SLURM with 1")],
+    [({}, "no SLURM job"), ({"SLURM_JOB_NUM_NODES": "1"}, "a SLURM job with 1")],
 )
 def test_several_machines_need_a_job_that_has_them(job: dict[str, str], found: str) -> None:
     hardware = Params({**HARDWARE, "num_machines": 2})

@@ -116,7 +116,7 @@ def test_pickles_on_the_hub_are_refused_by_name(
     monkeypatch.setattr(
         "huggingface_hub.list_repo_files", lambda *a, **k: ["config.json", "pytorch_model.bin"]
     )
-    with pytest.raises(CapasError, match=r"org/name has its weights as pytorch_model.bin only"):
+    with pytest.raises(CapasError, match=r"org/name has its weights only as pytorch_model.bin"):
         fetch(root, "org/name", COMMIT)
 
 

@@ -108,7 +108,7 @@ def test_without_gradients_it_is_peft_to_the_bit(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("lora", [{"lora_dropout": 0.1}, {"use_dora": True}])
 def test_another_sum_is_refused(tmp_path: Path, lora: dict[str, Any]) -> None:
-    with pytest.raises(CapasError, match="is no plain LoRA layer on a 4-bit weight"):
+    with pytest.raises(CapasError, match="is not a plain LoRA layer on a 4-bit weight"):
         fused.fuse(make(tmp_path, **lora))
 
 

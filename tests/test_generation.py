@@ -32,7 +32,9 @@ def test_batched_equals_one_by_one(attention: str) -> None:
 def test_an_answer_beyond_the_models_positions_is_refused_before_the_first() -> None:
     model = make_model(max_position_embeddings=16).eval()
     model.generate = None  # nothing is generated
-    told = r"prompt 2 of 3 has 10 tokens .* may have 7, .* made for 16: set max_new_tokens=6"
+    told = (
+        r"prompt 2 of 3 has 10 tokens .* may have 7, .*context is 16 tokens: set max_new_tokens=6"
+    )
     with pytest.raises(CapasError, match=told):
         complete(model, [[5], [6] * 10, [7]], generation_config(CHAT, 7), batch_size=1)
     with pytest.raises(CapasError, match="shorten the prompts"):

@@ -148,17 +148,17 @@ def test_a_lora_group_that_contradicts_it_is_refused(
     first: Path, tmp_path: Path, override: str, message: str
 ) -> None:
     root = initial(first, tmp_path, override)
-    with pytest.raises(CapasError, match=f"contradicts the adapter that .* first: {message}"):
+    with pytest.raises(CapasError, match=f"contradicts the initial adapter first: {message}"):
         run_stage("train", train_lora.main, root)
 
 
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        ({"peft_type": "IA3"}, "is no LoRA adapter: peft_type=IA3"),
+        ({"peft_type": "IA3"}, "is not a LoRA adapter: its adapter_config.json says peft_type=IA3"),
         (
             {"modules_to_save": ["lm_head"]},
-            r"modules_to_save=\['lm_head'\], for which capas has no",
+            r"modules_to_save=\['lm_head'\], which capas does not",
         ),
         ({"rank_pattern": {"q_proj": 8}}, "rank_pattern="),
         ({"bias": "all"}, "bias=all"),
@@ -177,7 +177,7 @@ def test_what_capas_cannot_carry_is_refused_as_it_is_fetched(
 @pytest.mark.parametrize(
     ("other", "message"),
     [
-        ({"intermediate_size": 96}, "the shapes of .* differ; it is an adapter of another base"),
+        ({"intermediate_size": 96}, "the shapes of .* differ, so it is an adapter of another base"),
         ({"num_hidden_layers": 3}, "another base: this one has no layer called .*layers.2"),
         ({"num_hidden_layers": 1}, "adapts 14 layers, and the adapter 7"),
     ],
@@ -194,11 +194,14 @@ def test_an_adapter_of_another_base_is_refused(
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        (lambda w: {**w, "base_model.model.lm_head.weight": torch.ones(2)}, "beside those of LoRA"),
-        (lambda w: {k: v * float("nan") for k, v in w.items()}, "are no numbers"),
+        (
+            lambda w: {**w, "base_model.model.lm_head.weight": torch.ones(2)},
+            "that are not LoRA weights",
+        ),
+        (lambda w: {k: v * float("nan") for k, v in w.items()}, "NaN or infinite"),
         (
             lambda w: {k: v for k, v in w.items() if "0.mlp.up_proj.lora_B" not in k},
-            "not hold what PEFT",
+            "not have the weights that PEFT",
         ),
     ],
 )
@@ -218,9 +221,7 @@ def test_a_cut_file_and_a_pickle_are_refused(first: Path, tmp_path: Path) -> Non
     cut = Path(shutil.copytree(first, tmp_path / "cut"))
     whole = (cut / adapter.WEIGHTS).read_bytes()
     (cut / adapter.WEIGHTS).unlink()
-    with pytest.raises(
-        CapasError, match=r"holds no adapter_model.safetensors. Reading an adapter_m"
-    ):
+    with pytest.raises(CapasError, match=r"has no adapter_model.safetensors. Loading an adapter_m"):
         initial(cut, tmp_path / "none")
     (cut / adapter.WEIGHTS).write_bytes(whole[:1000])
     root = initial(cut, tmp_path / "root")
@@ -228,14 +229,14 @@ def test_a_cut_file_and_a_pickle_are_refused(first: Path, tmp_path: Path) -> Non
         run_stage("train", train_lora.main, root)
     (cut / adapter.CONFIG).unlink()
     with pytest.raises(
-        CapasError, match=r"holds no adapter_config.json: it is no adapter in PEFT's"
+        CapasError, match=r"has no adapter_config.json, so it is not an adapter in PEFT's"
     ):
         initial(cut, tmp_path / "model")
 
 
 def test_a_training_that_learns_nothing_is_refused(first: Path, tmp_path: Path) -> None:
     root = initial(first, tmp_path, "trainer.learning_rate=1.0e-30")
-    with pytest.raises(CapasError, match="the adapter is the one that the training started from"):
+    with pytest.raises(CapasError, match="the adapter equals the initial adapter"):
         run_stage("train", train_lora.main, root)
 
 
@@ -244,7 +245,9 @@ def test_another_adapter_than_the_fetched_one_is_refused(first: Path, tmp_path: 
     (root / "params.yaml").write_text(
         (root / "params.yaml").read_text().replace("th: first", "th: x")
     )
-    with pytest.raises(CapasError, match=r"lora.adapter_name_or_path=x, but .* made with first"):
+    with pytest.raises(
+        CapasError, match=r"lora.adapter_name_or_path=x, but .* was fetched for first"
+    ):
         run_stage("train", train_lora.main, root)
 
 
@@ -254,7 +257,7 @@ def test_a_folder_is_pinned_to_what_is_in_it(first: Path, tmp_path: Path) -> Non
     (root / "first" / adapter.WEIGHTS).unlink()
     save_file({k: v * 2 for k, v in weights.items()}, root / "first" / adapter.WEIGHTS)
     with pytest.raises(
-        CapasError, match=r"lora.adapter_revision=\w+: first is a folder, whose files"
+        CapasError, match=r"lora.adapter_revision=\w+: first is a folder, and its content"
     ):
         fetch(root)
 

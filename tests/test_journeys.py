@@ -81,7 +81,7 @@ def test_all_weights_are_trained(first: Workspace, tmp_path: Path) -> None:
     asked = first.run("sh", "-c", "echo 'Set a timer for 5 minutes.' | capas chat")
     assert asked.strip()
     refused = first.run("capas", "merge", str(tmp_path / "merged"), check=False)
-    assert "it is a whole model already: data/models/adapter" in refused
+    assert "AutoModelForCausalLM.from_pretrained: data/models/adapter" in refused
     code = (
         "import mlflow, pandas as pd, sys; m = mlflow.pyfunc.load_model(sys.argv[1]); "
         "print(list(m.predict(pd.DataFrame({'prompt': ['Hi']}))['completion']))"
@@ -92,7 +92,7 @@ def test_all_weights_are_trained(first: Workspace, tmp_path: Path) -> None:
     )
     first.commit()
     rebuilt = first.run("capas", "rebuild", run_id)
-    assert "same, byte for byte" in rebuilt
+    assert "identical, byte for byte" in rebuilt
 
 
 def uri(workspace: Workspace) -> str:

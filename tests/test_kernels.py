@@ -125,8 +125,8 @@ def test_these_tests_compute_with_portable_kernels() -> None:
 @pytest.mark.parametrize(
     ("vendor", "loaded", "why"),
     [
-        ("AuthenticAMD", False, "mkl with AUTO computes; oneMKL honours it on Intel CPUs alone"),
-        ("GenuineIntel", True, "torch was imported before the stage could choose"),
+        ("AuthenticAMD", False, "mkl with AUTO is in use: oneMKL supports it on Intel CPUs only"),
+        ("GenuineIntel", True, "torch was imported before the stage could set it"),
     ],
 )
 def test_a_choice_that_a_library_ignores_is_an_error(

@@ -127,7 +127,7 @@ def test_what_may_hold_a_secret_or_is_large_stays_here_and_what_travels_is_told(
     there = {file.name for file in (tmp_path / "clone").iterdir()}
     assert {".env.example", "tokenizer.json"} <= there
     assert not there & {*SECRETS, "large.bin"}
-    assert "kept with the run in MLflow: .env.example, tokenizer.json" in caplog.text
+    assert "saved with the run in MLflow: .env.example, tokenizer.json" in caplog.text
     (stayed,) = (text for text in caplog.messages if "not sent to MLflow" in text)
     assert all(name in stayed for name in (*SECRETS, "large.bin"))
     assert git(root, "status", "--porcelain", "sub") == "?? sub/"  # the user's index is his own
@@ -178,7 +178,7 @@ def test_a_run_that_needs_a_file_which_stayed_says_so(root: Path) -> None:
     publish(root)
     store, found = the_run(root)
     assert found.data.tags["git.left_out"] == "conf/secret.yaml"
-    with pytest.raises(CapasError, match=r"not kept was conf/secret\.yaml"):
+    with pytest.raises(CapasError, match=r"not saved with the run: conf/secret\.yaml"):
         lineage.read_state(store.client, found)
 
 
@@ -321,7 +321,7 @@ def test_a_patch_without_end_is_not_kept(root: Path, monkeypatch: pytest.MonkeyP
     (root / "large.bin").write_bytes(Random(0).randbytes(5000))
     publish(root)
     store, found = the_run(root)
-    with pytest.raises(CapasError, match=r"not kept was source/uncommitted\.patch"):
+    with pytest.raises(CapasError, match=r"not saved with the run: source/uncommitted\.patch"):
         lineage.read_state(store.client, found)
 
 
@@ -333,7 +333,7 @@ def test_a_script_edited_after_it_ran_is_told_and_replaces_no_state(
     monkeypatch.setattr(lineage, "input_key", lambda spec, _: spec.name)
     evaluate_anew(root)
     publish(root)
-    assert "edited after they ran: fetch" in caplog.text
+    assert "edited after the stages ran: fetch" in caplog.text
     assert kept(root) == before
 
 
@@ -342,7 +342,7 @@ def test_a_patch_that_is_not_of_the_state_is_refused(root: Path, tmp_path: Path)
     publish(root)
     _, state = kept(root)
     wrong = replace(state, patch=state.patch.replace(b"+print(2)", b"+print(4)"))
-    with pytest.raises(CapasError, match="the patch is not that of this run"):
+    with pytest.raises(CapasError, match="the patch belongs to another run"):
         lay_out(root, tmp_path / "one", wrong)
     gone = replace(state, taken=state.taken._replace(commit="1" * 40))
     with pytest.raises(CapasError, match=f"commit {'1' * 40} is not in this repository"):
@@ -354,16 +354,14 @@ def test_a_run_is_found_by_what_it_is_called(root: Path) -> None:
     store, found = the_run(root)
     for word in (found.info.run_id, found.info.run_id[:6], found.info.run_name):
         assert runs.find(store.client, word, root).info.run_id == found.info.run_id
-    with pytest.raises(
-        CapasError, match=r"no run of a training called 'x'\. There are 1, the newest"
-    ):
+    with pytest.raises(CapasError, match=r"no training run 'x'\. Training runs: 1, the newest"):
         runs.find(store.client, "x", root)
     store.client.create_run(store.experiment_id, tags={"train_key": "k"}, run_name="twin")
     store.client.create_run(store.experiment_id, tags={"train_key": "l"}, run_name="twin")
     store.client.create_run(store.experiment_id, run_name="no training")
-    with pytest.raises(CapasError, match="'twin' names 2 runs"):
+    with pytest.raises(CapasError, match="'twin' matches 2 runs"):
         runs.find(store.client, "twin", root)
-    with pytest.raises(CapasError, match="There are 3"):
+    with pytest.raises(CapasError, match="Training runs: 3"):
         runs.find(store.client, "no training", root)
 
 
@@ -378,7 +376,7 @@ def test_the_first_stage_that_differs_comes_first(root: Path) -> None:
     assert first == "first to differ: format: data/formatted"
     assert (
         second
-        == f"differs too: train: data/models/adapter, from other {after['train']['deps'][-1]['path']}"
+        == f"differs too: train: data/models/adapter, from different {after['train']['deps'][-1]['path']}"
     )
 
 

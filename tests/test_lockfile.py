@@ -58,7 +58,7 @@ def test_wherever_it_is_cut_no_entry_is_believed_that_is_not_whole(committed: st
         ("md5: " + "b" * 32, "md5: " + "b" * 20, "adapter has no md5 or size"),
         ("  md5: " + "b" * 32, "  hash: md5", "adapter has no md5 or size"),
         ("      nfiles: 3\n", "", "data/raw has no md5 or size"),
-        ("    cmd: python train.py\n", "", "it has no command"),
+        ("    cmd: python train.py\n", "", "no command"),
         ("    - path: reports/train.csv\n", "    - other: x\n", "an entry has no md5 or size"),
     ],
 )
@@ -71,7 +71,7 @@ def test_an_output_that_dvc_yaml_declares_is_missed() -> None:
     """Of another command it is not: dvc.yaml was edited, and DVC sees that."""
     piece = split(TEXT)["train"]
     short = piece[: piece.index("    - path: reports/train.csv")]
-    assert flaw(short, SPECS["train"]) == "it lacks reports/train.csv"
+    assert flaw(short, SPECS["train"]) == "reports/train.csv missing"
     assert flaw(short.replace("train.py", "other.py"), SPECS["train"]) == ""
 
 
@@ -79,7 +79,7 @@ def test_entries_of_this_run_stay_and_the_others_come_from_the_commit() -> None:
     older = TEXT.replace("c" * 32, "d" * 32)
     cut = TEXT[: TEXT.index("  train:\n") + 60]
     healed, said = heal(cut, older, SPECS)
-    assert said == ["dvc.lock: the entry of train is not whole: it is cut"]
+    assert said == ["dvc.lock: the entry of train is incomplete: truncated"]
     assert split(healed) == {"fetch": split(TEXT)["fetch"], "train": split(older)["train"]}
 
 

@@ -268,7 +268,7 @@ def test_what_does_not_fit_is_refused_with_its_parts_and_the_keys_to_turn(
     with pytest.raises(CapasError) as caught:
         memory.check(FOUND, 100 * 2**20, 800 * 2**20, ways)
     text = str(caught.value)
-    assert "needs about 1,000 MiB of memory, and there are 900 MiB: weights 600 MiB" in text
+    assert "needs about 1,000 MiB of memory, and 900 MiB are available: weights 600 MiB" in text
     assert "activations of the training 300 MiB, Python and its libraries 100 MiB" in text
     for key in (
         *("quantization=nf4", "trainer.per_device_train_batch_size below 16", "lora.r"),
@@ -301,7 +301,7 @@ def test_the_stage_stops_before_it_loads_anything(
     monkeypatch.delenv(memory.CHECK, raising=False)
     monkeypatch.setattr(capacity, "free_bytes", lambda device: 2**20)
     monkeypatch.setattr("capas.model.load_model", lambda *args: pytest.fail("it was loaded"))
-    with pytest.raises(CapasError, match="the training needs about"):
+    with pytest.raises(CapasError, match="training needs about"):
         train_lora.main(*prepared(tmp_path))
 
 
@@ -320,7 +320,7 @@ def test_the_estimate_stands_beside_the_measured_peak(
     parts = stage.costs["estimated_memory_parts"]
     assert stage.costs["estimated_memory_bytes"] == sum(parts.values())
     assert parts["process"] > 100 * 2**20
-    assert "the training needs about" in caplog.text
+    assert "training needs about" in caplog.text
 
 
 def test_a_training_that_cannot_be_estimated_goes_on(
@@ -406,7 +406,7 @@ def test_the_command_prints_the_parts_and_what_the_machine_has(
     assert run_command("--tokens", "64", "lora.r=8") == 0
     lines = capsys.readouterr().out.splitlines()
     assert "of the evaluation: 50 records of 64 tokens" in "".join(lines)
-    assert lines[-1].startswith("total") and "there are" in lines[-1]
+    assert lines[-1].startswith("total") and "available" in lines[-1]
     monkeypatch.setattr(capacity, "free_bytes", lambda device: 2**20)
     assert run_command("quantization=none") == 1
     assert "To need less: trainer.per_device" in capsys.readouterr().out
@@ -420,7 +420,7 @@ def test_without_a_network_the_command_says_what_to_do(
     monkeypatch.setattr("huggingface_hub.constants.HF_HUB_CACHE", str(tmp_path / "cache"))
     assert run_command("model=qwen3_4b") == 2
     text = capsys.readouterr().err
-    assert "The estimate needs config.json alone" in text
+    assert "The estimate only needs config.json" in text
     assert "model.model_name_or_path=FOLDER" in text
 
 
@@ -433,7 +433,7 @@ def test_a_folder_with_config_json_alone_is_enough(
     assert run_command("model.model_name_or_path=mine", "--tokens", "16") == 0
     assert run_command("hardware=gpu", "model.model_name_or_path=mine", "--tokens", "16") == 0
     if not torch.cuda.is_available():
-        assert "no GPU here to compare with" in capsys.readouterr().out
+        assert "this machine has no GPU to compare with" in capsys.readouterr().out
 
 
 def test_wrong_arguments_are_refused(

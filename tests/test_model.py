@@ -99,7 +99,9 @@ def test_four_bits_on_a_cpu_only_where_rows_are_whole_blocks(tmp_path: Path, wid
     if is_whole:
         assert load_model(tmp_path, PLAIN, CPU, quantization_config=config).num_parameters() > 0
     else:
-        with pytest.raises(CapasError, match=r"mlp.down_proj has 96 inputs, no multiple of 64"):
+        with pytest.raises(
+            CapasError, match=r"mlp.down_proj has 96 inputs, which is not a multiple of 64"
+        ):
             load_model(tmp_path, PLAIN, CPU, quantization_config=config)
 
 
@@ -114,7 +116,7 @@ def test_encoder_only_model_is_refused_with_the_reason(tmp_path: Path) -> None:
     config = BertConfig(vocab_size=50, hidden_size=16, num_hidden_layers=1, num_attention_heads=2)
     BertForMaskedLM(config).save_pretrained(tmp_path)
     with pytest.raises(
-        CapasError, match=r"encoder-only model \(BertForMaskedLM\).*cannot write an answer"
+        CapasError, match=r"encoder-only model \(BertForMaskedLM\).*cannot generate"
     ):
         load_model(tmp_path, PLAIN, CPU)
 
@@ -128,7 +130,7 @@ def test_encoder_only_model_is_refused_with_the_reason(tmp_path: Path) -> None:
             "encoder-decoder",
         ),
         ({"architectures": ["Qwen2Model"]}, "encoder-only"),
-        ({}, "names no architectures"),
+        ({}, "has no `architectures`"),
     ],
 )
 def test_what_is_no_causal_model_is_refused(config: dict[str, Any], message: str) -> None:

@@ -127,7 +127,9 @@ class Leaking(Collator):
 def test_a_record_that_sees_another_is_found(attention: str) -> None:
     records = examples()
     model = make_model(attn_implementation=attention).eval()
-    with pytest.raises(CapasError, match=r"packed records see each other.*packing_length=null"):
+    with pytest.raises(
+        CapasError, match=r"packed records attend to each other.*packing_length=null"
+    ):
         packing.check_isolation(model, records, packing.pack(records, 20), Leaking(0))
 
 

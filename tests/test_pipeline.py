@@ -105,11 +105,11 @@ def test_a_killed_training_goes_on_to_the_bytes_of_one_that_was_not(
     finished: Finished, workspace: Workspace
 ) -> None:
     """And the stages before and after it write the same bytes elsewhere."""
-    assert "train: going on from checkpoint-" in finished.log
+    assert "train: resuming from checkpoint-" in finished.log
     before = workspace.read("dvc.lock")
     log = workspace.repro("--force", "--single-item", *FORCED, **ELSEWHERE)
     assert set(stages_run(log)) == set(FORCED)
-    assert "going on from checkpoint-" not in log
+    assert "resuming from checkpoint-" not in log
     assert workspace.read("dvc.lock") == before
 
 
@@ -168,7 +168,7 @@ def test_a_training_that_is_killed_again_ends_in_the_same_bytes(
     expected = workspace.outputs()
     forget(workspace, "train")
     kill_train(workspace, file)
-    assert "train: going on from checkpoint-" in workspace.repro()
+    assert "train: resuming from checkpoint-" in workspace.repro()
     assert workspace.outputs() == expected
 
 

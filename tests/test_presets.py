@@ -233,7 +233,7 @@ def test_soft_capping_is_never_left_out(tmp_path: Path) -> None:
         logits.append(model(torch.arange(20)[None]).logits)
     assert (logits[0] - logits[1]).abs().max() > 1e-3
     params = Params({"dtype": "float32", "attn_implementation": "sdpa"})
-    with pytest.raises(CapasError, match=r"caps the logits of its attention at 50.*choose eager"):
+    with pytest.raises(CapasError, match=r"caps its attention logits at 50.*Choose eager"):
         load_model(tmp_path, params, torch.device("cpu"))
 
 

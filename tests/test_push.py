@@ -192,7 +192,7 @@ def test_merged_from_another_adapter_is_refused(
 def test_a_failed_gate_is_told_and_needs_force(hub: Hub, make: Make, capsys: Any) -> None:
     make(gate="failed: stop_rate 0.5")
     assert push() == 1
-    assert "gate failed: stop_rate 0.5 (--force does it all the same)" in capsys.readouterr().err
+    assert "gate failed: stop_rate 0.5 (to override: --force)" in capsys.readouterr().err
     assert NAME not in hub.repos
     assert push("--force") == 0
     assert NAME in hub.repos
@@ -201,9 +201,9 @@ def test_a_failed_gate_is_told_and_needs_force(hub: Hub, make: Make, capsys: Any
 @pytest.mark.parametrize(
     ("token", "told"),
     [
-        ("read", "your token may not write there"),
-        ("strange", "the Hub does not know you: log in with `hf auth login`, or set HF_TOKEN"),
-        (None, "the Hub does not know you"),
+        ("read", "your token has no write access there"),
+        ("strange", "you are not logged in to the Hub: run `hf auth login`, or set HF_TOKEN"),
+        (None, "you are not logged in to the Hub"),
     ],
 )
 def test_who_may_not_write_is_told_the_way_out(
@@ -231,7 +231,7 @@ def test_no_network_and_no_name(
 
     make()
     assert cli.main(["push", "timer"]) == 2
-    assert "'timer' names no repository: expected OWNER/NAME" in capsys.readouterr().err
+    assert "'timer' is not a repository name: expected OWNER/NAME" in capsys.readouterr().err
     monkeypatch.setattr(hf_api.api, "endpoint", "http://127.0.0.1:9")
     monkeypatch.setattr("huggingface_hub.constants.ENDPOINT", "http://127.0.0.1:9")
     assert push() == 2

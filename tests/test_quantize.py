@@ -164,7 +164,7 @@ def test_it_must_be_quantized_as_it_was_asked_for(tmp_path: Path, asked: str) ->
         ("compressed-tensors", "the package compressed-tensors"),
         ("fp8", "no backward pass"),
         ("mxfp4", "no backward pass"),
-        ("hqq", "does not know this kind"),
+        ("hqq", "does not support this method"),
     ],
 )
 def test_weights_of_another_kind_are_refused_in_words(

@@ -54,7 +54,7 @@ def workspace(tmp_path_factory: pytest.TempPathFactory, model: Path) -> Workspac
 def test_a_real_model_goes_through_every_stage(workspace: Workspace, tmp_path: Path) -> None:
     log = workspace.repro()
     assert stages_run(log)[-1] == "publish", log
-    assert "are as transformers' apply_chat_template makes them" in log
+    assert "equal those of transformers' apply_chat_template" in log
     report = json.loads(workspace.read("reports/evaluation.json"))
     assert report["metrics"] == ["chrf", "rougeL"]
     base = json.loads(workspace.read("reports/evaluation_base.json"))

@@ -41,7 +41,7 @@ def test_a_committed_run_is_trained_anew_to_the_same_bytes(
     said = capsys.readouterr().out
     recorded, here = (line.split()[1] for line in said.splitlines()[:2])
     assert recorded == here and len(here) == 64
-    assert "trained anew" in said
+    assert "retrained in" in said
     assert repository.ran() == {"train": 1, "train 0.004": 1}
     assert repository.state() == before
 
@@ -60,7 +60,7 @@ def test_what_was_not_committed_is_applied_whatever_the_workspace_is_now(
     repository.forget()
     assert repository.capas("rebuild", name) == 0
     assert repository.ran()["train"] == 1
-    assert "same, byte for byte" in capsys.readouterr().out
+    assert "identical, byte for byte" in capsys.readouterr().out
 
 
 def test_another_result_is_told_with_the_stage_that_differs(
@@ -70,7 +70,7 @@ def test_another_result_is_told_with_the_stage_that_differs(
     before = repository.state()
     assert repository.capas("rebuild", run_id, NOISE="default") == 1
     said = capsys.readouterr().out
-    assert "The adapter is another" in said
+    assert "The adapter differs" in said
     assert "first to differ: train: data/models/adapter" in said
     assert "on this machine linear_kernel is default, was torch" in said
     assert repository.capas("rebuild", run_id) == 0, "the cache took the other result"
@@ -96,7 +96,7 @@ def test_restore_trains_nothing(repository: Publisher, capsys: pytest.CaptureFix
     assert repository.capas("rebuild", repository.the_run()[1].info.run_id, "--restore") == 2
     shutil.move(repository.root / ".dvc/gone", repository.root / ".dvc/cache")
     said = capsys.readouterr().err
-    assert "no remote is set up" in said and "Without --restore" in said
+    assert "no DVC remote is configured" in said and "omit --restore" in said
 
 
 @pytest.mark.parametrize("where", [(), ("--local",)], ids=["for all", "local"])
@@ -133,7 +133,7 @@ def test_a_commit_that_is_gone_is_asked_for_and_told(
     repository.run("git", "reflog", "expire", "--expire=now", "--all")
     repository.run("git", "prune", "--expire=now")
     assert repository.capas("rebuild", run.info.run_id) == 2
-    assert "has no remote to ask" in capsys.readouterr().err
+    assert "there is no git remote" in capsys.readouterr().err
     repository.run("git", "remote", "add", "origin", str(origin))
     refs = git(repository.root, "for-each-ref")
     assert repository.capas("rebuild", run.info.run_id) == 0
@@ -142,7 +142,7 @@ def test_a_commit_that_is_gone_is_asked_for_and_told(
     repository.the_run()[0].delete_run(run.info.run_id)  # no other test can restore it
 
 
-@pytest.mark.parametrize("wrong", ["is missing", "is not the file that it was"])
+@pytest.mark.parametrize("wrong", ["is missing", "has changed"])
 def test_an_input_that_git_ignores_is_taken_from_the_workspace_or_missed(
     repository: Publisher, wrong: str, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -169,7 +169,7 @@ def test_a_patch_of_another_run_is_refused(
     assert "+r: 3" in patch
     client.log_text(run.info.run_id, patch.replace("+r: 3", "+r: 5"), name)
     assert repository.capas("rebuild", run.info.run_id) == 2
-    assert "the patch is not that of this run" in capsys.readouterr().err
+    assert "the patch belongs to another run" in capsys.readouterr().err
     client.delete_run(run.info.run_id)
 
 
@@ -221,7 +221,7 @@ def test_what_a_killed_rebuild_left_goes_with_the_next(repository: Publisher) ->
 
 @pytest.mark.parametrize(
     ("word", "expected"),
-    [("nothing", "MLflow has no run of a training called 'nothing'"), ("", "names 2 runs")],
+    [("nothing", "MLflow has no training run 'nothing'"), ("", "matches 2 runs")],
 )
 def test_a_word_that_names_no_run_or_several(
     repository: Publisher, word: str, expected: str, capsys: pytest.CaptureFixture[str]
@@ -237,6 +237,6 @@ def test_without_a_store_nothing_is_created(
     database = repository.root / "mlflow.db"
     database.rename(repository.root / "gone.db")
     assert repository.capas("rebuild", "x") == 2
-    assert "nothing was published here yet" in capsys.readouterr().err
+    assert "no run was published in this workspace" in capsys.readouterr().err
     assert not database.exists()
     (repository.root / "gone.db").rename(database)

@@ -135,7 +135,7 @@ def test_all_reasons_are_told_at_once(store: Store, make: Make) -> None:
         registered(store, make(FAILED, "FAILED", files=False), "nothing")
     assert [reason.split(":")[0] for reason in refused.value.reasons] == [
         "the run is FAILED",
-        "the run has no model (model/MLmodel among its artifacts)",
+        "the run has no model (artifact model/MLmodel)",
         "gate failed",
     ]
 
@@ -154,10 +154,10 @@ def test_a_run_must_be_the_only_one(store: Store, make: Make) -> None:
     twins = [make(), make()]
     for run in twins:
         store.client.set_tag(run, "mlflow.runName", "twin")
-    with pytest.raises(CapasError, match="'twin' names 2 runs") as caught:
+    with pytest.raises(CapasError, match="'twin' matches 2 runs") as caught:
         registered(store, "twin", "twins")
     assert all(run in str(caught.value) for run in twins)
-    with pytest.raises(CapasError, match="no run of a training called 'nobody'"):
+    with pytest.raises(CapasError, match="no training run 'nobody'"):
         registered(store, "nobody", "twins")
 
 
@@ -200,7 +200,7 @@ def test_the_command_says_where_it_must_stand(
     monkeypatch.delenv("MLFLOW_TRACKING_URI", raising=False)  # of mlflow.set_tracking_uri above
     monkeypatch.chdir(tmp_path)
     assert cli.main(["register", "abc"]) == 2
-    assert "nothing was published here yet" in capsys.readouterr().err
+    assert "no run was published in this workspace" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize("name", cli.COMMANDS)

@@ -76,7 +76,7 @@ def test_the_first_stage_that_differs_is_named_with_both_scores(root: Path) -> N
     assert "train is the first stage that differs (data/models/adapter)" in said
     assert kernels.cpu()["model"] in said
     assert "committed -> here: exact_match 0.918 -> 0.916." in said
-    assert "That is harmless" in said
+    assert "This is harmless" in said
     assert "git checkout dvc.lock reports && dvc checkout" in said
 
 
@@ -84,11 +84,14 @@ def test_portable_kernels_on_x86_have_no_excuse(
     root: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     write(root, other_bytes(train="8"), 0.918, "portable")
-    for is_x86, expected in ((True, "should not happen: please report it"), (False, "harmless")):
+    for is_x86, expected in (
+        (True, "should not happen on an x86 CPU"),
+        (False, "harmless"),
+    ):
         monkeypatch.setattr(kernels, "is_x86", lambda is_x86=is_x86: is_x86)
         said = reproduced.describe(root)
         assert expected in said
-        assert "The scores are equal to the committed ones." in said
+        assert "The scores equal the committed ones." in said
 
 
 def test_outside_of_git_nothing_is_said_and_the_exit_code_is_zero(tmp_path: Path) -> None:

@@ -86,7 +86,7 @@ def test_an_experiment_that_fails_leaves_the_workspace_as_it_was(edited: Experim
     assert "the loss is nan" in said
     assert changed(edited, before) == set()
     back = ", ".join(sorted(LEFT - {"reports/metrics/train.json"}))
-    assert f"as it was before `dvc exp run -S {WORSE}`; back came {back}" in said
+    assert f"as it was before `dvc exp run -S {WORSE}`; restored: {back}" in said
     assert said.index("ERROR: failed to reproduce 'train'") < said.index("capas: the workspace is")
     (replaced,) = (edited.root / REPLACED).glob("*/conf/overrides.yaml")
     assert "learning_rate: 0.9" in replaced.read_text()
@@ -116,7 +116,7 @@ def test_an_experiment_that_is_killed_is_put_back_by_restore(edited: Experimente
     edited.edit("conf/config.yaml", "# mine", "# mine, edited since")
     mine = edited.read("conf/config.yaml")
     said = edited.restore()
-    assert "HEAD is the branch main again" in said
+    assert "HEAD is back on the branch main" in said
     assert changed(edited, before) == {"conf/config.yaml"}
     assert edited.read("conf/config.yaml") == mine
     assert edited.restore() == "nothing to restore\n"
@@ -140,7 +140,7 @@ def test_an_experiment_that_is_interrupted_leaves_the_workspace_as_it_was(
 ) -> None:
     before = state(edited)
     said = interrupt(edited, times=3)
-    assert "checkpoints stay: the same command goes on" in said
+    assert "checkpoints are kept: the same command resumes" in said
     assert changed(edited, before) == set()
 
 
@@ -212,7 +212,7 @@ def test_commits_that_were_made_since_are_left_alone(edited: Experimenter) -> No
     edited.edit("params.yaml", "seed: 0\n", "seed: 1\n")
     edited.commit()
     before = state(edited)
-    assert "there are commits since: nothing is put back" in edited.restore()
+    assert "there are newer commits: nothing was restored" in edited.restore()
     assert changed(edited, before) == set()
 
 
@@ -252,7 +252,7 @@ def test_edits_that_dvc_holds_in_a_stash_come_back(edited: Experimenter) -> None
     lock_of_dvc(edited)
     before = in_stash(edited)
     assert "conf/config.yaml" in changed(edited, before)
-    assert "back came" in edited.restore("--quiet")
+    assert "; restored: " in edited.restore("--quiet")
     assert changed(edited, before) == set()
 
 
@@ -283,7 +283,7 @@ def test_edits_in_a_stash_of_a_dvc_that_was_interrupted_twice_come_back(
     """Its lock is released; the reflog of HEAD tells. `make repro` does not guess."""
     before = in_stash(edited)
     assert edited.restore("--quiet") == ""
-    assert "back came" in edited.restore()
+    assert "; restored: " in edited.restore()
     assert changed(edited, before) == set()
 
 
@@ -293,7 +293,7 @@ def test_a_stash_of_the_users_own_stays(edited: Experimenter) -> None:
     lock_of_dvc(edited)
     edited.run("git", "checkout", "-q", "--detach", "HEAD")
     before = state(edited)
-    assert "HEAD is the branch main again" in edited.restore()
+    assert "HEAD is back on the branch main" in edited.restore()
     assert changed(edited, before) == {"HEAD"}
 
 
@@ -342,7 +342,7 @@ def small(tmp_path: Path) -> Small:
 def test_a_lock_that_was_cut_is_whole_again(small: Small, length: int) -> None:
     whole = small.read("dvc.lock")
     (small.root / "dvc.lock").write_text(whole[:length])
-    assert "dvc.lock is whole again" in small.restore("--quiet")
+    assert "dvc.lock was repaired" in small.restore("--quiet")
     assert small.read("dvc.lock") == whole
     assert small.restore("--quiet") == ""
 
@@ -376,7 +376,7 @@ def test_locks_and_the_index_that_a_kill_left_are_mended(small: Small, length: i
     rwlock.write_text('{"write": {')
     git_index.write_bytes(git_index.read_bytes()[:length])
     said = small.restore()
-    for sentence in ("removed index.lock of git", "removed .dvc/tmp/rwlock", "index was cut"):
+    for sentence in ("removed index.lock of git", "removed .dvc/tmp/rwlock", "index was truncated"):
         assert sentence in said
     assert small.run("git", "status", "--porcelain") == ""
 
@@ -396,7 +396,7 @@ def test_a_lock_of_git_that_is_held_stays(small: Small) -> None:
     )
     wait(lambda: (small.root / ".git/ready").exists())
     assert lock.exists()
-    assert "a git command runs here" in small.restore(code=2)
+    assert "a running git command holds" in small.restore(code=2)
     assert lock.exists()
     os.killpg(process.pid, signal.SIGKILL)
     process.wait()
@@ -441,13 +441,13 @@ def test_ctrl_c_in_a_training_under_dvc_saves_a_checkpoint_and_it_goes_on(
     said = process.communicate()[0]
     assert process.returncode != 0
     assert "saving a checkpoint after this step; Ctrl-C again stops at once" in said
-    assert "it is saved: the same command goes on from it" in said
+    assert "A checkpoint was saved: the same command resumes from it" in said
     step = said.split("stopped by Ctrl-C at step ")[1].split()[0]
     made.edit("conf/trainer/quick.yaml", "save_steps: 1000", "save_steps: 1000 # as it was")
     assert list((made.root / ".dvc/tmp/checkpoints").glob(f"train-*/checkpoint-{step}"))
     process = made.start("dvc", "repro", "train", SHELL=shell)
     lines = iter(process.stdout or ())
-    assert any(f"going on from checkpoint-{step}" in line for line in lines)
+    assert any(f"resuming from checkpoint-{step}" in line for line in lines)
     os.killpg(process.pid, signal.SIGKILL)
     process.communicate()
 
@@ -475,7 +475,7 @@ def test_a_killed_experiment_of_the_real_pipeline_goes_on_after_the_restore(tmp_
     assert "params.yaml" in changed(user, before)
     user.run("python", "-m", "capas", "restore")
     assert changed(user, before) == set()
-    assert "train: going on from checkpoint-" in user.run(*words)
+    assert "train: resuming from checkpoint-" in user.run(*words)
     user.commit()
 
     upstream.edit("stages/quantize_model.py", '"""', '"""Here is more to read. ')

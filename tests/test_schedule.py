@@ -40,15 +40,15 @@ def test_of_a_usual_schedule_nothing_is_said(kind: str, kwargs: dict[str, Any]) 
 @pytest.mark.parametrize(
     ("kind", "num_steps", "warmup", "kwargs", "said"),
     [
-        ("linear", 4, 10, {}, "rises to 0.0012 at most"),
+        ("linear", 4, 10, {}, "peaks at 0.0012"),
         (
             "warmup_stable_decay",
             4,
             1,
             {"num_decay_steps": 100},
-            "and never to trainer.learning_rate",
+            "and never reaches trainer.learning_rate",
         ),
-        ("cosine", 100, 0, {"num_cycles": 1}, "does not decay; that of the last step is 0.004"),
+        ("cosine", 100, 0, {"num_cycles": 1}, "does not decay; in the last step it is 0.004"),
         ("inverse_sqrt", 100, 0, {}, "does not decay"),
     ],
 )
@@ -62,8 +62,8 @@ def test_a_schedule_that_is_hardly_meant_is_said(
 @pytest.mark.parametrize(
     ("kind", "num_steps", "warmup", "kwargs", "refusal"),
     [
-        ("linear", 1, 1, {}, "is 0 for 1 of 1 steps, .*Set trainer.warmup_steps=0"),
-        ("polynomial", 4, 4, {}, "the warm-up leaves no step to decay in"),
+        ("linear", 1, 1, {}, "is 0 for 1 of 1 steps.* Set trainer.warmup_steps=0"),
+        ("polynomial", 4, 4, {}, "the warm-up takes all steps"),
         (
             "warmup_stable_decay",
             *(100, 5, {"num_decay_steps": 10, "num_stable_steps": 10}),

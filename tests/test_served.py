@@ -56,9 +56,9 @@ def test_messages_may_be_a_list_or_json(given: Any) -> None:
 @pytest.mark.parametrize(
     ("row", "message"),
     [
-        ({}, "neither a `prompt`"),
-        ({"prompt": float("nan")}, "neither a `prompt`"),
-        ({"messages": "{"}, "`messages` is no JSON"),
+        ({}, "expected a `prompt`"),
+        ({"prompt": float("nan")}, "expected a `prompt`"),
+        ({"messages": "{"}, "`messages` is not valid JSON"),
         ({"messages": "{}"}, "`messages` must be a list, not dict"),
         ({"messages": [{"role": "user"}]}, "role and content"),
         ({"messages": []}, "must end with"),
@@ -78,12 +78,12 @@ def test_a_large_base_is_named_instead_of_packed(
     base = facts_of(root)[1]["base"]
     assert not base["packed"]
     assert base["quantization"]["bnb_4bit_quant_type"] == "nf4"
-    with pytest.raises(CapasError, match="set CAPAS_BASE to a folder with that model"):
+    with pytest.raises(CapasError, match="Set CAPAS_BASE to a folder with this base"):
         served.base_folder(root, {**base, "hub": False})
     monkeypatch.setenv("CAPAS_BASE", str(root / "data/models/base"))
     assert served.base_folder(root, base) == root / "data/models/base"
     monkeypatch.setenv("CAPAS_BASE", str(root))
-    with pytest.raises(CapasError, match=r"holds no model: there is no config\.json"):
+    with pytest.raises(CapasError, match=r"is not a model folder: it has no config\.json"):
         served.base_folder(root, base)
 
 

@@ -85,7 +85,7 @@ def test_an_output_that_was_not_written_is_an_error(root: Path) -> None:
 
 def test_a_missing_input_names_the_way_out(root: Path) -> None:
     (root / "in.txt").unlink()
-    assert "in.txt is missing; the stage that makes it has not run: `dvc repro`" in failure(copy)
+    assert "in.txt is missing because its stage has not run. Run `dvc repro`" in failure(copy)
 
 
 def test_an_input_edited_meanwhile_is_not_recorded(root: Path) -> None:
@@ -206,7 +206,7 @@ def test_an_override_that_the_stage_does_not_read_is_refused(
     _check_read({"lora": {"r": 8}, "seed": 1}, before, ["lora.r"])
     assert caplog.text == ""
     _check_read({"lora": {"r": 8}, "seed": 2}, before, ["lora"])
-    assert "without effect, for this stage does not read it: seed" in caplog.text
+    assert "ignored, because this stage does not read it: seed" in caplog.text
     with pytest.raises(CapasError, match="this stage does not read seed"):
         _check_read({"lora": {"r": 4}, "seed": 2}, before, ["lora"])
 

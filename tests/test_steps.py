@@ -14,15 +14,15 @@ def test_the_factors_of_a_step_by_hand() -> None:
     step = Step(num_processes=2, batch_size=8, accumulation=4)
     assert step.num_rows == 64
     assert [step.num_in_epoch(n) for n in (1, 64, 65, 640)] == [1, 1, 2, 10]
-    assert str(step) == "2 processes x 8 x accumulation 4 = 64 rows a step"
-    assert str(Step(1, 16, 1)) == "1 process x 16 x accumulation 1 = 16 rows a step"
+    assert str(step) == "2 processes x 8 x accumulation 4 = 64 rows per step"
+    assert str(Step(1, 16, 1)) == "1 process x 16 x accumulation 1 = 16 rows per step"
 
 
 @pytest.mark.parametrize(
     ("batch", "accumulation", "advised"),
     [
-        (8, 1, ". As large as in one process: trainer.per_device_train_batch_size=4"),
-        (3, 4, ". As large as in one process: trainer.gradient_accumulation_steps=2"),
+        (8, 1, ". For the step size of one process, set trainer.per_device_train_batch_size=4"),
+        (3, 4, ". For the step size of one process, set trainer.gradient_accumulation_steps=2"),
         (3, 1, ""),
     ],
 )
@@ -39,7 +39,7 @@ def test_several_processes_make_larger_steps_which_compose_says(
     (line,) = advice(dict(values))
     assert line == (
         f"hardware.num_processes=2: 2 processes x {batch} x accumulation {accumulation} = "
-        f"{2 * batch * accumulation} rows a step, 2 times as many as one process; an epoch has 1/2 of its "
+        f"{2 * batch * accumulation} rows per step, 2 times as many as one process; an epoch has 1/2 of its "
         f"steps{advised}"
     )
 

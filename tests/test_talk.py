@@ -174,7 +174,7 @@ def test_another_system_message(model: Model, capsys: Any) -> None:
         ),
         ("/setting cold", "generation.settings has no 'cold'; there are greedy, warm"),
         ("/setting", "now: greedy; there are greedy, warm"),
-        ("word " * 200, "the model was made for 512: /reset begins anew"),
+        ("word " * 200, "the model's context is 512 tokens: /reset for a new conversation"),
     ],
 )
 def test_what_cannot_be_done_is_told_and_changes_nothing(
@@ -190,7 +190,7 @@ def test_what_cannot_be_done_is_told_and_changes_nothing(
 
 def test_nothing_to_compare_and_the_end(model: Model, capsys: Any) -> None:
     conversation = talk(model)
-    with pytest.raises(CapasError, match="nothing was asked yet"):
+    with pytest.raises(CapasError, match="no question has been asked yet"):
         conversation.hear("/base")
     assert conversation.hear("  \n")
     assert not conversation.hear("/quit")
@@ -204,5 +204,7 @@ def test_a_number_out_of_bounds_is_none(text: str) -> None:
     parser = argparse.ArgumentParser(exit_on_error=False)
     parser.add_argument("--number", type=bounded(float, 1, 1e300))
     assert parser.parse_args(["--number", "2.5"]).number == 2.5
-    with pytest.raises(argparse.ArgumentError, match=r"expected a number from 1 on|invalid number"):
+    with pytest.raises(
+        argparse.ArgumentError, match=r"expected a finite number >= 1|invalid number"
+    ):
         parser.parse_args([f"--number={text}"])

@@ -160,5 +160,5 @@ def test_the_real_pipeline_in_a_second_clone(tmp_path: Path) -> None:
     run = client.search_runs(["1"])[0]
     assert run.data.params["lora.r"] == "4"
     said = ben.run("python", "-m", "capas", "rebuild", run.info.run_id)
-    assert "The adapter is the same, byte for byte" in said
+    assert "The adapter is identical, byte for byte" in said
     assert ben.run("git", "status", "--porcelain") == ""

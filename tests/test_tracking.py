@@ -116,7 +116,7 @@ def test_a_server_that_is_gone_costs_a_warning(
 ) -> None:
     monkeypatch.setenv("MLFLOW_TRACKING_URI", "http://name:secret@127.0.0.1:9")
     assert follow(root, "alone", write(1, event="end")) == "FINISHED"
-    assert "the training goes on without live metrics" in caplog.text
+    assert "training continues without live metrics" in caplog.text
     assert "secret" not in caplog.text
 
 
@@ -203,13 +203,13 @@ def test_a_store_is_in_its_repository_whatever_that_is_called(
 @pytest.mark.parametrize(
     ("uri", "reason"),
     [
-        ("postgres://ana:hidden@host/x", "Write postgresql://USER:PASSWORD@HOST/NAME"),
-        ("postgresql://ana:hidden@host/x", r"psycopg, .*or write postgresql\+psycopg2://"),
-        ("mysql://ana:hidden@host/x", r"pip install mysqlclient; or write mysql\+pymysql://"),
+        ("postgres://ana:hidden@host/x", "Use postgresql://USER:PASSWORD@HOST/NAME"),
+        ("postgresql://ana:hidden@host/x", r"psycopg, .*or use postgresql\+psycopg2://"),
+        ("mysql://ana:hidden@host/x", r"pip install mysqlclient; or use mysql\+pymysql://"),
         ("mysql+pymysql://ana:hidden@host/x", "pip install pymysql"),
-        ("postgresql+psycopg2://ana:hid/den@host:5432/x", "must be quoted: %2F"),
+        ("postgresql+psycopg2://ana:hid/den@host:5432/x", "escape / @ # : as %2F"),
         ("postgresql+psycopg2://ana:hidden@127.0.0.1:9/x", "no database answers at"),
-        ("sqlite:////dev/null/mlflow.db", r"cannot be made: .*/dev/null"),
+        ("sqlite:////dev/null/mlflow.db", r"cannot be created: .*/dev/null"),
         ("sqlite:////dev", "refuses a connection: unable to open database file"),
     ],
 )
@@ -350,5 +350,5 @@ def test_a_machine_that_cannot_be_watched_costs_a_warning(
     follower.read()
     follower.send()
     follower.send("FINISHED", now=True)
-    assert "no metrics of the machine: no driver" in caplog.text
+    assert "no system metrics: no driver" in caplog.text
     assert steps_of(root, "unwatched") == [1]

@@ -182,7 +182,10 @@ def test_data_adapter_and_reports_are_the_same(
 def test_without_a_gpu_the_stage_says_what_unsloth_says(tmp_path: Path, standin: Path) -> None:
     done = with_unsloth(quantized(tmp_path), standin, fallback="1")
     assert done.returncode == 1
-    assert "Unsloth refuses this machine: Unsloth cannot find any torch accelerator" in done.stderr
+    assert (
+        "Unsloth does not support this machine: Unsloth cannot find any torch accelerator"
+        in done.stderr
+    )
     assert "Traceback" not in done.stderr
 
 
@@ -198,7 +201,7 @@ def test_a_record_beyond_the_models_positions_is_refused_first(
     )
     monkeypatch.setattr(unsloth, "prepare", lambda root: None)
     monkeypatch.setattr(unsloth, "load_base", lambda *args: pytest.fail("it was loaded"))
-    with pytest.raises(CapasError, match="the model has positions for 9"):
+    with pytest.raises(CapasError, match="the model's context is 9"):
         run_stage("train", train_lora.main, root)
 
 

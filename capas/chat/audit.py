@@ -81,7 +81,7 @@ class Audit:
         differs = any_in_row(found.values != asked.values, asked.offsets)
         after = trained[np.minimum(starts + common, last)]
         problems = {
-            "no token of it is trained": ~np.logical_or.reduceat(trained, starts),
+            "no token of the record is trained": ~np.logical_or.reduceat(trained, starts),
             "a trained stretch ends without an end token": np.logical_or.reduceat(
                 ends & ~ended, starts
             ),
@@ -93,13 +93,11 @@ class Audit:
             several = begun > (ids[starts] == chat.bos_token_id)  # elsewhere than at the beginning
             for place in np.flatnonzero(several).tolist():
                 several[place] = begun[place] != self._count_begun(formatted, place)
-            problems["the beginning of a text stands in it more or less often than written"] = (
-                several
-            )
-        problems["the prompt that asks for its last answer does not begin it"] = differs | (
+            problems["the number of bos_token differs from the rendered text"] = several
+        problems["the prompt of its last answer is not a prefix of the record"] = differs | (
             prompts.lengths >= columns.ids.lengths
         )
-        problems["its last answer is not trained from the end of the prompt on"] = (
+        problems["training of its last answer does not begin where the prompt ends"] = (
             _last_is_trained(formatted) & ~after
         )
         return problems
@@ -175,8 +173,9 @@ class Audit:
             found = self._trained_texts(formatted, place)
             if "".join(found) != "".join(wanted) and not self._with_leads(found, wanted):
                 raise CapasError(
-                    f"{split} record {formatted.identity(place)!r}: the trained tokens say "
-                    f"{''.join(found)[:200]!r}, and the answers are {''.join(wanted)[:200]!r}. {_DEFECT}"
+                    f"{split} record {formatted.identity(place)!r}: the trained tokens decode to "
+                    f"{''.join(found)[:200]!r}, but the answers are {''.join(wanted)[:200]!r}. "
+                    f"{_DEFECT}"
                 )
 
     def _answers(self, messages: list[Message]) -> list[str]:
@@ -249,7 +248,7 @@ def _difference(found: list[int], expected: list[int], chat: ChatFormat, called:
         return " ".join(f"{i}={chat.tokenizer.id_to_token(i)!r}" for i in near)
 
     return (
-        f"{called} are not those of the rendered text, from token {at} on; the tokenizer does something "
-        "at the borders of messages that capas does not know. Please report it with this record.\n"
-        f"  message by message: {show(found)}\n  rendered text:      {show(expected)}"
+        f"{called} differ from the ids of the rendered text from token {at} on: the tokenizer "
+        "treats message boundaries in a way that capas does not support. Please report it with "
+        f"this record.\n  message by message: {show(found)}\n  rendered text:      {show(expected)}"
     )

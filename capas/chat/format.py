@@ -185,13 +185,14 @@ class ChatFormat:
         whole = self.render(messages[: index + 1], False, tools)
         start = first_difference(prompt, whole)
         return (
-            f"the prompt that asks for message {index}, an answer, does not begin the conversation with it: "
-            f"after {whole[max(0, start - 30) : start]!r} the prompt goes on with "
-            f"{prompt[start : start + 40]!r}, the conversation with {whole[start : start + 40]!r}. A model "
-            "trained on it would be asked for it in another way. Where the prompt opens or closes a thought, "
-            "answers need one (reasoning_content, or <think> ... </think> in the content) or none, as the "
-            "template says; where only earlier answers differ, chat_template.train_on=last_assistant leaves "
-            "them untrained"
+            f"the prompt for message {index} (an answer) is not a prefix of the conversation: after "
+            f"{whole[max(0, start - 30) : start]!r} the prompt goes on with "
+            f"{prompt[start : start + 40]!r}, the conversation with {whole[start : start + 40]!r}. "
+            "The model would be prompted in another format than it was trained in. If the template "
+            "opens or closes a thought in the prompt, every answer needs a thought "
+            "(reasoning_content, or <think> ... </think> in the content), or none may have one. If "
+            "only earlier answers differ, set chat_template.train_on=last_assistant to leave them "
+            "untrained"
         )
 
     def reference_ids(
@@ -330,9 +331,10 @@ class ChatFormat:
         if lacking:
             has = sorted(text for text in known if SHAPE.fullmatch(text))
             raise CapasError(
-                f"the tokenizer in {self._files.folder} lacks control tokens that the chat template writes: "
-                f"{', '.join(lacking)}. They would be cut into ordinary pieces. Choose the chat_template of "
-                f"the model's own family; the tokenizer has: {', '.join(has[:12]) or 'none'}"
+                f"the tokenizer in {self._files.folder} lacks control tokens that the chat template "
+                f"writes: {', '.join(lacking)}. They would be split into ordinary tokens. Choose "
+                "the chat_template of the model's own family; the tokenizer has: "
+                f"{', '.join(has[:12]) or 'none'}"
             )
 
     def plan(self, messages: Messages, add_generation_prompt: bool) -> Plan:
@@ -365,7 +367,7 @@ class ChatFormat:
         rendered = self._render_placed(messages, add_generation_prompt, tools)
         if tools and rendered == self._render_placed(messages, add_generation_prompt):
             raise RecordRefusal(
-                "the chat template leaves out the tools; this family has no place for them"
+                "the chat template drops the tools: this model family does not support tools"
             )
         if (filled := plan.fill(contents)) != rendered:
             raise RecordRefusal(_rewritten(filled, rendered))
@@ -391,9 +393,10 @@ class ChatFormat:
             with suppress(TemplateRefusal):  # a conversation may not end there
                 if mark not in self._render_placed(told[: index + 1], False, tools):
                     raise RecordRefusal(
-                        f"the chat template leaves out the thought of message {index}; this family has no "
-                        "place for it: choose a model whose template knows thoughts, write it into the "
-                        "content as <think> ... </think> where the template copies contents, or leave it out"
+                        "the chat template drops the thought (reasoning_content) of message "
+                        f"{index}: this model family does not support thoughts. Choose a model "
+                        "whose template does, write the thought into the content as <think> ... "
+                        "</think>, or remove it"
                     )
         return len(dropped)
 
@@ -406,7 +409,7 @@ class ChatFormat:
         """The ids before a plain text, and the one after it."""
         end = self._files.id_of("eos_token")
         if end is None:
-            raise CapasError("the tokenizer names no eos_token, with which a plain text has to end")
+            raise CapasError("the tokenizer has no eos_token, which must end a plain text")
         bos = self.bos_token_id
         return [] if bos is None or self._bos_opens_turns else [bos], end
 
@@ -470,7 +473,7 @@ def trained_messages(messages: Messages, train_on: str) -> set[int]:
     """
     answers = [i for i, message in enumerate(messages) if message["role"] == "assistant"]
     if not answers:
-        raise RecordRefusal("no message of the assistant: there is nothing to train on")
+        raise RecordRefusal("no assistant message: there is nothing to train on")
     answers = answers[-1:] if train_on == "last_assistant" else answers
     trained = [i for i in answers if messages[i].get("train", True)]
     if not trained and train_on != "all":
@@ -486,7 +489,7 @@ def trained_messages(messages: Messages, train_on: str) -> set[int]:
 def _rewritten(expected: str, rendered: str) -> str:
     start = first_difference(expected, rendered)
     return (
-        "the chat template rewrites a content, or treats it by what it says: expected "
+        "the chat template changes message content, or branches on it: expected "
         f"{expected[start : start + 40]!r} at character {start}, the template has "
         f"{rendered[start : start + 40]!r}; such a record cannot be masked safely"
     )

@@ -39,7 +39,7 @@ class Refused:
         """Raises the refusal where none is allowed."""
         if self.policy == "error":
             raise CapasError(
-                f"{refusal}\nchat_template.refused=drop leaves such records out, within "
+                f"{refusal}\nTo drop such records: chat_template.refused=drop, with "
                 "chat_template.refused_budget_fraction"
             )
         self.count += 1
@@ -50,8 +50,8 @@ class Refused:
         if self.count > self.budget_fraction * num_records:
             first = "; ".join(f"{e['id']!r}: {e['why']}" for e in self.examples[:3])
             raise CapasError(
-                f"the chat template refuses {self.count} of {num_records} {split} records, and "
-                f"chat_template.refused_budget_fraction={self.budget_fraction} allows fewer. {first}"
+                f"the chat template refuses {self.count} of {num_records} {split} records, more "
+                f"than chat_template.refused_budget_fraction={self.budget_fraction} allows. {first}"
             )
 
 

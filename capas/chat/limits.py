@@ -156,7 +156,7 @@ class LimitedEnvironment(ImmutableSandboxedEnvironment):
 
     def _check_format(self, text: str) -> None:
         if _WIDTH.search(text):
-            raise TooMuchError(f"a format may not be so wide: {text[:60]!r}")
+            raise TooMuchError(f"a format width is too large: {text[:60]!r}")
 
     def _check_length(self, length: int) -> None:
         if length > MAX_LENGTH:
@@ -166,8 +166,7 @@ class LimitedEnvironment(ImmutableSandboxedEnvironment):
         self._num_steps += count
         if self._num_steps > MAX_STEPS:
             raise TooMuchError(
-                "its loops and calls do not come to an end within what one conversation needs "
-                f"({MAX_STEPS:,} steps)"
+                f"its loops and calls exceed {MAX_STEPS:,} steps for one conversation"
             )
 
     def _weighed(self, value: Any) -> Any:

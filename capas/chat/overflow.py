@@ -104,7 +104,7 @@ def check_overflow(splits: Iterable[Overflow]) -> None:
         way_out = f"or dataset.overflow=drop or truncate with a budget ({enough})"
     else:
         allowed = f"{beyond[0].budget_fraction:.4g} of a split"
-        facts += f" dataset.overflow={beyond[0].policy} may touch {allowed}."
+        facts += f" dataset.overflow={beyond[0].policy} is allowed for at most {allowed}."
         way_out = f"or {enough}"
     raise CapasError(f"{facts} Set dataset.max_length={longest} or more, {way_out}.")
 

@@ -109,8 +109,8 @@ class PlaceholderSource:
         characters = list(islice(free, count))
         if len(characters) < count:
             raise RecordRefusal(
-                f"the conversation uses {len(used):,} of Unicode's private characters, and {count} of them "
-                "are needed to tell its contents from the chat template's text"
+                f"the conversation uses {len(used):,} of Unicode's private-use characters; capas "
+                f"needs {count} unused ones to separate contents from template text"
             )
         return Placeholders(self._texts, characters)
 

@@ -39,7 +39,10 @@ class PlainEncoder:
             self._sure = files.build()
             self._fast = building.result() if building else None
         if self._fast and not _knows_every_character(self._sure):
-            log.info("tokenizers encodes: this vocabulary has no token for some characters")
+            log.info(
+                "encoding with tokenizers (not fastokens): this vocabulary has no token for some "
+                "characters"
+            )
             self._fast = None
 
     @property
@@ -101,7 +104,7 @@ def _import_fastokens() -> Any:
     try:
         import fastokens
     except ImportError:
-        log.info("fastokens is not installed; tokenizers gives the same ids, more slowly")
+        log.info("fastokens is not installed: encoding with tokenizers (same ids, slower)")
         return None
     return fastokens
 
@@ -111,5 +114,5 @@ def _build_fast(library: Any, spec: str) -> Any:
     try:
         return library.Tokenizer.from_json_str(spec)
     except ValueError as refusal:
-        log.info("tokenizers encodes; fastokens refuses this tokenizer: %s", refusal)
+        log.info("encoding with tokenizers: fastokens does not support this tokenizer: %s", refusal)
         return None

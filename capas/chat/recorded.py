@@ -24,7 +24,8 @@ def recorded_format(formatted: Path, tokenizer: Path) -> ChatFormat:
     )
     if found.probes_sha256() != chat["probes_sha256"]:
         raise CapasError(
-            f"{formatted}/chat_template.jinja and {tokenizer} do not encode as they did for {formatted}: the "
-            "model would be asked in another format than it was trained in. Run `dvc repro`."
+            f"{formatted}/chat_template.jinja and {tokenizer} no longer give the token ids in "
+            f"{formatted}: the model would be prompted in another format than it was trained in. "
+            "Run `dvc repro`."
         )
     return found

@@ -42,7 +42,9 @@ def compare(chat: ChatFormat, samples: Mapping[str, Sequence[Sampled]]) -> int:
                 whose.append((split, sampled.identity, "prompt" if prompts else "conversation"))
     found = _ask(chat, asked)
     if isinstance(found, str):
-        log.warning("transformers cannot load this tokenizer; no record was compared: %s", found)
+        log.warning(
+            "the check against transformers was skipped: it cannot load this tokenizer: %s", found
+        )
         return 0
     for (split, identity, part), ids, theirs in zip(whose, expected, found, strict=True):
         if ids != theirs:
@@ -62,9 +64,10 @@ def _asked(messages: list[Any], tools: Any, add_generation_prompt: bool) -> _Ask
 
 def _difference(ours: list[int], theirs: list[int] | str, chat: ChatFormat) -> str:
     told = (
-        "Who uses the tuned model would ask it in another way than it was trained. Where the tokenizer's "
-        "files disagree, save them anew, AutoTokenizer.from_pretrained(FOLDER).save_pretrained(OTHER), and "
-        "set model.model_name_or_path=OTHER; else please report it with this record"
+        "Users of the tuned model would prompt it in another format than it was trained in. If the "
+        "tokenizer's files disagree, save them again with "
+        "AutoTokenizer.from_pretrained(FOLDER).save_pretrained(OTHER) and set "
+        "model.model_name_or_path=OTHER. Otherwise please report this record"
     )
     if isinstance(theirs, str):
         return (
@@ -80,8 +83,8 @@ def _difference(ours: list[int], theirs: list[int] | str, chat: ChatFormat) -> s
         )
 
     return (
-        "its ids are not those of transformers' apply_chat_template on the tokenizer's folder; the first "
-        f"that differs is token {at}: {show(ours)} here, {show(theirs)} there. {told}"
+        f"its ids differ from those of transformers' apply_chat_template, first at token {at}: "
+        f"{show(ours)} here, {show(theirs)} in transformers. {told}"
     )
 
 

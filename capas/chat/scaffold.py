@@ -90,15 +90,17 @@ class Planner:
         found = next((name for _, name in self.find_controls(after)), None)
         if found is None:
             raise CapasError(
-                f"the chat template writes no control token after an answer (only {after!r}), so the model "
-                "would never learn to stop; let it end the assistant's turn with one, e.g. eos_token"
+                f"the chat template writes no control token after an answer (only {after!r}), so "
+                "the model would never learn to stop. End the assistant's turn in the template "
+                "with a control token, e.g. eos_token"
             )
         prompt = self.render(_mark([_QUESTION], usual), True, None)
         if not whole.startswith(prompt) and not self._asks_for_a_thought(prompt, usual):
             raise CapasError(
-                "the chat template asks for an answer in another way than it writes one: the text with "
-                f"add_generation_prompt, {usual.readable(prompt)!r}, does not begin the conversation "
-                f"{usual.readable(whole)!r}; the model would be trained on one and asked with the other"
+                "the chat template's prompt is not a prefix of its conversation: with "
+                f"add_generation_prompt it renders {usual.readable(prompt)!r}, the whole "
+                f"conversation is {usual.readable(whole)!r}. The model would be trained on one "
+                "format and prompted in another"
             )
         return found
 
@@ -280,13 +282,14 @@ def _check_each_once(order: Sequence[int], told: Messages, placeholders: Placeho
         if count != 1 and placeholders.has_mark(message["content"]):
             how = "leaves out" if count == 0 else f"writes {count} times"
             raise RecordRefusal(
-                f"the chat template {how} message {index} ({message['role']}); every message must appear "
-                "once (chat_template.system=fold keeps system text where a template has no place for it)"
+                f"the chat template {how} message {index} ({message['role']}), but every message "
+                "must appear exactly once. For a template without a system role, set "
+                "chat_template.system=fold"
             )
         if message.get("tool_calls") and order.count(index + len(told)) != 1:
             raise RecordRefusal(
-                f"the chat template leaves out the tool calls of message {index}; this family has no place "
-                "for them: choose a model whose template knows tools, or leave such records out"
+                f"the chat template drops the tool calls of message {index}: this model family does "
+                "not support tools. Choose a model whose template does, or remove such records"
             )
 
 

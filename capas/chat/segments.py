@@ -153,8 +153,9 @@ class SegmentEncoder:
         found = len([i for i, _ in owned if i in self.forbidden_ids])
         if found > plan.num_controls:
             raise CapasError(
-                f"{found - plan.num_controls} control token(s) came out of contents; the tokenizer in "
-                f"{self._folder} makes them out of ordinary pieces and cannot be used safely"
+                f"{found - plan.num_controls} control token(s) were encoded from message contents: "
+                f"the tokenizer in {self._folder} merges ordinary tokens into control tokens and "
+                "cannot be used safely"
             )
 
 

@@ -90,7 +90,7 @@ def _in_words(error: Exception) -> str:
     if isinstance(error, jinja2.TemplateError):
         return str(error)
     if isinstance(error, RecursionError):
-        return "it calls itself without end, or is nested too deep"
+        return "it recurses forever or is nested too deeply"
     return f"{type(error).__name__}: {error}" if str(error) else type(error).__name__
 
 
@@ -117,8 +117,8 @@ def parse_date(text: str) -> datetime:
         with suppress(ValueError):
             return datetime.strptime(text, form)
     raise CapasError(
-        f"chat_template.date_string={text!r} is no date, and the chat template asks for it in a format of "
-        "its own: write it like 26 Jul 2024 or 2024-07-26"
+        f"chat_template.date_string={text!r} is not a date. Write it like 26 Jul 2024 or "
+        "2024-07-26, so the chat template can format it"
     )
 
 
@@ -138,18 +138,18 @@ def place_system(messages: Messages, policy: str) -> list[dict[str, Any]]:
         return told
     if policy == "error":
         raise RecordRefusal(
-            f"message {positions[0]} has the role system, and chat_template.system is error; "
-            "chat_template.system=template or fold would keep it"
+            f"message {positions[0]} has the role system, and chat_template.system=error refuses "
+            "it. To keep it, set chat_template.system=template or fold"
         )
     leading = len(positions)
     if positions != list(range(leading)):
         raise RecordRefusal(
-            f"message {positions[-1]} has the role system in the middle of the conversation, and "
-            "chat_template.system=fold folds only what comes before the first user turn"
+            f"message {positions[-1]} has the role system in the middle of the conversation; "
+            "chat_template.system=fold only folds system messages before the first user message"
         )
     if leading == len(told) or told[leading]["role"] != "user":
         raise RecordRefusal(
-            "chat_template.system=fold finds no user turn after the system message to fold it into"
+            "chat_template.system=fold needs a user message right after the system message"
         )
     texts = [m["content"] for m in told[: leading + 1]]
     folded = "\n\n".join([text for text in texts[:-1] if text.strip()] + texts[-1:])

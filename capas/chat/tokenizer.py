@@ -46,8 +46,9 @@ class TokenizerFiles:
         self.folder = folder
         if missing := [name for name in (TOKENIZER, CONFIG) if not (folder / name).is_file()]:
             raise CapasError(
-                f"{folder} has no {' and no '.join(missing)}; capas needs a fast tokenizer. Make both with "
-                "transformers: AutoTokenizer.from_pretrained(...).save_pretrained(folder)"
+                f"{folder} has no {' and no '.join(missing)}; capas needs a fast tokenizer. Create "
+                "the files with transformers: "
+                "AutoTokenizer.from_pretrained(...).save_pretrained(folder)"
             )
         self._spec, self._model = _read_spec(folder / TOKENIZER)
         self._config = _read_config(folder)
@@ -74,12 +75,13 @@ class TokenizerFiles:
                 MODEL_TEMPLATE if n == DEFAULT else f"{MODEL_TEMPLATE}:{n}" for n in sorted(there)
             )
             raise CapasError(
-                f"chat_template.path={asked}: the tokenizer in {self.folder} brings no chat template called "
-                f"{name}; choose one that it has, chat_template.path={others}"
+                f"chat_template.path={asked}: the tokenizer in {self.folder} has no chat template "
+                f"called {name}. Set chat_template.path={others}"
             )
         raise CapasError(
-            f"chat_template.path={asked}: the tokenizer in {self.folder} brings no chat template (a base "
-            "model, perhaps); choose one: chat_template=chatml, llama3, mistral, gemma or a file in conf/"
+            f"chat_template.path={asked}: the tokenizer in {self.folder} has no chat template (is "
+            "it a base model?). Choose chat_template=chatml, llama3, mistral, gemma or a file in "
+            "conf/"
         )
 
     def _chat_templates(self) -> dict[str, str]:
@@ -95,8 +97,8 @@ class TokenizerFiles:
             named = {None: None}
         if not all(isinstance(value, str) for value in (*named, *named.values())):
             raise CapasError(
-                f"{self.folder / CONFIG}: chat_template is neither a text nor a list of objects with name "
-                "and template"
+                f"{self.folder / CONFIG}: chat_template must be a string or a list of objects with "
+                "name and template"
             )
         return named
 
@@ -173,8 +175,9 @@ class TokenizerFiles:
         for name, text in named.items():
             if text is not None and text not in texts:
                 raise CapasError(
-                    f"{self.folder / CONFIG} or {TOKENS_MAP}: {name} is {text!r}, which {TOKENIZER} does not "
-                    "have among its added tokens; these files belong to different tokenizers"
+                    f"{self.folder / CONFIG} or {TOKENS_MAP}: {name} is {text!r}, which is not "
+                    f"among the added tokens of {TOKENIZER}: the files belong to different "
+                    "tokenizers"
                 )
         return {name: text for name, text in named.items() if text is not None}
 
@@ -204,7 +207,7 @@ def _parse(text: bytes, file: Path) -> dict[str, Any]:
     try:
         spec = orjson.loads(text)
     except orjson.JSONDecodeError as error:
-        raise CapasError(f"{file} is damaged: {error}; get it again") from None
+        raise CapasError(f"{file} is damaged: {error}. Download it again") from None
     if not isinstance(spec, dict):
         raise CapasError(f"{file} must hold an object, not {type(spec).__name__}")
     return spec

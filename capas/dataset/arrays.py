@@ -38,7 +38,7 @@ def read_objects(content: TextIO, name: str, reading: Reading) -> Iterator[Any]:
         yield from _array(text, name)
         text.skip_white()
         if not text.ends:
-            raise CapasError(f"{name} goes on after its array: {show(text.ahead(40))}")
+            raise CapasError(f"{name} has text after the end of its array: {show(text.ahead(40))}")
         return
     first = text.decode(f"{name}, record 1")
     text.skip_separators()
@@ -59,7 +59,8 @@ def _array(text: "_Text", name: str) -> Iterator[Any]:
         text.skip_separators()
         if text.ends:
             raise CapasError(
-                f"{name} ends within its array, after record {number - 1}: it is cut off; get it again"
+                f"{name} is truncated: it ends inside its array, after record {number - 1}. "
+                "Download it again"
             )
         if text.at("]"):
             text.position += 1
@@ -75,8 +76,8 @@ def _held(value: Any, name: str) -> list[Any]:
     if len(lists) > 1:
         keys = ", ".join(f"{key} ({len(records)})" for key, records in lists.items())
         raise CapasError(
-            f"{name} is one object with several lists of objects: {keys}. State the key of the records in "
-            f"dataset.reading.records, e.g. {next(iter(lists))}"
+            f"{name} is one object with several lists of objects: {keys}. Name the list of records "
+            f"in dataset.reading.records, e.g. {next(iter(lists))}"
         )
     return next(iter(lists.values()), [value])
 
@@ -167,15 +168,15 @@ class _Text:
                 if not self._complete and not isinstance(error, RecursionError):
                     if len(self.buffer) - self.position > self._max:
                         raise CapasError(
-                            f"{too_large(where, self._max)}. If the records lie in a list under a key, state "
-                            "it in dataset.reading.records"
+                            f"{too_large(where, self._max)}. If the records are in a list under a "
+                            "key, set dataset.reading.records to that key"
                         ) from None
                     self.more()
                     continue
                 near = show(self.buffer[self.position : self.position + 60])
                 raise CapasError(
-                    f"{where} is not JSON: {reason(error)} of it; it begins with {near}. Mend the file: "
-                    "what stands behind it cannot be found"
+                    f"{where} is not JSON: {reason(error)} of the record, which begins with {near}. "
+                    "Fix the file: the records after it cannot be read"
                 ) from None
             if end < len(self.buffer) or self._complete:
                 self.position = end

@@ -59,16 +59,17 @@ def _function(function: Mapping[str, Any], beside: list[str], call: Any, at: str
     named = next((key for key in FUNCTIONS if key in function), "name")
     name = function.get(named)
     if not isinstance(name, str) or not name:
-        raise Flaw(BAD_CALL, at, call, f"{_FORM}; the function has no name")
+        raise Flaw(BAD_CALL, at, call, f"the function has no name; {_FORM}")
     given = [key for key in ARGUMENTS if key in function]
     if len(given) > 1:
-        advice = f"the arguments stand in it more than once: {', '.join(given)}; leave one"
+        advice = f"the call has its arguments more than once: {', '.join(given)}. Keep one of them"
         raise Flaw(BAD_CALL, at, call, advice)
     others = [*(str(key) for key in function if key not in (named, *given)), *beside]
     if not given and others:
         advice = (
-            f"the arguments of the call are not found; beside its name it has {', '.join(others)}. Name "
-            f"them arguments ({', '.join(ARGUMENTS[1:])} are read as well), {{}} where there are none"
+            f"the call has no arguments; besides its name it has {', '.join(others)}. Name the key "
+            f"arguments ({', '.join(ARGUMENTS[1:])} are accepted too); use {{}} for a call without "
+            "arguments"
         )
         raise Flaw(BAD_CALL, at, call, advice)
     renamed = {named: "name", **dict.fromkeys(given, "arguments")}

@@ -66,7 +66,7 @@ def _row(batch: pa.RecordBatch, index: int) -> Any:
             row[name] = _value(column[index])
         except (ValueError, OverflowError, ImportError) as error:
             shown = f"a value of the type {column.type}"
-            return Flaw(NOT_TEXT, name, shown, f"it cannot be read: {error}")
+            return Flaw(NOT_TEXT, name, shown, f"the value cannot be read: {error}")
     return without_nulls_of_others(row)
 
 

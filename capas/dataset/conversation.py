@@ -86,9 +86,9 @@ def _check_training(found: Mapping[str, Any]) -> None:
         value = found[key]
         if value not in (_NO if key in _DENIED else _YES):
             advice = (
-                "it says what of the record is trained; capas trains its answers, each as a whole. Say so in "
-                "its messages (train: false), or, if it means another thing, name the columns to use "
-                "(dataset.shape=columns)"
+                "this key selects what is trained, but capas trains whole answers only. Mark "
+                "messages with train: false instead. If the key means something else, name the "
+                "columns to use (dataset.shape=columns)"
             )
             raise Flaw(UNCLEAR_TRAINING, key, value, advice)
 
@@ -111,7 +111,7 @@ def _completed(found: Mapping[str, Any], roles: Mapping[str, str]) -> Any:
         if key is None:
             continue
         if len(answers) != 1 or only_key(messages[answers[0]], names, f"messages[{answers[0]}]"):
-            advice = "it stands beside the messages; put it into the answer that it belongs to"
+            advice = "the key is next to the messages; move it into its answer"
             raise Flaw(MALFORMED, key, found[key], advice)
         messages[answers[0]][key] = found[key]
     return [*_system_prompt(found, messages[0], roles), *messages]
@@ -126,7 +126,7 @@ def _system_prompt(
     if isinstance(first, Mapping) and role_of(first.get("role"), roles) == "system":
         if first.get("content") == found[key]:
             return []
-        advice = "the messages begin with another system prompt; leave one"
+        advice = "the messages begin with a different system prompt; keep one of them"
         raise Flaw(MALFORMED, key, found[key], advice)
     return [OfColumn("system", found[key], key)]
 
@@ -149,13 +149,13 @@ def check_messages(
         _check_order(i, message, checked, flaws)
     if not any(m["role"] == "assistant" and m["train"] for m in checked):
         last = checked[-1]["role"] if checked else None
-        raise Flaw(NO_ANSWER, "messages[-1].role", last, "no answer of the assistant to train on")
+        raise Flaw(NO_ANSWER, "messages[-1].role", last, "no assistant message to train on")
     return checked
 
 
 def _plain_text(checked: list[Message]) -> list[Message]:
     if len(checked) > 1:
-        advice = "a plain text stands alone in its record"
+        advice = "a plain text must be the only content of its record"
         raise Flaw(MALFORMED, "messages", checked[1]["role"], advice)
     if not checked[0]["train"]:
         raise Flaw(NO_ANSWER, "messages[0]", False, "the text is not to be trained")
@@ -167,7 +167,7 @@ def _begun(messages: list[Message], flaws: Flaws) -> list[Message]:
     start = next((i for i, m in enumerate(messages) if m["role"] != "system"), len(messages))
     if start == len(messages) or messages[start]["role"] != "assistant":
         return messages
-    advice = "the conversation begins with an answer: nothing was asked before it"
+    advice = "the conversation begins with an assistant message, without a prompt"
     flaws.allows(Flaw(ASSISTANT_FIRST, f"messages[{start}].role", "assistant", advice), SKIP)
     asked = next((i for i, m in enumerate(messages) if m["role"] == "user"), len(messages))
     return messages[:start] + messages[asked:]
@@ -184,7 +184,7 @@ def _alternating(messages: list[Message], flaws: Flaws) -> list[Message]:
             CONSECUTIVE,
             f"messages[{i}].role",
             message["role"],
-            "the message before has the same role",
+            "the previous message has the same role",
         )
         flaws.allows(flaw, MERGE, KEEP)
         if flaws.policy(CONSECUTIVE) == KEEP:
@@ -196,7 +196,9 @@ def _alternating(messages: list[Message], flaws: Flaws) -> list[Message]:
 
 def _merged(first: Message, second: Message, number: int) -> Message:
     if first["extra"] or second["extra"] or first["train"] != second["train"]:
-        advice = "cannot be merged with the message before: tool calls, or trained and not trained"
+        advice = (
+            "cannot be merged with the previous message: one has tool calls, or only one is trained"
+        )
         raise Flaw(MALFORMED, f"messages[{number}]", second["content"], advice)
     return {**first, "content": f"{first['content']}\n\n{second['content']}"}
 
@@ -204,12 +206,12 @@ def _merged(first: Message, second: Message, number: int) -> Message:
 def _check_order(number: int, message: Message, messages: list[Message], flaws: Flaws) -> None:
     before = messages[:number]
     if message["role"] == "system" and any(m["role"] != "system" for m in before):
-        advice = "a system message stands first; models know it in no other place"
+        advice = "a system message must come first; models only see system messages at the start"
         flaws.allows(Flaw(SYSTEM, f"messages[{number}].role", "system", advice), KEEP)
     if message["role"] == "tool":
         asked = next((m for m in reversed(before) if m["role"] != "tool"), None)
         if asked is None or '"tool_calls"' not in asked["extra"]:
-            advice = "a tool's message follows the tool_calls of an assistant"
+            advice = "a tool message must follow an assistant message with tool_calls"
             raise Flaw(BAD_CALL, f"messages[{number}].role", "tool", advice)
     if message["role"] == TEXT:
         advice = f"known roles: {', '.join(ROLES)}"
@@ -221,7 +223,7 @@ def _identity(identity: Any, flaws: Flaws) -> str:
     if isinstance(identity, str | int) and not isinstance(identity, bool):
         return clean(str(identity), "id", flaws)
     if identity is not None:
-        flaws.leave_out("id (neither a text nor an integer)")
+        flaws.leave_out("id (neither a string nor an integer)")
     return ""
 
 
@@ -233,6 +235,6 @@ def _tools(tools: Any, key: str, flaws: Flaws) -> str:
 
 def _metadata(metadata: Any, flaws: Flaws) -> str:
     if metadata is not None and not isinstance(metadata, Mapping):
-        flaws.leave_out("metadata (no object)")
+        flaws.leave_out("metadata (not an object)")
         return "{}"
     return json_text(metadata or {}, "metadata", flaws, sort_keys=True)

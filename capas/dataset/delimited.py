@@ -91,9 +91,9 @@ def _find_dialect(lines: Lines, file: File, reading: Reading) -> Dialect:
     separators = dict.fromkeys(d.separator for d in best)
     if len(separators) > 1:
         raise CapasError(
-            f"{file.name}, line {lines.number + 1}: {show(sample[0].rstrip())} can be read with "
-            f"{' or '.join(NAMES.get(s, s) for s in separators)} as separator; state it in "
-            f"dataset.reading.separator, e.g. '{best[0].separator}'"
+            f"{file.name}, line {lines.number + 1}: the separator of {show(sample[0].rstrip())} is "
+            f"ambiguous: {' or '.join(NAMES.get(s, s) for s in separators)}. Set it, e.g. "
+            f"dataset.reading.separator='{best[0].separator}'"
         )
     return best[0]
 
@@ -135,20 +135,22 @@ def _header(reader: Any, lines: Lines, name: str) -> list[str]:
         header = [cell.strip() for cell in next(reader)]
     except csv.Error as error:
         raise CapasError(
-            f"{name}, line {lines.number}: {show(lines.last.rstrip())} names no columns: {error}. Mend its "
-            "quotes, or state dataset.reading.separator and quote"
+            f"{name}, line {lines.number}: the header {show(lines.last.rstrip())} cannot be parsed: "
+            f"{error}. Fix its quotes, or set dataset.reading.separator and dataset.reading.quote"
         ) from None
     if any(printable(column) != column for column in header):
         raise CapasError(
-            f"{name}, line {lines.number}: {show(header)} is not UTF-8; save the file as UTF-8, or state "
-            "dataset.reading.encoding"
+            f"{name}, line {lines.number}: {show(header)} is not UTF-8; save the file as UTF-8, or "
+            "set dataset.reading.encoding"
         )
     if not any(header):
-        raise CapasError(f"{name}, line {lines.number}: {show(header)} names no column")
+        raise CapasError(
+            f"{name}, line {lines.number}: the header {show(header)} has no column names"
+        )
     twice = {column for column in header if column and header.count(column) > 1}
     if twice:
         raise CapasError(
-            f"{name}, line {lines.number}: the columns must have names of their own; twice: "
+            f"{name}, line {lines.number}: column names must be unique; duplicated: "
             f"{', '.join(sorted(map(repr, twice)))}"
         )
     return header
@@ -157,7 +159,10 @@ def _header(reader: Any, lines: Lines, name: str) -> list[str]:
 def _row(header: list[str], cells: list[str], dialect: Dialect) -> Any:
     if len(cells) != len(header):
         separator = NAMES.get(dialect.separator, dialect.separator)
-        text = f"{len(cells)} cells in a row of {len(header)} columns; quote what holds {separator}"
+        text = (
+            f"the row has {len(cells)} cells but the header {len(header)} columns; quote cells that "
+            f"contain {separator}"
+        )
         return Flaw(BAD_ROW, "", cells, text)
     named = [column or f"column {i} (without a name)" for i, column in enumerate(header, 1)]
     return {

@@ -82,7 +82,9 @@ class File:
     def open_seekable(self) -> Iterator[BinaryIO]:
         """The content for random access (parquet), which is hashed in a pass of its own."""
         if self.compression:
-            raise CapasError(f"{self.name}: parquet compresses by itself; unpack the file first")
+            raise CapasError(
+                f"{self.name}: parquet is compressed internally; decompress the file first"
+            )
         with self.open() as content:
             while content.read(BUFFER_BYTES):
                 pass
@@ -118,8 +120,8 @@ def expand(patterns: Sequence[str], path: str, root: Path) -> list[File]:
         if file.suffix not in _FORMATS[path]:
             hint = f"set dataset.path={file.format}" if file.format else f"known: {KNOWN}"
             raise CapasError(
-                f"dataset.path={path}, but {file.name} is named {file.suffix or 'without a format'}; {hint}"
-                " (each also with .gz or .zst behind it)"
+                f"dataset.path={path}, but {file.name} is named "
+                f"{file.suffix or 'without a format'}; {hint} (each also with .gz or .zst appended)"
             )
     return files
 
@@ -143,8 +145,8 @@ def _matching_here(pattern: str, root: Path) -> list[str]:
     parts = PurePosixPath(pattern).parts
     if parts[:2] != PurePosixPath(OWN).parts or ".." in parts or len(parts) < 3:
         raise CapasError(
-            f"dataset.data_files: {pattern} lies outside {OWN}, where DVC would not see an edit of it. "
-            f"Copy the file into {OWN} or link it there (ln -s FILE {OWN}/), and name it {OWN}/..."
+            f"dataset.data_files: {pattern} is outside {OWN}, so DVC would not notice edits. Copy "
+            f"the file into {OWN} or link it there (ln -s FILE {OWN}/), and name it {OWN}/..."
         )
     if (root / pattern).is_dir():
         raise CapasError(
@@ -161,16 +163,16 @@ def _check_seen(name: str, root: Path) -> None:
     linked = [folder for folder in folders if (root / folder).is_symlink()]
     if linked:
         raise CapasError(
-            f"dataset.data_files: {linked[0]} is a link to a folder, in which DVC would not see an edit; "
-            "make it a folder and link the files in it"
+            f"dataset.data_files: {linked[0]} is a link to a folder, and DVC would not notice edits "
+            "in it. Make it a real folder and link the files inside"
         )
 
 
 def _matching_urls(url: str) -> list[str]:
     if re.search(r"://[^/?#]*:[^/?#]*@", url):
         raise CapasError(
-            "dataset.data_files: a URL holds a password, which would stand in every report; give it to the "
-            "machine instead (~/.netrc, AWS_PROFILE, ...)"
+            "dataset.data_files: a URL contains a password, which every report would show. Remove "
+            "it and configure the machine instead (~/.netrc, AWS_PROFILE, ...)"
         )
     path = url.split("://")[1].partition("/")[2].split("?")[0]
     if not re.search(r"[*\[]", path):

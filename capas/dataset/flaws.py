@@ -30,7 +30,7 @@ WAYS_OUT = {
     INVALID_TEXT: "replace (by U+FFFD) or drop",
     CONSECUTIVE: "merge, keep or drop",
     SYSTEM: "keep or drop",
-    ASSISTANT_FIRST: "skip (the messages before the first one of the user) or drop",
+    ASSISTANT_FIRST: "skip (the messages before the first user message) or drop",
 }
 log = logging.getLogger("capas")
 NUM_EXAMPLES = 20  # shown of each reason
@@ -129,7 +129,7 @@ class Flaws:
             log.info("repaired: %s", counts)
         if self.left_out:
             counts = ", ".join(f"{key} {count}" for key, count in self.left_out.most_common())
-            log.info("columns and keys that are not used, and how often they occurred: %s", counts)
+            log.info("unused columns and keys, with their counts: %s", counts)
 
     def check(self) -> None:
         """Raises CapasError with every kind of flaw that is an error, or where too much was dropped."""
@@ -145,14 +145,15 @@ class Flaws:
             ]
             raise CapasError(
                 f"{num_dropped} of {self.num_read} records were dropped ({counts}), more than "
-                f"dataset.flaw_budget_fraction={self._budget:g} allows. Mend them, or raise the budget to at "
-                f"least {num_dropped / self.num_read:.6g}. The first of them:\n" + "\n".join(first)
+                f"dataset.flaw_budget_fraction={self._budget:g} allows. Fix the records, or raise "
+                f"the budget to at least {num_dropped / self.num_read:.6g}. The first:\n"
+                + "\n".join(first)
             )
 
     def _refusal(self) -> str:
         """Every kind with its count, the first record in full and the places of some more."""
         kinds = [kind for kind in WAYS_OUT if kind in self.refused]
-        budget = "what is dropped must stay within dataset.flaw_budget_fraction"
+        budget = "dropped records count against dataset.flaw_budget_fraction"
         if self.refused.total() == 1:
             way_out = f"Or set dataset.flaws.{kinds[0]} to {WAYS_OUT[kinds[0]]}; {budget}"
             return f"{sentence(self.examples[kinds[0]][0])}.\n{way_out}"
@@ -164,7 +165,7 @@ class Flaws:
                 more = "" if self.refused[kind] <= NUM_PLACES else ", ..."
                 lines.append(f"    Likewise {'; '.join(map(location, others))}{more}")
             lines.append(f"    Or set dataset.flaws.{kind} to {WAYS_OUT[kind]}")
-        return "\n".join([*lines, f"Mend them; {budget}."])
+        return "\n".join([*lines, f"Fix the records; {budget}."])
 
 
 def sentence(example: Mapping[str, Any]) -> str:

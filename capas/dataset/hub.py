@@ -54,9 +54,9 @@ def read_split(
     """
     if revision is None or not is_commit(revision):
         raise CapasError(
-            f"{key}.revision={revision or 'null'} does not name a commit of {path}; a branch moves. "
-            "`dvc repro compose` asks the Hub once and records the commit in conf/revisions.yaml. (A file is "
-            "named in data_files.)"
+            f"{key}.revision={revision or 'null'} is not a commit of {path}; a branch can move. "
+            "`dvc repro compose` resolves it once and pins the commit in conf/revisions.yaml. (For "
+            "a file, set data_files.)"
         )
     repository = Repository("dataset", path, f"{key}.path")
     names = _file_names(repository, revision)
@@ -126,9 +126,9 @@ def _refuse_script(repository: Repository, names: list[str]) -> None:
     script = f"{PurePosixPath(repository.name).name}.py"
     if script in names:
         raise CapasError(
-            f"{repository.key}={repository.name} is read by a program of its own, {script}, which capas does "
-            "not run. Look for a revision that has data files (often the branch refs/convert/parquet), or "
-            "download the data and name the files."
+            f"{repository.key}={repository.name} needs its own loading script {script}, which capas "
+            "does not run. Use a revision with data files (often the branch refs/convert/parquet), "
+            "or download the data and name the files in dataset.data_files."
         )
 
 

@@ -82,11 +82,11 @@ def check_message(message: Any, at: str, flaws: Flaws, roles: Mapping[str, str])
         raise Flaw(NOT_TEXT, where, content, f"give it as text{key}")
     if role in ("assistant", TEXT) and not content.strip() and "tool_calls" not in extra:
         advice = (
-            "an empty answer would teach the model to say nothing; leave the turn or the record out"
+            "an empty answer would train the model to say nothing; remove the turn or the record"
         )
         raise Flaw(EMPTY_ANSWER, where, message.get("content"), advice)
     if role == "user" and not content.strip() and _is_cell(message):
-        flaws.allows(Flaw(EMPTY_QUESTION, where, message["content"], "nothing is asked"), KEEP)
+        flaws.allows(Flaw(EMPTY_QUESTION, where, message["content"], "the prompt is empty"), KEEP)
     return {
         "role": role,
         "content": clean(content, where, flaws),
@@ -103,7 +103,7 @@ def _role(message: Mapping[str, Any], at: str, roles: Mapping[str, str]) -> str:
     given = message.get("role")
     role = TEXT if given == TEXT else role_of(given, roles)
     if role not in (*ROLES, TEXT):
-        advice = f"known roles: {', '.join(ROLES)}, and what dataset.roles maps to them"
+        advice = f"known roles: {', '.join(ROLES)}, plus the names mapped in dataset.roles"
         raise Flaw(UNKNOWN_ROLE, place_of(message, "role", at), given, advice)
     return role
 
@@ -128,7 +128,7 @@ def _part(part: Any, at: str, flaws: Flaws) -> str:
         return part
     kind = part.get("type", "text") if isinstance(part, Mapping) else None
     if kind not in ("text", "input_text", "output_text"):
-        advice = "a part that is no text cannot be trained on; leave it or the record out"
+        advice = "capas trains on text only; remove this part or the record"
         raise Flaw(NOT_TEXT, at, part if kind is None else f"a part of the type {kind}", advice)
     if not isinstance(part.get("text"), str):
         raise Flaw(NOT_TEXT, f"{at}.text", part.get("text"), "give it as text")
@@ -147,7 +147,12 @@ def _extra(role: str, message: Mapping[str, Any], at: str, flaws: Flaws) -> dict
         if (key := only_key(message, names, at)) is not None:
             where, value = place_of(message, key, at), given.pop(key)
             if role != "assistant":
-                raise Flaw(MALFORMED, where, value, f"only an answer has {target}, not {role}")
+                raise Flaw(
+                    MALFORMED,
+                    where,
+                    value,
+                    f"only assistant messages may have {target}, not {role} messages",
+                )
             given[target] = check_calls(value, where) if target == "tool_calls" else value
     extra = {key: given[key] for key in kept if given.get(key) not in (None, [], "")}
     for name in [key for key in extra if key != "tool_calls"]:
@@ -167,7 +172,7 @@ def only_key(values: Mapping[str, Any], names: tuple[str, ...], at: str) -> str 
     given = [key for key in names if key in values and values[key] not in (None, "", [])]
     if len(given) > 1 and any(values[key] != values[given[0]] for key in given):
         field = ".".join(filter(None, (at, given[1])))
-        advice = f"{' and '.join(given)} mean the same and hold different things; leave one"
+        advice = f"{' and '.join(given)} are synonyms but have different values; keep one of them"
         raise Flaw(MALFORMED, field, values[given[1]], advice)
     return given[0] if given else None
 
@@ -178,18 +183,18 @@ def _trained(role: str, message: Mapping[str, Any], at: str) -> bool:
     for key in [key for key in _TRAINING if message.get(key) is not None]:
         value, where = message[key], place_of(message, key, at)
         if key in UNCLEAR:
-            advice = "its meaning differs from tool to tool; say train: true or false"
+            advice = "this key is ambiguous between tools; use train: true or train: false"
             raise Flaw(UNCLEAR_TRAINING, where, value, advice)
         if not isinstance(value, bool | int | float) or value not in (0, 1):
             advice = "give true or false (1 or 0): an answer is trained as a whole or not at all"
             raise Flaw(UNCLEAR_TRAINING, where, value, advice)
         told[key] = bool(value) != (key in UNTRAINED)
         if told[key] and role not in ("assistant", TEXT):
-            advice = f"a message of the role {role} is never trained; leave the key out or deny it"
+            advice = f"{role} messages are never trained; remove the key or set it to false"
             raise Flaw(UNCLEAR_TRAINING, where, value, advice)
     if len(set(told.values())) > 1:
         key = next(key for key in told if told[key])
-        advice = f"{' and '.join(told)} contradict each other; leave one"
+        advice = f"{' and '.join(told)} contradict each other; keep one of them"
         raise Flaw(UNCLEAR_TRAINING, place_of(message, key, at), message[key], advice)
     return role not in ("assistant", TEXT) or all(told.values())
 
@@ -204,7 +209,9 @@ def clean(text: str, field: str, flaws: Flaws) -> str:
         start = error.start
         byte = ord(text[start]) - 0xDC00
         what = f"byte 0x{byte:02X}" if 0x80 <= byte <= 0xFF else "half of a surrogate pair"
-        advice = f"character {start + 1} is {what}: no UTF-8; repair it, or save the file as UTF-8"
+        advice = (
+            f"character {start + 1} is {what}, which is not valid UTF-8; save the file as UTF-8"
+        )
         shown = text[max(0, start - 20) : start + 20]
         flaws.allows(Flaw(INVALID_TEXT, field, shown, advice), REPLACE)
         return _SURROGATE.sub("\ufffd", text)

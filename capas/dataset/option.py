@@ -83,8 +83,9 @@ class Option:
         if (replaced or changes) and not force:
             found = [*(f"{place} has other content" for place in replaced), *changes]
             raise CapasError(
-                f"the name {self.name} is taken, and nothing was written: {'; '.join(found)}\n"
-                "Write another option: --name NAME. Replace this one: --force"
+                f"an option named {self.name} exists already, nothing was written: "
+                f"{'; '.join(found)}\nTo write another option: --name NAME. To replace this one: "
+                "--force"
             )
         lines = []
         for file, place in copies.items():
@@ -155,7 +156,8 @@ def _merged(key: str, old: Any, new: Any) -> Any:
 def _checked(name: str, root: Path) -> str:
     if not options.is_name(name):
         raise CapasError(
-            f"--name {name}: a name begins with a letter and holds letters, digits, . _ and - alone"
+            f"--name {name}: a name must begin with a letter and may contain letters, digits, . "
+            "_ and -"
             + (f"; --name {plain} would do" if options.is_name(plain := _plain(name)) else "")
         )
     if name.casefold() in _shipped(root):
@@ -168,7 +170,7 @@ def _name_from(file: Path, root: Path) -> str:
     name = _plain(file.name.removesuffix(_suffix(file)))
     if not name:
         raise CapasError(
-            f"{file}: its name has no letter for the name of an option; add --name NAME"
+            f"{file}: the file name has no letter to name the option after; add --name NAME"
         )
     if not options.is_name(name):  # a number, or `true`
         name = f"data_{name}"

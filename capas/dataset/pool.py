@@ -165,11 +165,11 @@ class Pool:
             CapasError: a record has a flaw whose policy is an error, or too many were dropped.
         """
         self.read(parts)
-        log.info("%d records read, %d of them are right", self._flaws.num_read, len(self))
+        log.info("%d records read, %d valid", self._flaws.num_read, len(self))
         self._flaws.tell()
         self._flaws.check()
         if not len(self):
-            raise CapasError("the sources of dataset hold no record")
+            raise CapasError("the dataset's sources contain no records")
 
     def read(self, parts: Iterable[tuple[Part, Iterable[Row]]]) -> None:
         """Read, check and write every row; records with a flaw are left out and counted."""
@@ -243,7 +243,7 @@ def _chunks(parts: Iterable[tuple[Part, Iterable[Row]]]) -> Iterator[Chunk]:
         for row in rows:
             length, depth = _extent(row.value)
             if depth > MAX_DEPTH:
-                advice = f"JSON of more than {MAX_DEPTH} levels is no conversation"
+                advice = f"JSON nested deeper than {MAX_DEPTH} levels is not a conversation"
                 row = replace(row, value=Flaw(MALFORMED, "record", show(row.value), advice))
             some.append(row)
             size += length

@@ -35,7 +35,8 @@ def format_of(file: Path) -> str:
     found = File(file.name, file.parent).format
     if found is None:
         raise CapasError(
-            f"{file}: the name says no known format; known are {KNOWN}, each also with .gz or .zst behind it"
+            f"{file}: unknown format; the file name must end with {KNOWN}, each also with .gz "
+            "or .zst appended"
         )
     return found
 
@@ -75,8 +76,9 @@ def propose_columns(there: Sequence[str], stated: Mapping[str, Any] | None) -> d
         user, assistant = there
     if user is None or assistant is None or user == assistant:
         raise CapasError(
-            f"the columns are {', '.join(map(repr, there)) or 'none'}: which of them hold question and "
-            "answer? Name them: capas check FILE 'dataset.columns={user: pregunta, assistant: respuesta}'"
+            "cannot tell which columns hold question and answer: "
+            f"{', '.join(map(repr, there)) or 'none'}. Name them: capas check FILE "
+            "'dataset.columns={user: pregunta, assistant: respuesta}'"
         )
     context = _first([name for name in there if name not in (user, assistant)], CONTEXTS)
     columns: dict[str, Any] = {"user": [user, context] if context else user, "assistant": assistant}

@@ -108,8 +108,8 @@ def _whole(text: TextIO, file: File, reading: Reading) -> Iterator[tuple[int, st
     if len(document) > reading.max_record_characters:
         raise CapasError(
             too_large(f"{file.name}, line 1", reading.max_record_characters)
-            + f", or set dataset.reading.documents={BLANK_LINES}: a document is then what stands between "
-            "blank lines"
+            + f", or set dataset.reading.documents={BLANK_LINES}: blank lines then separate the "
+            "documents"
         )
     yield 1, document
 

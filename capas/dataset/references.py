@@ -27,8 +27,8 @@ def read_references(dataset: Params, root: Path) -> list[str]:
     """
     if elsewhere := [s.path for s in sources_of(dataset, root) if s.path not in FORMATS]:
         raise CapasError(
-            f"evaluation.metrics=auto looks into files of data/own, and dataset.path is {elsewhere[0]}: "
-            "choose one of conf/evaluation/, as in evaluation=text"
+            f"evaluation.metrics=auto needs files in data/own, but dataset.path is {elsewhere[0]}. "
+            "Choose one of conf/evaluation/, e.g. evaluation=text"
         )
     messages = read_messages(dataset, root)
     answers = (m[-1]["content"] for m in messages if m[-1]["role"] == "assistant")

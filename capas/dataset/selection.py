@@ -92,7 +92,7 @@ class Selection:
             others = (labels == labels[index]) & self.stays
             others[index] = False
             if others.any():
-                whys[index] = f"nearly as {self.pool.location(int(others.argmax()))}"
+                whys[index] = f"near-duplicate of {self.pool.location(int(others.argmax()))}"
         return self.pool.examples(whys)
 
     def _examples(self, reason: str, marks: Marks) -> list[dict[str, Any]]:
@@ -137,11 +137,11 @@ def _near_duplicates(pool: Pool, dataset: Params) -> Groups | None:
     if len(pool) > MAX_RECORDS:
         if dataset.split_by == CLUSTER:
             raise CapasError(
-                f"dataset.split_by=cluster compares questions with each other, and {len(pool)} records are "
-                f"too many for that ({MAX_RECORDS} at most): set split_by: prompt, or give a test file of "
-                "its own in dataset.data_files"
+                "dataset.split_by=cluster compares all questions and supports at most "
+                f"{MAX_RECORDS} records, but there are {len(pool)}. Set split_by: prompt, or name a "
+                "test file in dataset.data_files"
             )
-        log.info("near-duplicates are not looked for: more than %d records", MAX_RECORDS)
+        log.info("near-duplicates are not searched: more than %d records", MAX_RECORDS)
         return None
     return similar_groups(list(pool.questions()), dataset.near_duplicate_similarity)
 
@@ -236,9 +236,9 @@ def _check_splits(selection: Selection, split_by: str) -> None:
         largest = int(selection.groups.sizes.max(initial=0))
         if largest > max(1, sum(counts.values()) / 2):
             raise CapasError(
-                f"no record is left for {' and '.join(empty)}: {largest} of {len(selection.pool)} records "
-                "ask nearly the same, and dataset.split_by=cluster keeps them in one split. Set split_by: "
-                "prompt, or raise dataset.near_duplicate_similarity"
+                f"no record is left for {' and '.join(empty)}: {largest} of {len(selection.pool)} "
+                "records are near-duplicates, and dataset.split_by=cluster keeps them in one "
+                "split. Set split_by: prompt, or raise dataset.near_duplicate_similarity"
             )
     if empty:
         key = "max_records" if BEYOND in selection.dropped else f"{empty[0]}_fraction"

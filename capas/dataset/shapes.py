@@ -60,8 +60,8 @@ def recognise(value: Mapping[str, Any]) -> str:
             return shape
     known = "; ".join(f"{shape}: {', '.join(columns)}" for shape, columns in SIGNS.items())
     advice = (
-        f"no known shape has these columns ({known}); name yours in dataset.columns, as "
-        "{user: pregunta, assistant: respuesta}, with dataset.shape=columns"
+        f"no known shape has these columns ({known}); set dataset.shape=columns and name them in "
+        "dataset.columns, e.g. {user: pregunta, assistant: respuesta}"
     )
     raise Flaw(MISSING_COLUMN, "columns", sorted(map(str, value)), advice)
 
@@ -91,7 +91,7 @@ def check_columns(there: Iterable[str], shape: str, columns: Columns, key: str, 
         meant = f"; did you mean {close[0]!r}?" if close else ""
         stated = f"{key}.columns" if shape == "columns" else f"{key}.shape={shape}"
         raise CapasError(
-            f"{where}: column {name!r}, which {stated} needs, does not exist; columns are "
+            f"{where}: column {name!r}, needed by {stated}, does not exist; the columns are "
             f"{', '.join(map(repr, known)) or 'none'}{meant}"
         )
 
@@ -163,7 +163,7 @@ def _turn(turn: Any, at: str, roles: Mapping[str, str]) -> Found:
     speaker = turn.get("from")
     role = role_of(speaker, roles)
     if role is None:
-        advice = f"known roles: {', '.join(ROLES)}, and what dataset.roles maps to them"
+        advice = f"known roles: {', '.join(ROLES)}, plus the names mapped in dataset.roles"
         raise Flaw(UNKNOWN_ROLE, f"{at}.from", speaker, advice)
     rest = {key: value for key, value in turn.items() if key not in ("from", "value")}
     for key in ("role", "content"):  # from and value say it; these are counted as left out
@@ -286,7 +286,7 @@ def _unmapped(row: Mapping[str, Any], used: set[str]) -> Found:
 def _mapped_id(identity: Any, column: str) -> Any:
     if identity is None or (isinstance(identity, str | int) and not isinstance(identity, bool)):
         return identity
-    raise Flaw(NOT_TEXT, column, identity, "an id is a text or an integer")
+    raise Flaw(NOT_TEXT, column, identity, "an id must be a string or an integer")
 
 
 def _names(names: str | list[str]) -> list[str]:
@@ -300,7 +300,7 @@ def _cell(row: Mapping[str, Any], name: str) -> Any:
     value: Any = row
     for part in name.split("."):
         if not isinstance(value, Mapping) or part not in value:
-            advice = f"there is no such column (dataset.columns names {name})"
+            advice = f"no such column (dataset.columns names {name})"
             raise Flaw(MISSING_COLUMN, "columns", sorted(map(str, row)), advice)
         value = value[part]
     return value

@@ -78,7 +78,8 @@ class Source:
         yield from self._checked(read_rows(file, self.reading), file.name)
         if file.num_cut:
             log.info(
-                "%s: %d texts longer than dataset.reading.max_characters=%d cut into %d at paragraphs",
+                "%s: %d texts longer than dataset.reading.max_characters=%d split into %d "
+                "records at paragraphs",
                 *(file.name, file.num_cut, self.reading.max_characters, file.num_pieces),
             )
 
@@ -104,9 +105,10 @@ class Source:
         found = url_revision(self.data_files) if any(map(is_url, names)) else None
         if found != self.revision:
             raise CapasError(
-                f"{self.key}.revision={self.revision or 'null'}, but what {', '.join(names)} holds now has "
-                f"the revision {found or 'null'} (a URL is pinned by its content; a file in data/own has "
-                f"no pin). To use it as it is now, set revision: {found or 'null'}"
+                f"{self.key}.revision={self.revision or 'null'}, but the content of "
+                f"{', '.join(names)} has the revision {found or 'null'} (URLs are pinned by "
+                "content; files in data/own are not pinned). To use the current content, set "
+                f"revision: {found or 'null'}"
             )
 
     def _of_hub(self) -> Iterator[tuple[str, Iterator[Row]]]:

@@ -29,8 +29,8 @@ _NOT_CP1252 = re.compile(rb"[\x81\x8d\x8f\x90\x9d]")
 _OTHERS = {
     b"PK\x03\x04": "a ZIP archive or an Excel workbook; save its table as CSV",
     b"\xd0\xcf\x11\xe0": "an old Excel workbook; save its table as CSV",
-    b"\x1f\x8b": "packed by gzip; put .gz behind its name",
-    b"(\xb5/\xfd": "packed by zstd; put .zst behind its name",
+    b"\x1f\x8b": "compressed with gzip; add .gz to its name",
+    b"(\xb5/\xfd": "compressed with zstd; add .zst to its name",
     b"PAR1": "parquet; name it .parquet and set dataset.path=parquet",
 }
 
@@ -69,12 +69,12 @@ def open_text(file: File, reading: Reading, is_table: bool) -> Iterator[TextIO]:
             text.detach()
         except UnicodeError as error:
             raise CapasError(
-                f"{file.name} cannot be read as {encoding}: {error}. State its encoding in "
-                "dataset.reading.encoding (utf-8, utf-16, cp1252, ...)"
+                f"{file.name} cannot be read as {encoding}: {error}. Set dataset.reading.encoding "
+                "(utf-8, utf-16, cp1252, ...)"
             ) from None
         except LookupError:
             raise CapasError(
-                f"dataset.reading.encoding={encoding} is no encoding that Python knows (utf-8, utf-16, "
+                f"dataset.reading.encoding={encoding} is not a Python encoding (utf-8, utf-16, "
                 "cp1252, latin-1, ...)"
             ) from None
 
@@ -94,7 +94,8 @@ def _find_encoding(file: File, is_table: bool) -> str:
         if not is_table or not _is_cp1252(content):
             return UTF8
     log.warning(
-        "%s is not UTF-8: read as %s (Windows, Excel). State dataset.reading.encoding if it is another",
+        "%s is not UTF-8: read as %s (Windows, Excel). If this is wrong, set "
+        "dataset.reading.encoding",
         *(file.name, CP1252),
     )
     return CP1252
@@ -166,9 +167,9 @@ class Lines:
 
 def too_large(where: str, max_characters: int) -> str:
     return (
-        f"{where}: the record that begins here has more than {max_characters:,} characters, which "
-        "dataset.reading.max_record_characters allows. Is a quote not closed, or is it another kind of file? "
-        "Otherwise raise it"
+        f"{where}: the record that begins here is longer than "
+        f"dataset.reading.max_record_characters={max_characters}. Look for an unclosed quote or a "
+        "wrong file format; otherwise raise the limit"
     )
 
 

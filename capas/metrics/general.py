@@ -24,7 +24,7 @@ def format_questions(file: Path, chat: ChatFormat) -> list[dict[str, Any]]:
     lines = file.read_text(encoding="utf-8").splitlines()
     records = [_formatted(f"{file}, line {i}", line, chat) for i, line in enumerate(lines, 1)]
     if not records:
-        raise CapasError(f"{file} is empty; get it back with `git checkout {file}`")
+        raise CapasError(f"{file} is empty. Restore it: git checkout {file}")
     return records
 
 
@@ -36,7 +36,7 @@ def _formatted(place: str, line: str, chat: ChatFormat) -> dict[str, Any]:
         encoded = chat.encode([{"role": m["role"], "content": m["content"]} for m in messages])
     except (ValueError, TypeError, LookupError) as error:
         raise CapasError(
-            f"{place} is no conversation with id and messages: {type(error).__name__}: {error}"
+            f"{place} is not a conversation with id and messages: {type(error).__name__}: {error}"
         ) from None
     except CapasError as error:
         raise CapasError(f"{place}: {error}") from None

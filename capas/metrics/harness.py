@@ -40,8 +40,8 @@ def read_tasks(tasks: list[str], include_path: str | None, root: Path) -> dict[s
         found = version(PACKAGE)
     except PackageNotFoundError:
         raise CapasError(
-            f"{KEY}.tasks={tasks} needs the lm-evaluation-harness, which is not installed: "
-            "pip install -e '.[harness]'. Or set it to []"
+            f"{KEY}.tasks={tasks} needs the lm-evaluation-harness, which is not installed: pip "
+            f"install -e '.[harness]'. Or set {KEY}.tasks=[]"
         ) from None
     return {"version": found, "files": _texts(include_path, root) if include_path else {}}
 
@@ -51,20 +51,20 @@ def _texts(include_path: str, root: Path) -> dict[str, str]:
     inside = any(path.is_relative_to(f) and path != PurePosixPath(f) for f in FOLDERS)
     if not inside or ".." in path.parts:
         raise CapasError(
-            f"{given}: keep the tasks in a folder of {' or '.join(FOLDERS)}, so that an edit of them reruns "
+            f"{given}: move the tasks into a folder in {' or '.join(FOLDERS)}, so that edits rerun "
             "the evaluation"
         )
     folder = root / path
     if not folder.is_dir():
-        raise CapasError(f"{given}: there is no such folder")
+        raise CapasError(f"{given}: no such folder")
     files = sorted(f for f in folder.rglob("*") if f.is_file() and "__pycache__" not in f.parts)
     if not any(file.suffix == ".yaml" for file in files):
-        raise CapasError(f"{given}: it holds no task; one is a file NAME.yaml")
+        raise CapasError(f"{given}: no task found; a task is a file NAME.yaml")
     try:
         return {f.relative_to(folder).as_posix(): f.read_text(encoding="utf-8") for f in files}
     except UnicodeDecodeError as error:
         raise CapasError(
-            f"{given}: a file is no text in UTF-8 (data: JSON, CSV): {error}"
+            f"{given}: a file is not UTF-8 text (data must be JSON or CSV): {error}"
         ) from None
 
 
@@ -150,8 +150,9 @@ def _run(subject: Any, tasks: Any, settings: Params, seed: int) -> dict[str, Any
         )
     except (OSError, ValueError, ImportError) as error:
         raise CapasError(
-            f"{KEY}.tasks={names}: {error}. Stages are offline; what a task takes from the Hub must lie in "
-            f"its cache: run `lm_eval run --model dummy --tasks {','.join(names)} --limit 1` before"
+            f"{KEY}.tasks={names}: {error}. Stages are offline, so the task's data must already be "
+            f"in the Hub's cache. Run `lm_eval run --model dummy --tasks {','.join(names)} --limit "
+            "1` first"
         ) from error
     return found
 

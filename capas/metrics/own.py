@@ -47,12 +47,11 @@ def _text(metric: str, file: str, root: Path) -> str:
     inside = [folder for folder in FOLDERS if path.is_relative_to(folder)]
     if not inside or ".." in path.parts:
         raise CapasError(
-            f"{given}: keep the file in {' or '.join(FOLDERS)}, so that an edit of it reruns the evaluation"
+            f"{given}: move the file into {' or '.join(FOLDERS)}, so that edits rerun the "
+            "evaluation"
         )
     if any((root / parent).is_symlink() for parent in path.parents):
-        raise CapasError(
-            f"{given}: a folder on the way is a link, in which DVC would not see an edit"
-        )
+        raise CapasError(f"{given}: a parent folder is a link, so DVC would not notice edits")
     if not (root / file).is_file():
         raise CapasError(f"{given}: there is no {file}")
     try:
@@ -65,7 +64,9 @@ def _parsed(metric: str, file: str, source: str) -> ast.Module:
     try:
         return ast.parse(source, file)
     except (SyntaxError, ValueError) as error:
-        raise CapasError(f"evaluation.metrics: {metric}: {file} is no Python: {error}") from None
+        raise CapasError(
+            f"evaluation.metrics: {metric}: {file} is not valid Python: {error}"
+        ) from None
 
 
 def _check_defined(metric: str, name: str, module: ast.Module) -> None:
@@ -103,7 +104,8 @@ class OwnMetric:
         score = _number(value)
         if score is None:
             raise CapasError(
-                f"{where}: it returned {value!r}; a score is a number from 0 to 1, True or False"
+                f"{where}: the function returned {value!r}; it must return a number from 0 to "
+                "1, True or False"
             )
         return score
 
@@ -132,7 +134,8 @@ def load_functions(metrics: Sequence[str], sources: Mapping[str, str]) -> dict[s
         file, _, name = metric.rpartition(":")
         if file not in sources:
             raise CapasError(
-                f"evaluation.metrics: {metric}: compose has not copied {file}; run `dvc repro compose`"
+                f"evaluation.metrics: {metric}: {file} has not been copied by compose. Run `dvc "
+                "repro compose`"
             )
         if file not in modules:
             modules[file] = _executed(metric, file, sources[file])

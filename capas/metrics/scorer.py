@@ -82,7 +82,7 @@ def _check_numbers(rows: Iterable[Row]) -> None:
     lost = [row for row in rows if last_number(row["reference"]) is None]
     if lost:
         raise CapasError(
-            f"evaluation.metrics: final_number: the reference of test record {lost[0]['id']} holds no number "
-            f"({lost[0]['reference'][:80]!r}; {len(lost)} such records). Choose another metric, or take them "
-            "out of the data."
+            f"evaluation.metrics: final_number: the reference of test record {lost[0]['id']} has no "
+            f"number ({lost[0]['reference'][:80]!r}; {len(lost)} such records). Choose another "
+            "metric, or remove these records."
         )

@@ -54,7 +54,7 @@ def problems(
         yield Problem(
             key,
             "true",
-            f"{key}=true needs points that differ in chat_template alone, two at least: "
+            f"{key}=true needs at least two trials that differ only in chat_template: "
             "python stages/sweep.py -m sweep=templates chat_template=llama3,chatml",
         )
     elif not points[0].values["evaluation"]["metrics"]:

@@ -38,7 +38,7 @@ from capas.worktree import git
 log = logging.getLogger("capas")
 _STARTS = 3
 _LOST = (
-    "its process was killed; was there too little memory? Fewer at once: hydra.launcher.n_jobs=1"
+    "its process was killed, possibly out of memory. To run fewer at once: hydra.launcher.n_jobs=1"
 )
 
 
@@ -59,7 +59,7 @@ def run(home: Path, words: list[str], multirun: bool) -> int:
             return _run(plan, task, multirun)
     except BusyError as busy:
         raise CapasError(
-            f"this sweep is running already (pid {busy.text}); wait for it, or stop it"
+            f"this sweep is already running (pid {busy.text}). Wait for it or stop it"
         ) from None
 
 
@@ -95,8 +95,8 @@ def _run(plan: Plan, task: Task, multirun: bool) -> int:
         screen.console.print(f"the trials in MLflow: {address}", markup=False, soft_wrap=True)
     if failed:
         screen.console.print(
-            f"\n{len(failed)} of {len(states)} points failed, see above and {plan.folder / 'logs'}. "
-            "The same command runs these again, and nothing else.",
+            f"\n{len(failed)} of {len(states)} trials failed, see above and {plan.folder / 'logs'}. "
+            "The same command runs only these again.",
             markup=False,
         )
     if refusal:
@@ -125,9 +125,9 @@ def _check_machine(home: Path, task: Task, points: list[Point]) -> None:
     reads = read_by(home)
     missing = list(dict.fromkeys(p for point in points for p in lacking(point.values, reads)))
     if missing and runs_here(task.launcher):
-        raise refused(missing, "no point was run")
+        raise refused(missing, "no trial was run")
     for problem in missing:
-        log.warning("this machine lacks it, the launcher's may have it: %s", problem)
+        log.warning("this machine lacks it, but the launcher's machine may have it: %s", problem)
 
 
 def _outlook(plan: Plan, task: Task, left: list[Point], before: list[State]) -> str:
@@ -186,7 +186,7 @@ def launch(plan: Plan, task: Task, multirun: bool) -> str:
         for state in lost:
             starts[state.identity] += 1
             if starts[state.identity] < _STARTS:
-                log.warning("%s: its process was killed; it is started again", state.name)
+                log.warning("%s: its process was killed; starting it again", state.name)
                 (plan.points / f"{state.identity}.json").unlink()
             else:
                 reason = "\n".join([_LOST, *said.splitlines()[-1:]])
@@ -228,15 +228,15 @@ def show(home: Path) -> None:
         console.print(table)
     experiments = git(home, "for-each-ref", "--format=%(refname)", "refs/exps/*/*/*").split()
     sizes = {
-        "sweeps, less what is linked": (home / FOLDER, _own_bytes(home / FOLDER)),
+        "sweeps (without hard links)": (home / FOLDER, _own_bytes(home / FOLDER)),
         "DVC's cache": (cache_of(home), _bytes(cache_of(home))),
     }
-    console.print(f"experiments of DVC: {len(experiments)} (dvc exp show)", markup=False)
+    console.print(f"DVC experiments: {len(experiments)} (dvc exp show)", markup=False)
     for name, (folder, size) in sizes.items():
         console.print(f"{name}: {_size(size)} in {folder}", markup=False)
     console.print(
-        "Workspaces and logs: --clean. Experiments: dvc exp remove NAME. What no experiment and no commit "
-        "needs any more: dvc gc --workspace --all-commits --all-experiments",
+        "To remove workspaces and logs: --clean. Experiments: dvc exp remove NAME. Unused cache: "
+        "dvc gc --workspace --all-commits --all-experiments",
         markup=False,
     )
 
@@ -256,9 +256,9 @@ def clean(home: Path) -> None:
     if not running:
         for folder in (home / FOLDER).glob("*"):
             freed += _remove(folder)
-    log.info("%s freed; the experiments are still there: dvc exp show", _size(freed))
+    log.info("freed %s; the experiments are kept: dvc exp show", _size(freed))
     if running:
-        log.info("%d sweeps are running; theirs was left alone", running)
+        log.info("%d sweeps are running; their files were kept", running)
 
 
 def _plans(home: Path) -> Iterator[Plan]:

@@ -51,7 +51,7 @@ def seconds_of_all(
         return 0.0, "nothing to run"
     rounds = math.ceil(len(points) / at_once) / len(points)
     if (mean := _of_like(points, before)) is not None:
-        return mean * len(points) * rounds, "earlier points"
+        return mean * len(points) * rounds, "earlier trials"
     found = _of_stages(plan, points, base)
     return None if found is None else (found * rounds, "reports/timings")
 
@@ -60,21 +60,22 @@ def in_words(
     num_points: int, num_cached: int, found: tuple[float, str] | None, at_once: int
 ) -> str:
     """Return the plan as one line."""
-    done = f", {num_cached} of them done already" if num_cached else ""
+    done = f", {num_cached} already done" if num_cached else ""
     left = num_points - num_cached
     beside = f", {min(at_once, left)} at once" if at_once > 1 < left else ""
     if not left:
         return f"{_points(num_points)}{done}: nothing to run"
     if found is None:
         return (
-            f"{_points(num_points)}{done}; {left} to run{beside}; no earlier run here says how long"
+            f"{_points(num_points)}{done}; {left} to run{beside}; duration unknown: no earlier "
+            "run on this machine"
         )
     seconds, source = found
     return f"{_points(num_points)}{done}; {left} to run{beside}, {_minutes(seconds)} ({source})"
 
 
 def _points(number: int) -> str:
-    return "1 point" if number == 1 else f"{number} points"
+    return "1 trial" if number == 1 else f"{number} trials"
 
 
 def _minutes(seconds: float) -> str:

@@ -54,7 +54,7 @@ def tracked(plan: Plan, tracking: dict[str, Any]) -> Iterator[None]:
             try:
                 child.wait(_SECONDS_TO_END)
             except subprocess.TimeoutExpired:
-                log.warning("MLflow is slow; its process goes on by itself: %s", said)
+                log.warning("MLflow is slow; its process continues in the background: %s", said)
     if child.returncode:
         log.warning("the sweep is not in MLflow: %s", said.read_text(encoding="utf-8").strip())
 

@@ -133,8 +133,8 @@ class Plan:
         copies = {name: partial / name for name in self.ignored}
         if _deciding(self.home, self.taken, copies) != self.inputs:
             raise CapasError(
-                f"one of these was edited while the sweep copied it: {', '.join(self.ignored)}; "
-                "start the sweep again"
+                f"a file was edited while the sweep copied it, one of: {', '.join(self.ignored)}. "
+                "Start the sweep again"
             )
         partial.rename(whole)
 
@@ -157,8 +157,8 @@ def check_home(home: Path) -> None:
         raise CapasError(f"{home} has no dvc.yaml; start it in the repository's top folder")
     if folder := git(home, "rev-parse", "--show-prefix"):
         raise CapasError(
-            f"{home} is the folder {folder} of a larger git repository; a sweep clones the repository of "
-            "its points and needs one of its own: move the folder out, or `git init` in it"
+            f"{home} is the folder {folder} of a larger git repository, but a sweep needs a "
+            "repository of its own to clone. Move the folder out, or run `git init` in it"
         )
 
 

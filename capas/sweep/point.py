@@ -114,7 +114,7 @@ class Point:
             try:
                 lock = stack.enter_context(exclusive(file, seconds=0))
             except BusyError:
-                self.say(stage="another sweep, which runs this point")
+                self.say(stage="another sweep that runs this trial")
                 lock = stack.enter_context(exclusive(file))
             return self._result(lock.fileno())
 
@@ -125,7 +125,7 @@ class Point:
             self._run(lock)
             found = self._experiment()
         if not found:
-            raise CapasError(f"DVC left no experiment {self.name}; its log: {self.log}")
+            raise CapasError(f"DVC recorded no experiment {self.name}; see its log: {self.log}")
         value = self._read(found)
         if status == DONE and not self.settings["keep"]:
             shutil.rmtree(self.work, ignore_errors=True)
@@ -148,17 +148,19 @@ class Point:
         value = metrics[self.settings["objective"]]
         if value is None or not math.isfinite(value):
             raise CapasError(
-                f"sweep.objective={self.settings['objective']} is {value} for this point; choose another, "
-                "or let evaluation.metrics compute it"
+                f"sweep.objective={self.settings['objective']} is {value} for this trial. Choose "
+                "another objective, or add the metric to evaluation.metrics"
             )
         return value
 
     def _run(self, lock: int) -> None:
-        self.say(stage="a free place")
+        self.say(stage="a free slot")
         with self._place() as variables:
             lay_out(self.plan, self.work, self.values)
             stages = SharedStages(self.plan, self.values, self.work)
-            with stages.held(lambda stage: self.say(stage=f"{stage}, which another point runs")):
+            with stages.held(
+                lambda stage: self.say(stage=f"{stage}, which another trial is running")
+            ):
                 self._run_experiment(stages, variables, lock)
 
     def _place(self) -> AbstractContextManager[dict[str, str]]:
@@ -217,9 +219,9 @@ def metric(home: Path, reference: str, name: str) -> float | None:
     if not text:
         there = git(home, "ls-tree", "--name-only", reference, "reports/metrics/").split()
         raise CapasError(
-            f"sweep: {name!r} names no metric: there is no {path}; there are {', '.join(there)}"
+            f"sweep: {name!r} is not a metric: there is no {path}; available: {', '.join(there)}"
         )
     values = json.loads(text)
     if key not in values:
-        raise CapasError(f"sweep: {name!r} names no metric: {path} has {', '.join(values)}")
+        raise CapasError(f"sweep: {name!r} is not a metric: {path} has {', '.join(values)}")
     return None if values[key] is None else float(values[key])

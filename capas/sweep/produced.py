@@ -50,5 +50,9 @@ def keys_of(values: dict[str, Any]) -> dict[str, list[str]]:
 
 def _sentence(given: str, name: str, there: list[str], chosen: str = "") -> str:
     file, _, key = name.partition(".")
-    shown = f"it has {', '.join(dict.fromkeys(there))}" if there else "it has none for a sweep"
-    return f"{given}: reports/metrics/{file}.json will have no number {key}{chosen}; {shown}"
+    shown = (
+        f"it has {', '.join(dict.fromkeys(there))}" if there else "it has no numbers for a sweep"
+    )
+    return (
+        f"{given}: reports/metrics/{file}.json will not contain the number {key}{chosen}; {shown}"
+    )

@@ -95,14 +95,14 @@ class Screen:
         said = ", ".join(f"{counts[status]} {status}" for status in _ORDER if counts[status])
         said = said or "starting"
         table = Table(
-            title=f"{ended} of {self._expected} points ended: {said}",
+            title=f"{ended} of {self._expected} trials ended: {said}",
             title_justify="left",
             box=None,
             expand=True,  # the columns keep their place while their texts change
         )
         objective = self._settings["objective"]
         table.add_column("", min_width=max(map(len, _ORDER)))
-        table.add_column("point", overflow="ellipsis", no_wrap=True, ratio=2)
+        table.add_column("trial", overflow="ellipsis", no_wrap=True, ratio=2)
         table.add_column("does", overflow="ellipsis", no_wrap=True, ratio=3)
         table.add_column(objective, min_width=len(objective))
         room = max(4, self.console.height - _LINES_BESIDE_ROWS)
@@ -145,7 +145,7 @@ def print_ranking(
     console.print(table)
     for words in filter(None, [verdict(rows, settings), *lesson]):
         console.print(Text(words))
-    console.print(Text(f"\ndvc exp apply {shlex.quote(rows[0].name)}   # adopts it"))
+    console.print(Text(f"\ndvc exp apply {shlex.quote(rows[0].name)}   # adopt the winner"))
 
 
 def verdict(rows: Sequence[Row], settings: dict[str, Any]) -> str:
@@ -156,14 +156,18 @@ def verdict(rows: Sequence[Row], settings: dict[str, Any]) -> str:
         repeats = settings["replicates"][0] if settings["replicates"] else "seed"
         equal = f"{len(tied) + 1} rows are equal (=1). " if tied else ""
         return (
-            f"{equal}One point each: add {repeats}=1,2,3 to see whether the first is better by more "
-            "than chance."
+            f"{equal}One trial each: add {repeats}=1,2,3 to see whether the difference is more than "
+            "chance."
         )
     if tied:
-        return f"{len(tied) + 1} rows are a tie (=1): the {share} interval of their difference holds zero."
+        return (
+            f"{len(tied) + 1} rows are tied (=1): the {share} interval of their difference contains "
+            "zero."
+        )
     if len(rows) > 1:
         return (
-            f"The first is better than each other: no {share} interval of a difference holds zero."
+            f"The first is better than every other: no {share} interval of a difference "
+            "contains zero."
         )
     return ""
 

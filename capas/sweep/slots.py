@@ -50,7 +50,7 @@ def some_of(
     """
     if number > len(names):
         raise CapasError(
-            f"hardware.num_processes={number}, and a point would need as many GPUs; visible here: "
+            f"hardware.num_processes={number}, so each trial needs as many GPUs; visible here: "
             f"{', '.join(names)}"
         )
     place_of = f"{kind}-{socket.gethostname()}"

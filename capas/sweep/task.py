@@ -92,7 +92,7 @@ def prepare(home: Path, words: list[str], multirun: bool) -> Task:
         if not problems:
             problems += crossing.problems(settings, checked.points, searches)
     if problems or not config:
-        raise refused(problems, "no point was run")
+        raise refused(problems, "no trial was run")
     expected = int(sweeper["n_trials"]) if searches else len(checked.points)
     return Task(
         settings=settings,
@@ -142,7 +142,7 @@ def _no_such_setting(word: str, known: Iterable[str], error: Exception) -> str:
     if key.startswith("hydra.launcher.") and "hydra.launcher.n_jobs" not in known:
         return (
             f"{key}: the chosen launcher has no such setting. hydra/launcher=joblib runs "
-            "hydra.launcher.n_jobs points at once, hydra/launcher=slurm sends jobs to a cluster"
+            "hydra.launcher.n_jobs trials at once, hydra/launcher=slurm submits jobs to a cluster"
         )
     close = get_close_matches(key, [name for name in known if _is_of_hydra(name)], n=1, cutoff=0.6)
     return f"{key}: no such key{f'; did you mean {close[0]}?' if close else ''}"
@@ -164,7 +164,7 @@ def _setting_problems(
     yield from _unknown_metrics(settings, home)
     for key in settings["replicates"]:
         if key not in flatten(base):
-            sentence = f"sweep.replicates: {key!r} is no key of params.yaml{nearest(key)}"
+            sentence = f"sweep.replicates: {key!r} is not a key of params.yaml{nearest(key)}"
             yield Problem("sweep.replicates", key, sentence)
     ours = flatten(values_of({k: v for k, v in config.items() if k != "hydra"}))
     theirs = flatten(base)
@@ -173,8 +173,8 @@ def _setting_problems(
         yield Problem(
             str(file),
             "",
-            f"{file} sets {', '.join(lost)}, which would reach no point; put it below "
-            "hydra.sweeper.params there, into a file of conf/experiment/, or into the command",
+            f"{file} sets {', '.join(lost)}, which would have no effect on the trials. Set it under "
+            "hydra.sweeper.params, in a file of conf/experiment/, or on the command line",
         )
 
 
@@ -187,7 +187,10 @@ def _unknown_metrics(settings: dict[str, Any], home: Path) -> Iterator[Problem]:
             yield Problem(
                 "sweep",
                 name,
-                f"sweep: {name} names no metric of dvc.yaml; FILE in FILE.KEY is one of {', '.join(files)}",
+                (
+                    f"sweep: {name} is not a metric of dvc.yaml; FILE in FILE.KEY must be one of "
+                    f"{', '.join(files)}"
+                ),
             )
 
 
@@ -214,13 +217,13 @@ def check_place(hardware: dict[str, Any], launcher: dict[str, Any]) -> None:
     machines, processes = hardware["num_machines"], hardware["num_processes"]
     if machines > 1:
         raise CapasError(
-            f"hardware.num_machines={machines}: a point of a sweep has one machine; set 1"
+            f"hardware.num_machines={machines}: a trial of a sweep runs on one machine. Set it to 1"
         )
     gpus = launcher.get("gpus_per_node") or 0
     if is_slurm(launcher) and hardware["device"] == "cuda" and gpus < processes:
         raise CapasError(
-            f"hardware.num_processes={processes}, and hydra.launcher.gpus_per_node={gpus}: set it to "
-            f"{processes}"
+            f"hardware.num_processes={processes}, but hydra.launcher.gpus_per_node={gpus}. Set "
+            f"gpus_per_node to {processes}"
         )
 
 

@@ -50,7 +50,7 @@ def test_what_is_right_passes(chat: ChatFormat, formatted: Formatted) -> None:
 
 def test_a_record_without_loss(chat: ChatFormat, formatted: Formatted) -> None:
     nothing = with_trained(formatted, np.zeros_like(formatted.columns.trained.values))
-    with pytest.raises(CapasError, match="train record '0': no token of it is trained"):
+    with pytest.raises(CapasError, match="train record '0': no token of the record is trained"):
         Audit(chat, "assistant").check("train", nothing)
 
 
@@ -65,7 +65,7 @@ def test_a_user_token_that_is_trained(chat: ChatFormat, formatted: Formatted) ->
     first = int(np.flatnonzero(trained)[0])
     trained[first - 8 : first] = True
     with pytest.raises(
-        CapasError, match=r"'0': the trained tokens say .* and the answers are 'Fine.'"
+        CapasError, match=r"'0': the trained tokens decode to .* but the answers are 'Fine.'"
     ):
         Audit(chat, "assistant").check("train", with_trained(formatted, trained))
 
@@ -76,7 +76,7 @@ def test_two_beginnings_of_a_text(chat: ChatFormat, formatted: Formatted) -> Non
     wrong = changed(formatted, ids=Ragged(ids, formatted.columns.ids.offsets))
     with pytest.raises(
         CapasError,
-        match="'0': the beginning of a text stands in it more or less often than written",
+        match="'0': the number of bos_token differs from the rendered text",
     ):
         Audit(chat, "assistant").check("train", wrong)
 
@@ -94,7 +94,7 @@ def test_ids_that_are_not_those_of_the_rendered_text(
         prompts=Ragged(asked, columns.prompts.offsets),
     )
     with pytest.raises(
-        CapasError, match="'0': its ids are not those of the rendered text, from token 4"
+        CapasError, match="'0': its ids differ from the ids of the rendered text from token 4"
     ):
         Audit(chat, "assistant").check("train", wrong)
 
@@ -106,7 +106,9 @@ def test_a_prompt_that_does_not_begin_its_record(
     asked = formatted.columns.prompts.values.copy()
     asked[formatted.columns.prompts.offsets[place + 1] - 1] += 1
     wrong = changed(formatted, prompts=Ragged(asked, formatted.columns.prompts.offsets))
-    with pytest.raises(CapasError, match=f"'{place}': the prompt that asks .* does not begin it"):
+    with pytest.raises(
+        CapasError, match=f"'{place}': the prompt of its last answer is not a prefix"
+    ):
         Audit(chat, "assistant").check("train", wrong)
 
 
@@ -115,7 +117,7 @@ def test_an_answer_that_is_not_trained_from_its_first_token_on(
 ) -> None:
     trained = formatted.columns.trained.values.copy()
     trained[len(formatted.columns.prompts.row(0))] = False
-    with pytest.raises(CapasError, match="'0': its last answer is not trained from the end"):
+    with pytest.raises(CapasError, match="'0': training of its last answer does not begin"):
         Audit(chat, "assistant").check("train", with_trained(formatted, trained))
 
 
@@ -130,7 +132,7 @@ def test_refused_conversations_stay_within_the_budget(
         say("c", "d"),
     ]
     for policy, budget, message in (
-        ("error", 0.0, "chat_template.refused=drop leaves such records out"),
+        ("error", 0.0, "To drop such records: chat_template.refused=drop"),
         ("drop", 0.1, "the chat template refuses 1 of 3 train records"),
         ("drop", 0.5, None),
     ):

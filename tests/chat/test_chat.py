@@ -201,7 +201,7 @@ def test_a_template_whose_control_tokens_are_lacking_is_refused_by_name(
         ),
         (
             LOOP + "{% if add_generation_prompt %}<|im_start|>model\n{% endif %}",
-            "another way than it writes",
+            "prompt is not a prefix",
         ),
         ("{% for m in messages %}\n{{ m.content }\n{% endfor %}", "the chat template, line 2"),
         ("{{ raise_exception('closed today') }}", r"roles: user\): closed today"),
@@ -221,8 +221,8 @@ def test_a_bad_template_is_refused(text: str, message: str, tiny_tokenizer_dir: 
             r"leaves out message 0 \(system\)",
         ),
         ("{{ messages[0].content if messages|length > 2 }}" + LOOP, "writes 2 times message 0"),
-        (LOOP.replace("m.content", "m.content | upper"), "rewrites a content.*expected 'sys"),
-        (LOOP.replace("m.content", "m.content.split('b')[-1]"), "rewrites a content"),
+        (LOOP.replace("m.content", "m.content | upper"), "changes message content.*expected 'sys"),
+        (LOOP.replace("m.content", "m.content.split('b')[-1]"), "changes message content"),
     ],
 )
 def test_a_template_that_loses_or_rewrites_a_message_is_refused(
@@ -263,7 +263,7 @@ def test_the_fixed_date_is_told_in_the_format_that_is_asked_for(
     text = "{{ strftime_now('%Y') }} {{ strftime_now('%A, %Y-%m-%d %H:%M') }} " + LOOP + ASK
     chat = ChatFormat.load(text, tiny_tokenizer_dir, date_string)
     assert chat.render(say("a")).startswith("2024 Friday, 2024-07-26 00:00 <|im_start|>")
-    with pytest.raises(CapasError, match="date_string='yesterday' is no date"):
+    with pytest.raises(CapasError, match="date_string='yesterday' is not a date"):
         ChatFormat.load(text, tiny_tokenizer_dir, "yesterday")
     assert ChatFormat.load(LOOP + ASK, tiny_tokenizer_dir, "yesterday")  # nobody asks
 
@@ -275,19 +275,19 @@ AGAIN = "{% set n = namespace(t='abcdefgh') %}{% for i in range(99) %}{% set n.t
 @pytest.mark.parametrize(
     ("text", "message"),
     [
-        (ENDLESS, "its loops and calls do not come to an end"),
-        ("{% macro f(n) %}{{ f(n) }}{% endmacro %}{{ f(1) }}", "calls itself without end"),
+        (ENDLESS, "its loops and calls exceed"),
+        ("{% macro f(n) %}{{ f(n) }}{% endmacro %}{{ f(1) }}", "recurses forever"),
         (
             "{% macro f(n) %}{{ f(n - 1) if n }}{{ f(n - 1) if n }}{% endmacro %}{{ f(99) }}",
-            "to an end",
+            "loops and calls exceed",
         ),
         ("{{ 'a' * 10 ** 10 }}", "of more than 10,000,000 characters"),
         ("{{ 3 ** 10000000 }}", "a number of more than 100,000 bits"),
         ("{{ 'a' | center(10 ** 9) }}", "of more than 10,000,000 characters"),
         ("{{ 'a'.ljust(10 ** 9) }}", "of more than 10,000,000 characters"),
-        ("{{ '%9999999999d' % 1 }}", "a format may not be so wide"),
-        ("{{ '{:9999999999}'.format(1) }}", "a format may not be so wide"),
-        ("{{ (['a' * 9999999] * 9999) | join }}", "do not come to an end"),
+        ("{{ '%9999999999d' % 1 }}", "a format width is too large"),
+        ("{{ '{:9999999999}'.format(1) }}", "a format width is too large"),
+        ("{{ (['a' * 9999999] * 9999) | join }}", "loops and calls exceed"),
         ("{{ ('a' * 99999).replace('a', 'b' * 99999) }}", "of more than 10,000,000 characters"),
         (
             "{% for i in range(99999) %}{{ 'a' * 9999 }}{% endfor %}",
@@ -295,7 +295,7 @@ AGAIN = "{% set n = namespace(t='abcdefgh') %}{% for i in range(99) %}{% set n.t
         ),
         (AGAIN.replace("DOUBLED", "n.t ~ n.t"), "of more than 10,000,000 characters"),
         (AGAIN.replace("DOUBLED", "n.t + n.t"), "of more than 10,000,000 characters"),
-        (AGAIN.replace("DOUBLED", "[n.t, n.t]") + "{{ n.t | tojson }}", "do not come to an end"),
+        (AGAIN.replace("DOUBLED", "[n.t, n.t]") + "{{ n.t | tojson }}", "loops and calls exceed"),
         (AGAIN.replace("DOUBLED", "'%s%s' % (n.t, n.t)"), "of more than 10,000,000 characters"),
         ("{{ 1 / 0 }}", "ZeroDivisionError: division by zero"),
         ("{{ messages[0].content | int + 'a' }}", "TypeError"),
@@ -315,7 +315,7 @@ def test_a_template_that_cannot_be_read_is_refused(tiny_tokenizer_dir: Path) -> 
     deep = "{{ " + "(" * 3000 + "1" + ")" * 3000 + " }}"
     loops = "{% for a in b %}" * 30 + "{% endfor %}" * 30
     for text, message in (
-        (deep, "mine.jinja cannot be read: it calls itself without end, or is nested too deep"),
+        (deep, "mine.jinja cannot be read: it recurses forever or is nested too deeply"),
         (loops, "mine.jinja cannot be read: SyntaxError"),
         ("\n{{ 1 | random }}", "mine.jinja, line 2: No filter named 'random'"),
     ):
@@ -361,7 +361,7 @@ def test_fold_refuses_what_it_cannot_fold(tiny_tokenizer_dir: Path) -> None:
     chat = load("chatml", tiny_tokenizer_dir, "fold")
     with pytest.raises(CapasError, match="message 2 has the role system in the middle"):
         chat.encode([*say("a", "b"), *say("c", "d", system="x")])
-    with pytest.raises(CapasError, match="finds no user turn"):
+    with pytest.raises(CapasError, match="needs a user message right after"):
         chat.encode([*say(system="x"), *say("a", "b")[1:]])
 
 
@@ -369,7 +369,7 @@ def test_the_policy_error_refuses_system_messages(tiny_tokenizer_dir: Path) -> N
     chat = load("chatml", tiny_tokenizer_dir, "error")
     assert chat.encode(say("a", "b"))
     with pytest.raises(
-        CapasError, match=r"message 0 has the role system.*chat_template\.system is error"
+        CapasError, match=r"message 0 has the role system.*chat_template\.system=error"
     ):
         chat.encode(say("a", "b", system="x"))
 

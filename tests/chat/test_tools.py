@@ -114,16 +114,16 @@ def test_private_characters_come_back_as_they_are(preset: str, tiny_tools_dir: P
 
 def test_a_conversation_that_leaves_no_character_is_refused(tiny_tools_dir: Path) -> None:
     private = "".join(map(chr, (*range(0xE000, 0xF900), *range(0xF0000, 0x10FFFE))))
-    with pytest.raises(RecordRefusal, match="137,470 of Unicode's private characters"):
+    with pytest.raises(RecordRefusal, match="137,470 of Unicode's private-use characters"):
         load("qwen", tiny_tools_dir).encode(told(call(private)))
 
 
 @pytest.mark.parametrize("preset", ["chatml", "llama3"])
 def test_a_family_without_tools_loses_none_silently(preset: str, tiny_tools_dir: Path) -> None:
     chat = load(preset, tiny_tools_dir)
-    with pytest.raises(RecordRefusal, match="leaves out the tool calls of message 1"):
+    with pytest.raises(RecordRefusal, match="drops the tool calls of message 1"):
         chat.encode(told(call("Paris")))
-    with pytest.raises(RecordRefusal, match="leaves out the tools"):
+    with pytest.raises(RecordRefusal, match="drops the tools"):
         chat.encode(say("a", "b"), tools=TOOLS)
 
 

@@ -93,7 +93,7 @@ def test_a_pointer_of_git_lfs_is_named(shipped: DataSide) -> None:
     ("manifest", "message"),
     [
         ("{", "manifest.json is damaged"),
-        ('{"files": []}', "'files' is no object"),
+        ('{"files": []}', "'files' is not an object"),
         ('{"files": {}}', "names no sha256 of tokenizer.json"),
     ],
 )
@@ -136,7 +136,7 @@ def test_a_slow_tokenizer_is_refused_with_the_way_to_convert_it(side: DataSide) 
         (
             "tokenizer_config.json",
             '{"bos_token": "<none>"}',
-            "bos_token is '<none>', which tokenizer.json",
+            "bos_token is '<none>', which is not among",
         ),
     ],
 )

@@ -138,7 +138,7 @@ def test_a_record_nested_without_end_is_refused(
     side.own("mine.jsonl", *(asked(n) for n in range(50)), asked("deep", metadata={"deep": deep}))
     monkeypatch.setattr("capas.dataset.pool.ROWS_PER_CHUNK", 1)
     monkeypatch.setattr("capas.workers.usable_cores", lambda: cores)
-    message = r"line 51: record is .*: JSON of more than 100 levels is no conversation"
+    message = r"line 51: record is .*: JSON nested deeper than 100 levels is not a conversation"
     with pytest.raises(CapasError, match=message):
         fetch(side)
 
@@ -295,9 +295,7 @@ def test_fetch_tells_what_it_left_out_and_repaired(
     side.own("mine.jsonl", *(asked(n, topic="x") for n in range(99)), {"messages": merged})
     with caplog.at_level("INFO", "capas"):
         fetch(side, "dataset.flaws.consecutive_roles=merge")
-    assert (
-        "columns and keys that are not used, and how often they occurred: topic 99" in caplog.text
-    )
+    assert "unused columns and keys, with their counts: topic 99" in caplog.text
     assert "repaired: consecutive_roles 1 (merge)" in caplog.text
 
 
@@ -318,12 +316,14 @@ def test_a_column_that_no_record_has_is_an_error_before_any_record(
         name = name.replace("jsonl", "parquet")
         pq.write_table(pa.Table.from_pylist(rows), side.root / name)
     message = (
-        rf"^{name}: column 'qestion', which dataset.columns needs, does not exist; columns are "
+        rf"^{name}: column 'qestion', needed by dataset.columns, does not exist; the columns are "
         r"'question', 'answer', 'topic'; did you mean 'question'\?$"
     )
     with pytest.raises(CapasError, match=message):
         fetch(side, f"dataset.path={kind}", "dataset.shape=columns", QESTION, files=name)
-    with pytest.raises(CapasError, match=r"column 'prompt', which dataset.shape=prompt_completion"):
+    with pytest.raises(
+        CapasError, match=r"column 'prompt', needed by dataset.shape=prompt_completion"
+    ):
         fetch(side, f"dataset.path={kind}", "dataset.shape=prompt_completion", files=name)
     facts = fetch(side, f"dataset.path={kind}", files=name)
     assert (facts["num_read"], facts["left_out"]) == (99, {"topic": 99})
@@ -350,7 +350,7 @@ def test_texts_that_are_cut_are_told(side: DataSide, caplog: pytest.LogCaptureFi
         stated = ("dataset.path=text", "dataset.reading.max_characters=50")
         facts = fetch(side, *stated, files="data/own/book.txt")
     assert facts["num_read"] == 100
-    assert "1 texts longer than dataset.reading.max_characters=50 cut into 100" in caplog.text
+    assert "1 texts longer than dataset.reading.max_characters=50 split into 100" in caplog.text
 
 
 def test_flaws_stop_fetch_or_stay_within_their_budget(side: DataSide) -> None:
@@ -401,7 +401,7 @@ def test_near_duplicates_stay_on_one_side_and_are_counted(
     found = facts["near_duplicates"]
     assert (found["num_records"], found["num_groups"], found["largest_group"]) == (300, 100, 3)
     assert found["num_test_records_like_train"] == 0
-    assert "300 records ask nearly the same as another one (100 groups" in caplog.text
+    assert "300 records are near-duplicates (100 groups" in caplog.text
     assert "60 test records: a difference below about 18 points cannot be shown" in caplog.text
     split_of: dict[str, set[str]] = {}
     for split, records in side.raw().items():
@@ -430,9 +430,9 @@ def test_near_duplicates_in_two_splits_are_told_with_their_places(
     assert found["num_test_records_like_train"] > 10
     example = found["examples"][0]
     assert example["file"] == "data/own/mine.jsonl" and example["why"].startswith(
-        "nearly as data/own/"
+        "near-duplicate of data/own/"
     )
-    assert "dataset.split_by=cluster keeps near-duplicates on one side" in caplog.text
+    assert "dataset.split_by=cluster keeps near-duplicates in one split" in caplog.text
     without = fetch(
         side, "dataset.leak_budget_fraction=0.9", "dataset.near_duplicate_similarity=null"
     )
@@ -441,13 +441,13 @@ def test_near_duplicates_in_two_splits_are_told_with_their_places(
 
 def test_a_file_of_one_question_cannot_be_split_by_clusters(side: DataSide) -> None:
     side.own("mine.jsonl", *(asked(n) for n in range(20)))
-    with pytest.raises(CapasError, match=r"20 of 20 records ask nearly the same.*split_by: prompt"):
+    with pytest.raises(CapasError, match=r"20 of 20 records are near-duplicates.*split_by: prompt"):
         fetch(side, *CLUSTER)
 
 
 def test_a_source_without_records_is_refused(side: DataSide) -> None:
     side.own("mine.jsonl")
-    with pytest.raises(CapasError, match="hold no record"):
+    with pytest.raises(CapasError, match="contain no records"):
         fetch(side)
 
 

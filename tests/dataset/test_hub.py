@@ -179,7 +179,7 @@ def test_the_client_alone_does_not_ask_again(hub: Hub) -> None:
 
 def test_what_is_no_hub_is_said(hub: Hub, root: Path) -> None:
     hub.faults = [Fault("GET /api", status=200)]  # as a hotel's page to log in
-    with pytest.raises(CapasError, match=r"org/tiny.*what answers is no Hub\nLook at HF_ENDPOINT"):
+    with pytest.raises(CapasError, match=r"org/tiny.* is not a Hub\nCheck HF_ENDPOINT"):
         fetch(root, "0" * 40)
 
 
@@ -195,7 +195,7 @@ def test_a_hub_that_stays_busy_is_an_error(hub: Hub, root: Path) -> None:
     [
         ({"gated": True}, None, r"it is gated, and nobody is logged in\nAccept its conditions on "
          r"https://huggingface.co/org/tiny; log in with `hf auth login`, or set HF_TOKEN"),
-        ({"gated": True}, "hf_other", r"it is gated, and your account has no access yet"),
+        ({"gated": True}, "hf_other", r"it is gated, and your account does not have access yet"),
         ({"private": True}, None, r"no model of that name, or it is private\n.*`hf auth login`"),
         ({"private": True}, "hf_other", r"does not accept your token"),
     ],
@@ -245,7 +245,7 @@ def test_the_second_run_needs_no_network(
 
 def test_a_hub_that_is_gone_is_said_in_words(hub: Hub, root: Path) -> None:
     hub.__exit__()
-    with pytest.raises(CapasError, match=r"(?s)could not be downloaded: .*Without a network, what"):
+    with pytest.raises(CapasError, match=r"(?s)could not be downloaded: .*Without a network, use"):
         fetch(root, "1" * 40)
 
 
@@ -254,7 +254,7 @@ def test_weights_as_pickle_are_refused_and_not_downloaded(
 ) -> None:
     del files["model.safetensors"]
     commit = hub.commit(f"models/{MODEL}", files)
-    with pytest.raises(CapasError, match=r"org/tiny has its weights as pytorch_model.bin only"):
+    with pytest.raises(CapasError, match=r"org/tiny has its weights only as pytorch_model.bin"):
         fetch(root, commit, "fetch_model")
     assert "pytorch_model.bin" not in hub.files_sent()
 
@@ -267,7 +267,7 @@ def test_a_file_that_came_damaged_is_refused(
     commit = hub.commit(f"models/{MODEL}", files)
     where = "GET /cdn/" if name == "model.safetensors" else f"GET .*{name}"
     hub.faults = [Fault(where, change=lambda body: body[:-1] + bytes([body[-1] ^ 1]))]
-    with pytest.raises(CapasError, match=rf"{name} was damaged.*run again: rm (\S+)") as refusal:
+    with pytest.raises(CapasError, match=rf"{name} is damaged.*run again: rm (\S+)") as refusal:
         fetch(root, commit, "fetch_model")
     Path(str(refusal.value).rpartition(" ")[2]).unlink()
     fetch(root, commit, "fetch_model")
@@ -409,7 +409,7 @@ def test_the_known_configurations_and_splits_are_named(
     [
         (
             {"questions.py": b"import os", "train.csv": b"a\n1\n"},
-            r"program of its own, questions\.py",
+            r"own loading script questions\.py",
         ),
         ({"README.md": b"# nothing"}, "holds no data files that `datasets` can read"),
         ({"README.md": b"---\nconfigs: [\n---\n", "train.csv": b"a\n1\n"}, "cannot read it"),
@@ -427,7 +427,7 @@ def test_a_data_set_that_cannot_be_read_is_refused(
 
 @pytest.mark.parametrize("revision", [None, "main", "0123abc"])
 def test_a_data_set_needs_a_commit(revision: str | None) -> None:
-    with pytest.raises(CapasError, match=r"dataset.revision=\w+ does not name a commit"):
+    with pytest.raises(CapasError, match=r"dataset.revision=\w+ is not a commit"):
         next(read_split(DATASET, None, revision, "train"))
 
 
@@ -461,7 +461,7 @@ def test_the_token_and_the_address_reach_no_file_and_no_line(
         env = {"HF_ENDPOINT": hub.url, "HF_HOME": str(tmp_path / "home"), "HF_TOKEN": SECRET}
         workspace.edit("conf/model/embedded.yaml", ": data/embedded", f": {MODEL}")
         log = workspace.repro("fetch_tokenizer", "fetch_model", **env, HF_HUB_OFFLINE="0")
-        assert f"{MODEL}@main is {commit}" in log
+        assert f"{MODEL}@main to {commit}" in log
         assert weights(workspace.root) == files["model.safetensors"]
         hub.asked.clear()
         log += workspace.repro("-f", "-s", "fetch_model", HF_HOME=env["HF_HOME"])

@@ -59,11 +59,11 @@ def test_what_is_trained_is_read_under_every_name_in_use(key: str) -> None:
         ({"messages": [ASKED, {**ANSWERED, "loss": [0, 1]}]}, "messages[1].loss is [0, 1]: give true"),
         ({"messages": [ASKED, {**ANSWERED, "loss_scale": 0.5}]}, "messages[1].loss_scale is 0.5"),
         ({"messages": [ASKED, {**ANSWERED, "train": True, "masked": True}]}, "contradict each other"),
-        ({"messages": [{**ASKED, "train": True}, ANSWERED]}, "of the role user is never trained"),
-        ({**PAIR, "loss_mask": [0, 1]}, "loss_mask is [0, 1]: it says what of the record is trained"),
-        ({**PAIR, "weight": "0.5"}, "weight is '0.5': it says"),
-        ({**PAIR, "train_on_inputs": True}, "train_on_inputs is True: it says"),
-        *(({"messages": [ASKED, {**ANSWERED, key: 1}]}, f"[1].{key} is 1: its") for key in UNCLEAR),
+        ({"messages": [{**ASKED, "train": True}, ANSWERED]}, "user messages are never trained"),
+        ({**PAIR, "loss_mask": [0, 1]}, "loss_mask is [0, 1]: this key selects what is trained"),
+        ({**PAIR, "weight": "0.5"}, "weight is '0.5': this key selects"),
+        ({**PAIR, "train_on_inputs": True}, "train_on_inputs is True: this key selects"),
+        *(({"messages": [ASKED, {**ANSWERED, key: 1}]}, f"[1].{key} is 1: this key is") for key in UNCLEAR),
         ({"conversations": [{"from": "user", "value": "x"}, {"from": "gpt", "value": "y", "loss": 2}]},
          "conversations[1].loss is 2"),
     ],
@@ -95,9 +95,9 @@ def test_thoughts_are_read_under_every_name_in_use(key: str) -> None:
     [
         ({"messages": [ASKED, {**ANSWERED, "thinking": ["a"]}]}, "messages[1].thinking is ['a']"),
         ({"messages": [ASKED, {**ANSWERED, "thinking": "a", "reasoning": "b"}]},
-         "thinking and reasoning mean the same and hold different"),
-        ({"messages": [{**ASKED, "thinking": "a"}, ANSWERED]}, "only an answer has reasoning_content"),
-        ({"messages": [ASKED, ANSWERED] * 2, "thinking": "a"}, "put it into the answer"),
+         "thinking and reasoning are synonyms but have different"),
+        ({"messages": [{**ASKED, "thinking": "a"}, ANSWERED]}, "only assistant messages may have"),
+        ({"messages": [ASKED, ANSWERED] * 2, "thinking": "a"}, "move it into its answer"),
         ({**PAIR, "reasoning": 7}, "reasoning is 7: give it as text"),
     ],
 )  # fmt: skip
@@ -142,7 +142,7 @@ def test_a_system_prompt_beside_the_messages_is_read() -> None:
                 "S",
             )
     own = {"role": "system", "content": "Own"}
-    with pytest.raises(CapasError, match="system is 'S': the messages begin with another"):
+    with pytest.raises(CapasError, match="system is 'S': the messages begin with a different"):
         check({"messages": [own, ASKED, ANSWERED], "system": "S"})
     assert len(check({"messages": [own, ASKED, ANSWERED], "system": "Own"})[0]["messages"]) == 3
 

@@ -63,9 +63,9 @@ def test_an_id_and_the_order_of_keys_are_kept() -> None:
     ("call", "message"),
     [
         ({"name": "w", "values": CITY}, "tool_calls[0] is {'name'"),
-        ({"name": "w", "values": CITY}, "beside its name it has values. Name them arguments"),
-        ({"function": {"name": "w", "city": "Paris"}}, "beside its name it has city."),
-        ({"function": {"name": "w"}, "payload": CITY}, "beside its name it has payload."),
+        ({"name": "w", "values": CITY}, "besides its name it has values. Name the key arguments"),
+        ({"function": {"name": "w", "city": "Paris"}}, "besides its name it has city."),
+        ({"function": {"name": "w"}, "payload": CITY}, "besides its name it has payload."),
         ({"name": "w", "args": {}, "input": {}}, "more than once: args, input"),
         ({"function": {"name": "w", "args": {}}, "args": {}}, "tool_calls[0].args is {}"),
         ({"name": "w", "input": "["}, "tool_calls[0].input is '[': arguments given as text must"),
@@ -91,7 +91,7 @@ def test_tools_are_read_under_every_name_in_use() -> None:
         for given in (tools, json.dumps(tools)):
             [record] = check({"messages": [ASKED, ANSWERED], key: given})
             assert json.loads(record["tools"]) == wrapped, key
-    with pytest.raises(CapasError, match="tools and functions mean the same and hold different"):
+    with pytest.raises(CapasError, match="tools and functions are synonyms but have different"):
         check({"messages": [ASKED, ANSWERED], "tools": wrapped, "functions": [function]})
     with pytest.raises(CapasError, match=r"tools is \{'name': 'w'\}: give a list"):
         check({"messages": [ASKED, ANSWERED], "tools": {"name": "w"}})

@@ -137,7 +137,7 @@ def test_other_metrics_stand_in_columns_reports_and_log(
     lines = list(csv.DictReader((root / "reports/before_after.csv").open()))
     assert {line["metric"] for line in lines} == {"brevity"}
     assert re.search(r"brevity [+-]\S+ \(\S+ to \S+\): (better|worse|no difference)", caplog.text)
-    assert re.search(r"seconds a record: about \d+ seconds for 10", caplog.text)
+    assert re.search(r"seconds per record: about \d+ seconds for 10", caplog.text)
 
 
 def test_the_loss_alone_has_a_verdict_and_no_bars_for_kinds(
@@ -229,7 +229,7 @@ def test_a_control_token_in_an_answer_is_counted_and_fails_the_gate(evaluated: P
 
 def test_prompt_of_another_format_is_refused(evaluated: Path) -> None:
     record = {"id": "test-0", "prompt_ids": [1, 2, 5], "input_ids": [1, 3, 5, 4]}
-    with pytest.raises(CapasError, match=r"test-0: prompt_ids is not how input_ids begins"):
+    with pytest.raises(CapasError, match=r"test-0: prompt_ids is not a prefix of input_ids"):
         evaluate_model.check_prompts([record])
 
 

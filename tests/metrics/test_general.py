@@ -40,10 +40,10 @@ def test_half_of_the_questions_are_spanish_and_none_comes_twice() -> None:
 @pytest.mark.parametrize(
     ("line", "message"),
     [
-        ("{", "line 2 is no conversation with id and messages: JSONDecodeError"),
-        ('{"id": "a"}', "line 2 is no conversation with id and messages: KeyError: 'messages'"),
-        ("[]", "line 2 is no conversation with id and messages: TypeError"),
-        ('{"id": "a", "messages": []}', "line 2 is no conversation.*IndexError"),
+        ("{", "line 2 is not a conversation with id and messages: JSONDecodeError"),
+        ('{"id": "a"}', "line 2 is not a conversation with id and messages: KeyError: 'messages'"),
+        ("[]", "line 2 is not a conversation with id and messages: TypeError"),
+        ('{"id": "a", "messages": []}', "line 2 is not a conversation.*IndexError"),
         (
             '{"id": "a", "messages": [{"role": "user", "content": "Hi"}]}',
             "line 2: .*nothing|line 2: .*answer",
@@ -61,5 +61,5 @@ def test_a_line_that_is_no_conversation_is_named(
 
 def test_an_empty_file_is_refused(chat: ChatFormat, tmp_path: Path) -> None:
     (tmp_path / "records.jsonl").touch()
-    with pytest.raises(CapasError, match="is empty; get it back"):
+    with pytest.raises(CapasError, match=r"is empty\. Restore it"):
         format_questions(tmp_path / "records.jsonl", chat)

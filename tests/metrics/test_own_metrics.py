@@ -85,7 +85,7 @@ def test_a_file_is_copied_once_and_an_edit_of_it_is_another_copy(root: Path) -> 
 def test_what_is_no_number_from_0_to_1_is_refused(root: Path, value: str) -> None:
     metric = f"{FILE}:wrong"
     with pytest.raises(
-        CapasError, match=rf"{metric}, test record r1: it returned .*a number from 0 to 1"
+        CapasError, match=rf"{metric}, test record r1: the function returned .*a number from 0 to 1"
     ):
         scorer(root, metric).score(value, ROW)
 
@@ -113,12 +113,12 @@ def test_it_is_tried_before_anything_is_generated(root: Path) -> None:
 @pytest.mark.parametrize(
     ("source", "metric", "message"),
     [
-        (SOURCE, "scores.py:politeness", "keep the file in conf or data/own"),
-        (SOURCE, "data/own/../scores.py:politeness", "keep the file in conf or data/own"),
-        (SOURCE, "data/ownings/scores.py:politeness", "keep the file in conf or data/own"),
+        (SOURCE, "scores.py:politeness", "move the file into conf or data/own"),
+        (SOURCE, "data/own/../scores.py:politeness", "move the file into conf or data/own"),
+        (SOURCE, "data/ownings/scores.py:politeness", "move the file into conf or data/own"),
         (SOURCE, "data/own/score.py:politeness", "there is no data/own/score.py"),
         (SOURCE, f"{FILE}:rudeness", "defines no rudeness; it has politeness, tone, wrong, scalar"),
-        ("def politeness(:\n", POLITE, r"scores.py is no Python: .*line 1"),
+        ("def politeness(:\n", POLITE, r"scores.py is not valid Python: .*line 1"),
     ],
 )
 def test_compose_refuses_what_evaluate_could_not_use(
@@ -140,7 +140,7 @@ def test_a_file_in_another_encoding_or_behind_a_linked_folder_is_refused(root: P
     with pytest.raises(CapasError, match="is not UTF-8"):
         read_sources([POLITE], root)
     (root / "data/own/linked").symlink_to(root)
-    with pytest.raises(CapasError, match="a folder on the way is a link"):
+    with pytest.raises(CapasError, match="a parent folder is a link"):
         read_sources(["data/own/linked/scores.py:politeness"], root)
 
 
@@ -157,12 +157,12 @@ def test_a_file_that_cannot_be_executed_is_named(source: str, message: str) -> N
 
 
 def test_a_function_that_compose_has_not_copied_is_named() -> None:
-    with pytest.raises(CapasError, match=r"compose has not copied data/own/scores\.py"):
+    with pytest.raises(CapasError, match=r"data/own/scores\.py has not been copied"):
         load_functions([POLITE], {})
 
 
 def test_references_without_a_number_are_told_before_anything_is_generated(root: Path) -> None:
     rows = [{**ROW, "reference": "#### 5"}, {**ROW, "id": "r2"}, {**ROW, "id": "r3"}]
-    with pytest.raises(CapasError, match=r"test record r2 holds no number \('please'; 2 such"):
+    with pytest.raises(CapasError, match=r"test record r2 has no number \('please'; 2 such"):
         scorer(root, "final_number").check(rows)
     scorer(root, "final_number").check(rows[:1])

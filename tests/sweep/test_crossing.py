@@ -118,7 +118,7 @@ def test_the_sweep_trains_each_family_once(plan: Plan) -> None:
 @pytest.mark.parametrize(
     ("words", "told"),
     [
-        (["seed=1,2"], "needs points that differ in chat_template alone"),
+        (["seed=1,2"], "needs at least two trials that differ only in chat_template"),
         (["chat_template=chatml"], "two at least"),
         (["evaluation=loss", "sweep.objective=tuned.loss", "sweep.columns=[]"], "needs a metric"),
     ],

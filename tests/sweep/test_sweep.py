@@ -95,7 +95,7 @@ def test_a_failed_point_is_told_and_the_others_go_on(swept: Swept) -> None:
     assert swept.code == 1
     assert "failed  learning_rate=0.9-seed=7-" in swept.said
     assert "the loss is nan" in swept.said
-    assert "1 of 2 points failed" in swept.said
+    assert "1 of 2 trials failed" in swept.said
     assert "dvc exp apply learning_rate=0.01-" in swept.said
     assert "Traceback" not in swept.said
 
@@ -178,7 +178,7 @@ def test_a_stopped_sweep_says_how_to_go_on_and_does(
     said = process.communicate()[0]
     assert process.returncode == 130
     command = shlex.join(["stages/sweep.py", *words, *launcher])
-    last = f"sweep: stopped; finished points are kept. To go on: python {command}"
+    last = f"sweep: stopped; finished trials are kept. To continue: python {command}"
     assert said.splitlines()[-1] == last
     assert "Traceback" not in said and "KeyboardInterrupt" not in said
     check_it_goes_on(sweeper, words, 3 if launcher else 2)
@@ -234,7 +234,7 @@ def test_a_killed_worker_is_started_again(sweeper: Sweeper) -> None:
     sweeper.let_go()
     said = process.communicate(timeout=180)[0]
     assert process.returncode == 0, said
-    assert "its process was killed; it is started again" in said
+    assert "its process was killed; starting it again" in said
     assert len(sweeper.experiments()) == 2
 
 
@@ -245,7 +245,7 @@ def test_an_edit_while_it_runs_reaches_no_point_and_the_same_sweep_is_refused(
     process = sweeper.sweep_beside("-m", RATES)
     sweeper.wait_for("train")
     code, said = sweeper.sweep_here("-m", RATES)
-    assert code == 1 and "this sweep is running already" in said
+    assert code == 1 and "this sweep is already running" in said
     (sweeper.root / "note.txt").write_text("later\n")
     sweeper.edit("conf/trainer/_base.yaml", "weight_decay: 0.0", "weight_decay: 0.5")
     sweeper.let_go()
@@ -297,7 +297,7 @@ def test_an_input_that_was_not_copied_whole_reaches_no_point(
     if edited:
         mine.write_text("c,d\n")
         with pytest.raises(
-            CapasError, match=r"edited while the sweep copied it: data/own/mine.csv"
+            CapasError, match=r"edited while the sweep copied it, one of: data/own/mine.csv"
         ):
             plan.write()
         mine.write_text("a,b\n")
@@ -349,7 +349,7 @@ def test_one_point_without_multirun(sweeper: Sweeper) -> None:
 def test_a_sweep_says_what_it_will_do_and_when_a_point_starts_and_ends(sweeper: Sweeper) -> None:
     said = sweeper.sweep_here("-m", RATES)[1]
     lines = [line for line in said.splitlines() if line.strip()]
-    assert lines[0] == "sweep: 2 points; 2 to run; no earlier run here says how long"
+    assert lines[0] == "sweep: 2 trials; 2 to run; duration unknown: no earlier run on this machine"
     for number, rate in enumerate(("0.01", "0.1"), 1):
         started = rf"started learning_rate={rate}-\w+  \({number}/2\)"
         assert re.fullmatch(started, lines[2 * number - 1])
@@ -357,11 +357,10 @@ def test_a_sweep_says_what_it_will_do_and_when_a_point_starts_and_ends(sweeper: 
     said = sweeper.sweep_here("-m", f"{RATES},0.02", "hydra.launcher.x=1")[1]
     assert "hydra.launcher.x: the chosen launcher has no such setting" in said
     said = sweeper.sweep_here("-m", f"{RATES},0.02")[1]
-    assert "3 points, 2 of them done already; 1 to run, less than a minute (earlier points)" in said
+    assert "3 trials, 2 already done; 1 to run, less than a minute (earlier trials)" in said
     assert said.count("(had it)") == 2 and said.count("started") == 1
     assert (
-        "3 points, 3 of them done already: nothing to run"
-        in sweeper.sweep_here("-m", f"{RATES},0.02")[1]
+        "3 trials, 3 already done: nothing to run" in sweeper.sweep_here("-m", f"{RATES},0.02")[1]
     )
 
 
@@ -372,7 +371,10 @@ def test_a_sweep_says_what_it_will_do_and_when_a_point_starts_and_ends(sweeper: 
         (("-m", "lora.r=8,0"), "lora.r=0: input should be greater than 0"),
         (("-m", "dataset=nothing,embedded"), "dataset=nothing: no such option; dataset has alpaca"),
         (("-m", "lora=all_linear,none"), "cannot be (with lora=none)"),
-        (("-m", "lora.r=4,8", "sweep.objective=tuned.rougeL"), "will have no number rougeL"),
+        (
+            ("-m", "lora.r=4,8", "sweep.objective=tuned.rougeL"),
+            "will not contain the number rougeL",
+        ),
         (("lora.r=4,8",), "python stages/sweep.py -m lora.r=4,8"),
     ],
 )
@@ -400,7 +402,7 @@ def test_list_and_clean(sweeper: Sweeper) -> None:
     assert [path.name[:18] for path in work.iterdir()] == ["learning_rate=0.9-"]
     listed = sweeper.sweep_here("--list")[1]
     assert "1 done, 1 failed" in listed and "experiments of DVC: 1" in listed
-    assert "MB freed; the experiments are still there" in sweeper.sweep_here("--clean")[1]
+    assert "MB; the experiments are kept" in sweeper.sweep_here("--clean")[1]
     assert not work.exists()
     assert len(sweeper.experiments()) == 1
 

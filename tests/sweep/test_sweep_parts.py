@@ -98,7 +98,7 @@ def test_other_seeds_are_compared_without_pairs() -> None:
 def test_single_points_tie_only_where_they_are_equal() -> None:
     rows = ranked(state(1.0, "r=1"), state(1.0, "r=2"), state(1.1, "r=3"), state(1.1, "r=4"))
     assert [row.rank for row in rows] == [1, 1, 3, 3]
-    assert "2 rows are equal (=1). One point each" in verdict(rows, SETTINGS)
+    assert "2 rows are equal (=1). One trial each" in verdict(rows, SETTINGS)
     assert "seed=1,2,3" in verdict(ranked(state(1.0, "r=1"), state(1.1, "r=2")), SETTINGS)
 
 
@@ -230,8 +230,8 @@ def test_the_processes_of_a_point_share_its_cores(
 @pytest.mark.parametrize(
     ("hardware", "gpus", "message"),
     [
-        (hardware_of("cuda", 4), 1, "hydra.launcher.gpus_per_node=1: set it to 4"),
-        (hardware_of("cuda", 4, 2), 4, "num_machines=2: a point of a sweep has one machine"),
+        (hardware_of("cuda", 4), 1, "hydra.launcher.gpus_per_node=1. Set gpus_per_node to 4"),
+        (hardware_of("cuda", 4, 2), 4, "num_machines=2: a trial of a sweep runs on one machine"),
     ],
 )
 def test_a_job_with_too_few_gpus_is_refused(
@@ -335,9 +335,9 @@ def test_a_search_proposes_as_many_at_once_as_it_says(plan: Plan) -> None:
         ("sweep.language=fr", "sweep.language='fr'"),
         ("sweep.confidence_fraction=95", "sweep.confidence_fraction=95"),
         ("sweep.objective=loss", "sweep.objective='loss'"),
-        ("sweep.objective=trained.loss", "FILE in FILE.KEY is one of .*train, tuned"),
-        ("sweep.columns=[tuend.loss]", "tuend.loss names no metric"),
-        ("sweep.replicates=[sed]", "'sed' is no key"),
+        ("sweep.objective=trained.loss", "FILE in FILE.KEY must be one of .*train, tuned"),
+        ("sweep.columns=[tuend.loss]", "tuend.loss is not a metric"),
+        ("sweep.replicates=[sed]", "'sed' is not a key"),
         ("+sweep.x=1", "sweep.x: no such key"),
     ],
 )
@@ -352,7 +352,7 @@ def test_a_wrong_value_of_the_sweep_is_told_before_a_point_runs(
     ("word", "told"),
     [
         ("hydra.launcher.n_jobs=2", "hydra/launcher=joblib runs"),
-        ("hydra/launcher=jobli", "hydra/launcher=jobli: no such option, or the package that brings"),
+        ("hydra/launcher=jobli", "hydra/launcher=jobli: no such option, or its package"),
         ("hydra/launcher=basic,joblib", "takes one value; it says how the whole sweep runs"),
         ("sweep.keep=true,false", "takes one value; it says how the whole sweep runs"),
         ("sweep=optna", "sweep=optna: no such option; did you mean optuna?"),
@@ -405,14 +405,17 @@ def test_a_machine_that_lacks_a_gpu_runs_no_point_but_sends_jobs(
     task = prepare(plan.home, ["hardware=gpu", "lora.r=4,8"], True)
     for launcher in ("BasicLauncher", "JoblibLauncher", "LocalLauncher"):
         local = replace(task, launcher={"_target_": f"hydra_plugins.x.{launcher}"})
-        with pytest.raises(CapasError, match=r"no point was run:\n  hardware.device=cuda"):
+        with pytest.raises(CapasError, match=r"no trial was run:\n  hardware.device=cuda"):
             driver._check_machine(plan.home, local, task.points)
-    with pytest.raises(CapasError, match="a point of a sweep has one machine; set 1"):
+    with pytest.raises(CapasError, match="a trial of a sweep runs on one machine"):
         prepare(plan.home, ["hardware.num_machines=2", "hardware.num_processes=2,4"], True)
     driver._check_machine(plan.home, task, [])
     slurm = replace(task, launcher={"_target_": "hydra_plugins.x.SlurmLauncher"})
     driver._check_machine(plan.home, slurm, task.points)
-    assert "this machine lacks it, the launcher's may have it: hardware.device" in caplog.text
+    assert (
+        "this machine lacks it, but the launcher's machine may have it: hardware.device"
+        in caplog.text
+    )
 
 
 def timed(home: Path, **seconds: float) -> None:
@@ -435,11 +438,11 @@ def test_the_time_of_a_sweep_is_that_of_the_stages_that_it_runs(plan: Plan) -> N
     before = [state(1.0, "trainer.num_train_epochs=2", f"seed={i}") for i in (3, 4)]
     for one, seconds in zip(before, (60.0, 120.0), strict=True):
         one.seconds = seconds
-    assert seconds_of_all(plan, task.points, before, task.base, 1) == (360.0, "earlier points")
+    assert seconds_of_all(plan, task.points, before, task.base, 1) == (360.0, "earlier trials")
     other = [state(1.0, "lora.r=8")]
     assert seconds_of_all(plan, task.points, other, task.base, 1) == found
-    assert in_words(4, 0, found, 2).startswith("4 points; 4 to run, 2 at once, about ")
-    assert in_words(1, 0, (7300.0, "x"), 1) == "1 point; 1 to run, about 2.0 hours (x)"
+    assert in_words(4, 0, found, 2).startswith("4 trials; 4 to run, 2 at once, about ")
+    assert in_words(1, 0, (7300.0, "x"), 1) == "1 trial; 1 to run, about 2.0 hours (x)"
 
 
 def test_a_value_that_would_reach_no_point_is_refused(plan: Plan) -> None:
@@ -600,7 +603,7 @@ def test_a_learning_rate_is_too_low_right_or_too_high(monkeypatch: pytest.Monkey
 @pytest.mark.parametrize(
     ("value", "curve", "words"),
     [
-        (0.205, [6.0, 0.2], "0.1 is within 10% of it, 0.205: one point each does not tell them apart."),
+        (0.205, [6.0, 0.2], "0.1 is within 10% of it, 0.205: one trial each cannot separate them."),
         (0.3, [6.0, 0.1], "0.1 ends worse: train.loss 0.300."),
         (0.3, [], "0.1 ends worse: train.loss 0.300."),
         (7.0, [6.0, 6.1], "0.1 is too high: its steps are so large that they destroy what was learned."),
@@ -615,4 +618,4 @@ def test_no_more_is_said_of_a_learning_rate_than_its_curve_shows(
     plan: Any = None  # the curves are replaced
     best, other = lesson(rows, SETTINGS, plan)["en"]
     assert other.startswith(words)
-    assert best.startswith("0.01 has the best" if "apart" in words else "0.01 is right")
+    assert best.startswith("0.01 has the best" if "separate" in words else "0.01 is right")

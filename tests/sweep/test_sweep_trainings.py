@@ -57,7 +57,7 @@ def names(sweeper: Sweeper, rate: str) -> str:
 
 def test_the_training_goes_on_from_its_checkpoint(sweeper: Sweeper) -> None:
     logs = {path.name: path.read_text() for path in sweeper.root.glob(".dvc/tmp/sweep/**/*.log")}
-    resumed = [name for name, text in logs.items() if "going on from checkpoint-" in text]
+    resumed = [name for name, text in logs.items() if "resuming from checkpoint-" in text]
     assert [name.startswith(names(sweeper, "0.001")) for name in resumed] == [True], logs
 
 
@@ -67,7 +67,7 @@ def test_it_ends_in_the_bytes_of_one_that_nobody_disturbed(sweeper: Sweeper) -> 
     swept = sweeper.lock(name)["train"]
     sweeper.run("rm", "-rf", "data/models/adapter", ".dvc/cache/runs")
     said = sweeper.repro("--force", "--single-item", "train")
-    assert "going on from" not in said
+    assert "resuming from" not in said
     again = sweeper.recorded("train")
     assert again["deps"] == swept["deps"] and again["params"] == swept["params"]
     outs = {out["path"]: out["md5"] for out in swept["outs"]}

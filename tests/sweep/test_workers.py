@@ -97,7 +97,7 @@ def test_any_exception_is_told() -> None:
 
 
 def test_a_killed_process_is_named() -> None:
-    with pytest.raises(CapasError, match="one of 2 processes was killed, perhaps because memory"):
+    with pytest.raises(CapasError, match="one of 2 processes was killed, possibly out of memory"):
         list(in_order(killed, range(MANY), 2))
 
 
