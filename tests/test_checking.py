@@ -252,7 +252,7 @@ def test_gpus_are_counted_and_torch_must_have_cuda(bare: pytest.MonkeyPatch) -> 
     assert lacking({"hardware": {**hardware, "num_machines": 2}}, ["hardware.device"]) == []
     bare.setattr(requirements, "_installed", {"torch": "2.13.0+cpu"}.get)
     [problem] = lacking({"hardware": hardware}, ["hardware.device"])
-    assert "torch 2.13.0+cpu is built without CUDA" in problem.message
+    assert "torch 2.13.0+cpu is a build without CUDA" in problem.message
 
 
 def test_instructions_that_the_cpu_lacks_are_told(bare: pytest.MonkeyPatch) -> None:

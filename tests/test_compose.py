@@ -120,7 +120,7 @@ def test_an_experiment_on_own_data_does_not_fix_its_metrics(
 def test_auto_metrics_need_files_of_ones_own(workspace: Composing) -> None:
     workspace.edit("conf/config.yaml", "dataset: embedded", "dataset: gsm8k")
     refused = workspace.refusal("--print", "evaluation=auto")
-    assert "dataset.path is openai/gsm8k: choose one of conf/evaluation/" in refused
+    assert "dataset.path is openai/gsm8k. Choose one of conf/evaluation/" in refused
     workspace.edit("conf/config.yaml", "dataset: gsm8k", "dataset: own_csv")
     assert "data/own/mine.csv" in workspace.refusal()
 

@@ -55,20 +55,20 @@ def test_files_are_those_of_the_model(root: Path, name: str) -> None:
 def test_damaged_embedded_file_is_refused(root: Path) -> None:
     with (root / "data/embedded/model.safetensors").open("ab") as weights:
         weights.write(b"x")
-    with pytest.raises(CapasError, match=r"model.safetensors is not the file that ships"):
+    with pytest.raises(CapasError, match=r"model.safetensors is not the file shipped"):
         fetch(root, "data/embedded")
 
 
 def test_pickle_is_refused_by_name(root: Path) -> None:
     (root / "local/model.safetensors").rename(root / "local/pytorch_model.bin")
-    with pytest.raises(CapasError, match=r"pytorch_model.bin only.*save_pretrained"):
+    with pytest.raises(CapasError, match=r"only as pytorch_model.bin.*save_pretrained"):
         fetch(root, "local")
 
 
 def test_missing_shard_is_refused(root: Path) -> None:
     index = {"weight_map": {"a": "model.safetensors", "b": "model-00002-of-00002.safetensors"}}
     (root / "local/model.safetensors.index.json").write_text(json.dumps(index))
-    with pytest.raises(CapasError, match=r"names model-00002-of-00002.safetensors: not there"):
+    with pytest.raises(CapasError, match=r"names missing files: model-00002-of-00002.safetensors"):
         fetch(root, "local")
 
 
@@ -147,7 +147,7 @@ def test_a_bitsandbytes_model_is_fetched(root: Path) -> None:
 
 @pytest.mark.parametrize("revision", [None, "main", "0123456"])
 def test_revision_that_may_move_is_refused(root: Path, revision: str | None) -> None:
-    with pytest.raises(CapasError, match="name the commit of org/name"):
+    with pytest.raises(CapasError, match="is not a commit of org/name"):
         fetch(root, "org/name", revision)
 
 

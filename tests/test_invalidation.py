@@ -74,8 +74,8 @@ INSIDE = {  # a file of each folder that is a dep
 FILES: dict[str, list[str]] = {
     "requirements.lock": ["compose"],
     "conf": ["compose"],
-    "conf/chat_template": ["compose", "report"],
-    "conf/overrides.yaml": ["compose", "report"],
+    "conf/chat_template": ["report"],
+    "conf/overrides.yaml": ["report"],
     "data/composed/chat_template.jinja": ["format"],
     "data/composed/harness.json": ["evaluate"],
     "data/composed/metrics.json": ["evaluate_base", "evaluate", "sample"],

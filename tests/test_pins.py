@@ -102,7 +102,7 @@ def test_without_a_network_the_pin_counts_and_its_absence_is_said(
     pins = Pins({"models": {"org/x@main": COMMIT}}, tmp_path)
     assert pins.resolve(values())["model"]["revision"] == COMMIT
     with pytest.raises(
-        CapasError, match=r"(?s)offline.*\nmodel.revision=v2 is not pinned yet. Give"
+        CapasError, match=r"(?s)offline.*\nmodel.revision=v2 is not pinned yet. Set"
     ):
         pins.resolve(values(revision="v2"))
     assert pins.known(values(revision="v2")) == values(revision="v2")
@@ -168,7 +168,7 @@ def test_values_of_a_wrong_type_are_left_to_the_schema(tmp_path: Path, wrong: An
     [
         ("model:\n  a: b\n", "revisions.yaml: model: expected models, adapters or datasets"),
         ("models: [a]\n", "models: expected models, adapters or datasets"),
-        ("models:\n  org/x@main: main\n", "models: org/x@main: 'main' is no commit"),
+        ("models:\n  org/x@main: main\n", "models: org/x@main: 'main' is neither a commit"),
     ],
 )
 def test_a_damaged_file_is_refused_by_line(tmp_path: Path, text: str, message: str) -> None:

@@ -174,7 +174,7 @@ def test_weights_of_another_kind_are_refused_in_words(
     file = root / "data/models/base/config.json"
     config = read_json(file) | {"quantization_config": {"quant_method": method, "bits": 4}}
     file.write_text(json.dumps(config))
-    match = rf"quantization_config.quant_method={method}, and .*{reason}.*full precision"
+    match = rf"quantization_config.quant_method={method}, and .*{reason}.*full-precision"
     with pytest.raises(CapasError, match=match):
         run_stage("quantize", quantize_model.main, root)
 

@@ -83,6 +83,10 @@ def write_tiny(preset: str, root: Path, *overrides: str) -> dict[str, Any]:
     if values["evaluation"]["metrics"] == "auto":  # as compose would choose by the records below
         values["evaluation"]["metrics"] = ["exact_match", "chrf"]
     test_presets.write_composed(values, root)
+    (root / "conf").mkdir(exist_ok=True)
+    (root / "conf/overrides.yaml").write_text("# Nothing overridden.\n")
+    if not (root / "conf/chat_template").exists():
+        shutil.copytree(REPOSITORY / "conf/chat_template", root / "conf/chat_template")
     rows = [{"question": f"timer {n}", "answer": f"{n} minutes"} for n in range(40)]
     (root / "data/own").mkdir()
     (root / "data/own/mine.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))

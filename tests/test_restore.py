@@ -376,7 +376,7 @@ def test_locks_and_the_index_that_a_kill_left_are_mended(small: Small, length: i
     rwlock.write_text('{"write": {')
     git_index.write_bytes(git_index.read_bytes()[:length])
     said = small.restore()
-    for sentence in ("removed index.lock of git", "removed .dvc/tmp/rwlock", "index was truncated"):
+    for sentence in ("removed git's index.lock", "removed .dvc/tmp/rwlock", "index was truncated"):
         assert sentence in said
     assert small.run("git", "status", "--porcelain") == ""
 

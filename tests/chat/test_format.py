@@ -220,7 +220,9 @@ def test_templates_with_names_are_there_to_choose_from(side: DataSide) -> None:
             side.run("format", overrides=("chat_template=model", f"chat_template.path={path}"))
     for damaged in ([{"name": "rag"}], ["x"], 7):
         file.write_text(json.dumps(config | {"chat_template": damaged}))
-        with pytest.raises(CapasError, match=r"tokenizer_config.json: chat_template is neither"):
+        with pytest.raises(
+            CapasError, match=r"tokenizer_config.json: chat_template must be a string or a list"
+        ):
             side.run("format", overrides=("chat_template=model",))
 
 

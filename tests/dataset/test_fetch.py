@@ -175,7 +175,9 @@ def test_the_name_of_a_model_says_where_it_is(side: DataSide) -> None:
 @pytest.mark.parametrize("revision", [None, "main", "0123abc"])
 def test_a_hub_model_needs_a_pinned_commit(side: DataSide, revision: str | None) -> None:
     overrides = ("model.model_name_or_path=owner/name", f"model.revision={revision or 'null'}")
-    with pytest.raises(CapasError, match=r"name the commit of owner/name; a branch moves.*compose"):
+    with pytest.raises(
+        CapasError, match=r"is not a commit of owner/name; a branch can move.*compose"
+    ):
         side.run("fetch_tokenizer", overrides=overrides)
 
 

@@ -71,12 +71,14 @@ def test_a_parquet_file_holds_no_pandas_metadata(tmp_path: Path) -> None:
 
 def test_other_columns_are_refused_with_both_lists(tmp_path: Path) -> None:
     write_records(tmp_path / "a.parquet", RAW, raw_records(1))
-    with pytest.raises(CapasError, match=r"a\.parquet has other columns(.|\n)*found(.|\n)*labels"):
+    with pytest.raises(
+        CapasError, match=r"a\.parquet does not have the columns(.|\n)*found(.|\n)*labels"
+    ):
         list(read_records(tmp_path / "a.parquet", FORMATTED))
 
 
 def test_half_a_file_is_refused_by_name(tmp_path: Path) -> None:
     write_records(tmp_path / "a", RAW, raw_records(50))
     (tmp_path / "half.parquet").write_bytes((tmp_path / "a").read_bytes()[:-9])
-    with pytest.raises(CapasError, match=r"half\.parquet is no complete parquet file"):
+    with pytest.raises(CapasError, match=r"half\.parquet is not a complete parquet file"):
         list(read_records(tmp_path / "half.parquet", RAW))

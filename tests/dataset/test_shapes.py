@@ -186,8 +186,8 @@ def test_thoughts_are_kept_and_other_ends_stay() -> None:
             "[0].from is 'me': known roles: system",
         ),
         ({"conversations": [{"from": "gpt", "value": 1}]}, "conversations[0].value is 1"),
-        ({"instruction": "", "output": "x"}, "instruction is '': nothing is asked"),
-        ({"question": None, "answer": "x"}, "question is None: nothing is asked"),
+        ({"instruction": "", "output": "x"}, "instruction is '': the prompt is empty"),
+        ({"question": None, "answer": "x"}, "question is None: the prompt is empty"),
         ({"instruction": "x", "output": "y", "history": [["a"]]}, "history is [['a']]"),
         ({"message_id": "a", "role": "prompter", "text": "x"}, "set dataset.shape=oasst"),
     ],
@@ -199,7 +199,7 @@ def test_what_has_no_known_shape_is_refused(row: Any, message: str) -> None:
 
 
 def test_a_column_that_is_not_there_is_named_with_those_that_are() -> None:
-    with pytest.raises(CapasError, match=r"\['a'\]: there is no such column.*names pregunta"):
+    with pytest.raises(CapasError, match=r"\['a'\]: no such column.*names pregunta"):
         check({"a": "x"}, shape="columns", columns={"user": "pregunta", "assistant": "a"})
     with pytest.raises(
         CapasError, match=r"question is \['a'\]: missing; the shape question_answer"

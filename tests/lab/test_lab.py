@@ -190,10 +190,10 @@ def test_without_a_result_the_way_is_told(
     (tmp_path / "dvc.yaml").write_text(yaml.safe_dump({"stages": {}}))
     monkeypatch.chdir(tmp_path)
     assert cli.main(["lab", "template"]) == 2
-    assert "nothing is trained here yet: run `dvc repro`" in capsys.readouterr().err
+    assert "no trained model in this workspace. Run `dvc repro`" in capsys.readouterr().err
     with pytest.raises(SystemExit):
         cli.main(["lab", "attention", "--records", "0"])
-    assert "expected a number from 1 on" in capsys.readouterr().err
+    assert "expected a finite number >= 1" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize("folder", ["capas/lab", "capas/sweep"])

@@ -159,7 +159,7 @@ def test_the_loss_alone_has_a_verdict_and_no_bars_for_kinds(
 def test_a_base_that_was_scored_by_other_metrics_is_refused(evaluated: Path) -> None:
     stage = Stage(StageSpec.read("evaluate", evaluated), evaluated)
     assert len(evaluate_model.read_base(["exact_match", "valid_json"], stage)) == 10
-    with pytest.raises(CapasError, match=r"\(chrf, valid_json\); run `dvc repro evaluate_base`"):
+    with pytest.raises(CapasError, match=r"\(chrf, valid_json\)\. Run `dvc repro evaluate_base`"):
         evaluate_model.read_base(["exact_match", "chrf"], stage)
     with pytest.raises(CapasError, match="their order"):
         evaluate_model.read_base(["valid_json", "exact_match"], stage)

@@ -119,7 +119,7 @@ def test_the_sweep_trains_each_family_once(plan: Plan) -> None:
     ("words", "told"),
     [
         (["seed=1,2"], "needs at least two trials that differ only in chat_template"),
-        (["chat_template=chatml"], "two at least"),
+        (["chat_template=chatml"], "at least two trials"),
         (["evaluation=loss", "sweep.objective=tuned.loss", "sweep.columns=[]"], "needs a metric"),
     ],
 )

@@ -401,7 +401,7 @@ def test_list_and_clean(sweeper: Sweeper) -> None:
     work = sweeper.root / ".dvc/tmp/sweep/work"
     assert [path.name[:18] for path in work.iterdir()] == ["learning_rate=0.9-"]
     listed = sweeper.sweep_here("--list")[1]
-    assert "1 done, 1 failed" in listed and "experiments of DVC: 1" in listed
+    assert "1 done, 1 failed" in listed and "DVC experiments: 1" in listed
     assert "MB; the experiments are kept" in sweeper.sweep_here("--clean")[1]
     assert not work.exists()
     assert len(sweeper.experiments()) == 1
