@@ -230,8 +230,14 @@ def _forgotten_stash(root: Path, head: str) -> str:
 def stash_on_head(root: Path) -> list[str]:
     """Return a sentence about a stash that an interrupted DVC may have left, or the user has made."""
     commit, made, parent, _ = ([*_stashes(root), "- 0 - -"][0]).split(" ", 3)
-    clean = not git(root, "diff", "--name-only", "HEAD", check=False)
-    if not clean or parent != git(root, "rev-parse", "HEAD", check=False):
+    if parent != git(root, "rev-parse", "HEAD", check=False):
+        return []
+    if not git(root, "diff", "--name-only", commit, check=False):
+        return [
+            f"git has a stash with the edits that are in your files ({commit[:7]}). If an interrupted `dvc exp "
+            "run` left it, remove it: git stash drop"
+        ]
+    if git(root, "diff", "--name-only", "HEAD", check=False):
         return []
     when = datetime.fromtimestamp(int(made), UTC).isoformat(timespec="seconds")
     return [

@@ -165,10 +165,10 @@ def test_ended_at_any_moment_nothing_of_the_users_is_lost(
             said = process.communicate()[0]
         if process.returncode and "have been applied to your workspace" not in said:
             said += made.restore()
-            if (
-                "git stash pop --index" in said
-            ):  # interrupted before DVC did anything but stash them
-                made.run("git", "stash", "pop", "--quiet", "--index")
+            # Interrupted before DVC did anything but stash them, or before it dropped the stash again.
+            for words in (("pop", "--index"), ("drop",)):
+                if f"git stash {' '.join(words)}" in said:
+                    made.run("git", "stash", words[0], "--quiet", *words[1:])
             assert changed(made, before) == set(), f"after {seconds} s:\n{said}"
         seconds, turn = seconds + 0.31, turn + 1
     assert turn > 10
@@ -245,6 +245,18 @@ def test_a_stash_that_nobody_can_tell_from_the_users_own_is_named(edited: Experi
     edited.run("git", "stash", "pop", "-q", "--index")
     assert changed(edited, before) == set()
     assert edited.restore() == "nothing to restore\n"  # an older stash lies on another commit
+
+
+def test_a_stash_of_edits_that_are_in_the_files_is_named(edited: Experimenter) -> None:
+    """Interrupted after DVC brought the edits back, and before it dropped its stash."""
+    before = state(edited)
+    edited.run("git", "stash", "-q")
+    edited.run("git", "stash", "apply", "-q", "--index")
+    assert changed(edited, before) == {"stashes"}
+    assert "remove it: git stash drop" in edited.restore()
+    edited.run("git", "stash", "drop", "-q")
+    assert changed(edited, before) == set()
+    assert edited.restore() == "nothing to restore\n"
 
 
 def test_edits_that_dvc_holds_in_a_stash_come_back(edited: Experimenter) -> None:

@@ -131,7 +131,7 @@ def test_up_to_the_mask(
 
 @pytest.mark.slow
 def test_all_stages(own: tuple[Workspace, dict[str, str]]) -> None:
-    workspace, _ = own
+    workspace, recipe = own
     log = repro(workspace, "format")
     assert set(stages_run(log)) == {"compose", *MAINS}, log
     assert "didn't change, skipping" in workspace.repro("format", HF_HUB_OFFLINE="1")
@@ -139,7 +139,8 @@ def test_all_stages(own: tuple[Workspace, dict[str, str]]) -> None:
     assert stages_run(log)[-3:] == ["sample", "report", "publish"], log
     source = json.loads(workspace.read("data/raw/source.json"))
     assert sum(split["num_records"] for split in source["splits"].values()) == 80
-    assert "mine." in workspace.read("reports/index.es.html")
+    name = "support.csv" if recipe["dataset"] == "support" else "mine.jsonl"
+    assert name in workspace.read("reports/index.es.html")
     assert json.loads(workspace.read("reports/metrics/tuned.json"))["loss"] > 0
 
 
