@@ -234,8 +234,8 @@ def stash_on_head(root: Path) -> list[str]:
         return []
     if not git(root, "diff", "--name-only", commit, check=False):
         return [
-            f"git has a stash with the edits that are in your files ({commit[:7]}). If an interrupted `dvc exp "
-            "run` left it, remove it: git stash drop"
+            f"git has a stash with the edits that are in your files ({commit[:7]}). If an interrupted `dvc "
+            "exp run` left it, remove it: git stash drop"
         ]
     if git(root, "diff", "--name-only", "HEAD", check=False):
         return []
