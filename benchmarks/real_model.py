@@ -82,8 +82,9 @@ def main(options: argparse.Namespace) -> None:
         records = options.csv or write_records(folder / "support.csv")
         clone = folder / "capas"
         run("git", "clone", "--quiet", str(ROOT), str(clone), cwd=ROOT)
-        configure(clone, model, options.overrides)
         run("capas", "check", str(records), "--write", cwd=clone)
+        (written,) = (clone / "conf/own/dataset").glob("*.yaml")
+        configure(clone, model, [f"dataset={written.stem}", *options.overrides])
         predicted = predicted_minutes(run("capas", "check", "--cost", cwd=clone, check=False))
         silence, seconds = reproduce(clone)
         print(json.dumps(report(clone, predicted, silence, seconds), indent=2))
