@@ -168,7 +168,7 @@ def draw(facts: dict[str, Any], specs: dict[str, StageSpec], language: Language)
     kinds = [
         {**row, "label": label_of(row["label"], language)}
         for row in parts
-        if row["tuned"] and scores["is_share"]
+        if scores["is_share"] and all(row[model] for model in plots.MARKERS if model in row)
     ]
     distances = [
         {

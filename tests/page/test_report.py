@@ -485,6 +485,22 @@ def test_both_ways_of_attention_are_compared(pages: dict[str, str], tmp_path: Pa
     assert "eager and sdpa were not compared: sdpa is not there" in words_of(build_words(root))
 
 
+def test_a_base_without_a_score_leaves_a_dash(tmp_path: Path) -> None:
+    root = write_inputs(tmp_path)
+
+    def forget(base: dict[str, Any]) -> None:
+        base["exact_match"] = None
+        for parts in base["by"].values():
+            for label, part in parts.items():
+                parts[label] = part | {"exact_match": None}
+
+    edit(root / "reports/evaluation_base.json", forget)
+    page = build_words(root, plots=True)
+    assert "From – to 50.0% exactly right" in words_of(page)
+    assert ["Exact match", "–", "10.0%", "50.0%"] in rows_of(page)
+    assert 'id="figure-kinds"' not in page
+
+
 def test_changed_parameters_come_first(tmp_path: Path) -> None:
     root = write_inputs(tmp_path)
     assert "No value is set over the rest of conf/ for this run." in words_of(build_words(root))
