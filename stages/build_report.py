@@ -168,7 +168,7 @@ def draw(facts: dict[str, Any], specs: dict[str, StageSpec], language: Language)
     kinds = [
         {**row, "label": label_of(row["label"], language)}
         for row in parts
-        if scores["is_share"] and all(row[model] for model in plots.MARKERS if model in row)
+        if scores["is_share"] and all(row[m] for m in ("base", "nearest", "tuned") if m in row)
     ]
     distances = [
         {
