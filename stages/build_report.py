@@ -43,7 +43,7 @@ def main(params: Params, stage: Stage) -> None:
     stage.dep("capas/page/report.html.jinja")
     for code, page in LANGUAGES.items():
         folder = stage.dep(f"capas/page/{code}.yaml").parent
-        language = Language(folder, code, {**facts, **of_language(code, params, stage)})
+        language = Language(folder, code, {**facts, **of_language(code, facts, params, stage)})
         figures = draw(facts, specs, language)
         html = label_cells(
             language.render("report.html.jinja", style=style, figures=figures, pages=LANGUAGES)
@@ -55,6 +55,7 @@ def main(params: Params, stage: Stage) -> None:
 def gather(params: Params, stage: Stage) -> dict[str, Any]:
     """All that the page tells, by the names that its texts use."""
     versions = stage.spec.values(stage.root)["environment.yaml"]
+    data, models = of_data(params, stage), of_models(params, stage)
     return {
         "params": plain(params),
         "flat_params": flatten(plain(params)),
@@ -65,19 +66,20 @@ def gather(params: Params, stage: Stage) -> dict[str, Any]:
         "stages": {
             n: e.get("desc", "") for n, e in read_yaml(stage.root / "dvc.yaml")["stages"].items()
         },
-        **of_data(params, stage),
-        **of_models(params, stage),
+        **data,
+        **models,
+        "learned": findings.learned_from(
+            models["train"], params.trainer, data["format"]["splits"]["train"]["num_records"]
+        ),
         **of_results(stage),
         **findings.decoding(plain(params.generation.settings)),
     }
 
 
-def of_language(code: str, params: Params, stage: Stage) -> dict[str, Any]:
+def of_language(code: str, facts: dict[str, Any], params: Params, stage: Stage) -> dict[str, Any]:
     """What each language shows with words of its own: a sentence in tokens, a conversation in templates."""
-    tokenizer = Tokenizer.from_file(str(stage.dep("data/models/tokenizer") / "tokenizer.json"))
-    records = tokens.first_records(stage.dep("data/raw") / "train.parquet")
     return {
-        "sentence": tokens.sentence(tokenizer, records, code),
+        "sentence": facts["sentences"][code],
         "families": families.render_all(
             stage.dep("conf/chat_template"), CONTENTS[code], params.chat_template.date_string
         ),
@@ -101,6 +103,9 @@ def of_data(params: Params, stage: Stage) -> dict[str, Any]:
         "format": facts,
         "changes": findings.changes(facts["splits"]),
         "example": tokens.example(tokenizer, facts["example"]),
+        "sentences": tokens.sentences(
+            tokenizer, tokens.first_records(stage.dep("data/raw") / "train.parquet"), LANGUAGES
+        ),
         "lengths": read_csv(stage.dep("reports/lengths.csv")),
         "tokens": tokens.describe(tokenizer, read_json(folder / "tokenizer.json"), records),
         "masks": tokens.masks(tokenizer, records),
@@ -119,11 +124,6 @@ def of_models(params: Params, stage: Stage) -> dict[str, Any]:
         "layer_errors": read_csv(stage.dep("reports/quantization_error.csv")),
         "levels": levels.four_bit_levels(base, stage.dep("data/models/quantized")),
         "train": train,
-        "learned": findings.learned_from(
-            train,
-            params.trainer,
-            read_json(stage.dep("reports/format.json"))["splits"]["train"]["num_records"],
-        ),
         "used": train["used"],
         **findings.adapter(stage.dep(saved.FOLDER)),
         "history": history,

@@ -64,8 +64,8 @@ def main(params: Params, stage: Stage) -> None:
     right = recorded_format(stage.dep(DATA), stage.dep(TOKENIZER))
     prompts = choose_prompts(params.generation, stage)
     quantized = stage.dep("data/models/quantized")
-    told = [right.prompt_ids(prompt.messages, prompt.tools) for prompt in prompts]
-    check_ids(told, (read_chat(stage)["pad_token_id"],), quantized, stage.dep(TOKENIZER))
+    prompt_ids = [right.prompt_ids(prompt.messages, prompt.tools) for prompt in prompts]
+    check_ids(prompt_ids, (read_chat(stage)["pad_token_id"],), quantized, stage.dep(TOKENIZER))
     load_base = partial(load_model, quantized, params.model, device)
     tuned = TunedModel(stage.dep("data/models/adapter"), params.model, device, load_base)
     limit = answer_limit(test_records(stage), params.generation.max_new_tokens)
@@ -73,14 +73,12 @@ def main(params: Params, stage: Stage) -> None:
 
     settings, rows = list(params.generation.settings), []
     with doing("prompts and settings", len(prompts) * len(settings) * len(MODELS)) as asked:
-        for prompt, setting, which in itertools.product(prompts, settings, MODELS):
-            ids = right.prompt_ids(prompt.messages, prompt.tools)
+        asking = zip(prompts, prompt_ids, strict=True)
+        for (prompt, ids), setting, which in itertools.product(asking, settings, MODELS):
             rows.append(models.ask(which, prompt, ids, setting))
             asked.step()
     wrong_rows = list(ask_wrongly(models, prompts, params, stage))
-    place, probabilities = models.look_inside(
-        prompts[0], right.prompt_ids(prompts[0].messages, prompts[0].tools)
-    )
+    place, probabilities = models.look_inside(prompts[0], prompt_ids[0])
     losses = models.losses(record) if (record := record_of(prompts[0], stage)) else []
 
     write_lines(rows + wrong_rows, stage)
@@ -93,7 +91,7 @@ def main(params: Params, stage: Stage) -> None:
     stage.out("reports/samples.md").write_text(
         to_markdown(prompts, rows + wrong_rows), encoding="utf-8"
     )
-    compare_attention(tuned.model, told, stage)
+    compare_attention(tuned.model, prompt_ids, stage)
     log.info("%d prompts, %d settings", len(prompts), len(params.generation.settings))
 
 

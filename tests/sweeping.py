@@ -21,6 +21,8 @@ import psutil
 import yaml
 from workspace import REPOSITORY, Workspace, make_workspace
 
+from capas.sweep.plan import Plan
+
 STAGES = """
 stages:
   compose:
@@ -242,3 +244,10 @@ def kill(process: "subprocess.Popen[str]", number: int = signal.SIGKILL) -> str:
     """The driver alone; its workers see that it is gone."""
     os.kill(process.pid, number)
     return process.communicate(timeout=120)[0]
+
+
+def plan_in(folder: Path) -> Plan:
+    """A plan of the sweep of a repository with conf/ and dvc.yaml in this empty folder."""
+    shutil.copytree(REPOSITORY / "conf", folder / "conf")
+    shutil.copyfile(REPOSITORY / "dvc.yaml", folder / "dvc.yaml")
+    return Plan(folder, "key", (), "c" * 40, "t" * 40, "inputs", (), folder / "cache")

@@ -105,7 +105,6 @@ def scores(base: Row, evaluation: Row, records: Sequence[Row]) -> dict[str, Any]
     """Return base, copied answers and tuned side by side; `groups` holds every part of the test split.
 
     `is_share`: the headline lies between 0 and 1, so that it can be a percentage and have an interval.
-    `graded`: some of its scores lie between 0 and 1.
 
     Args:
         records: of `test_records`.
@@ -116,29 +115,7 @@ def scores(base: Row, evaluation: Row, records: Sequence[Row]) -> dict[str, Any]
     interval = _Interval(
         name, name in shares, evaluation["confidence_fraction"], evaluation["bootstrap_resamples"]
     )
-
-    def compared(parts: Mapping[str, Row], within: Sequence[Row]) -> Row:
-        found = {
-            model: interval.around(
-                part, [r["models"][model] for r in within if model in r["models"]]
-            )
-            for model, part in parts.items()
-        }
-        return {**found, "num_records": parts["tuned"]["num_records"]}
-
-    groups = {
-        group: [
-            {
-                "label": label,
-                **compared(
-                    {model: of["by"][group][label] for model, of in models.items()},
-                    [r for r in records if r["parts"].get(group) == label],
-                ),
-            }
-            for label in parts
-        ]
-        for group, parts in tuned["by"].items()
-    }
+    groups = {group: interval.by_part(group, models, records) for group in tuned["by"]}
     plotted = (group for group in ("kind", "function", *groups) if group in groups)
     drawn = next((g for g in plotted if g != "distance" and 1 < len(groups[g]) <= MAX_PARTS), None)
     return {
@@ -150,11 +127,10 @@ def scores(base: Row, evaluation: Row, records: Sequence[Row]) -> dict[str, Any]
         "is_share": name in shares,
         "nearest": nearest,
         "over_nearest": evaluation["difference_to_nearest"].get(name),
-        "overall": compared(models, records),
+        "overall": interval.compared(models, records),
         "groups": groups,
         "drawn_group": drawn,
         "by_similarity": interval.by_similarity(records, list(models)),
-        "graded": any(r["models"]["tuned"].get(name) not in (0, 1, None) for r in records),
         "difference": evaluation["difference"],
         "confidence": evaluation["confidence_fraction"],
         "power": evaluation["power_fraction"],
@@ -199,6 +175,27 @@ class _Interval:
             return score, None, None
         low, high = mean_interval(values, self.confidence, self.resamples)
         return score, min(low, score), max(high, score)  # the score was rounded when it was written
+
+    def compared(self, parts: Mapping[str, Row], records: Sequence[Row]) -> Row:
+        """Return `around` for each model, and the number of records.
+
+        Args:
+            parts: {model: its summary of these records}.
+        """
+        found = {
+            model: self.around(part, [r["models"][model] for r in records if model in r["models"]])
+            for model, part in parts.items()
+        }
+        return {**found, "num_records": parts["tuned"]["num_records"]}
+
+    def by_part(self, group: str, models: Mapping[str, Row], records: Sequence[Row]) -> list[Row]:
+        """Return `compared` for each part of the test split that has a value of `group`."""
+        found = []
+        for label in models["tuned"]["by"][group]:
+            parts = {model: of["by"][group][label] for model, of in models.items()}
+            within = [r for r in records if r["parts"].get(group) == label]
+            found.append({"label": label, **self.compared(parts, within)})
+        return found
 
     def by_similarity(self, records: Sequence[Row], models: Sequence[str]) -> list[Row]:
         """Return a row for each bin of similarity to the training split that holds a record."""

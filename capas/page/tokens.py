@@ -2,7 +2,7 @@
 
 import json
 from collections import Counter
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -44,7 +44,9 @@ def describe(tokenizer: Tokenizer, tokenizer_json: Row, records: Sequence[Row]) 
     }
 
 
-def sentence(tokenizer: Tokenizer, records: Sequence[Row], language: str) -> Row:
+def sentences(
+    tokenizer: Tokenizer, records: Sequence[Row], languages: Iterable[str]
+) -> dict[str, Row]:
     """Return one request of the data cut by the model's tokenizer, and by one as SentencePiece makes them.
 
     The latter is learned here from the same texts, with the vocabulary size of the model or `MAX_VOCABULARY`:
@@ -52,27 +54,32 @@ def sentence(tokenizer: Tokenizer, records: Sequence[Row], language: str) -> Row
 
     Args:
         records: of data/raw.
-        language: of the request, where records say theirs.
+        languages: of the requests, where records say theirs.
     """
-    spoken = (r for r in records if json.loads(r["metadata"] or "{}").get("language") == language)
-    record = next(spoken, records[0])
-    text = next((m["content"] for m in record["messages"] if m["role"] == "user"), "")
-    text = text or record["messages"][-1]["content"]
     other = Tokenizer(models.BPE(unk_token="<unk>"))
     other.pre_tokenizer, other.decoder = pre_tokenizers.Metaspace(), decoders.Metaspace()
     size = min(MAX_VOCABULARY, tokenizer.get_vocab_size())
     trainer = trainers.BpeTrainer(vocab_size=size, special_tokens=["<unk>"], show_progress=False)
     other.train_from_iterator((m["content"] for r in records for m in r["messages"]), trainer)
-    text = text[:MAX_SENTENCE]
-    return {
-        "text": text,
-        "own": [
-            p.text for p in cut(tokenizer, tokenizer.encode(text, add_special_tokens=False).ids)
-        ],
-        "own_count": len(tokenizer.encode(text, add_special_tokens=False).ids),
-        "sentencepiece": other.encode(text).tokens,
-        "sentencepiece_size": other.get_vocab_size(),
-    }
+    found = {}
+    for language in languages:
+        text = _request(records, language)[:MAX_SENTENCE]
+        ids = tokenizer.encode(text, add_special_tokens=False).ids
+        found[language] = {
+            "own": [piece.text for piece in cut(tokenizer, ids)],
+            "own_count": len(ids),
+            "sentencepiece": other.encode(text).tokens,
+            "sentencepiece_size": other.get_vocab_size(),
+        }
+    return found
+
+
+def _request(records: Sequence[Row], language: str) -> str:
+    """Return the first request in this language, or of the first record."""
+    spoken = (r for r in records if json.loads(r["metadata"] or "{}").get("language") == language)
+    messages = next(spoken, records[0])["messages"]
+    asked = next((m["content"] for m in messages if m["role"] == "user"), "")
+    return str(asked or messages[-1]["content"])
 
 
 def example(tokenizer: Tokenizer, encoded: Row) -> Row:

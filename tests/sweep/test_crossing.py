@@ -1,12 +1,12 @@
 """A sweep over chat templates: what may be crossed, what is asked, and what the table says."""
 
 import json
-import shutil
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
 import pytest
+from sweeping import plan_in
 
 from capas.errors import CapasError
 from capas.formats import Answers
@@ -17,7 +17,6 @@ from capas.sweep.ranking import Row
 from capas.sweep.state import DONE, State
 from capas.sweep.task import prepare
 
-REPOSITORY = Path(__file__).resolve().parents[2]
 SCORES = {"chatml": (0.9, 0.6, 0.9), "llama3": (0.8, 1.0, 0.8), "qwen": (0.9, 0.6, 0.9)}
 IDS = {"chatml": "x", "llama3": "y", "qwen": "x"}
 
@@ -98,9 +97,7 @@ def row(name: str) -> Row:
 
 @pytest.fixture
 def plan(tmp_path: Path) -> Plan:
-    made = Plan(tmp_path, "key", (), "c" * 40, "t" * 40, "inputs", (), tmp_path / "cache")
-    shutil.copytree(REPOSITORY / "conf", tmp_path / "conf")
-    shutil.copyfile(REPOSITORY / "dvc.yaml", tmp_path / "dvc.yaml")
+    made = plan_in(tmp_path)
     made.folder.mkdir(parents=True)
     return made
 

@@ -3,7 +3,6 @@
 import json
 import os
 import re
-import shutil
 import signal
 import subprocess
 import sys
@@ -18,7 +17,7 @@ import psutil
 import pytest
 from hydra import compose, initialize_config_dir
 from omegaconf import OmegaConf
-from sweeping import wait
+from sweeping import plan_in, wait
 
 from capas.cores import MAX_THREADS
 from capas.errors import CapasError
@@ -300,9 +299,7 @@ def test_the_key_of_a_stage_changes_with_what_it_rests_on(
 def plan(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Plan:
     """Of a repository with conf/, and points of a sweep that has just begun."""
     monkeypatch.setenv("CAPAS_SWEEP", "/nowhere")
-    made = Plan(tmp_path, "key", (), "c" * 40, "t" * 40, "inputs", (), tmp_path / "cache")
-    shutil.copytree(REPOSITORY / "conf", tmp_path / "conf")
-    shutil.copyfile(REPOSITORY / "dvc.yaml", tmp_path / "dvc.yaml")
+    made = plan_in(tmp_path)
     made.points.mkdir(parents=True)
     return made
 
