@@ -12,7 +12,7 @@ def make_workspace(folder: Path, overrides: list[str], env: dict[str, str]) -> N
     """The code as it is here, and params.yaml composed with Hydra overrides; data is the caller's."""
     for name in ("capas", "stages", "conf"):
         (folder / name).symlink_to(ROOT / name)
-    for name in ("dvc.yaml", "dvc.lock", "environment.yaml"):
+    for name in ("dvc.yaml", "dvc.lock", "code.yaml", "environment.yaml"):
         shutil.copy(ROOT / name, folder)
     compose = [sys.executable, "stages/compose_params.py", "--print", "--files", str(folder)]
     with (folder / "params.yaml").open("w") as out:  # JSON is YAML as well

@@ -48,7 +48,7 @@ def prepare(folder: Path, size: int) -> int:
     """A workspace that holds what fetch reads, and the records; the size of their file."""
     for name in ("conf", "stages", "capas"):
         shutil.copytree(ROOT / name, folder / name, ignore=shutil.ignore_patterns("__pycache__"))
-    for name in ("dvc.yaml", "environment.yaml", "params.yaml"):
+    for name in ("dvc.yaml", "code.yaml", "environment.yaml", "params.yaml"):
         shutil.copy(ROOT / name, folder / name)
     file = folder / "data/own/mine.jsonl"
     file.parent.mkdir(parents=True)

@@ -152,7 +152,7 @@ def measure(run: Run, device: str) -> dict[str, Any]:
 
 def write_workspace(run: Run, root: Path, device: str) -> dict[str, Any]:
     """All that the stage reads but the model; returns params.yaml."""
-    for name in ("dvc.yaml", "environment.yaml", "capas", "stages"):
+    for name in ("dvc.yaml", "code.yaml", "environment.yaml", "capas", "stages"):
         (root / name).symlink_to(ROOT / name)
     overrides = [f"quantization={run.quantization}", f"model.dtype={run.dtype}", "tracking=none"]
     overrides += ["hardware=gpu"] if device == "cuda" else []

@@ -85,7 +85,7 @@ def run_stage(method: str, dtype: str, model: Path) -> tuple[int, int, float]:
     """Peak bytes of the stage's process, of its anonymous pages, and seconds."""
     with TemporaryDirectory(dir=model.parent) as folder:
         root = Path(folder)
-        for name in ("dvc.yaml", "environment.yaml", "capas", "stages"):
+        for name in ("dvc.yaml", "code.yaml", "environment.yaml", "capas", "stages"):
             (root / name).symlink_to(ROOT / name)
         with composer(ROOT / "conf") as compose:
             values = compose([f"quantization={method}", f"model.dtype={dtype}"])

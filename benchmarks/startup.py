@@ -61,10 +61,10 @@ def empty_pipeline(root: Path) -> Path:
     """All that dvc.yaml declares, each file of one line."""
     pipeline = yaml.safe_load((ROOT / "dvc.yaml").read_text())
     made = {out for entry in pipeline["stages"].values() for out in outs(entry)}
-    for name in ("params.yaml", "environment.yaml"):
+    for name in ("params.yaml", "code.yaml", "environment.yaml"):
         shutil.copy(ROOT / name, root / name)
     for entry in pipeline["stages"].values():
-        for dep in set(entry.get("deps", [])) - made:
+        for dep in set(entry.get("deps", [])) - made - {"dvc.yaml"}:
             write(root / dep, dep)
         written = [out for out in outs(entry) if not (root / out).exists()]
         entry["cmd"] = [f"mkdir -p {Path(out).parent}; echo {out} > {out}" for out in written]

@@ -17,6 +17,10 @@ IMPLEMENTATIONS = ("eager", "sdpa")
 MAX_SEQUENCES, MAX_TOKENS = 4, 256  # eager attention needs memory for the square of the tokens
 
 
+class UnsupportedAttentionError(CapasError):
+    """A model lacks an implementation of attention; the reports say why."""
+
+
 @dataclass(frozen=True)
 class Comparison:
     """The facts are the same in every run on the same kernels; the seconds are not."""
@@ -47,7 +51,7 @@ def compare(model: Any, sequences: Sequence[list[int]]) -> Comparison:
     }
     try:
         found = {name: _computed_by(name, model, inner, inputs) for name in IMPLEMENTATIONS}
-    except CapasError as error:
+    except UnsupportedAttentionError as error:
         return Comparison(facts | {"skipped": str(error)}, {})
     (eager, eager_seconds), (sdpa, sdpa_seconds) = (found[name] for name in IMPLEMENTATIONS)
     pairs = list(zip(eager, sdpa, strict=True))
@@ -76,19 +80,23 @@ def switched(inner: Any, name: str) -> Iterator[None]:
     """Let the model compute with this implementation meanwhile.
 
     Raises:
-        CapasError: the model has no such implementation, or another function with it.
+        UnsupportedAttentionError: the model has no such implementation, or another function with it.
     """
     kind, config = type(inner).__name__, inner.config
     if name == "sdpa" and getattr(config.get_text_config(), "attn_logit_softcapping", None):
-        raise CapasError(f"{kind} caps the logits of its attention, which sdpa leaves out")
+        raise UnsupportedAttentionError(
+            f"{kind} caps the logits of its attention, which sdpa leaves out"
+        )
     before = config._attn_implementation
     try:
         inner.set_attn_implementation(name)
     except (ValueError, ImportError) as error:
-        raise CapasError(f"{kind} has no {name} attention: {error}") from None
+        raise UnsupportedAttentionError(f"{kind} has no {name} attention: {error}") from None
     try:
         if config._attn_implementation != name:
-            raise CapasError(f"{kind} cannot change its attention from {before} to {name}")
+            raise UnsupportedAttentionError(
+                f"{kind} cannot change its attention from {before} to {name}"
+            )
         yield
     finally:
         inner.set_attn_implementation(before)

@@ -16,6 +16,7 @@ from typing import Any
 
 from capas import served
 from capas.chat.messages import TEXT, conversation
+from capas.code import CodeReader
 from capas.dag import read_yaml
 from capas.facts import read_json, write_json
 from capas.params import Params
@@ -27,6 +28,7 @@ from capas.stage import Stage
 MAX_PACKED_BYTES = 16 * 2**20  # a larger base is named, not copied into every run
 ADAPTER, QUANTIZED = "data/models/adapter", "data/models/quantized"
 LOADER = served.__name__
+ANSWERING = f"{LOADER.replace('.', '/')}.py"
 # What answers; the report's and the fetch stages' packages are not needed.
 _PINNED = (
     *("accelerate", "bitsandbytes", "jinja2", "numpy", "peft", "pyarrow"),
@@ -152,21 +154,18 @@ def requirements(environment: Mapping[str, str]) -> list[str]:
 
 
 def copy_code(folder: Path, stage: Stage) -> None:
-    """The modules that dvc.yaml declares for publish: those that `capas.served` imports are among them."""
+    """Copy the modules that answer requests: what `capas.served` imports, directly or not."""
     for file in code_files(stage):
         (folder / file).parent.mkdir(parents=True, exist_ok=True)
         shutil.copyfile(stage.root / file, folder / file)
 
 
 def code_files(stage: Stage) -> list[str]:
-    modules = [d for d in stage.spec.deps if d.startswith("capas/") and d.endswith(".py")]
-    packages = {parent.as_posix() for file in modules for parent in Path(file).parents}
-    inits = {f"{package}/__init__.py" for package in packages - {"."}}
-    return sorted({*modules, *inits})
+    return sorted(CodeReader(stage.root).covered(ANSWERING))
 
 
 def code_digest(stage: Stage) -> str:
-    """Changes with the modules that travel."""
+    """Return a digest that changes with the modules that travel."""
     contents = [(stage.root / file).read_bytes() for file in code_files(stage)]
     return hashlib.sha256(b"\0".join(contents)).hexdigest()[:16]
 

@@ -2,6 +2,7 @@
 
 import json
 from collections.abc import Mapping
+from pathlib import PurePosixPath
 from typing import Any
 
 from capas import gate
@@ -131,8 +132,9 @@ def _loading(run_id: str, base: Mapping[str, Any], whole: bool) -> str:
 
 
 def _template(values: Mapping[str, Any]) -> str:
+    name = PurePosixPath(values["chat_template.path"]).stem
     return (
-        f"`{values['chat_template.preset']}` (`chat_template.jinja` beside the weights), which "
+        f"`{name}` (`chat_template.jinja` beside the weights), which "
         "`tokenizer.apply_chat_template` uses. The end token was trained, and `generation_config.json` "
         "stops there."
     )

@@ -176,7 +176,7 @@ def _syntax(text: str) -> str:
     if not equals:
         return f"{text}: no value is given; write {text}=VALUE"
     if key != "".join(key.split()):
-        return f"{text}: a key has no blanks; write KEY=VALUE"
+        return f"{text}: a key contains no spaces; write KEY=VALUE"
     if (left_open := _left_open(value)) is not None:
         return f"{text}: {left_open} is not closed"
     return (
@@ -208,7 +208,9 @@ def _name_problems(
     if override.is_hydra_override() or _first(key) == SWEEP:
         if SWEEP not in groups:
             way = f"it goes with python stages/sweep.py -m {text}"
-            yield Problem(key, written, f"{text}: sets how a sweep runs, and this is none; {way}")
+            yield Problem(
+                key, written, f"{text}: sets how a sweep runs, and this is a single run; {way}"
+            )
             return
         if override.is_hydra_override():
             return  # capas.sweep.task asks Hydra's own configuration
@@ -231,7 +233,7 @@ def _group_problems(
     shown = ", ".join(there)
     written = text.partition("=")[2]
     if override.is_delete():
-        yield Problem(group, written, f"{text}: a group cannot be left out; it has {shown}")
+        yield Problem(group, written, f"{text}: a group always needs an option: {shown}")
         return
     if override.is_force_add() or (override.is_add() and group in groups):
         yield Problem(group, written, f"{text}: choose the option as {group}={written}")
@@ -445,7 +447,7 @@ def _refusal(text: str, error: Exception) -> str:
     if text.startswith("+") and not text.startswith("++"):
         return f"{text}: conf/ has {key} already; write {text[1:]}"
     if text.startswith("~"):
-        return f"{text}: there is no {key} to take out"
+        return f"{text}: there is no {key} to remove"
     return f"{text}: {reasons(error)}"
 
 

@@ -418,7 +418,7 @@ def _schedule_problems(kind: str, kwargs: dict[str, Any], learning_rate: float) 
         if argument is None:
             yield (
                 f"{key}={_show(value)}: lr_scheduler_type={kind} has no such argument; expected keys of that "
-                f"schedule: {', '.join(SCHEDULES[kind]) or 'none'} (~{key} on the command line takes it out)"
+                f"schedule: {', '.join(SCHEDULES[kind]) or 'none'} (~{key} on the command line removes it)"
             )
         elif not argument.holds(value) or (argument is _RATE and value >= learning_rate):
             yield f"{key}={_show(value)}: expected {argument.expected} ({kind})"
@@ -587,7 +587,7 @@ RULES = (
     Rule(
         ("quantization.load_in_4bit", "quantization.load_in_8bit"),
         lambda four, eight: not (four and eight),
-        "one of the two at most: choose quantization=nf4, fp4, int8 or none",
+        "at most one of the two: choose quantization=nf4, fp4, int8 or none",
     ),
     Rule(
         ("lora.init_lora_weights", "lora.r"),
@@ -635,7 +635,7 @@ RULES = (
     Rule(
         ("trainer.bf16", "trainer.fp16"),
         lambda bf16, fp16: not (bf16 and fp16),
-        "one of the two at most",
+        "at most one of the two",
     ),
     Rule(
         ("trainer.fp16", "hardware.device"),
@@ -695,7 +695,7 @@ RULES = (
     Rule(
         ("hardware.cudnn_benchmark", "hardware.cudnn_deterministic"),
         lambda benchmark, deterministic: not (benchmark and deterministic),
-        "one of the two at most: what cuDNN's benchmark chooses differs from run to run",
+        "at most one of the two: what cuDNN's benchmark chooses differs from run to run",
     ),
     Rule(
         ("hardware.num_processes", "lora.r"),

@@ -5,7 +5,7 @@ where conflict markers were committed by mistake. In this order:
 
 1. Conflicts in files that people write are theirs: they are listed, and nothing else is done.
 2. conf/overrides.yaml and conf/revisions.yaml are merged key by key. One key with two values is listed, too.
-3. compose writes params.yaml and environment.yaml from conf/.
+3. compose writes params.yaml, code.yaml and environment.yaml.
 4. Of dvc.lock each stage's entry is taken from the side whose inputs are the present ones, if there is one;
    `dvc repro` sees to the others. Then the reports that git tracks are those of the entries.
 """
@@ -19,6 +19,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from capas import lockfile
+from capas.code import digests
 from capas.composition import edited_values
 from capas.dag import StageSpec, parse_yaml
 from capas.due import Inputs, in_order
@@ -26,6 +27,8 @@ from capas.errors import CapasError
 from capas.facts import write_whole
 from capas.generated import (
     BY_KEY,
+    CODE,
+    ENVIRONMENT,
     LOCK,
     OVERRIDES,
     PARAMS,
@@ -73,7 +76,7 @@ def find(root: Path) -> dict[str, Sides]:
         _, found, number = facts.split()
         objects.setdefault(path, {})[number] = found
     sides = {path: Sides(*(_blob(root, of.get(n)) for n in "123")) for path, of in objects.items()}
-    for path in (LOCK, PARAMS, "environment.yaml", *BY_KEY):
+    for path in (LOCK, PARAMS, CODE, ENVIRONMENT, *BY_KEY):
         if path not in sides and (marked := _marked_sides(root / path)):
             sides[path] = marked
     return sides
@@ -139,7 +142,7 @@ def resolve(root: Path, found: Mapping[str, Sides], prefer: str | None) -> list[
     reports = _reports(root, lock, found)
     for path, content in reports.items():
         _write(root / path, content)
-    _mark_resolved(root, [*found, *reports, PARAMS, "environment.yaml", LOCK])
+    _mark_resolved(root, [*found, *reports, PARAMS, CODE, ENVIRONMENT, LOCK])
     return [f"resolved: {', '.join(sorted(found))}", *said]
 
 
@@ -288,7 +291,7 @@ def _committed(root: Path, commit: str, path: str) -> bytes | None:
 
 def _choose_entries(root: Path, locks: list[str]) -> tuple[str, str]:
     """Return the dvc.lock whose entries fit what is in the workspace now, and a sentence about it."""
-    specs = StageSpec.read_all(root)
+    specs, code = StageSpec.read_all(root), digests(root)
     pieces = [lockfile.split(lock) for lock in locks]
     made: dict[str, str] = {}
     chosen: lockfile.Pieces = {}
@@ -298,7 +301,7 @@ def _choose_entries(root: Path, locks: list[str]) -> tuple[str, str]:
         candidates = [piece for piece in versions if not lockfile.flaw(piece, spec)]
         if not candidates:
             continue
-        now = Inputs.read(spec, root, made)
+        now = Inputs.read(spec, root, made, code)
         fits = [p for p in candidates if not any(now.differences(lockfile.entry(p) or {}))]
         chosen[spec.name] = (fits or candidates)[0]
         fitting += [spec.name] if fits else []
@@ -316,7 +319,7 @@ def _reports(root: Path, lock: str, found: Mapping[str, Sides]) -> dict[str, byt
     """Return {path: content} of the tracked outputs that are not those of the lock; None: it goes."""
     entries = [lockfile.entry(piece) or {} for piece in lockfile.split(lock).values()]
     wanted = {out["path"]: out["md5"] for entry in entries for out in entry.get("outs") or []}
-    declared = set(uncached(root)) - {PARAMS, "environment.yaml"}
+    declared = set(uncached(root)) - {PARAMS, CODE, ENVIRONMENT}
     written: dict[str, bytes | None] = {}
     for path in sorted({p for p in found if p.startswith("reports/")} | declared):
         here = (root / path).read_bytes() if (root / path).is_file() else None

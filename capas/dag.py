@@ -16,6 +16,7 @@ from capas.errors import CapasError
 from capas.params import select
 
 LEFT_BY_EDITORS = (".DS_Store", "*.swp", "*~", ".*.partial")  # as .dvcignore has it
+COMPILED = "__pycache__"  # likewise
 
 
 class _Loader(getattr(yaml, "CSafeLoader", yaml.SafeLoader)):  # type: ignore[misc]
@@ -202,6 +203,7 @@ def _files_below(folder: Path) -> list[str]:
     return [
         (Path(parent) / name).relative_to(folder).as_posix()
         for parent, _, names in os.walk(folder)
+        if Path(parent).name != COMPILED
         for name in names
         if not any(fnmatch(name, pattern) for pattern in LEFT_BY_EDITORS)
     ]

@@ -1,7 +1,8 @@
 """List the stages that will run again, and why: `python -m capas.due`, compared with dvc.lock.
 
-It compares commands, values and files as `dvc status` does, in a tenth of the time. A stage whose outputs are
-in the run cache is restored instead of run; that is not looked up here.
+It compares commands, values, code and files as `dvc status` does, in a tenth of the time, and names the files
+of the code that were edited. A stage whose outputs are in the run cache is restored instead of run; that is
+not looked up here.
 """
 
 import sys
@@ -10,12 +11,16 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from capas.code import CODE, digests, name_of
+from capas.codediff import edited_since
 from capas.dag import StageSpec, md5, read_yaml, recorded
 from capas.errors import CapasError
 from capas.params import flatten
 
 _MOST = 4  # reasons that are shown for a stage
 _ABSENT = "absent"
+COMPOSE, ITS_CODE = "compose", "its code"
+_CODE_DEPS = {"capas", "stages"}  # of compose
 
 
 @dataclass(frozen=True)
@@ -27,9 +32,18 @@ class Inputs:
     deps: dict[str, str]
 
     @classmethod
-    def read(cls, spec: StageSpec, root: Path, made: Mapping[str, str]) -> "Inputs":
-        """Read them; `made` gives the md5 of outputs as they are recorded."""
+    def read(
+        cls, spec: StageSpec, root: Path, made: Mapping[str, str], code: Mapping[str, str]
+    ) -> "Inputs":
+        """Read them.
+
+        Args:
+            made: the md5 of outputs as they are recorded.
+            code: the digest of each script's code as it is now, whether compose has written it or not.
+        """
         params = {file: _values(root / file, keys) for file, keys in spec.params.items()}
+        if CODE in params:
+            params[CODE] = {name_of(spec): code.get(name_of(spec), _ABSENT)}
         deps = {dep: made[dep] if dep in made else _md5(root / dep) for dep in spec.deps}
         return cls(spec.cmd, params, deps)
 
@@ -42,7 +56,9 @@ class Inputs:
             old, new = flatten(before), flatten(values)
             for key in dict.fromkeys([*new, *old]):
                 was, becomes = old.get(key, _ABSENT), new.get(key, _ABSENT)
-                if was != becomes:
+                if was != becomes and file == CODE:
+                    yield ITS_CODE
+                elif was != becomes:
                     yield f"{key} {_short(was)} -> {_short(becomes)}"
         before = {dep["path"]: dep["md5"] for dep in entry.get("deps", [])}
         yield from (dep for dep, found in self.deps.items() if before.get(dep) != found)
@@ -99,21 +115,38 @@ def _read(spec: StageSpec) -> list[str]:
 
 def due(root: Path) -> dict[str, list[str]]:
     """Return {stage: reasons} of the stages that are due, in the order in which they run."""
-    lock, specs = recorded(root), StageSpec.read_all(root)
+    lock, specs, code = recorded(root), StageSpec.read_all(root), digests(root)
     made = {out["path"]: out["md5"] for e in lock.values() for out in e.get("outs") or []}
     makers = {out: spec.name for spec in specs.values() for out in spec.outs}
     reasons: dict[str, list[str]] = {}
     for spec in in_order(specs):
         found = ["no record in dvc.lock"]
         if spec.name in lock:
-            found = list(Inputs.read(spec, root, made).differences(lock[spec.name]))
+            now = Inputs.read(spec, root, made, code)
+            found = list(now.differences(lock[spec.name]))
+            if ITS_CODE in found:
+                found.remove(ITS_CODE)
+                found += _edited_files(name_of(spec), lock[spec.name], root) or [ITS_CODE]
         if gone := [out for out in spec.outs if not (root / out).exists()]:
             found.append(f"{gone[0]} is missing")
         before = {makers[dep] for dep in spec.deps if dep in makers} & reasons.keys()
+        if only_code(reasons.get(COMPOSE, [])):
+            before -= {COMPOSE}  # it writes the same values again
         found += [f"after {name}" for name in reasons if name in before]
         if found:
             reasons[spec.name] = found
     return reasons
+
+
+def only_code(reasons: list[str]) -> bool:
+    """Return whether nothing but edits of the code makes compose due."""
+    return {*reasons} <= _CODE_DEPS
+
+
+def _edited_files(script: str, entry: Mapping[str, Any], root: Path) -> list[str]:
+    """Return the files of a script's code that were edited; none where git lacks the recorded ones."""
+    recorded_digest = (entry.get("params") or {}).get(CODE, {}).get(script)
+    return edited_since(root, script, recorded_digest) if recorded_digest else []
 
 
 def describe(root: Path) -> str:

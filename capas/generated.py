@@ -11,10 +11,11 @@ from pathlib import Path
 from capas.dag import read_yaml
 
 LOCK, PARAMS = "dvc.lock", "params.yaml"
+CODE, ENVIRONMENT = "code.yaml", "environment.yaml"  # compose writes them, too, and reads neither
 OVERRIDES, REVISIONS = "conf/overrides.yaml", "conf/revisions.yaml"
 BY_KEY = (OVERRIDES, REVISIONS)
 SCHEMAS = ".vscode/schema/*.json"
-PATTERNS = (LOCK, PARAMS, "environment.yaml", *BY_KEY, "reports/*", SCHEMAS)
+PATTERNS = (LOCK, PARAMS, CODE, ENVIRONMENT, *BY_KEY, "reports/*", SCHEMAS)
 
 
 def is_generated(path: str) -> bool:

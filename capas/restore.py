@@ -20,7 +20,7 @@ from capas import gitindex, lockfile, unfinished
 from capas.dag import StageSpec, read_yaml
 from capas.errors import CapasError
 from capas.facts import write_whole
-from capas.generated import BY_KEY, LOCK, PARAMS
+from capas.generated import BY_KEY, CODE, ENVIRONMENT, LOCK, PARAMS
 from capas.locks import is_held
 from capas.worktree import git
 
@@ -186,7 +186,7 @@ def is_conflicted(root: Path) -> bool:
     """Return whether git has unmerged files here, or conflict markers stand in a file that commands read."""
     if git(root, "ls-files", "--unmerged", check=False):
         return True
-    files = (root / name for name in (LOCK, PARAMS, "environment.yaml", *BY_KEY))
+    files = (root / name for name in (LOCK, PARAMS, CODE, ENVIRONMENT, *BY_KEY))
     return any(b"<<<<<<< " in file.read_bytes() for file in files if file.exists())
 
 

@@ -4,6 +4,7 @@ import csv
 import hashlib
 import json
 from collections.abc import Iterator, Mapping, Sequence
+from pathlib import Path
 from typing import Any, NamedTuple
 
 from capas import gate, timings
@@ -12,7 +13,7 @@ from capas.facts import read_json
 from capas.metrics.names import headline as headline_of
 from capas.params import flatten
 from capas.run_params import metric_name
-from capas.stage import Stage
+from capas.stage import PARAMS, Stage
 from capas.store import GATE, Point
 from capas.tracking import CURVES
 from capas.worktree import git
@@ -21,12 +22,12 @@ Costs = Mapping[str, Mapping[str, Any]]  # stage -> what it cost, see `timings.r
 
 
 def values_of_training(lock: Mapping[str, Any]) -> dict[str, Any]:
-    """Return the params and package versions that led to the adapter, by dotted key."""
+    """Return the params, package versions and digests of code that led to the adapter, by dotted key."""
     led_to_it = ancestors("train", lock)
     found: dict[str, Any] = {}
     for stage in filter(led_to_it.__contains__, lock):
         for file, declared in lock[stage].get("params", {}).items():
-            prefix = "environment." if file == "environment.yaml" else ""
+            prefix = "" if file == PARAMS else f"{Path(file).stem}."
             found |= {prefix + key: value for key, value in flatten(declared).items()}
     return found
 

@@ -5,7 +5,8 @@
 - One process per stage and workspace: a stage that outlived a killed `dvc` cannot race its successor.
 - DVC hashes deps and params after the command ran. A stage whose inputs were edited meanwhile fails,
   so that DVC does not record the old result under the new inputs.
-- The installed packages must be those that environment.yaml records for the stage.
+- The installed packages must be those that environment.yaml records for the stage, and the code that of
+  code.yaml.
 """
 
 import hashlib
@@ -23,6 +24,7 @@ from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
 
+from capas.code import CODE, CodeReader, check_code, check_loaded, script_of
 from capas.dag import StageSpec, input_key, read_yaml, recorded, recorded_key
 from capas.errors import CapasError, sweep_instead, told
 from capas.locks import BusyError, exclusive
@@ -149,6 +151,9 @@ def _run(name: str, main: Callable[[Params, Stage], None], overrides: list[str])
     with _only_one(name, root):
         _drop_recorded_checkpoints(root)
         _check_environment(spec, root)
+        reader = CodeReader(root)
+        if not overrides:
+            check_code(spec, root, reader)
         before = _state(spec, root)
         aside = root / ".dvc/tmp/debug" / name if overrides else None
         stage = Stage(spec, root, aside)
@@ -156,6 +161,7 @@ def _run(name: str, main: Callable[[Params, Stage], None], overrides: list[str])
         with heartbeat():
             main(Params(_overridden(spec, root, overrides, aside)), stage)
         seconds = time.perf_counter() - started
+        check_loaded(spec, root, reader)
         _check_unchanged(before, _state(spec, root))
         if not aside:
             _write_timing(stage, seconds)
@@ -262,6 +268,8 @@ def _state(spec: StageSpec, root: Path) -> dict[str, Any]:
         for file in sorted(path.rglob("*")) if path.is_dir() else [path]:
             if file.is_file():
                 state[str(file.relative_to(root))] = _fingerprint(file)
+    if CODE in spec.params:
+        state |= CodeReader(root).files(script_of(spec))
     return state
 
 

@@ -23,6 +23,7 @@ from capas.stage import Stage
 from capas.store import MODEL, existing, reachable, tracking_uri
 
 NUM_PROMPTS = 4
+_PRESET = "preset"
 SERVED = Path(MODEL, "data/data")  # where MLflow puts what `capas.bundle` wrote
 _MADE = (
     bundle.ADAPTER,
@@ -126,7 +127,8 @@ def recorded_values(root: Path, lock: Mapping[str, Any]) -> dict[str, Any]:
 def ran_with(values: Mapping[str, Any], lock: Mapping[str, Any]) -> dict[str, Any]:
     """Return `values` of params.yaml, with those that the stages of `lock` recorded in their place.
 
-    Where a later stage has not run again since, the value of the earlier one counts.
+    Where a later stage has not run again since, the value of the earlier one counts. No stage that computes
+    reads the name of an option (`preset`): it is that of params.yaml where the group's values are.
     """
     found = deepcopy(dict(values))
     for name in sorted(lock, key=lambda stage: -len(ancestors(stage, lock))):
@@ -136,7 +138,11 @@ def ran_with(values: Mapping[str, Any], lock: Mapping[str, Any]) -> dict[str, An
             target = found
             for group in groups:
                 target = target.setdefault(group, {})
-            target[leaf] = value
+            target[leaf] = deepcopy(value)
+    for group, now in values.items():
+        if isinstance(now, Mapping) and _PRESET in now:
+            as_now = {**found[group], _PRESET: now[_PRESET]}
+            found[group] = as_now if as_now == now else found[group]
     return found
 
 

@@ -19,15 +19,15 @@ from tokenizers import Tokenizer
 from capas import saved
 from capas.dag import StageSpec, read_yaml
 from capas.facts import read_json
+from capas.language import Language
 from capas.page import families, findings, levels, pipeline, plots, tokens
 from capas.page.figure import to_svg
 from capas.page.findings import read_csv, read_lines
-from capas.page.language import Language
 from capas.page.tables import label_cells
 from capas.params import Params, flatten
 from capas.stage import Stage, log, run
 
-PAGE = Path("capas/page")
+TEXTS = Path(findings.__file__).parent  # words, style and template
 LANGUAGES = {"en": "reports/index.html", "es": "reports/index.es.html"}
 # What is said in a conversation that every family's template writes.
 CONTENTS = {
@@ -39,11 +39,9 @@ CONTENTS = {
 def main(params: Params, stage: Stage) -> None:
     facts = gather(params, stage)
     specs = StageSpec.read_all(stage.root)
-    style = stage.dep("capas/page/style.css").read_text(encoding="utf-8")
-    stage.dep("capas/page/report.html.jinja")
+    style = (TEXTS / "style.css").read_text(encoding="utf-8")
     for code, page in LANGUAGES.items():
-        folder = stage.dep(f"capas/page/{code}.yaml").parent
-        language = Language(folder, code, {**facts, **of_language(code, facts, params, stage)})
+        language = Language(TEXTS, code, {**facts, **of_language(code, facts, params, stage)})
         figures = draw(facts, specs, language)
         html = label_cells(
             language.render("report.html.jinja", style=style, figures=figures, pages=LANGUAGES)

@@ -1,9 +1,9 @@
 """Compose conf/ into params.yaml, the only configuration that stages read, and validate every value.
 
-Reads   conf/, requirements.lock; data/own, for functions of evaluation.metrics and tasks of
-        evaluation.harness; params.yaml, for values that came in from outside conf/
-Writes  params.yaml, environment.yaml, data/composed/; conf/overrides.yaml where such values came in,
-        conf/revisions.yaml where a branch on the Hub, or a folder, is used for the first time
+Reads   conf/, requirements.lock, the code of all stages; data/own, for functions of evaluation.metrics and
+        tasks of evaluation.harness; params.yaml, for values that came in from outside conf/
+Writes  params.yaml, code.yaml, environment.yaml, data/composed/; conf/overrides.yaml where such values came
+        in, conf/revisions.yaml where a branch on the Hub, or a folder, is used for the first time
 
 `dvc repro` runs it after every edit of conf/. By hand:
 
@@ -30,7 +30,7 @@ from pathlib import Path
 from tempfile import TemporaryFile
 from typing import Any
 
-from capas import embedded, unfinished
+from capas import code, embedded, unfinished
 from capas.checking import check
 from capas.composition import (
     CONF,
@@ -66,6 +66,7 @@ ENVIRONMENT, LOCK, COMPOSED = (
     Path("requirements.lock"),
     Path("data/composed"),
 )
+CODE = (Path("capas"), Path("stages"))
 SCHEMAS = Path(".vscode/schema")
 COST = "CAPAS_COST"  # off: nothing is measured. No result depends on it
 COSTLY = (
@@ -118,14 +119,16 @@ def main(options: argparse.Namespace) -> None:
     outputs = {REVISIONS: pins.dump()} if pins.changed else {}
     files = resolved_files(target)
     outputs |= {PARAMS: dump(target), ENVIRONMENT: environment(), **files}
+    if digests := code.digests(Path()):
+        outputs[Path(code.CODE)] = code.dump(digests)
     for note in in_force():
         log.info("conf/overrides.yaml sets %s", note)
     for line in advice(target):
         log.warning("%s", line)
     if inputs() != before or resolved_files(target) != files:
         raise CapasError(
-            "conf/, params.yaml, requirements.lock, a function of evaluation.metrics or a task of "
-            "evaluation.harness was edited while it was composed; run `dvc repro` again"
+            "conf/, params.yaml, requirements.lock, the code, a function of evaluation.metrics or a "
+            "task of evaluation.harness was edited while it was composed; run `dvc repro` again"
         )
     old = read(PARAMS)[0] if PARAMS.exists() else {}
     write_all(outputs)
@@ -184,6 +187,7 @@ def inputs() -> dict[str, str]:
     """What compose reads, and DVC hashes after the command ran, less what compose writes itself."""
     own = (OVERRIDES, REVISIONS)
     files = [path for path in CONF.rglob("*") if path.is_file() and path not in own]
+    files += [path for folder in CODE for path in folder.rglob("*.py")]
     files += [path for path in (PARAMS, LOCK) if path.exists()]
     return {str(path): hashlib.sha256(path.read_bytes()).hexdigest() for path in files}
 

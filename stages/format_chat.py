@@ -14,7 +14,7 @@ The travelling record becomes ids; only the answer and its end token keep their 
 
 import hashlib
 from collections.abc import Iterable, Iterator
-from pathlib import Path
+from pathlib import Path, PurePosixPath
 from typing import Any
 
 import pyarrow as pa
@@ -27,7 +27,7 @@ from capas.chat.reference import compare
 from capas.chat.tokenizer import MODEL_TEMPLATE
 from capas.errors import CapasError
 from capas.facts import write_csv, write_json
-from capas.page.maskpage import Sampler, write_mask_pages
+from capas.page.mask.page import Sampler, write_mask_pages
 from capas.params import Params
 from capas.progress import counted
 from capas.records import FORMATTED, SPLITS, TOKENIZED, read_batches, write_tables
@@ -119,7 +119,6 @@ def write_chat(folder: Path, chat: ChatFormat, params: Params, stage: Stage) -> 
     template, options = chat.template_text.encode(), params.chat_template
     (folder / "chat_template.jinja").write_bytes(template)
     facts = {
-        "preset": options.preset,
         "system": options.system,
         "date_string": options.date_string,
         "allowed_tokens": options.allowed_tokens,
@@ -165,7 +164,7 @@ def summary(
         "refused": [e for formatter in formatters.values() for e in formatter.refused.examples],
         "example": {"input_ids": example.input_ids, "labels": example.labels},
         "end_token": chat.end_token,
-        "chat_template": params.chat_template.preset,
+        "chat_template": PurePosixPath(params.chat_template.path).stem,
         "train_on": params.chat_template.train_on,
         "system": params.chat_template.system,
     }

@@ -80,7 +80,8 @@ def _made(
 
 
 def _write_workspace(root: Path, overrides: tuple[str, ...], **texts: str) -> None:
-    shutil.copy(REPOSITORY / "dvc.yaml", root / "dvc.yaml")
+    for name in ("dvc.yaml", "code.yaml"):
+        shutil.copy(REPOSITORY / name, root / name)
     shutil.copytree(REPOSITORY / "capas", root / "capas", ignore=shutil.ignore_patterns("*.pyc"))
     shutil.copytree(REPOSITORY / "conf/chat_template", root / "conf/chat_template")
     _write(root / "conf/overrides.yaml", "# Nothing overridden.\n")

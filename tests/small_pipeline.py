@@ -109,7 +109,7 @@ class Small(Workspace):
         lock, ran = recorded(self.root), []
         made: dict[str, str] = {}
         for spec in in_order(StageSpec.read_all(self.root)):
-            now = Inputs.read(spec, self.root, made)
+            now = Inputs.read(spec, self.root, made, {})
             entry = lock.get(spec.name)
             if entry is None or any(now.differences(entry)) or self._changed(entry):
                 ran.append(spec.name)

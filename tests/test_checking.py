@@ -68,8 +68,8 @@ KINDS = {  # an override -> its sentence
     "++lora=attention": "++lora=attention: choose the option as lora=attention",
     "~lora.r": "~lora.r: every key has a value; to change it, write lora.r=VALUE",
     "~lora.rank": "lora.rank: no such key; did you mean lora.r?",
-    "~lora": f"~lora: a group cannot be left out; it has {LORA}",
-    "~trainer.lr_scheduler_kwargs.x": "there is no trainer.lr_scheduler_kwargs.x to take out",
+    "~lora": f"~lora: a group always needs an option: {LORA}",
+    "~trainer.lr_scheduler_kwargs.x": "there is no trainer.lr_scheduler_kwargs.x to remove",
     "lora@x=attention": "write lora=attention",
     # the syntax
     "lora.r=[1": "lora.r=[1: [ is not closed",
@@ -77,7 +77,7 @@ KINDS = {  # an override -> its sentence
     "model.revision='x": "model.revision='x: ' is not closed",
     "lora.r": "lora.r: no value is given; write lora.r=VALUE",
     "=8": "=8: write KEY=VALUE; the key is missing",
-    "lora. r=8": "lora. r=8: a key has no blanks; write KEY=VALUE",
+    "lora. r=8": "lora. r=8: a key contains no spaces; write KEY=VALUE",
     "model.revision=a:b)": "the value cannot be read. Quote a text with special characters",
     # several values, and Hydra's own settings
     "lora.r=8,16": "several values where one is expected; a list is written lora.r=[8,16]. To run each of "

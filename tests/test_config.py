@@ -271,7 +271,7 @@ def test_all_problems_are_reported_at_once(compose: Callable[[list[str]], Any]) 
 @pytest.mark.parametrize(
     ("overrides", "expected"),
     [
-        (["trainer.bf16=true", "trainer.fp16=true"], "one of the two at most"),
+        (["trainer.bf16=true", "trainer.fp16=true"], "at most one of the two"),
         (["trainer.fp16=true"], "fp16 training needs a GPU"),
         (["trainer.fp16=true", "hardware=gpu", "model.dtype=float16"], "float32 weights"),
         (["trainer.optim=paged_adamw_8bit"], "paged optimizer needs a GPU"),

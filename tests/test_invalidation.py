@@ -1,4 +1,4 @@
-"""What reruns after an edit: of every leaf key, every package, every dep.
+"""What reruns after an edit: of every leaf key, every package, every digest of code, every dep.
 
 `dvc status` is asked in a clone whose dvc.lock is the committed one; outputs are not needed for it. It names
 what changed for which stage, so that everything is edited at once.
@@ -7,15 +7,17 @@ what changed for which stage, so that everything is edited at once.
 import contextlib
 import json
 from collections.abc import Iterable, Iterator
+from pathlib import Path
 from typing import Any
 
 import pytest
 import yaml
-from test_dag import NAMES, imported_modules, script, spec
+from test_dag import NAMES, spec
 from workspace import Workspace, make_workspace
 
 from capas.params import flatten
 
+PARAMS_FILES = ("params.yaml", "code.yaml", "environment.yaml")
 COMPUTE = ["quantize", "evaluate_base", "train", "evaluate", "sample"]
 READ_MODEL = ["evaluate_base", "train", "evaluate", "sample"]
 FETCH_MODEL = ["fetch_tokenizer", "fetch_model"]
@@ -23,8 +25,8 @@ FETCH_MODEL = ["fetch_tokenizer", "fetch_model"]
 # here is what the model that it writes for MLflow answers with.
 EXPECTED: dict[str, list[str]] = {
     "hardware": [*COMPUTE, "report", "publish"],
-    "hardware.preset": ["train", "report"],
-    "hardware.dtype": ["train", "report"],  # model.dtype has its value
+    "hardware.preset": ["report"],
+    "hardware.dtype": ["report"],  # model.dtype has its value
     "hardware.num_processes": ["train", "report"],
     "hardware.num_machines": ["train", "report"],
     "hardware.distributed_type": ["train", "report"],
@@ -44,20 +46,26 @@ EXPECTED: dict[str, list[str]] = {
     "dataset.overflow": ["format", "report"],
     "dataset.overflow_budget_fraction": ["format", "report"],
     "chat_template": ["format", "report"],
+    "chat_template.preset": ["report"],
     "chat_template.allowed_tokens": ["tokenize", "format", "report"],
     "chat_template.contrast": ["report"],  # generation.wrong_chat_template has its value
     "chat_template.train_on": ["format", "report"],
     "quantization": ["quantize", "report", "publish"],
+    "quantization.preset": ["report", "publish"],
     "lora": ["train", "report"],
+    "lora.preset": ["report"],
     "lora.adapter_name_or_path": ["fetch_model", "train", "report"],
     "lora.adapter_revision": ["fetch_model", "train", "report"],
     "trainer": ["train", "report"],
+    "trainer.preset": ["report"],
     "evaluation": ["evaluate", "report"],
+    "evaluation.preset": ["report"],
     "evaluation.batch_size": ["evaluate_base", "evaluate", "report", "publish"],
     "evaluation.max_new_tokens": ["evaluate_base", "evaluate", "report", "publish"],
     "evaluation.max_records": ["evaluate_base", "evaluate", "report"],
     "evaluation.metrics": ["evaluate_base", "evaluate", "sample", "report"],
     "generation": ["sample", "report"],
+    "generation.preset": ["report"],
     "generation.system": ["sample", "report", "publish"],
     "tracking": ["publish"],
     "experiment": [],
@@ -68,10 +76,13 @@ INSIDE = {  # a file of each folder that is a dep
     "conf": "conf/trainer/_base.yaml",
     "conf/chat_template": "conf/chat_template/qwen.yaml",
     "data/own": "data/own/mine.jsonl",
-    "capas/page/mask": "capas/page/mask/es.yaml",
+    "capas": "capas/training.py",
+    "stages": "stages/train_lora.py",
 }
-# Every dep that is no code: what has to be computed again when it is another.
+# Every dep: what has to be computed again when it is another.
 FILES: dict[str, list[str]] = {
+    "capas": ["compose"],  # which computes the digests of the code
+    "stages": ["compose"],
     "requirements.lock": ["compose"],
     "conf": ["compose"],
     "conf/chat_template": ["report"],
@@ -120,11 +131,6 @@ FILES: dict[str, list[str]] = {
     "reports/mask.es.html": ["publish"],
     "reports/index.html": ["publish"],
     "reports/index.es.html": ["publish"],
-    "capas/page/mask": ["format"],
-    "capas/page/report.html.jinja": ["report"],
-    "capas/page/style.css": ["report"],
-    "capas/page/en.yaml": ["report"],
-    "capas/page/es.yaml": ["report"],
 }
 
 
@@ -178,24 +184,13 @@ def expected_stages(key: str) -> set[str]:
 
 @pytest.fixture(scope="module")
 def changes(workspace: Workspace) -> dict[str, dict[str, Any]]:
-    """What is due when every key, every package, every file of the code and every other dep was edited."""
-    yaml_files = {
-        name: yaml.safe_load(workspace.read(name)) for name in ("params.yaml", "environment.yaml")
-    }
+    """What is due when every key, every package, every digest and every dep was edited."""
+    yaml_files = {name: yaml.safe_load(workspace.read(name)) for name in PARAMS_FILES}
     others = [INSIDE.get(dep, dep) for dep in FILES]
-    with edited(workspace, [*yaml_files, *importers(), *others]):
+    with edited(workspace, [*yaml_files, *others]):
         for name, values in yaml_files.items():
             (workspace.root / name).write_text(yaml.safe_dump(mutated(values)))
         return due(workspace)
-
-
-def importers() -> dict[str, set[str]]:
-    """{file of the code: the stages that import it}"""
-    users: dict[str, set[str]] = {}
-    for name in NAMES:
-        for file in imported_modules(script(name)):
-            users.setdefault(file, set()).add(name)
-    return users
 
 
 def test_nothing_is_due_in_a_fresh_clone_but_what_is_missing(workspace: Workspace) -> None:
@@ -230,24 +225,16 @@ def test_every_package_reruns_the_stages_that_declare_it(
     assert len(packages) > 10
 
 
-def test_every_file_of_the_code_reruns_the_stages_that_import_it(
-    changes: dict[str, dict[str, Any]],
-) -> None:
-    found = {file: set(stages) for file, stages in changes.items() if file.endswith(".py")}
-    users = importers()
-    assert found == users
-    assert len(users) > 20
+def test_a_digest_of_code_reruns_its_stage(changes: dict[str, dict[str, Any]]) -> None:
+    """Which files a digest covers: tests/test_code.py."""
+    found = {stage: list(digests) for stage, digests in changes["code.yaml"].items()}
+    scripts = {name: [Path(spec(name).cmd.split()[1]).stem] for name in NAMES}
+    assert found == {name: script for name, script in scripts.items() if name != "compose"}
 
 
 def test_every_other_dep_reruns_exactly_the_stages_of_the_table(
     changes: dict[str, dict[str, Any]],
 ) -> None:
-    declared = {dep for name in NAMES for dep in spec(name).deps if not dep.endswith(".py")}
-    assert declared == set(FILES)
-    apart = ("params.yaml", "environment.yaml")
-    found = {
-        file: set(stages)
-        for file, stages in changes.items()
-        if not file.endswith(".py") and file not in apart
-    }
+    assert {dep for name in NAMES for dep in spec(name).deps} == set(FILES)
+    found = {file: set(stages) for file, stages in changes.items() if file not in PARAMS_FILES}
     assert found == {dep: set(stages) for dep, stages in FILES.items()}

@@ -7,7 +7,9 @@ import io
 import json
 import multiprocessing
 import os
+import re
 import signal
+import sys
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -115,7 +117,26 @@ def test_a_killed_training_goes_on_to_the_bytes_of_one_that_was_not(
 
 def test_a_comment_reruns_compose_alone(workspace: Workspace) -> None:
     workspace.edit("conf/lora/_base.yaml", "r: 16", "r: 16 # a comment")
+    workspace.edit("capas/training.py", '"""', '"""In other words: ')
+    workspace.edit("stages/train_lora.py", "def main(", "# a comment\ndef main(")
+    (workspace.root / "capas/notes.py").write_text("nobody_imports_it = 1\n")
     assert stages_run(workspace.repro()) == ["compose"]
+    (workspace.root / "capas/notes.py").unlink()
+
+
+def test_an_edit_of_the_trainer_makes_train_due_and_nothing_before_it(workspace: Workspace) -> None:
+    workspace.edit("capas/training.py", "\n\n\ndef ", "\n\n\nadded = 1\n\n\ndef ")
+    said = workspace.run(sys.executable, "-m", "capas.due")
+    assert "  train            capas/training.py\n" in said
+    assert set(re.findall(r"^  (\w+) ", said, re.MULTILINE)) == {
+        *("compose", "train", "evaluate", "sample", "report", "publish"),
+    }
+    log = workspace.repro("--single-item", "train", check=False)
+    assert "train: the code of the stage 'train' was edited after compose wrote code.yaml" in log
+    assert stages_run(workspace.repro("compose")) == ["compose"]
+    status = workspace.run("dvc", "status", "--json").splitlines()[-1]
+    changed = {stage for stage, why in json.loads(status).items() if "code.yaml" in str(why)}
+    assert changed == {"train"}
 
 
 def test_one_value_reruns_what_it_touches(workspace: Workspace) -> None:

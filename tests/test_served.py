@@ -103,7 +103,7 @@ def test_the_card_says_from_what_with_which_scores_and_how_to_load(root: Path) -
     _, facts = facts_of(root)
     reports = [read_json(root / f"reports/{n}.json") for n in ("evaluation_base", "evaluation")]
     source = read_json(root / "data/raw/source.json")
-    values = {"lora.r": 16, "dataset.seed": 0, "chat_template.preset": "qwen"}
+    values = {"lora.r": 16, "dataset.seed": 0, "chat_template.path": "conf/x/qwen.jinja"}
     card = write_card("42", "a1b2", values, facts, source, *reports)
     assert "| exact_match | 0 | 0.5 | +0.5 (+0.3 to +0.7) |" in card
     assert "Base model: `data/embedded`, licence apache-2.0" in card

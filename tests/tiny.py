@@ -111,8 +111,8 @@ def write_origin(root: Path) -> None:
 
 
 def link_code(root: Path) -> None:
-    """dvc.yaml, environment.yaml, the code, which checkpoints are keyed by, and data that ships."""
-    for name in ("dvc.yaml", "environment.yaml"):
+    """dvc.yaml, code.yaml, environment.yaml, the code, and data that ships."""
+    for name in ("dvc.yaml", "code.yaml", "environment.yaml"):
         shutil.copy(REPOSITORY / name, root / name)
     (root / "data").mkdir(exist_ok=True)
     for name in ("capas", "stages", "data/general"):

@@ -180,7 +180,7 @@ def _pair(a: Side, b: Side, repository: Repository, options: argparse.Namespace)
     training = differing_training(a, b) if options.why else None
     won, lost = compared.changed()
     asked = questions_of([*won, *lost] if won or lost else compared.pairs, b, a)
-    pair = Pair(a, b, changes, differing_inputs(a, b), compared, asked)
+    pair = Pair(a, b, changes, differing_inputs(a, b, repository.root), compared, asked)
     records = _records(pair, training, options.records) if training else []
     if options.json:
         yield _pair_facts(pair, training, records)

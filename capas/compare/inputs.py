@@ -2,18 +2,25 @@
 
 from collections.abc import Mapping
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
+from capas.code import CODE
+from capas.codediff import between_digests
 from capas.compare.sides import ADAPTER_FOLDER, Side
 from capas.dag import ancestors
 
 ENVIRONMENT = "environment.yaml"
 RAW = "data/raw"
+_CODE_FOLDERS = ("capas/", "stages/")
 
 
 @dataclass(frozen=True)
 class Inputs:
-    """`code` are scripts and modules, `files` other inputs, `packages` {name: (version of A, of B)}."""
+    """`code` are scripts and modules, scripts alone where git does not have both; `files` are other inputs.
+
+    `packages` are {name: (version of A, of B)}.
+    """
 
     code: tuple[str, ...]
     files: tuple[str, ...]
@@ -26,8 +33,8 @@ class Inputs:
         return bool(self.code or self.files or self.packages or self.same_data is False)
 
 
-def differing_inputs(a: Side, b: Side) -> Inputs:
-    """Compare what led to two results, as their dvc.lock recorded it."""
+def differing_inputs(a: Side, b: Side, root: Path) -> Inputs:
+    """Compare what led to two results of the repository `root`, as their dvc.lock recorded it."""
     files = _differing(_files(a.lock), _files(b.lock))
     one, other = _packages(a.lock), _packages(b.lock)
     packages = {name: (one.get(name, "–"), other.get(name, "–")) for name in _differing(one, other)}
@@ -35,8 +42,8 @@ def differing_inputs(a: Side, b: Side) -> Inputs:
     if None in data:
         data = [side.outputs.md5.get(RAW) for side in (a, b)]
     return Inputs(
-        code=tuple(name for name in files if name.endswith(".py")),
-        files=tuple(name for name in files if not name.endswith(".py")),
+        code=tuple(_differing_code(a, b, root)),
+        files=tuple(files),
         packages=packages,
         same_data=None if None in data else data[0] == data[1],
         same_adapter=_same_adapter(a, b),
@@ -50,17 +57,45 @@ def _same_adapter(a: Side, b: Side) -> bool:
     return a.sha256 is not None and a.sha256 == b.sha256
 
 
+def _differing_code(a: Side, b: Side, root: Path) -> list[str]:
+    """Return the files of the code that differ; the scripts, where git does not have both states."""
+    one, other = _code(a.lock), _code(b.lock)
+    scripts = _differing(one, other)
+    if not scripts:
+        return []
+    if not one or not other:
+        return [f"all, as the dvc.lock of {'A' if not one else 'B'} is older than {CODE}"]
+    pairs = {script: (one.get(script, ""), other.get(script, "")) for script in scripts}
+    files = between_digests(root, pairs, [side.commit for side in (a, b)])
+    return files or [f"stages/{script}.py, or what it imports" for script in scripts]
+
+
+def _code(lock: Mapping[str, Any]) -> dict[str, str]:
+    """Return {script: digest of its code} of the stages up to evaluate."""
+    above = ancestors("evaluate", lock) if "evaluate" in lock else set()
+    found: dict[str, str] = {}
+    for name in lock:
+        if name in above:
+            found |= lock[name].get("params", {}).get(CODE, {})
+    return found
+
+
 def _files(lock: Mapping[str, Any]) -> dict[str, str]:
     """{file: md5} of what the stages up to evaluate read and no stage makes.
 
-    compose is left out: what it read of conf/ is seen in the parameters.
+    compose is left out: what it read of conf/ is seen in the parameters. So is code, which stages declared as
+    files before code.yaml.
     """
     if "evaluate" not in lock:
         return {}
     made = {out["path"] for entry in lock.values() for out in entry.get("outs", [])}
     above = ancestors("evaluate", lock) - {"compose"}
     deps = (dep for name in lock if name in above for dep in lock[name].get("deps", []))
-    return {dep["path"]: dep["md5"] for dep in deps if dep["path"] not in made and "md5" in dep}
+    return {
+        dep["path"]: dep["md5"]
+        for dep in deps
+        if dep["path"] not in made and "md5" in dep and not dep["path"].startswith(_CODE_FOLDERS)
+    }
 
 
 def _packages(lock: Mapping[str, Any]) -> dict[str, str]:

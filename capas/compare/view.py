@@ -80,7 +80,7 @@ def answers_lines(pair: Pair, width: int) -> Iterator[str]:
         yield from record_lines(pair, chosen, width)
     if won or lost:
         yield ""
-        yield from layout.wrapped("More of them, and training records near them: --why", width)
+        yield from layout.wrapped("--why shows more of them, with similar training records", width)
 
 
 def record_lines(pair: Pair, chosen: tuple[Row, Row], width: int) -> Iterator[str]:

@@ -76,7 +76,7 @@ def _other_tests(a: Side, b: Side) -> str:
     pairs = ((a.texts.get(key, "?"), b.texts.get(key, "?")) for key in keys)
     one, other = next((pair for pair in pairs if pair[0] != pair[1]), ("", ""))
     named = f" ({one}, {other})" if one else ""
-    return f"Not comparable: a comparison across data sets{named}, whose test records are others."
+    return f"Not comparable: the data sets{named} differ, and so do their test records."
 
 
 def _judged(found: Compared, difference: Difference) -> str:
@@ -104,7 +104,7 @@ def _without_answers(a: Side, b: Side, found: Compared) -> Iterator[str]:
     missing = [letter for letter, side in (("A", a), ("B", b)) if side.predictions is None]
     name = found.metric
     if name == LOSS and found.same_tokens is False:
-        yield "Not comparable: the losses are means over other tokens (tokenizer or template)."
+        yield "Not comparable: the losses are means over different tokens (tokenizer or template)."
         return
     one, other = found.scores[name]
     if one is not None and other is not None:
@@ -119,7 +119,7 @@ def _without_answers(a: Side, b: Side, found: Compared) -> Iterator[str]:
     elif name == LOSS:
         yield "No interval: MLflow does not record how many tokens each loss is a mean of."
     if found.test == "unknown":
-        yield "Nor is it known whether the test records are the same."
+        yield "It is not known either whether the test records are the same."
     elif found.test == "shared":
         yield "They were scored on different numbers of test records."
 
@@ -157,7 +157,7 @@ def _notes(a: Side, b: Side, found: Compared, inputs: Inputs) -> Iterator[str]:
             yield f"{letter}: {side.pending}"
         yield from _contradiction(letter, side)
     if found.test != "other" and found.same_tokens is False:
-        yield "The losses cannot be compared: the answers have other tokens (tokenizer or template)"
+        yield "The losses cannot be compared: the answers have different tokens (tokenizer or template)"
     if headline(a) != headline(b) and found.metric != LOSS and found.test != "other":
         yield (
             f"The headline of A is {metric_name(headline(a))}, that of B is {metric_name(headline(b))}"

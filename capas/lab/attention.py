@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import Any
 
 from capas.lab.questions import Questions, questions
-from capas.page.language import Language
+from capas.language import Language
 
 WAYS = ("eager", "sdpa")
 ROUNDS = (

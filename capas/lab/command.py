@@ -14,7 +14,7 @@ import sys
 from pathlib import Path
 
 from capas import tuned
-from capas.page.language import Language
+from capas.language import Language
 
 LABS = ("template", "end-token", "attention")
 

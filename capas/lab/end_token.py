@@ -12,7 +12,7 @@ from capas.errors import CapasError
 from capas.facts import read_json, write_json
 from capas.formats import Answers
 from capas.lab.questions import Questions, questions, shorten
-from capas.page.language import Language
+from capas.language import Language
 from capas.records import FORMATTED, IGNORE_INDEX, SPLITS, Record, read_records, write_records
 
 FOLDER = Path(".dvc/tmp/lab/end-token")

@@ -9,8 +9,8 @@ from capas.composition import CONF, composer
 from capas.errors import CapasError
 from capas.formats import Answers, Format
 from capas.lab.questions import Questions, last_question, questions, shorten
+from capas.language import Language
 from capas.options import options_of
-from capas.page.language import Language
 
 GROUP = "chat_template"
 

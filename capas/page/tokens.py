@@ -9,8 +9,8 @@ from typing import Any
 import pyarrow.parquet as pq
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 
+from capas.page.mask.pieces import Piece, cut
 from capas.page.neighbours import Embedding
-from capas.page.pieces import Piece, cut
 from capas.records import IGNORE_INDEX
 
 Row = dict[str, Any]

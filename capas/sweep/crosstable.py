@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from capas.facts import write_csv, write_whole
-from capas.page.language import Language
+from capas.language import Language
 
 CSV, TEXT = "reports/templates.csv", "reports/templates.md"
 LANGUAGES = ("en", "es")

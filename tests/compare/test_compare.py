@@ -97,7 +97,7 @@ def test_two_results_side_by_side(made: Results, compare: Compare) -> None:
         "  A                                       B",
         '  {"minutes": 0}                          {"minutes": 4}',
         "",
-        "More of them, and training records near them: --why",
+        "--why shows more of them, with similar training records",
     ]
 
 
@@ -199,8 +199,8 @@ def test_other_test_records_are_not_compared(results: Results, compare: Compare)
     results.record(answered(9), ["dataset.path=csv"], questions=others, train=TRAIN[:1])
     said = compare(results, "HEAD", "workspace")
     assert (
-        "\nNot comparable: a comparison across data sets (embedded, csv), whose test\n"
-        "records are others.\n" in said
+        "\nNot comparable: the data sets (embedded, csv) differ, and so do their test\n"
+        "records.\n" in said
     )
     assert re.search(r"^training records +2 +1$", said, re.MULTILINE)
     assert " interval" not in said

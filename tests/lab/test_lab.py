@@ -24,7 +24,7 @@ from capas.facts import read_json
 from capas.formats import Answers, Format
 from capas.lab import attention, end_token, template
 from capas.lab.questions import Questions, shorten
-from capas.page.language import Language
+from capas.language import Language
 from capas.params import Params, flatten
 from capas.prompts import Prompt
 from capas.records import FORMATTED, IGNORE_INDEX, read_records, write_records

@@ -5,8 +5,8 @@ from pathlib import Path
 import pytest
 
 from capas.errors import CapasError
+from capas.language import NARROW_SPACE, Language, Numbers
 from capas.page.intervals import mean_interval, wilson_interval
-from capas.page.language import NARROW_SPACE, Language, Numbers
 
 ENGLISH, SPANISH = Numbers("en"), Numbers("es")
 

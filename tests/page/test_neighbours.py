@@ -10,8 +10,8 @@ from safetensors.numpy import save_file
 from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers
 
 from capas.page.levels import four_bit_levels
+from capas.page.mask.pieces import cut
 from capas.page.neighbours import Embedding
-from capas.page.pieces import cut
 
 NAME = "model.embed_tokens.weight"
 

@@ -14,11 +14,11 @@ from tokenizers import Tokenizer
 
 from capas.chat.batch import Formatted
 from capas.chat.format import ChatFormat
-from capas.page.language import Language
-from capas.page.pieces import Piece, cut
+from capas.language import Language
+from capas.page.mask.pieces import Piece, cut
 from capas.records import IGNORE_INDEX, Record
 
-WORDS = Path(__file__).parent / "mask"
+WORDS = Path(__file__).parent
 FIRST_RECORDS = 3
 _BOXES = Environment(autoescape=True).from_string((WORDS / "boxes.html.jinja").read_text("utf-8"))
 _SHOWN = {" ": "·", "\n": "↵", "\t": "⇥"}

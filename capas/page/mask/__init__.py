@@ -1,0 +1,1 @@
+"""The mask pages: the first training records token by token, with what is trained marked."""
