@@ -56,11 +56,22 @@ def _tree_of(
     root: Path, recorded: Mapping[str, str], commit: str | None, stack: ExitStack
 ) -> Path | None:
     """Return a folder with the code of these digests: the workspace, or a commit until the stack ends."""
-    if all(digest_of(_files(root, script)) == digest for script, digest in recorded.items()):
+    if _has(root, recorded):
         return root
     script, digest = next(iter(recorded.items()))
-    revision = commit or _revision_of(root, script, digest)
-    return stack.enter_context(exported(root, revision)) if revision else None
+    for revision in filter(None, (commit, _revision_of(root, script, digest))):
+        try:
+            tree = stack.enter_context(exported(root, revision))
+        except CapasError:  # a commit without this code, as of another project
+            continue
+        if _has(tree, recorded):
+            return tree
+    return None
+
+
+def _has(root: Path, recorded: Mapping[str, str]) -> bool:
+    """Return whether the code in a folder is that of the digests."""
+    return all(digest_of(_files(root, script)) == digest for script, digest in recorded.items())
 
 
 def between(one: Path, other: Path, scripts: list[str]) -> list[str]:

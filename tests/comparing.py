@@ -92,12 +92,13 @@ class Results(Workspace):
                 [self._cached("reports/format.json", facts)],
             ),
             "train": _stage(
-                [("reports/format.json", _md5(facts)), ("stages/train_lora.py", code)],
+                [("reports/format.json", _md5(facts))],
                 {key: values[key] for key in ("lora", "trainer")},
                 [
                     {"path": "data/models/adapter", "md5": f"{adapter[:32]}.dir"},
                     self._cached("reports/certificate.json", certificate),
                 ],
+                code={"train_lora": code},
             ),
             "evaluate": _stage(
                 [("data/models/adapter", f"{adapter[:32]}.dir")],
@@ -171,8 +172,10 @@ def _stage(
     params: dict[str, Any],
     outs: list[dict[str, str]],
     packages: dict[str, str] | None = None,
+    code: dict[str, str] | None = None,
 ) -> dict[str, Any]:
-    declared = {"params.yaml": params, **({"environment.yaml": packages} if packages else {})}
+    files = {"params.yaml": params, "environment.yaml": packages, "code.yaml": code}
+    declared = {name: values for name, values in files.items() if values is not None}
     read = [{"path": path, "md5": md5} for path, md5 in deps]
     return {"cmd": "python", "deps": read, "params": declared, "outs": outs}
 

@@ -419,7 +419,9 @@ def test_two_recorded_states_are_compared_file_by_file(
     pairs = {"first": (before, digests(project)["first"])}
     assert codediff.between_digests(project, pairs, [None, None]) == ["capas/one.py"]
     assert codediff.between_digests(project, pairs, [first, None]) == ["capas/one.py"]
-    assert codediff.between_digests(project, {"first": ("0" * 16, "1" * 16)}, [None, None]) == []
+    unknown = {"first": ("0" * 16, "1" * 16)}
+    assert codediff.between_digests(project, unknown, [None, first]) == []
+    assert codediff.between_digests(project, unknown, [None, "f" * 40]) == []
     with codediff.exported(project, first) as folder:
         reader = CodeReader(folder)
         assert digest_of(reader.files("stages/first.py")) == before

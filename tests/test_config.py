@@ -265,7 +265,9 @@ def test_all_problems_are_reported_at_once(compose: Callable[[list[str]], Any]) 
     assert "trainer.bf16='yes'" in text
     assert "dataset.overflow='cut': input should be 'error', 'drop' or 'truncate'" in text
     assert "lora.bias: is missing" in text
-    assert "load_in_4bit=True, quantization.load_in_8bit=True: expected one of the two" in text
+    assert (
+        "load_in_4bit=True, quantization.load_in_8bit=True: expected at most one of the two" in text
+    )
 
 
 @pytest.mark.parametrize(

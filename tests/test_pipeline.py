@@ -131,7 +131,7 @@ def test_an_edit_of_the_trainer_makes_train_due_and_nothing_before_it(workspace:
     assert set(re.findall(r"^  (\w+) ", said, re.MULTILINE)) == {
         *("compose", "train", "evaluate", "sample", "report", "publish"),
     }
-    log = workspace.repro("--single-item", "train", check=False)
+    log = workspace.repro("--force", "--single-item", "train", check=False)
     assert "train: the code of the stage 'train' was edited after compose wrote code.yaml" in log
     assert stages_run(workspace.repro("compose")) == ["compose"]
     status = workspace.run("dvc", "status", "--json").splitlines()[-1]

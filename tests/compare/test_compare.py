@@ -337,11 +337,26 @@ def test_other_code_and_packages_are_named(results: Results, compare: Compare) -
     results.record(answered(3), code="2")
     results.edit("dvc.lock", "torch: 2.13.0", "torch: 2.14.0")
     found = facts(compare, results, "HEAD", "workspace")
-    assert found["code"] == ["stages/train_lora.py"]
+    assert found["code"] == ["stages/train_lora.py, or what it imports"]
     assert found["packages"] == {"torch": ["2.13.0", "2.14.0"]}
     said = compare(results, "HEAD", "workspace")
-    assert "The parameters are the same.\nCode that differs: stages/train_lora.py\n" in said
+    assert (
+        "The parameters are the same.\nCode that differs: stages/train_lora.py, or what it imports\n"
+        in said
+    )
     assert "Packages that differ: torch 2.13.0 -> 2.14.0\n" in said
+
+
+def test_code_recorded_before_its_digests_is_not_compared(
+    results: Results, compare: Compare
+) -> None:
+    lock = yaml.safe_load(results.read("dvc.lock"))
+    del lock["stages"]["train"]["params"]["code.yaml"]
+    lock["stages"]["train"]["deps"].append({"path": "capas/lora.py", "md5": "0"})
+    (results.root / "dvc.lock").write_text(yaml.safe_dump(lock))
+    found = facts(compare, results, "HEAD", "workspace")
+    assert found["code"] == ["all, as the dvc.lock of B is older than code.yaml"]
+    assert found["files"] == []
 
 
 def test_scores_of_an_earlier_adapter(results: Results, compare: Compare) -> None:
