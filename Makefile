@@ -16,18 +16,18 @@ help: ## show this list
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "  make %-14s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
 
 repro: $(READY) ## run the pipeline (dvc repro), then show time and memory of each stage
-	@python -m capas.restore --quiet
+	@python -m capas.workspace.restore --quiet
 	dvc repro
-	@python -m capas.timings
-	@python -m capas.reproduced
+	@python -m capas.core.timings
+	@python -m capas.workspace.reproduced
 	@echo "Report: reports/index.html   En español: reports/index.es.html   Runs: make ui"
 
 update: $(READY) ## merge a newer version (UPSTREAM=REMOTE, REMOTE/BRANCH or URL), then list the due stages
-	@python -m capas.update $(UPSTREAM)
+	@python -m capas.workspace.update $(UPSTREAM)
 	@$(MAKE) --no-print-directory due
 
 due: $(READY) ## list the stages that will run again, and why
-	@python -m capas.due
+	@python -m capas.workspace.due
 
 test: $(READY) ## run the default tests: offline, CPU, minutes
 	python -m pytest $(PARALLEL)

@@ -26,11 +26,11 @@ from capas.chat.format import ChatFormat
 from capas.chat.plain import PlainEncoder
 from capas.chat.template import place_system
 from capas.chat.tokenizer import TokenizerFiles
+from capas.core.errors import CapasError
+from capas.core.records import TOKENIZED
 from capas.dataset.conversation import check_record
 from capas.dataset.flaws import WAYS_OUT, Flaw, Flaws
 from capas.dataset.shapes import convert
-from capas.errors import CapasError
-from capas.records import TOKENIZED
 
 ROOT = Path(__file__).resolve().parents[1]
 KIT = ROOT.parent / "shared/kit"

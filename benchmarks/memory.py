@@ -22,8 +22,8 @@ from typing import Any, NamedTuple
 
 import machine
 
-from capas.composition import composer, dump
-from capas.records import FORMATTED, write_records
+from capas.config.composition import composer, dump
+from capas.core.records import FORMATTED, write_records
 
 ROOT = Path(__file__).resolve().parents[1]
 SMALL = {"hidden_size": 512, "intermediate_size": 1408, "num_hidden_layers": 8}
@@ -97,9 +97,9 @@ model.save_pretrained(Path(folder) / "data/models/quantized")
 TRAIN = """
 import json, logging, resource, sys
 from pathlib import Path
-from capas.dag import StageSpec, read_yaml
-from capas.params import Params, select
-from capas.stage import Stage
+from capas.core.dag import StageSpec, read_yaml
+from capas.core.params import Params, select
+from capas.core.stage import Stage
 from stages import train_lora
 logging.basicConfig(stream=sys.stderr, level=logging.INFO)
 root = Path.cwd()

@@ -22,8 +22,8 @@ from peft import LoraConfig, get_peft_model
 from tokenizers import Tokenizer
 from transformers import LlamaConfig, LlamaForCausalLM
 
-from capas import packing
-from capas.batches import Collator, Example, LengthGroupedSampler
+from capas.training import packing
+from capas.training.batches import Collator, Example, LengthGroupedSampler
 
 KIT = Path(__file__).resolve().parents[2] / "shared/kit"
 VOCABULARY, LONGEST = 4096, 512

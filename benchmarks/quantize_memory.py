@@ -20,7 +20,7 @@ from typing import Any
 
 import machine
 
-from capas.composition import composer, dump
+from capas.config.composition import composer, dump
 
 ROOT = Path(__file__).resolve().parents[1]
 RUNS = (  # quantization, dtype of the weights on disk, model.dtype

@@ -41,11 +41,11 @@ from datasets import Dataset, DatasetDict
 from environments import environment
 from process import ProgramError, measure
 
-from capas import hardware
-from capas.batches import LengthGroupedSampler
-from capas.lora import OWN
-from capas.params import Params
-from capas.records import FORMATTED, read_records
+from capas.core.params import Params
+from capas.core.records import FORMATTED, read_records
+from capas.models import hardware
+from capas.training.batches import LengthGroupedSampler
+from capas.training.lora import OWN
 
 HERE = Path(__file__).resolve().parent / "contestants"
 NAMES = {

@@ -337,16 +337,16 @@ def train_capas(way: str, options: argparse.Namespace) -> tuple[Any, Any, dict[s
     """What the stage `train` does between reading its records and writing the adapter."""
     changed = changes(way)
     params = compose(changed, options)
-    from capas import hardware
+    from capas.models import hardware
 
     device = hardware.prepare(params.hardware)
     if changed.get("compiled"):
         del os.environ["TORCHDYNAMO_DISABLE"]
     from peft import prepare_model_for_kbit_training
 
-    from capas import fused, training
-    from capas.batches import Collator
-    from capas.model import load_model
+    from capas.models.loading import load_model
+    from capas.training import exact_trainer, fused
+    from capas.training.batches import Collator
     from stages import train_lora
 
     upcast = changed.get("upcast", False)
@@ -362,7 +362,7 @@ def train_capas(way: str, options: argparse.Namespace) -> tuple[Any, Any, dict[s
             layer.compile(dynamic=False)
     clock = make_clock(options.device)
     arguments = train_lora.training_arguments(params, Path("scratch"))
-    trainer = training.Trainer(
+    trainer = exact_trainer.Trainer(
         model=model,
         args=replace(
             arguments,
@@ -383,7 +383,7 @@ def train_capas(way: str, options: argparse.Namespace) -> tuple[Any, Any, dict[s
 
 def estimated_gib(params: Any, options: argparse.Namespace) -> float:
     """What the stage says before it trains."""
-    from capas import memory
+    from capas.training import memory
 
     lengths = [LENGTH[options.shape]] * ROWS
     workload = memory.Workload.of(params.trainer, params.hardware, lengths, lengths[:1])
@@ -393,9 +393,9 @@ def estimated_gib(params: Any, options: argparse.Namespace) -> float:
 
 def compose(changed: dict[str, Any], options: argparse.Namespace) -> Any:
     """The shipped recipe's values, with this benchmark's batch and nothing but the row's kernels."""
-    from capas.composition import composer
-    from capas.dag import StageSpec
-    from capas.params import Params, select
+    from capas.config.composition import composer
+    from capas.core.dag import StageSpec
+    from capas.core.params import Params, select
 
     deterministic = changed.get("deterministic", True)
     micro_batch = changed.get("micro_batch", MICRO_BATCH)

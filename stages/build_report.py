@@ -16,16 +16,16 @@ from typing import Any
 
 from tokenizers import Tokenizer
 
-from capas import saved
-from capas.dag import StageSpec, read_yaml
-from capas.facts import read_json
-from capas.language import Language
-from capas.page import families, findings, levels, pipeline, plots, tokens
-from capas.page.figure import to_svg
-from capas.page.findings import read_csv, read_lines
-from capas.page.tables import label_cells
-from capas.params import Params, flatten
-from capas.stage import Stage, log, run
+from capas.core.dag import StageSpec, read_yaml
+from capas.core.files import read_json
+from capas.core.language import Language
+from capas.core.params import Params, flatten
+from capas.core.stage import Stage, log, run
+from capas.models import tuned_weights
+from capas.report import families, findings, levels, pipeline, plots, tokens
+from capas.report.figure import to_svg
+from capas.report.findings import read_csv, read_lines
+from capas.report.tables import label_cells
 
 TEXTS = Path(findings.__file__).parent  # words, style and template
 LANGUAGES = {"en": "reports/index.html", "es": "reports/index.es.html"}
@@ -123,7 +123,7 @@ def of_models(params: Params, stage: Stage) -> dict[str, Any]:
         "levels": levels.four_bit_levels(base, stage.dep("data/models/quantized")),
         "train": train,
         "used": train["used"],
-        **findings.adapter(stage.dep(saved.FOLDER)),
+        **findings.adapter(stage.dep(tuned_weights.FOLDER)),
         "history": history,
         "validation": read_csv(stage.dep("reports/validation.csv")),
         "curve": findings.curve(history, params.trainer.max_grad_norm, config["vocab_size"]),

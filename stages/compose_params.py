@@ -30,9 +30,8 @@ from pathlib import Path
 from tempfile import TemporaryFile
 from typing import Any
 
-from capas import code, embedded, unfinished
-from capas.checking import check
-from capas.composition import (
+from capas.config.checking import check
+from capas.config.composition import (
     CONF,
     NOTHING_OVERRIDDEN,
     OVERRIDES,
@@ -44,21 +43,24 @@ from capas.composition import (
     read,
     word_given,
 )  # fmt: skip
-from capas.config import GROUPS, advice, group_schema, validate
+from capas.config.options import OWN, find_template, options_of
+from capas.config.overrides import absorb, difference, in_force
+from capas.config.pins import REVISIONS, Pins
+from capas.config.problems import refused
+from capas.config.requirements import read_by
+from capas.config.schema import GROUPS, advice, group_schema, validate
+from capas.core import code
+from capas.core.errors import CapasError, sweep_instead, told
+from capas.core.files import write_whole
+from capas.core.params import Params
+from capas.core.progress import heartbeat
 from capas.dataset.references import read_references
-from capas.errors import CapasError, sweep_instead, told
-from capas.facts import write_whole
-from capas.metrics.choice import Choice, choose_metrics
-from capas.metrics.harness import read_tasks
-from capas.metrics.names import AUTO
-from capas.metrics.own import read_sources
-from capas.options import OWN, find_template, options_of
-from capas.overrides import absorb, difference, in_force
-from capas.params import Params
-from capas.pins import REVISIONS, Pins
-from capas.problems import refused
-from capas.progress import heartbeat
-from capas.requirements import read_by
+from capas.evaluation.choice import Choice, choose_metrics
+from capas.evaluation.harness import read_tasks
+from capas.evaluation.names import AUTO
+from capas.evaluation.user_metrics import read_sources
+from capas.hub import embedded
+from capas.workspace import unfinished
 
 log = logging.getLogger("capas")
 ENVIRONMENT, LOCK, COMPOSED = (
@@ -163,7 +165,7 @@ def is_costly(old: Values, new: Values) -> bool:
 def tell_cost() -> None:
     """Log download, disk, memory and minutes of the stages; that it cannot be said stops nothing."""
     log.info("estimating the cost of the run (about 20 seconds)")
-    command = [sys.executable, "-m", "capas.cost"]
+    command = [sys.executable, "-m", "capas.config.cost"]
     with (
         heartbeat(),
         TemporaryFile("w+") as errors,

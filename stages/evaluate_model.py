@@ -26,28 +26,28 @@ from typing import TYPE_CHECKING, Any, Literal
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from capas import gate, hardware
 from capas.chat.recorded import recorded_format
-from capas.errors import CapasError
-from capas.facts import read_json, write_csv, write_json
-from capas.metrics import comparison, harness
-from capas.metrics.copied import copied_values
-from capas.metrics.general import format_questions
-from capas.metrics.names import BINARY, headline
-from capas.metrics.nearest import distance_group, nearest_prompts
-from capas.metrics.power import POWER_FRACTION
-from capas.metrics.scorer import Scorer
-from capas.params import Params
-from capas.prompts import answer_limit, read_questions
-from capas.records import FORMATTED, evenly_spaced, read_records, write_records
-from capas.stage import Stage, log, run
-from capas.vocabulary import check_ids
+from capas.core.errors import CapasError
+from capas.core.files import read_json, write_csv, write_json
+from capas.core.params import Params
+from capas.core.records import FORMATTED, evenly_spaced, read_records, write_records
+from capas.core.stage import Stage, log, run
+from capas.evaluation import comparison, gate, harness
+from capas.evaluation.copied import copied_values
+from capas.evaluation.general import format_questions
+from capas.evaluation.names import BINARY, headline
+from capas.evaluation.nearest import distance_group, nearest_prompts
+from capas.evaluation.power import POWER_FRACTION
+from capas.evaluation.prompts import answer_limit, read_questions
+from capas.evaluation.scorer import Scorer
+from capas.models import hardware
+from capas.models.vocabulary import check_ids
 
 if TYPE_CHECKING:
     from tokenizers import Tokenizer
     from torch import nn
 
-    from capas.model import TunedModel
+    from capas.models.loading import TunedModel
 
 Row = dict[str, Any]
 DATA, TOKENIZER, METRICS = "data/formatted", "data/models/tokenizer", "data/composed/metrics.json"
@@ -67,7 +67,7 @@ RATES = {  # columns of predictions -> keys of the reports
 def main(which: Literal["base", "tuned"], params: Params, stage: Stage) -> None:
     device = hardware.prepare(params.hardware)  # before torch is imported
     stage.costs |= hardware.machine()
-    from capas.model import TunedModel, load_model, quantization_method
+    from capas.models.loading import TunedModel, load_model, quantization_method
 
     records = choose(
         list(read_records(stage.dep(DATA) / "test.parquet", FORMATTED)),
@@ -150,7 +150,7 @@ def score(model: "nn.Module", records: list[Row], params: Params, stage: Stage) 
     Raises:
         CapasError: a loss is no number.
     """
-    from capas.batches import Collator, make_example, score_examples
+    from capas.training.batches import Collator, make_example, score_examples
 
     collator = Collator(read_chat(stage)["pad_token_id"])
     examples = [make_example(record) for record in records]
@@ -194,7 +194,7 @@ def answer(
     stage: Stage,
 ) -> list[Row]:
     """The rows with a greedy completion each, of up to `limit` tokens, and what it is worth."""
-    from capas.generation import complete, generation_config
+    from capas.evaluation.generation import complete, generation_config
 
     prompts, chat = [record["prompt_ids"] for record in records], read_chat(stage)
     config = generation_config(chat, limit)

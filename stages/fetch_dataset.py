@@ -16,17 +16,17 @@ The travelling record is born here::
 from collections.abc import Iterator
 from typing import Any
 
+from capas.core.files import write_json
+from capas.core.params import Params
+from capas.core.records import SPLITS
+from capas.core.stage import Stage, log, run
 from capas.dataset.flaws import Flaws
 from capas.dataset.generated import EMBEDDED
 from capas.dataset.inspect import Watch, parts_of
 from capas.dataset.pool import Identities, Pool
 from capas.dataset.selection import Selection, select_records
 from capas.dataset.source import Source, sources_of
-from capas.facts import write_json
-from capas.metrics.power import power_in_words
-from capas.params import Params
-from capas.records import SPLITS
-from capas.stage import Stage, log, run
+from capas.evaluation.power import power_in_words
 
 
 def main(params: Params, stage: Stage) -> None:

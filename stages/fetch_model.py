@@ -12,14 +12,13 @@ The tokenizer is fetched apart (fetch_tokenizer): looking at a mask needs no wei
 from collections.abc import Callable
 from pathlib import Path
 
-from capas import adapter
-from capas.architecture import check_supported, stored_quantization
-from capas.embedded import FOLDER, MANIFEST, verify
-from capas.errors import CapasError
-from capas.facts import read_json, write_json
-from capas.links import place
-from capas.params import Params
-from capas.sources import (
+from capas.core.errors import CapasError
+from capas.core.files import read_json, write_json
+from capas.core.links import place
+from capas.core.params import Params
+from capas.core.stage import Stage, log, run
+from capas.hub.embedded import FOLDER, MANIFEST, verify
+from capas.hub.sources import (
     ADAPTER,
     ADAPTER_FILES,
     CODE_FILES,
@@ -31,7 +30,8 @@ from capas.sources import (
     matching,
     snapshot,
 )
-from capas.stage import Stage, log, run
+from capas.models import adapter
+from capas.models.architecture import check_supported, stored_quantization
 
 EMBEDDED_FILES = ["config.json", "generation_config.json", "model.safetensors"]
 PICKLES = (".bin", ".pt", ".pth", ".ckpt", ".pkl", ".h5", ".msgpack")

@@ -11,13 +11,13 @@ from pathlib import Path
 
 from tokenizers import Tokenizer
 
-from capas import embedded
 from capas.chat.tokenizer import CONFIG, TOKENIZER, TokenizerFiles
-from capas.errors import CapasError
-from capas.params import Params
-from capas.sources import TOKENIZER_FILES, Source, check_folder, find_source, snapshot
-from capas.stage import Stage, log, run
-from capas.vocabulary import in_words, num_rows, tokens_without_row
+from capas.core.errors import CapasError
+from capas.core.params import Params
+from capas.core.stage import Stage, log, run
+from capas.hub import embedded
+from capas.hub.sources import TOKENIZER_FILES, Source, check_folder, find_source, snapshot
+from capas.models.vocabulary import in_words, num_rows, tokens_without_row
 
 MODEL_CONFIG = "config.json"
 

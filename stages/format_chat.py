@@ -25,13 +25,13 @@ from capas.chat.formatting import Refused, SplitFormatter, histogram
 from capas.chat.overflow import Overflow, check_overflow
 from capas.chat.reference import compare
 from capas.chat.tokenizer import MODEL_TEMPLATE
-from capas.errors import CapasError
-from capas.facts import write_csv, write_json
-from capas.page.mask.page import Sampler, write_mask_pages
-from capas.params import Params
-from capas.progress import counted
-from capas.records import FORMATTED, SPLITS, TOKENIZED, read_batches, write_tables
-from capas.stage import Stage, log, run
+from capas.core.errors import CapasError
+from capas.core.files import write_csv, write_json
+from capas.core.params import Params
+from capas.core.progress import counted
+from capas.core.records import FORMATTED, SPLITS, TOKENIZED, read_batches, write_tables
+from capas.core.stage import Stage, log, run
+from capas.report.mask.page import Sampler, write_mask_pages
 
 TEMPLATE = "data/composed/chat_template.jinja"
 

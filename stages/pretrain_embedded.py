@@ -24,16 +24,16 @@ from importlib.metadata import version
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from capas import hardware
-from capas.errors import CapasError, told
-from capas.facts import read_json
-from capas.params import Params
-from capas.task.corpus import generate_corpus
+from capas.core.errors import CapasError, told
+from capas.core.files import read_json
+from capas.core.params import Params
+from capas.dataset.task.corpus import generate_corpus
+from capas.models import hardware
 
 if TYPE_CHECKING:
     from tokenizers import Tokenizer
 
-    from capas.task.pretraining import Recipe
+    from capas.dataset.task.pretraining import Recipe
 
 FOLDER = Path(__file__).resolve().parents[1] / "data" / "embedded"
 # Fixed here, not read from conf/: the shipped bytes must not depend on anybody's configuration.
@@ -63,7 +63,7 @@ def main(arguments: list[str] | None = None) -> int:
     parser.add_argument("--num-threads", type=int, default=HARDWARE["num_threads"])
     options = parser.parse_args(arguments)
     hardware.prepare(Params({**HARDWARE, "num_threads": options.num_threads}))
-    from capas.task.pretraining import Recipe  # imports torch, whose environment is now set
+    from capas.dataset.task.pretraining import Recipe  # imports torch, whose environment is now set
 
     with tempfile.TemporaryDirectory(prefix="embedded-") as aside:
         build(Path(aside), Recipe())
@@ -78,7 +78,7 @@ def main(arguments: list[str] | None = None) -> int:
 
 def build(folder: Path, recipe: "Recipe") -> None:
     """Write all files of the embedded base, the manifest last."""
-    from capas.task import pretraining
+    from capas.dataset.task import pretraining
 
     started = time.monotonic()
     texts = (document.render() for document in generate_corpus(recipe.seed, TOKENIZER_DOCUMENTS))
@@ -114,7 +114,7 @@ def save_tokenizer(tokenizer: "Tokenizer", folder: Path, max_length: int) -> Non
     """tokenizer.json and tokenizer_config.json, with ChatML as the template of the base."""
     from transformers import PreTrainedTokenizerFast
 
-    from capas.task.pretraining import BOS, CHAT_TEMPLATE, EOS, PAD
+    from capas.dataset.task.pretraining import BOS, CHAT_TEMPLATE, EOS, PAD
 
     fast = PreTrainedTokenizerFast(
         tokenizer_object=tokenizer,

@@ -17,16 +17,16 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from capas import bundle, lineage, result
-from capas.card import write_card
-from capas.dag import recorded, recorded_key
-from capas.errors import CapasError
-from capas.facts import read_json
-from capas.params import Params
-from capas.result import Times
-from capas.run_params import recorded_params
-from capas.stage import Stage, log, run
-from capas.store import (
+from capas.core.dag import recorded, recorded_key
+from capas.core.errors import CapasError
+from capas.core.files import read_json
+from capas.core.params import Params
+from capas.core.stage import Stage, log, run
+from capas.tracking import lineage, run_content
+from capas.tracking.live_sender import run_name
+from capas.tracking.run_content import Times
+from capas.tracking.run_params import recorded_params
+from capas.tracking.store import (
     ARTIFACTS,
     EXPERIMENT,
     MODEL,
@@ -37,10 +37,11 @@ from capas.store import (
     reachable,
     tracking_uri,
 )
-from capas.tracking import run_name
-from capas.ui import Pages
+from capas.tracking.ui import Pages
+from capas.use import mlflow_model
+from capas.use.card import write_card
 
-MODEL_TAG = "capas.model"
+MODEL_TAG = "capas.models.loading"
 INITIAL_TAG = "initial_adapter.sha256"
 FILES = {
     "": ("dvc.lock", "environment.yaml", "params.yaml", "reports/certificate.json"),
@@ -65,8 +66,8 @@ def main(params: Params, stage: Stage) -> None:
         store = Store.open(stage.root, params.tracking.experiment_name)
         with reachable(tracking_uri(stage.root)):
             store.check_artifacts()
-            costs = result.costs(stage, lock)
-            texts, times = recorded_params(lock), result.times(stage, costs)
+            costs = run_content.costs(stage, lock)
+            texts, times = recorded_params(lock), run_content.times(stage, costs)
             found = store.find_or_create(
                 key, lambda: run_name(store, texts), times and times.started
             )
@@ -108,14 +109,14 @@ def publish(
     store: Store,
     found: Any,
     lock: Mapping[str, Any],
-    costs: result.Costs,
+    costs: run_content.Costs,
     params: Params,
     stage: Stage,
 ) -> None:
     """Whatever the run lacks or has with another value."""
     run_id, have = found.info.run_id, found.data
     store.send_params(run_id, have, recorded_params(lock))
-    tags = {**result.machine(costs), **result.headline(stage)}
+    tags = {**run_content.machine(costs), **run_content.headline(stage)}
     tags |= {} if USER in have.tags else lineage.author(stage, ran_here="train" in costs)
     if experiment := lineage.experiment(stage, have.tags[TRAIN_KEY]):
         tags[EXPERIMENT] = experiment
@@ -124,18 +125,18 @@ def publish(
     if initial := initial_adapter(stage):
         tags[INITIAL_TAG] = initial["sha256"]
     store.send_tags(run_id, have.tags, tags)
-    send_metrics(store, run_id, have, result.metrics(stage, costs))
-    store.log_points(run_id, result.curve(stage))
+    send_metrics(store, run_id, have, run_content.metrics(stage, costs))
+    store.log_points(run_id, run_content.curve(stage))
     store.client.log_inputs(run_id, datasets=datasets(lock, stage))
-    digest = result.artifacts_digest(lock)
+    digest = run_content.artifacts_digest(lock)
     is_new = have.tags.get(ARTIFACTS) != digest
     lineage.send(store, found, stage, is_new)
     if is_new:
         send_artifacts(store, run_id, costs, stage)
         store.client.set_tag(run_id, ARTIFACTS, digest)
-    answering = f"{digest}-{bundle.code_digest(stage)}"  # the code travels with the model
+    answering = f"{digest}-{mlflow_model.code_digest(stage)}"  # the code travels with the model
     if have.tags.get(MODEL_TAG) != answering:
-        send_model(store, found, result.values_of_training(lock), params, stage)
+        send_model(store, found, run_content.values_of_training(lock), params, stage)
         store.client.set_tag(run_id, MODEL_TAG, answering)
 
 
@@ -169,13 +170,13 @@ def datasets(lock: Mapping[str, Any], stage: Stage) -> list[Any]:
     return inputs
 
 
-def send_artifacts(store: Store, run_id: str, costs: result.Costs, stage: Stage) -> None:
+def send_artifacts(store: Store, run_id: str, costs: run_content.Costs, stage: Stage) -> None:
     for folder, files in FILES.items():
         for file in files:
             store.client.log_artifact(run_id, str(stage.root / file), folder or None)
-    store.client.log_dict(run_id, result.numbers(stage, costs), "numbers.json")
-    send_table(store, run_id, "predictions.json", result.predictions(stage))
-    send_table(store, run_id, "samples.json", result.samples(stage))
+    store.client.log_dict(run_id, run_content.numbers(stage, costs), "numbers.json")
+    send_table(store, run_id, "predictions.json", run_content.predictions(stage))
+    send_table(store, run_id, "samples.json", run_content.samples(stage))
 
 
 def send_model(
@@ -183,7 +184,7 @@ def send_model(
 ) -> None:
     """The adapter with its card, for PEFT and servers; and as a model that MLflow loads."""
     run_id, key = found.info.run_id, found.data.tags[TRAIN_KEY]
-    facts = bundle.served_facts(
+    facts = mlflow_model.served_facts(
         params.model,
         params.hardware,
         params.quantization,
@@ -203,9 +204,9 @@ def send_model(
     )
     with tempfile.TemporaryDirectory(prefix="capas-model-") as folder:
         data, model = Path(folder, "data"), Path(folder, MODEL)
-        bundle.write_data(data, card, facts, stage)
+        mlflow_model.write_data(data, card, facts, stage)
         store.client.log_artifacts(run_id, str(data / "adapter"), "adapter")
-        bundle.save_model(model, data, key, found, stage, facts)
+        mlflow_model.save_model(model, data, key, found, stage, facts)
         store.client.log_artifacts(run_id, str(model), MODEL)
 
 

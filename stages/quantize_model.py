@@ -19,13 +19,13 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from capas import hardware
-from capas.architecture import check_stored_quantization, stored_quantization
-from capas.facts import read_json, write_csv, write_json
-from capas.links import place
-from capas.params import Params
-from capas.stage import Stage, log, run
-from capas.weights import num_shards, read_weights, weight_bytes
+from capas.core.files import read_json, write_csv, write_json
+from capas.core.links import place
+from capas.core.params import Params
+from capas.core.stage import Stage, log, run
+from capas.models import hardware
+from capas.models.architecture import check_stored_quantization, stored_quantization
+from capas.models.weights import num_shards, read_weights, weight_bytes
 
 if TYPE_CHECKING:
     import torch
@@ -40,7 +40,7 @@ def main(params: Params, stage: Stage) -> None:
     stage.costs |= hardware.machine()
     from transformers import BitsAndBytesConfig
 
-    from capas.model import load_model, quantization_method
+    from capas.models.loading import load_model, quantization_method
 
     asked, base = params.quantization.without("preset"), stage.dep(BASE)
     stored = stored_quantization(read_json(base / "config.json"), BASE)
@@ -70,7 +70,7 @@ def main(params: Params, stage: Stage) -> None:
 
 def save(model: "PreTrainedModel", base: Path, folder: Path, as_it_is: bool) -> None:
     """As safetensors. A base that is neither quantized here nor converted is not written a second time."""
-    from capas.model import save_model
+    from capas.models.loading import save_model
 
     config = read_json(base / "config.json")
     stored = config.get("dtype") or config.get("torch_dtype")  # the older name
@@ -85,7 +85,7 @@ def save(model: "PreTrainedModel", base: Path, folder: Path, as_it_is: bool) -> 
 
 def layer_errors(model: "PreTrainedModel", base: Path, params: Params) -> list[dict[str, Any]]:
     """Per layer: Frobenius norm of quantized - original over that of the original; bits a weight takes."""
-    from capas.model import dequantize, quantized_linears
+    from capas.models.loading import dequantize, quantized_linears
 
     layers, state, found = dict(quantized_linears(model)), model.state_dict(), {}
     for name, original in originals(layers, base, params):
@@ -108,7 +108,7 @@ def originals(
     """(name, weight before) of every layer; where one has another name on disk, the model is loaded."""
     import torch
 
-    from capas.model import load_model
+    from capas.models.loading import load_model
 
     read = set()
     for name, weight in read_weights(base, list(layers)):
@@ -126,7 +126,7 @@ def original_weight(weight: "torch.Tensor", layer: Any) -> "torch.Tensor":
 
 
 def sizes(model: "PreTrainedModel", base: Path, folder: Path) -> dict[str, int]:
-    from capas.model import quantized_linears
+    from capas.models.loading import quantized_linears
 
     return {
         "num_parameters": model.num_parameters(),
@@ -150,7 +150,7 @@ def full_precision(model: "PreTrainedModel") -> dict[str, Any]:
     """What keeps its precision: linear layers by name, and whether head and embeddings are one weight."""
     from torch import nn
 
-    from capas.model import quantized_linears
+    from capas.models.loading import quantized_linears
 
     quantized = {name for name, _ in quantized_linears(model)}
     linears = [n for n, m in model.named_modules() if isinstance(m, nn.Linear)]

@@ -24,26 +24,26 @@ from typing import TYPE_CHECKING, Any
 
 from tokenizers import Tokenizer
 
-from capas import hardware
 from capas.chat.messages import TEXT
 from capas.chat.recorded import recorded_format
 from capas.chat.template import Template, TemplateRefusal, place_system
 from capas.chat.tokenizer import TokenizerFiles
-from capas.errors import CapasError
-from capas.facts import read_json, write_csv, write_json
-from capas.metrics.scorer import Scorer
-from capas.params import Params
-from capas.progress import doing
-from capas.prompts import (
+from capas.core.errors import CapasError
+from capas.core.files import read_json, write_csv, write_json
+from capas.core.params import Params
+from capas.core.progress import doing
+from capas.core.records import FORMATTED, IGNORE_INDEX, RAW, read_records
+from capas.core.stage import Stage, log, run
+from capas.evaluation.prompts import (
     Prompt,
     answer_limit,
     first_system_message,
     held_out_prompts,
     own_prompts,
 )
-from capas.records import FORMATTED, IGNORE_INDEX, RAW, read_records
-from capas.stage import Stage, log, run
-from capas.vocabulary import check_ids
+from capas.evaluation.scorer import Scorer
+from capas.models import hardware
+from capas.models.vocabulary import check_ids
 
 if TYPE_CHECKING:
     import torch
@@ -59,7 +59,7 @@ NUM_TOKENS = 8  # of a next-token distribution
 def main(params: Params, stage: Stage) -> None:
     device = hardware.prepare(params.hardware)  # before torch is imported
     stage.costs |= hardware.machine()
-    from capas.model import TunedModel, load_model
+    from capas.models.loading import TunedModel, load_model
 
     right = recorded_format(stage.dep(DATA), stage.dep(TOKENIZER))
     prompts = choose_prompts(params.generation, stage)
@@ -172,7 +172,7 @@ class Models:
         ]
 
     def _complete(self, which: str, ids: list[int], **settings: Any) -> list[list[int]]:
-        from capas.generation import complete, generation_config
+        from capas.evaluation.generation import complete, generation_config
 
         config = generation_config(self.chat, self.max_new_tokens, **settings)
         with self._as(which) as model:
@@ -187,7 +187,7 @@ class Models:
             return model(inputs).logits[0, len(ids) - 1 :].float().cpu()
 
     def _probabilities(self, logits: "torch.Tensor", input_ids: list[int]) -> Iterator[Row]:
-        from capas.generation import next_token_probabilities
+        from capas.evaluation.generation import next_token_probabilities
 
         top = logits.topk(NUM_TOKENS).indices.tolist()
         settings = {
@@ -212,7 +212,7 @@ class Models:
 
 def compare_attention(model: Any, sequences: list[list[int]], stage: Stage) -> None:
     """Write how far the tuned model's logits differ between eager attention and sdpa; report the seconds."""
-    from capas import attention
+    from capas.evaluation import attention
 
     found = attention.compare(model, sequences)
     write_json(stage.out("reports/attention.json"), found.facts)

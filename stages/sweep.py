@@ -28,7 +28,7 @@ import sys
 from pathlib import Path
 from typing import Any
 
-from capas.errors import told
+from capas.core.errors import told
 
 
 def main() -> int:

@@ -18,10 +18,10 @@ import pyarrow.compute as pc
 
 from capas.chat.plain import PlainEncoder
 from capas.chat.tokenizer import TokenizerFiles
-from capas.params import Params
-from capas.progress import counted
-from capas.records import RAW, SPLITS, TOKENIZED, read_batches, write_tables
-from capas.stage import Stage, log, run
+from capas.core.params import Params
+from capas.core.progress import counted
+from capas.core.records import RAW, SPLITS, TOKENIZED, read_batches, write_tables
+from capas.core.stage import Stage, log, run
 
 BYTES_AT_ONCE = 2**21  # in memory a few times as much, whatever the size of a split
 _MESSAGES = TOKENIZED.field("messages").type

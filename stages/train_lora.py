@@ -22,20 +22,22 @@ from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from capas import adapter, extras, hardware, launch, live, saved, steps, unsloth
-from capas.dag import recorded
-from capas.errors import CapasError
-from capas.facts import read_json, write_csv, write_json
-from capas.params import Params
-from capas.stage import Stage, log
-from capas.vocabulary import check_ids
+from capas.core import extras
+from capas.core.dag import recorded
+from capas.core.errors import CapasError
+from capas.core.files import read_json, write_csv, write_json
+from capas.core.params import Params
+from capas.core.stage import Stage, log
+from capas.models import adapter, hardware, tuned_weights
+from capas.models.vocabulary import check_ids
+from capas.training import launch, live_rows, steps, unsloth
 
 if TYPE_CHECKING:
     import torch
     from transformers import PreTrainedModel, TrainingArguments
 
-    from capas.batches import Collator, Example
-    from capas.training import Trainer
+    from capas.training.batches import Collator, Example
+    from capas.training.exact_trainer import Trainer
 
 FORMATTED, QUANTIZED, TOKENIZER = "data/formatted", "data/models/quantized", "data/models/tokenizer"
 OWN = (  # no arguments of transformers.Trainer
@@ -55,10 +57,10 @@ def main(params: Params, stage: Stage) -> None:
         unsloth.prepare(stage.root)
     initial = initial_adapter(params.lora, stage)
     follows = launch.is_main() and not stage.debug
-    check_tracker = live.start_check(stage.root, enabled=follows)
-    from capas import capacity, certificate, fused, lora, training, usage
-    from capas.batches import Collator, read_examples, tails
-    from capas.packing import pack
+    check_tracker = live_rows.start_check(stage.root, enabled=follows)
+    from capas.training import capacity, certificate, exact_trainer, fused, lora, used_settings
+    from capas.training.batches import Collator, read_examples, tails
+    from capas.training.packing import pack
 
     chat = read_json(stage.dep(FORMATTED) / "chat.json")
     train = read_examples(stage.dep(FORMATTED) / "train.parquet")
@@ -77,26 +79,26 @@ def main(params: Params, stage: Stage) -> None:
     packing = prove_packing(model, train, rows, collator, params.trainer)
     if params.trainer.fused_lora:
         fused.fuse(model)
-    gradient_check = usage.check_gradients(model, collator(tails(validation[:2])))
+    gradient_check = used_settings.check_gradients(model, collator(tails(validation[:2])))
 
     checkpoints = stage.checkpoints()
     args = training_arguments(params, checkpoints)
     with args.main_process_first(local=False):  # which removes what is half-written
-        checkpoint = training.last_checkpoint(checkpoints, resume=not stage.debug)
+        checkpoint = exact_trainer.last_checkpoint(checkpoints, resume=not stage.debug)
     args.eval_on_start = checkpoint is None  # the curve begins with the base
     trainer = make_trainer(model, args, rows, validation, collator, params)
     check_tracker()
-    with live.tracker(stage.root, stage.key(), enabled=follows) as log_rows:
-        trainer.add_callback(training.LiveRows(log_rows.append))
+    with live_rows.tracker(stage.root, stage.key(), enabled=follows) as log_rows:
+        trainer.add_callback(exact_trainer.LiveRows(log_rows.append))
         trainer.train(resume_from_checkpoint=str(checkpoint) if checkpoint else None)
 
     weights = None if lora.trains_all(params.lora) else lora.whole_weights(trainer.model)
     if launch.is_main():
-        used = usage.describe(trainer)
+        used = used_settings.describe(trainer)
         checked = {"packing": packing, "used": used, "gradient_check": gradient_check}
         write_reports(trainer, steps.Step.of(params.trainer, params.hardware), checked, stage)
         save_tuned(trainer.model, weights, params, chat, stage)
-    folder = training.told_by_main(launch.is_main() and stage.out("data/models/adapter"))
+    folder = exact_trainer.told_by_main(launch.is_main() and stage.out("data/models/adapter"))
     probes = collator(tails(validation[:4]))
     if weights is None:
         whole = release(trainer)
@@ -135,7 +137,7 @@ def check_memory(
     Raises:
         CapasError: it needs more memory than there is.
     """
-    from capas import capacity, memory
+    from capas.training import capacity, memory
 
     workload = memory.Workload.of(params.trainer, params.hardware, train, validation)
     groups = params.model, params.lora, params.trainer
@@ -173,7 +175,7 @@ def load_plain(folder: Path, params: Params, device: "torch.device") -> "PreTrai
     """
     import torch
 
-    from capas.model import load_model, quantization_method
+    from capas.models.loading import load_model, quantization_method
 
     if params.hardware.distributed_type == "ddp":
         return load_model(folder, params.model, device)
@@ -217,7 +219,7 @@ def add_lora(base: "PreTrainedModel", params: Params, initial: Path | None = Non
     Args:
         initial: of an adapter, whose weights they begin with instead.
     """
-    from capas import lora
+    from capas.training import lora
 
     lora.check_target_modules(base, params.lora.target_modules)
     add = unsloth.add_lora if params.trainer.backend == "unsloth" else add_with_peft
@@ -234,8 +236,8 @@ def add_with_peft(base: "PreTrainedModel", params: Params) -> Any:
     from peft import get_peft_model, prepare_model_for_kbit_training
     from transformers import set_seed
 
-    from capas import lora
-    from capas.model import quantization_method
+    from capas.models.loading import quantization_method
+    from capas.training import lora
 
     if quantization_method(base) != "none" and base.dtype == torch.float16:
         base = prepare_model_for_kbit_training(base, use_gradient_checkpointing=False)
@@ -284,7 +286,7 @@ def prove_packing(
     """
     if trainer.packing_length is None:
         return None
-    from capas.packing import check_isolation
+    from capas.training.packing import check_isolation
 
     log.info("%d records in %d rows of %d tokens", len(train), len(rows), trainer.packing_length)
     num_rows = min(2, trainer.per_device_train_batch_size)
@@ -305,9 +307,9 @@ def make_trainer(
     params: Params,
 ) -> "Trainer":
     """It checks at its first step that it computes with what `params` asks for."""
-    from capas import schedule, training, usage
+    from capas.training import exact_trainer, schedule, used_settings
 
-    trainer = training.Trainer(
+    trainer = exact_trainer.Trainer(
         save_total_limit=params.trainer.save_total_limit,
         divergence_factor=params.trainer.divergence_factor,
         loraplus_lr_ratio=params.trainer.loraplus_lr_ratio,
@@ -316,14 +318,14 @@ def make_trainer(
         train_dataset=rows,
         eval_dataset=validation,
         data_collator=collator,
-        preprocess_logits_for_metrics=training.score_batch,
-        compute_metrics=training.summarize,
+        preprocess_logits_for_metrics=exact_trainer.score_batch,
+        compute_metrics=exact_trainer.summarize,
     )
     if params.trainer.early_stopping_patience:
         trainer.add_callback(early_stopping(params.trainer))
 
     def check() -> None:
-        usage.check_trainer(trainer, params)
+        used_settings.check_trainer(trainer, params)
         schedule.check_schedule(trainer)
         step = steps.Step.of(params.trainer, params.hardware)
         in_epoch, in_all = step.num_in_epoch(len(rows)), trainer.state.max_steps
@@ -334,7 +336,7 @@ def make_trainer(
 
 
 def early_stopping(trainer: Params) -> Any:
-    from capas.training import EarlyStopping
+    from capas.training.exact_trainer import EarlyStopping
 
     metric, patience = trainer.metric_for_best_model, trainer.early_stopping_patience
     return EarlyStopping(metric, patience, trainer.early_stopping_threshold)
@@ -369,8 +371,8 @@ def training_arguments(params: Params, folder: Path) -> "TrainingArguments":
             dataloader_pin_memory=not on_cpu,
             # DDP then keeps its buckets: sums of three and more depend on them, also after a resumption.
             ddp_find_unused_parameters=True,
-            report_to="none",  # see capas/live.py
-            disable_tqdm=True,  # see capas.training.Progress
+            report_to="none",  # see capas/training/live_rows.py
+            disable_tqdm=True,  # see capas.training.exact_trainer.Progress
         )
     except (ValueError, ImportError) as error:
         raise CapasError(f"transformers rejects the trainer group: {error}") from None
@@ -484,7 +486,7 @@ def save_adapter(
 
 def save_whole(model: Any, folder: Path, stage: Stage) -> None:
     """config.json is the base's: a training changes nothing in it."""
-    from capas.model import save_model
+    from capas.models.loading import save_model
 
     save_model(model, folder)
     for file in [stage.dep(QUANTIZED) / "config.json", *sorted(stage.dep(QUANTIZED).glob("*.py"))]:
@@ -496,7 +498,9 @@ def write_certificate(folder: Path, checks: dict[str, Any], params: Params, stag
     outs = [out for entry in recorded(stage.root).values() for out in entry.get("outs", [])]
     inputs = {out["path"]: out["md5"] for out in outs if out["path"] in stage.spec.deps}
     facts = {
-        f"{'adapter' if saved.is_adapter(folder) else 'model'}_sha256": saved.sha256(folder),
+        f"{'adapter' if tuned_weights.is_adapter(folder) else 'model'}_sha256": tuned_weights.sha256(
+            folder
+        ),
         "train_key": stage.key(),
         "global_batch_size": steps.Step.of(params.trainer, params.hardware).num_rows,
         "checks": checks,
@@ -507,7 +511,7 @@ def write_certificate(folder: Path, checks: dict[str, Any], params: Params, stag
     if params.lora.adapter_name_or_path is not None:
         start = stage.dep(adapter.FOLDER)
         facts["initial_adapter"] = read_json(start / adapter.ORIGIN) | {
-            "sha256": saved.sha256(start)
+            "sha256": tuned_weights.sha256(start)
         }
     write_json(stage.out("reports/certificate.json"), facts)
 

@@ -14,8 +14,8 @@ import yaml
 from shipped import composed, composed_text
 from workspace import REPOSITORY, Workspace
 
-from capas.metrics.names import BINARY
-from capas.records import RAW
+from capas.core.records import RAW
+from capas.evaluation.names import BINARY
 from stages.evaluate_model import predictions_schema
 
 Answers = Sequence[str]
@@ -134,7 +134,7 @@ class Results(Workspace):
         shutil.rmtree(self.root / ".dvc/cache")
 
     def _timing(self, entry: dict[str, Any], seconds: float) -> None:
-        from capas.dag import recorded_key
+        from capas.core.dag import recorded_key
 
         cost = {"key": recorded_key(entry), "seconds": seconds, "cpu": "a CPU"}
         self._json("reports/timings/train.json", cost)

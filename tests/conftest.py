@@ -12,10 +12,10 @@ from typing import Any
 import pytest
 from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers, trainers
 
-from capas import kernels
-from capas.cores import MAX_THREADS, usable_cores
+from capas.core.cores import MAX_THREADS, usable_cores
+from capas.models import kernels
 
-# What capas.hardware sets before torch is imported; tests import it before any stage does.
+# What capas.models.hardware sets before torch is imported; tests import it before any stage does.
 os.environ |= {
     **kernels.asked("portable"),
     "OMP_WAIT_POLICY": "PASSIVE",
@@ -61,7 +61,7 @@ def pytest_collection_finish() -> None:
 @pytest.fixture(scope="module")
 def without_estimate() -> Iterator[None]:
     """Leave out the estimate of memory, which takes longer than a tiny training: see test_memory."""
-    from capas import memory
+    from capas.training import memory
 
     def estimate(*args: object) -> None:
         raise memory.EstimateError("the memory of a tiny training is not estimated")
@@ -99,7 +99,7 @@ def _forgotten_optimizers() -> None:
 @pytest.fixture(scope="session")
 def empty_mlflow_db(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """An mlflow.db without experiments, to copy: MLflow takes a second to make one."""
-    from capas.store import existing
+    from capas.tracking.store import existing
 
     file = tmp_path_factory.mktemp("empty_mlflow_db") / "mlflow.db"
     file.touch()

@@ -8,11 +8,11 @@ from typing import Any
 from conftest import REPOSITORY
 from shipped import composed
 
-from capas.dag import StageSpec
-from capas.params import Params, select
-from capas.records import FORMATTED, RAW, SPLITS, read_records
-from capas.sources import folder_revision
-from capas.stage import Stage
+from capas.core.dag import StageSpec
+from capas.core.params import Params, select
+from capas.core.records import FORMATTED, RAW, SPLITS, read_records
+from capas.core.stage import Stage
+from capas.hub.sources import folder_revision
 from stages import fetch_dataset, fetch_tokenizer, format_chat, tokenize_messages
 
 MAINS = {

@@ -8,7 +8,7 @@ import time
 from pathlib import Path
 from typing import Any
 
-from capas import launch
+from capas.training import launch
 from stages import train_lora
 
 HELD, AT = Path(".dvc/tmp/held"), "HOLD_AT"

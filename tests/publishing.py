@@ -9,9 +9,9 @@ from typing import Any
 import pytest
 from sweeping import FAKE, STAGES, Sweeper
 
-from capas import cli
-from capas.store import Store
-from capas.worktree import git
+from capas import __main__ as cli
+from capas.core.worktree import git
+from capas.tracking.store import Store
 
 PUBLISH = """
   publish:
@@ -23,13 +23,13 @@ PUBLISH = """
 PUBLISHING = """
 from pathlib import Path
 from capas import lineage
-from capas.dag import StageSpec, recorded
-from capas.facts import read_json
-from capas.result import artifacts_digest
-from capas.run_params import recorded_params
-from capas.stage import Stage
-from capas.store import Store
-from capas.tracking import run_name
+from capas.core.dag import StageSpec, recorded
+from capas.core.files import read_json
+from capas.tracking.run_content import artifacts_digest
+from capas.tracking.run_params import recorded_params
+from capas.core.stage import Stage
+from capas.tracking.store import Store
+from capas.tracking.live_sender import run_name
 
 root = Path.cwd()
 stage = Stage(StageSpec.read("publish", root), root)
@@ -40,15 +40,15 @@ run = store.find_or_create(key, lambda: run_name(store, recorded_params(lock)))
 if experiment := lineage.experiment(stage, key):
     store.client.set_tag(run.info.run_id, "dvc.experiment", experiment)
 digest = artifacts_digest(recorded(root))
-lineage.send(store, run, stage, run.data.tags.get("capas.artifacts") != digest)
-store.client.set_tag(run.info.run_id, "capas.artifacts", digest)
+lineage.send(store, run, stage, run.data.tags.get("capas.tracking.artifacts") != digest)
+store.client.set_tag(run.info.run_id, "capas.tracking.artifacts", digest)
 store.set_status(run.info.run_id, "FINISHED")
 Path("reports/.published").write_text(key)
 """
 # The adapter is a folder; what NOISE says is in it, as the rounding of another machine would be.
 TRAINING = """
 if stage == "train":
-    from capas.dag import StageSpec, input_key
+    from capas.core.dag import StageSpec, input_key
     Path(out).mkdir(parents=True)
     noise = os.environ.get("NOISE", "")
     extra = Path("extra.bin").read_bytes() if Path("extra.bin").exists() else b""

@@ -21,13 +21,13 @@ from safetensors.numpy import save_file
 from shipped import composed, composed_text
 from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers, trainers
 
-from capas import gate
-from capas.dag import StageSpec, read_yaml, recorded_key
-from capas.metrics.names import BINARY, name_of
-from capas.page.plots import MAX_TOKENS
-from capas.params import Params, flatten, select
-from capas.records import RAW, write_records
-from capas.stage import Stage
+from capas.core.dag import StageSpec, read_yaml, recorded_key
+from capas.core.params import Params, flatten, select
+from capas.core.records import RAW, write_records
+from capas.core.stage import Stage
+from capas.evaluation import gate
+from capas.evaluation.names import BINARY, name_of
+from capas.report.plots import MAX_TOKENS
 from stages import build_report
 
 REPOSITORY = Path(__file__).parents[1]

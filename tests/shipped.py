@@ -5,7 +5,7 @@ from copy import deepcopy
 from functools import cache
 from pathlib import Path
 
-from capas.composition import Values, composer, dump
+from capas.config.composition import Values, composer, dump
 
 CONF = Path(__file__).resolve().parents[1] / "conf"
 

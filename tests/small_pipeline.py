@@ -11,9 +11,9 @@ from typing import Any
 import yaml
 from workspace import REPOSITORY, Workspace
 
-from capas.composition import dump
-from capas.dag import StageSpec, md5, recorded
-from capas.due import Inputs, in_order
+from capas.config.composition import dump
+from capas.core.dag import StageSpec, md5, recorded
+from capas.workspace.due import Inputs, in_order
 
 DVC_YAML = """
 stages:
@@ -38,7 +38,7 @@ COMPOSE = """
 import sys
 from pathlib import Path
 import yaml
-from capas.composition import dump
+from capas.config.composition import dump
 if "--force" not in sys.argv:
     sys.exit("compose: an edit of params.yaml would be lost")
 values = yaml.safe_load(Path("conf/config.yaml").read_text())

@@ -13,8 +13,8 @@ from transformers import AutoConfig, AutoModelForCausalLM
 from transformers.models.auto.configuration_auto import model_type_to_module_name
 from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
 
-from capas.architecture import check_dense, check_modules_dense
-from capas.errors import CapasError
+from capas.core.errors import CapasError
+from capas.models.architecture import check_dense, check_modules_dense
 
 # Families whose default configuration is dense, and what makes experts of it.
 DENSE_BY_DEFAULT: dict[str, dict[str, Any]] = {

@@ -7,9 +7,9 @@ from typing import Any
 
 import pytest
 
-from capas import live
-from capas.artifacts import GuardedClient, UnusableStoreError, check_artifacts, refusal
-from capas.errors import CapasError
+from capas.core.errors import CapasError
+from capas.tracking.artifacts import GuardedClient, UnusableStoreError, check_artifacts, refusal
+from capas.training import live_rows
 
 SERVER = "http://ana:hidden@mlflow.example.com:5000"
 
@@ -85,15 +85,15 @@ def test_a_training_whose_result_could_not_be_published_is_refused(
 ) -> None:
     monkeypatch.setenv("MLFLOW_TRACKING_URI", "mysql+nodriver://ana:hidden@127.0.0.1:9/runs")
     with pytest.raises(CapasError, match=r"(?s)could not be published: .*tracking=none") as told:
-        live.start_check(tracked, enabled=True)()
+        live_rows.start_check(tracked, enabled=True)()
     assert "hidden" not in str(told.value)
-    live.start_check(tracked, enabled=False)()
+    live_rows.start_check(tracked, enabled=False)()
 
 
 def test_a_server_that_is_away_does_not_stop_a_training(
     tracked: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
     monkeypatch.setenv("MLFLOW_TRACKING_URI", "postgresql+psycopg2://ana:hidden@127.0.0.1:9/runs")
-    live.start_check(tracked, enabled=True)()
+    live_rows.start_check(tracked, enabled=True)()
     assert "training continues without MLflow: no database answers at" in caplog.text
     assert "hidden" not in caplog.text

@@ -12,7 +12,7 @@ from tiny import make_model, read_json
 from transformers import PreTrainedModel
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
-from capas.attention import MAX_SEQUENCES, MAX_TOKENS, Comparison, compare
+from capas.evaluation.attention import MAX_SEQUENCES, MAX_TOKENS, Comparison, compare
 from stages.sample_outputs import compare_attention
 
 SEQUENCES = [list(range(1, 60)), list(range(100, 120))]

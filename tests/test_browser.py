@@ -21,7 +21,7 @@ import pytest
 from servers import free_port
 from workspace import Workspace, make_workspace
 
-from capas.store import existing
+from capas.tracking.store import existing
 
 if TYPE_CHECKING:
     from playwright.sync_api import Locator, Page

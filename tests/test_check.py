@@ -8,10 +8,10 @@ from typing import Any
 import pytest
 import yaml
 
-from capas.cli import main
-from capas.dataset.option import Option
+from capas.__main__ import main
+from capas.config.dataset_option import Option
+from capas.core.errors import CapasError
 from capas.dataset.proposal import propose_columns
-from capas.errors import CapasError
 
 REPOSITORY = Path(__file__).resolve().parents[1]
 TOPICS = [f"{a}{b}{c}{d}" for a in "bdfgk" for b in "aeiou" for c in "lmnrt" for d in "aeiou"]

@@ -9,11 +9,13 @@ import pytest
 from shipped import CONF
 from workspace import REPOSITORY
 
-from capas import elsewhere, extras, kernels, requirements
-from capas.checking import MAX_COMBINATIONS, Composer, check, check_points
-from capas.config import known_keys, nearest
-from capas.errors import CapasError
-from capas.requirements import lacking, read_by
+from capas.config import elsewhere, requirements
+from capas.config.checking import MAX_COMBINATIONS, Composer, check, check_points
+from capas.config.requirements import lacking, read_by
+from capas.config.schema import known_keys, nearest
+from capas.core import extras
+from capas.core.errors import CapasError
+from capas.models import kernels
 
 READS = ("hardware", "model.attn_implementation", "trainer", "evaluation")
 LORA = "all_linear, attention, none"
@@ -206,7 +208,7 @@ def bare(monkeypatch: pytest.MonkeyPatch) -> pytest.MonkeyPatch:
     monkeypatch.setattr(requirements, "num_gpus", lambda: 0)
     monkeypatch.setattr(requirements, "_installed", {"torch": "2.13.0"}.get)
     monkeypatch.setattr(extras, "VERSIONS", {e: {f"no-{e}": "1"} for e in extras.VERSIONS})
-    monkeypatch.setattr("capas.metrics.harness.PACKAGE", "no-lm-eval")
+    monkeypatch.setattr("capas.evaluation.harness.PACKAGE", "no-lm-eval")
     return monkeypatch
 
 

@@ -12,8 +12,8 @@ import yaml
 from test_dag import NAMES, imported_modules, script
 from workspace import ENVIRONMENT, REPOSITORY
 
-from capas import codediff
-from capas.code import (
+from capas.core import codediff
+from capas.core.code import (
     CODE,
     DECIDES_NO_BYTE,
     CodeReader,
@@ -23,9 +23,9 @@ from capas.code import (
     dump,
     serialize,
 )
-from capas.dag import StageSpec
-from capas.due import describe, due
-from capas.errors import CapasError
+from capas.core.dag import StageSpec
+from capas.core.errors import CapasError
+from capas.workspace.due import describe, due
 
 STAGES = [name for name in NAMES if name != "compose"]
 SCRIPTS = {"one": "first", "two": "second"}  # of the stages of `project`
@@ -130,17 +130,17 @@ def project(tmp_path: Path) -> Path:
     """A package, two scripts of which one imports inside a function, and a template beside a module."""
     files = {
         "capas/__init__.py": '"""Layers."""\n',
-        "capas/one.py": "from capas.page import two\n",
+        "capas/one.py": "from capas.report import two\n",
         "capas/lazy.py": "x = 1\n",
         "capas/unused.py": "x = 1\n",
-        "capas/stage.py": "def run(): ...\n",
+        "capas/core/stage.py": "def run(): ...\n",
         "stages/tool.py": "from capas import unused\n",  # no stage's
-        "capas/errors.py": "x = 1\n",
-        "capas/page/__init__.py": "",
-        "capas/page/two.py": "from . import three\n",
-        "capas/page/three.py": "from ..one import two\n",  # a circle
-        "capas/page/page.jinja": "{{ x }}\n",
-        "capas/page/.DS_Store": "",
+        "capas/core/errors.py": "x = 1\n",
+        "capas/report/__init__.py": "",
+        "capas/report/two.py": "from . import three\n",
+        "capas/report/three.py": "from ..one import two\n",  # a circle
+        "capas/report/page.jinja": "{{ x }}\n",
+        "capas/report/.DS_Store": "",
         "stages/first.py": "from capas.one import f\nfrom capas import errors, stage\n",
         "stages/second.py": "from capas import stage\ndef main():\n    from capas import lazy\n",
         "dvc.yaml": yaml.safe_dump(
@@ -168,15 +168,15 @@ def test_a_digest_covers_imports_of_imports_and_the_data_beside_them(project: Pa
     assert list(reader.files("stages/first.py")) == [
         "capas/__init__.py",
         "capas/one.py",
-        *(f"capas/page/{name}.py" for name in page[:1]),
-        "capas/page/page.jinja",
-        *(f"capas/page/{name}.py" for name in page[1:]),
-        "capas/stage.py",
+        *(f"capas/report/{name}.py" for name in page[:1]),
+        "capas/report/page.jinja",
+        *(f"capas/report/{name}.py" for name in page[1:]),
+        "capas/core/stage.py",
         "stages/first.py",
     ]
     assert reader.covered("stages/first.py") == {
         *(name for name in reader.files("stages/first.py") if name.endswith(".py")),
-        "capas/errors.py",
+        "capas/core/errors.py",
     }
     second = [*(f"capas/{name}.py" for name in ("__init__", "lazy", "stage")), "stages/second.py"]
     assert list(reader.files("stages/second.py")) == second
@@ -185,13 +185,13 @@ def test_a_digest_covers_imports_of_imports_and_the_data_beside_them(project: Pa
 @pytest.mark.parametrize(
     ("file", "text", "changed"),
     [
-        ("capas/page/three.py", "from ..one import two\nx = 1\n", {"first"}),
-        ("capas/page/page.jinja", "{{ y }}\n", {"first"}),
-        ("capas/page/new.css", "", {"first"}),
-        ("capas/page/new.py", "", set()),
+        ("capas/report/three.py", "from ..one import two\nx = 1\n", {"first"}),
+        ("capas/report/page.jinja", "{{ y }}\n", {"first"}),
+        ("capas/report/new.css", "", {"first"}),
+        ("capas/report/new.py", "", set()),
         ("capas/lazy.py", "x = 2\n", {"second"}),
         ("capas/lazy.py", "x  =  1  # a comment\n", set()),
-        ("capas/errors.py", "x = 2\n", set()),
+        ("capas/core/errors.py", "x = 2\n", set()),
         ("capas/unused.py", "x = 2\n", set()),
         ("capas/__init__.py", "x = 1\n", {"first", "second"}),
         ("stages/first.py", "from capas import stage, unused\n", {"first"}),
@@ -248,7 +248,7 @@ def test_a_stage_whose_code_was_edited_after_compose_is_refused(project: Path) -
 
 RUN = """
 import importlib
-from capas.stage import run
+from capas.core.stage import run
 def main(params, stage):
     {line}
     stage.out("made").write_text("x")
@@ -262,14 +262,14 @@ if __name__ == "__main__":
     [
         ("from capas import cgroups", ""),
         (
-            'importlib.import_module("capas.cgroups")',
-            "the stage 'only' loaded capas/cgroups.py, which its digest in code.yaml does not cover",
+            'importlib.import_module("capas.core.cgroups")',
+            "the stage 'only' loaded capas/core/cgroups.py, which its digest in code.yaml does not cover",
         ),
         (
-            'open("capas/params.py", "a").write("x = 1\\n")',
-            "changed while the stage was running: capas/params.py",
+            'open("capas/core/params.py", "a").write("x = 1\\n")',
+            "changed while the stage was running: capas/core/params.py",
         ),
-        ('open("capas/params.py", "a").write("# a comment\\n")', ""),
+        ('open("capas/core/params.py", "a").write("# a comment\\n")', ""),
     ],
 )
 def test_a_stage_ends_as_the_code_that_its_digest_covers(
@@ -299,18 +299,18 @@ def test_code_yaml_is_of_this_code() -> None:
 @pytest.mark.parametrize(
     ("file", "stages"),
     [
-        ("capas/training.py", {"train"}),
+        ("capas/training/exact_trainer.py", {"train"}),
         ("capas/dataset/splits.py", {"fetch"}),
         ("capas/chat/audit.py", {"format"}),
-        ("capas/metrics/overlap.py", {"evaluate_base", "evaluate", "sample"}),
-        ("capas/page/plots.py", {"report"}),
-        ("capas/page/style.css", {"report"}),
-        ("capas/page/mask/es.yaml", {"format", "report"}),
-        ("capas/store.py", {"publish"}),
-        ("capas/generation.py", {"evaluate_base", "evaluate", "sample", "publish"}),
-        ("capas/memory.py", set()),
+        ("capas/evaluation/overlap.py", {"evaluate_base", "evaluate", "sample"}),
+        ("capas/report/plots.py", {"report"}),
+        ("capas/report/style.css", {"report"}),
+        ("capas/report/mask/es.yaml", {"format", "report"}),
+        ("capas/tracking/store.py", {"publish"}),
+        ("capas/evaluation/generation.py", {"evaluate_base", "evaluate", "sample", "publish"}),
+        ("capas/training/memory.py", set()),
         ("capas/compare/words.py", set()),
-        ("capas/stage.py", set(STAGES)),
+        ("capas/core/stage.py", set(STAGES)),
     ],
 )
 def test_an_edit_reruns_the_stages_that_one_expects(file: str, stages: set[str]) -> None:
@@ -393,17 +393,17 @@ def committed(project: Path) -> Callable[..., str]:
 
 def test_due_names_the_files_that_were_edited(project: Path, committed: Callable[..., str]) -> None:
     assert due(project) == {}
-    (project / "capas/page/three.py").write_text("from ..one import two\nx = 2\n")
-    (project / "capas/one.py").write_text("from capas.page import two  # a comment\n")
-    assert due(project) == {"one": ["capas/page/three.py"]}
+    (project / "capas/report/three.py").write_text("from ..one import two\nx = 2\n")
+    (project / "capas/one.py").write_text("from capas.report import two  # a comment\n")
+    assert due(project) == {"one": ["capas/report/three.py"]}
     (project / CODE).write_text(dump(digests(project)))
     committed("commit", "-q", "-a", "-m", "second")  # dvc.lock has the code of the one before
     (project / "stages/second.py").write_text("from capas import stage\n")
     assert due(project) == {
-        "one": ["capas/page/three.py"],
+        "one": ["capas/report/three.py"],
         "two": ["stages/second.py"],
     }
-    assert "  one              capas/page/three.py\n" in describe(project)
+    assert "  one              capas/report/three.py\n" in describe(project)
     lock = (project / "dvc.lock").read_text()
     (project / "dvc.lock").write_text(lock.replace("first: ", "first: x"))  # a digest nobody knows
     assert due(project)["one"] == ["its code"]
@@ -413,7 +413,7 @@ def test_two_recorded_states_are_compared_file_by_file(
     project: Path, committed: Callable[..., str]
 ) -> None:
     first, before = committed("rev-parse", "HEAD").strip(), digests(project)["first"]
-    (project / "capas/one.py").write_text("from capas.page import two\nx = 1\n")
+    (project / "capas/one.py").write_text("from capas.report import two\nx = 1\n")
     (project / CODE).write_text(dump(digests(project)))
     committed("commit", "-q", "-a", "-m", "second")
     pairs = {"first": (before, digests(project)["first"])}

@@ -9,7 +9,7 @@ from pathlib import Path
 from tiny import write_workspace
 from workspace import ENVIRONMENT, REPOSITORY
 
-from capas.code import CODE, DECIDES_NO_BYTE, digests, dump
+from capas.core.code import CODE, DECIDES_NO_BYTE, digests, dump
 
 # Appended to each module: other numbers, other texts, no locks. `_seen` leaves a mark, so that a replacement
 # which is never reached cannot pass for a proof.
@@ -21,14 +21,14 @@ def _seen():
 
 """
 REPLACED = {
-    "capas/activations.py": """
+    "capas/training/activations.py": """
 _measure = measure
 def measure(*args, **kwargs):
     _seen()
     found, held = _measure(*args, **kwargs)
     return {name: 3 * value for name, value in found.items()}, held and 3 * held
 """,
-    "capas/capacity.py": """
+    "capas/training/capacity.py": """
 def free_bytes(device):
     _seen()
     return 2**60
@@ -37,23 +37,23 @@ def used_bytes(device):
 def device_costs(device):
     return {"device_bytes": 1}
 """,
-    "capas/code.py": """
+    "capas/core/code.py": """
 def check_loaded(*args):
     _seen()
 """,
-    "capas/errors.py": """
+    "capas/core/errors.py": """
 def _other(self):
     _seen()
     return "another text"
 CapasError.__str__ = _other
 """,
-    "capas/heap.py": """
+    "capas/training/malloc_heap.py": """
 _in_child = in_child
 def in_child(work):
     _seen()
     return [2 * value for value in _in_child(work)]
 """,
-    "capas/live.py": """
+    "capas/training/live_rows.py": """
 def start_check(root, enabled):
     _seen()
     return lambda: None
@@ -61,14 +61,14 @@ def start_check(root, enabled):
 def tracker(root, key, enabled):
     yield Rows(None)
 """,
-    "capas/locks.py": """
+    "capas/core/locks.py": """
 @contextmanager
 def exclusive(file, seconds=0):
     _seen()
     with file.open("a+") as lock:
         yield lock
 """,
-    "capas/memory.py": """
+    "capas/training/memory.py": """
 def summary(*args):
     _seen()
     return "a summary"
@@ -77,7 +77,7 @@ def check(*args):
 def costs(*args):
     return {"estimated": str(CapasError("whatever"))}
 """,
-    "capas/progress.py": """
+    "capas/core/progress.py": """
 @contextmanager
 def doing(text, total=None):
     _seen()

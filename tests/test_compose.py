@@ -13,10 +13,10 @@ import yaml
 from hub import Hub, go_offline, use
 from workspace import REPOSITORY, Workspace, make_workspace, stages_run
 
-from capas.composition import NOTHING_OVERRIDDEN, composer, dump
-from capas.errors import told
-from capas.requirements import num_gpus
-from capas.sources import folder_revision
+from capas.config.composition import NOTHING_OVERRIDDEN, composer, dump
+from capas.config.requirements import num_gpus
+from capas.core.errors import told
+from capas.hub.sources import folder_revision
 from stages.compose_params import main, parse_options
 
 

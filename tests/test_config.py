@@ -16,10 +16,10 @@ from hydra.core.override_parser.overrides_parser import OverridesParser
 from omegaconf import OmegaConf
 from workspace import REPOSITORY
 
-from capas.composition import composer, digest, dump, word_given
-from capas.config import GROUPS, SCHEDULES, advice, group_schema, known_keys, validate
-from capas.errors import CapasError
-from capas.params import flatten
+from capas.config.composition import composer, digest, dump, word_given
+from capas.config.schema import GROUPS, SCHEDULES, advice, group_schema, known_keys, validate
+from capas.core.errors import CapasError
+from capas.core.params import flatten
 
 CONF = REPOSITORY / "conf"
 APART = (
@@ -401,7 +401,7 @@ def test_every_template_has_another_to_be_compared_with(
 
 
 def test_schedules_have_the_arguments_that_transformers_gives_them() -> None:
-    """The table in capas/config.py against the installed version."""
+    """The table in capas/config/schema.py against the installed version."""
     from transformers.optimization import TYPE_TO_SCHEDULER_FUNCTION
 
     given = {"optimizer", "num_warmup_steps", "num_training_steps", "last_epoch"}

@@ -10,9 +10,9 @@ import yaml
 from small_pipeline import Small
 from workspace import REPOSITORY, Workspace
 
-from capas.composition import dump
-from capas.dag import StageSpec
-from capas.generated import BY_KEY, LOCK, is_generated, uncached
+from capas.config.composition import dump
+from capas.core.dag import StageSpec
+from capas.core.generated import BY_KEY, LOCK, is_generated, uncached
 
 
 @pytest.fixture(scope="module")
@@ -192,7 +192,7 @@ def test_pins_of_both_sides_stay(small: Small) -> None:
 
 
 def test_git_never_mixes_what_is_generated() -> None:
-    """The list in capas/generated.py, dvc.yaml and .gitattributes agree."""
+    """The list in capas/core/generated.py, dvc.yaml and .gitattributes agree."""
     tracked = subprocess.check_output(["git", "ls-files"], cwd=REPOSITORY, text=True).split()
     generated = [path for path in tracked if is_generated(path)]
     asked = ["git", "check-attr", "merge", "--", *generated]
@@ -203,7 +203,9 @@ def test_git_never_mixes_what_is_generated() -> None:
     outs = {out for spec in StageSpec.read_all(REPOSITORY).values() for out in spec.outs}
     assert {p for p in generated if p.startswith("reports/")} <= outs | {"reports/.gitignore"}
     assert len(generated) > 20
-    assert not any(map(is_generated, ("conf/config.yaml", "capas/dag.py", "requirements.lock")))
+    assert not any(
+        map(is_generated, ("conf/config.yaml", "capas/core/dag.py", "requirements.lock"))
+    )
 
 
 def test_a_newer_upstream_is_merged_and_what_runs_again_is_said(
@@ -224,30 +226,30 @@ def test_a_newer_upstream_is_merged_and_what_runs_again_is_said(
     user.commit()
     (user.root / "notes.txt").write_text("not committed\n")
 
-    said = user.run("python", "-m", "capas.update")
+    said = user.run("python", "-m", "capas.workspace.update")
     assert "merging 1 commit(s) of origin HEAD" in said
     assert "resolved: dvc.lock" in said
     assert user.run("git", "status", "--porcelain") == "?? notes.txt\n"
     assert user.run("git", "log", "-1", "--format=%P").count(" ") == 1
     assert values(user)["lora"]["r"] == 4
-    due = user.run("python", "-m", "capas.due")
+    due = user.run("python", "-m", "capas.workspace.due")
     assert "train            data/raw" in due or "train            after" in due
     (user.root / "data/raw").write_bytes((upstream.root / "data/raw").read_bytes())  # dvc pull
     assert user.remake() == ["train"]
-    assert "has nothing newer" in user.run("python", "-m", "capas.update", "origin/main")
+    assert "has nothing newer" in user.run("python", "-m", "capas.workspace.update", "origin/main")
 
 
 def test_an_update_says_what_is_wrong(forked: Small, tmp_path: Path) -> None:
     small = Small(Path(shutil.copytree(forked.root, tmp_path / "home", symlinks=True)))
-    said = small.run("python", "-m", "capas.update", check=False)
+    said = small.run("python", "-m", "capas.workspace.update", check=False)
     assert "there is no git remote to update from" in said
-    said = small.run("python", "-m", "capas.update", str(tmp_path / "none"), check=False)
+    said = small.run("python", "-m", "capas.workspace.update", str(tmp_path / "none"), check=False)
     assert "does not appear to be a git repository" in said
     small.override(lora={"r": 2})  # not committed
-    said = small.run("python", "-m", "capas.update", ".", check=False)
+    said = small.run("python", "-m", "capas.workspace.update", ".", check=False)
     assert "nothing newer" in said
     small.run("git", "remote", "add", "upstream", ".")
-    said = small.run("python", "-m", "capas.update", "upstream/other", check=False)
+    said = small.run("python", "-m", "capas.workspace.update", "upstream/other", check=False)
     assert "would be overwritten by merge" in said and "Traceback" not in said
     assert values(small)["lora"]["r"] == 2
 

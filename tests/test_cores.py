@@ -5,7 +5,7 @@ from pathlib import Path
 
 import pytest
 
-from capas import cores
+from capas.core import cores
 
 
 @pytest.fixture(autouse=True)

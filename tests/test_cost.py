@@ -9,10 +9,11 @@ from typing import Any
 import pytest
 from shipped import composed
 
-from capas import cost, duration, hardware
-from capas.duration import Load, Speed, advice, stage_seconds
-from capas.errors import CapasError
-from capas.params import Params
+from capas.config import cost, duration
+from capas.config.duration import Load, Speed, advice, stage_seconds
+from capas.core.errors import CapasError
+from capas.core.params import Params
+from capas.models import hardware
 from stages import compose_params
 
 REPOSITORY = Path(__file__).resolve().parents[1]

@@ -10,9 +10,9 @@ import pytest
 import yaml
 from workspace import REPOSITORY
 
-from capas.dag import LEFT_BY_EDITORS, StageSpec, input_key, recorded, recorded_key
-from capas.errors import CapasError
-from capas.params import flatten
+from capas.core.dag import LEFT_BY_EDITORS, StageSpec, input_key, recorded, recorded_key
+from capas.core.errors import CapasError
+from capas.core.params import flatten
 
 PIPELINE = yaml.safe_load((REPOSITORY / "dvc.yaml").read_text())["stages"]
 NAMES = [
@@ -94,7 +94,7 @@ def test_a_stage_declares_the_digest_of_its_code_and_no_module(name: str) -> Non
 def test_a_stage_reads_the_params_that_it_declares(name: str) -> None:
     declared, read = set(spec(name).keys), read_params(script(name))
     assert declared - {d for d in declared for r in read if covers(d, r) or covers(r, d)} == set()
-    # A script of two stages: what only the other reads is refused at run time, see capas.params.
+    # A script of two stages: what only the other reads is refused at run time, see capas.core.params.
     alike = [other for other in NAMES if script(other) == script(name)]
     of_both = {d for other in alike for d in spec(other).keys}
     assert read - {r for r in read for d in of_both if covers(d, r) or covers(r, d)} == set()

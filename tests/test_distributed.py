@@ -18,11 +18,11 @@ from test_train import ADAPTER, history, prepared, results, run_in_process, run_
 from tiny import REPOSITORY, read_json, read_params, run_stage
 from torch.utils.data import BatchSampler, SequentialSampler
 
-from capas import capacity, launch
-from capas.batches import Collator, Filled, LengthGroupedSampler, make_filler
-from capas.cores import MAX_THREADS
-from capas.errors import CapasError
-from capas.params import Params
+from capas.core.cores import MAX_THREADS
+from capas.core.errors import CapasError
+from capas.core.params import Params
+from capas.training import capacity, launch
+from capas.training.batches import Collator, Filled, LengthGroupedSampler, make_filler
 from stages import quantize_model, train_lora
 
 # 40 records, 12 a step: the last step of an epoch has 4. The last batch of an evaluation has 2 of 4 records.
@@ -340,7 +340,7 @@ OPTIONS = (
     *("--num_cpu_threads_per_process", "4", "--gpu_ids", "all"),
     *("--mixed_precision", "no", "--dynamo_backend", "no"),
 )
-AGENT = (sys.executable, "-m", "capas.agent", "--multi_gpu")
+AGENT = (sys.executable, "-m", "capas.training.local_agent", "--multi_gpu")
 
 
 def test_one_machine_has_one_agent(monkeypatch: pytest.MonkeyPatch) -> None:

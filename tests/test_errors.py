@@ -4,7 +4,7 @@ import logging
 
 import pytest
 
-from capas.errors import CapasError, told, without_secrets
+from capas.core.errors import CapasError, told, without_secrets
 
 
 @pytest.mark.parametrize(

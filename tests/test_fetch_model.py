@@ -8,9 +8,9 @@ from typing import Any
 import pytest
 from tiny import REPOSITORY, make_model, run_stage
 
-from capas.errors import CapasError
-from capas.links import place
-from capas.sources import folder_revision
+from capas.core.errors import CapasError
+from capas.core.links import place
+from capas.hub.sources import folder_revision
 from stages import fetch_model
 
 COMMIT = "0123456789" * 4

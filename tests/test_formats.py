@@ -7,9 +7,9 @@ from typing import Any
 
 import pytest
 
-from capas.formats import Format, ask
-from capas.generation import Completion
-from capas.metrics.scorer import Scorer
+from capas.evaluation.formats import Format, ask
+from capas.evaluation.generation import Completion
+from capas.evaluation.scorer import Scorer
 
 CHAT = {"bos_token_id": 1, "pad_token_id": 0, "stop_token_ids": [4, 2]}
 RECORDS = [{"id": name, "reference": name, "metadata": ""} for name in ("a", "b")]
@@ -27,7 +27,7 @@ def test_an_answer_ends_at_an_end_token_of_either_format(
     def decode_batch(rows: list[list[int]], **_: Any) -> list[str]:
         return ["".join(map(chr, row)) for row in rows]
 
-    monkeypatch.setattr("capas.generation.complete", complete)
+    monkeypatch.setattr("capas.evaluation.generation.complete", complete)
     (tmp_path / "metrics.json").write_text(json.dumps({"sources": {}}))
     scorer = Scorer(["exact_match", "valid_json"], tmp_path / "metrics.json")
     asked, tokenizer = Format([[5], [6, 7]], [10, 2]), SimpleNamespace(decode_batch=decode_batch)

@@ -16,11 +16,12 @@ from test_train import history, run_in_process, stopped_once, train, wait_for
 from tiny import make_model, read_json, read_params, run_stage, write_workspace
 from transformers import AutoModelForCausalLM
 
-from capas import certificate, cli, usage
-from capas.batches import Collator
-from capas.errors import CapasError
-from capas.model import TunedModel, load_model
-from capas.params import Params
+from capas import __main__ as cli
+from capas.core.errors import CapasError
+from capas.core.params import Params
+from capas.models.loading import TunedModel, load_model
+from capas.training import certificate, used_settings
+from capas.training.batches import Collator
 from stages import train_lora
 
 pytestmark = pytest.mark.usefixtures("without_estimate")
@@ -119,7 +120,7 @@ def full_with(root: Path, model: Any, *overrides: str) -> Path:
 def test_a_large_model_is_written_in_shards(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("capas.model.MAX_SHARD_SIZE", "200KB")
+    monkeypatch.setattr("capas.models.loading.MAX_SHARD_SIZE", "200KB")
     root = full_with(tmp_path, make_model())
     folder = root / "data/models/adapter"
     shards = sorted(folder.glob("*.safetensors"))
@@ -210,9 +211,9 @@ def test_weights_that_are_left_out_are_refused(tmp_path: Path) -> None:
     optimizer = torch.optim.SGD([model.lm_head.weight], lr=1.0)
     trainer: Any = type("Trainer", (), {"model": model, "optimizer": optimizer})
     with pytest.raises(CapasError, match=r"would not update \d+ weights, e\.g\. model\.layers"):
-        usage.check_trained(trainer, all_weights=True)
+        used_settings.check_trained(trainer, all_weights=True)
     with pytest.raises(CapasError, match="training would change 1 weights of the base"):
-        usage.check_trained(trainer, all_weights=False)
+        used_settings.check_trained(trainer, all_weights=False)
 
 
 @pytest.fixture(scope="module")

@@ -10,8 +10,8 @@ from test_train import history, train
 from tiny import make_model, read_json
 from transformers import AutoModelForCausalLM, BitsAndBytesConfig
 
-from capas import fused
-from capas.errors import CapasError
+from capas.core.errors import CapasError
+from capas.training import fused
 
 pytestmark = pytest.mark.usefixtures("without_estimate")
 

@@ -6,8 +6,14 @@ import pytest
 import torch
 from tiny import make_model
 
-from capas.errors import CapasError
-from capas.generation import Completion, _until_stop, complete, generation_config, pad_left
+from capas.core.errors import CapasError
+from capas.evaluation.generation import (
+    Completion,
+    _until_stop,
+    complete,
+    generation_config,
+    pad_left,
+)
 
 CHAT = {"bos_token_id": None, "pad_token_id": 256, "stop_token_ids": [258, 261]}
 

@@ -8,10 +8,10 @@ import sys
 import pytest
 import torch
 
-from capas import hardware, kernels
-from capas.cores import MAX_THREADS
-from capas.errors import CapasError
-from capas.params import Params
+from capas.core.cores import MAX_THREADS
+from capas.core.errors import CapasError
+from capas.core.params import Params
+from capas.models import hardware, kernels
 
 CPU = {
     "device": "cpu",
@@ -108,7 +108,7 @@ def test_on_arm_it_is_said_that_bytes_differ(
 def test_torch_imported_too_early_is_an_error() -> None:
     """In a process of its own: torch chooses its kernels when it is loaded."""
     script = (
-        "import os, torch; from capas import hardware; from capas.params import Params;"
+        "import os, torch; from capas import hardware; from capas.core.params import Params;"
         "torch.backends.cpu.get_cpu_capability = lambda: 'DEFAULT';"
         f"hardware.prepare(Params({CPU!r}))"
     )

@@ -14,14 +14,14 @@ from safetensors.torch import load_file, save_file
 from test_train import ADAPTER, history, results, stop_after, train
 from tiny import make_model, read_json, read_params, run_stage, write_workspace
 
-from capas import adapter
-from capas.dag import StageSpec
-from capas.errors import CapasError
-from capas.model import attach_adapter, load_model
-from capas.params import Params
-from capas.pins import Pins
-from capas.sources import adapter_revision
-from capas.stage import Stage
+from capas.config.pins import Pins
+from capas.core.dag import StageSpec
+from capas.core.errors import CapasError
+from capas.core.params import Params
+from capas.core.stage import Stage
+from capas.hub.sources import adapter_revision
+from capas.models import adapter
+from capas.models.loading import attach_adapter, load_model
 from stages import fetch_model, quantize_model, train_lora
 
 pytestmark = pytest.mark.usefixtures("without_estimate")
@@ -92,7 +92,7 @@ def test_equal_inputs_give_equal_bytes_also_resumed(first: Path, tmp_path: Path)
     roots = [initial(first, tmp_path / name, "trainer.max_steps=8") for name in ("one", "two")]
     run_stage("train", train_lora.main, roots[0])
     with pytest.MonkeyPatch.context() as patch, pytest.raises(KeyboardInterrupt):
-        patch.setattr("capas.training.LiveRows.on_log", stop_after(4))
+        patch.setattr("capas.training.exact_trainer.LiveRows.on_log", stop_after(4))
         run_stage("train", train_lora.main, roots[1])
     run_stage("train", train_lora.main, roots[1])
     assert results(roots[0]) == results(roots[1])

@@ -15,7 +15,7 @@ import yaml
 from test_dag import NAMES, spec
 from workspace import Workspace, make_workspace
 
-from capas.params import flatten
+from capas.core.params import flatten
 
 PARAMS_FILES = ("params.yaml", "code.yaml", "environment.yaml")
 COMPUTE = ["quantize", "evaluate_base", "train", "evaluate", "sample"]
@@ -76,7 +76,7 @@ INSIDE = {  # a file of each folder that is a dep
     "conf": "conf/trainer/_base.yaml",
     "conf/chat_template": "conf/chat_template/qwen.yaml",
     "data/own": "data/own/mine.jsonl",
-    "capas": "capas/training.py",
+    "capas": "capas/training/exact_trainer.py",
     "stages": "stages/train_lora.py",
 }
 # Every dep: what has to be computed again when it is another.

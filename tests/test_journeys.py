@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 from workspace import Workspace, make_workspace, stages_run
 
-from capas.store import Store
+from capas.tracking.store import Store
 
 AFTER_TRAIN = ["train", "evaluate", "sample", "report", "publish"]
 

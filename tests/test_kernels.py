@@ -16,9 +16,9 @@ import pytest
 import torch
 from conftest import REPOSITORY
 
-from capas import kernels
-from capas.cores import MAX_THREADS
-from capas.errors import CapasError
+from capas.core.cores import MAX_THREADS
+from capas.core.errors import CapasError
+from capas.models import kernels
 
 x86 = pytest.mark.skipif(not kernels.is_x86(), reason="kernels of x86")
 INTEL, OTHER = {"vendor": "GenuineIntel", "model": "x"}, {"vendor": "AuthenticAMD", "model": "x"}
@@ -102,7 +102,7 @@ def test_a_stage_keeps_its_products_on_one_thread(monkeypatch: pytest.MonkeyPatc
     """In a process of its own: torch sets oneMKL's threads anew in its first parallel operation."""
     program = """
 from capas import hardware, kernels
-from capas.params import Params
+from capas.core.params import Params
 flags = dict.fromkeys(("allow_tf32", "cudnn_benchmark"), False) | {"cudnn_deterministic": True}
 hardware.prepare(Params({"device": "cpu", "num_threads": 2, "instruction_set": "portable", **flags}))
 import torch
@@ -222,7 +222,7 @@ def test_the_kernels_of_avx2_do_not(vendors: dict[bool, Path]) -> None:
 
 # oneMKL computes these from an approximation of the CPU (rsqrtps and the like), which AMD and Intel
 # round differently, even in its COMPATIBLE branch. No stage calls them with portable kernels:
-# capas.config.PORTABLE_OPTIMIZERS.
+# capas.config.schema.PORTABLE_OPTIMIZERS.
 BY_VENDOR = {"acos", "asin", "atan", "log", "sqrt", "tan"}
 
 
@@ -275,9 +275,9 @@ def test_warming_up_calls_each_function_in_both_precisions(monkeypatch: pytest.M
 
 def test_no_layer_repacks_its_weights(monkeypatch: pytest.MonkeyPatch) -> None:
     """Whatever this CPU has, the library says that it has AVX512-BF16."""
-    import capas.model
+    import capas.models.loading
 
-    assert capas.model.load_model
+    assert capas.models.loading.load_model
     monkeypatch.setattr(bitsandbytes.functional, "has_avx512bf16", lambda: True)
     layer = bitsandbytes.nn.Linear4bit(64, 64, compute_dtype=torch.float32, quant_type="nf4")
     layer.load_state_dict({"weight": torch.ones(64, 64), "bias": torch.zeros(64)})
@@ -313,7 +313,7 @@ def test_whoever_loads_a_model_imports_capas_model() -> None:
             continue
         found.append(file.stem)
         imports = {node.module for node in ast.walk(tree) if isinstance(node, ast.ImportFrom)}
-        if "capas.model" not in imports:
+        if "capas.models.loading" not in imports:
             without.append(file.stem)
     assert sorted(found) == [
         "activations",

@@ -14,13 +14,13 @@ import yaml
 from report_inputs import REPOSITORY, write_inputs
 from test_publish import publish, the_run
 
-from capas import lineage, runs
-from capas.dag import read_yaml, recorded_key
-from capas.errors import CapasError
-from capas.rebuild import lay_out
-from capas.reproduced import differences
-from capas.store import Store
-from capas.worktree import git
+from capas.core.dag import read_yaml, recorded_key
+from capas.core.errors import CapasError
+from capas.core.worktree import git
+from capas.tracking import lineage, runs
+from capas.tracking.store import Store
+from capas.workspace.rebuild import lay_out
+from capas.workspace.reproduced import differences
 
 ZERO = "0" * 32
 

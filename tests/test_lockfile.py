@@ -5,8 +5,8 @@ from pathlib import Path
 import pytest
 import yaml
 
-from capas.dag import StageSpec
-from capas.lockfile import entry, flaw, heal, join, split
+from capas.core.dag import StageSpec
+from capas.core.lockfile import entry, flaw, heal, join, split
 
 OUT = {"path": "data/raw", "hash": "md5", "md5": f"{'a' * 32}.dir", "size": 77451, "nfiles": 3}
 TABLE = {"path": "reports/train.csv", "hash": "md5", "md5": "b" * 32, "size": 2048}

@@ -4,7 +4,7 @@ import torch
 from shipped import composed
 from tiny import make_model
 
-from capas.params import Params
+from capas.core.params import Params
 from stages import train_lora
 
 

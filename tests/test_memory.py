@@ -12,14 +12,15 @@ from shipped import composed
 from tiny import REPOSITORY, make_model, read_params, run_stage, write_workspace
 from transformers import AutoConfig, LlamaConfig, Trainer, TrainingArguments
 
-from capas import activations, capacity, cli, heap, memory
-from capas.activations import Alive, Batch, Phase
-from capas.dag import StageSpec
-from capas.errors import CapasError
-from capas.memory import Estimate, Workload
-from capas.model import load_model
-from capas.params import Params
-from capas.stage import Stage
+from capas import __main__ as cli
+from capas.core.dag import StageSpec
+from capas.core.errors import CapasError
+from capas.core.params import Params
+from capas.core.stage import Stage
+from capas.models.loading import load_model
+from capas.training import activations, capacity, malloc_heap, memory
+from capas.training.activations import Alive, Batch, Phase
+from capas.training.memory import Estimate, Workload
 from stages import train_lora
 
 CPU = torch.device("cpu")
@@ -132,7 +133,7 @@ def test_ways_out_of_a_full_training_lead_to_lora(tmp_path: Path) -> None:
 def test_every_optimizer_of_the_schema_is_in_the_table() -> None:
     from typing import get_args
 
-    from capas.config import Trainer as Schema
+    from capas.config.schema import Trainer as Schema
 
     assert set(get_args(Schema.model_fields["optim"].annotation)) == set(memory._OPTIMIZERS)
 
@@ -300,7 +301,9 @@ def test_the_stage_stops_before_it_loads_anything(
 ) -> None:
     monkeypatch.delenv(memory.CHECK, raising=False)
     monkeypatch.setattr(capacity, "free_bytes", lambda device: 2**20)
-    monkeypatch.setattr("capas.model.load_model", lambda *args: pytest.fail("it was loaded"))
+    monkeypatch.setattr(
+        "capas.models.loading.load_model", lambda *args: pytest.fail("it was loaded")
+    )
     with pytest.raises(CapasError, match="training needs about"):
         train_lora.main(*prepared(tmp_path))
 
@@ -363,12 +366,12 @@ def test_version_1_of_control_groups_and_machines_without_them(tmp_path: Path) -
     assert 0 < capacity.free_bytes(CPU) < 2**50
 
 
-@pytest.mark.skipif(not heap.is_known(), reason="malloc is not glibc's: nothing to ask")
+@pytest.mark.skipif(not malloc_heap.is_known(), reason="malloc is not glibc's: nothing to ask")
 def test_malloc_is_asked_and_large_blocks_go_back_at_once() -> None:
     size = 16 * 2**20
 
     def work() -> tuple[int, ...]:
-        malloc = heap.Heap()
+        malloc = malloc_heap.Heap()
         blocks = [malloc.take(size) for _ in range(64)]
         small = malloc.most
         for give_back in blocks:
@@ -377,15 +380,15 @@ def test_malloc_is_asked_and_large_blocks_go_back_at_once() -> None:
             malloc.take(2 * size)()
         return small, malloc.most
 
-    small, most = heap.in_child(work)
+    small, most = malloc_heap.in_child(work)
     assert small >= 32 * size, "this process may have some free already"
     assert small <= most <= small + 2 * size
 
 
 def test_what_fails_in_the_child_is_told() -> None:
-    assert heap.in_child(lambda: {"a": 1}) == {"a": 1}
+    assert malloc_heap.in_child(lambda: {"a": 1}) == {"a": 1}
     with pytest.raises(RuntimeError, match="ZeroDivisionError"):
-        heap.in_child(lambda: 1 // 0)
+        malloc_heap.in_child(lambda: 1 // 0)
 
 
 def run_command(*arguments: str) -> int:

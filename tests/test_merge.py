@@ -10,10 +10,10 @@ import torch
 from peft import LoraConfig, get_peft_model
 from transformers import AutoModelForCausalLM, BitsAndBytesConfig, GPT2Config, GPT2LMHeadModel
 
-from capas import merge, tuned
-from capas.errors import CapasError
-from capas.merge import INT8_TOLERANCE, TOLERANCE, compare, difference, logits, merged
-from capas.model import dequantize, quantized_linears
+from capas.core.errors import CapasError
+from capas.models.loading import dequantize, quantized_linears
+from capas.use import merge, tuned_model
+from capas.use.merge import INT8_TOLERANCE, TOLERANCE, compare, difference, logits, merged
 
 METHODS: dict[str, dict[str, Any]] = {
     "none": {},
@@ -165,7 +165,7 @@ def test_a_model_that_differs_is_not_written(
     (tmp_path / "adapter/adapter_config.json").touch()
     source = SimpleNamespace(folder=tmp_path, name="the result", run_id=None)
     monkeypatch.setattr(merge, "merge", write)
-    monkeypatch.setattr(tuned, "tuned", lambda *_: contextlib.nullcontext(source))
+    monkeypatch.setattr(tuned_model, "tuned", lambda *_: contextlib.nullcontext(source))
     options = {"folder": tmp_path / "merged", "run": None, "dtype": None, "tolerance": None}
     assert merge.command(argparse.Namespace(**options)) == code
     assert [file.name for file in tmp_path.iterdir() if "merged" in file.name] == ["merged"][code:]

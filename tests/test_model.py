@@ -10,12 +10,12 @@ from safetensors.torch import load_file, save_file
 from tiny import make_model
 from transformers import BertConfig, BertForMaskedLM, BitsAndBytesConfig
 
-from capas.architecture import check_causal
-from capas.batches import Collator
-from capas.errors import CapasError
-from capas.model import dequantize, load_model, quantization_method, quantized_linears
-from capas.params import Params
-from capas.usage import check_gradients
+from capas.core.errors import CapasError
+from capas.core.params import Params
+from capas.models.architecture import check_causal
+from capas.models.loading import dequantize, load_model, quantization_method, quantized_linears
+from capas.training.batches import Collator
+from capas.training.used_settings import check_gradients
 from stages.train_lora import add_lora
 
 CPU = torch.device("cpu")

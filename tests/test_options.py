@@ -12,10 +12,10 @@ from test_compose import Composing
 from test_compose import composed as composed  # the fixture
 from workspace import REPOSITORY, Workspace
 
-from capas import options
-from capas.composition import composer, word_given
-from capas.config import GROUPS
-from capas.errors import CapasError
+from capas.config import options
+from capas.config.composition import composer, word_given
+from capas.config.schema import GROUPS
+from capas.core.errors import CapasError
 
 FILES = {
     "dataset/support.yaml": "defaults: [_base, override /evaluation@_global_.evaluation: polite]\n"

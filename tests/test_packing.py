@@ -11,9 +11,9 @@ from test_train import history, results, stopped_once, train
 from tiny import make_model, read_json
 from transformers import AutoConfig, AutoModelForCausalLM
 
-from capas import packing
-from capas.batches import Collator, Example, score_tokens
-from capas.errors import CapasError
+from capas.core.errors import CapasError
+from capas.training import packing
+from capas.training.batches import Collator, Example, score_tokens
 
 pytestmark = pytest.mark.usefixtures("without_estimate")
 

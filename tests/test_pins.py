@@ -9,11 +9,11 @@ import fsspec
 import pytest
 from hub import Hub, go_offline, use
 
-from capas.dag import read_yaml
+from capas.config.pins import Pins, is_hub_dataset
+from capas.core.dag import read_yaml
+from capas.core.errors import CapasError
 from capas.dataset.files import url_revision
-from capas.errors import CapasError
-from capas.pins import Pins, is_hub_dataset
-from capas.sources import folder_revision
+from capas.hub.sources import folder_revision
 
 COMMIT = "0123456789" * 4
 

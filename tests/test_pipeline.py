@@ -19,8 +19,8 @@ from report_inputs import write_inputs
 from test_publish import publish, the_run
 from workspace import Workspace, make_workspace, stages_run
 
-from capas import cli
-from capas.cores import MAX_THREADS
+from capas import __main__ as cli
+from capas.core.cores import MAX_THREADS
 from stages import publish_run
 
 AFTER_TRAIN = {"train", "evaluate", "sample", "report", "publish"}
@@ -117,7 +117,7 @@ def test_a_killed_training_goes_on_to_the_bytes_of_one_that_was_not(
 
 def test_a_comment_reruns_compose_alone(workspace: Workspace) -> None:
     workspace.edit("conf/lora/_base.yaml", "r: 16", "r: 16 # a comment")
-    workspace.edit("capas/training.py", '"""', '"""In other words: ')
+    workspace.edit("capas/training/exact_trainer.py", '"""', '"""In other words: ')
     workspace.edit("stages/train_lora.py", "def main(", "# a comment\ndef main(")
     (workspace.root / "capas/notes.py").write_text("nobody_imports_it = 1\n")
     assert stages_run(workspace.repro()) == ["compose"]
@@ -125,9 +125,9 @@ def test_a_comment_reruns_compose_alone(workspace: Workspace) -> None:
 
 
 def test_an_edit_of_the_trainer_makes_train_due_and_nothing_before_it(workspace: Workspace) -> None:
-    workspace.edit("capas/training.py", "\n\n\ndef ", "\n\n\nadded = 1\n\n\ndef ")
-    said = workspace.run(sys.executable, "-m", "capas.due")
-    assert "  train            capas/training.py\n" in said
+    workspace.edit("capas/training/exact_trainer.py", "\n\n\ndef ", "\n\n\nadded = 1\n\n\ndef ")
+    said = workspace.run(sys.executable, "-m", "capas.workspace.due")
+    assert "  train            capas/training/exact_trainer.py\n" in said
     assert set(re.findall(r"^  (\w+) ", said, re.MULTILINE)) == {
         *("compose", "train", "evaluate", "sample", "report", "publish"),
     }

@@ -24,12 +24,12 @@ from tiny import (
 from tokenizers import Tokenizer
 from transformers import AutoModelForCausalLM
 
-from capas.batches import Collator, read_examples
-from capas.composition import composer, dump
-from capas.errors import CapasError
-from capas.model import load_model
-from capas.params import Params
-from capas.sources import folder_revision
+from capas.config.composition import composer, dump
+from capas.core.errors import CapasError
+from capas.core.params import Params
+from capas.hub.sources import folder_revision
+from capas.models.loading import load_model
+from capas.training.batches import Collator, read_examples
 from stages import (
     evaluate_model,
     fetch_model,

@@ -4,7 +4,7 @@ import time
 
 import pytest
 
-from capas.progress import doing, heartbeat, log
+from capas.core.progress import doing, heartbeat, log
 
 SECONDS = 0.05
 

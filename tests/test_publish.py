@@ -11,14 +11,14 @@ import pytest
 import yaml
 from report_inputs import write_inputs
 
-from capas import run_params
 from capas.compare.repository import open_repository
-from capas.dag import StageSpec, read_yaml, recorded, recorded_key
-from capas.errors import CapasError
-from capas.params import Params, select
-from capas.stage import Stage
-from capas.store import ARTIFACTS, Store, existing, tracking_uri
-from capas.worktree import git
+from capas.core.dag import StageSpec, read_yaml, recorded, recorded_key
+from capas.core.errors import CapasError
+from capas.core.params import Params, select
+from capas.core.stage import Stage
+from capas.core.worktree import git
+from capas.tracking import run_params
+from capas.tracking.store import ARTIFACTS, Store, existing, tracking_uri
 from stages import publish_run
 
 MARKER = "reports/.published"
@@ -184,7 +184,7 @@ def test_adapter_pages_and_tables_are_artifacts(root: Path) -> None:
     assert {
         "model/data/data/base",
         "model/data/data/adapter",
-        "model/code/capas/served.py",
+        "model/code/capas/use/served_model.py",
     } <= names
     predictions = table(root, "predictions.json")
     assert len(predictions) == 10

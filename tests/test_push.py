@@ -9,9 +9,9 @@ from typing import Any
 import pytest
 from hub import Hub, use
 
-from capas import cli
-from capas.card import for_hub
-from capas.store import Store
+from capas import __main__ as cli
+from capas.tracking.store import Store
+from capas.use.card import for_hub
 
 CARD = """---
 library_name: peft

@@ -12,11 +12,11 @@ from safetensors.torch import load_file, save_file
 from tiny import make_model, read_json, run_stage, write_workspace
 from transformers import BitsAndBytesConfig, GPT2Config, GPT2LMHeadModel
 
-from capas.architecture import stored_quantization
-from capas.errors import CapasError
-from capas.model import load_model, quantization_method
-from capas.params import Params
-from capas.weights import read_weights
+from capas.core.errors import CapasError
+from capas.core.params import Params
+from capas.models.architecture import stored_quantization
+from capas.models.loading import load_model, quantization_method
+from capas.models.weights import read_weights
 from stages import evaluate_model, quantize_model, train_lora
 
 METHODS = ("nf4", "fp4", "int8")
@@ -108,7 +108,7 @@ def test_shards_are_read_and_written(tmp_path: Path, monkeypatch: pytest.MonkeyP
     shards = write_workspace(make_folder(tmp_path / "shards"), ["quantization=nf4"])
     (shards / "data/models/base/model.safetensors").unlink()
     make_model().save_pretrained(shards / "data/models/base", max_shard_size="50KB")
-    monkeypatch.setattr("capas.model.MAX_SHARD_SIZE", "30KB")
+    monkeypatch.setattr("capas.models.loading.MAX_SHARD_SIZE", "30KB")
     run_stage("quantize", quantize_model.main, shards)
     facts = read_json(shards / "reports/quantization.json")
     assert facts["num_shards_before"] > 2 < facts["num_shards_after"]

@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 from publishing import Publisher
 
-from capas.worktree import git
+from capas.core.worktree import git
 
 pytestmark = pytest.mark.slow
 FAILS = "import os, sys\nif os.environ.get('NOISE') == 'fail': sys.exit('torch 9.9 is installed')\n"

@@ -17,11 +17,11 @@ from architectures import write_whole
 from safetensors.torch import load_file
 from tiny import REPOSITORY, read_json, run_stage, write_lock
 
-from capas import memory
-from capas.composition import composer
-from capas.config import validate
-from capas.overrides import absorb
-from capas.params import Params
+from capas.config.composition import composer
+from capas.config.overrides import absorb
+from capas.config.schema import validate
+from capas.core.params import Params
+from capas.training import memory
 from stages import build_report, fetch_dataset, publish_run
 
 EXPERIMENTS = sorted(f.stem for f in (REPOSITORY / "conf/experiment").glob("*.yaml"))

@@ -7,10 +7,10 @@ from typing import Any
 
 import pytest
 
-from capas import cli
-from capas.errors import CapasError
-from capas.registry import RefusedError, register
-from capas.store import Store, tracking_uri
+from capas import __main__ as cli
+from capas.core.errors import CapasError
+from capas.tracking.registry import RefusedError, register
+from capas.tracking.store import Store, tracking_uri
 
 FAILED = "failed: stop_rate 0.5 is below evaluation.gate.min_stop_rate = 0.9"
 Make = Callable[..., str]

@@ -11,7 +11,8 @@ import pytest
 import yaml
 from conftest import REPOSITORY
 
-from capas import kernels, reproduced
+from capas.models import kernels
+from capas.workspace import reproduced
 
 RAW, ADAPTER, SCORES = "data/raw", "data/models/adapter", "reports/metrics/tuned.json"
 LOCK: dict[str, Any] = {
@@ -97,7 +98,7 @@ def test_portable_kernels_on_x86_have_no_excuse(
 def test_outside_of_git_nothing_is_said_and_the_exit_code_is_zero(tmp_path: Path) -> None:
     write(tmp_path, LOCK, 0.918, "portable")
     done = subprocess.run(
-        [sys.executable, "-m", "capas.reproduced"],
+        [sys.executable, "-m", "capas.workspace.reproduced"],
         cwd=tmp_path,
         env={"PYTHONPATH": str(REPOSITORY), "GIT_CEILING_DIRECTORIES": str(tmp_path.parent)},
         capture_output=True,

@@ -16,8 +16,8 @@ from small_pipeline import Small
 from sweeping import Sweeper, wait
 from workspace import REPOSITORY, Workspace, make_workspace, stages_run
 
-from capas import unfinished
-from capas.experiment import REPLACED
+from capas.workspace import unfinished
+from capas.workspace.experiment import REPLACED
 
 WORSE, OTHER = (
     "trainer.learning_rate=0.9",
@@ -416,7 +416,7 @@ def test_a_lock_of_git_that_is_held_stays(small: Small) -> None:
 
 def test_where_nothing_is_wrong_it_costs_nothing_and_make_repro_begins_with_it() -> None:
     code = (
-        "import sys, capas.restore as r\nfrom pathlib import Path\n"
+        "import sys, capas.workspace.restore as r\nfrom pathlib import Path\n"
         "assert r.restore(Path(), guess=False) == ([], 0)\n"
         "print(sorted({m.split('.')[0] for m in sys.modules} & {'dvc', 'hydra', 'omegaconf', 'torch'}))"
     )
@@ -430,7 +430,7 @@ def test_where_nothing_is_wrong_it_costs_nothing_and_make_repro_begins_with_it()
     )
     assert done.stdout == "[]\n"
     makefile = (REPOSITORY / "Makefile").read_text()
-    assert "\t@python -m capas.restore --quiet\n\tdvc repro\n" in makefile
+    assert "\t@python -m capas.workspace.restore --quiet\n\tdvc repro\n" in makefile
 
 
 # The real pipeline
@@ -494,12 +494,12 @@ def test_a_killed_experiment_of_the_real_pipeline_goes_on_after_the_restore(tmp_
     upstream.edit("conf/generation/_base.yaml", "seed: 0", "seed: 1")
     upstream.repro()
     upstream.commit()
-    said = user.run("python", "-m", "capas.update")
+    said = user.run("python", "-m", "capas.workspace.update")
     assert "resolved: " in said and "dvc.lock" in said
     assert user.run("git", "status", "--porcelain") == ""
     params = user.read("params.yaml")
     assert "  r: 4\n" in params and "<<<<" not in params
-    due = user.run("python", "-m", "capas.due")
+    due = user.run("python", "-m", "capas.workspace.due")
     assert "  quantize" not in due and "  sample" in due
     user.run("cp", "-rn", str(upstream.root / ".dvc/cache"), ".dvc/")
     ran = [s for s in stages_run(user.repro()) if s not in ("compose", "publish")]

@@ -11,9 +11,9 @@ from conftest import stored
 from tiny import make_model, read_json, run_stage, write_workspace
 from transformers import AutoModelForCausalLM
 
-from capas.generation import generation_config, next_token_probabilities
-from capas.prompts import Prompt, first_system_message, held_out_prompts, own_prompts
-from capas.records import FORMATTED, read_records
+from capas.core.records import FORMATTED, read_records
+from capas.evaluation.generation import generation_config, next_token_probabilities
+from capas.evaluation.prompts import Prompt, first_system_message, held_out_prompts, own_prompts
 from stages import sample_outputs, train_lora
 
 

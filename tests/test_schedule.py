@@ -7,8 +7,8 @@ import pytest
 import torch
 from transformers.optimization import get_scheduler
 
-from capas.errors import CapasError
-from capas.schedule import check_rates
+from capas.core.errors import CapasError
+from capas.training.schedule import check_rates
 
 PEAK = 4e-3
 

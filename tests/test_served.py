@@ -12,13 +12,13 @@ import pytest
 from report_inputs import write_inputs
 from workspace import REPOSITORY
 
-from capas import bundle, served
-from capas.card import write_card
-from capas.dag import StageSpec, read_yaml
-from capas.errors import CapasError
-from capas.facts import read_json
-from capas.params import Params, select
-from capas.stage import Stage
+from capas.core.dag import StageSpec, read_yaml
+from capas.core.errors import CapasError
+from capas.core.files import read_json
+from capas.core.params import Params, select
+from capas.core.stage import Stage
+from capas.use import mlflow_model, served_model
+from capas.use.card import write_card
 
 SYSTEM = {"role": "system", "content": "Be brief."}
 ASKED = {"role": "user", "content": "Hi"}
@@ -33,7 +33,7 @@ def publish_stage(root: Path) -> tuple[Stage, Params]:
 def facts_of(root: Path) -> tuple[Stage, dict[str, Any]]:
     stage, params = publish_stage(root)
     groups = (params.model, params.hardware, params.quantization)
-    return stage, bundle.served_facts(*groups, params.evaluation, params.generation, stage)
+    return stage, mlflow_model.served_facts(*groups, params.evaluation, params.generation, stage)
 
 
 @pytest.fixture(scope="module")
@@ -42,15 +42,15 @@ def root(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def test_a_prompt_comes_after_the_system_message_of_the_training() -> None:
-    assert served.messages_of({"prompt": "Hi"}, "Be brief.", "user") == [SYSTEM, ASKED]
-    assert served.messages_of({"prompt": "Hi", "messages": None}, None, "user") == [ASKED]
-    assert served.messages_of({"prompt": "Once"}, None, "text")[0]["role"] == "text"
+    assert served_model.messages_of({"prompt": "Hi"}, "Be brief.", "user") == [SYSTEM, ASKED]
+    assert served_model.messages_of({"prompt": "Hi", "messages": None}, None, "user") == [ASKED]
+    assert served_model.messages_of({"prompt": "Once"}, None, "text")[0]["role"] == "text"
 
 
 @pytest.mark.parametrize("given", [[SYSTEM, ASKED], json.dumps([SYSTEM, ASKED])])
 def test_messages_may_be_a_list_or_json(given: Any) -> None:
     row = {"prompt": float("nan"), "messages": given}
-    assert served.messages_of(row, "another", "user") == [SYSTEM, ASKED]
+    assert served_model.messages_of(row, "another", "user") == [SYSTEM, ASKED]
 
 
 @pytest.mark.parametrize(
@@ -67,24 +67,24 @@ def test_messages_may_be_a_list_or_json(given: Any) -> None:
 )
 def test_a_row_without_a_question_is_refused(row: dict[str, Any], message: str) -> None:
     with pytest.raises(CapasError, match=message):
-        served.messages_of(row, None, "user")
+        served_model.messages_of(row, None, "user")
 
 
 def test_a_large_base_is_named_instead_of_packed(
     root: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     assert facts_of(root)[1]["base"]["packed"]
-    monkeypatch.setattr(bundle, "MAX_PACKED_BYTES", 1)
+    monkeypatch.setattr(mlflow_model, "MAX_PACKED_BYTES", 1)
     base = facts_of(root)[1]["base"]
     assert not base["packed"]
     assert base["quantization"]["bnb_4bit_quant_type"] == "nf4"
     with pytest.raises(CapasError, match="Set CAPAS_BASE to a folder with this base"):
-        served.base_folder(root, {**base, "hub": False})
+        served_model.base_folder(root, {**base, "hub": False})
     monkeypatch.setenv("CAPAS_BASE", str(root / "data/models/base"))
-    assert served.base_folder(root, base) == root / "data/models/base"
+    assert served_model.base_folder(root, base) == root / "data/models/base"
     monkeypatch.setenv("CAPAS_BASE", str(root))
     with pytest.raises(CapasError, match=r"is not a model folder: it has no config\.json"):
-        served.base_folder(root, base)
+        served_model.base_folder(root, base)
 
 
 def test_a_base_on_the_hub_that_is_not_there_names_the_way_out(
@@ -96,7 +96,7 @@ def test_a_base_on_the_hub_that_is_not_there_names_the_way_out(
     monkeypatch.setattr(constants, "HF_HUB_CACHE", str(tmp_path))
     base = {"packed": False, "hub": True, "model_name_or_path": "owner/name"}
     with pytest.raises(CapasError, match=r"hf download owner/name --revision 0123"):
-        served.base_folder(tmp_path, {**base, "revision": "0123", "trust_remote_code": False})
+        served_model.base_folder(tmp_path, {**base, "revision": "0123", "trust_remote_code": False})
 
 
 def test_the_card_says_from_what_with_which_scores_and_how_to_load(root: Path) -> None:
@@ -128,20 +128,22 @@ def test_the_card_says_from_what_with_which_scores_and_how_to_load(root: Path) -
 
 def test_the_code_that_travels_is_whole(root: Path) -> None:
     stage, _ = publish_stage(root)
-    files = bundle.code_files(stage)
-    assert {"capas/served.py", "capas/__init__.py", "capas/chat/__init__.py"} <= set(files)
-    before = bundle.code_digest(stage)
-    module = root / "capas/served.py"
+    files = mlflow_model.code_files(stage)
+    assert {"capas/use/served_model.py", "capas/__init__.py", "capas/chat/__init__.py"} <= set(
+        files
+    )
+    before = mlflow_model.code_digest(stage)
+    module = root / "capas/use/served_model.py"
     text = module.read_text()
     module.write_text(text + "\n")
-    assert bundle.code_digest(stage) != before
+    assert mlflow_model.code_digest(stage) != before
     module.write_text(text)
 
 
 ANSWER = """
 import json, sys
 import mlflow.pyfunc, pandas as pd
-import capas.served as served
+import capas.use.served_model as served
 model = mlflow.pyfunc.load_model(sys.argv[1])
 asked = json.load(open(sys.argv[2]))
 columns = {name: [row[name] for row in asked] for name in asked[0]}
@@ -155,9 +157,9 @@ def test_the_loaded_model_answers_as_in_the_evaluation(tmp_path: Path) -> None:
     if not (REPOSITORY / "reports/predictions.parquet").exists():
         pytest.skip("the pipeline has not run here: dvc repro, or dvc pull")
     stage, facts = facts_of(REPOSITORY)
-    bundle.write_data(tmp_path / "data", "# card\n", facts, stage)
+    mlflow_model.write_data(tmp_path / "data", "# card\n", facts, stage)
     run = SimpleNamespace(info=SimpleNamespace(start_time=0, run_id="0" * 32))
-    bundle.save_model(tmp_path / "model", tmp_path / "data", "key", run, stage, facts)
+    mlflow_model.save_model(tmp_path / "model", tmp_path / "data", "key", run, stage, facts)
     raw = {r["id"]: r for r in pq.read_table(REPOSITORY / "data/raw/test.parquet").to_pylist()}
     rows = pq.read_table(REPOSITORY / "reports/predictions.parquet").to_pylist()[::12][:40]
     told = [

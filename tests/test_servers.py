@@ -20,18 +20,18 @@ from report_inputs import write_inputs
 from servers import Proxy, Server, postgres
 from test_publish import edit, publish
 
-from capas import tracking
-from capas.dag import read_yaml
-from capas.errors import CapasError
-from capas.registry import register
-from capas.store import Store
+from capas.core.dag import read_yaml
+from capas.core.errors import CapasError
+from capas.tracking import live_sender
+from capas.tracking.registry import register
+from capas.tracking.store import Store
 
 pytestmark = pytest.mark.slow
 REPOSITORY = Path(__file__).parents[1]
 TRAINING = """
 import sys, time
 from pathlib import Path
-from capas.live import tracker
+from capas.training.live_rows import tracker
 
 first, last, end = int(sys.argv[2]), int(sys.argv[3]), sys.argv[4]
 with tracker(Path.cwd(), sys.argv[1], enabled=True) as rows:
@@ -84,8 +84,8 @@ def root(tmp_path: Path, request: pytest.FixtureRequest, monkeypatch: pytest.Mon
     """A result, and its training's key; every test has an experiment of its own on a server."""
     for name in ("MLFLOW_TRACKING_URI", "DVC_EXP_NAME", "DVC_ROOT", "CAPAS_HOME"):
         monkeypatch.delenv(name, raising=False)
-    monkeypatch.setattr(tracking, "_RETRY_SECONDS", 0.5)
-    monkeypatch.setattr(tracking, "_SEND_SECONDS", 0.2)
+    monkeypatch.setattr(live_sender, "_RETRY_SECONDS", 0.5)
+    monkeypatch.setattr(live_sender, "_SEND_SECONDS", 0.2)
     return write_inputs(tmp_path, [f"tracking.experiment_name='{request.node.name}'"])
 
 
@@ -138,7 +138,7 @@ class Following:
         self.rows.write_text("")
         stdin, self._parent = os.pipe()
         self.thread = threading.Thread(
-            target=tracking.follow, args=(root, key_of(root), self.rows, stdin), daemon=True
+            target=live_sender.follow, args=(root, key_of(root), self.rows, stdin), daemon=True
         )
         self.thread.start()
 

@@ -11,10 +11,10 @@ from pathlib import Path
 import pytest
 import yaml
 
-from capas.dag import StageSpec
-from capas.errors import CapasError
-from capas.params import Params
-from capas.stage import Stage, _check_read, run
+from capas.core.dag import StageSpec
+from capas.core.errors import CapasError
+from capas.core.params import Params
+from capas.core.stage import Stage, _check_read, run
 
 DVC_YAML = """\
 stages:

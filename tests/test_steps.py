@@ -5,9 +5,9 @@ from typing import Any
 import pytest
 from shipped import composed
 
-from capas.config import advice
-from capas.run_params import recorded_params
-from capas.steps import Step
+from capas.config.schema import advice
+from capas.tracking.run_params import recorded_params
+from capas.training.steps import Step
 
 
 def test_the_factors_of_a_step_by_hand() -> None:

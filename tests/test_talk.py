@@ -12,11 +12,11 @@ from peft import LoraConfig, get_peft_model
 from transformers import AutoModelForCausalLM
 
 from capas.chat.format import ChatFormat
-from capas.errors import CapasError
-from capas.generation import complete, generation_config
-from capas.params import Params
-from capas.talk import Talk
-from capas.tuned import bounded
+from capas.core.errors import CapasError
+from capas.core.params import Params
+from capas.evaluation.generation import complete, generation_config
+from capas.use.chat import Talk
+from capas.use.tuned_model import bounded
 
 GENERATION = {
     "max_new_tokens": 12,
@@ -25,7 +25,7 @@ GENERATION = {
 
 
 class Model:
-    """A tiny tuned model as `capas.served.Served` holds it; what it was asked is kept."""
+    """A tiny tuned model as `capas.use.served_model.Served` holds it; what it was asked is kept."""
 
     def __init__(self, folder: Path, tokenizer: Path, multi_turn: bool) -> None:
         self.format = ChatFormat.load(template_text("chatml"), tokenizer, "")

@@ -8,8 +8,8 @@ import pytest
 from publishing import Publisher
 from workspace import Workspace, make_workspace, stages_run
 
-from capas.store import Store
-from capas.worktree import git
+from capas.core.worktree import git
+from capas.tracking.store import Store
 
 pytestmark = pytest.mark.slow
 KEYS = {

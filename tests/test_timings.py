@@ -3,7 +3,7 @@
 import json
 from pathlib import Path
 
-from capas import timings
+from capas.core import timings
 
 DVC_YAML = "stages:\n  fetch: {cmd: a}\n  train: {cmd: b}\n  publish: {cmd: c}\n"
 

@@ -14,10 +14,10 @@ from typing import Any
 
 import pytest
 
-from capas import store as stores
-from capas import tracking
-from capas.errors import CapasError
-from capas.store import TRAIN_KEY, Point, Store, locked, reachable, tracking_uri
+from capas.core.errors import CapasError
+from capas.tracking import live_sender
+from capas.tracking import store as stores
+from capas.tracking.store import TRAIN_KEY, Point, Store, locked, reachable, tracking_uri
 
 Write = Callable[..., Path]
 REPOSITORY = Path(__file__).parents[1]
@@ -61,7 +61,7 @@ def follow(root: Path, key: str, rows: Path) -> str:
     stdin, parent = os.pipe()
     os.close(parent)
     try:
-        return tracking.follow(root, key, rows, stdin)
+        return live_sender.follow(root, key, rows, stdin)
     finally:
         os.close(stdin)
 
@@ -102,7 +102,7 @@ def test_a_resumed_training_goes_on_in_its_run(root: Path, write: Write) -> None
 def test_a_line_is_read_when_it_is_complete(root: Path, tmp_path: Path) -> None:
     rows = tmp_path / "half.jsonl"
     rows.write_text('{"step": 1, "loss": 2.0}\n{"step": 2, "lo')
-    follower = tracking.Follower(root, "half", rows, "tests")
+    follower = live_sender.Follower(root, "half", rows, "tests")
     follower.read()
     with rows.open("a") as file:
         file.write('ss": 1.0}\n{"event": "end"}\n')
@@ -257,7 +257,7 @@ def test_a_busy_database_is_reported_with_the_way_out(
 TRAINING = """
 import os, signal, sys, time
 from pathlib import Path
-from capas.live import tracker
+from capas.training.live_rows import tracker
 
 with tracker(Path.cwd(), sys.argv[1], enabled=True) as rows:
     for step in (1, 2):
@@ -286,7 +286,7 @@ def test_two_processes_may_create_the_store_at_once(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setenv("DVC_ROOT", str(tmp_path))
-    code = "from pathlib import Path; from capas.store import Store; Store.open(Path('.'), 'a')"
+    code = "from pathlib import Path; from capas.tracking.store import Store; Store.open(Path('.'), 'a')"
     both = [subprocess.Popen([sys.executable, "-c", code], cwd=REPOSITORY) for _ in range(2)]
     assert [process.wait(timeout=120) for process in both] == [0, 0]
     assert (tmp_path / "mlflow.db").exists()
@@ -313,7 +313,7 @@ def test_nothing_is_followed_where_tracking_is_off(
 ) -> None:
     (tmp_path / "params.yaml").write_text("tracking: {enabled: false, experiment_name: tests}\n")
     monkeypatch.chdir(tmp_path)
-    tracking.main(["follow", "--key", "k", "--rows", "none.jsonl"])
+    live_sender.main(["follow", "--key", "k", "--rows", "none.jsonl"])
     assert "tracking.enabled is false" in caplog.text
     assert [path.name for path in tmp_path.iterdir()] == ["params.yaml"]
 
@@ -321,8 +321,8 @@ def test_nothing_is_followed_where_tracking_is_off(
 def test_the_machine_is_watched_while_the_training_runs(
     root: Path, write: Write, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(tracking, "_SAMPLE_SECONDS", 0.2)
-    follower = tracking.Follower(root, "watched", write(1), "tests")
+    monkeypatch.setattr(live_sender, "_SAMPLE_SECONDS", 0.2)
+    follower = live_sender.Follower(root, "watched", write(1), "tests")
     follower.read()
     follower.send()
     deadline = time.monotonic() + 30
@@ -346,7 +346,7 @@ def test_a_machine_that_cannot_be_watched_costs_a_warning(
 
     module = pytest.importorskip("mlflow.system_metrics.system_metrics_monitor")
     monkeypatch.setattr(module, "SystemMetricsMonitor", broken)
-    follower = tracking.Follower(root, "unwatched", write(1, event="end"), "tests")
+    follower = live_sender.Follower(root, "unwatched", write(1, event="end"), "tests")
     follower.read()
     follower.send()
     follower.send("FINISHED", now=True)

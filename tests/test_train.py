@@ -27,8 +27,12 @@ from shipped import composed
 from tiny import REPOSITORY, make_model, read_json, read_params, run_stage, write_workspace
 from transformers import EvalPrediction, GPT2Config, GPT2LMHeadModel
 
-from capas import certificate, training, usage
-from capas.batches import (
+from capas.core.errors import CapasError
+from capas.core.params import Params
+from capas.core.records import IGNORE_INDEX
+from capas.models.loading import attach_adapter, load_model
+from capas.training import certificate, exact_trainer, used_settings
+from capas.training.batches import (
     Collator,
     LengthGroupedSampler,
     batches_by_length,
@@ -37,12 +41,14 @@ from capas.batches import (
     score_tokens,
     tails,
 )
-from capas.errors import CapasError
-from capas.lora import check_target_modules, check_untied
-from capas.model import attach_adapter, load_model
-from capas.params import Params
-from capas.records import IGNORE_INDEX
-from capas.training import Checkpoints, EarlyStopping, last_checkpoint, summarize, waited
+from capas.training.exact_trainer import (
+    Checkpoints,
+    EarlyStopping,
+    last_checkpoint,
+    summarize,
+    waited,
+)
+from capas.training.lora import check_target_modules, check_untied
 from stages import quantize_model, train_lora
 from stages.train_lora import check_lengths
 
@@ -361,7 +367,7 @@ USED = {
 
 @pytest.mark.parametrize("name", [*USED, *USED["accelerate"]])
 def test_whatever_is_used_and_not_asked_for_stops_the_training(name: str) -> None:
-    usage.check(USED, asked())
+    used_settings.check(USED, asked())
     accelerate = USED["accelerate"]
     if name in accelerate:
         changed = {**USED, "accelerate": {**accelerate, name: 2}}
@@ -370,14 +376,14 @@ def test_whatever_is_used_and_not_asked_for_stops_the_training(name: str) -> Non
     else:
         changed = {**USED, name: "other"}
     with pytest.raises(CapasError, match="would not use the requested settings"):
-        usage.check(changed, asked())
+        used_settings.check(changed, asked())
 
 
 def test_tf32_is_compared_on_a_gpu() -> None:
     params, used = asked("hardware=gpu", "hardware.num_threads=1"), {**USED, "device": "cuda"}
-    usage.check({**used, "tf32": True}, params)
+    used_settings.check({**used, "tf32": True}, params)
     with pytest.raises(CapasError, match="tf32 is False, not True"):
-        usage.check({**used, "tf32": False}, params)
+        used_settings.check({**used, "tf32": False}, params)
 
 
 def test_a_validation_loss_that_is_no_number_stops_the_training() -> None:
@@ -515,13 +521,13 @@ def test_the_last_complete_checkpoint_outlives_the_next_one(
 ) -> None:
     """Killed while that is not marked as complete yet, a training goes on from the one before."""
     seen: list[list[str]] = []
-    digests = training._digests
+    digests = exact_trainer._digests
 
     def noted(folder: Path) -> dict[str, str]:
         seen.append(sorted(mark.parent.name for mark in folder.parent.glob("*/complete.json")))
         return digests(folder)
 
-    monkeypatch.setattr(training, "_digests", noted)
+    monkeypatch.setattr(exact_trainer, "_digests", noted)
     train(tmp_path, "trainer.max_steps=8", "trainer.save_steps=2", "trainer.eval_steps=4")
     assert seen == [[], ["checkpoint-2"], ["checkpoint-2", "checkpoint-4"]]
 
@@ -682,7 +688,7 @@ def test_told_to_end_it_saves_its_step_and_goes_on(
     """A signal between two checkpoints and between two rows of the log."""
     options = ("trainer.max_steps=16", "trainer.save_steps=20", "trainer.logging_steps=7")
     undisturbed = train(tmp_path / "undisturbed", *options)
-    root, step = prepared(tmp_path / "preempted", *options), training.Trainer.training_step
+    root, step = prepared(tmp_path / "preempted", *options), exact_trainer.Trainer.training_step
 
     def ended(self: Any, *args: Any) -> torch.Tensor:
         if self.state.global_step == 9:
@@ -693,7 +699,7 @@ def test_told_to_end_it_saves_its_step_and_goes_on(
         CapasError, match=f"stopped by {name} at step 10 of 16. A checkpoint was saved"
     )
     with pytest.MonkeyPatch.context() as patch, saved:
-        patch.setattr(training.Trainer, "training_step", ended)
+        patch.setattr(exact_trainer.Trainer, "training_step", ended)
         run_stage("train", train_lora.main, root)
     assert not (root / ADAPTER).exists()
     with caplog.at_level(logging.INFO, "capas"):
@@ -703,7 +709,7 @@ def test_told_to_end_it_saves_its_step_and_goes_on(
 
 
 def test_a_second_ctrl_c_stops_at_once_and_saves_nothing(tmp_path: Path) -> None:
-    root, step = prepared(tmp_path, "trainer.max_steps=4"), training.Trainer.training_step
+    root, step = prepared(tmp_path, "trainer.max_steps=4"), exact_trainer.Trainer.training_step
 
     def interrupted(self: Any, *args: Any) -> torch.Tensor:
         os.kill(os.getpid(), signal.SIGINT)
@@ -712,7 +718,7 @@ def test_a_second_ctrl_c_stops_at_once_and_saves_nothing(tmp_path: Path) -> None
 
     before = signal.getsignal(signal.SIGINT)
     with pytest.MonkeyPatch.context() as patch, pytest.raises(KeyboardInterrupt):
-        patch.setattr(training.Trainer, "training_step", interrupted)
+        patch.setattr(exact_trainer.Trainer, "training_step", interrupted)
         run_stage("train", train_lora.main, root)
     assert not list(root.glob(".dvc/tmp/checkpoints/*/checkpoint-*"))
     assert signal.getsignal(signal.SIGINT) is before
@@ -720,7 +726,7 @@ def test_a_second_ctrl_c_stops_at_once_and_saves_nothing(tmp_path: Path) -> None
 
 def test_an_ignored_ctrl_c_stays_ignored(tmp_path: Path) -> None:
     """`nohup dvc repro` goes on."""
-    root, step = prepared(tmp_path, "trainer.max_steps=3"), training.Trainer.training_step
+    root, step = prepared(tmp_path, "trainer.max_steps=3"), exact_trainer.Trainer.training_step
 
     def interrupted(self: Any, *args: Any) -> torch.Tensor:
         os.kill(os.getpid(), signal.SIGINT)
@@ -729,7 +735,7 @@ def test_an_ignored_ctrl_c_stays_ignored(tmp_path: Path) -> None:
     before = signal.signal(signal.SIGINT, signal.SIG_IGN)
     try:
         with pytest.MonkeyPatch.context() as patch:
-            patch.setattr(training.Trainer, "training_step", interrupted)
+            patch.setattr(exact_trainer.Trainer, "training_step", interrupted)
             run_stage("train", train_lora.main, root)
     finally:
         signal.signal(signal.SIGINT, before)
@@ -821,7 +827,7 @@ def stopped_once(root: Path, step: int, *options: str) -> Path:
     """A training that is stopped after `step` and run again."""
     prepared(root, *options)
     with pytest.MonkeyPatch.context() as patch, pytest.raises(KeyboardInterrupt):
-        patch.setattr("capas.training.LiveRows.on_log", stop_after(step))
+        patch.setattr("capas.training.exact_trainer.LiveRows.on_log", stop_after(step))
         run_stage("train", train_lora.main, root)
     run_stage("train", train_lora.main, root)
     return root

@@ -3,7 +3,7 @@
 from copy import deepcopy
 from typing import Any
 
-from capas.tuned import ran_with
+from capas.use.tuned_model import ran_with
 
 LOCK: dict[str, Any] = {
     "train": {

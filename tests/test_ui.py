@@ -7,9 +7,10 @@ from urllib.parse import parse_qs
 
 import pytest
 
-from capas import cli, run_params, ui
-from capas.store import Store
-from capas.ui import Pages
+from capas import __main__ as cli
+from capas.tracking import run_params, ui
+from capas.tracking.store import Store
+from capas.tracking.ui import Pages
 
 PARAMS = {
     **{"dataset.preset": "own_csv", "model.preset": "qwen2.5_0.5b_instruct"},

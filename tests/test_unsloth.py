@@ -21,9 +21,10 @@ from shipped import composed
 from test_train import ADAPTER, history, prepared, results, train
 from tiny import REPOSITORY, read_json, run_stage
 
-from capas import extras, unsloth
-from capas.config import validate
-from capas.errors import CapasError
+from capas.config.schema import validate
+from capas.core import extras
+from capas.core.errors import CapasError
+from capas.training import unsloth
 from stages import quantize_model, train_lora
 
 pytestmark = pytest.mark.usefixtures("without_estimate")

@@ -21,7 +21,7 @@ import pytest
 from servers import STARTS_WITHIN, free_port
 from transformers import AutoModelForCausalLM, AutoTokenizer, GenerationConfig
 
-from capas import cli
+from capas import __main__ as cli
 
 ROOT = Path(__file__).resolve().parents[1]
 NUM_RECORDS = 12

@@ -9,8 +9,8 @@ import numpy as np
 import pytest
 from tiny import CONTROLS, run_stage, write_tokenizer, write_workspace
 
-from capas.errors import CapasError
-from capas.vocabulary import check_ids, num_rows
+from capas.core.errors import CapasError
+from capas.models.vocabulary import check_ids, num_rows
 from stages import evaluate_model, sample_outputs, train_lora
 from stages.fetch_tokenizer import warn_of_tokens_without_row
 

@@ -24,10 +24,10 @@ from transformers import (
 )
 
 from capas.chat.format import ChatFormat
-from capas.dag import StageSpec, read_yaml
-from capas.params import Params, select
-from capas.records import FORMATTED, RAW, write_records
-from capas.stage import Stage
+from capas.core.dag import StageSpec, read_yaml
+from capas.core.params import Params, select
+from capas.core.records import FORMATTED, RAW, write_records
+from capas.core.stage import Stage
 
 REPOSITORY = Path(__file__).resolve().parents[1]
 CONTROLS = [
@@ -120,7 +120,7 @@ def link_code(root: Path) -> None:
 
 
 def run_stage(name: str, main: Callable[[Params, Stage], None], root: Path) -> None:
-    """Run a stage's `main` in `root` and move its outputs into place, as `capas.stage.run` does."""
+    """Run a stage's `main` in `root` and move its outputs into place, as `capas.core.stage.run` does."""
     stage = Stage(StageSpec.read(name, root), root)
     main(read_params(name, root), stage)
     stage.finish()

@@ -64,7 +64,7 @@ class Workspace:
 
     def restore(self, *options: str, code: int = 0) -> str:
         """What `capas restore` says; AssertionError where it ends with another code."""
-        found, said = self.ended(sys.executable, "-m", "capas.restore", *options)
+        found, said = self.ended(sys.executable, "-m", "capas.workspace.restore", *options)
         assert found == code, said
         return said
 

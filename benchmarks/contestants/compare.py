@@ -14,7 +14,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 from datasets import Dataset, concatenate_datasets
 
-from capas.records import IGNORE_INDEX
+from capas.core.records import IGNORE_INDEX
 
 SPLITS = ("train", "validation", "test")
 

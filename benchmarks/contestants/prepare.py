@@ -19,7 +19,7 @@ from typing import Any
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from capas.records import RAW, write_records
+from capas.core.records import RAW, write_records
 
 Messages = list[dict[str, str]]
 

@@ -11,7 +11,7 @@ from typing import Any
 
 import race
 
-from capas import hardware
+from capas.models import hardware
 
 
 def main() -> None:

@@ -1,1 +1,1 @@
-"""Conversations as token ids: templates, scaffolds, masks."""
+"""Conversations as token ids: tokenizer files, chat templates, masks, splits, and their audit."""

@@ -17,8 +17,8 @@ from capas.chat.batch import Formatted, Key
 from capas.chat.format import ChatFormat, Encoded, first_difference
 from capas.chat.messages import TEXT, Message, Tools, has_own_scaffold
 from capas.chat.template import RecordRefusal
-from capas.errors import CapasError
-from capas.ragged import Array, any_in_row, gather
+from capas.core.errors import CapasError
+from capas.core.ragged import Array, any_in_row, gather
 
 CHECKED_FIRST, CHECKED_EVERY = 200, 250  # records of a split that are in the sample
 NUM_SAMPLED = 20  # of a split, kept to be compared with transformers

@@ -11,7 +11,7 @@ import pyarrow as pa
 
 from capas.chat.format import Encoded
 from capas.chat.messages import TEXT, THOUGHT_END, Message, Tools
-from capas.ragged import Array, Ragged, concatenate, from_arrow
+from capas.core.ragged import Array, Ragged, concatenate, from_arrow
 
 Key = tuple[Any, ...]
 

@@ -12,8 +12,8 @@ from capas.chat.batch import Batch, Columns, Key
 from capas.chat.format import ChatFormat, trained_messages
 from capas.chat.layout import Constant, Layout, Slot, lay_out
 from capas.chat.segments import Way
-from capas.errors import CapasError
-from capas.ragged import Array, Ragged, from_arrow, gather, offsets_of, ranges, to_arrow
+from capas.core.errors import CapasError
+from capas.core.ragged import Array, Ragged, from_arrow, gather, offsets_of, ranges, to_arrow
 
 # What `str.strip` takes for blanks; Arrow's own are others.
 BLANKS = "\t\n\x0b\x0c\r\x1c\x1d\x1e\x1f \x85\xa0\u1680\u2028\u2029\u202f\u205f\u3000" + "".join(

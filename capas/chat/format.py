@@ -36,8 +36,8 @@ from capas.chat.scaffold import Planner, control_pattern
 from capas.chat.segments import Owned, SegmentEncoder
 from capas.chat.template import RecordRefusal, Template, TemplateRefusal, place_system
 from capas.chat.tokenizer import DEFAULT, SHAPE, TokenizerFiles, encode_plain
-from capas.errors import CapasError
-from capas.records import IGNORE_INDEX
+from capas.core.errors import CapasError
+from capas.core.records import IGNORE_INDEX
 
 _QUESTION = {"role": "user", "content": "-"}
 _PROBES = (

@@ -16,9 +16,9 @@ from capas.chat.format import ChatFormat, Encoded
 from capas.chat.messages import TEXT, Message, conversation
 from capas.chat.overflow import Overflow
 from capas.chat.template import RecordRefusal
-from capas.errors import CapasError
-from capas.ragged import Array, Ragged, any_in_row, texts_to_arrow, to_arrow
-from capas.records import FORMATTED, IGNORE_INDEX, Record
+from capas.core.errors import CapasError
+from capas.core.ragged import Array, Ragged, any_in_row, texts_to_arrow, to_arrow
+from capas.core.records import FORMATTED, IGNORE_INDEX, Record
 
 NUM_EXAMPLES = 20  # of what was dropped, in the report
 MAX_BINS = 40

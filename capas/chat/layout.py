@@ -13,7 +13,7 @@ from capas.chat.format import ChatFormat
 from capas.chat.messages import Messages
 from capas.chat.plan import Control, Plan, Segment, scaffold_before
 from capas.chat.template import TemplateRefusal
-from capas.ragged import Array
+from capas.core.ragged import Array
 
 
 @dataclass(frozen=True)

@@ -4,7 +4,7 @@ import json
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from capas.records import Record
+from capas.core.records import Record
 
 Message = dict[str, Any]
 Messages = Sequence[Mapping[str, Any]]

@@ -5,9 +5,9 @@ from dataclasses import dataclass, field
 
 from capas.chat.format import Encoded
 from capas.chat.messages import Message
-from capas.errors import CapasError
-from capas.ragged import Array
-from capas.records import IGNORE_INDEX
+from capas.core.errors import CapasError
+from capas.core.ragged import Array
+from capas.core.records import IGNORE_INDEX
 
 Messages = list[Message]
 Encode = Callable[[Messages], Encoded]

@@ -16,8 +16,8 @@ from tokenizers.models import BPE
 from tokenizers.pre_tokenizers import ByteLevel
 
 from capas.chat.tokenizer import WORD_START, TokenizerFiles, encode_plain
-from capas.errors import CapasError
-from capas.ragged import Ragged, offsets_of
+from capas.core.errors import CapasError
+from capas.core.ragged import Ragged, offsets_of
 
 CHECKED_FIRST, CHECKED_EVERY = 20, 100  # texts of a batch that both libraries encode
 log = logging.getLogger("capas")

@@ -3,8 +3,8 @@
 from pathlib import Path
 
 from capas.chat.format import ChatFormat
-from capas.errors import CapasError
-from capas.facts import read_json
+from capas.core.errors import CapasError
+from capas.core.files import read_json
 
 
 def recorded_format(formatted: Path, tokenizer: Path) -> ChatFormat:

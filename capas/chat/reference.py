@@ -18,7 +18,7 @@ from typing import Any
 from capas.chat.audit import Sampled
 from capas.chat.format import ChatFormat, first_difference
 from capas.chat.template import fixed_clock
-from capas.errors import CapasError
+from capas.core.errors import CapasError
 
 log = logging.getLogger("capas")
 _ROOT = Path(__file__).parents[2]

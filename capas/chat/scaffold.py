@@ -24,7 +24,7 @@ from capas.chat.messages import Message, Messages, Tools
 from capas.chat.placeholders import Placeholders
 from capas.chat.plan import NO_TRIM, Control, Piece, Plan, Segment, Trim
 from capas.chat.template import RecordRefusal, TemplateRefusal
-from capas.errors import CapasError
+from capas.core.errors import CapasError
 
 Render = Callable[[Messages, bool, Tools], str]  # (messages, add_generation_prompt, tools)
 _QUESTION, _ANSWER = {"role": "user", "content": "-"}, {"role": "assistant", "content": "-"}

@@ -15,8 +15,8 @@ from capas.chat.messages import Messages
 from capas.chat.plan import Control, Piece, Plan, Segment, scaffold_before
 from capas.chat.scaffold import control_pattern
 from capas.chat.tokenizer import TokenizerFiles
-from capas.errors import CapasError
-from capas.ragged import Array, from_arrow
+from capas.core.errors import CapasError
+from capas.core.ragged import Array, from_arrow
 
 Owned = list[tuple[int, int | None]]  # token id, index of the answer that it belongs to
 

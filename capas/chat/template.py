@@ -14,7 +14,7 @@ import jinja2
 from capas.chat.copying import copies_contents
 from capas.chat.limits import LimitedEnvironment, line_of
 from capas.chat.messages import Messages, Tools, spoken
-from capas.errors import CapasError
+from capas.core.errors import CapasError
 
 
 class RecordRefusal(CapasError):  # noqa: N818

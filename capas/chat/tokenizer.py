@@ -13,8 +13,8 @@ from typing import Any
 import orjson
 from tokenizers import AddedToken, Tokenizer
 
-from capas.errors import CapasError
-from capas.facts import read_json
+from capas.core.errors import CapasError
+from capas.core.files import read_json
 
 TOKENIZER, CONFIG = "tokenizer.json", "tokenizer_config.json"
 TOKENS_MAP, TEMPLATE = "special_tokens_map.json", "chat_template.jinja"

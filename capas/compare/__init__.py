@@ -1,1 +1,1 @@
-"""`capas compare`: results of commits, experiments, the workspace and MLflow runs, side by side."""
+"""`capas compare`: what differs between results in parameters, scores and answers."""

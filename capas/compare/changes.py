@@ -9,11 +9,11 @@ from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any
 
-from capas import options
-from capas.composition import NOTHING_OVERRIDDEN, OVERRIDES, Compose, composer
-from capas.errors import CapasError
-from capas.params import flatten
-from capas.run_params import clipped
+from capas.config import options
+from capas.config.composition import NOTHING_OVERRIDDEN, OVERRIDES, Compose, composer
+from capas.core.errors import CapasError
+from capas.core.params import flatten
+from capas.tracking.run_params import clipped
 
 Texts = Mapping[str, str]  # {dotted key: value}, as MLflow has them
 PRESET = ".preset"

@@ -29,9 +29,9 @@ from capas.compare.scores import Compared, Settings, compare, headline, is_share
 from capas.compare.sides import HEAD, Row, Side
 from capas.compare.view import Pair
 from capas.compare.why import Near, Training, differing_training, questions_of
-from capas.composition import CONF
-from capas.errors import CapasError
-from capas.tuned import bounded
+from capas.config.composition import CONF
+from capas.core.errors import CapasError
+from capas.use.tuned_model import bounded
 
 NUM_ROWS, NUM_RECORDS = 10, 3
 Shown = tuple[

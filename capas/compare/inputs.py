@@ -5,10 +5,10 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from capas.code import CODE
-from capas.codediff import between_digests
 from capas.compare.sides import ADAPTER_FOLDER, Side
-from capas.dag import ancestors
+from capas.core.code import CODE
+from capas.core.codediff import between_digests
+from capas.core.dag import ancestors
 
 ENVIRONMENT = "environment.yaml"
 RAW = "data/raw"

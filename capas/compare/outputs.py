@@ -6,9 +6,9 @@ from functools import cached_property
 from pathlib import Path
 from typing import Any
 
-from capas.clone import cache_of, stored
-from capas.dag import md5
-from capas.errors import CapasError
+from capas.core.dag import md5
+from capas.core.errors import CapasError
+from capas.workspace.clone import cache_of, stored
 
 
 class Outputs:

@@ -10,20 +10,21 @@ from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any
 
-from capas import runs, timings
 from capas.compare.changes import texts_of
 from capas.compare.outputs import Outputs
 from capas.compare.sides import HEAD, METRICS, RUN, WORKSPACE, Kind, Side
 from capas.compare.tracked import PUBLISHED, TABLE, Tracked, database, read_runs
-from capas.composition import CONF
-from capas.dag import md5, parse_yaml, read_yaml, recorded, recorded_key
-from capas.errors import CapasError
-from capas.facts import read_json
-from capas.result import artifacts_digest
-from capas.store import ARTIFACTS, EXPERIMENT, TRAIN_KEY, existing, reachable, tracking_uri
-from capas.tuned import ran_with, say
-from capas.ui import Pages
-from capas.worktree import git
+from capas.config.composition import CONF
+from capas.core import timings
+from capas.core.dag import md5, parse_yaml, read_yaml, recorded, recorded_key
+from capas.core.errors import CapasError
+from capas.core.files import read_json
+from capas.core.worktree import git
+from capas.tracking import runs
+from capas.tracking.run_content import artifacts_digest
+from capas.tracking.store import ARTIFACTS, EXPERIMENT, TRAIN_KEY, existing, reachable, tracking_uri
+from capas.tracking.ui import Pages
+from capas.use.tuned_model import ran_with, say
 
 _NUM_NAMES = 5
 _LOW = ".low"

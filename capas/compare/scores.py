@@ -6,9 +6,9 @@ from dataclasses import dataclass, field
 from typing import Any, Literal, NamedTuple
 
 from capas.compare.sides import Predictions, Row, Side
-from capas.metrics.comparison import paired_difference, records_needed, verdict
-from capas.metrics.names import BINARY, BUILT_IN
-from capas.page.intervals import wilson_interval
+from capas.evaluation.comparison import paired_difference, records_needed, verdict
+from capas.evaluation.names import BINARY, BUILT_IN
+from capas.report.intervals import wilson_interval
 
 LOSS = "loss"
 _SOURCE = (

@@ -11,9 +11,9 @@ import pyarrow.parquet as pq
 
 from capas.compare.outputs import Outputs
 from capas.compare.tracked import Tracked
-from capas.dag import recorded_key
-from capas.errors import CapasError
-from capas.facts import read_json
+from capas.core.dag import recorded_key
+from capas.core.errors import CapasError
+from capas.core.files import read_json
 
 Kind = Literal["workspace", "commit", "experiment", "run"]
 Row = dict[str, Any]

@@ -7,9 +7,9 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from urllib.parse import unquote, urlsplit
 
-from capas.errors import CapasError
-from capas.lineage import ADAPTER
-from capas.store import EXPERIMENT, TRAIN_KEY, sqlite_file, tracking_uri
+from capas.core.errors import CapasError
+from capas.tracking.lineage import ADAPTER
+from capas.tracking.store import EXPERIMENT, TRAIN_KEY, sqlite_file, tracking_uri
 
 CPU = "cpu"  # a tag
 PUBLISHED = ("dvc.lock", "params.yaml")  # artifacts of a run whose publish has finished
@@ -59,7 +59,7 @@ class Tracked:
         return folder if all((folder / name).is_file() for name in PUBLISHED) else None
 
     def is_called(self, word: str) -> bool:
-        """Whether `word` is its name, its id or key, or the beginning of one; as for `capas.runs.find`."""
+        """Whether `word` is its name, its id or key, or the beginning of one: see `tracking.runs`."""
         ids = self.run_id, self.train_key
         names = self.name, self.texts.get(EXPERIMENT)
         return word in names or any(found.startswith(word) for found in ids)

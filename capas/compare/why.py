@@ -7,9 +7,9 @@ from pathlib import Path
 from typing import NamedTuple
 
 from capas.compare.sides import Row, Side, read_table
-from capas.metrics.nearest import nearest_prompts
-from capas.prompts import read_questions
-from capas.records import RAW, before_last_answer, evenly_spaced, read_records
+from capas.core.records import RAW, before_last_answer, evenly_spaced, read_records
+from capas.evaluation.nearest import nearest_prompts
+from capas.evaluation.prompts import read_questions
 
 TRAIN, TEST = "data/raw/train.parquet", "data/raw/test.parquet"
 FORMATTED_TRAIN = "data/formatted/train.parquet"

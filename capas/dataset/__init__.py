@@ -1,1 +1,1 @@
-"""Records from files, URLs and the Hub: read, recognised, checked, split, mixed."""
+"""Records from files, the Hub or the embedded task: shapes, flaws, duplicates, splits."""

@@ -6,10 +6,10 @@ import sys
 from collections.abc import Iterator
 from typing import Any, TextIO
 
+from capas.core.errors import CapasError
 from capas.dataset.flaws import show
 from capas.dataset.shapes import recognises
 from capas.dataset.text import Reading, too_large
-from capas.errors import CapasError
 
 _CHUNK_CHARS = 2**20
 _BETWEEN = re.compile(r"[\s,]*")

@@ -6,11 +6,11 @@ from typing import Any, BinaryIO
 import pyarrow as pa
 import pyarrow.parquet as pq
 
+from capas.core.errors import CapasError
 from capas.dataset.files import File
 from capas.dataset.flaws import NOT_TEXT, Flaw
 from capas.dataset.rows import Row, without_nulls_of_others
 from capas.dataset.text import LENIENT, Reading, too_large
-from capas.errors import CapasError
 
 _ROWS_AT_ONCE, _BYTES_AT_ONCE = 1000, 2**26
 Needed = Callable[[list[str]], list[str]]

@@ -1,8 +1,9 @@
-"""A conversation as a source gives it, checked and put into the form of `capas.records.RAW`."""
+"""A conversation as a source gives it, checked and put into the form of `capas.core.records.RAW`."""
 
 from collections.abc import Mapping
 from typing import Any
 
+from capas.core.records import Record
 from capas.dataset.calls import check_tools
 from capas.dataset.flaws import (
     ASSISTANT_FIRST,
@@ -34,7 +35,6 @@ from capas.dataset.names import (
     UNTRAINED,
     role_of,
 )
-from capas.records import Record
 
 _DENIED = (*UNTRAINED, *UNCLEAR, *PROMPT_TRAINED, *PARTLY_TRAINED)
 _TRAINING = (*TRAINED, *_DENIED)

@@ -5,11 +5,11 @@ from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from typing import Any, TextIO
 
+from capas.core.errors import CapasError
 from capas.dataset.files import File
 from capas.dataset.flaws import BAD_ROW, Flaw, printable, show
 from capas.dataset.rows import Row
 from capas.dataset.text import Lines, Reading
-from capas.errors import CapasError
 
 SEPARATORS = (",", ";", "\t", "|")
 NAMES = {",": "a comma", ";": "a semicolon", "\t": "a tab", "|": "a |"}

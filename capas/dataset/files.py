@@ -16,8 +16,8 @@ from typing import Any, BinaryIO
 
 import pyarrow as pa
 
+from capas.core.errors import CapasError
 from capas.dataset.streams import BUFFER_BYTES, Hashing, unpacked
-from capas.errors import CapasError
 
 OWN = "data/own"
 _COMPRESSED = {".gz": "gzip", ".zst": "zstd"}

@@ -6,7 +6,7 @@ from collections import Counter
 from collections.abc import Mapping
 from typing import Any
 
-from capas.errors import CapasError
+from capas.core.errors import CapasError
 
 MALFORMED, NO_ANSWER, EMPTY_ANSWER = "malformed", "no_answer", "empty_answer"
 INVALID_TEXT, CONSECUTIVE, SYSTEM = "invalid_text", "consecutive_roles", "system_in_the_middle"

@@ -2,10 +2,10 @@
 
 from collections.abc import Iterator
 
+from capas.core.params import Params
+from capas.core.records import SPLITS
 from capas.dataset.rows import Row
 from capas.dataset.source import Source
-from capas.params import Params
-from capas.records import SPLITS
 
 EMBEDDED = "embedded"
 
@@ -17,7 +17,7 @@ def splits_of(source: Source, dataset: Params) -> Iterator[tuple[str, Iterator[R
 
 def _generated(dataset: Params) -> Iterator[tuple[str, Iterator[Row]]]:
     """The embedded task's records as rows."""
-    from capas.task.calls import generate_records
+    from capas.dataset.task.calls import generate_records
 
     records = generate_records(
         seed=dataset.seed,

@@ -21,8 +21,8 @@ from pathlib import Path, PurePosixPath
 from tempfile import TemporaryDirectory
 from typing import Any
 
-from capas.errors import CapasError
-from capas.hub import Repository, is_commit
+from capas.core.errors import CapasError
+from capas.hub.repository import Repository, is_commit
 
 BATCH = 1000  # rows; one by one costs six times as much
 BUFFER_BYTES = 2**20  # of each column

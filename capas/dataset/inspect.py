@@ -8,6 +8,8 @@ from typing import Any
 
 import numpy as np
 
+from capas.core.params import Params
+from capas.core.records import SPLITS
 from capas.dataset.flaws import NUM_EXAMPLES, Flaws, location
 from capas.dataset.generated import splits_of
 from capas.dataset.pool import Numbers, Part
@@ -15,8 +17,6 @@ from capas.dataset.rows import Row
 from capas.dataset.shapes import SIGNS, recognise, recognises
 from capas.dataset.source import Source
 from capas.dataset.splits import ordinals
-from capas.params import Params
-from capas.records import SPLITS
 
 log = logging.getLogger("capas")
 UNKNOWN = "unknown"  # the shape of a row that has none

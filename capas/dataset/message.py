@@ -1,4 +1,4 @@
-"""One message as a source gives it, checked and put into the form of `capas.records.RAW`.
+"""One message as a source gives it, checked and put into the form of `capas.core.records.RAW`.
 
 Contents are kept as they are: white space, control characters and NUL included; a content that is a list of
 text parts becomes one text. What templates may use of a message beside role and content goes into `extra`:

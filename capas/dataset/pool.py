@@ -18,16 +18,16 @@ import numpy as np
 import pyarrow as pa
 from numpy.typing import NDArray
 
+from capas.core.errors import CapasError
+from capas.core.progress import doing
+from capas.core.records import RAW, Record, read_batches, write_tables
+from capas.core.workers import in_order
 from capas.dataset.conversation import check_record
 from capas.dataset.flaws import MALFORMED, Flaw, Flaws, location, show
 from capas.dataset.message import TEXT
 from capas.dataset.rows import Row
 from capas.dataset.shapes import Columns, convert
 from capas.dataset.splits import Digests, content_digest, digest, ordinals, prompt_digests
-from capas.errors import CapasError
-from capas.progress import doing
-from capas.records import RAW, Record, read_batches, write_tables
-from capas.workers import in_order
 
 log = logging.getLogger("capas")
 ROWS_PER_CHUNK, CHARACTERS_PER_CHUNK = 1000, 2**22

@@ -5,14 +5,14 @@ from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any
 
+from capas.core.errors import CapasError
+from capas.core.params import Params
+from capas.core.records import SPLITS
 from capas.dataset.flaws import Flaws
 from capas.dataset.inspect import Inspection, Watch, parts_of, summarise
 from capas.dataset.pool import Pool
 from capas.dataset.selection import select_records
 from capas.dataset.source import sources_of
-from capas.errors import CapasError
-from capas.params import Params
-from capas.records import SPLITS
 
 
 @dataclass(frozen=True)

@@ -5,11 +5,11 @@ from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from capas.core.errors import CapasError
 from capas.dataset.files import KNOWN, File, expand
 from capas.dataset.readers import read_rows
 from capas.dataset.shapes import recognises
 from capas.dataset.source import Source
-from capas.errors import CapasError
 
 # Names of columns, without accents, in English and Spanish; the first that a file has is taken.
 QUESTIONS = (

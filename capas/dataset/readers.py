@@ -8,6 +8,7 @@ import json
 from collections.abc import Callable, Iterator
 from typing import Any, TextIO, cast
 
+from capas.core.errors import CapasError
 from capas.dataset.arrays import read_objects, reason
 from capas.dataset.cells import Needed, read_parquet
 from capas.dataset.delimited import read_table
@@ -15,7 +16,6 @@ from capas.dataset.files import File
 from capas.dataset.flaws import BAD_JSON, Flaw
 from capas.dataset.rows import Row
 from capas.dataset.text import Lines, Reading, cut, open_text, too_large
-from capas.errors import CapasError
 
 FILE, BLANK_LINES = "file", "blank_lines"  # what a document of a text file is
 

@@ -4,14 +4,14 @@ import itertools
 from collections.abc import Iterator
 from pathlib import Path
 
+from capas.core.errors import CapasError
+from capas.core.params import Params
 from capas.dataset.conversation import check_record
 from capas.dataset.flaws import DROP, WAYS_OUT, Flaw, Flaws
 from capas.dataset.generated import splits_of
 from capas.dataset.message import Message
 from capas.dataset.shapes import convert
 from capas.dataset.source import FORMATS, sources_of
-from capas.errors import CapasError
-from capas.params import Params
 
 MAX_REFERENCES = 50_000
 POLICIES = dict.fromkeys(WAYS_OUT, DROP)

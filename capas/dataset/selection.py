@@ -9,6 +9,9 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
+from capas.core.errors import CapasError
+from capas.core.params import Params
+from capas.core.records import SPLITS
 from capas.dataset.flaws import DROP, ERROR, KEEP, NUM_EXAMPLES
 from capas.dataset.mix import drawn
 from capas.dataset.pool import Pool
@@ -25,9 +28,6 @@ from capas.dataset.splits import (
     shares,
     smallest,
 )
-from capas.errors import CapasError
-from capas.params import Params
-from capas.records import SPLITS
 
 log = logging.getLogger("capas")
 Marks = NDArray[np.bool_]

@@ -17,6 +17,7 @@ import json
 from collections.abc import Iterable, Mapping
 from typing import Any
 
+from capas.core.errors import CapasError
 from capas.dataset.conversation import READ, Unused
 from capas.dataset.flaws import (
     BAD_CALL,
@@ -29,7 +30,6 @@ from capas.dataset.flaws import (
 )
 from capas.dataset.message import TEXT, OfColumn
 from capas.dataset.names import FUNCTION_CALL, ROLES, SYSTEM_PROMPTS, THOUGHTS, role_of
-from capas.errors import CapasError
 
 Found = dict[str, Any]
 Columns = Mapping[str, str | list[str]]

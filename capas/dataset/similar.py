@@ -13,9 +13,9 @@ from dataclasses import dataclass
 import numpy as np
 from numpy.typing import NDArray
 
+from capas.core.progress import doing
+from capas.core.records import evenly_spaced
 from capas.dataset.splits import normalised
-from capas.progress import doing
-from capas.records import evenly_spaced
 
 MAX_RECORDS = 200_000  # a signature of each is held in memory
 _NUM_PERM, _SEED, _LENGTH = 128, 1, 4

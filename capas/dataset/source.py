@@ -8,14 +8,14 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from capas.core.errors import CapasError
+from capas.core.params import Params
 from capas.dataset.files import DataFiles, File, by_split, expand, is_url, url_revision
 from capas.dataset.readers import read_rows
 from capas.dataset.rows import Row, without_nulls_of_others
 from capas.dataset.shapes import SIGNS, check_columns, needed_columns, recognises
 from capas.dataset.text import Reading
 from capas.dataset.trees import threads
-from capas.errors import CapasError
-from capas.params import Params
 
 log = logging.getLogger("capas")
 FIRST_ROWS = 100  # in which a column must occur once
@@ -63,7 +63,7 @@ class Source:
             yield split, self._threaded(rows)
 
     def _of_files(self) -> Iterator[tuple[str, Iterator[Row]]]:
-        assert self.data_files is not None  # a rule of capas.config
+        assert self.data_files is not None  # a rule of capas.config.schema
         self._check_pin()
         for split, patterns in by_split(self.data_files).items():
             files = expand(patterns, self.path, self.root)

@@ -12,7 +12,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from capas.records import SPLITS
+from capas.core.records import SPLITS
 
 Digests = NDArray[np.uint64]
 Marks = NDArray[np.bool_]

@@ -10,9 +10,9 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any, BinaryIO, TextIO
 
+from capas.core.errors import CapasError
 from capas.dataset.files import File
 from capas.dataset.streams import BUFFER_BYTES
-from capas.errors import CapasError
 
 log = logging.getLogger("capas")
 # A byte that is no UTF-8 becomes a lone surrogate, and with it a flaw of its record, field and value named.

@@ -1,1 +1,1 @@
-"""Hydra multirun over DVC experiments: each point runs in a workspace of its own that shares DVC's cache."""
+"""Sweeps: Hydra multirun over DVC experiments, from the command to the ranking."""

@@ -16,20 +16,21 @@ from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any
 
-from capas import dag, hardware, links
 from capas.compare.outputs import Outputs
-from capas.errors import CapasError, told
-from capas.facts import read_json, write_json, write_whole
-from capas.formats import Format, ask
-from capas.metrics.names import name_of
-from capas.params import Params
-from capas.problems import Problem
-from capas.prompts import answer_limit
-from capas.records import FORMATTED, Record, evenly_spaced, read_records
+from capas.config.problems import Problem
+from capas.core import dag, links
+from capas.core.errors import CapasError, told
+from capas.core.files import read_json, write_json, write_whole
+from capas.core.params import Params
+from capas.core.records import FORMATTED, Record, evenly_spaced, read_records
+from capas.core.worktree import git
+from capas.evaluation.formats import Format, ask
+from capas.evaluation.names import name_of
+from capas.evaluation.prompts import answer_limit
+from capas.models import hardware
 from capas.sweep.crosstable import Cell, CrossTable
 from capas.sweep.plan import Plan, digest
 from capas.sweep.ranking import Row
-from capas.worktree import git
 
 log = logging.getLogger("capas.sweep")
 SETTING = "cross_templates"  # of the group sweep
@@ -149,7 +150,7 @@ class Model:
     def load(self) -> Any:
         """Return the tuned model."""
         device = hardware.prepare(self.params.hardware)  # before torch is imported
-        from capas.model import TunedModel, load_model
+        from capas.models.loading import TunedModel, load_model
 
         keys = ("attn_implementation", "dtype", "trust_remote_code")
         group = Params({key: self.params.model[key] for key in keys})
@@ -166,7 +167,7 @@ def _cells(models: Sequence[Model]) -> Iterator[Cell]:
     """Yield the rows of the table. Models and formats that are the same in all bytes are asked once."""
     from tokenizers import Tokenizer
 
-    from capas.metrics.scorer import Scorer
+    from capas.evaluation.scorer import Scorer
 
     records = {model.template: model.records() for model in models}
     common = set.intersection(*({record["id"] for record in of} for of in records.values()))

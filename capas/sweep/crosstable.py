@@ -6,8 +6,8 @@ from functools import cached_property
 from pathlib import Path
 from typing import Any
 
-from capas.facts import write_csv, write_whole
-from capas.language import Language
+from capas.core.files import write_csv, write_whole
+from capas.core.language import Language
 
 CSV, TEXT = "reports/templates.csv", "reports/templates.md"
 LANGUAGES = ("en", "es")

@@ -15,14 +15,14 @@ from typing import Any
 
 from rich.table import Table
 
-from capas import options
-from capas.checking import Point
-from capas.clone import cache_of
-from capas.composition import CONF
-from capas.errors import CapasError
-from capas.locks import BusyError, exclusive, is_held
-from capas.problems import refused
-from capas.requirements import lacking, read_by
+from capas.config import options
+from capas.config.checking import Point
+from capas.config.composition import CONF
+from capas.config.problems import refused
+from capas.config.requirements import lacking, read_by
+from capas.core.errors import CapasError
+from capas.core.locks import BusyError, exclusive, is_held
+from capas.core.worktree import git
 from capas.sweep import crossing, parent
 from capas.sweep.crosstable import CSV, LANGUAGES, TEXT, CrossTable
 from capas.sweep.lesson import lesson
@@ -33,7 +33,7 @@ from capas.sweep.ranking import Row, rank
 from capas.sweep.screen import Screen, print_ranking, stdout, verdict
 from capas.sweep.state import ENDED, FAILED, State, read_states
 from capas.sweep.task import NAME, Task, prepare, runs_here
-from capas.worktree import git
+from capas.workspace.clone import cache_of
 
 log = logging.getLogger("capas")
 _STARTS = 3

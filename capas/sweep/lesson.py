@@ -4,8 +4,8 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from capas.language import Language
-from capas.page.findings import read_csv
+from capas.core.language import Language
+from capas.report.findings import read_csv
 from capas.sweep.plan import Plan
 from capas.sweep.ranking import Row
 

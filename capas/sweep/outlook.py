@@ -7,13 +7,13 @@ from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from capas import timings
-from capas.checking import Point
-from capas.dag import StageSpec
+from capas.config.checking import Point
+from capas.core import timings
+from capas.core.dag import StageSpec
+from capas.core.worktree import git
 from capas.sweep.plan import FOLDER, Plan, digest
 from capas.sweep.shared import keys_of
 from capas.sweep.state import DONE, State
-from capas.worktree import git
 
 _SECONDS_OF_DVC = 6.0  # of each point, for laying out its workspace and for DVC
 

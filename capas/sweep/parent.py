@@ -17,12 +17,12 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-from capas.errors import CapasError, without_secrets
-from capas.facts import write_whole
-from capas.store import Store, locked, reachable, sqlite_file, tracking_uri
+from capas.core.errors import CapasError, without_secrets
+from capas.core.files import write_whole
 from capas.sweep.plan import Plan
 from capas.sweep.state import CACHED, State, read_states
-from capas.ui import DEFAULT_PARAMS, VIEW_TAG, Pages, shared_view
+from capas.tracking.store import Store, locked, reachable, sqlite_file, tracking_uri
+from capas.tracking.ui import DEFAULT_PARAMS, VIEW_TAG, Pages, shared_view
 
 log = logging.getLogger("capas")
 KEY = "sweep_key"

@@ -14,13 +14,13 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-from capas import dag, inputs, links
-from capas.clone import cache_of, stored
-from capas.composition import CONF
-from capas.errors import CapasError
-from capas.facts import write_whole
-from capas.saved import file_sha256
-from capas.worktree import Snapshot, git, snapshot
+from capas.config.composition import CONF
+from capas.core import dag, inputs, links
+from capas.core.errors import CapasError
+from capas.core.files import write_whole
+from capas.core.worktree import Snapshot, git, snapshot
+from capas.models.tuned_weights import file_sha256
+from capas.workspace.clone import cache_of, stored
 
 FOLDER = Path(".dvc/tmp/sweep")
 VARIABLE = "CAPAS_SWEEP"  # names the plan's folder

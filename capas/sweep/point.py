@@ -15,24 +15,24 @@ from hydra.core.hydra_config import HydraConfig
 from hydra.errors import HydraException
 from omegaconf import OmegaConf
 
-from capas.clone import environment
-from capas.composition import word_given
-from capas.config import validate
-from capas.cores import usable_cores
-from capas.dag import recorded_key
-from capas.errors import CapasError
-from capas.locks import BusyError, exclusive
-from capas.store import HOME
+from capas.config.composition import word_given
+from capas.config.schema import validate
+from capas.core.cores import usable_cores
+from capas.core.dag import recorded_key
+from capas.core.errors import CapasError
+from capas.core.locks import BusyError, exclusive
+from capas.core.process import follow
+from capas.core.workers import end_with
+from capas.core.worktree import git
 from capas.sweep.plan import AT_ONCE, DRIVER, Plan, digest
-from capas.sweep.process import follow
 from capas.sweep.screen import without_group
 from capas.sweep.shared import SharedStages
 from capas.sweep.slots import place
 from capas.sweep.state import CACHED, DONE, FAILED, RUNNING, WAITING, State
 from capas.sweep.task import check_place, is_of_sweep, is_slurm, values_of
 from capas.sweep.workspace import lay_out
-from capas.workers import end_with
-from capas.worktree import git
+from capas.tracking.store import HOME
+from capas.workspace.clone import environment
 
 _STAGE = re.compile(r"^(?:Running stage|Stage) '(?P<name>\w+)'")
 _NOT_IN_A_NAME = re.compile(r"[^A-Za-z0-9.=_-]+")

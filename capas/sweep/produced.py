@@ -3,7 +3,7 @@
 from collections.abc import Iterator
 from typing import Any
 
-from capas.metrics.names import AUTO, BUILT_IN, name_of
+from capas.evaluation.names import AUTO, BUILT_IN, name_of
 
 _FIXED = {  # FILE -> the keys of reports/metrics/FILE.json that a sweep can read
     "format": ("num_train_tokens", "supervised_fraction", "num_truncated", "num_dropped"),

@@ -10,10 +10,10 @@ from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from typing import Any
 
-from capas.dag import StageSpec, recorded
-from capas.facts import write_whole
-from capas.locks import BusyError, exclusive
-from capas.params import select
+from capas.core.dag import StageSpec, recorded
+from capas.core.files import write_whole
+from capas.core.locks import BusyError, exclusive
+from capas.core.params import select
 from capas.sweep.plan import Plan, digest
 
 _OF_THE_WORKSPACE = ("compose", "publish")  # run in each of them

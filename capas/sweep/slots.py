@@ -9,9 +9,9 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager, suppress
 from pathlib import Path
 
-from capas.cores import MAX_THREADS, usable_cores
-from capas.errors import CapasError
-from capas.locks import BusyError, exclusive
+from capas.core.cores import MAX_THREADS, usable_cores
+from capas.core.errors import CapasError
+from capas.core.locks import BusyError, exclusive
 
 _SECONDS_FOR_ALL = 0.5
 

@@ -6,7 +6,7 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
-from capas.facts import write_whole
+from capas.core.files import write_whole
 
 WAITING, RUNNING = "waiting", "running"
 DONE, CACHED, FAILED = "done", "cached", "failed"

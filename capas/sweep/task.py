@@ -8,14 +8,14 @@ from typing import Annotated, Any, Literal
 
 from pydantic import Field, ValidationError
 
-from capas import options
-from capas.checking import Composer, Point, check_points, choices_of
-from capas.composition import CONF, failures, is_group, reasons, to_values, with_new_keys
-from capas.config import GROUPS, Group, explain, nearest
-from capas.dag import StageSpec
-from capas.errors import CapasError
-from capas.params import flatten
-from capas.problems import Problem, refused
+from capas.config import options
+from capas.config.checking import Composer, Point, check_points, choices_of
+from capas.config.composition import CONF, failures, is_group, reasons, to_values, with_new_keys
+from capas.config.problems import Problem, refused
+from capas.config.schema import GROUPS, Group, explain, nearest
+from capas.core.dag import StageSpec
+from capas.core.errors import CapasError
+from capas.core.params import flatten
 from capas.sweep import crossing
 from capas.sweep.produced import not_produced
 

@@ -4,12 +4,12 @@ import shutil
 from pathlib import Path
 from typing import Any
 
-from capas import links
-from capas.clone import bring, share_cache
-from capas.params import flatten
-from capas.stage import CHECKPOINTS
+from capas.core import links
+from capas.core.params import flatten
+from capas.core.stage import CHECKPOINTS
+from capas.core.worktree import clone
 from capas.sweep.plan import Plan
-from capas.worktree import clone
+from capas.workspace.clone import bring, share_cache
 
 
 def lay_out(plan: Plan, work: Path, values: dict[str, Any]) -> None:

@@ -11,7 +11,7 @@ from capas.chat.format import ChatFormat
 from capas.chat.formatting import Refused, SplitFormatter
 from capas.chat.overflow import Overflow
 from capas.chat.tokenizer import TokenizerFiles, encode_plain
-from capas.records import IGNORE_INDEX, TOKENIZED
+from capas.core.records import IGNORE_INDEX, TOKENIZED
 
 Messages = list[dict[str, Any]]
 PLAIN = ("role", "content", "train")

@@ -14,8 +14,8 @@ from capas.chat.batch import Formatted
 from capas.chat.format import ChatFormat
 from capas.chat.formatting import Refused, SplitFormatter
 from capas.chat.overflow import Overflow
-from capas.errors import CapasError
-from capas.ragged import Ragged
+from capas.core.errors import CapasError
+from capas.core.ragged import Ragged
 
 CONVERSATIONS = [say("How are you?", "Fine."), say("a", "b", "c", "d", system="Be brief.")]
 

@@ -11,8 +11,8 @@ from conftest import REPOSITORY, say, template_text
 from capas.chat.format import ChatFormat
 from capas.chat.template import Template
 from capas.chat.tokenizer import TokenizerFiles, encode_plain
-from capas.errors import CapasError
-from capas.records import IGNORE_INDEX
+from capas.core.errors import CapasError
+from capas.core.records import IGNORE_INDEX
 
 PRESETS = ("chatml", "llama3", "mistral", "gemma", "qwen")
 GOLDEN = sorted((REPOSITORY / "tests" / "golden").iterdir())

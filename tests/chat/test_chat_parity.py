@@ -22,8 +22,8 @@ from capas.chat.messages import conversation
 from capas.chat.plain import PlainEncoder
 from capas.chat.template import Template, TemplateRefusal
 from capas.chat.tokenizer import TokenizerFiles, encode_plain
-from capas.errors import CapasError
-from capas.records import IGNORE_INDEX
+from capas.core.errors import CapasError
+from capas.core.records import IGNORE_INDEX
 
 FAMILIES = {"qwen2.5": "qwen", "llama3": "llama3", "mistral-v3": "mistral", "gemma2": "gemma"}
 SYSTEMS = ("You are terse.", "  Sé breve.\n\n", "¿Qué?\nSegunda línea")

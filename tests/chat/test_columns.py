@@ -14,7 +14,7 @@ from capas.chat.batch import Batch
 from capas.chat.columns import BLANKS, ColumnEncoder
 from capas.chat.format import ChatFormat
 from capas.chat.tokenizer import TokenizerFiles, encode_plain
-from capas.records import IGNORE_INDEX, TOKENIZED
+from capas.core.records import IGNORE_INDEX, TOKENIZED
 
 PRESETS = ("chatml", "llama3", "mistral", "gemma", "qwen")
 WORDS = [

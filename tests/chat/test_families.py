@@ -11,7 +11,7 @@ from tiny import write_tokenizer
 from tokenizers import Tokenizer, processors
 
 from capas.chat.format import ChatFormat
-from capas.errors import CapasError
+from capas.core.errors import CapasError
 
 CHATML = template_text("chatml")
 OPENED = "{{ bos_token }}" + CHATML

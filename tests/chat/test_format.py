@@ -17,11 +17,11 @@ from dataside import DataSide
 from capas.chat.format import ChatFormat
 from capas.chat.formatting import histogram
 from capas.chat.tokenizer import TokenizerFiles, encode_plain
-from capas.dag import read_yaml
-from capas.errors import CapasError
-from capas.page.mask.page import WORDS
-from capas.params import flatten
-from capas.records import IGNORE_INDEX, TOKENIZED, read_records, write_records
+from capas.core.dag import read_yaml
+from capas.core.errors import CapasError
+from capas.core.params import flatten
+from capas.core.records import IGNORE_INDEX, TOKENIZED, read_records, write_records
+from capas.report.mask.page import WORDS
 
 PRESETS = ("chatml", "llama3", "mistral", "gemma")
 LONG = ("dataset.overflow=truncate", "dataset.overflow_budget_fraction=1.0")
@@ -368,7 +368,7 @@ def test_the_page_speaks_spanish_too(side: DataSide) -> None:
 
 
 def test_the_page_says_when_the_mask_is_not_what_it_should_be(side: DataSide) -> None:
-    from capas.page.mask.page import view
+    from capas.report.mask.page import view
 
     chat = ChatFormat.load(template_text("chatml"), side.root / "tokenizer", "")
     (record,) = side.run("format").formatted("train")

@@ -9,7 +9,7 @@ from formatted import load, split, trained
 from test_tools import THINKING
 
 from capas.chat.template import RecordRefusal
-from capas.errors import CapasError
+from capas.core.errors import CapasError
 
 CHATML = template_text("chatml")
 THOUGHTS = (

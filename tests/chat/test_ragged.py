@@ -8,7 +8,7 @@ import numpy as np
 import pyarrow as pa
 import pytest
 
-from capas.ragged import (
+from capas.core.ragged import (
     Ragged,
     any_in_row,
     concatenate,
@@ -18,7 +18,7 @@ from capas.ragged import (
     texts_to_arrow,
     to_arrow,
 )
-from capas.records import FORMATTED
+from capas.core.records import FORMATTED
 
 ROWS = [[1, 2, 3], [], [4], [5, 6]]
 IDS = FORMATTED.field("input_ids").type
@@ -76,7 +76,7 @@ def test_data_stages_do_without_pandas_and_transformers() -> None:
     """Both are slower to import than tens of thousands of records are to prepare."""
     code = (
         "import sys; sys.path.insert(0, 'stages'); import tokenize_messages, format_chat; "
-        "import numpy as np; from capas.ragged import *; from capas.records import FORMATTED; "
+        "import numpy as np; from capas.core.ragged import *; from capas.core.records import FORMATTED; "
         "r = Ragged.of([[1]], np.int32).to_arrow(FORMATTED.field('input_ids').type); "
         "Ragged.from_arrow(r); texts_to_arrow(['a']); "
         "print(sorted({'pandas', 'torch', 'transformers'} & set(sys.modules)))"

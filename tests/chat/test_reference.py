@@ -14,7 +14,7 @@ from tiny import write_tokenizer
 from capas.chat.audit import NUM_SAMPLED
 from capas.chat.format import ChatFormat
 from capas.chat.reference import compare
-from capas.errors import CapasError
+from capas.core.errors import CapasError
 
 TOLD: list[Messages] = [
     say("Hi", "Hello", system="Be brief."),

@@ -13,8 +13,8 @@ from tokenizers import Tokenizer, models, pre_tokenizers, trainers
 
 from capas.chat.plain import PlainEncoder
 from capas.chat.tokenizer import TokenizerFiles, encode_plain
-from capas.errors import CapasError
-from capas.records import RAW, TOKENIZED, read_records, write_records
+from capas.core.errors import CapasError
+from capas.core.records import RAW, TOKENIZED, read_records, write_records
 
 
 @pytest.fixture

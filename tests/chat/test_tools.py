@@ -10,7 +10,7 @@ from conftest import say, template_text
 from capas.chat.format import ChatFormat
 from capas.chat.messages import conversation, split_thought
 from capas.chat.template import RecordRefusal
-from capas.records import IGNORE_INDEX
+from capas.core.records import IGNORE_INDEX
 
 SCHEMA = {
     "name": "weather",

@@ -11,8 +11,8 @@ import pytest
 import yaml
 from comparing import QUESTIONS, RIGHT, TRAIN, WRONG, Results, answered
 
-from capas import cli
-from capas.metrics.comparison import paired_difference
+from capas import __main__ as cli
+from capas.evaluation.comparison import paired_difference
 
 Compare = Callable[..., str]
 WIDTH = 80
@@ -67,7 +67,7 @@ def flat(said: str) -> str:
 
 
 def test_two_results_side_by_side(made: Results, compare: Compare) -> None:
-    """The whole page; the interval is that of capas.metrics.comparison, checked below."""
+    """The whole page; the interval is that of capas.evaluation.comparison, checked below."""
     commit = made.run("git", "rev-parse", "--short=7", "HEAD").strip()
     wide = made.run("git", "for-each-ref", "--format=%(objectname:short=7)", "refs/exps/*/*/wide")
     assert compare(made, "HEAD", "wide").splitlines() == [
@@ -352,7 +352,7 @@ def test_code_recorded_before_its_digests_is_not_compared(
 ) -> None:
     lock = yaml.safe_load(results.read("dvc.lock"))
     del lock["stages"]["train"]["params"]["code.yaml"]
-    lock["stages"]["train"]["deps"].append({"path": "capas/lora.py", "md5": "0"})
+    lock["stages"]["train"]["deps"].append({"path": "capas/training/lora.py", "md5": "0"})
     (results.root / "dvc.lock").write_text(yaml.safe_dump(lock))
     found = facts(compare, results, "HEAD", "workspace")
     assert found["code"] == ["all, as the dvc.lock of B is older than code.yaml"]

@@ -13,14 +13,14 @@ from urllib.parse import unquote
 import pytest
 from comparing import Results, answered
 
-from capas import cli
+from capas import __main__ as cli
 from capas.compare.repository import Repository, open_repository
 from capas.compare.tracked import Tracked, read_runs
-from capas.dag import recorded, recorded_key
-from capas.params import flatten
-from capas.result import artifacts_digest
-from capas.run_params import clipped
-from capas.store import Store
+from capas.core.dag import recorded, recorded_key
+from capas.core.params import flatten
+from capas.tracking.run_content import artifacts_digest
+from capas.tracking.run_params import clipped
+from capas.tracking.store import Store
 
 
 @pytest.fixture(scope="module")
@@ -53,7 +53,10 @@ def publish(results: Results, store: Store, name: str, score: float, seconds: fl
     from mlflow.entities import Metric, Param
 
     lock = recorded(results.root)
-    tags = {"train_key": recorded_key(lock["train"]), "capas.artifacts": artifacts_digest(lock)}
+    tags = {
+        "train_key": recorded_key(lock["train"]),
+        "capas.tracking.artifacts": artifacts_digest(lock),
+    }
     run = store.client.create_run(store.experiment_id, run_name=name, tags=tags)
     run_id = run.info.run_id
     numbers = {

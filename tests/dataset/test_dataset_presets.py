@@ -12,8 +12,8 @@ from conftest import REPOSITORY
 from dataside import DataSide
 from hub import Hub, use
 
-from capas.composition import composer
-from capas.dag import read_yaml
+from capas.config.composition import composer
+from capas.core.dag import read_yaml
 
 NUM_ROWS = 200
 VECTORS = {"input": [0.5], "instruction": [0.25], "output": [0.125]}

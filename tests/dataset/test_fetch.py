@@ -9,11 +9,11 @@ import pytest
 from conftest import REPOSITORY
 from dataside import DataSide
 
-from capas import embedded
 from capas.chat.tokenizer import TokenizerFiles
-from capas.errors import CapasError
-from capas.records import SPLITS
-from capas.sources import Source, find_source, snapshot
+from capas.core.errors import CapasError
+from capas.core.records import SPLITS
+from capas.hub import embedded
+from capas.hub.sources import Source, find_source, snapshot
 
 EMBEDDED = ("tokenizer.json", "tokenizer_config.json")
 COMMIT = "0123456789abcdef0123456789abcdef01234567"

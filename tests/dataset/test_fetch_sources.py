@@ -13,11 +13,11 @@ import pyarrow.parquet as pq
 import pytest
 from dataside import DataSide
 
+from capas.core.errors import CapasError
+from capas.core.records import SPLITS
 from capas.dataset.files import url_revision
 from capas.dataset.pool import Part, _chunks
 from capas.dataset.rows import Row
-from capas.errors import CapasError
-from capas.records import SPLITS
 
 MINE = (
     *("dataset=own_jsonl", "dataset.test_fraction=0.2", "dataset.validation_fraction=0.1"),
@@ -116,14 +116,14 @@ def test_the_number_of_processes_changes_no_byte(
     monkeypatch.setattr("capas.dataset.pool.ROWS_PER_CHUNK", 1)
     made = []
     for cores in (1, 2):
-        monkeypatch.setattr("capas.workers.usable_cores", lambda cores=cores: cores)
+        monkeypatch.setattr("capas.core.workers.usable_cores", lambda cores=cores: cores)
         budget = "dataset.flaw_budget_fraction=0.2"
         facts = fetch(side, *csv, mapped, *drop, budget, files="data/own/*.csv")
         made.append(side.files())
     assert made[0] == made[1]
     assert facts["dropped"]["empty_answer"]["count"] == 6
     assert [e["at"] for e in facts["dropped"]["bad_row"]["examples"]] == ["line 27"]
-    monkeypatch.setattr("capas.workers.usable_cores", lambda: 2)
+    monkeypatch.setattr("capas.core.workers.usable_cores", lambda: 2)
     with pytest.raises(CapasError, match=r"a\.csv, line 2: respuesta is '': an empty answer"):
         fetch(side, *csv, mapped, files="data/own/*.csv")
 
@@ -137,7 +137,7 @@ def test_a_record_nested_without_end_is_refused(
         deep = [deep]
     side.own("mine.jsonl", *(asked(n) for n in range(50)), asked("deep", metadata={"deep": deep}))
     monkeypatch.setattr("capas.dataset.pool.ROWS_PER_CHUNK", 1)
-    monkeypatch.setattr("capas.workers.usable_cores", lambda: cores)
+    monkeypatch.setattr("capas.core.workers.usable_cores", lambda: cores)
     message = r"line 51: record is .*: JSON nested deeper than 100 levels is not a conversation"
     with pytest.raises(CapasError, match=message):
         fetch(side)

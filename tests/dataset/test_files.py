@@ -14,13 +14,13 @@ import pyarrow.parquet as pq
 import pytest
 from conftest import REPOSITORY
 
-from capas.dag import read_yaml
+from capas.core.dag import read_yaml
+from capas.core.errors import CapasError
 from capas.dataset.files import expand, url_revision
 from capas.dataset.flaws import Flaw
 from capas.dataset.readers import read_rows
 from capas.dataset.rows import Row
 from capas.dataset.text import Reading
-from capas.errors import CapasError
 
 FOUND = read_yaml(REPOSITORY / "conf/dataset/_base.yaml")["reading"]
 ROWS = [

@@ -8,8 +8,8 @@ from typing import Any
 import pytest
 from checking import check, flaws
 
+from capas.core.errors import CapasError
 from capas.dataset.flaws import NUM_EXAMPLES
-from capas.errors import CapasError
 
 ASKED, ANSWERED = {"role": "user", "content": "Hi"}, {"role": "assistant", "content": "Hello"}
 SYSTEM = {"role": "system", "content": "Be brief."}

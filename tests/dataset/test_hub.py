@@ -21,11 +21,11 @@ from test_publish import publish
 from tiny import REPOSITORY, run_stage
 from workspace import make_workspace
 
-from capas import hub as client
+from capas.core.errors import CapasError
+from capas.core.params import Params
 from capas.dataset.hub import read_split
 from capas.dataset.source import sources_of
-from capas.errors import CapasError
-from capas.params import Params
+from capas.hub import repository as client
 from stages import fetch_model, fetch_tokenizer
 
 SECRET = "hf_" + "Secret" * 5  # not as it stands here: the tests look for it in all files
@@ -166,7 +166,7 @@ def test_the_hub_says_how_long_to_wait(hub: Hub, monkeypatch: pytest.MonkeyPatch
 
 
 def test_the_client_alone_does_not_ask_again(hub: Hub) -> None:
-    """Where it does one day, capas.hub can do with less."""
+    """Where it does one day, capas.hub.repository can do with less."""
     from huggingface_hub import HfApi
     from huggingface_hub.errors import HfHubHTTPError
 

@@ -7,11 +7,11 @@ import pytest
 from dataside import DataSide
 from shipped import composed
 
-from capas.dag import StageSpec
+from capas.core.dag import StageSpec
+from capas.core.errors import CapasError
+from capas.core.params import Params, select
 from capas.dataset.inspect import Copy, Inspection
 from capas.dataset.preview import preview
-from capas.errors import CapasError
-from capas.params import Params, select
 
 
 @pytest.fixture

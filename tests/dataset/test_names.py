@@ -7,8 +7,8 @@ from typing import Any
 import pytest
 from checking import check, flaws
 
+from capas.core.errors import CapasError
 from capas.dataset.names import THOUGHTS, TRAINED, UNCLEAR, UNTRAINED
-from capas.errors import CapasError
 
 ASKED, ANSWERED = {"role": "user", "content": "Hi"}, {"role": "assistant", "content": "Hello"}
 PAIR = {"question": "Q", "answer": "A"}

@@ -17,7 +17,7 @@ from tiny import run_stage
 from workspace import Workspace, make_workspace, stages_run
 
 from capas.chat.format import ChatFormat
-from capas.records import FORMATTED, IGNORE_INDEX, read_records
+from capas.core.records import FORMATTED, IGNORE_INDEX, read_records
 
 README = Path(__file__).resolve().parents[2] / "README.md"
 TOKENIZERS = {"qwen2.5_0.5b_instruct": "qwen2.5", "llama_3.2_1b_instruct": "llama3"}

@@ -9,8 +9,8 @@ import pytest
 from checking import check
 from conftest import stored
 
-from capas.errors import CapasError
-from capas.records import (
+from capas.core.errors import CapasError
+from capas.core.records import (
     FORMATTED,
     RAW,
     ROWS_PER_GROUP,

@@ -7,9 +7,9 @@ from typing import Any
 import pytest
 from checking import check, flaws
 
+from capas.core.errors import CapasError
 from capas.dataset.rows import Row
 from capas.dataset.trees import threads
-from capas.errors import CapasError
 
 ASKED, ANSWERED = {"role": "user", "content": "Hi"}, {"role": "assistant", "content": "Hello"}
 CALL = {"type": "function", "function": {"name": "w", "arguments": {"city": "Paris", "at": 1}}}

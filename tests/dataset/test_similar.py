@@ -5,7 +5,7 @@ import pytest
 
 from capas.dataset.similar import similar_groups
 from capas.dataset.splits import TEST, TRAIN, VALIDATION, cluster_shares, digest, num_test_records
-from capas.metrics.power import power_in_words, records_for, smallest_difference
+from capas.evaluation.power import power_in_words, records_for, smallest_difference
 
 SIMILARITY = 0.6
 

@@ -7,8 +7,8 @@ from typing import Any
 import pytest
 from checking import check
 
+from capas.core.errors import CapasError
 from capas.dataset.names import ARGUMENTS
-from capas.errors import CapasError
 
 ASKED, ANSWERED = {"role": "user", "content": "Hi"}, {"role": "assistant", "content": "Hello"}
 CITY = {"city": "Paris", "at": 1}

@@ -16,21 +16,21 @@ from conftest import template_text
 from tiny import write_tokenizer, write_workspace
 from transformers import AutoModelForCausalLM
 
-from capas import cli
+from capas import __main__ as cli
 from capas.chat.format import ChatFormat
-from capas.dag import read_yaml
-from capas.errors import CapasError
-from capas.facts import read_json
-from capas.formats import Answers, Format
-from capas.lab import attention, end_token, template
-from capas.lab.questions import Questions, shorten
-from capas.language import Language
-from capas.params import Params, flatten
-from capas.prompts import Prompt
-from capas.records import FORMATTED, IGNORE_INDEX, read_records, write_records
+from capas.core.dag import read_yaml
+from capas.core.errors import CapasError
+from capas.core.files import read_json
+from capas.core.language import Language
+from capas.core.params import Params, flatten
+from capas.core.records import FORMATTED, IGNORE_INDEX, read_records, write_records
+from capas.evaluation.formats import Answers, Format
+from capas.evaluation.prompts import Prompt
+from capas.use.lab import attention, end_token, template
+from capas.use.lab.questions import Questions, shorten
 
 ROOT = Path(__file__).resolve().parents[2]
-LAB = ROOT / "capas/lab"
+LAB = ROOT / "capas/use/lab"
 SPOKEN = [{"role": "system", "content": "Be brief."}, {"role": "user", "content": "Hi"}]
 RECORD = {"id": "a", "reference": "yes", "metadata": ""}
 
@@ -163,7 +163,7 @@ def test_logits_of_both_implementations_are_compared_token_by_token(tiny_model_d
 PROBE = """
 import sys
 from pathlib import Path
-from capas.lab import attention, end_token, template
+from capas.use.lab import attention, end_token, template
 
 def questions(root, count):
     raise SystemExit("torch" in sys.modules)
@@ -196,7 +196,7 @@ def test_without_a_result_the_way_is_told(
     assert "expected a finite number >= 1" in capsys.readouterr().err
 
 
-@pytest.mark.parametrize("folder", ["capas/lab", "capas/sweep"])
+@pytest.mark.parametrize("folder", ["capas/use/lab", "capas/sweep"])
 def test_both_languages_have_the_same_texts(folder: str) -> None:
     english, spanish = (flatten(read_yaml(ROOT / folder / f"{code}.yaml")) for code in ("en", "es"))
     assert english.keys() == spanish.keys()

@@ -2,7 +2,7 @@
 
 import pytest
 
-from capas.metrics.choice import choose_metrics
+from capas.evaluation.choice import choose_metrics
 
 FREE = [
     "We have refunded your order, it takes three days.",

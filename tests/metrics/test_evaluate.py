@@ -14,14 +14,14 @@ import torch
 from tiny import read_json, read_params, run_stage, write_workspace
 from tokenizers import Tokenizer
 
-from capas import gate
 from capas.chat.recorded import recorded_format
-from capas.dag import StageSpec
-from capas.errors import CapasError
-from capas.metrics.general import format_questions
-from capas.model import attach_adapter, load_model
-from capas.prompts import answer_limit
-from capas.stage import Stage
+from capas.core.dag import StageSpec
+from capas.core.errors import CapasError
+from capas.core.stage import Stage
+from capas.evaluation import gate
+from capas.evaluation.general import format_questions
+from capas.evaluation.prompts import answer_limit
+from capas.models.loading import attach_adapter, load_model
 from stages import evaluate_model, train_lora
 
 

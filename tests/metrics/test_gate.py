@@ -4,7 +4,7 @@ from typing import Any
 
 import pytest
 
-from capas.gate import judge, verdict
+from capas.evaluation.gate import judge, verdict
 
 LIMITS = {
     **{"min_stop_rate": 0.9, "max_empty_rate": 0.01, "max_control_token_rate": 0.0},

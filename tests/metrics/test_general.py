@@ -7,8 +7,8 @@ import pytest
 from tiny import REPOSITORY, write_tokenizer
 
 from capas.chat.format import ChatFormat
-from capas.errors import CapasError
-from capas.metrics.general import format_questions
+from capas.core.errors import CapasError
+from capas.evaluation.general import format_questions
 
 FILE = REPOSITORY / "data/general/records.jsonl"
 

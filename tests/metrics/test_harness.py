@@ -13,14 +13,14 @@ from report_inputs import build_words, write_inputs
 from shipped import composed
 from tiny import read_json, read_params, run_stage, write_workspace
 
-from capas import result
-from capas.config import validate
-from capas.dag import StageSpec
-from capas.errors import CapasError
-from capas.metrics import harness
-from capas.model import attach_adapter, load_model
-from capas.params import Params
-from capas.stage import Stage
+from capas.config.schema import validate
+from capas.core.dag import StageSpec
+from capas.core.errors import CapasError
+from capas.core.params import Params
+from capas.core.stage import Stage
+from capas.evaluation import harness
+from capas.models.loading import attach_adapter, load_model
+from capas.tracking import run_content
 from stages import evaluate_model, train_lora
 
 FOLDER = "data/own/tasks"
@@ -123,7 +123,7 @@ def test_the_page_and_the_run_show_every_score(tmp_path: Path) -> None:
     cells = re.sub(r"<td[^>]*>", "<td>", page)
     row = "<code>numbers</code> acc</th><td>0.250 ± 0.100</td><td>0.750</td><td>12</td>"
     assert row in cells and "lm-evaluation-harness 0.4.13" in page
-    metrics = result.metrics(Stage(StageSpec.read("publish", root), root), {})
+    metrics = run_content.metrics(Stage(StageSpec.read("publish", root), root), {})
     sent = {name: value for name, value in metrics.items() if name.startswith("harness.")}
     prefix = "harness.numbers.acc"
     assert sent == {f"{prefix}.{name}": v for name, v in SCORES.items() if v is not None}

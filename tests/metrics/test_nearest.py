@@ -2,8 +2,8 @@
 
 import pytest
 
-from capas.metrics.copied import copied_values
-from capas.metrics.nearest import distance_group, nearest_prompts
+from capas.evaluation.copied import copied_values
+from capas.evaluation.nearest import distance_group, nearest_prompts
 
 TRAIN = [
     "Where is my order 4711?",

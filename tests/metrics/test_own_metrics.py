@@ -5,9 +5,9 @@ from pathlib import Path
 
 import pytest
 
-from capas.errors import CapasError
-from capas.metrics.own import load_functions, read_sources
-from capas.metrics.scorer import Scorer
+from capas.core.errors import CapasError
+from capas.evaluation.scorer import Scorer
+from capas.evaluation.user_metrics import load_functions, read_sources
 
 FILE = "data/own/scores.py"
 POLITE = f"{FILE}:politeness"

@@ -49,7 +49,7 @@ MUTATIONS = (
     ),
     Mutation(
         name="padding_masked_by_token_id",
-        file="capas/batches.py",
+        file="capas/training/batches.py",
         old='batch["attention_mask"][row, :length] = 1',
         new='batch["attention_mask"][row, :length] = (example["input_ids"] != self.pad_token_id).long()',
         harm="Where the pad token is the end token, the ends of earlier turns are hidden in the training.",
@@ -89,7 +89,7 @@ MUTATIONS = (
     ),
     Mutation(
         name="undeclared_param_readable",
-        file="capas/stage.py",
+        file="capas/core/stage.py",
         old="return select(read_yaml(root / PARAMS), keys) if keys else {}",
         new="return read_yaml(root / PARAMS)",
         harm="A stage computes with a value whose change does not rerun it.",
@@ -97,7 +97,7 @@ MUTATIONS = (
     ),
     Mutation(
         name="edited_inputs_not_noticed",
-        file="capas/stage.py",
+        file="capas/core/stage.py",
         old="        _check_unchanged(before, _state(spec, root))\n",
         new="",
         harm="DVC records an old result under inputs that were edited while the stage ran.",
@@ -105,7 +105,7 @@ MUTATIONS = (
     ),
     Mutation(
         name="half_written_output_in_place",
-        file="capas/stage.py",
+        file="capas/core/stage.py",
         old='partial = final.with_name(f".{final.name}.partial")',
         new="partial = final",
         harm="A stage that fails leaves half of an output where the old one was.",
@@ -113,7 +113,7 @@ MUTATIONS = (
     ),
     Mutation(
         name="checkpoint_of_other_inputs_resumed",
-        file="capas/stage.py",
+        file="capas/core/stage.py",
         old='parent / f"{self.name}-{self.key()}"',
         new='parent / f"{self.name}-last"',
         harm="A training on new data goes on from a checkpoint of the old data.",
@@ -121,7 +121,7 @@ MUTATIONS = (
     ),
     Mutation(
         name="half_written_checkpoint_resumed",
-        file="capas/training.py",
+        file="capas/training/exact_trainer.py",
         old="return mark.exists() and json.loads(mark.read_text()) == _digests(checkpoint)",
         new="return mark.exists()",
         harm="A training goes on from a checkpoint that a kill or a full disk cut short.",
@@ -129,7 +129,7 @@ MUTATIONS = (
     ),
     Mutation(
         name="loss_not_weighted_by_tokens",
-        file="capas/training.py",
+        file="capas/training/exact_trainer.py",
         old='return {"loss": float(loss / count),',
         new='rows = prediction.predictions\n    return {"loss": float((rows[:, 0] / rows[:, 2]).mean()),',
         harm="Short answers count as much as long ones, and another checkpoint is the best one.",
@@ -137,7 +137,7 @@ MUTATIONS = (
     ),
     Mutation(
         name="interval_too_narrow",
-        file="capas/metrics/comparison.py",
+        file="capas/evaluation/comparison.py",
         old="tail = (1 - confidence_fraction) / 2",
         new="tail = 1 - confidence_fraction",
         harm="An interval of 95% holds 90%, and chance passes for a gain.",
@@ -145,7 +145,7 @@ MUTATIONS = (
     ),
     Mutation(
         name="gate_passes_without_gain",
-        file="capas/gate.py",
+        file="capas/evaluation/gate.py",
         old='"passed": low > 0}',
         new='"passed": high > 0}',
         harm="A model that is not shown to be better than its base is registered.",
@@ -153,7 +153,7 @@ MUTATIONS = (
     ),
     Mutation(
         name="merged_model_not_compared",
-        file="capas/merge.py",
+        file="capas/use/merge.py",
         old='if not facts["difference"] <= facts["tolerance"]:',
         new='if facts["difference"] > facts["tolerance"] * float("inf"):',
         harm="A merged model that answers otherwise than the tuned one is handed on.",
@@ -177,7 +177,7 @@ MUTATIONS = (
     ),
     Mutation(
         name="lora_b_not_zero",
-        file="capas/lora.py",
+        file="capas/training/lora.py",
         old='LoraConfig(task_type="CAUSAL_LM", **lora.without(*OWN))',
         new='LoraConfig(task_type="CAUSAL_LM", **{**lora.without(*OWN), "init_lora_weights": False})',
         harm="The training begins with a damaged model instead of the base.",
@@ -225,7 +225,7 @@ MUTATIONS = (
     ),
     Mutation(
         name="gate_without_the_copies",
-        file="capas/gate.py",
+        file="capas/evaluation/gate.py",
         old='    if name in evaluation["difference_to_nearest"]:\n',
         new="    if False:\n",
         harm="A model that is no better than copying training answers is registered.",
@@ -233,7 +233,7 @@ MUTATIONS = (
     ),
     Mutation(
         name="copies_another_answer",
-        file="capas/metrics/nearest.py",
+        file="capas/evaluation/nearest.py",
         old="best = similarities.argmax(axis=1)",
         new="best = similarities.argmin(axis=1)",
         harm="The baseline copies the least similar answer, and every model beats it.",
@@ -241,7 +241,7 @@ MUTATIONS = (
     ),
     Mutation(
         name="a_value_inside_a_number",
-        file="capas/metrics/copied.py",
+        file="capas/evaluation/copied.py",
         old="    return re.search(pattern, text) is not None\n",
         new="    return value in text\n",
         harm="410 EUR counts as the 41 EUR that were asked about.",
@@ -249,7 +249,7 @@ MUTATIONS = (
     ),
     Mutation(
         name="answers_cut_at_the_longest_reference",
-        file="capas/prompts.py",
+        file="capas/evaluation/prompts.py",
         old="    return longest + max(8, longest // 4)\n",
         new="    return longest // 2\n",
         harm="Right answers are cut off, and the model looks worse than it is.",
@@ -275,7 +275,7 @@ MUTATIONS = (
     ),
     Mutation(
         name="cut_lock_believed",
-        file="capas/lockfile.py",
+        file="capas/core/lockfile.py",
         old="    return md5 is not None and all(isinstance(item.get(count), int) for count in counts)",
         new="    return all(isinstance(item.get(count), int) for count in counts)",
         harm="DVC takes a result for recorded whose digest was cut when it was killed.",
@@ -283,7 +283,7 @@ MUTATIONS = (
     ),
     Mutation(
         name="stashed_edits_forgotten",
-        file="capas/experiment.py",
+        file="capas/workspace/experiment.py",
         old="*(_reset_by_dvc(root, before, then) if before.phase == PREPARING else [])",
         new="*[]",
         harm="Edits in conf/ that DVC had stashed when it was killed are gone.",
@@ -291,7 +291,7 @@ MUTATIONS = (
     ),
     Mutation(
         name="lock_of_the_other_side_ignored",
-        file="capas/conflict.py",
+        file="capas/workspace/conflict.py",
         old="chosen[spec.name] = (fits or candidates)[0]",
         new="chosen[spec.name] = candidates[0]",
         harm="After a merge every stage runs again, though the other side has its result.",

@@ -5,9 +5,9 @@ from pathlib import Path
 
 import pytest
 
-from capas.dag import StageSpec, read_yaml
-from capas.page import pipeline, plots
-from capas.page.figure import COLOURS, to_svg
+from capas.core.dag import StageSpec, read_yaml
+from capas.report import pipeline, plots
+from capas.report.figure import COLOURS, to_svg
 
 REPOSITORY = Path(__file__).parents[2]
 

@@ -4,9 +4,9 @@ from pathlib import Path
 
 import pytest
 
-from capas.errors import CapasError
-from capas.language import NARROW_SPACE, Language, Numbers
-from capas.page.intervals import mean_interval, wilson_interval
+from capas.core.errors import CapasError
+from capas.core.language import NARROW_SPACE, Language, Numbers
+from capas.report.intervals import mean_interval, wilson_interval
 
 ENGLISH, SPANISH = Numbers("en"), Numbers("es")
 

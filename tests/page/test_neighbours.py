@@ -9,9 +9,9 @@ import torch
 from safetensors.numpy import save_file
 from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers
 
-from capas.page.levels import four_bit_levels
-from capas.page.mask.pieces import cut
-from capas.page.neighbours import Embedding
+from capas.report.levels import four_bit_levels
+from capas.report.mask.pieces import cut
+from capas.report.neighbours import Embedding
 
 NAME = "model.embed_tokens.weight"
 

@@ -11,13 +11,13 @@ from typing import Any
 import pytest
 from report_inputs import REPOSITORY, build, build_words, write_inputs
 
-from capas.dag import read_yaml
+from capas.core.dag import read_yaml
+from capas.core.params import flatten
 from capas.dataset.flaws import KEEP, MERGE, REPLACE, SKIP, WAYS_OUT
 from capas.dataset.selection import BEYOND, DUPLICATE, LEAK, NOT_DRAWN
-from capas.metrics.names import BUILT_IN
-from capas.params import flatten
+from capas.evaluation.names import BUILT_IN
 
-PAGE = REPOSITORY / "capas/page"
+PAGE = REPOSITORY / "capas/report"
 VOID = {"meta", "br", "link", "img", "input", "hr"}
 
 

@@ -8,8 +8,8 @@ from typing import Any
 import pytest
 from sweeping import plan_in
 
-from capas.errors import CapasError
-from capas.formats import Answers
+from capas.core.errors import CapasError
+from capas.evaluation.formats import Answers
 from capas.sweep import crossing, driver
 from capas.sweep.crosstable import CSV, TEXT, CrossTable
 from capas.sweep.plan import Plan
@@ -139,7 +139,7 @@ def test_what_is_the_same_is_asked_once(monkeypatch: pytest.MonkeyPatch) -> None
     monkeypatch.setattr(crossing, "ask", ask)
     monkeypatch.setattr(crossing, "answer_limit", lambda *_: 9)
     monkeypatch.setattr("tokenizers.Tokenizer.from_file", lambda _: None)
-    monkeypatch.setattr("capas.metrics.scorer.Scorer", lambda *_: None)
+    monkeypatch.setattr("capas.evaluation.scorer.Scorer", lambda *_: None)
     evaluation = SimpleNamespace(metrics=["exact_match"], max_new_tokens=None, batch_size=2)
     models: list[Any] = [
         SimpleNamespace(

@@ -17,11 +17,11 @@ import psutil
 import pytest
 from sweeping import Sweeper
 
-from capas import links
-from capas.errors import CapasError
-from capas.locks import exclusive
+from capas.core import links
+from capas.core.errors import CapasError
+from capas.core.locks import exclusive
+from capas.core.worktree import git
 from capas.sweep.plan import Plan, check_home
-from capas.worktree import git
 
 TWO_AT_ONCE = ("hydra/launcher=joblib", "hydra.launcher.n_jobs=2")
 RATES = "trainer.learning_rate=0.01,0.1"

@@ -19,15 +19,15 @@ from hydra import compose, initialize_config_dir
 from omegaconf import OmegaConf
 from sweeping import plan_in, wait
 
-from capas.cores import MAX_THREADS
-from capas.errors import CapasError
-from capas.locks import BusyError, exclusive
+from capas.core.cores import MAX_THREADS
+from capas.core.errors import CapasError
+from capas.core.locks import BusyError, exclusive
+from capas.core.process import follow
 from capas.sweep import driver
 from capas.sweep.lesson import lesson
 from capas.sweep.outlook import in_words, seconds_of_all
 from capas.sweep.plan import AT_ONCE, Plan
 from capas.sweep.point import Point, name_of, num_workers
-from capas.sweep.process import follow
 from capas.sweep.produced import keys_of, not_produced
 from capas.sweep.ranking import Row, rank
 from capas.sweep.screen import verdict
@@ -398,7 +398,7 @@ def test_metrics_that_will_be_written_are_known_before(plan: Plan) -> None:
 def test_a_machine_that_lacks_a_gpu_runs_no_point_but_sends_jobs(
     plan: Plan, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
-    monkeypatch.setattr("capas.requirements.num_gpus", lambda: 0)
+    monkeypatch.setattr("capas.config.requirements.num_gpus", lambda: 0)
     task = prepare(plan.home, ["hardware=gpu", "lora.r=4,8"], True)
     for launcher in ("BasicLauncher", "JoblibLauncher", "LocalLauncher"):
         local = replace(task, launcher={"_target_": f"hydra_plugins.x.{launcher}"})
@@ -556,7 +556,7 @@ def test_a_command_ends_with_who_started_it(tmp_path: Path, kind: str) -> None:
     command = [sys.executable, "-c", CHILD, str(pid), kind]
     starter = (
         "import json, subprocess, sys, time; "
-        "p = subprocess.Popen([sys.executable, '-m', 'capas.sweep.guard', *json.loads(sys.argv[1])], "
+        "p = subprocess.Popen([sys.executable, '-m', 'capas.core.guard', *json.loads(sys.argv[1])], "
         "stdin=subprocess.PIPE); time.sleep(600)"
     )
     process = subprocess.Popen(

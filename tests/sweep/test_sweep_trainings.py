@@ -8,7 +8,7 @@ import pytest
 from sweeping import Sweeper, kill, wait
 from workspace import make_workspace
 
-from capas.store import TRAIN_KEY, Store
+from capas.tracking.store import TRAIN_KEY, Store
 
 pytestmark = pytest.mark.slow
 WORDS = ("-m", "experiment=quick", "trainer.max_steps=40", "trainer.learning_rate=0.001,0.004")

@@ -11,16 +11,16 @@ import pytest
 from sweeping import Sweeper
 from workspace import REPOSITORY
 
-from capas.worktree import git
+from capas.core.worktree import git
 
 # What evaluate knows of its code and its origin, noted in the user's repository.
 NOTES = """
 if stage == "evaluate":
-    import capas.cores
-    from capas.lineage import state_of
+    import capas.core.cores
+    from capas.tracking.lineage import state_of
     state = state_of(Path.cwd())
-    facts = [capas.cores.__file__, state.taken.commit, state.patch.decode()]
-    (home / ".dvc/tmp/noted").write_text(json.dumps([*facts, getattr(capas.cores, "LATER", None)]))
+    facts = [capas.core.cores.__file__, state.taken.commit, state.patch.decode()]
+    (home / ".dvc/tmp/noted").write_text(json.dumps([*facts, getattr(capas.core.cores, "LATER", None)]))
 """
 
 
@@ -46,8 +46,8 @@ def test_a_module_comes_from_the_folder_in_which_a_stage_runs(tmp_path: Path) ->
     (folder / "stages").mkdir()
     (folder / "dvc.yaml").write_text("stages: {}\n")
     (folder / "capas/__init__.py").write_text('"""Another revision."""\n')
-    (folder / "capas/cores.py").write_text("WHERE = 'in the folder'\n")
-    (folder / "stages/fake.py").write_text("from capas.cores import WHERE\nprint(WHERE)\n")
+    (folder / "capas/core/cores.py").write_text("WHERE = 'in the folder'\n")
+    (folder / "stages/fake.py").write_text("from capas.core.cores import WHERE\nprint(WHERE)\n")
     env = {**os.environ, "PYTHONPATH": str(REPOSITORY)}
     command = [sys.executable, "stages/fake.py"]
     done = subprocess.run(command, cwd=folder, env=env, capture_output=True, text=True, check=False)
@@ -68,7 +68,7 @@ def test_an_experiment_has_the_code_that_it_started_with_and_the_users_commit(
     def edit_while_it_runs() -> None:
         made.wait_for("train")
         if way != "workspace":
-            with (made.root / "capas/cores.py").open("a") as code:
+            with (made.root / "capas/core/cores.py").open("a") as code:
                 code.write("LATER = 1\n")
         made.let_go()
 
@@ -92,7 +92,7 @@ def test_an_experiment_has_the_code_that_it_started_with_and_the_users_commit(
     code, commit, patch, later = noted(made)
     assert later is None
     assert Path(code).is_relative_to(made.root)
-    assert (code == str(made.root / "capas/cores.py")) == (way == "workspace")
+    assert (code == str(made.root / "capas/core/cores.py")) == (way == "workspace")
     assert commit == base
     assert f"+not committed, {way}" in patch and "LATER" not in patch
     made.run("git", "checkout", "-q", ".")

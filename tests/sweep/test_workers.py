@@ -13,8 +13,8 @@ import psutil
 import pytest
 from conftest import REPOSITORY
 
-from capas.errors import CapasError
-from capas.workers import CHUNKS_ALONE, in_order
+from capas.core.errors import CapasError
+from capas.core.workers import CHUNKS_ALONE, in_order
 
 MANY = 3 * CHUNKS_ALONE
 T = TypeVar("T")
@@ -105,7 +105,7 @@ def test_without_their_parent_processes_end(tmp_path: Path) -> None:
     program = tmp_path / "slow.py"
     program.write_text(
         "import sys, time\n"
-        "from capas.workers import CHUNKS_ALONE, in_order\n"
+        "from capas.core.workers import CHUNKS_ALONE, in_order\n"
         "def slow(n):\n"
         "    time.sleep(60 if n >= CHUNKS_ALONE else 0)\n"
         "if __name__ == '__main__':\n"

@@ -5,8 +5,8 @@ from pathlib import Path
 
 import pytest
 
-from capas.errors import CapasError
-from capas.worktree import Snapshot, clone, difference, git, snapshot
+from capas.core.errors import CapasError
+from capas.core.worktree import Snapshot, clone, difference, git, snapshot
 
 
 @pytest.fixture

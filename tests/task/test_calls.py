@@ -7,8 +7,8 @@ from random import Random
 
 import pytest
 
-from capas.task import phrases
-from capas.task.calls import (
+from capas.dataset.task import phrases
+from capas.dataset.task.calls import (
     COMBINATION_SORTS,
     KINDS,
     Conversation,
@@ -17,8 +17,8 @@ from capas.task.calls import (
     normalise,
     write_call,
 )
-from capas.task.requests import Combination, draw_arguments
-from capas.task.values import draw_value, is_held_out
+from capas.dataset.task.requests import Combination, draw_arguments
+from capas.dataset.task.values import draw_value, is_held_out
 
 
 @pytest.fixture

@@ -4,12 +4,18 @@ import json
 import re
 from functools import cache
 
-from capas.task import phrases
-from capas.task.calls import generate_conversations, generate_records
-from capas.task.corpus import CHAT_SHARES, DOCUMENT_SHARES, Document, generate_corpus, render_chat
-from capas.task.pretraining import SPECIAL_TOKENS
-from capas.task.values import is_held_out
-from capas.task.words import WORDS
+from capas.dataset.task import phrases
+from capas.dataset.task.calls import generate_conversations, generate_records
+from capas.dataset.task.corpus import (
+    CHAT_SHARES,
+    DOCUMENT_SHARES,
+    Document,
+    generate_corpus,
+    render_chat,
+)
+from capas.dataset.task.pretraining import SPECIAL_TOKENS
+from capas.dataset.task.values import is_held_out
+from capas.dataset.task.words import WORDS
 
 SPOKEN = r"[\w:]*\w"  # a word, a number, a time
 

@@ -8,8 +8,8 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from capas.task.calls import generate_records
-from capas.task.pretraining import (
+from capas.dataset.task.calls import generate_records
+from capas.dataset.task.pretraining import (
     SPECIAL_TOKENS,
     Recipe,
     build_model,

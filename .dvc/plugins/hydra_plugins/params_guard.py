@@ -17,13 +17,13 @@ from hydra._internal.hydra import Hydra
 from hydra.core.config_search_path import ConfigSearchPath
 from hydra.plugins.search_path_plugin import SearchPathPlugin
 
-from capas import experiment, unfinished
-from capas.checking import check, check_points
-from capas.composition import CONF, PARAMS, edited_by_hand, with_new_keys
-from capas.errors import CapasError, without_secrets
-from capas.problems import Problem, refused
-from capas.requirements import lacking, read_by
-from capas.searchpath import extend
+from capas.config.checking import check, check_points
+from capas.config.composition import CONF, PARAMS, edited_by_hand, with_new_keys
+from capas.config.problems import Problem, refused
+from capas.config.requirements import lacking, read_by
+from capas.config.searchpath import extend
+from capas.core.errors import CapasError, without_secrets
+from capas.workspace import experiment, unfinished
 
 
 class ParamsGuard(SearchPathPlugin):
@@ -137,7 +137,7 @@ def _check_command(
 
 
 def _guard_experiments() -> None:
-    """Tell `capas.experiment` how far an experiment has come."""
+    """Tell `capas.workspace.experiment` how far an experiment has come."""
     from dvc.repo.experiments.queue.tempdir import TempDirQueue
     from dvc.repo.experiments.queue.workspace import WorkspaceQueue
 

@@ -1,0 +1,1 @@
+"""What every other folder uses: errors, params, the DAG, the stage runner, locks, progress, files."""

@@ -1,0 +1,125 @@
+"""Which files of the code differ between two states of the repository: names for the digests in code.yaml."""
+
+import tarfile
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import ExitStack, contextmanager
+from io import BytesIO
+from pathlib import Path
+from tempfile import TemporaryDirectory
+
+from capas.core.code import CODE, PACKAGE, STAGES, CodeReader, differing, digest_of
+from capas.core.dag import parse_yaml
+from capas.core.errors import CapasError
+from capas.core.worktree import git, git_bytes
+
+_MOST_REVISIONS = 50  # of code.yaml that are searched for a digest
+
+
+def edited_since(root: Path, script: str, recorded: str) -> list[str]:
+    """Return the files of a script's code that were edited since its digest was `recorded`.
+
+    Args:
+        script: its name, as code.yaml has it.
+
+    Returns:
+        No file, where git has no commit with that digest.
+    """
+    if not (revision := _revision_of(root, script, recorded)):
+        return []
+    with exported(root, revision) as before:
+        return between(before, root, [script])
+
+
+def between_digests(
+    root: Path, pairs: Mapping[str, tuple[str, str]], commits: Sequence[str | None]
+) -> list[str]:
+    """Return the files that differ between two recorded states of the code, sorted.
+
+    Args:
+        pairs: {script: its digest in each of the two states}.
+        commits: where each state was committed, if that is known; otherwise it is looked for.
+
+    Returns:
+        No file, where git has neither of the states.
+    """
+    with ExitStack() as stack:
+        trees = []
+        for digests, commit in zip(zip(*pairs.values(), strict=True), commits, strict=True):
+            found = _tree_of(root, dict(zip(pairs, digests, strict=True)), commit, stack)
+            if found is None:
+                return []
+            trees.append(found)
+        return between(trees[0], trees[1], list(pairs))
+
+
+def _tree_of(
+    root: Path, recorded: Mapping[str, str], commit: str | None, stack: ExitStack
+) -> Path | None:
+    """Return a folder with the code of these digests: the workspace, or a commit until the stack ends."""
+    if _has(root, recorded):
+        return root
+    script, digest = next(iter(recorded.items()))
+    for revision in filter(None, (commit, _revision_of(root, script, digest))):
+        try:
+            tree = stack.enter_context(exported(root, revision))
+        except CapasError:  # a commit without this code, as of another project
+            continue
+        if _has(tree, recorded):
+            return tree
+    return None
+
+
+def _has(root: Path, recorded: Mapping[str, str]) -> bool:
+    """Return whether the code in a folder is that of the digests."""
+    return all(digest_of(_files(root, script)) == digest for script, digest in recorded.items())
+
+
+def between(one: Path, other: Path, scripts: list[str]) -> list[str]:
+    """Return the files of these scripts' code that were edited between two folders, sorted.
+
+    A file that a script has come to import, or imports no longer, is named only where no edit explains it. A
+    script that one of the folders lacks, or whose code cannot be parsed there, has no files in it.
+    """
+    found: set[str] = set()
+    for script in scripts:
+        files = [_files(root, script) for root in (one, other)]
+        names = differing(*files)
+        edited = [name for name in names if all(name in known for known in files)]
+        edited += [n for n in names if not all((root / n).exists() for root in (one, other))]
+        found |= {*(edited or names)}
+    return sorted(found)
+
+
+def _files(root: Path, script: str) -> dict[str, str]:
+    try:
+        return CodeReader(root).files(f"{STAGES}/{script}.py")
+    except CapasError:
+        return {}
+
+
+@contextmanager
+def exported(root: Path, revision: str) -> Iterator[Path]:
+    """Give a temporary folder with the code of a commit.
+
+    Raises:
+        CapasError: git has no such commit, or it has no such files.
+    """
+    prefix = git(
+        root, "rev-parse", "--show-prefix"
+    )  # where the project is a folder of a repository
+    archive = git_bytes(root, "archive", "--format=tar", f"{revision}:{prefix}", PACKAGE, STAGES)
+    with TemporaryDirectory(prefix="capas-code-") as folder:
+        with tarfile.open(fileobj=BytesIO(archive)) as content:
+            content.extractall(folder, filter="data")
+        yield Path(folder)
+
+
+def _revision_of(root: Path, script: str, recorded: str) -> str | None:
+    """Return the newest commit whose code.yaml has this digest of the script."""
+    count = f"--max-count={_MOST_REVISIONS}"
+    revisions = git(root, "log", count, "--format=%H", "--", CODE, check=False).split()
+    for revision in revisions:
+        text = git(root, "show", f"{revision}:./{CODE}", check=False)
+        if parse_yaml(text, CODE).get(script) == recorded:
+            return revision
+    return None

@@ -1,0 +1,114 @@
+"""dvc.lock as text, one piece for each stage: pieces are kept or left out, and never mixed.
+
+DVC writes the file in place, so that SIGKILL can leave it empty or cut. A stage that is left out is no loss:
+`dvc repro` restores its outputs from the run cache, or runs it.
+"""
+
+import re
+from collections.abc import Mapping
+from typing import Any
+
+from capas.core.dag import StageSpec, parse_yaml
+from capas.core.errors import CapasError
+from capas.core.generated import LOCK
+
+_HEADER = "schema: '2.0'\nstages:\n"
+_STAGE = re.compile(r"^  (?=[^\s#])(?P<name>[^\n]+?):\n", re.MULTILINE)
+_TOP_LEVEL = re.compile(r"^(?=\S)", re.MULTILINE)
+_MD5 = re.compile(r"[0-9a-f]{32}(?P<folder>\.dir)?")
+Pieces = dict[str, str]  # stage -> its lines, the name's included
+
+
+def split(text: str) -> Pieces:
+    """Return the pieces of a dvc.lock, whole or not."""
+    _, header, body = text.partition("stages:\n")
+    body = _TOP_LEVEL.split(body, 1)[0]
+    starts = list(_STAGE.finditer(body)) if header else []
+    ends = (*(start.start() for start in starts[1:]), len(body))
+    return {s["name"]: body[s.start() : end] for s, end in zip(starts, ends, strict=False)}
+
+
+def join(pieces: Pieces) -> str:
+    """Return the text of a dvc.lock, as DVC writes it."""
+    return _HEADER + "".join(pieces.values()) if pieces else ""
+
+
+def entry(piece: str) -> dict[str, Any] | None:
+    """Return the stage's entry; None where the piece is not YAML, or not a mapping."""
+    try:
+        (found,) = parse_yaml(piece, LOCK).values()
+    except (CapasError, ValueError):
+        return None
+    return found if isinstance(found, dict) else None
+
+
+def flaw(piece: str, spec: StageSpec | None) -> str:
+    """Return why the piece is not whole; empty where it is.
+
+    Args:
+        spec: as dvc.yaml declares the stage now; None: it declares no such stage.
+    """
+    found = entry(piece)
+    if found is None or not piece.endswith("\n"):
+        return "truncated"
+    if not isinstance(found.get("cmd"), str):
+        return "no command"
+    for kind in ("deps", "outs"):
+        for item in found.get(kind) or []:
+            if not _is_whole(item):
+                return f"{_path(item)} has no md5 or size"
+    if spec is None or spec.cmd != found["cmd"]:
+        return ""
+    recorded = {item["path"] for item in found.get("outs") or []}
+    missing = [path for path in spec.outs if path not in recorded]
+    return f"{', '.join(missing)} missing" if missing else ""
+
+
+def _is_whole(item: Any) -> bool:
+    if not isinstance(item, dict) or not isinstance(item.get("path"), str):
+        return False
+    md5 = _MD5.fullmatch(str(item.get("md5")))
+    counts = ("size", "nfiles") if md5 and md5["folder"] else ("size",)
+    return md5 is not None and all(isinstance(item.get(count), int) for count in counts)
+
+
+def _path(item: Any) -> str:
+    return str(item.get("path", "an entry")) if isinstance(item, dict) else "an entry"
+
+
+def heal(text: str, committed: str, specs: Mapping[str, StageSpec]) -> tuple[str, list[str]]:
+    """Return a whole dvc.lock and what was wrong with `text`, an empty list where nothing was.
+
+    The text is empty where no stage is left.
+
+    Args:
+        committed: the last commit's dvc.lock, for the stages that are not whole; empty where it has none.
+    """
+    here, there = split(text), split(committed)
+    flaws = {name: flaw(piece, specs.get(name)) for name, piece in here.items()}
+    whole = {name: piece for name, piece in here.items() if not flaws[name]}
+    lost = [name for name in there if name in specs and name not in here]
+    said = [
+        f"{LOCK}: the entry of {n} is incomplete: {reason}" for n, reason in flaws.items() if reason
+    ]
+    if lost:
+        said.append(f"{LOCK}: the entries of {', '.join(lost)} are missing")
+    if not here or join(here) != text:
+        if not said and _is_lock(text):
+            return text, []  # in another layout than DVC's: nothing is known against it
+        said = [f"{LOCK} was truncated or overwritten"]
+    if not said:
+        return text, []
+    for name, piece in there.items():
+        if name in specs and name not in whole and not flaw(piece, specs[name]):
+            whole[name] = piece
+    return join(whole), said
+
+
+def _is_lock(text: str) -> bool:
+    try:
+        found = parse_yaml(text, LOCK)
+    except CapasError:
+        return False
+    stages = found.get("stages")
+    return isinstance(stages, dict) and all(isinstance(entry, dict) for entry in stages.values())

@@ -1,0 +1,1 @@
+"""The embedded task: requests in English and Spanish, each answered with one function call."""

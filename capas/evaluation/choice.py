@@ -1,0 +1,50 @@
+"""Choose the metrics that suit a set of reference answers: `evaluation.metrics: auto`."""
+
+import json
+import re
+import statistics
+from collections import Counter
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+from capas.evaluation.answers import valid_json
+from capas.evaluation.number import last_number
+
+MAX_LABELS, MAX_SHORT_WORDS = 20, 5
+
+
+@dataclass(frozen=True)
+class Choice:
+    """The metrics, the headline first, and why: a clause about the answers."""
+
+    metrics: list[str]
+    why: str
+
+
+def choose_metrics(references: Sequence[str]) -> Choice:
+    """Choose by the form that all references share.
+
+    - all are JSON objects or lists: exact match, valid JSON, JSON fields;
+    - at most 20 distinct ones, each seen at least twice (labels): exact match;
+    - all end in a number after `####` (GSM8K's form): that number;
+    - at most five words in the median: exact match;
+    - anything else is free text: chrF and ROUGE-L.
+
+    Without any reference (plain text) nothing is generated: the loss is what can be compared.
+    """
+    if not references:
+        return Choice([], "no record has an answer to compare with")
+    counts = Counter(text.strip() for text in references)
+    words = statistics.median(len(text.split()) for text in references)
+    length = f"{words:g} word{'' if words == 1 else 's'} in the median"
+    if all(map(valid_json, counts)):
+        return Choice(["exact_match", "valid_json", "json_fields"], "all are JSON")
+    if len(counts) <= MAX_LABELS and min(counts.values()) >= 2:
+        labels = ", ".join(json.dumps(text, ensure_ascii=False) for text in sorted(counts)[:3])
+        more = ", ..." if len(counts) > 3 else ""
+        return Choice(["exact_match"], f"{len(counts)} labels ({labels}{more})")
+    if all(re.search(r"####\s*\S", text) and last_number(text) is not None for text in counts):
+        return Choice(["final_number"], "all end in a number after ####")
+    if words <= MAX_SHORT_WORDS:
+        return Choice(["exact_match", "chrf"], f"they are short, {length}")
+    return Choice(["chrf", "rougeL"], f"free text, {length}")

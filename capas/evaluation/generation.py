@@ -1,0 +1,177 @@
+"""Completions of many prompts at once, equal to those of each prompt alone."""
+
+import logging
+import time
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from transformers import (
+    GenerationConfig,
+    MinPLogitsWarper,
+    PreTrainedModel,
+    RepetitionPenaltyLogitsProcessor,
+    TemperatureLogitsWarper,
+    TopKLogitsWarper,
+    TopPLogitsWarper,
+    TypicalLogitsWarper,
+)
+
+from capas.core.errors import CapasError
+from capas.core.progress import doing
+
+log = logging.getLogger("capas")
+_NEUTRAL = {
+    "temperature": 1.0,
+    "top_k": 0,
+    "top_p": 1.0,
+}  # transformers' own defaults hold a top_k of 50
+
+_WARPERS = (
+    ("repetition_penalty", 1.0, RepetitionPenaltyLogitsProcessor),
+    ("temperature", 1.0, TemperatureLogitsWarper),
+    ("top_k", 0, TopKLogitsWarper),
+    ("top_p", 1.0, TopPLogitsWarper),
+    ("min_p", 0.0, MinPLogitsWarper),
+    ("typical_p", 1.0, TypicalLogitsWarper),
+)
+
+
+@dataclass(frozen=True)
+class Completion:
+    """What the model wrote: ids up to, not including, the stop token; `stopped`: it wrote one."""
+
+    input_ids: list[int]
+    stopped: bool
+
+
+def generation_config(
+    chat: dict[str, Any], max_new_tokens: int, **settings: Any
+) -> GenerationConfig:
+    """The decoding settings with the template's tokens; nothing comes from a model's own defaults.
+
+    Args:
+        chat: data/formatted/chat.json.
+        settings: keys of GenerationConfig. Not given, or None, means not applied: no sampling, no cut-off.
+    """
+    settings = {name: value for name, value in settings.items() if value is not None}
+    neutral = _NEUTRAL if settings.get("do_sample") else {"do_sample": False}
+    return GenerationConfig(
+        bos_token_id=chat["bos_token_id"],
+        eos_token_id=chat["stop_token_ids"],
+        pad_token_id=chat["pad_token_id"],
+        max_new_tokens=max_new_tokens,
+        **{**neutral, **settings},
+    )
+
+
+def complete(
+    model: PreTrainedModel, prompts: list[list[int]], config: GenerationConfig, batch_size: int
+) -> list[list[Completion]]:
+    """`config.num_return_sequences` completions of every prompt, in the prompts' order.
+
+    Prompts of similar length share a batch. They are padded on the left, so that all of them end where the
+    model goes on; padding is masked by position. The longest come first: what does not fit into memory fails
+    at once, and the time that is told after the first batch is rather too long than too short.
+
+    Args:
+        prompts: [prompts][tokens], ids.
+
+    Raises:
+        CapasError: as `check_positions`.
+    """
+    check_positions(model, prompts, config.max_new_tokens)
+    _forget_defaults(model)
+    order = sorted(range(len(prompts)), key=lambda i: len(prompts[i]))
+    completions: dict[int, list[Completion]] = {}
+    started = time.perf_counter()
+    with doing("answering prompts", len(order)) as answered:
+        for start in reversed(range(0, len(order), batch_size)):
+            chosen = order[start : start + batch_size]
+            found = _complete_batch(model, [prompts[i] for i in chosen], config)
+            if not completions and len(chosen) < len(order):
+                num_batches = -(-len(order) // batch_size)
+                _tell_ahead((time.perf_counter() - started) * num_batches, len(order))
+            completions.update(zip(chosen, found, strict=True))
+            answered.step(len(chosen))
+    return [completions[i] for i in range(len(prompts))]
+
+
+def check_positions(model: PreTrainedModel, prompts: list[list[int]], max_new_tokens: int) -> None:
+    """Compare the longest prompt and its answer with the positions that the model was made for.
+
+    Beyond them a table of positions has no row, and rotary ones give nonsense.
+
+    Raises:
+        CapasError: with the largest max_new_tokens that fits.
+    """
+    limit = getattr(model.config.get_text_config(), "max_position_embeddings", None)
+    longest = max(map(len, prompts), default=0)
+    if limit is None or longest + max_new_tokens <= limit:
+        return
+    way = (
+        f"set max_new_tokens={limit - longest} (evaluation.max_new_tokens, generation.max_new_tokens)"
+        if longest < limit
+        else "shorten the prompts (dataset.max_length, with dataset.overflow=drop or truncate)"
+    )
+    raise CapasError(
+        f"prompt {[len(p) for p in prompts].index(longest) + 1} of {len(prompts)} has {longest} "
+        f"tokens and its answer may have {max_new_tokens}, but the model's context is {limit} "
+        f"tokens: {way}"
+    )
+
+
+def _tell_ahead(seconds: float, num_prompts: int) -> None:
+    """A batch takes about as long whatever the number of its prompts: the first one may be small."""
+    whole = f"{seconds:.0f} seconds" if seconds < 120 else f"{seconds / 60:.0f} minutes"
+    log.info("%.3g seconds per record: about %s for %d", seconds / num_prompts, whole, num_prompts)
+
+
+def next_token_probabilities(
+    logits: torch.Tensor, input_ids: list[int], settings: dict[str, Any]
+) -> torch.Tensor:
+    """What a sampling setting makes of the model's distribution, in the order in which `generate` does it.
+
+    Args:
+        logits: [vocabulary].
+        input_ids: all tokens so far, prompt included: repetition_penalty lowers theirs.
+        settings: keys of `_WARPERS`; each may be left out or None.
+
+    Returns:
+        [vocabulary], sums to 1.
+    """
+    scores, so_far = logits[None].float(), torch.tensor([input_ids])
+    for name, neutral, warper in _WARPERS:
+        if settings.get(name) not in (None, neutral):
+            scores = warper(settings[name])(so_far, scores)
+    return scores.softmax(dim=-1)[0]
+
+
+def pad_left(prompts: list[list[int]], pad_token_id: int) -> tuple[torch.Tensor, torch.Tensor]:
+    """input_ids and attention_mask, both [prompts, longest]."""
+    longest = max(len(prompt) for prompt in prompts)
+    ids = [[pad_token_id] * (longest - len(prompt)) + prompt for prompt in prompts]
+    mask = [[0] * (longest - len(prompt)) + [1] * len(prompt) for prompt in prompts]
+    return torch.tensor(ids), torch.tensor(mask)
+
+
+def _forget_defaults(model: PreTrainedModel) -> None:
+    """`generate` fills what is not given from the model's own generation_config.json: a top_k of 20."""
+    for owner in {model, getattr(model, "get_base_model", lambda: model)()}:
+        owner.generation_config = GenerationConfig()
+
+
+def _complete_batch(
+    model: PreTrainedModel, prompts: list[list[int]], config: GenerationConfig
+) -> list[list[Completion]]:
+    ids, mask = (t.to(model.device) for t in pad_left(prompts, config.pad_token_id))
+    with torch.inference_mode():
+        output = model.generate(input_ids=ids, attention_mask=mask, generation_config=config)
+    written = [_until_stop(row, config.eos_token_id) for row in output[:, ids.shape[1] :].tolist()]
+    count = config.num_return_sequences or 1
+    return [written[i : i + count] for i in range(0, len(written), count)]
+
+
+def _until_stop(ids: list[int], stop_token_ids: list[int]) -> Completion:
+    end = next((i for i, token in enumerate(ids) if token in stop_token_ids), None)
+    return Completion(ids[:end], stopped=end is not None)

@@ -1,0 +1,52 @@
+"""What `evaluation.metrics` may name: the metrics of capas, and functions of the user's own.
+
+In all of them more is better. The first one chosen is the headline.
+"""
+
+from collections.abc import Sequence
+from typing import Literal, get_args
+
+BuiltIn = Literal[
+    "exact_match", "valid_json", "final_number", "json_fields", "rouge1", "rouge2", "rougeL", "chrf",
+]  # fmt: skip
+BUILT_IN: tuple[str, ...] = get_args(BuiltIn)
+BINARY = ("exact_match", "valid_json", "final_number")  # right or wrong; the others lie in between
+AUTO = "auto"  # compose chooses by the references: capas.evaluation.choice
+OWN_FUNCTION = r"^[\w./-]+\.py:[A-Za-z_]\w*$"  # file.py:function
+# Columns and keys of the reports: a function of one's own cannot be called so.
+RESERVED = frozenset(
+    (
+        *BUILT_IN,
+        *("id", "metadata", "prompt", "reference", "completion", "stopped", "empty", "bar", "kind"),
+        *(
+            "loss",
+            "perplexity",
+            "token_accuracy",
+            "stop_rate",
+            "empty_rate",
+            "by",
+            "model",
+            "score",
+        ),
+        *("num_records", "num_supervised_tokens", "full_precision", "general", "metric"),
+        *("nearest", "nearest_id", "similarity", "copied_values", "control_token"),
+        *("control_token_rate", "copied_value_rate", "num_copied"),
+    )
+)
+
+
+def name_of(metric: str) -> str:
+    """Its name in columns and reports: 'data/own/scores.py:politeness' -> 'politeness'."""
+    return metric.rpartition(":")[2]
+
+
+def names_clash(metrics: Sequence[str]) -> bool:
+    """Whether two metrics have one name, or a function of one's own has that of something else."""
+    names = [name_of(metric) for metric in metrics]
+    own = {name_of(metric) for metric in metrics if metric not in BUILT_IN}
+    return len(set(names)) < len(names) or not RESERVED.isdisjoint(own)
+
+
+def headline(names: Sequence[str]) -> str:
+    """The name that stands for the result: the first metric, or the loss where there is none."""
+    return names[0] if names else "loss"

@@ -1,0 +1,100 @@
+"""What the sample stage asks: the user's own requests, or records of the test split."""
+
+from collections.abc import Iterable, Set
+from dataclasses import dataclass
+from pathlib import Path
+
+from capas.chat.messages import TEXT, Message, Tools, conversation, spoken
+from capas.core.errors import CapasError
+from capas.core.records import RAW, Record, before_last_answer, evenly_spaced, read_records
+
+DEFAULT_NEW_TOKENS = 512  # of an answer, where neither a setting nor a reference says more
+TEXT_PROMPT_WORDS = 16  # of a plain text, which the model goes on from
+
+
+@dataclass(frozen=True)
+class Prompt:
+    """A conversation that ends with the user, or the beginning of a text; `reference` is what came after."""
+
+    prompt_id: str
+    messages: list[Message]
+    reference: str | None
+    tools: Tools = None
+
+
+def own_prompts(requests: list[str], system: str | None, role: str = "user") -> list[Prompt]:
+    """Each request after the system message, if there is one; with the role text as beginnings of texts."""
+    before = [] if system is None or role == TEXT else [{"role": "system", "content": system}]
+    return [
+        Prompt(f"own-{i}", [*before, {"role": role, "content": request}], None)
+        for i, request in enumerate(requests)
+    ]
+
+
+def held_out_prompts(raw: Iterable[Record], ids: list[str], count: int) -> list[Prompt]:
+    """`count` of the test records named in `ids`, evenly spaced.
+
+    Args:
+        raw: records of data/raw/test.parquet.
+        ids: those that the format stage kept.
+    """
+    chosen = evenly_spaced(ids, count)
+    wanted = set(chosen)
+    found = {record["id"]: _prompt(record) for record in raw if record["id"] in wanted}
+    return [found[name] for name in chosen]
+
+
+def answer_limit(records: Iterable[Record], max_new_tokens: int | None) -> int:
+    """Return how many tokens an answer may have: `max_new_tokens`, or what the references suggest.
+
+    That is the longest reference, its end token included, and a quarter more.
+
+    Args:
+        records: formatted ones.
+    """
+    if max_new_tokens is not None:
+        return max_new_tokens
+    return with_room(max(len(r["input_ids"]) - len(r["prompt_ids"]) for r in records))
+
+
+def with_room(longest: int) -> int:
+    """Return how many tokens an answer may have where the longest reference has `longest`."""
+    return longest + max(8, longest // 4)
+
+
+def read_questions(file: Path, ids: Set[str]) -> dict[str, str]:
+    """Return {id: what is said before the last answer, without the system message} of raw records."""
+    records = (record for record in read_records(file, RAW) if record["id"] in ids)
+    asked = {record["id"]: before_last_answer(record["messages"]) for record in records}
+    return {
+        name: "\n".join(m["content"] for m in messages if m["role"] != "system")
+        for name, messages in asked.items()
+    }
+
+
+def first_system_message(record: Record) -> str | None:
+    """The system message of a record; None where it has none."""
+    first = record["messages"][0]
+    return first["content"] if first["role"] == "system" else None
+
+
+def _prompt(record: Record) -> Prompt:
+    """Everything before the last answer, and that answer."""
+    told, tools = conversation(record)
+    messages = [spoken(message) for message in told]
+    if messages[0]["role"] == TEXT:
+        return _beginning(record["id"], messages[0]["content"])
+    last = max(i for i, message in enumerate(messages) if message["role"] == "assistant")
+    if last == 0:
+        raise CapasError(
+            f"test record {record['id']} has no user message before its only answer: there is "
+            "no prompt"
+        )
+    return Prompt(record["id"], messages[:last], messages[last]["content"], tools)
+
+
+def _beginning(identity: str, text: str) -> Prompt:
+    """Cut at a blank, which begins the rest: tokenizers make one token of a blank and the word after it."""
+    blanks = [i for i, character in enumerate(text) if character == " " and i]
+    cut = blanks[min(TEXT_PROMPT_WORDS, len(blanks)) - 1] if blanks else len(text)
+    return Prompt(identity, [{"role": TEXT, "content": text[:cut]}], text[cut:])

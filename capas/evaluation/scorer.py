@@ -1,0 +1,88 @@
+"""The chosen metrics of an evaluation, as one object: their names, and what a completion scores."""
+
+import json
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+from capas.core.errors import CapasError
+from capas.core.files import read_json
+from capas.evaluation.answers import exact_match, json_fields, valid_json
+from capas.evaluation.names import name_of
+from capas.evaluation.number import final_number, last_number
+from capas.evaluation.overlap import chrf, rouge
+from capas.evaluation.user_metrics import load_functions
+
+Score = float | bool
+Row = Mapping[str, Any]  # id, metadata (JSON as text), prompt, reference
+RULES: dict[str, Callable[[str, str], Score]] = {
+    "exact_match": exact_match,
+    "valid_json": lambda completion, _: valid_json(completion),
+    "final_number": final_number,
+    "json_fields": json_fields,
+    **{kind: partial(rouge, kind) for kind in ("rouge1", "rouge2", "rougeL")},
+    "chrf": chrf,
+}
+
+
+class Scorer:
+    """What `evaluation.metrics` asks for; `names` are those of columns and reports, in its order."""
+
+    def __init__(self, metrics: Sequence[str], composed: Path) -> None:
+        """
+        Args:
+            composed: data/composed/metrics.json, with the sources of the user's own functions.
+
+        Raises:
+            CapasError: such a function cannot be loaded.
+        """
+        own = load_functions(metrics, read_json(composed)["sources"])
+        self.names = [name_of(metric) for metric in metrics]
+        self._own = {name_of(metric): function for metric, function in own.items()}
+
+    def check(self, rows: Sequence[Row]) -> None:
+        """What can be known before anything is generated; own functions are tried on the first reference.
+
+        Raises:
+            CapasError: a reference without a number where final_number is asked for; an own function that
+                fails.
+        """
+        if "final_number" in self.names:
+            _check_numbers(rows)
+        for row in rows[:1]:
+            for function in self._own.values():
+                function(row["reference"], row["reference"], _record(row))
+
+    def score(self, completion: str, row: Row) -> dict[str, Score]:
+        """{name: score} of one completion.
+
+        Raises:
+            CapasError: an own function fails, or returns what is no finite number.
+        """
+        found: dict[str, Score] = {}
+        for name in self.names:
+            if name in self._own:
+                found[name] = self._own[name](completion, row["reference"], _record(row))
+            else:
+                found[name] = RULES[name](completion, row["reference"])
+        return found
+
+
+def _record(row: Row) -> dict[str, Any]:
+    """As a function of the user's own gets it: another object each time."""
+    return {
+        "id": row["id"],
+        "prompt": row["prompt"],
+        "metadata": json.loads(row["metadata"]) if row["metadata"] else {},
+    }
+
+
+def _check_numbers(rows: Iterable[Row]) -> None:
+    lost = [row for row in rows if last_number(row["reference"]) is None]
+    if lost:
+        raise CapasError(
+            f"evaluation.metrics: final_number: the reference of test record {lost[0]['id']} has no "
+            f"number ({lost[0]['reference'][:80]!r}; {len(lost)} such records). Choose another "
+            "metric, or remove these records."
+        )

@@ -1,0 +1,164 @@
+"""Metrics of the user's own: functions in a Python file, which compose copies for the stages.
+
+`evaluation.metrics: [data/own/scores.py:politeness]` names the function
+
+    def politeness(completion: str, reference: str, record: dict) -> float | bool
+
+where `record` holds id, metadata (a dict) and prompt (the text that was asked). Whatever the file imports of
+the project's folder, or reads, DVC does not see: it should hold all that its functions need.
+"""
+
+import ast
+import math
+import re
+import sys
+import traceback
+from collections.abc import Callable, Mapping, Sequence
+from numbers import Real
+from pathlib import Path, PurePosixPath
+from types import ModuleType
+from typing import Any
+
+from capas.core.errors import CapasError
+from capas.evaluation.names import BUILT_IN
+
+_LAST_BITS = 1e-9
+Function = Callable[[str, str, dict[str, Any]], Any]
+FOLDERS = ("conf", "data/own")  # where compose sees an edit
+
+
+def read_sources(metrics: Sequence[str], root: Path) -> dict[str, str]:
+    """{file: its text} of the functions among `metrics`, sorted; nothing of it is executed.
+
+    Raises:
+        CapasError: a file is missing, lies elsewhere, is no Python, or does not define its function.
+    """
+    own = sorted(metric for metric in metrics if metric not in BUILT_IN)
+    sources = {}
+    for metric in own:
+        file, _, name = metric.rpartition(":")
+        sources[file] = _text(metric, file, root)
+        _check_defined(metric, name, _parsed(metric, file, sources[file]))
+    return sources
+
+
+def _text(metric: str, file: str, root: Path) -> str:
+    path, given = PurePosixPath(file), f"evaluation.metrics: {metric}"
+    inside = [folder for folder in FOLDERS if path.is_relative_to(folder)]
+    if not inside or ".." in path.parts:
+        raise CapasError(
+            f"{given}: move the file into {' or '.join(FOLDERS)}, so that edits rerun the "
+            "evaluation"
+        )
+    if any((root / parent).is_symlink() for parent in path.parents):
+        raise CapasError(f"{given}: a parent folder is a link, so DVC would not notice edits")
+    if not (root / file).is_file():
+        raise CapasError(f"{given}: there is no {file}")
+    try:
+        return (root / file).read_bytes().decode("utf-8")
+    except UnicodeDecodeError as error:
+        raise CapasError(f"{given}: {file} is not UTF-8: {error}") from None
+
+
+def _parsed(metric: str, file: str, source: str) -> ast.Module:
+    try:
+        return ast.parse(source, file)
+    except (SyntaxError, ValueError) as error:
+        raise CapasError(
+            f"evaluation.metrics: {metric}: {file} is not valid Python: {error}"
+        ) from None
+
+
+def _check_defined(metric: str, name: str, module: ast.Module) -> None:
+    functions = [node.name for node in ast.walk(module) if isinstance(node, ast.FunctionDef)]
+    stored = [
+        node.id
+        for node in ast.walk(module)
+        if isinstance(node, ast.Name) and isinstance(node.ctx, ast.Store)
+    ]
+    if name not in (*functions, *stored):
+        there = ", ".join(functions) or "no function"
+        raise CapasError(
+            f"evaluation.metrics: {metric}: the file defines no {name}; it has {there}"
+        )
+
+
+class OwnMetric:
+    """A function of the user's own, its errors told with file, function and record."""
+
+    def __init__(self, metric: str, function: Function) -> None:
+        self.metric, self._function = metric, function
+        self._file = metric.rpartition(":")[0]
+
+    def __call__(self, completion: str, reference: str, record: Mapping[str, Any]) -> float:
+        """Its score as a float, True as 1.
+
+        Raises:
+            CapasError: it failed, or returned what is no number from 0 to 1.
+        """
+        where = f"evaluation.metrics: {self.metric}, test record {record['id']}"
+        try:
+            value = self._function(completion, reference, dict(record))
+        except Exception as error:
+            raise CapasError(f"{where}: {_told(error, self._file)}") from error
+        score = _number(value)
+        if score is None:
+            raise CapasError(
+                f"{where}: the function returned {value!r}; it must return a number from 0 to "
+                "1, True or False"
+            )
+        return score
+
+
+def _number(value: Any) -> float | None:
+    """The score as a float; None where it is none. Scalars of numpy and torch count as Python's."""
+    if getattr(value, "shape", None) == () and hasattr(value, "item"):
+        value = value.item()
+    try:
+        score = float(value) if isinstance(value, Real) else math.nan
+    except OverflowError:
+        return None
+    rounded = min(max(score, 0.0), 1.0)  # a mean of ones may be a last bit above 1
+    return rounded if abs(score - rounded) < _LAST_BITS else None
+
+
+def load_functions(metrics: Sequence[str], sources: Mapping[str, str]) -> dict[str, OwnMetric]:
+    """{metric: its function}, from the copies that compose made.
+
+    Raises:
+        CapasError: there is no copy, the file fails when it is executed, or has no such function.
+    """
+    modules: dict[str, ModuleType] = {}
+    functions = {}
+    for metric in (metric for metric in metrics if metric not in BUILT_IN):
+        file, _, name = metric.rpartition(":")
+        if file not in sources:
+            raise CapasError(
+                f"evaluation.metrics: {metric}: {file} has not been copied by compose. Run `dvc "
+                "repro compose`"
+            )
+        if file not in modules:
+            modules[file] = _executed(metric, file, sources[file])
+        function = getattr(modules[file], name, None)
+        if not callable(function):
+            raise CapasError(f"evaluation.metrics: {metric}: {file} has no function {name}")
+        functions[metric] = OwnMetric(metric, function)
+    return functions
+
+
+def _executed(metric: str, file: str, source: str) -> ModuleType:
+    module = ModuleType("own_" + re.sub(r"\W", "_", file))
+    module.__file__ = file
+    sys.modules[module.__name__] = module  # dataclasses look their module up
+    try:
+        exec(compile(source, file, "exec"), module.__dict__)
+    except Exception as error:
+        raise CapasError(f"evaluation.metrics: {metric}: {_told(error, file)}") from error
+    return module
+
+
+def _told(error: Exception, file: str) -> str:
+    """'KeyError: 'tone' (data/own/scores.py, line 7)'."""
+    frames = [f for f in traceback.extract_tb(error.__traceback__) if f.filename == file]
+    at = f" ({file}, line {frames[-1].lineno})" if frames else ""
+    return f"{type(error).__name__}: {error}{at}"

@@ -1,1 +1,0 @@
-"""Scores of single completions, and what a set of them says: numbers and texts in, numbers out."""

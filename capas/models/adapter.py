@@ -1,0 +1,93 @@
+"""Adapters in PEFT's format that a training may start from, judged by adapter_config.json alone.
+
+Of that file what decides the tensors (r, target_modules, use_dora) and what they mean (lora_alpha,
+use_rslora) must be as the lora group says: the group describes the whole training, in reports and in MLflow
+too. Dropout belongs to a training and may differ. What the group has no key for is refused.
+"""
+
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from capas.core.errors import CapasError
+from capas.core.files import read_json
+
+FOLDER = "data/models/initial_adapter"
+ORIGIN, CONFIG, WEIGHTS = "origin.json", "adapter_config.json", "adapter_model.safetensors"
+# With PEFT's defaults.
+COMPARED = {"r": None, "lora_alpha": None, "use_rslora": False, "use_dora": False}
+_KEPT_BASE = (True, False, "gaussian", "orthogonal", "eva")  # the others change the base's weights
+# Without effect on what an adapter computes, or told by the names of its tensors.
+_WITHOUT_EFFECT = {
+    *("peft_type", "task_type", "auto_mapping", "peft_version", "inference_mode", "runtime_config"),
+    *("base_model_name_or_path", "revision", "target_modules", "exclude_modules", "lora_dropout"),
+    *("init_lora_weights", "eva_config", "corda_config", "loftq_config", "lora_ga_config"),
+    *("fan_in_fan_out", "megatron_core", "qalora_group_size", "layers_pattern"),
+}
+
+
+def check_kind(config: Mapping[str, Any], name: str) -> None:
+    """Refuse what is no LoRA adapter, or one that capas cannot go on with.
+
+    Args:
+        config: adapter_config.json, parsed.
+        name: of the adapter, for the message.
+
+    Raises:
+        CapasError: naming each key with its value.
+    """
+    if config.get("peft_type") != "LORA":
+        raise CapasError(
+            f"{name} is not a LoRA adapter: its {CONFIG} says peft_type={config.get('peft_type')}. "
+            "Merge it into its base with PEFT (merge_and_unload) and name that model in "
+            "model.model_name_or_path"
+        )
+    odd = {
+        key: value
+        for key, value in config.items()
+        if key not in {*_WITHOUT_EFFECT, *COMPARED} and value not in (None, False, "none", [], {})
+    }
+    if config.get("init_lora_weights", True) not in _KEPT_BASE:
+        odd["init_lora_weights"] = config["init_lora_weights"]
+    if odd:
+        told = ", ".join(f"{key}={value}" for key, value in sorted(odd.items()))
+        raise CapasError(
+            f"training cannot start from {name}: its {CONFIG} says {told}, which capas does not "
+            "support. Merge it into its base (PEFT's merge_and_unload) and name that model in "
+            "model.model_name_or_path"
+        )
+
+
+def check_agreement(config: Mapping[str, Any], lora: Mapping[str, Any], name: str) -> None:
+    """What an adapter is cannot change; a lora group that says otherwise would be wrong everywhere.
+
+    Args:
+        config: adapter_config.json, parsed.
+        lora: the params group.
+
+    Raises:
+        CapasError: naming each key with both values.
+    """
+    own = {key: config.get(key, default) for key, default in COMPARED.items()}
+    wrong = [key for key, value in own.items() if lora[key] != value]
+    if wrong:
+        told = ", ".join(f"lora.{key}={lora[key]}, the adapter has {own[key]}" for key in wrong)
+        ways = " ".join(f"lora.{key}={str(own[key]).lower()}" for key in wrong)
+        raise CapasError(
+            f"the lora group contradicts the initial adapter {name}: {told}. Set {ways}"
+        )
+
+
+def check_origin(folder: Path, lora: Mapping[str, Any]) -> None:
+    """Whether fetch_model put into `folder` what the lora group names now.
+
+    Raises:
+        CapasError: it did not, as in a debug run of `train` with another adapter.
+    """
+    origin = read_json(folder / ORIGIN)
+    for key, value in origin.items():
+        if lora[key] != value:
+            raise CapasError(
+                f"lora.{key}={lora[key]}, but {FOLDER} was fetched for {value}. Run `dvc repro` "
+                "to fetch the new adapter"
+            )

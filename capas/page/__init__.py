@@ -1,1 +1,0 @@
-"""The pages in reports/: numbers, words, plots and templates."""

@@ -1,0 +1,1 @@
+"""The HTML pages in reports/: numbers, words, plots and templates."""

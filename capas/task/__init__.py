@@ -1,1 +1,0 @@
-"""The embedded task and the corpus of its base model."""

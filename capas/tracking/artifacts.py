@@ -1,0 +1,129 @@
+"""Where the artifacts of a run go, and whether they can be written from here: asked before a training."""
+
+import os
+from pathlib import Path
+from typing import Any
+from urllib.parse import unquote, urlsplit
+
+from capas.core.errors import CapasError, without_secrets
+
+_LOOPBACK = ("localhost", "127.0.0.1", "::1")
+_PACKAGES = {  # what MLflow needs for a scheme and does not bring along
+    **dict.fromkeys(("s3", "r2", "b2"), "boto3"),
+    "gs": "google-cloud-storage",
+    "wasbs": "azure-storage-blob azure-identity",
+    "abfss": "azure-storage-file-datalake azure-identity",
+    "sftp": "pysftp",
+}
+_CREDENTIALS = {
+    "s3": "set AWS_ACCESS_KEY_ID and AWS_SECRET_ACCESS_KEY, or run `aws configure`; "
+    "MLFLOW_S3_ENDPOINT_URL names an S3 server other than Amazon's",
+    "gs": "set GOOGLE_APPLICATION_CREDENTIALS, or run `gcloud auth application-default login`",
+    "wasbs": "set AZURE_STORAGE_CONNECTION_STRING or AZURE_STORAGE_ACCESS_KEY",
+    "abfss": "set AZURE_STORAGE_CONNECTION_STRING, or run `az login`",
+}
+_OTHERWISE = (
+    "start the server with `mlflow server --artifacts-destination WHERE`, so the server stores them"
+)
+
+
+class UnusableStoreError(CapasError):
+    """What MLflow is told to use cannot work here; waiting and retrying do not help."""
+
+
+def check_artifacts(location: str, uri: str) -> None:
+    """Look into the artifact store of an experiment.
+
+    Args:
+        location: `artifact_location` of the experiment, e.g. s3://bucket/1.
+        uri: of the tracking server or database.
+
+    Raises:
+        UnusableStoreError: its package or credentials are missing, or it lies on the server's own disk.
+        CapasError: it cannot be reached.
+    """
+    scheme = urlsplit(location).scheme
+    if scheme in ("", "file"):
+        return _check_disk(location, uri)
+    from mlflow.store.artifact.artifact_repository_registry import get_artifact_repository
+
+    try:
+        get_artifact_repository(location, tracking_uri=uri).list_artifacts(None)
+    except Exception as error:  # noqa: BLE001  of whichever client library the store has
+        raise refusal(error, location) from None
+
+
+def refusal(error: Exception, location: str) -> CapasError:
+    """What an artifact store raised, in a sentence with the way out."""
+    scheme = urlsplit(location).scheme
+    where = f"the artifacts of MLflow's runs go to {without_secrets(location)}"
+    if isinstance(error, ModuleNotFoundError):
+        package = _PACKAGES.get(scheme, error.name or "its package")
+        return UnusableStoreError(
+            f"{where}, for which {error.name} is missing: pip install {package}; or {_OTHERWISE}"
+        )
+    reason = (str(error).strip().splitlines() or [type(error).__name__])[0][:300]
+    if _is_away(error):
+        return CapasError(f"{where}, which does not answer: {without_secrets(reason)}")
+    way = f"{_CREDENTIALS[scheme]}; or " if scheme in _CREDENTIALS else ""
+    return UnusableStoreError(
+        f"{where}, which refuses: {type(error).__name__}: {without_secrets(reason)}. To write there: "
+        f"{way}{_OTHERWISE}"
+    )
+
+
+def _is_away(error: Exception) -> bool:
+    words = ("Connect", "Timeout", "Transport", "ServerError", "ProxyError")
+    return isinstance(error, ConnectionError | TimeoutError) or any(
+        word in kind.__name__ for kind in type(error).__mro__ for word in words
+    )
+
+
+def _check_disk(location: str, uri: str) -> None:
+    """A path that a server on another machine names is that machine's, unless it is mounted here, too."""
+    path = Path(unquote(urlsplit(location).path) if location.startswith("file:") else location)
+    server = urlsplit(uri)
+    remote = server.scheme in ("http", "https") and server.hostname not in _LOOPBACK
+    if remote and not path.is_dir():
+        raise UnusableStoreError(
+            f"the MLflow server at {without_secrets(uri)} keeps artifacts on its own disk ({path}), where "
+            f"this machine cannot write: {_OTHERWISE}; or mount that folder here under the same path"
+        )
+    there = next(parent for parent in (path, *path.parents) if parent.exists())
+    if not there.is_dir() or not os.access(there, os.W_OK | os.X_OK):
+        raise UnusableStoreError(
+            f"the artifacts of MLflow's runs go to {path}, which cannot be written: {there} belongs "
+            f"to another user or is not a folder. Change its owner, or {_OTHERWISE}"
+        )
+
+
+class GuardedClient:
+    """MlflowClient, whose artifact stores raise whatever their libraries do: here it becomes a CapasError.
+
+    MLflow's own errors, and those of requests and SQLAlchemy, pass: see `capas.tracking.store.reachable`.
+    """
+
+    def __init__(self, client: Any) -> None:
+        self._client = client
+
+    def __getattr__(self, name: str) -> Any:
+        found = getattr(self._client, name)
+        if not callable(found):
+            return found
+
+        def call(*args: Any, **kwargs: Any) -> Any:
+            from mlflow.exceptions import MlflowException
+            from requests import RequestException
+            from sqlalchemy.exc import SQLAlchemyError
+
+            try:
+                return found(*args, **kwargs)
+            except (MlflowException, RequestException, SQLAlchemyError, CapasError):
+                raise
+            except Exception as error:
+                if "artifact" not in name and name not in ("log_text", "load_table", "log_table"):
+                    raise
+                run = self._client.get_run(args[0] if args else kwargs["run_id"])
+                raise refusal(error, run.info.artifact_uri) from error
+
+        return call

@@ -1,0 +1,234 @@
+"""Send the rows of a running training to MLflow, as they come.
+
+    python -m capas.tracking.live_sender follow --key TRAIN_KEY --rows FILE
+    python -m capas.tracking.live_sender check   before a training: can its result be published? See `main`
+
+`capas.training.live_rows` starts it beside a training, which appends its log to FILE, one JSON object a line,
+the last {"event": "end"} or {"event": "failed"}. Standard input is a pipe that closes when the training's
+process is gone, whatever the reason. A tracker that cannot be reached costs a line in the log, no more:
+`publish` brings the whole curve later.
+"""
+
+import argparse
+import json
+import logging
+import os
+import select
+import sys
+import time
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from capas.core.dag import read_yaml
+from capas.core.errors import CapasError, without_secrets
+from capas.core.worktree import git
+from capas.tracking.artifacts import UnusableStoreError
+from capas.tracking.run_params import current_params, distinct_name, name_of
+from capas.tracking.store import USER, Point, Store, locked, reachable, tracking_uri
+from capas.training.live_rows import AWAY, UNUSABLE
+
+log = logging.getLogger("capas")
+# A row of Trainer's log -> a metric of MLflow. `publish` gives the recorded curve the same names.
+CURVES = {
+    "loss": "train/loss",
+    "learning_rate": "train/learning_rate",
+    "grad_norm": "train/grad_norm",
+    "eval_loss": "validation/loss",
+    "eval_token_accuracy": "validation/token_accuracy",
+    "tokens_per_second": "train/tokens_per_second",
+    "memory_bytes": "train/memory_bytes",
+    "epoch": "train/epoch",  # at which epoch a step was: the x axis of MLflow's charts is the step
+}
+_SEND_SECONDS, _RETRY_SECONDS = 2.0, 15.0
+_END_SECONDS = 3600.0  # for so long a run is ended late, where its server is gone
+_SAMPLE_SECONDS = 5.0  # between two looks at the machine
+_STATUS = {"end": "FINISHED", "failed": "FAILED"}
+
+
+def points_of(row: dict[str, Any]) -> list[Point]:
+    return [
+        Point(CURVES[name], int(row["step"]), float(value))
+        for name, value in row.items()
+        if name in CURVES
+    ]
+
+
+def run_name(store: Store, params: Mapping[str, str]) -> str:
+    """Return a name for the run of this training: what differs from others, and DVC's experiment."""
+    experiment = os.environ.get("DVC_EXP_NAME")
+    name = distinct_name(params, store.params_by_name(name_of(params)))
+    return f"{name} ({experiment})" if experiment else name
+
+
+def author(root: Path) -> dict[str, str]:
+    """Return the tag that MLflow shows as "Created by": who works here, by git's name or the login."""
+    name = git(root, "config", "user.name", check=False) or os.environ.get("USER")
+    return {USER: name} if name else {}
+
+
+class Follower:
+    """Rows read, and what of them MLflow has not got yet."""
+
+    def __init__(self, root: Path, key: str, rows: Path, experiment_name: str) -> None:
+        self.root, self.key, self.rows, self.experiment_name = root, key, rows, experiment_name
+        self.event: str | None = None
+        self._read, self._waiting = 0, list[Point]()
+        self._store: Store | None = None
+        self._run_id = ""
+        self._monitor: Any = None  # of the machine, while MLflow can be reached
+        self._next = 0.0
+        self.reached, self.ended = False, False  # MLflow may know of the run; it knows of its end
+
+    def read(self) -> None:
+        """Take the lines that are complete."""
+        with self.rows.open("rb") as file:
+            file.seek(self._read)
+            lines = file.read()
+        complete = lines[: lines.rfind(b"\n") + 1]
+        self._read += len(complete)
+        for line in complete.splitlines():
+            row = json.loads(line)
+            self.event = row.get("event", self.event)
+            self._waiting += points_of(row)
+
+    def send(self, status: str = "RUNNING", now: bool = False) -> None:
+        """Every two seconds what has come since; after a failure every fifteen."""
+        if not now and time.monotonic() < self._next:
+            return
+        try:
+            with reachable(tracking_uri(self.root)):
+                self._send(status)
+            self._next = time.monotonic() + _SEND_SECONDS
+        except (CapasError, OSError) as error:
+            self._stop_monitor()
+            self._store = None
+            self._next = time.monotonic() + _RETRY_SECONDS
+            log.warning("training continues without live metrics: %s", error)
+
+    def _send(self, status: str) -> None:
+        if self._store is None:
+            self._store = Store.open(self.root, self.experiment_name)
+            self.reached = True
+            params, store = current_params(self.root), self._store
+            run = store.find_or_create(self.key, lambda: run_name(store, params))
+            self._run_id = run.info.run_id
+            if not run.data.params:
+                store.send_params(self._run_id, run.data, params)
+                store.send_tags(self._run_id, run.data.tags, author(self.root))
+            self._store.set_status(self._run_id, "RUNNING")
+            if status == "RUNNING":
+                self._monitor = start_monitor(self._run_id, tracking_uri(self.root))
+        if self._waiting:
+            self._store.log_points(self._run_id, self._waiting)
+            self._waiting = []
+        if status != "RUNNING":
+            self._stop_monitor()
+            self._store.set_status(self._run_id, status)
+            self.ended = True
+
+    def _stop_monitor(self) -> None:
+        if self._monitor is not None:
+            self._monitor.finish()  # it warns about what it cannot send
+            self._monitor = None
+
+
+def start_monitor(run_id: str, uri: str) -> Any:
+    """CPU, memory, disk, network and GPU of this machine as system/... metrics; None where that fails."""
+    try:
+        from mlflow.system_metrics.system_metrics_monitor import SystemMetricsMonitor
+
+        monitor = SystemMetricsMonitor(
+            run_id, sampling_interval=_SAMPLE_SECONDS, resume_logging=True, tracking_uri=uri
+        )
+        monitor.start()
+    except Exception as error:  # noqa: BLE001  drivers of any kind; the curve is worth more
+        log.warning("no system metrics: %s", error)
+        return None
+    return monitor
+
+
+def follow(root: Path, key: str, rows: Path, stdin: int) -> str:
+    """Until the training ends; how it ended, as MLflow says it."""
+    follower = Follower(
+        root, key, rows, read_yaml(root / "params.yaml")["tracking"]["experiment_name"]
+    )
+    with locked(root, key, seconds=60):
+        closed = False
+        while follower.event is None and not closed:
+            ready, _, _ = select.select([stdin], [], [], 0.3)
+            closed = bool(ready) and os.read(stdin, 1) == b""
+            follower.read()
+            if follower.event is None and not closed:
+                follower.send()
+        status = _STATUS.get(follower.event or "", "KILLED")
+        follower.send(status, now=True)
+    if follower.reached and not follower.ended:
+        end_late(root, key, follower.experiment_name, status)
+    return status
+
+
+def end_late(root: Path, key: str, experiment_name: str, status: str) -> None:
+    """End a run that MLflow still takes for running, once its server is back.
+
+    Whoever publishes or goes on with the training meanwhile does it instead.
+    """
+    deadline = time.monotonic() + _END_SECONDS
+    while time.monotonic() < deadline:
+        time.sleep(_RETRY_SECONDS)
+        try:
+            with locked(root, key, seconds=0), reachable(tracking_uri(root)):
+                store = Store.open(root, experiment_name)
+                run = store.find(key)
+                if run is not None and run.info.status == "RUNNING":
+                    store.set_status(run.info.run_id, status)
+            return
+        except (CapasError, OSError) as error:
+            log.info("the run could not be marked as ended: %s", error)
+
+
+def check(root: Path) -> int:
+    """Open the store and look where its artifacts go; what is wrong is printed.
+
+    Returns:
+        The exit code: `live.UNUSABLE` where a package, credentials or a place are missing, for which no later
+        `publish` could help; `live.AWAY` where nothing answers, which may change.
+    """
+    name = read_yaml(root / "params.yaml")["tracking"]["experiment_name"]
+    try:
+        with reachable(tracking_uri(root)):
+            Store.open(root, name).check_artifacts()
+    except CapasError as error:
+        sys.stdout.write(without_secrets(str(error)))
+        return UNUSABLE if isinstance(error, UnusableStoreError) else AWAY
+    return 0
+
+
+def main(arguments: list[str]) -> None:
+    parser = argparse.ArgumentParser(
+        prog="python -m capas.tracking.live_sender", description=__doc__
+    )
+    commands = parser.add_subparsers(required=True, dest="command")
+    commands.add_parser("check")
+    command = commands.add_parser("follow")
+    command.add_argument("--key", required=True)
+    command.add_argument("--rows", required=True, type=Path)
+    options = parser.parse_args(arguments)
+    logging.basicConfig(format="tracking: %(message)s", stream=sys.stderr)
+    log.setLevel(logging.INFO)
+    root = Path.cwd()
+    if not read_yaml(root / "params.yaml")["tracking"]["enabled"]:
+        log.info("tracking.enabled is false")
+        return
+    if options.command == "check":
+        sys.exit(check(root))
+    try:
+        log.info(
+            "the training ended: %s", follow(root, options.key, options.rows, sys.stdin.fileno())
+        )
+    except CapasError as error:
+        sys.exit(f"tracking: {without_secrets(str(error))}")
+
+
+if __name__ == "__main__":
+    main(sys.argv[1:])

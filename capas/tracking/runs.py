@@ -1,0 +1,107 @@
+"""A run of MLflow by what a user calls it."""
+
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any, NamedTuple
+
+from capas.core.dag import parse_yaml, recorded_key
+from capas.core.errors import CapasError
+from capas.core.worktree import git
+from capas.tracking.store import EXPERIMENT, TRAIN_KEY
+
+
+def find(client: Any, word: str, root: Path) -> Any:
+    """Return the run of a training, by id, name, experiment of DVC or train_key.
+
+    The beginning of an id or of a train_key will do.
+
+    Raises:
+        CapasError: there is none, or more than one.
+    """
+    runs = list(_all(client))
+    keys = {word, *_experiment_keys(word, root)}
+    ways = (
+        [run for run in runs if run.info.run_id == word],
+        [run for run in runs if run.info.run_name == word],
+        [run for run in runs if run.data.tags[TRAIN_KEY] in keys],
+        [run for run in runs if run.data.tags.get(EXPERIMENT) == word],
+        [run for run in runs if run.info.run_id.startswith(word)],
+        [run for run in runs if run.data.tags[TRAIN_KEY].startswith(word)],
+    )
+    found = next(filter(None, ways), [])
+    if not found:
+        there = ", ".join(f"{run.info.run_name} ({run.info.run_id[:8]})" for run in runs[:5])
+        raise CapasError(
+            f"MLflow has no training run {word!r}. Training runs: {len(runs)}"
+            + (f", the newest: {there}" if runs else "")
+        )
+    if len(found) > 1:
+        several = ", ".join(f"{run.info.run_id} ({run.info.run_name})" for run in found[:5])
+        raise CapasError(
+            f"{word!r} matches {len(found)} runs: {several}. Use the run id, or more characters of "
+            "it"
+        )
+    return found[0]
+
+
+def _all(client: Any) -> Iterator[Any]:
+    """The runs of trainings, newest first."""
+    experiments = [experiment.experiment_id for experiment in client.search_experiments()]
+    token = None
+    while experiments:
+        page = client.search_runs(experiments, page_token=token)
+        yield from (run for run in page if TRAIN_KEY in run.data.tags)
+        token = page.token
+        if not token:
+            return
+
+
+class Experiment(NamedTuple):
+    """An experiment of DVC: a commit below the commit on which it was run."""
+
+    name: str
+    reference: str
+    commit: str
+    baseline: str
+    time: float  # of its commit, in seconds since 1970
+
+
+def experiments(root: Path) -> list[Experiment]:
+    """Return DVC's experiments in this repository, newest first."""
+    form = "--format=%(refname) %(objectname) %(committerdate:unix)"
+    order = "--sort=-committerdate"
+    found = []
+    for line in git(root, "for-each-ref", order, form, "refs/exps", check=False).splitlines():
+        reference, commit, time = line.split()
+        if reference.count("/") == 4:  # refs/exps/ab/cdef.../NAME
+            _, _, start, rest, name = reference.split("/")
+            found.append(Experiment(name, reference, commit, start + rest, float(time)))
+    return found
+
+
+def _experiment_keys(name: str, root: Path) -> set[str]:
+    """Return the train_key of DVC's experiments with that name: it may have been renamed since."""
+    named = [one for one in experiments(root) if one.name == name]
+    return {key for one in named if (key := _train_key(_lock(one, root)))}
+
+
+def experiment_of(train_key: str, adapter_md5: str, root: Path) -> str | None:
+    """Return the name of DVC's oldest experiment with this training, say one that was pulled.
+
+    Args:
+        adapter_md5: of its output in dvc.lock; a lock without it is not parsed.
+    """
+    for one in reversed(experiments(root)):
+        lock = _lock(one, root)
+        if adapter_md5 in lock and _train_key(lock) == train_key:
+            return one.name
+    return None
+
+
+def _lock(experiment: Experiment, root: Path) -> str:
+    return git(root, "show", f"{experiment.commit}:./dvc.lock", check=False)
+
+
+def _train_key(lock: str) -> str | None:
+    entry = parse_yaml(lock, "dvc.lock").get("stages", {}).get("train")
+    return recorded_key(entry) if entry else None

@@ -1,0 +1,417 @@
+"""The MLflow store: where it is, one run for each distinct training, points logged once.
+
+A run is found by its tag `train_key`, so no run id is ever written to an output of DVC. A store is opened
+here and nowhere else; mlflow is imported inside functions, everywhere: that alone costs seconds.
+"""
+
+import importlib.util
+import logging
+import os
+import re
+import socket
+import time
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from contextlib import ExitStack, contextmanager
+from functools import partial
+from pathlib import Path
+from typing import Any, NamedTuple
+from urllib.parse import quote, unquote, urlsplit
+
+from capas.core.errors import CapasError, without_secrets
+from capas.core.locks import BusyError, exclusive, is_held
+from capas.tracking import ui
+from capas.tracking.artifacts import GuardedClient, UnusableStoreError, check_artifacts
+
+TRAIN_KEY, GATE = "train_key", "gate"  # tags of a run
+ARTIFACTS = "capas.tracking.artifacts"  # as well: `result.artifacts_digest` of what was published
+USER, EXPERIMENT = "mlflow.user", "dvc.experiment"
+MODEL = "model"  # the folder of its artifacts that MLflow loads
+HOME = "CAPAS_HOME"  # set by a sweep; DVC sets DVC_ROOT where it works elsewhere itself
+_SETTINGS = {  # only where the user has not set them
+    "MLFLOW_DISABLE_TELEMETRY": "true",
+    "MLFLOW_ENABLE_ARTIFACTS_PROGRESS_BAR": "false",
+    "MLFLOW_HTTP_REQUEST_MAX_RETRIES": "1",  # the default, 7, tries for minutes
+    "MLFLOW_HTTP_REQUEST_TIMEOUT": "20",
+}
+_KIND = {"mlflow.experimentKind": "custom_model_development"}  # the UI opens its view of trainings
+_MAX_BATCH = 1000  # metrics in one call, MLflow's own limit
+_CONNECT_SECONDS = 5.0
+_RELATIVE = re.compile(  # sqlite:///FILE, file:FOLDER or FOLDER; for MLflow, some words name a service
+    r"(?P<kind>sqlite(\+\w+)?:///(?!file:)|file:|(?!databricks|uc$)(?![\w+.-]+:))(?P<path>[^/:].*)"
+)
+_SQLITE = re.compile(r"sqlite(\+\w+)?:///(?!file:)(?P<path>[^?]+)")
+# Of sqlite:///PATH MLflow makes the folder whose name is PATH, quoted as it is; of others it makes none.
+_UNREAD = {"sqlite:///": "sqlite+pysqlite:///", "": "file://"}
+_PORTS = {"http": 80, "https": 443, "postgresql": 5432, "mysql": 3306, "mssql": 1433}
+_DRIVERS = {  # the module that SQLAlchemy imports -> the package that brings it
+    "psycopg2": "psycopg2-binary",
+    "psycopg": "'psycopg[binary]'",
+    "MySQLdb": "mysqlclient",
+    "mysql": "mysql-connector-python",
+}
+RETRY = "Once it is reachable, retry with the same command or dvc repro publish"
+
+
+class Point(NamedTuple):
+    """One value of a curve."""
+
+    name: str
+    step: int
+    value: float
+
+
+def home(root: Path) -> Path:
+    """The user's repository: queued experiments, and points of a sweep, run in folders of their own."""
+    return Path(os.environ.get(HOME) or os.environ.get("DVC_ROOT") or root).resolve()
+
+
+def tracking_uri(root: Path) -> str:
+    """A relative path is one in the user's repository: what lies in a point's folder goes with it.
+
+    The repository's own folder is quoted, as a URL wants it: its name may have a ?, a # or a %.
+    """
+    uri = os.environ.get("MLFLOW_TRACKING_URI") or "sqlite:///mlflow.db"
+    relative = _RELATIVE.fullmatch(uri)
+    if relative is None:
+        return uri
+    kind, here = relative["kind"], home(root)
+    quoted = Path(quote(str(here)))
+    if quoted == here:
+        return f"{kind}{here / relative['path']}"
+    return f"{_UNREAD.get(kind, kind)}{quoted / relative['path']}"
+
+
+def sqlite_uri(file: Path) -> str:
+    """The address of the SQLite database in `file`."""
+    quoted = quote(str(file.resolve()))
+    return f"{'sqlite:///' if Path(quoted) == file.resolve() else _UNREAD['sqlite:///']}{quoted}"
+
+
+def sqlite_file(uri: str) -> Path | None:
+    """The file of an SQLite database; None where `uri` names something else."""
+    found = _SQLITE.match(uri)
+    return Path(unquote(found["path"])) if found and found["path"] != ":memory:" else None
+
+
+def lock_file(root: Path, name: str) -> Path:
+    """Whoever writes to a run of MLflow holds it."""
+    return home(root) / ".dvc/tmp" / f"mlflow-{name}.lock"
+
+
+@contextmanager
+def locked(root: Path, name: str, seconds: float) -> Iterator[None]:
+    """One process at a time in this block, on this machine.
+
+    Raises:
+        CapasError: another process holds it for longer than `seconds`.
+    """
+    file = lock_file(root, name)
+    with ExitStack() as stack:
+        try:
+            stack.enter_context(exclusive(file, seconds))
+        except BusyError:
+            raise CapasError(
+                f"another process is writing to the same MLflow run ({file.name}). {RETRY}"
+            ) from None
+        yield
+
+
+class Store:
+    """An open MLflow experiment. Under the lock of a run nobody else writes to that run: see `locked`."""
+
+    def __init__(self, client: Any, experiment_id: str, root: Path) -> None:
+        self.client, self.experiment_id, self.root = client, experiment_id, root
+        self._steps: dict[tuple[str, str], set[int]] = {}  # of each curve of a run
+
+    @classmethod
+    def open(cls, root: Path, experiment_name: str) -> "Store":
+        """Create what is missing: the database, its tables, the experiment.
+
+        Raises:
+            CapasError: the server or the database cannot be reached, or the experiment was deleted.
+        """
+        uri = tracking_uri(root)
+        _check_uri(uri)
+        # Two processes that create the tables at once break each other.
+        with reachable(uri), locked(root, "store", seconds=60):
+            client = _client(uri)
+            return cls(client, _experiment_id(client, experiment_name, uri, root), root)
+
+    def check_artifacts(self) -> None:
+        """Raises CapasError: as `artifacts.check_artifacts` of this experiment's place."""
+        location = self.client.get_experiment(self.experiment_id).artifact_location
+        check_artifacts(location, tracking_uri(self.root))
+
+    def find(self, train_key: str) -> Any | None:
+        """The run of this training; of several the oldest that holds something."""
+        return next(iter(self._all(TRAIN_KEY, train_key)), None)
+
+    def find_or_create(
+        self, train_key: str, name: Callable[[], str], started: int | None = None
+    ) -> Any:
+        """Called under the lock of the training: nobody is at its run, which counts as failed until ended.
+
+        So do other trainings whose process was on this machine.
+
+        Args:
+            name: gives the name of a run that is made.
+            started: when its training began, in milliseconds since 1970; None: now.
+        """
+        self.end_abandoned(TRAIN_KEY, partial(lock_file, self.root))
+        run = self.only(TRAIN_KEY, train_key, name, started=started)
+        if run.info.status == "RUNNING":
+            self.set_status(run.info.run_id, "FAILED")
+        return self.client.get_run(run.info.run_id)
+
+    def only(
+        self,
+        tag: str,
+        value: str,
+        name: Callable[[], str],
+        more_tags: Mapping[str, str] | None = None,
+        started: int | None = None,
+    ) -> Any:
+        """The run with this value of this tag, made where there is none. Called under its lock.
+
+        A server whose answers are late or lost makes a run twice: MLflow's client asks again, and whoever
+        gave up comes later. Those that hold nothing go.
+        """
+        if not self._all(tag, value):
+            tags = {tag: value, **(more_tags or {})}
+            self.client.create_run(self.experiment_id, started, tags, name())
+        run, *others = self._all(tag, value)
+        for other in filter(_is_empty, others):
+            self.client.delete_run(other.info.run_id)
+        return run
+
+    def end_abandoned(self, tag: str, lock: Callable[[str], Path]) -> None:
+        """Runs that say RUNNING and whose process was on this machine and is no more: it lost its power.
+
+        Args:
+            tag: its value tells the runs apart.
+            lock: by this value, the file that the process held.
+        """
+        for run in self.client.search_runs([self.experiment_id], "attributes.status = 'RUNNING'"):
+            value = run.data.tags.get(tag)
+            if value and lock(value).exists() and not is_held(lock(value)):
+                self.set_status(run.info.run_id, "FAILED")
+
+    def _all(self, tag: str, value: str) -> list[Any]:
+        query, order = f"tags.{tag} = '{value}'", ["attributes.start_time ASC"]
+        runs = self.client.search_runs([self.experiment_id], query, order_by=order)
+        return sorted(runs, key=_is_empty)  # stable
+
+    def set_status(self, run_id: str, status: str, ended: int | None = None) -> None:
+        """Set it where it is another one; `ended` in milliseconds since 1970, None: now."""
+        if self.client.get_run(run_id).info.status == status:
+            return  # or its end time would change
+        if status == "RUNNING":
+            self.client.update_run(run_id, status=status)
+        else:
+            self.client.set_terminated(run_id, status, ended)
+
+    def params_by_name(self, start: str) -> dict[str, dict[str, str]]:
+        """Return the params of the runs whose name begins with `start`, oldest first."""
+        query = f"attributes.run_name LIKE '{start.replace(chr(39), '_')}%'"
+        order = ["attributes.start_time ASC"]
+        runs = self.client.search_runs([self.experiment_id], query, order_by=order)
+        found: dict[str, dict[str, str]] = {}
+        for run in runs:
+            found.setdefault(run.info.run_name, run.data.params)
+        return found
+
+    def send_params(self, run_id: str, have: Any, params: Mapping[str, str]) -> None:
+        """Send what is missing. MLflow never changes a param: a tag says what has another value now."""
+        from mlflow.entities import Param
+
+        changed = {
+            f"now.{k}": v for k, v in params.items() if k in have.params and have.params[k] != v
+        }
+        for tag in [tag for tag in have.tags if tag.startswith("now.") and tag not in changed]:
+            self.client.delete_tag(run_id, tag)
+        self.send_tags(run_id, have.tags, changed)
+        new = [Param(key, value) for key, value in params.items() if key not in have.params]
+        for start in range(0, len(new), 100):  # MLflow's own limit
+            self.client.log_batch(run_id, params=new[start : start + 100])
+
+    def send_tags(self, run_id: str, have: Mapping[str, str], tags: Mapping[str, str]) -> None:
+        """Those that the run has not or with another value; up to 100 at once or not at all."""
+        from mlflow.entities import RunTag
+
+        new = [RunTag(name, value) for name, value in tags.items() if have.get(name) != value]
+        for start in range(0, len(new), 100):  # MLflow's own limit
+            self.client.log_batch(run_id, tags=new[start : start + 100])
+
+    def log_points(self, run_id: str, points: Iterable[Point]) -> int:
+        """Log those that the run lacks (a resumed training comes by its steps again); how many."""
+        from mlflow.entities import Metric
+
+        wanted = {(point.name, point.step): point for point in points}
+        for name in {name for name, _ in wanted if (run_id, name) not in self._steps}:
+            history = self.client.get_metric_history(run_id, name)
+            self._steps[run_id, name] = {metric.step for metric in history}
+        now = time.time_ns() // 1_000_000
+        new = [p for (name, step), p in wanted.items() if step not in self._steps[run_id, name]]
+        for start in range(0, len(new), _MAX_BATCH):
+            batch = new[start : start + _MAX_BATCH]
+            metrics = [Metric(p.name, p.value, now, p.step) for p in batch]
+            self.client.log_batch(run_id, metrics=metrics)
+            for point in batch:
+                self._steps[run_id, point.name].add(point.step)
+        return len(new)
+
+
+def existing(root: Path) -> Any:
+    """A client of MLflow that reads what is there; nothing is created.
+
+    Raises:
+        CapasError: there is no store.
+    """
+    uri = tracking_uri(root)
+    file = sqlite_file(uri)
+    if file is not None and not file.exists():
+        raise CapasError(
+            f"{file} is missing: no run was published in this workspace. Run `dvc repro`, or set "
+            "MLFLOW_TRACKING_URI to the server with the run"
+        )
+    _check_uri(uri)
+    with reachable(uri):
+        return _client(uri)
+
+
+def _client(uri: str) -> Any:
+    for name, value in _SETTINGS.items():
+        os.environ.setdefault(name, value)
+    for noisy in ("alembic", "mlflow.store.db.utils"):
+        logging.getLogger(noisy).setLevel(logging.WARNING)
+    from mlflow import MlflowClient
+
+    return GuardedClient(MlflowClient(tracking_uri=uri))
+
+
+def _is_empty(run: Any) -> bool:
+    return not run.data.metrics and not run.data.params
+
+
+@contextmanager
+def reachable(uri: str) -> Iterator[None]:
+    """MLflow's own errors as one that says what to do.
+
+    Raises:
+        CapasError: a call in the block failed.
+    """
+    from mlflow.exceptions import MlflowException
+    from requests import RequestException
+    from sqlalchemy.exc import SQLAlchemyError
+
+    try:
+        yield
+    except (MlflowException, RequestException, SQLAlchemyError) as error:
+        reason = str(error).strip().splitlines()[0][:300] if str(error).strip() else repr(error)
+        raise CapasError(
+            f"MLflow at {without_secrets(uri)} cannot be used: {without_secrets(reason)}\n{RETRY}"
+        ) from error
+
+
+def _check_uri(uri: str) -> None:
+    """Ask for a connection first: MLflow itself tries a dead server or database for minutes.
+
+    Raises:
+        UnusableStoreError: the database has no driver here, or a kind that SQLAlchemy does not know.
+        CapasError: nothing answers.
+    """
+    parts = urlsplit(uri)
+    kind = parts.scheme.partition("+")[0]
+    port = _port(uri) or _PORTS.get(kind)
+    is_database = kind in ("postgres", "postgresql", "mysql", "mariadb", "mssql", "sqlite")
+    if is_database:
+        _check_driver(uri)
+    if parts.hostname is not None and port is not None:
+        called = "database" if is_database else "MLflow server"
+        try:
+            socket.create_connection((parts.hostname, port), timeout=_CONNECT_SECONDS).close()
+        except OSError as error:
+            raise CapasError(
+                f"no {called} answers at {without_secrets(uri)}: {error}\n{RETRY}"
+            ) from None
+    if is_database:
+        _check_database(uri)
+
+
+def _port(uri: str) -> int | None:
+    """Raises UnusableStoreError: what stands for a port is no number."""
+    try:
+        return urlsplit(uri).port
+    except ValueError:
+        raise UnusableStoreError(
+            f"MLFLOW_TRACKING_URI={without_secrets(uri)}: the port is not a number. In a password, "
+            "escape / @ # : as %2F %40 %23 %3A"
+        ) from None
+
+
+def _check_driver(uri: str) -> None:
+    """Raises UnusableStoreError: as `_check_uri`."""
+    from sqlalchemy.engine import make_url
+    from sqlalchemy.exc import ArgumentError, NoSuchModuleError
+
+    given = f"MLFLOW_TRACKING_URI={without_secrets(uri)}"
+    try:
+        make_url(uri).get_dialect().import_dbapi()
+    except NoSuchModuleError:
+        raise UnusableStoreError(
+            f"{given}: SQLAlchemy does not know this kind of database. Use "
+            "postgresql://USER:PASSWORD@HOST/NAME, mysql+pymysql://USER:PASSWORD@HOST/NAME or "
+            "sqlite:///FILE"
+        ) from None
+    except ModuleNotFoundError as error:
+        package = _DRIVERS.get(str(error.name), str(error.name))
+        other = ""
+        if error.name == "psycopg" and importlib.util.find_spec("psycopg2"):
+            other = "; or use postgresql+psycopg2://..., whose driver is installed"
+        if error.name == "MySQLdb":
+            other = "; or use mysql+pymysql://... and pip install pymysql"
+        raise UnusableStoreError(
+            f"{given} needs the module {error.name}, which is not installed: pip install {package}{other}"
+        ) from None
+    except ArgumentError as error:
+        raise UnusableStoreError(f"{given} is not a database address: {error}") from None
+
+
+def _check_database(uri: str) -> None:
+    """Raises CapasError: it refuses a connection, e.g. for a password or a folder that is not there."""
+    from sqlalchemy import create_engine
+    from sqlalchemy.exc import SQLAlchemyError
+    from sqlalchemy.pool import NullPool
+
+    file = sqlite_file(uri)
+    try:
+        if file is not None:
+            file.parent.mkdir(parents=True, exist_ok=True)
+        create_engine(uri, poolclass=NullPool).connect().close()
+    except OSError as error:
+        raise CapasError(
+            f"the database {uri} cannot be created: {error.strerror} ({error.filename})"
+        ) from None
+    except SQLAlchemyError as error:
+        reason = str(getattr(error, "orig", None) or error).strip().splitlines()[0][:300]
+        raise CapasError(
+            f"the database {without_secrets(uri)} refuses a connection: {without_secrets(reason)}\n{RETRY}"
+        ) from None
+
+
+def _experiment_id(client: Any, name: str, uri: str, root: Path) -> str:
+    found, view = client.get_experiment_by_name(name), ui.default_view()
+    if found is None:
+        # With SQLite and no server, artifacts would go to ./mlruns of whoever comes first.
+        local = (home(root) / "mlartifacts").as_uri() if uri.startswith("sqlite") else None
+        tags = {**_KIND, ui.VIEW_TAG + ui.VIEW: view}
+        return str(client.create_experiment(name, artifact_location=local, tags=tags))
+    if found.lifecycle_stage == "deleted":
+        raise CapasError(
+            f"the MLflow experiment '{name}' was deleted. Restore it with `mlflow experiments "
+            f"restore -x {found.experiment_id}` (MLFLOW_TRACKING_URI={without_secrets(uri)}), or "
+            "set tracking.experiment_name to another name"
+        )
+    if found.tags.get(ui.VIEW_TAG + ui.VIEW) != view:
+        client.set_experiment_tag(found.experiment_id, ui.VIEW_TAG + ui.VIEW, view)
+    return str(found.experiment_id)

@@ -1,0 +1,1 @@
+"""The training: trainer, checkpoints, LoRA, packing, several processes, memory, certificate."""

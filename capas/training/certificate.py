@@ -1,0 +1,177 @@
+"""What is certain of a trained model: checks that are made when it has been saved."""
+
+import hashlib
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors.torch import load_file
+from torch.distributed.tensor import DTensor
+
+from capas.core.errors import CapasError
+from capas.training import lora
+from capas.training.batches import compute_logits, whole
+from capas.training.exact_trainer import listed
+
+WEIGHTS = "adapter_model.safetensors"
+_MAX_DIFFERENCE = 1e-5  # of the largest logit
+
+
+def fingerprint(model: torch.nn.Module) -> str:
+    """sha256 of all weights but those of LoRA, quantized ones as they are stored; tied ones count twice.
+
+    Of a model that is divided all processes ask for it.
+
+    Floats count by their value: bitsandbytes casts the biases of 4-bit layers in their first forward pass.
+    """
+    digest = hashlib.sha256()
+    for name, value in sorted(model.state_dict().items()):
+        if "lora_" not in name and torch.is_tensor(value):
+            kept = whole(value.detach()).cpu()
+            kept = kept.float() if kept.is_floating_point() else kept
+            digest.update(f"{name} {tuple(kept.shape)}".encode())
+            digest.update(kept.contiguous().view(-1).view(torch.uint8).numpy().data)
+    return digest.hexdigest()
+
+
+def check_adapter(
+    model: Any,
+    folder: Path,
+    batch: dict[str, torch.Tensor],
+    base: str,
+    initial: Path | None = None,
+) -> dict[str, Any]:
+    """Check what was just saved against the model that was trained.
+
+    Args:
+        model: the `PeftModel` after its last step.
+        folder: where it was saved.
+        batch: records whose logits are compared.
+        base: `fingerprint` from before the training.
+        initial: folder of the adapter that the training started from.
+
+    Returns:
+        The facts, for the certificate.
+
+    Raises:
+        CapasError: a weight is no number, nothing was learned, the base was changed, or the saved adapter
+            gives other logits than the trained one (of a model that is divided: has other weights).
+    """
+    weights = load_file(folder / WEIGHTS)
+    check_finite("the adapter", weights)
+    outer = {name: weight for name, weight in weights.items() if "lora_B" in name}
+    zero = sorted(name for name, weight in outer.items() if not weight.any())
+    if outer and len(zero) == len(outer):
+        raise CapasError(
+            "nothing was learned: every lora_B is still zero. Check that trainer.learning_rate is "
+            "large enough and that some tokens are trained (reports/mask.html)"
+        )
+    if initial is not None and _are_equal(weights, load_file(initial / WEIGHTS)):
+        raise CapasError(
+            "nothing was learned: the adapter equals the initial adapter. Check that "
+            "trainer.learning_rate is large enough and that some tokens are trained "
+            "(reports/mask.html)"
+        )
+    if fingerprint(model) != base:
+        raise CapasError("training changed weights of the base model, which must stay frozen")
+    divided = any(isinstance(parameter, DTensor) for parameter in model.parameters())
+    what = "weight" if divided else "logit"
+    difference = _of_weights(model, weights) if divided else _of_logits(model, folder, batch)
+    _check_difference("adapter", what, difference)
+    return {
+        "num_weights": sum(weight.numel() for weight in weights.values()),
+        "all_finite": True,
+        "num_lora_b": len(outer),
+        "num_lora_b_zero": len(zero),
+        "base_sha256": base,
+        "base_unchanged": True,
+        f"reloaded_{what}_difference": difference,
+    }
+
+
+def check_whole(
+    model: torch.nn.Module,
+    folder: Path,
+    batch: dict[str, torch.Tensor],
+    base: str,
+    load: Callable[[], torch.nn.Module],
+) -> dict[str, Any]:
+    """As `check_adapter`, where all weights were trained.
+
+    Args:
+        model: after its last step, as it computes outside of mixed precision.
+        load: loads what is in `folder`, a second model beside this one.
+
+    Raises:
+        CapasError: a weight is no number, none was changed, or the saved model gives other logits than the
+            trained one.
+    """
+    num_weights = 0
+    for file in sorted(folder.glob("*.safetensors")):
+        weights = load_file(file)
+        check_finite("the model", weights)
+        num_weights += sum(weight.numel() for weight in weights.values())
+    if fingerprint(model) == base:
+        raise CapasError(
+            "nothing was learned: no weight changed. Check that trainer.learning_rate is large "
+            "enough for the dtype of the weights and that some tokens are trained "
+            "(reports/mask.html)"
+        )
+    trained = compute_logits(model, batch)
+    difference = _difference(trained, compute_logits(load(), batch))
+    _check_difference("model", "logit", difference)
+    return {
+        "num_weights": num_weights,
+        "all_finite": True,
+        "base_sha256": base,
+        "weights_changed": True,
+        "reloaded_logit_difference": difference,
+    }
+
+
+def check_finite(what: str, weights: dict[str, torch.Tensor]) -> None:
+    """Raises CapasError: one is no number."""
+    broken = sorted(name for name, weight in weights.items() if not weight.isfinite().all())
+    if broken:
+        raise CapasError(f"{what} has NaN or infinite weights: {listed(broken)}")
+
+
+def _check_difference(saved: str, what: str, difference: float) -> None:
+    if not difference <= _MAX_DIFFERENCE:  # nor NaN
+        raise CapasError(
+            f"the saved {saved} does not reproduce the {what}s of the trained model: the largest "
+            f"difference is {difference:.3g} of the largest {what}"
+        )
+
+
+def _are_equal(weights: dict[str, torch.Tensor], others: dict[str, torch.Tensor]) -> bool:
+    return all(weight.equal(others[name].to(weight.dtype)) for name, weight in weights.items())
+
+
+def _of_weights(model: Any, saved: dict[str, torch.Tensor]) -> float:
+    """As `_of_logits`, of a model that is divided: it takes no second adapter."""
+    from peft import get_peft_model_state_dict
+
+    named = {name: weight.cpu() for name, weight in lora.whole_weights(model).items()}
+    trained = get_peft_model_state_dict(model, state_dict=named, save_embedding_layers=False)
+    if trained.keys() != saved.keys():
+        return float("inf")
+    largest = max(weight.abs().max() for weight in trained.values())
+    return float(max((trained[name] - saved[name]).abs().max() for name in saved) / largest)
+
+
+def _of_logits(model: Any, folder: Path, batch: dict[str, torch.Tensor]) -> float:
+    """Of the logits, as a part of the largest one, once the adapter is loaded beside itself."""
+    trained = compute_logits(model, batch)
+    model.load_adapter(str(folder), "saved")
+    model.set_adapter("saved")
+    saved = compute_logits(model, batch)
+    model.set_adapter("default")
+    model.delete_adapter("saved")
+    return _difference(trained, saved)
+
+
+def _difference(trained: torch.Tensor, saved: torch.Tensor) -> float:
+    """The largest, as a part of the largest logit."""
+    return float((trained.float() - saved.float()).abs().max() / trained.float().abs().max())

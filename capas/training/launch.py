@@ -1,0 +1,214 @@
+"""Several processes that train one model, started by `accelerate launch` on one machine or on several.
+
+    hardware.num_processes   on all machines together, each on a GPU of its own or with num_threads of the CPU
+    hardware.num_machines    more than one: the nodes of a job of SLURM that all see the repository, as in
+                             sbatch --nodes=2 --ntasks-per-node=1 --gpus-per-node=4 --wrap='dvc repro'
+
+The stage's own process computes nothing. As for any stage it holds the lock, looks after inputs and moves
+outputs into place; for the rest it starts an agent on each machine, which starts the processes there:
+
+    stages/train_lora.py -> python -m capas.training.local_agent -> stages/train_lora.py, LOCAL_RANK 0
+                                                                 -> stages/train_lora.py, LOCAL_RANK 1
+
+What all of them need stands in a folder whose name they find in the environment. SIGTERM and Ctrl-C go down
+that line, one message and the exit code come up.
+"""
+
+import json
+import logging
+import os
+import resource
+import signal
+import subprocess
+import sys
+import tempfile
+import threading
+import time
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+from pathlib import Path
+
+from capas.core import stage as stages
+from capas.core.cores import usable_cores
+from capas.core.dag import StageSpec
+from capas.core.errors import CapasError, told
+from capas.core.files import read_json
+from capas.core.params import Params
+from capas.core.stage import Stage
+from capas.models.hardware import num_threads
+
+log = logging.getLogger("capas")
+FOLDER = "CAPAS_LAUNCH"
+GIVEN, _COSTS, _FAILED = "given.json", "costs.json", "failed"
+SIGNALS = (signal.SIGTERM, signal.SIGINT)
+_SECONDS_BETWEEN_LOOKS = 0.5
+_SECONDS_OF_GRACE = 3.0  # who lost a fellow lets its agent see that first
+_FIRST_PORT, _NUM_PORTS = 20_000, 20_000
+Main = Callable[[Params, Stage], None]
+
+
+def run(name: str, main: Main) -> None:
+    """As `capas.core.stage.run`, in as many processes as hardware.num_processes says."""
+    if FOLDER in os.environ:
+        _work(name, main, Path(os.environ[FOLDER]))
+    else:
+        stages.run(name, lambda params, stage: _in_processes(main, params, stage))
+
+
+def is_main() -> bool:
+    """Whether this process writes: it is alone, or the first of all machines."""
+    return FOLDER not in os.environ or os.environ["RANK"] == "0"
+
+
+def _in_processes(main: Main, params: Params, stage: Stage) -> None:
+    if params.hardware.num_processes == 1:
+        main(params, stage)
+        return
+    command = agents(params.hardware, Path(sys.argv[0]), os.environ)
+    _warn_of_threads(params.hardware)
+    stage.checkpoints()
+    for path in stage.spec.outs:
+        stage.out(path)
+    (stage.root / ".dvc/tmp").mkdir(parents=True, exist_ok=True)
+    with tempfile.TemporaryDirectory(prefix="launch-", dir=stage.root / ".dvc/tmp") as folder:
+        aside = str(stage.aside) if stage.aside else None
+        given = {"name": stage.name, "params": params.without(), "aside": aside}
+        Path(folder, GIVEN).write_text(json.dumps(given))
+        # DDP would advise against `find_unused_parameters` (stages/train_lora.py) in every run.
+        told_less = {"TORCH_CPP_LOG_LEVEL": "ERROR"}
+        if code := _follow(command, {**told_less, **os.environ, FOLDER: folder}):
+            sys.exit(code)
+        stage.costs |= read_json(Path(folder, _COSTS))
+
+
+def agents(hardware: Params, script: Path, environ: Mapping[str, str]) -> list[str]:
+    """The command that starts an agent on each machine; `accelerate launch` takes the end of it.
+
+    Raises:
+        CapasError: several machines, and no job of SLURM that has them.
+    """
+    options = {
+        "num_processes": hardware.num_processes,
+        "num_machines": hardware.num_machines,
+        "num_cpu_threads_per_process": num_threads(hardware, _here(hardware)),
+        "gpu_ids": "all",
+        "mixed_precision": "no",  # the trainer group decides
+        "dynamo_backend": "no",
+        "main_process_port": 0,  # any that is free
+    }
+    before: list[str] = []
+    if hardware.num_machines > 1:
+        before = _srun(hardware.num_machines, environ)
+        options |= {"main_process_ip": _first_host(environ["SLURM_JOB_NODELIST"])}
+        options |= {"main_process_port": _FIRST_PORT + int(environ["SLURM_JOB_ID"]) % _NUM_PORTS}
+    words = [word for name, value in options.items() for word in (f"--{name}", str(value))]
+    # On CPUs, too: `--cpu` would leave the start of processes to MPI.
+    return [
+        *before,
+        sys.executable,
+        "-m",
+        "capas.training.local_agent",
+        "--multi_gpu",
+        *words,
+        str(script),
+    ]
+
+
+def _srun(num_machines: int, environ: Mapping[str, str]) -> list[str]:
+    there = int(environ.get("SLURM_JOB_NUM_NODES", "0"))
+    if there < num_machines:
+        found = f"a SLURM job with {there}" if there else "no SLURM job"
+        raise CapasError(
+            f"hardware.num_machines={num_machines}, but this process runs in {found}. Submit the "
+            f"pipeline: sbatch --nodes={num_machines} --ntasks-per-node=1 --gpus-per-node=... "
+            "--wrap='dvc repro'; or set hardware.num_machines=1"
+        )
+    cores = environ.get("SLURM_CPUS_PER_TASK")  # srun does not take it over
+    return [
+        *("srun", f"--nodes={num_machines}", f"--ntasks={num_machines}", "--ntasks-per-node=1"),
+        *([f"--cpus-per-task={cores}"] if cores else []),
+    ]
+
+
+def _first_host(nodes: str) -> str:
+    """`gpu[3-4]`: gpu3."""
+    command = ["scontrol", "show", "hostnames", nodes]
+    return subprocess.run(command, capture_output=True, text=True, check=True).stdout.split()[0]
+
+
+def _warn_of_threads(hardware: Params) -> None:
+    here = _here(hardware)
+    threads = num_threads(hardware, here)
+    if here * threads > usable_cores():
+        log.warning(
+
+                "%d processes with hardware.num_threads=%d each, on %d cores: fewer threads would "
+                "be faster",
+            here, threads, usable_cores(),
+        )  # fmt: skip
+
+
+def _here(hardware: Params) -> int:
+    """Return the number of processes on each machine."""
+    return int(hardware.num_processes // hardware.num_machines)
+
+
+def _follow(command: list[str], env: dict[str, str]) -> int:
+    """Run it to its end; SIGTERM and Ctrl-C reach its processes once, and it decides what follows."""
+    held = {number: signal.getsignal(number) for number in SIGNALS}
+    child = subprocess.Popen(command, env=env, start_new_session=True)
+    try:
+        for number in SIGNALS:
+            signal.signal(number, lambda number, frame: child.send_signal(number))
+        return child.wait()
+    finally:
+        for number, handler in held.items():
+            signal.signal(number, handler)
+
+
+def _work(name: str, main: Main, folder: Path) -> None:
+    """One of the processes."""
+    logging.basicConfig(format=f"{name}: %(message)s", stream=sys.stderr)
+    log.setLevel(logging.INFO if is_main() else logging.ERROR)
+    threading.Thread(target=_watch, args=(os.getppid(), folder / _FAILED), daemon=True).start()
+    given, root = read_json(folder / GIVEN), Path.cwd()
+    aside = given["aside"] and Path(given["aside"])
+    stage = Stage(StageSpec.read(name, root), root, aside)
+    with told(name), _first_to_fail(folder):
+        main(Params(given["params"]), stage)
+        if is_main():
+            kib = 1024 if sys.platform != "darwin" else 1
+            peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * kib
+            (folder / _COSTS).write_text(json.dumps({"peak_memory_bytes": peak, **stage.costs}))
+
+
+def _watch(parent: int, failed: Path) -> None:
+    """A process that waits for one that is gone would wait for ever, deaf to signals."""
+    while os.getppid() == parent and not failed.exists():
+        time.sleep(_SECONDS_BETWEEN_LOOKS)
+    time.sleep(2 * _SECONDS_BETWEEN_LOOKS)  # the one that failed says why
+    os._exit(1)
+
+
+@contextmanager
+def _first_to_fail(folder: Path) -> Iterator[None]:
+    """It says why; the others fail because of it, and are silent."""
+    try:
+        yield
+    except BaseException as error:
+        if isinstance(error, KeyboardInterrupt):
+            signal.signal(signal.SIGINT, signal.SIG_IGN)
+        elif not isinstance(error, CapasError):
+            time.sleep(_SECONDS_OF_GRACE)
+        if not is_first(folder):
+            os._exit(1)
+        raise
+
+
+def is_first(folder: Path) -> bool:
+    """Whether nobody has failed yet; from now on somebody has."""
+    try:
+        (folder / _FAILED).touch(exist_ok=False)
+    except OSError:  # it is there, or the training has ended with its folder
+        return False
+    return True

@@ -1,0 +1,367 @@
+"""What a training needs in memory, estimated before it starts, and whether the machine has it.
+
+    weights              of the base; quantized ones 4 or 8 bits a weight, the others model.dtype
+                         (where all of them are trained there is no adapter, and what follows is theirs)
+    quantization_state   the scales of 4-bit blocks (Dettmers et al. 2023, section 3) or of int8 rows
+    adapter              float32, as PEFT keeps it
+    gradients            of the adapter alone, float32
+    gradient_buckets     the same once more, where several processes average them (DDP)
+    gathered_weights     of two layers, where each process has a part of all others (FSDP2)
+    optimizer            per parameter of the adapter: 8 bytes of AdamW, 2 and the scales of 8-bit AdamW, ...
+    activations          what a step, or an evaluation, keeps at most: `capas.training.activations`
+    update               where all weights are trained: what the optimizer's step needs beyond that
+    allocator            on a CPU, the holes in malloc's heap between them: `capas.training.malloc_heap`
+
+All but the last follow from configuration, data and the installed packages alone. What Python and its
+libraries take is measured where the training runs. Kernels that keep less are not followed: of Liger's and
+fused LoRA 9.5 GiB of 10.8 are used on an H200, 41 of 64 without checkpoints
+(benchmarks/results/train_gpu.json); Unsloth's keep less, too.
+"""
+
+import logging
+import math
+import os
+import re
+from collections.abc import Iterable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from capas.core.errors import CapasError
+from capas.core.files import read_json
+from capas.core.params import Params
+from capas.models.architecture import check_supported, stored_quantization
+
+if TYPE_CHECKING:
+    from capas.training.activations import Batch, Phase
+
+log = logging.getLogger("capas")
+CHECK = "CAPAS_MEMORY_CHECK"  # warn: the estimate refuses nothing. No result depends on it
+WARN_FRACTION = 0.9
+_BLOCK, _SCALES_BLOCK = 64, 256  # weights of a 4-bit block, scales that share a scale
+_OPTIMIZER_BLOCK, _OPTIMIZER_SMALLEST = 256, 4096  # of 8-bit AdamW; smaller tensors stay in float32
+_FLOAT32 = 4
+_NUMBERED = re.compile(r".*?\.\d+\.")  # of a parameter's name: its layer
+
+# Whatever a model's code raises where it meets tensors without numbers, or PEFT where nothing fits.
+_ANY_REASON = (
+    *(RuntimeError, ValueError, TypeError, LookupError, AttributeError, ImportError, re.error),
+)
+
+Shape = tuple[int, ...]
+
+
+class EstimateError(CapasError):
+    """The training step of this model cannot be followed without real tensors."""
+
+
+@dataclass(frozen=True)
+class Workload:
+    """The largest batches of a training, and where it computes.
+
+    `divided`: each of the processes has a part of the model (FSDP2).
+    """
+
+    training: "Batch"
+    evaluation: "Batch"
+    gradient_check: "Batch"  # of `usage.check_gradients`
+    on_cpu: bool
+    num_processes: int = 1
+    divided: bool = False
+
+    @classmethod
+    def of(
+        cls,
+        trainer: Params,
+        hardware: Params,
+        train: list[int],
+        validation: list[int],
+    ) -> "Workload":
+        """Each batch full of the longest records; of one process, where several train together.
+
+        Args:
+            trainer, hardware: params groups.
+            train, validation: tokens of the records; neither is empty.
+        """
+        from capas.training.activations import Batch
+        from capas.training.batches import NUM_PROBED
+
+        sizes = trainer.per_device_train_batch_size, trainer.per_device_eval_batch_size
+        return cls(
+            Batch(min(sizes[0], len(train)), max(train)),
+            Batch(min(sizes[1], len(validation)), max(validation)),
+            Batch(len(validation[:2]), min(NUM_PROBED, max(validation))),
+            hardware.device == "cpu",
+            hardware.num_processes,
+            hardware.distributed_type == "fsdp2",
+        )
+
+
+@dataclass(frozen=True)
+class Estimate:
+    """Bytes by part; `phase` is when the activations are most: training, evaluation, gradient check."""
+
+    parts: dict[str, int]
+    phase: str
+
+    @property
+    def total(self) -> int:
+        return sum(self.parts.values())
+
+
+def estimate(
+    folder: Path,
+    model: Params,
+    lora: Params,
+    trainer: Params,
+    workload: Workload,
+    quantization: dict[str, Any] | None = None,
+) -> Estimate:
+    """What the training of a model needs; its weights are not read and need not be there.
+
+    Args:
+        folder: with the model's config.json, which may say how its weights are quantized.
+        model, lora, trainer: params groups, or the part of them that a stage declares.
+        workload: the largest batches.
+        quantization: the params group's keys, of a base that is not quantized yet.
+
+    Raises:
+        EstimateError: the model cannot be traced.
+        CapasError: config.json is none of a causal language model.
+    """
+    from capas.training import activations
+    from capas.training.lora import trains_all
+
+    facts = read_json(folder / "config.json")
+    check_supported(facts, str(folder))
+    quantized = _quantized(stored_quantization(facts, str(folder)) or quantization, model)
+    try:
+        config = activations.unquantized_config(folder, model.trust_remote_code)
+        built = activations.build(config, model, lora, quantized)
+        phases = _phases(workload, trainer, quantized is not None)
+        alive, held = activations.measure(built, phases, of_heap=workload.on_cpu)
+    except _ANY_REASON as error:
+        raise EstimateError(
+            f"the memory of {facts['architectures'][0]} cannot be estimated: "
+            f"{type(error).__name__}: {error}"
+        ) from error
+    phase = max(alive, key=lambda name: alive[name])
+    whole = trains_all(lora)
+    kept = _of_all(built, trainer.optim) if whole else _of_lora(built, quantized, trainer)
+    parts = {**kept, "activations": alive[phase]}
+    if workload.divided:
+        parts = _divided(parts, built, workload.num_processes)
+    elif workload.num_processes > 1:
+        parts["gradient_buckets"] = parts["gradients"]
+    if whole:
+        parts["update"] = max(0, _update_bytes(built, workload.on_cpu) - alive[phase])
+    if held is not None:
+        parts["allocator"] = max(0, held - alive[phase])
+    return Estimate(parts, phase)
+
+
+def _quantized(config: dict[str, Any] | None, model: Params) -> dict[str, Any] | None:
+    """How the weights are quantized; None: they are not."""
+    if not config or not (config["load_in_4bit"] or config["load_in_8bit"]):
+        return None
+    return {"bnb_4bit_compute_dtype": model.dtype, **config}
+
+
+def _of_lora(built: Any, quantized: dict[str, Any] | None, trainer: Params) -> dict[str, int]:
+    adapter = [tuple(p.shape) for p in built.parameters() if p.requires_grad]
+    frozen = [p for p in built.parameters() if not p.requires_grad]
+    num_adapter_bytes = _FLOAT32 * sum(map(math.prod, adapter))
+    return {
+        "weights": sum(_weight_bytes(p, quantized) for p in frozen),
+        "quantization_state": sum(_state_bytes(p, quantized) for p in frozen),
+        "adapter": num_adapter_bytes,
+        "gradients": num_adapter_bytes,
+        "optimizer": optimizer_bytes(trainer.optim, adapter),
+    }
+
+
+def _of_all(built: Any, optim: str) -> dict[str, int]:
+    """Gradients have the type of their weights."""
+    weights = list(built.parameters())
+    num_bytes = sum(p.numel() * p.element_size() for p in weights)
+    states = (optimizer_bytes(optim, [tuple(p.shape)], p.element_size()) for p in weights)
+    return {
+        **{"weights": num_bytes, "quantization_state": 0, "adapter": 0},
+        **{"gradients": num_bytes, "optimizer": sum(states)},
+    }
+
+
+def _update_bytes(built: Any, on_cpu: bool) -> int:
+    """torch steps weight by weight on a CPU, on a GPU over all at once, with a copy of a moment."""
+    sizes = [p.numel() * p.element_size() for p in built.parameters()]
+    return 2 * max(sizes) if on_cpu else sum(sizes)
+
+
+def _divided(parts: dict[str, int], built: Any, num_processes: int) -> dict[str, int]:
+    """FSDP2: a part of what lasts; a layer is whole while it computes and the next one on its way."""
+    lasting = ("weights", "adapter", "gradients", "optimizer")
+    layers: dict[str, int] = {}
+    for name, parameter in built.named_parameters():
+        layer = (_NUMBERED.match(name) or [name])[0]
+        layers[layer] = layers.get(layer, 0) + int(parameter.numel() * parameter.element_size())
+    gathered = sum(sorted(layers.values())[-2:])
+    shares = {name: -(-n // num_processes) if name in lasting else n for name, n in parts.items()}
+    return {**shares, "gathered_weights": gathered}
+
+
+def _phases(workload: Workload, trainer: Params, quantized: bool) -> "list[Phase]":
+    """In the order of the stage. The gradients are checked on a CPU alone, and before there is a Trainer."""
+    from capas.training.activations import Phase
+
+    mixed = bool(trainer.bf16 or trainer.fp16)
+    evaluation = Phase("evaluation", workload.evaluation, False, False, mixed)
+    training = Phase(
+        "training",
+        workload.training,
+        True,
+        trainer.gradient_checkpointing,
+        mixed,
+        trainer.use_liger_kernel,
+    )
+    check = Phase("gradient check", workload.gradient_check, True, False, False)
+    return [*([check] if workload.on_cpu and quantized else []), evaluation, training]
+
+
+def _is_quantized(parameter: Any) -> bool:
+    return bool(getattr(parameter, "of_bitsandbytes", False))
+
+
+def _weight_bytes(parameter: Any, quantization: dict[str, Any] | None) -> int:
+    number = int(parameter.numel())
+    if not _is_quantized(parameter) or quantization is None:
+        return number * int(parameter.element_size())
+    return -(-number // 2) if quantization["load_in_4bit"] else number
+
+
+def _state_bytes(parameter: Any, quantization: dict[str, Any] | None) -> int:
+    """Beside the 4 or 8 bits of a weight, [out, in]."""
+    if not _is_quantized(parameter) or quantization is None:
+        return 0
+    if not quantization["load_in_4bit"]:
+        return _FLOAT32 * int(parameter.shape[0])
+    blocks = -(-int(parameter.numel()) // _BLOCK)
+    if not quantization["bnb_4bit_use_double_quant"]:
+        return _FLOAT32 * blocks
+    return blocks + _FLOAT32 * -(-blocks // _SCALES_BLOCK)
+
+
+def optimizer_bytes(optim: str, shapes: Iterable[Shape], element_size: int = _FLOAT32) -> int:
+    """What an optimizer of `trainer.optim` keeps from step to step for parameters of these shapes.
+
+    Args:
+        element_size: bytes of a parameter's number; torch's own optimizers keep theirs in the same type.
+
+    Raises:
+        KeyError: an optimizer that is not in the schema.
+    """
+    keep = _OPTIMIZERS[optim]
+    kept: int = sum(keep(shape) for shape in shapes)
+    return kept * element_size // _FLOAT32 if optim in _AS_WEIGHTS else kept
+
+
+def _eight_bit(shape: Shape) -> int:
+    """Two moments of a byte each and their scales (Dettmers et al. 2021, block-wise quantization)."""
+    number = math.prod(shape)
+    if number < _OPTIMIZER_SMALLEST:
+        return 2 * _FLOAT32 * number
+    return 2 * (number + _FLOAT32 * -(-number // _OPTIMIZER_BLOCK))
+
+
+def _factored(shape: Shape) -> int:
+    """Adafactor: of a matrix the second moment's rows and columns (Shazeer and Stern 2018)."""
+    if len(shape) < 2:
+        return _FLOAT32 * math.prod(shape)
+    return _FLOAT32 * (math.prod(shape[:-1]) + math.prod(shape[:-2]) * shape[-1])
+
+
+def _floats(number: int) -> Any:
+    return lambda shape: _FLOAT32 * number * math.prod(shape)
+
+
+_AS_WEIGHTS = ("adamw_torch", "adamw_torch_fused", "adagrad", "rmsprop")
+_OPTIMIZERS: dict[str, Any] = {
+    "adamw_torch": _floats(2),
+    "adamw_torch_fused": _floats(2),
+    "paged_adamw_32bit": _floats(2),
+    "adagrad": _floats(1),
+    "rmsprop": _floats(1),
+    "sgd": _floats(0),  # no momentum: Trainer gives it none
+    "adafactor": _factored,
+    **dict.fromkeys(("adamw_8bit", "adamw_bnb_8bit", "paged_adamw_8bit"), _eight_bit),
+}
+
+
+def check(found: Estimate, used_bytes: int, free_bytes: int, ways: list[str]) -> None:
+    """Compare with what there is; warns above nine tenths of it.
+
+    Args:
+        used_bytes: what the process holds already, which is not in the estimate (`capacity`).
+        free_bytes: what it can still get.
+        ways: of `ways_out`.
+
+    Raises:
+        CapasError: more is needed than there is, and CAPAS_MEMORY_CHECK is not warn.
+    """
+    there, needed = used_bytes + free_bytes, used_bytes + found.total
+    if needed <= WARN_FRACTION * there:
+        return
+    text = f"{summary(found, used_bytes, free_bytes)}. To need less: {'; '.join(ways)}"
+    if needed > there and os.environ.get(CHECK) != "warn":
+        raise CapasError(f"{text}. To try anyway, set {CHECK}=warn in the environment.")
+    log.warning("%s", text)
+
+
+def summary(found: Estimate, used_bytes: int, free_bytes: int) -> str:
+    """One line: what is needed, by part, the largest first, and what there is."""
+    parts = {**found.parts, "Python and its libraries": used_bytes}
+    listed = sorted(parts.items(), key=lambda item: -item[1])
+    text = ", ".join(f"{_named(name, found)} {show(n)}" for name, n in listed if n)
+    needed, there = show(used_bytes + found.total), show(used_bytes + free_bytes)
+    return f"training needs about {needed} of memory, and {there} are available: {text}"
+
+
+def _named(part: str, found: Estimate) -> str:
+    return f"activations of the {found.phase}" if part == "activations" else part.replace("_", " ")
+
+
+def costs(found: Estimate, used_bytes: int) -> dict[str, Any]:
+    """For reports/timings: to be compared with peak_memory_bytes, on a GPU with peak_device_memory_bytes."""
+    parts = {**found.parts, "process": used_bytes}
+    return {"estimated_memory_bytes": used_bytes + found.total, "estimated_memory_parts": parts}
+
+
+def ways_out(found: Estimate, workload: Workload, trainer: Params) -> list[str]:
+    """The keys to turn, those that help most first."""
+    ways = []
+    of_evaluation = found.phase == "evaluation"
+    size = "per_device_eval_batch_size" if of_evaluation else "per_device_train_batch_size"
+    if found.phase != "gradient check" and trainer[size] > 1:
+        accumulate = "" if of_evaluation else " with more gradient_accumulation_steps"
+        ways.append(f"trainer.{size} below {trainer[size]}{accumulate}")
+    if found.phase == "training" and not trainer.gradient_checkpointing:
+        ways.append("trainer.gradient_checkpointing=true")
+    batch = workload.evaluation if of_evaluation else workload.training
+    ways.append(f"dataset.max_length below {batch.num_tokens}")
+    by_weights = [] if found.parts["quantization_state"] else ["quantization=nf4"]
+    if workload.divided:
+        by_weights = [f"hardware.num_processes above {workload.num_processes}"]
+    by_adapter = [f"a smaller lora.r, or trainer.optim=adamw_8bit instead of {trainer.optim}"]
+    if "update" in found.parts:
+        by_weights = ["lora=all_linear quantization=nf4 instead of lora=none"]
+        by_adapter = [f"trainer.optim=adamw_8bit instead of {trainer.optim}"]
+    mostly_weights = found.parts["weights"] > found.parts["activations"]
+    return (
+        [*by_weights, *ways, *by_adapter] if mostly_weights else [*ways, *by_weights, *by_adapter]
+    )
+
+
+def show(num_bytes: int) -> str:
+    """In MiB, or from 10 GiB on in GiB."""
+    if num_bytes < 10 * 2**30:
+        return f"{num_bytes / 2**20:,.0f} MiB"
+    return f"{num_bytes / 2**30:,.1f} GiB"
