@@ -22,7 +22,7 @@ SETS = ("portable", "native")
 FEW = 20  # steps of the shorter run
 PRODUCT = """
 import sys, time
-from capas import kernels
+from capas.models import kernels
 print(kernels.show(sys.argv[1]).splitlines()[-1])
 import torch
 torch.set_num_threads(1)

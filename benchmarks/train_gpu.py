@@ -345,8 +345,10 @@ def train_capas(way: str, options: argparse.Namespace) -> tuple[Any, Any, dict[s
     from peft import prepare_model_for_kbit_training
 
     from capas.models.loading import load_model
-    from capas.training import exact_trainer, fused
+    from capas.training import fused
+    from capas.training.arguments import training_arguments
     from capas.training.batches import Collator
+    from capas.training.trainer import Trainer
     from stages import train_lora
 
     upcast = changed.get("upcast", False)
@@ -361,8 +363,8 @@ def train_capas(way: str, options: argparse.Namespace) -> tuple[Any, Any, dict[s
         for layer in model.get_base_model().model.layers:
             layer.compile(dynamic=False)
     clock = make_clock(options.device)
-    arguments = train_lora.training_arguments(params, Path("scratch"))
-    trainer = exact_trainer.Trainer(
+    arguments = training_arguments(params, Path("scratch"))
+    trainer = Trainer(
         model=model,
         args=replace(
             arguments,

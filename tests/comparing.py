@@ -16,7 +16,7 @@ from workspace import REPOSITORY, Workspace
 
 from capas.core.records import RAW
 from capas.evaluation.names import BINARY
-from stages.evaluate_model import predictions_schema
+from capas.evaluation.predictions import predictions_schema
 
 Answers = Sequence[str]
 QUESTIONS = [f"Set a timer for {n} minutes." for n in range(1, 11)]

@@ -22,7 +22,7 @@ PUBLISH = """
 """
 PUBLISHING = """
 from pathlib import Path
-from capas import lineage
+from capas.tracking import lineage
 from capas.core.dag import StageSpec, recorded
 from capas.core.files import read_json
 from capas.tracking.run_content import artifacts_digest

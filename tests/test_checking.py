@@ -12,7 +12,7 @@ from workspace import REPOSITORY
 from capas.config import elsewhere, requirements
 from capas.config.checking import MAX_COMBINATIONS, Composer, check, check_points
 from capas.config.requirements import lacking, read_by
-from capas.config.schema import known_keys, nearest
+from capas.config.validation import known_keys, nearest
 from capas.core import extras
 from capas.core.errors import CapasError
 from capas.models import kernels

@@ -133,6 +133,7 @@ def project(tmp_path: Path) -> Path:
         "capas/one.py": "from capas.report import two\n",
         "capas/lazy.py": "x = 1\n",
         "capas/unused.py": "x = 1\n",
+        "capas/core/__init__.py": "",
         "capas/core/stage.py": "def run(): ...\n",
         "stages/tool.py": "from capas import unused\n",  # no stage's
         "capas/core/errors.py": "x = 1\n",
@@ -141,8 +142,8 @@ def project(tmp_path: Path) -> Path:
         "capas/report/three.py": "from ..one import two\n",  # a circle
         "capas/report/page.jinja": "{{ x }}\n",
         "capas/report/.DS_Store": "",
-        "stages/first.py": "from capas.one import f\nfrom capas import errors, stage\n",
-        "stages/second.py": "from capas import stage\ndef main():\n    from capas import lazy\n",
+        "stages/first.py": "from capas.one import f\nfrom capas.core import errors, stage\n",
+        "stages/second.py": "from capas.core import stage\ndef main():\n    from capas import lazy\n",
         "dvc.yaml": yaml.safe_dump(
             {
                 "stages": {
@@ -166,19 +167,18 @@ def test_a_digest_covers_imports_of_imports_and_the_data_beside_them(project: Pa
     reader = CodeReader(project)
     page = ["__init__", "three", "two"]
     assert list(reader.files("stages/first.py")) == [
-        "capas/__init__.py",
-        "capas/one.py",
+        *(f"capas/{name}.py" for name in ("__init__", "core/__init__", "core/stage", "one")),
         *(f"capas/report/{name}.py" for name in page[:1]),
         "capas/report/page.jinja",
         *(f"capas/report/{name}.py" for name in page[1:]),
-        "capas/core/stage.py",
         "stages/first.py",
     ]
     assert reader.covered("stages/first.py") == {
         *(name for name in reader.files("stages/first.py") if name.endswith(".py")),
         "capas/core/errors.py",
     }
-    second = [*(f"capas/{name}.py" for name in ("__init__", "lazy", "stage")), "stages/second.py"]
+    names = ("__init__", "core/__init__", "core/stage", "lazy")
+    second = [*(f"capas/{name}.py" for name in names), "stages/second.py"]
     assert list(reader.files("stages/second.py")) == second
 
 
@@ -194,8 +194,8 @@ def test_a_digest_covers_imports_of_imports_and_the_data_beside_them(project: Pa
         ("capas/core/errors.py", "x = 2\n", set()),
         ("capas/unused.py", "x = 2\n", set()),
         ("capas/__init__.py", "x = 1\n", {"first", "second"}),
-        ("stages/first.py", "from capas import stage, unused\n", {"first"}),
-        ("stages/tool.py", "from capas import stage\n", {"tool"}),
+        ("stages/first.py", "from capas import unused\nfrom capas.core import stage\n", {"first"}),
+        ("stages/tool.py", "from capas.core import stage\n", {"tool"}),
     ],
 )
 def test_an_edit_changes_the_digests_of_those_that_import_it(
@@ -260,7 +260,7 @@ if __name__ == "__main__":
 @pytest.mark.parametrize(
     ("line", "said"),
     [
-        ("from capas import cgroups", ""),
+        ("from capas.core import cgroups", ""),
         (
             'importlib.import_module("capas.core.cgroups")',
             "the stage 'only' loaded capas/core/cgroups.py, which its digest in code.yaml does not cover",
@@ -299,7 +299,7 @@ def test_code_yaml_is_of_this_code() -> None:
 @pytest.mark.parametrize(
     ("file", "stages"),
     [
-        ("capas/training/exact_trainer.py", {"train"}),
+        ("capas/training/trainer.py", {"train"}),
         ("capas/dataset/splits.py", {"fetch"}),
         ("capas/chat/audit.py", {"format"}),
         ("capas/evaluation/overlap.py", {"evaluate_base", "evaluate", "sample"}),
@@ -398,7 +398,7 @@ def test_due_names_the_files_that_were_edited(project: Path, committed: Callable
     assert due(project) == {"one": ["capas/report/three.py"]}
     (project / CODE).write_text(dump(digests(project)))
     committed("commit", "-q", "-a", "-m", "second")  # dvc.lock has the code of the one before
-    (project / "stages/second.py").write_text("from capas import stage\n")
+    (project / "stages/second.py").write_text("from capas.core import stage\n")
     assert due(project) == {
         "one": ["capas/report/three.py"],
         "two": ["stages/second.py"],

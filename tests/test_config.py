@@ -16,8 +16,12 @@ from hydra.core.override_parser.overrides_parser import OverridesParser
 from omegaconf import OmegaConf
 from workspace import REPOSITORY
 
+from capas.config.advice import advice
 from capas.config.composition import composer, digest, dump, word_given
-from capas.config.schema import GROUPS, SCHEDULES, advice, group_schema, known_keys, validate
+from capas.config.json_schema import group_schema
+from capas.config.schedules import SCHEDULES
+from capas.config.schema import GROUPS
+from capas.config.validation import known_keys, validate
 from capas.core.errors import CapasError
 from capas.core.params import flatten
 

@@ -22,6 +22,7 @@ from capas.core.cores import MAX_THREADS
 from capas.core.errors import CapasError
 from capas.core.params import Params
 from capas.training import capacity, launch
+from capas.training.base_model import load_plain
 from capas.training.batches import Collator, Filled, LengthGroupedSampler, make_filler
 from stages import quantize_model, train_lora
 
@@ -332,7 +333,7 @@ def test_a_model_that_comes_quantized_is_not_divided(tmp_path: Path) -> None:
     with pytest.raises(
         CapasError, match=r"fsdp2 cannot shard data/embedded, .* are nf4\. Choose ddp"
     ):
-        train_lora.load_plain(root / "data/models/quantized", params, torch.device("cpu"))
+        load_plain(root / "data/models/quantized", params, torch.device("cpu"))
 
 
 OPTIONS = (

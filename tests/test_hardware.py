@@ -108,7 +108,7 @@ def test_on_arm_it_is_said_that_bytes_differ(
 def test_torch_imported_too_early_is_an_error() -> None:
     """In a process of its own: torch chooses its kernels when it is loaded."""
     script = (
-        "import os, torch; from capas import hardware; from capas.core.params import Params;"
+        "import os, torch; from capas.models import hardware; from capas.core.params import Params;"
         "torch.backends.cpu.get_cpu_capability = lambda: 'DEFAULT';"
         f"hardware.prepare(Params({CPU!r}))"
     )

@@ -92,7 +92,7 @@ def test_equal_inputs_give_equal_bytes_also_resumed(first: Path, tmp_path: Path)
     roots = [initial(first, tmp_path / name, "trainer.max_steps=8") for name in ("one", "two")]
     run_stage("train", train_lora.main, roots[0])
     with pytest.MonkeyPatch.context() as patch, pytest.raises(KeyboardInterrupt):
-        patch.setattr("capas.training.exact_trainer.LiveRows.on_log", stop_after(4))
+        patch.setattr("capas.training.callbacks.LiveRows.on_log", stop_after(4))
         run_stage("train", train_lora.main, roots[1])
     run_stage("train", train_lora.main, roots[1])
     assert results(roots[0]) == results(roots[1])

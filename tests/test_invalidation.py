@@ -76,7 +76,7 @@ INSIDE = {  # a file of each folder that is a dep
     "conf": "conf/trainer/_base.yaml",
     "conf/chat_template": "conf/chat_template/qwen.yaml",
     "data/own": "data/own/mine.jsonl",
-    "capas": "capas/training/exact_trainer.py",
+    "capas": "capas/training/trainer.py",
     "stages": "stages/train_lora.py",
 }
 # Every dep: what has to be computed again when it is another.

@@ -101,7 +101,7 @@ def test_the_number_of_threads_changes_no_product() -> None:
 def test_a_stage_keeps_its_products_on_one_thread(monkeypatch: pytest.MonkeyPatch) -> None:
     """In a process of its own: torch sets oneMKL's threads anew in its first parallel operation."""
     program = """
-from capas import hardware, kernels
+from capas.models import hardware, kernels
 from capas.core.params import Params
 flags = dict.fromkeys(("allow_tf32", "cudnn_benchmark"), False) | {"cudnn_deterministic": True}
 hardware.prepare(Params({"device": "cpu", "num_threads": 2, "instruction_set": "portable", **flags}))
@@ -143,7 +143,7 @@ def test_a_choice_that_a_library_ignores_is_an_error(
 COMPUTE = """
 import ctypes, hashlib, json, os
 import torch
-from capas import kernels
+from capas.models import kernels
 kernels.warm_up()
 torch.set_num_threads(2)
 draw = torch.Generator().manual_seed(0)
@@ -303,13 +303,13 @@ def loads_models(tree: ast.AST) -> bool:
     return bool(LOADERS & names & imported)
 
 
-def test_whoever_loads_a_model_imports_capas_model() -> None:
+def test_whoever_loads_a_model_imports_its_loading() -> None:
     """Importing it switches bitsandbytes' repacking off: stages, chat, merge, harness, Unsloth, serving."""
     files = [*REPOSITORY.glob("capas/**/*.py"), *REPOSITORY.glob("stages/*.py")]
     found, without = [], []
     for file in files:
         tree = ast.parse(file.read_text(encoding="utf-8"))
-        if file.name == "model.py" or not loads_models(tree):
+        if file.name == "loading.py" or not loads_models(tree):
             continue
         found.append(file.stem)
         imports = {node.module for node in ast.walk(tree) if isinstance(node, ast.ImportFrom)}
@@ -322,6 +322,6 @@ def test_whoever_loads_a_model_imports_capas_model() -> None:
         "harness",
         "merge",
         "unsloth",
-        "usage",
+        "used_settings",
     ]
     assert sorted(without) == ["activations", "cost"]  # on the meta device, which computes nothing

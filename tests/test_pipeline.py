@@ -117,7 +117,7 @@ def test_a_killed_training_goes_on_to_the_bytes_of_one_that_was_not(
 
 def test_a_comment_reruns_compose_alone(workspace: Workspace) -> None:
     workspace.edit("conf/lora/_base.yaml", "r: 16", "r: 16 # a comment")
-    workspace.edit("capas/training/exact_trainer.py", '"""', '"""In other words: ')
+    workspace.edit("capas/training/trainer.py", '"""', '"""In other words: ')
     workspace.edit("stages/train_lora.py", "def main(", "# a comment\ndef main(")
     (workspace.root / "capas/notes.py").write_text("nobody_imports_it = 1\n")
     assert stages_run(workspace.repro()) == ["compose"]
@@ -125,9 +125,9 @@ def test_a_comment_reruns_compose_alone(workspace: Workspace) -> None:
 
 
 def test_an_edit_of_the_trainer_makes_train_due_and_nothing_before_it(workspace: Workspace) -> None:
-    workspace.edit("capas/training/exact_trainer.py", "\n\n\ndef ", "\n\n\nadded = 1\n\n\ndef ")
+    workspace.edit("capas/training/trainer.py", "\n\n\ndef ", "\n\n\nadded = 1\n\n\ndef ")
     said = workspace.run(sys.executable, "-m", "capas.workspace.due")
-    assert "  train            capas/training/exact_trainer.py\n" in said
+    assert "  train            capas/training/trainer.py\n" in said
     assert set(re.findall(r"^  (\w+) ", said, re.MULTILINE)) == {
         *("compose", "train", "evaluate", "sample", "report", "publish"),
     }

@@ -25,6 +25,7 @@ from tokenizers import Tokenizer
 from transformers import AutoModelForCausalLM
 
 from capas.config.composition import composer, dump
+from capas.config.resolved_files import resolved_files
 from capas.core.errors import CapasError
 from capas.core.params import Params
 from capas.hub.sources import folder_revision
@@ -40,7 +41,6 @@ from stages import (
     tokenize_messages,
     train_lora,
 )
-from stages.compose_params import resolved_files
 
 pytestmark = pytest.mark.usefixtures("without_estimate")
 

@@ -176,7 +176,7 @@ def test_adapter_pages_and_tables_are_artifacts(root: Path) -> None:
     run_id = found.info.run_id
     names = {
         a.path
-        for folder in ("", "adapter", "report", "model", "model/data/data", "model/code/capas")
+        for folder in ("", "adapter", "report", "model", "model/data/data", "model/code/capas/use")
         for a in store.client.list_artifacts(run_id, folder)
     }
     assert {"adapter/adapter_model.safetensors", "report/index.es.html", "dvc.lock"} <= names

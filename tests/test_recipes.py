@@ -19,7 +19,7 @@ from tiny import REPOSITORY, read_json, run_stage, write_lock
 
 from capas.config.composition import composer
 from capas.config.overrides import absorb
-from capas.config.schema import validate
+from capas.config.validation import validate
 from capas.core.params import Params
 from capas.training import memory
 from stages import build_report, fetch_dataset, publish_run

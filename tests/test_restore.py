@@ -186,7 +186,7 @@ def test_what_a_killed_experiment_left_can_be_kept(edited: Experimenter) -> None
 def begin(made: Workspace, phase: str) -> None:
     """The record of an experiment whose process is gone, and HEAD as DVC detaches it."""
     code = (
-        "import sys; from pathlib import Path; from capas import experiment, unfinished\n"
+        "import sys; from pathlib import Path; from capas.workspace import experiment, unfinished\n"
         "experiment.begin(Path(), ['dvc', 'exp', 'run', '-S', 'lora.r=8'])\n"
         f"if {phase!r} == unfinished.RUNNING: unfinished.mark_running(Path())"
     )

@@ -12,6 +12,7 @@ from tiny import make_model, read_json, run_stage, write_workspace
 from transformers import AutoModelForCausalLM
 
 from capas.core.records import FORMATTED, read_records
+from capas.evaluation import decoding, samples
 from capas.evaluation.generation import generation_config, next_token_probabilities
 from capas.evaluation.prompts import Prompt, first_system_message, held_out_prompts, own_prompts
 from stages import sample_outputs, train_lora
@@ -69,7 +70,7 @@ def test_the_losses_of_an_answer_are_those_that_evaluation_averages(sampled: Pat
         for record in read_records(sampled / "data/formatted/test.parquet", FORMATTED)
         if record["id"] == rows[0]["record_id"]
     )
-    start, end = sample_outputs.last_trained(record["labels"])
+    start, end = decoding.last_trained(record["labels"])
     assert len(rows) == end - start and rows[-1]["token"] == "<|im_end|>"
     model = AutoModelForCausalLM.from_pretrained(sampled / "data/models/base")
     labels = [-100] * start + record["input_ids"][start:end]
@@ -82,8 +83,8 @@ def test_the_losses_of_an_answer_are_those_that_evaluation_averages(sampled: Pat
 
 
 def test_the_last_answer_of_several_is_found() -> None:
-    assert sample_outputs.last_trained([-100, 5, 6, -100, -100, 7, 8, -100]) == (5, 7)
-    assert sample_outputs.last_trained([5, 6]) == (0, 2)
+    assert decoding.last_trained([-100, 5, 6, -100, -100, 7, 8, -100]) == (5, 7)
+    assert decoding.last_trained([5, 6]) == (0, 2)
 
 
 def test_eager_attention_is_compared_with_sdpa(sampled: Path) -> None:
@@ -114,9 +115,7 @@ def test_own_prompts_are_asked_after_the_system_message(sampled: Path, tmp_path:
 
 def test_seed_belongs_to_prompt_and_setting() -> None:
     prompts = own_prompts(["a", "b"], "system")
-    seeds = {
-        sample_outputs.seed_of(seed, p, s) for seed in (0, 1) for p in prompts for s in ("x", "y")
-    }
+    seeds = {decoding.seed_of(seed, p, s) for seed in (0, 1) for p in prompts for s in ("x", "y")}
     assert len(seeds) == 8
     assert all(0 <= seed < 2**63 for seed in seeds)
 
@@ -145,9 +144,9 @@ def test_probabilities_are_those_that_generate_draws_from(settings: dict[str, fl
 
 
 def test_markdown_cell_holds_whatever_a_model_writes() -> None:
-    assert sample_outputs.as_cell(["a|b\nc", "a|b\nc", ""]) == r"` a\|b⏎c ` ×2<br>(empty)"
-    assert sample_outputs.as_code("x `y`") == "`` x `y` ``"
-    assert "``" not in sample_outputs.as_code("x ``` y")[2:-2], "the model cannot close the fence"
+    assert samples.as_cell(["a|b\nc", "a|b\nc", ""]) == r"` a\|b⏎c ` ×2<br>(empty)"
+    assert samples.as_code("x `y`") == "`` x `y` ``"
+    assert "``" not in samples.as_code("x ``` y")[2:-2], "the model cannot close the fence"
 
 
 def test_held_out_prompts_are_spread_and_end_with_the_user() -> None:

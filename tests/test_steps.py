@@ -5,7 +5,7 @@ from typing import Any
 import pytest
 from shipped import composed
 
-from capas.config.schema import advice
+from capas.config.advice import advice
 from capas.tracking.run_params import recorded_params
 from capas.training.steps import Step
 

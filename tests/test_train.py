@@ -31,7 +31,7 @@ from capas.core.errors import CapasError
 from capas.core.params import Params
 from capas.core.records import IGNORE_INDEX
 from capas.models.loading import attach_adapter, load_model
-from capas.training import certificate, exact_trainer, used_settings
+from capas.training import certificate, checkpoints, trainer, used_settings
 from capas.training.batches import (
     Collator,
     LengthGroupedSampler,
@@ -41,16 +41,12 @@ from capas.training.batches import (
     score_tokens,
     tails,
 )
-from capas.training.exact_trainer import (
-    Checkpoints,
-    EarlyStopping,
-    last_checkpoint,
-    summarize,
-    waited,
-)
+from capas.training.checkpoints import Checkpoints, last_checkpoint
+from capas.training.early_stopping import EarlyStopping, waited
+from capas.training.fit import check_lengths
 from capas.training.lora import check_target_modules, check_untied
+from capas.training.trainer import summarize
 from stages import quantize_model, train_lora
-from stages.train_lora import check_lengths
 
 pytestmark = pytest.mark.usefixtures("without_estimate")
 
@@ -521,13 +517,13 @@ def test_the_last_complete_checkpoint_outlives_the_next_one(
 ) -> None:
     """Killed while that is not marked as complete yet, a training goes on from the one before."""
     seen: list[list[str]] = []
-    digests = exact_trainer._digests
+    digests = checkpoints._digests
 
     def noted(folder: Path) -> dict[str, str]:
         seen.append(sorted(mark.parent.name for mark in folder.parent.glob("*/complete.json")))
         return digests(folder)
 
-    monkeypatch.setattr(exact_trainer, "_digests", noted)
+    monkeypatch.setattr(checkpoints, "_digests", noted)
     train(tmp_path, "trainer.max_steps=8", "trainer.save_steps=2", "trainer.eval_steps=4")
     assert seen == [[], ["checkpoint-2"], ["checkpoint-2", "checkpoint-4"]]
 
@@ -688,7 +684,7 @@ def test_told_to_end_it_saves_its_step_and_goes_on(
     """A signal between two checkpoints and between two rows of the log."""
     options = ("trainer.max_steps=16", "trainer.save_steps=20", "trainer.logging_steps=7")
     undisturbed = train(tmp_path / "undisturbed", *options)
-    root, step = prepared(tmp_path / "preempted", *options), exact_trainer.Trainer.training_step
+    root, step = prepared(tmp_path / "preempted", *options), trainer.Trainer.training_step
 
     def ended(self: Any, *args: Any) -> torch.Tensor:
         if self.state.global_step == 9:
@@ -699,7 +695,7 @@ def test_told_to_end_it_saves_its_step_and_goes_on(
         CapasError, match=f"stopped by {name} at step 10 of 16. A checkpoint was saved"
     )
     with pytest.MonkeyPatch.context() as patch, saved:
-        patch.setattr(exact_trainer.Trainer, "training_step", ended)
+        patch.setattr(trainer.Trainer, "training_step", ended)
         run_stage("train", train_lora.main, root)
     assert not (root / ADAPTER).exists()
     with caplog.at_level(logging.INFO, "capas"):
@@ -709,7 +705,7 @@ def test_told_to_end_it_saves_its_step_and_goes_on(
 
 
 def test_a_second_ctrl_c_stops_at_once_and_saves_nothing(tmp_path: Path) -> None:
-    root, step = prepared(tmp_path, "trainer.max_steps=4"), exact_trainer.Trainer.training_step
+    root, step = prepared(tmp_path, "trainer.max_steps=4"), trainer.Trainer.training_step
 
     def interrupted(self: Any, *args: Any) -> torch.Tensor:
         os.kill(os.getpid(), signal.SIGINT)
@@ -718,7 +714,7 @@ def test_a_second_ctrl_c_stops_at_once_and_saves_nothing(tmp_path: Path) -> None
 
     before = signal.getsignal(signal.SIGINT)
     with pytest.MonkeyPatch.context() as patch, pytest.raises(KeyboardInterrupt):
-        patch.setattr(exact_trainer.Trainer, "training_step", interrupted)
+        patch.setattr(trainer.Trainer, "training_step", interrupted)
         run_stage("train", train_lora.main, root)
     assert not list(root.glob(".dvc/tmp/checkpoints/*/checkpoint-*"))
     assert signal.getsignal(signal.SIGINT) is before
@@ -726,7 +722,7 @@ def test_a_second_ctrl_c_stops_at_once_and_saves_nothing(tmp_path: Path) -> None
 
 def test_an_ignored_ctrl_c_stays_ignored(tmp_path: Path) -> None:
     """`nohup dvc repro` goes on."""
-    root, step = prepared(tmp_path, "trainer.max_steps=3"), exact_trainer.Trainer.training_step
+    root, step = prepared(tmp_path, "trainer.max_steps=3"), trainer.Trainer.training_step
 
     def interrupted(self: Any, *args: Any) -> torch.Tensor:
         os.kill(os.getpid(), signal.SIGINT)
@@ -735,7 +731,7 @@ def test_an_ignored_ctrl_c_stays_ignored(tmp_path: Path) -> None:
     before = signal.signal(signal.SIGINT, signal.SIG_IGN)
     try:
         with pytest.MonkeyPatch.context() as patch:
-            patch.setattr(exact_trainer.Trainer, "training_step", interrupted)
+            patch.setattr(trainer.Trainer, "training_step", interrupted)
             run_stage("train", train_lora.main, root)
     finally:
         signal.signal(signal.SIGINT, before)
@@ -827,7 +823,7 @@ def stopped_once(root: Path, step: int, *options: str) -> Path:
     """A training that is stopped after `step` and run again."""
     prepared(root, *options)
     with pytest.MonkeyPatch.context() as patch, pytest.raises(KeyboardInterrupt):
-        patch.setattr("capas.training.exact_trainer.LiveRows.on_log", stop_after(step))
+        patch.setattr("capas.training.callbacks.LiveRows.on_log", stop_after(step))
         run_stage("train", train_lora.main, root)
     run_stage("train", train_lora.main, root)
     return root

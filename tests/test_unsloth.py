@@ -21,7 +21,7 @@ from shipped import composed
 from test_train import ADAPTER, history, prepared, results, train
 from tiny import REPOSITORY, read_json, run_stage
 
-from capas.config.schema import validate
+from capas.config.validation import validate
 from capas.core import extras
 from capas.core.errors import CapasError
 from capas.training import unsloth

@@ -1,10 +1,14 @@
-"""The chat format that data/formatted was made with, for stages that format more in it."""
+"""The chat format that data/formatted was made with, for stages that read or format more in it."""
 
 from pathlib import Path
+from typing import TYPE_CHECKING, Any
 
 from capas.chat.format import ChatFormat
 from capas.core.errors import CapasError
 from capas.core.files import read_json
+
+if TYPE_CHECKING:
+    from tokenizers import Tokenizer
 
 
 def recorded_format(formatted: Path, tokenizer: Path) -> ChatFormat:
@@ -18,7 +22,7 @@ def recorded_format(formatted: Path, tokenizer: Path) -> ChatFormat:
         CapasError: template and tokenizer encode other ids now than when the records were formatted.
     """
     text = (formatted / "chat_template.jinja").read_text(encoding="utf-8")
-    chat = read_json(formatted / "chat.json")
+    chat = read_chat(formatted)
     found = ChatFormat.load(
         text, tokenizer, chat["date_string"], chat["system"], chat["allowed_tokens"]
     )
@@ -29,3 +33,15 @@ def recorded_format(formatted: Path, tokenizer: Path) -> ChatFormat:
             "Run `dvc repro`."
         )
     return found
+
+
+def read_chat(formatted: Path) -> dict[str, Any]:
+    """Read chat.json of data/formatted: special tokens, end tokens, settings of the template."""
+    return read_json(formatted / "chat.json")
+
+
+def load_tokenizer(folder: Path) -> "Tokenizer":
+    """Load the tokenizer in `folder`, without transformers."""
+    from tokenizers import Tokenizer
+
+    return Tokenizer.from_file(str(folder / "tokenizer.json"))

@@ -29,7 +29,7 @@ from capas.config import cost
 from capas.config.composition import CONF, Values, composer, word_given
 from capas.config.dataset_option import Option, changed, proposed
 from capas.config.preflight import composed_here
-from capas.config.schema import validate
+from capas.config.validation import validate
 from capas.core.errors import CapasError
 from capas.core.params import Params
 from capas.dataset.flaws import DROP

@@ -30,10 +30,12 @@ from capas.config.composition import (
     with_new_keys,
     word_given,
 )  # fmt: skip
+from capas.config.json_schema import leaves_schema
 from capas.config.options import options_of, register
 from capas.config.problems import Problem
 from capas.config.requirements import lacking
-from capas.config.schema import GROUPS, Group, find_problems, leaves_schema, nearest
+from capas.config.schema import GROUPS, Group
+from capas.config.validation import find_problems, nearest
 from capas.core.params import flatten
 
 SWEEP = "sweep"  # the group of conf/ that only a sweep has

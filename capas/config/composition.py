@@ -104,7 +104,8 @@ def with_new_keys(overrides: list[str], conf: Path = CONF) -> list[str]:
     """
     from hydra.core.override_parser.overrides_parser import OverridesParser
 
-    from capas.config.schema import GROUPS, known_keys
+    from capas.config.schema import GROUPS
+    from capas.config.validation import known_keys
 
     known, changed = known_keys(), []
     for override in OverridesParser.create().parse_overrides(overrides):

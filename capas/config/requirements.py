@@ -13,6 +13,7 @@ from capas.config.problems import Problem
 from capas.core import extras
 from capas.core.dag import StageSpec
 from capas.core.errors import CapasError
+from capas.core.params import lookup
 from capas.evaluation.harness import read_tasks
 from capas.models import kernels
 
@@ -30,7 +31,7 @@ def lacking(values: Values, reads: Collection[str]) -> list[Problem]:
     for key, check in _CHECKS.items():
         if not any(key == read or key.startswith(f"{read}.") for read in reads):
             continue
-        value = _lookup(values, key)
+        value = lookup(values, key)
         try:
             check(value, values)
         except CapasError as error:
@@ -123,12 +124,6 @@ _CHECKS: dict[str, Callable[[Any, Values], None]] = {
     "trainer.use_liger_kernel": _check_liger,
     "evaluation.harness.tasks": _check_harness,
 }
-
-
-def _lookup(values: Any, dotted: str) -> Any:
-    for part in dotted.split("."):
-        values = values[part]
-    return values
 
 
 def _installed(package: str) -> str | None:

@@ -102,3 +102,9 @@ def reason_of(error: Exception) -> str | None:
     if any(sign in str(error) for sign in _FULL_DISK):
         return f"No space left on device ({error})"
     return None
+
+
+def listed(names: list[str], most: int = 8) -> str:
+    """The first of them, and how many more there are."""
+    more = f" and {len(names) - most} more" if len(names) > most else ""
+    return ", ".join(names[:most]) + more

@@ -1,6 +1,7 @@
 """Facts of a stage as files: JSON for metrics, CSV for curves; the same facts are the same bytes."""
 
 import csv
+import hashlib
 import json
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -55,3 +56,9 @@ def rounded(value: Any) -> Any:
     if isinstance(value, Mapping):
         return {key: rounded(item) for key, item in value.items()}
     return [rounded(item) for item in value] if isinstance(value, list | tuple) else value
+
+
+def file_sha256(file: Path) -> str:
+    """Return the sha256 of a file's content, in hexadecimal."""
+    with file.open("rb") as content:
+        return hashlib.file_digest(content, "sha256").hexdigest()

@@ -5,6 +5,8 @@ from typing import Any
 
 from capas.core.errors import CapasError
 
+ABSENT = object()  # no value, not even None
+
 
 class Params(Mapping[str, Any]):
     """Nested values, by attribute or as a mapping: `params.lora.r`, `LoraConfig(**params.lora)`.
@@ -70,3 +72,12 @@ def select(values: Mapping[str, Any], keys: list[str], file: str = "params.yaml"
             )
         target[leaf] = source[leaf]
     return chosen
+
+
+def lookup(values: Any, dotted: str) -> Any:
+    """Return the value under a dotted key; `ABSENT` where there is none."""
+    for part in dotted.split("."):
+        if not isinstance(values, Mapping) or part not in values:
+            return ABSENT
+        values = values[part]
+    return values

@@ -9,11 +9,9 @@
   code.yaml.
 """
 
-import hashlib
 import json
 import logging
 import os
-import resource
 import shutil
 import subprocess
 import sys
@@ -27,8 +25,10 @@ from typing import Any
 from capas.core.code import CODE, CodeReader, check_code, check_loaded, script_of
 from capas.core.dag import StageSpec, input_key, read_yaml, recorded, recorded_key
 from capas.core.errors import CapasError, sweep_instead, told
+from capas.core.files import file_sha256
 from capas.core.locks import BusyError, exclusive
 from capas.core.params import Params, flatten, select
+from capas.core.peak_memory import peak_memory_bytes
 from capas.core.progress import heartbeat
 
 log = logging.getLogger("capas")
@@ -277,7 +277,7 @@ def _fingerprint(file: Path) -> Any:
     stat = file.stat()
     if stat.st_size > _HASHED_BYTES:
         return stat.st_size, stat.st_mtime_ns
-    return hashlib.sha256(file.read_bytes()).hexdigest()
+    return file_sha256(file)
 
 
 def _check_unchanged(before: dict[str, Any], after: dict[str, Any]) -> None:
@@ -295,7 +295,6 @@ def _write_timing(stage: Stage, seconds: float) -> None:
 
     `key` says of which inputs: a stage that DVC restores for others did not cost this.
     """
-    kib = 1024 if sys.platform != "darwin" else 1  # ru_maxrss is KiB on Linux and bytes on macOS
     folder = stage.root / "reports/timings"
     try:
         facts = {
@@ -303,7 +302,7 @@ def _write_timing(stage: Stage, seconds: float) -> None:
             "ended": round(time.time(), 2),
             "seconds": round(seconds, 2),
             "cpu_seconds": round(sum(os.times()[:4]), 2),  # of its processes, too
-            "peak_memory_bytes": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * kib,
+            "peak_memory_bytes": peak_memory_bytes(),
             **stage.costs,
         }
         folder.mkdir(parents=True, exist_ok=True)

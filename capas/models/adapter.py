@@ -11,6 +11,7 @@ from typing import Any
 
 from capas.core.errors import CapasError
 from capas.core.files import read_json
+from capas.core.params import Params
 
 FOLDER = "data/models/initial_adapter"
 ORIGIN, CONFIG, WEIGHTS = "origin.json", "adapter_config.json", "adapter_model.safetensors"
@@ -91,3 +92,20 @@ def check_origin(folder: Path, lora: Mapping[str, Any]) -> None:
                 f"lora.{key}={lora[key]}, but {FOLDER} was fetched for {value}. Run `dvc repro` "
                 "to fetch the new adapter"
             )
+
+
+def find_initial(folder: Path, lora: Params) -> Path | None:
+    """Return the folder of the adapter that a training starts from; None where it starts from none.
+
+    Args:
+        folder: as fetch_model wrote it.
+        lora: the params group.
+
+    Raises:
+        CapasError: the lora group contradicts it, or another one is there than it names.
+    """
+    check_origin(folder, lora.without())
+    if lora.adapter_name_or_path is None:
+        return None
+    check_agreement(read_json(folder / CONFIG), lora.without(), lora.adapter_name_or_path)
+    return folder

@@ -3,15 +3,13 @@
 import hashlib
 from pathlib import Path
 
+from capas.core.files import file_sha256
+
 FOLDER = "data/models/adapter"
 
 
 def is_adapter(folder: Path) -> bool:
     return (folder / "adapter_config.json").exists()
-
-
-def weight_bytes(folder: Path) -> int:
-    return sum(file.stat().st_size for file in folder.glob("*.safetensors"))
 
 
 def sha256(folder: Path) -> str:
@@ -22,8 +20,3 @@ def sha256(folder: Path) -> str:
         return sums[0]
     lines = [f"{found}  {file.name}\n" for found, file in zip(sums, files, strict=True)]
     return hashlib.sha256("".join(lines).encode()).hexdigest()
-
-
-def file_sha256(file: Path) -> str:
-    with file.open("rb") as content:
-        return hashlib.file_digest(content, "sha256").hexdigest()

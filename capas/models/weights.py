@@ -6,6 +6,8 @@ from typing import TYPE_CHECKING, Any
 
 from safetensors import safe_open
 
+from capas.core.errors import CapasError, listed
+
 if TYPE_CHECKING:
     import torch
 
@@ -54,3 +56,14 @@ def _find(wanted: str, stored: dict[str, Any]) -> str | None:
         if fitting:
             return fitting[0] if len(fitting) == 1 else None
     return None
+
+
+def check_finite(what: str, weights: "dict[str, torch.Tensor]") -> None:
+    """Check that every weight is a finite number.
+
+    Raises:
+        CapasError: one is NaN or infinite.
+    """
+    broken = sorted(name for name, weight in weights.items() if not weight.isfinite().all())
+    if broken:
+        raise CapasError(f"{what} has NaN or infinite weights: {listed(broken)}")

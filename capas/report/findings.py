@@ -21,6 +21,7 @@ from capas.core.records import before_last_answer
 from capas.evaluation.names import headline
 from capas.evaluation.nearest import distance_group
 from capas.models import tuned_weights
+from capas.models.weights import weight_bytes
 from capas.report.intervals import mean_interval
 from capas.report.neighbours import read_header
 
@@ -298,7 +299,7 @@ def adapter(folder: Path) -> dict[str, Any]:
 
     `adapter` and `adapted` are None of a whole model, all of whose weights were trained.
     """
-    found = {"adapter": None, "adapted": None, "adapter_bytes": tuned_weights.weight_bytes(folder)}
+    found = {"adapter": None, "adapted": None, "adapter_bytes": weight_bytes(folder)}
     if not tuned_weights.is_adapter(folder):
         return found
     tensors, _ = read_header(folder / "adapter_model.safetensors")

@@ -17,9 +17,8 @@ from typing import Any
 from capas.config.composition import CONF
 from capas.core import dag, inputs, links
 from capas.core.errors import CapasError
-from capas.core.files import write_whole
+from capas.core.files import file_sha256, write_whole
 from capas.core.worktree import Snapshot, git, snapshot
-from capas.models.tuned_weights import file_sha256
 from capas.workspace.clone import cache_of, stored
 
 FOLDER = Path(".dvc/tmp/sweep")

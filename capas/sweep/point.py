@@ -16,7 +16,7 @@ from hydra.errors import HydraException
 from omegaconf import OmegaConf
 
 from capas.config.composition import word_given
-from capas.config.schema import validate
+from capas.config.validation import validate
 from capas.core.cores import usable_cores
 from capas.core.dag import recorded_key
 from capas.core.errors import CapasError

@@ -12,7 +12,8 @@ from capas.config import options
 from capas.config.checking import Composer, Point, check_points, choices_of
 from capas.config.composition import CONF, failures, is_group, reasons, to_values, with_new_keys
 from capas.config.problems import Problem, refused
-from capas.config.schema import GROUPS, Group, explain, nearest
+from capas.config.schema import GROUPS, Group
+from capas.config.validation import explain, nearest
 from capas.core.dag import StageSpec
 from capas.core.errors import CapasError
 from capas.core.params import flatten

@@ -10,9 +10,9 @@ from safetensors.torch import load_file
 from torch.distributed.tensor import DTensor
 
 from capas.core.errors import CapasError
+from capas.models.weights import check_finite
 from capas.training import lora
 from capas.training.batches import compute_logits, whole
-from capas.training.exact_trainer import listed
 
 WEIGHTS = "adapter_model.safetensors"
 _MAX_DIFFERENCE = 1e-5  # of the largest logit
@@ -128,13 +128,6 @@ def check_whole(
         "weights_changed": True,
         "reloaded_logit_difference": difference,
     }
-
-
-def check_finite(what: str, weights: dict[str, torch.Tensor]) -> None:
-    """Raises CapasError: one is no number."""
-    broken = sorted(name for name, weight in weights.items() if not weight.isfinite().all())
-    if broken:
-        raise CapasError(f"{what} has NaN or infinite weights: {listed(broken)}")
 
 
 def _check_difference(saved: str, what: str, difference: float) -> None:

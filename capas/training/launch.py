@@ -17,7 +17,6 @@ that line, one message and the exit code come up.
 import json
 import logging
 import os
-import resource
 import signal
 import subprocess
 import sys
@@ -27,6 +26,7 @@ import time
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
+from typing import Any
 
 from capas.core import stage as stages
 from capas.core.cores import usable_cores
@@ -34,6 +34,7 @@ from capas.core.dag import StageSpec
 from capas.core.errors import CapasError, told
 from capas.core.files import read_json
 from capas.core.params import Params
+from capas.core.peak_memory import peak_memory_bytes
 from capas.core.stage import Stage
 from capas.models.hardware import num_threads
 
@@ -177,9 +178,8 @@ def _work(name: str, main: Main, folder: Path) -> None:
     with told(name), _first_to_fail(folder):
         main(Params(given["params"]), stage)
         if is_main():
-            kib = 1024 if sys.platform != "darwin" else 1
-            peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * kib
-            (folder / _COSTS).write_text(json.dumps({"peak_memory_bytes": peak, **stage.costs}))
+            costs = {"peak_memory_bytes": peak_memory_bytes(), **stage.costs}
+            (folder / _COSTS).write_text(json.dumps(costs))
 
 
 def _watch(parent: int, failed: Path) -> None:
@@ -212,3 +212,10 @@ def is_first(folder: Path) -> bool:
     except OSError:  # it is there, or the training has ended with its folder
         return False
     return True
+
+
+def broadcast_from_main(value: Any) -> Any:
+    """Broadcast `value` from rank 0 once it has come so far; collective, every process must call it."""
+    from accelerate.utils import broadcast_object_list
+
+    return broadcast_object_list([value])[0]

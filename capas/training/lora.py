@@ -12,6 +12,7 @@ from capas.models import adapter
 
 if TYPE_CHECKING:
     from peft import LoraConfig
+    from transformers import PreTrainedModel
 
 log = logging.getLogger("capas")
 OWN = ("preset", "adapter_name_or_path", "adapter_revision")  # no arguments of peft.LoraConfig
@@ -59,7 +60,7 @@ def check_target_modules(base: Any, target_modules: list[str] | str) -> None:
         raise CapasError(f"lora.target_modules: {unknown}; {there}")
     others = [n for found in fitting.values() for n in found if n not in linear]
     if others:
-        from capas.training.exact_trainer import listed
+        from capas.core.errors import listed
 
         kinds = {f"{n.rpartition('.')[2]} ({type(modules[n]).__name__})": None for n in others}
         raise CapasError(
@@ -120,8 +121,8 @@ def load_initial(model: Any, folder: Path, base_name: str) -> None:
     from safetensors import SafetensorError
     from safetensors.torch import load_file
 
-    from capas.training.certificate import check_finite
-    from capas.training.exact_trainer import listed
+    from capas.core.errors import listed
+    from capas.models.weights import check_finite
 
     name = read_json(folder / adapter.ORIGIN)["adapter_name_or_path"]
     own = read_json(folder / adapter.CONFIG).get("base_model_name_or_path")
@@ -149,7 +150,7 @@ def load_initial(model: Any, folder: Path, base_name: str) -> None:
 
 
 def _check_layers(name: str, weights: dict[str, Any], expected: dict[str, Any], model: Any) -> None:
-    from capas.training.exact_trainer import listed
+    from capas.core.errors import listed
 
     others = sorted(key for key in weights if ".lora_" not in key)
     if others:
@@ -187,3 +188,44 @@ def _shortest(found: set[str], there: set[str]) -> set[str]:
 
 def _show(modules: Any) -> str:
     return modules if isinstance(modules, str) else f"[{','.join(sorted(modules or ()))}]"
+
+
+def add_lora(base: "PreTrainedModel", params: Params, initial: Path | None = None) -> Any:
+    """Freeze the base and add LoRA layers: B is zero, so that at first they change nothing.
+
+    Its norms, embeddings and head keep their type, which is what the tuned model will be used with; PEFT's
+    `prepare_model_for_kbit_training` makes them float32. float16 has too small a range for that.
+
+    Args:
+        initial: the folder of an adapter whose weights they begin with instead.
+    """
+    from capas.training import unsloth
+
+    check_target_modules(base, params.lora.target_modules)
+    add = unsloth.add_lora if params.trainer.backend == "unsloth" else add_with_peft
+    model = add(base, params)
+    check_untied(model)
+    if initial is not None:
+        load_initial(model, initial, params.model.model_name_or_path)
+    return model
+
+
+def add_with_peft(base: "PreTrainedModel", params: Params) -> Any:
+    """Add LoRA layers with PEFT.
+
+    Raises:
+        CapasError: PEFT rejects the lora group.
+    """
+    import torch
+    from peft import get_peft_model, prepare_model_for_kbit_training
+    from transformers import set_seed
+
+    from capas.models.loading import quantization_method
+
+    if quantization_method(base) != "none" and base.dtype == torch.float16:
+        base = prepare_model_for_kbit_training(base, use_gradient_checkpointing=False)
+    set_seed(params.trainer.seed)  # A is drawn at random
+    try:
+        return get_peft_model(base, make_config(params.lora))
+    except ValueError as error:
+        raise CapasError(f"PEFT rejects the lora group: {error}") from None

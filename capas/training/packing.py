@@ -1,15 +1,18 @@
 """Several records in one row: batches with next to no padding, in which no record sees another."""
 
 import bisect
+import logging
 from typing import Any
 
 import torch
 
 from capas.core.errors import CapasError
+from capas.core.params import Params
 from capas.core.records import IGNORE_INDEX
 from capas.models.loading import quantization_method, quantized_linears
 from capas.training.batches import Collator, Example, compute_logits
 
+log = logging.getLogger("capas")
 # Largest difference of logits, as a part of the largest one: what rounding alone may do.
 _ROUNDING = {"float32": 1e-4, "tf32": 1e-2, "float16": 1e-2, "bfloat16": 5e-2}
 _INT8_ROUNDING = 5e-2  # int8 layers choose the columns that they do not round by the whole batch
@@ -129,3 +132,28 @@ def _allowed(model: Any) -> float:
         dtypes.add("tf32")  # 10 bits, as float16 has
     rounding = max(_ROUNDING[dtype] for dtype in dtypes)
     return max(rounding, _INT8_ROUNDING) if quantization_method(model) == "int8" else rounding
+
+
+def prove_packing(
+    model: Any,
+    train: list[Example],
+    rows: list[Example],
+    collator: Collator,
+    trainer: Params,
+) -> dict[str, Any] | None:
+    """Prove that packed records do not see each other; return the facts, None where nothing is packed.
+
+    Raises:
+        CapasError: packed records would see each other.
+    """
+    if trainer.packing_length is None:
+        return None
+    log.info("%d records in %d rows of %d tokens", len(train), len(rows), trainer.packing_length)
+    num_rows = min(2, trainer.per_device_train_batch_size)
+    num_tokens = sum(len(example["input_ids"]) for example in train)
+    return {
+        "num_records": len(train),
+        "num_rows": len(rows),
+        "filled_fraction": num_tokens / (len(rows) * trainer.packing_length),
+        "isolation_difference": check_isolation(model, train, rows, collator, num_rows),
+    }

@@ -177,7 +177,7 @@ def test_a_database_that_cannot_be_read_is_left_out(
 
 def test_neither_torch_nor_mlflow_is_imported(published: Results) -> None:
     code = (
-        "import sys; from capas import cli; cli.main(['compare', 'HEAD', 'wide']); "
+        "import sys; from capas.__main__ import main; main(['compare', 'HEAD', 'wide']); "
         "print({'torch', 'transformers', 'mlflow', 'pandas'} & {*sys.modules})"
     )
     said = subprocess.run(

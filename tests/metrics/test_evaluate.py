@@ -14,12 +14,13 @@ import torch
 from tiny import read_json, read_params, run_stage, write_workspace
 from tokenizers import Tokenizer
 
-from capas.chat.recorded import recorded_format
-from capas.core.dag import StageSpec
+from capas.chat.recorded import read_chat, recorded_format
 from capas.core.errors import CapasError
-from capas.core.stage import Stage
-from capas.evaluation import gate
+from capas.core.records import evenly_spaced
+from capas.evaluation import gate, scoring
+from capas.evaluation.difference import in_words
 from capas.evaluation.general import format_questions
+from capas.evaluation.predictions import read_base
 from capas.evaluation.prompts import answer_limit
 from capas.models.loading import attach_adapter, load_model
 from stages import evaluate_model, train_lora
@@ -95,14 +96,14 @@ def test_what_was_forgotten_is_the_loss_on_general_questions(evaluated: Path) ->
 
 
 def losses(root: Path, name: str, adapted: bool) -> list[dict[str, Any]]:
-    stage = Stage(StageSpec.read("evaluate", root), root)
     params = read_params("evaluate", root)
     model = load_model(root / f"data/models/{name}", params.model, torch.device("cpu"))
     if adapted:
         model = attach_adapter(model, root / "data/models/adapter")
     chat = recorded_format(root / "data/formatted", root / "data/models/tokenizer")
     records = format_questions(root / "data/general/records.jsonl", chat)
-    return evaluate_model.score(model, records, params, stage)
+    batch_size = params.evaluation.batch_size
+    return scoring.score(model, records, read_chat(root / "data/formatted"), batch_size)
 
 
 OWN = """
@@ -157,17 +158,17 @@ def test_the_loss_alone_has_a_verdict_and_no_bars_for_kinds(
 
 
 def test_a_base_that_was_scored_by_other_metrics_is_refused(evaluated: Path) -> None:
-    stage = Stage(StageSpec.read("evaluate", evaluated), evaluated)
-    assert len(evaluate_model.read_base(["exact_match", "valid_json"], stage)) == 10
+    file = evaluated / "reports/predictions_base.parquet"
+    assert len(read_base(file, ["exact_match", "valid_json"])) == 10
     with pytest.raises(CapasError, match=r"\(chrf, valid_json\)\. Run `dvc repro evaluate_base`"):
-        evaluate_model.read_base(["exact_match", "chrf"], stage)
+        read_base(file, ["exact_match", "chrf"])
     with pytest.raises(CapasError, match="their order"):
-        evaluate_model.read_base(["valid_json", "exact_match"], stage)
+        read_base(file, ["valid_json", "exact_match"])
 
 
 def test_a_difference_of_that_size_in_words() -> None:
     found = {"mean": 0.25, "low": 0.1, "high": 0.4, "verdict": "better", "num_records_needed": 12}
-    assert evaluate_model.in_words("chrf", found) == (
+    assert in_words("chrf", found) == (
         "chrf +0.25 (+0.1 to +0.4): better; 12 records would show a difference of that size"
     )
 
@@ -218,7 +219,7 @@ def test_an_answer_may_be_as_long_as_the_references_suggest(tmp_path: Path) -> N
 def test_a_control_token_in_an_answer_is_counted_and_fails_the_gate(evaluated: Path) -> None:
     tokenizer = Tokenizer.from_file(str(evaluated / "data/models/tokenizer/tokenizer.json"))
     ids = {token: tokenizer.token_to_id(token) for token in ("<|im_start|>", "<|eot_id|>")}
-    found = evaluate_model.control_ids({"allowed_tokens": ["<|eot_id|>"]}, tokenizer)
+    found = scoring.control_ids({"allowed_tokens": ["<|eot_id|>"]}, tokenizer)
     assert ids["<|im_start|>"] in found and ids["<|eot_id|>"] not in found
     report = read_json(evaluated / "reports/evaluation.json")
     report["tuned"]["control_token_rate"] = 0.1
@@ -230,13 +231,13 @@ def test_a_control_token_in_an_answer_is_counted_and_fails_the_gate(evaluated: P
 def test_prompt_of_another_format_is_refused(evaluated: Path) -> None:
     record = {"id": "test-0", "prompt_ids": [1, 2, 5], "input_ids": [1, 3, 5, 4]}
     with pytest.raises(CapasError, match=r"test-0: prompt_ids is not a prefix of input_ids"):
-        evaluate_model.check_prompts([record])
+        scoring.check_prompts([record])
 
 
 def test_chosen_records_are_spread_over_the_split() -> None:
     records = [{"id": str(i)} for i in range(10)]
-    assert [r["id"] for r in evaluate_model.choose(records, 4)] == ["0", "2", "5", "7"]
-    assert evaluate_model.choose(records, None) == records == evaluate_model.choose(records, 99)
+    assert [r["id"] for r in evenly_spaced(records, 4)] == ["0", "2", "5", "7"]
+    assert evenly_spaced(records, 99) == records
 
 
 def test_loss_alone_generates_nothing(tmp_path: Path) -> None:

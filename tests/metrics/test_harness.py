@@ -13,7 +13,7 @@ from report_inputs import build_words, write_inputs
 from shipped import composed
 from tiny import read_json, read_params, run_stage, write_workspace
 
-from capas.config.schema import validate
+from capas.config.validation import validate
 from capas.core.dag import StageSpec
 from capas.core.errors import CapasError
 from capas.core.params import Params

@@ -121,7 +121,7 @@ MUTATIONS = (
     ),
     Mutation(
         name="half_written_checkpoint_resumed",
-        file="capas/training/exact_trainer.py",
+        file="capas/training/checkpoints.py",
         old="return mark.exists() and json.loads(mark.read_text()) == _digests(checkpoint)",
         new="return mark.exists()",
         harm="A training goes on from a checkpoint that a kill or a full disk cut short.",
@@ -129,7 +129,7 @@ MUTATIONS = (
     ),
     Mutation(
         name="loss_not_weighted_by_tokens",
-        file="capas/training/exact_trainer.py",
+        file="capas/training/trainer.py",
         old='return {"loss": float(loss / count),',
         new='rows = prediction.predictions\n    return {"loss": float((rows[:, 0] / rows[:, 2]).mean()),',
         harm="Short answers count as much as long ones, and another checkpoint is the best one.",

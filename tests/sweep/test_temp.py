@@ -42,7 +42,7 @@ def noted(sweeper: Sweeper) -> list[str]:
 def test_a_module_comes_from_the_folder_in_which_a_stage_runs(tmp_path: Path) -> None:
     """The editable install names another checkout: here that of the tests."""
     folder = tmp_path / "exp"
-    (folder / "capas").mkdir(parents=True)
+    (folder / "capas/core").mkdir(parents=True)
     (folder / "stages").mkdir()
     (folder / "dvc.yaml").write_text("stages: {}\n")
     (folder / "capas/__init__.py").write_text('"""Another revision."""\n')

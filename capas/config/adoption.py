@@ -1,0 +1,82 @@
+"""Values in params.yaml that conf/ does not compose to: which side counts, and how they are kept."""
+
+import argparse
+import logging
+import os
+
+from capas.config.auto_metrics import with_metrics
+from capas.config.composition import CONF, PARAMS, Values, composer, digest, read, word_given
+from capas.config.options import OWN, options_of
+from capas.config.overrides import absorb, difference
+from capas.config.pins import Pins
+from capas.config.resolved_files import resolved_files
+from capas.config.schema import GROUPS
+from capas.config.validation import validate
+from capas.core.errors import CapasError
+
+log = logging.getLogger("capas")
+
+
+def came_from_outside(target: Values, pins: Pins, options: argparse.Namespace) -> bool:
+    """Return whether params.yaml holds values that conf/ does not compose to and that must not be lost.
+
+    DVC writes revisions as conf/ has them, and capas as they are pinned: that is no difference.
+
+    Raises:
+        CapasError: both params.yaml and conf/ changed, so that only the user knows which is meant.
+    """
+    if options.force or options.reset or not PARAMS.exists():
+        return False
+    found, stamp = read(PARAMS)
+    old, target = with_metrics(pins.known(found)), pins.known(target)
+    if not difference(old, target) and not difference(target, old):
+        return False
+    if stamp == digest(found):
+        return False  # as capas wrote it: conf/ was edited
+    written_by_dvc = stamp is None and "DVC_EXP_NAME" in os.environ
+    conf_unchanged = stamp == digest(target)
+    if written_by_dvc or conf_unchanged or options.keep:
+        return True
+    keys = ", ".join({**difference(old, target), **difference(target, old)})
+    what = (
+        "params.yaml was left by an unfinished `dvc exp run` and differs from conf/"
+        if stamp is None
+        else "params.yaml was edited and conf/ changed as well"
+    )
+    raise CapasError(
+        f"{what}; they differ in: {keys}\nTo keep conf/: python stages/compose_params.py --force\n"
+        "To keep params.yaml: python stages/compose_params.py --keep"
+    )
+
+
+def adopt(values: Values, pins: Pins, keep: bool) -> Values:
+    """Move values to conf/overrides.yaml, once they are valid; return what conf/ composes to then.
+
+    Raises:
+        CapasError: a value is wrong; conf/overrides.yaml is as it was.
+    """
+    validate(values, word_given())
+    check_choices(values)
+    pins.resolve(values)
+    resolved_files(with_metrics(values))
+    absorb(values, lambda found: with_metrics(pins.known(found)))
+    with composer(CONF) as compose:
+        target = with_metrics(compose([]))
+    if "DVC_EXP_NAME" not in os.environ or keep:
+        log.info("the edit of params.yaml was moved to conf/overrides.yaml")
+    return target
+
+
+def check_choices(values: Values) -> None:
+    """Check that the option of every group is there, as `preset` names it.
+
+    Raises:
+        CapasError: one is not; `dvc exp run --temp` takes the files along that git knows.
+    """
+    for group, preset in ((g, values[g]["preset"]) for g in GROUPS):
+        if preset not in (there := options_of(CONF, group)):
+            raise CapasError(
+                f"{group}={preset}: there is no {CONF / group / preset}.yaml, nor one in "
+                f"{CONF / OWN / group}; {group} has {', '.join(there)}. Experiments with --temp or "
+                f"--queue only see options that git tracks: git add {CONF / OWN}"
+            )

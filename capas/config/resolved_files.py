@@ -1,0 +1,71 @@
+"""The files that the configuration names, as data/composed has them for the stages."""
+
+import json
+from pathlib import Path
+from typing import Any
+
+from capas.config.composition import CONF, Values
+from capas.config.options import OWN, find_template
+from capas.core.errors import CapasError
+from capas.evaluation.harness import read_tasks
+from capas.evaluation.user_metrics import read_sources
+
+COMPOSED = Path("data/composed")
+
+
+def resolved_files(values: Values) -> dict[Path, str]:
+    """Return {path: text} of copies of the named files, so that stages depend on exactly the chosen ones."""
+    wrong, path = values["generation"]["wrong_chat_template"], values["chat_template"]["path"]
+    sources = read_sources(values["evaluation"]["metrics"], Path())
+    harness = values["evaluation"]["harness"]
+    tasks = read_tasks(harness["tasks"], harness["include_path"], Path())
+    other = find_template(CONF, wrong).as_posix()
+    return {
+        COMPOSED / "chat_template.jinja": (
+            "{# the model's own #}\n"
+            if path.partition(":")[0] == "model"
+            else in_conf("chat_template.path", path)
+        ),
+        COMPOSED / "wrong_chat_template.jinja": (
+            in_conf("generation.wrong_chat_template", other, wrong) if wrong else "{# none #}\n"
+        ),
+        COMPOSED / "harness.json": as_json(tasks),
+        COMPOSED / "metrics.json": as_json({"sources": sources}),
+        COMPOSED / "prompts.json": as_json({"prompts": prompts(values["generation"]["prompts"])}),
+    }
+
+
+def as_json(value: Any) -> str:
+    return json.dumps(value, indent=2, ensure_ascii=False) + "\n"
+
+
+def in_conf(key: str, name: str, value: str | None = None) -> str:
+    """Return the text of a file in conf/, where compose sees every edit of it; `value` is what names it."""
+    path, given = Path(name), f"{key}={value or name!r}"
+    if not path.resolve().is_relative_to(CONF.resolve()):
+        raise CapasError(f"{given}: move the file into conf/, so that edits rerun the stages")
+    if not path.is_file():
+        own = CONF / OWN / path.parent.name
+        if (own / path.name).is_file():
+            raise CapasError(f"{given}: there is no {path}; did you mean {own / path.name}?")
+        found = [file for folder in (path.parent, own) for file in folder.glob(f"*{path.suffix}")]
+        there = ", ".join(map(str, sorted(set(found)))) or "nothing"
+        raise CapasError(f"{given}: there is no {path}; available: {there}")
+    return path.read_text(encoding="utf-8")
+
+
+def prompts(setting: Any) -> list[str] | None:
+    if not isinstance(setting, str):
+        return setting
+    if not Path(setting).is_file():
+        raise CapasError(
+            f"generation.prompts={setting!r}: no such file. Name a file as "
+            "conf/generation/NAME.txt, or write a list of quoted prompts: ['Set a timer for 5 "
+            "minutes.']"
+        )
+    lines = [line.strip() for line in in_conf("generation.prompts", setting).splitlines()]
+    if not any(lines):
+        raise CapasError(
+            f"generation.prompts={setting!r}: the file has no prompt. Write one prompt per line"
+        )
+    return [line for line in lines if line]

@@ -1,0 +1,74 @@
+"""What a tuned model gained over its base on the same records, with intervals."""
+
+from typing import Any
+
+from capas.core.errors import CapasError
+from capas.core.params import Params
+from capas.evaluation import comparison
+from capas.evaluation.power import POWER_FRACTION
+from capas.evaluation.predictions import Row
+
+
+def compare(
+    before: list[Row], after: list[Row], tuned: dict[str, Any], names: list[str], params: Params
+) -> dict[str, Any]:
+    """Return the tuned model's scores, and its gains: interval, verdict, records that would show as much.
+
+    `shares` are the metrics whose scores all lie between 0 and 1; those of an own function may not.
+
+    Raises:
+        CapasError: base and tuned model were not scored on the same records.
+    """
+    if [row["id"] for row in before] != [row["id"] for row in after]:
+        raise CapasError(
+            "reports/predictions_base.parquet has other records. Run `dvc repro evaluate_base`"
+        )
+
+    columns = [*names, "loss"]
+    return {
+        "tuned": tuned,
+        "difference": {name: difference(before, after, name, params) for name in columns},
+        "metrics": names,
+        "shares": [n for n in names if all(0 <= row[n] <= 1 for row in (*before, *after))],
+        "confidence_fraction": params.evaluation.confidence_fraction,
+        "power_fraction": POWER_FRACTION,
+        "bootstrap_resamples": params.evaluation.bootstrap_resamples,
+    }
+
+
+def difference(before: list[Row], after: list[Row], column: str, params: Params) -> dict[str, Any]:
+    """Return a column's paired difference: token-weighted for the loss (lower is better), else per record."""
+    is_loss = column == "loss"
+    weights = [row["num_supervised_tokens"] if is_loss else 1 for row in after]
+    scores = [[float(row[column]) for row in rows] for rows in (before, after)]
+    confidence = params.evaluation.confidence_fraction
+    interval = comparison.paired_difference(
+        scores[0],
+        scores[1],
+        weights,
+        resamples=params.evaluation.bootstrap_resamples,
+        confidence_fraction=confidence,
+        seed=params.evaluation.seed,
+    )
+    needed = comparison.records_needed(
+        scores[0], scores[1], weights, confidence_fraction=confidence
+    )
+    verdict = comparison.verdict(interval, higher_is_better=not is_loss)
+    return {**interval, "verdict": verdict, "num_records_needed": needed}
+
+
+def in_words(name: str, found: dict[str, Any]) -> str:
+    """Return 'exact_match +0.25 (0.1 to 0.4): better; 12 records would show it'."""
+    needed = found["num_records_needed"]
+    seen = f"{name} {found['mean']:+.4g} ({found['low']:+.4g} to {found['high']:+.4g})"
+    shown = "" if needed is None else f"; {needed} records would show a difference of that size"
+    return f"{seen}: {found['verdict']}{shown}"
+
+
+def gains(report: dict[str, Any]) -> dict[str, float]:
+    """Return the interval of the first metric's difference, flat."""
+    return {
+        f"{name}_gain{suffix}": report["difference"][name][end]
+        for name in report["metrics"][:1]
+        for end, suffix in (("mean", ""), ("low", "_low"), ("high", "_high"))
+    }

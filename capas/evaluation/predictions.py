@@ -1,0 +1,70 @@
+"""The tables of predictions: one row for each test record."""
+
+from pathlib import Path
+from typing import Any
+
+import pyarrow as pa
+import pyarrow.parquet as pq
+
+from capas.core.errors import CapasError
+from capas.core.records import read_records
+from capas.evaluation.names import BINARY
+
+Row = dict[str, Any]
+RATES = {  # columns of predictions -> keys of the reports
+    "stopped": "stop_rate",
+    "empty": "empty_rate",
+    "control_token": "control_token_rate",
+}
+
+
+def predictions_schema(names: list[str]) -> pa.Schema:
+    """Return the schema of predictions: a row for each record.
+
+    Without metrics nothing is generated, and prompt and completion are null.
+    """
+    fields = [
+        *((name, pa.string()) for name in ("id", "metadata", "prompt", "reference", "completion")),
+        ("loss", pa.float64()),
+        ("num_supervised_tokens", pa.int32()),
+        ("token_accuracy", pa.float64()),
+        *_score_fields(names),
+        *((name, pa.bool_()) for name in RATES),
+    ]
+    return pa.schema(fields)
+
+
+def copies_schema(names: list[str]) -> pa.Schema:
+    """Return the schema of copied answers: that of the most similar training record as the completion."""
+    texts = ("id", "metadata", "prompt", "reference", "completion", "nearest_id")
+    fields = [*((name, pa.string()) for name in texts), ("similarity", pa.float64())]
+    return pa.schema([*fields, *_score_fields(names)])
+
+
+def _score_fields(names: list[str]) -> list[tuple[str, pa.DataType]]:
+    scores = [(name, pa.bool_() if name in BINARY else pa.float64()) for name in names]
+    return [*scores, ("copied_values", pa.bool_())]
+
+
+def read_base(file: Path, names: list[str]) -> list[Row]:
+    """Read reports/predictions_base.parquet: what the base scored.
+
+    Raises:
+        CapasError: it was scored by other metrics than `names`.
+    """
+    schema = predictions_schema(names)
+    found = pq.read_schema(file).names
+    if found != schema.names:
+        other = ", ".join(sorted({*found} ^ {*schema.names})) or "their order"
+        raise CapasError(
+            "reports/predictions_base.parquet has scores of other metrics than evaluation.metrics "
+            f"({other}). Run `dvc repro evaluate_base`, or try other metrics on the base: python "
+            "stages/evaluate_model.py base ..."
+        )
+    return list(read_records(file, schema))
+
+
+def read_copies(file: Path) -> list[Row]:
+    """Read reports/predictions_nearest.parquet."""
+    found: list[Row] = pq.read_table(file).to_pylist()
+    return found

@@ -1,0 +1,45 @@
+"""Prompts in a chat template that the model was not trained with, as from a misconfigured server."""
+
+import logging
+from collections.abc import Iterator
+
+from capas.chat.messages import TEXT
+from capas.chat.template import Template, TemplateRefusal, place_system
+from capas.chat.tokenizer import TokenizerFiles
+from capas.core.errors import CapasError
+from capas.evaluation.decoding import MODELS, Models
+from capas.evaluation.predictions import Row
+from capas.evaluation.prompts import Prompt
+
+log = logging.getLogger("capas")
+
+
+def ask_wrongly(
+    models: Models, prompts: list[Prompt], wrong: Template, files: TokenizerFiles
+) -> Iterator[Row]:
+    """Yield the answers of both models under the first setting, asked in the template `wrong`."""
+    setting = next(iter(models.generation.settings))
+    for prompt in prompts:
+        if prompt.messages[0]["role"] == TEXT:
+            continue  # no template at all
+        try:
+            ids = encode_wrongly(wrong, prompt, files)
+        except CapasError as refusal:  # the row is an illustration, no reason to stop
+            log.info("%s is not asked in the wrong template: %s", prompt.prompt_id, refusal)
+            continue
+        for which in MODELS:
+            yield models.ask(which, prompt, ids, setting) | {"template": "wrong"}
+
+
+def encode_wrongly(template: Template, prompt: Prompt, files: TokenizerFiles) -> list[int]:
+    """Encode as a server with the wrong template does: control tokens that the tokenizer lacks fall apart.
+
+    Raises:
+        CapasError: the template refuses the conversation, its system message folded or not.
+    """
+    try:
+        text = template.render(prompt.messages, True, prompt.tools)
+    except TemplateRefusal:  # a family without system role
+        folded = place_system(prompt.messages, "fold")
+        text = template.render(folded, True, prompt.tools)
+    return files.encode_parsing([text])[0]

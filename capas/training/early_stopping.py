@@ -1,0 +1,49 @@
+"""Stop a training whose score on the validation split no longer improves."""
+
+import logging
+from typing import Any
+
+from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
+
+log = logging.getLogger("capas")
+
+
+class EarlyStopping(TrainerCallback):
+    """Stops where so many evaluations in a row brought no better score.
+
+    It is a function of the log alone. `transformers.EarlyStoppingCallback` counts in an attribute of its own,
+    which a resumed training does not have. The step where it stops has no checkpoint, as the last one has
+    none: a Trainer resumed there would go on.
+    """
+
+    def __init__(self, metric: str, patience: int, threshold: float) -> None:
+        self.metric, self.patience, self.threshold = metric, patience, threshold
+        self.stopped = False
+
+    def on_evaluate(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+    ) -> None:
+        scores = [row[f"eval_{self.metric}"] for row in evaluations(state.log_history)]
+        if waited(scores, bool(args.greater_is_better), self.threshold) >= self.patience:
+            log.info(
+                "stopped early: %s did not improve in %d evaluations", self.metric, self.patience
+            )
+            control.should_training_stop = self.stopped = True
+            control.should_save = False
+
+
+def waited(scores: list[float], greater_is_better: bool, threshold: float = 0.0) -> int:
+    """How many scores came after the last that was better, by more than `threshold`, than all before."""
+    best, since = None, 0
+    for score in scores:
+        gain = 0.0 if best is None else (score - best if greater_is_better else best - score)
+        if best is None or gain > threshold:
+            best, since = score, 0
+        else:
+            since += 1
+    return since
+
+
+def evaluations(history: list[dict[str, Any]]) -> list[dict[str, Any]]:
+    """The rows of the validation split, less that of the base."""
+    return [row for row in history if "eval_loss" in row and row["step"] > 0]

@@ -1,0 +1,86 @@
+"""Checks before a training loads any weight: memory, context length, tokens with a row in the embedding."""
+
+import logging
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from capas.core.errors import CapasError
+from capas.core.params import Params
+from capas.core.stage import Stage
+from capas.models.vocabulary import check_ids
+
+if TYPE_CHECKING:
+    import torch
+
+    from capas.training.batches import Example
+
+log = logging.getLogger("capas")
+
+
+def check_memory(
+    train: list[int], validation: list[int], params: Params, device: "torch.device", stage: Stage
+) -> None:
+    """Check, before any weight is read, that the training fits; log the estimate beside the measured peak.
+
+    Args:
+        train, validation: tokens of the rows that batches are made of.
+
+    Raises:
+        CapasError: the training needs more memory than there is.
+    """
+    from capas.training import capacity, memory
+
+    workload = memory.Workload.of(params.trainer, params.hardware, train, validation)
+    groups = params.model, params.lora, params.trainer
+    try:
+        found = memory.estimate(stage.dep("data/models/quantized"), *groups, workload)
+    except memory.EstimateError as error:
+        log.warning("%s", error)
+        return
+    num_sharing = capacity.num_sharing(params.hardware)
+    used, free = capacity.used_bytes(device), capacity.free_bytes(device) // num_sharing
+    ways = memory.ways_out(found, workload, params.trainer)
+    if num_sharing > 1:
+        log.info("%d processes share the memory. Each needs:", num_sharing)
+        ways.append(f"hardware.num_processes below {workload.num_processes}")
+    log.info("%s", memory.summary(found, used, free))
+    memory.check(found, used, free, ways)
+    stage.costs |= memory.costs(found, used)
+
+
+def check_lengths(folder: Path, lengths: list[int], trust_remote_code: bool) -> None:
+    """Check that no record is longer than the context of the model in `folder`.
+
+    Raises:
+        CapasError: one is.
+    """
+    from transformers import AutoConfig
+
+    config = AutoConfig.from_pretrained(folder, trust_remote_code=trust_remote_code)
+    limit = getattr(config.get_text_config(), "max_position_embeddings", None)
+    if limit is not None and max(lengths) > limit:
+        raise CapasError(
+            f"the longest record has {max(lengths)} tokens, but the model's context is {limit} "
+            f"tokens. Set dataset.max_length={limit}, with dataset.overflow=drop or truncate"
+        )
+
+
+def check_tokens(
+    examples: list["Example"], chat: dict[str, Any], model: Path, tokenizer: Path
+) -> None:
+    """Check that the model has a row for each token of the records, for padding and for each end token.
+
+    Args:
+        chat: chat.json of data/formatted.
+        model, tokenizer: their folders.
+
+    Raises:
+        CapasError: it has not.
+    """
+    ids = (example["input_ids"] for example in examples)
+    others = (chat["pad_token_id"], *chat["stop_token_ids"])
+    check_ids(ids, others, model, tokenizer)
+
+
+def num_tokens(examples: list["Example"]) -> list[int]:
+    return [len(example["input_ids"]) for example in examples]

@@ -1,0 +1,77 @@
+"""What a training leaves in reports/: its facts, its headline, its curves."""
+
+from typing import TYPE_CHECKING, Any
+
+from capas.core.files import write_csv, write_json
+from capas.core.stage import Stage
+from capas.training.steps import Step
+
+if TYPE_CHECKING:
+    from capas.training.trainer import Trainer
+HISTORY = ("step", "epoch", "loss", "learning_rate", "grad_norm")
+HEADLINE = ("num_steps", "train_loss", "validation_loss", "validation_token_accuracy")
+VALIDATION = ("step", "epoch", "loss", "token_accuracy")
+
+
+def write_reports(trainer: "Trainer", step: Step, checked: dict[str, Any], stage: Stage) -> None:
+    facts = {"train_key": stage.key(), **summary(trainer, step), **checked}
+    write_json(stage.out("reports/train.json"), facts)
+    write_json(stage.out("reports/metrics/train.json"), {name: facts[name] for name in HEADLINE})
+    write_curves(trainer.state.log_history, stage)
+
+
+def summary(trainer: "Trainer", step: Step) -> dict[str, Any]:
+    """reports/train.json, without seconds: they differ from run to run."""
+    state, history = trainer.state, trainer.state.log_history
+    num_trainable, num_parameters = count_parameters(trainer.model)
+    rows = [row for row in history if "eval_loss" in row]
+    last = rows[-1]
+    kept = state.best_global_step if trainer.args.load_best_model_at_end else state.global_step
+    chosen = next(row for row in rows if row["step"] == kept)
+    return {
+        "num_steps": state.global_step,
+        "global_batch_size": step.num_rows,
+        "kept_step": kept,  # whose weights the adapter has
+        "num_epochs": state.epoch,
+        "num_train_tokens": last["num_tokens"],
+        "num_supervised_tokens": last["num_supervised_tokens"],
+        "num_trainable_parameters": num_trainable,
+        "num_parameters": num_parameters,
+        "train_loss": mean_loss(history),
+        "validation_loss": chosen["eval_loss"],
+        "validation_token_accuracy": chosen["eval_token_accuracy"],
+        "learning_rate": trainer.args.learning_rate,
+    }
+
+
+def count_parameters(model: Any) -> tuple[int, int]:
+    """Those that are trained, and all; tied ones count once."""
+    if hasattr(model, "get_nb_trainable_parameters"):
+        found: tuple[int, int] = model.get_nb_trainable_parameters()
+        return found
+    return model.num_parameters(only_trainable=True), model.num_parameters()
+
+
+def mean_loss(history: list[dict[str, Any]]) -> float:
+    """Over all steps; a row's loss is the mean since the row before."""
+    rows = [row for row in history if "loss" in row]
+    steps = [
+        row["step"] - before
+        for row, before in zip(rows, [0, *(r["step"] for r in rows)], strict=False)
+    ]
+    return sum(row["loss"] * n for row, n in zip(rows, steps, strict=True)) / sum(steps)
+
+
+def write_curves(history: list[dict[str, Any]], stage: Stage) -> None:
+    write_csv(stage.out("reports/history.csv"), HISTORY, [row for row in history if "loss" in row])
+    validation = [
+        {
+            "step": r["step"],
+            "epoch": r["epoch"],
+            "loss": r["eval_loss"],
+            "token_accuracy": r["eval_token_accuracy"],
+        }
+        for r in history
+        if "eval_loss" in r
+    ]
+    write_csv(stage.out("reports/validation.csv"), VALIDATION, validation)

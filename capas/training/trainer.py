@@ -1,0 +1,258 @@
+"""A `transformers.Trainer` that resumes exactly and stops at a loss that runs away."""
+
+import logging
+import math
+import os
+from collections.abc import Callable
+from typing import Any
+
+import torch
+import transformers
+from accelerate.data_loader import SeedableRandomSampler
+from peft.optimizers import create_loraplus_optimizer
+from torch.utils.data import SequentialSampler
+from transformers import (
+    EvalPrediction,
+    TrainerCallback,
+    TrainerControl,
+    TrainerState,
+    TrainingArguments,
+)
+from transformers.trainer_callback import PrinterCallback, ProgressCallback
+
+from capas.core.errors import CapasError, listed
+from capas.core.records import IGNORE_INDEX
+from capas.training.batches import Example, Filled, LengthGroupedSampler, make_filler, score_tokens
+from capas.training.callbacks import Progress
+from capas.training.checkpoints import Checkpoints
+from capas.training.early_stopping import EarlyStopping
+from capas.training.signals import on_signals
+
+log = logging.getLogger("capas")
+_CUBLAS_WORKSPACE = "CUBLAS_WORKSPACE_CONFIG"
+
+
+class Trainer(transformers.Trainer):
+    """Counts its tokens, stops at a loss that runs away, and draws batches so that it can resume.
+
+    In several processes (`launch`) a step has the records, and the loss, that it would have in one.
+
+    Args:
+        save_total_limit: checkpoints that are kept, the best one among them; older ones go once the newest is
+            complete.
+        divergence_factor: a mean loss between two rows of the log that is larger than so many times the first
+            one stops the training; None: only a loss that is no number does.
+        loraplus_lr_ratio: learning rate of LoRA's B over that of A; None: the same.
+        kwargs: of transformers.Trainer.
+    """
+
+    def __init__(
+        self,
+        save_total_limit: int | None = None,
+        divergence_factor: float | None = None,
+        loraplus_lr_ratio: float | None = None,
+        **kwargs: Any,
+    ) -> None:
+        self._collate = kwargs.pop("data_collator")
+        workspace = os.environ.get(_CUBLAS_WORKSPACE)
+        if kwargs["args"].world_size > 1:
+            kwargs["train_dataset"] = [
+                *kwargs["train_dataset"],
+                make_filler(kwargs["train_dataset"][0]),
+            ]
+        super().__init__(data_collator=self._named, **kwargs)
+        if workspace is not None:  # full_determinism sets the smaller of the two that repeat
+            os.environ[_CUBLAS_WORKSPACE] = workspace
+        self._divergence_factor, self._loraplus_lr_ratio = divergence_factor, loraplus_lr_ratio
+        self._record_ids: list[str] = []
+        self._num_tokens = 0
+        self._filled: Filled | None = None
+        self._seen = torch.zeros(2, dtype=torch.long, device=self.args.device)
+        for callback in (PrinterCallback, ProgressCallback):
+            self.remove_callback(callback)
+        self._checkpoints = Checkpoints(self, save_total_limit)
+        self.add_callback(self._checkpoints)
+        if self.is_world_process_zero():
+            self.add_callback(Progress())
+
+    def train(self, *args: Any, **kwargs: Any) -> Any:
+        """Finish the step and save a checkpoint on SIGTERM (a preempted job) and on Ctrl-C.
+
+        Raises:
+            CapasError: the signal came before the end.
+            KeyboardInterrupt: Ctrl-C came a second time.
+        """
+        checkpoints = self._checkpoints
+        with on_signals(checkpoints.stop):
+            result = super().train(*args, **kwargs)
+        step, last = self.state.global_step, self.state.max_steps
+        if checkpoints.terminated and step < last and not self._stopped_early():
+            raise CapasError(
+                f"stopped by {checkpoints.signal} at step {step} of {last}. A checkpoint was saved: "
+                "the same command resumes from it"
+            )
+        return result
+
+    def _stopped_early(self) -> bool:
+        callbacks = self.callback_handler.callbacks
+        return any(isinstance(c, EarlyStopping) and c.stopped for c in callbacks)
+
+    def _named(self, examples: list[Example]) -> dict[str, Any]:
+        """The batch with its records' ids, and its number of tokens without padding."""
+        ids = [name for e in examples for name in (e["ids"] if "ids" in e else [e["id"]])]
+        num_tokens = sum(len(e["input_ids"]) for e in examples if e.get("ids") != [])
+        return {**self._collate(examples), "record_ids": ids, "num_tokens": num_tokens}
+
+    def _prepare_inputs(self, inputs: dict[str, Any]) -> dict[str, Any]:
+        prepared: dict[str, Any] = super()._prepare_inputs(inputs)
+        self._record_ids = prepared.pop("record_ids", [])
+        self._num_tokens = prepared.pop("num_tokens", 0)
+        return prepared
+
+    def training_step(
+        self, model: Any, inputs: dict[str, Any], *args: Any, **kwargs: Any
+    ) -> torch.Tensor:
+        loss = super().training_step(model, inputs, *args, **kwargs)
+        self._seen[0] += self._num_tokens
+        self._seen[1] += (inputs["labels"][:, 1:] != IGNORE_INDEX).sum()
+        if not torch.isfinite(loss):
+            raise CapasError(
+                f"the loss is {loss.item()} at step {self.state.global_step + 1}, in the batch with "
+                f"the records {listed(self._record_ids)}. Usual causes: a learning rate that is too "
+                f"high (trainer.learning_rate={self.args.learning_rate:g}), fp16 without loss "
+                "scaling, or max_grad_norm=0."
+            )
+        return loss
+
+    def _check_divergence(self, loss: float) -> None:
+        first = next((row["loss"] for row in self.state.log_history if "loss" in row), loss)
+        if self._divergence_factor is not None and loss > self._divergence_factor * first:
+            raise CapasError(
+                f"training diverges: the loss is {loss:.4g} at step {self.state.global_step}, up "
+                f"from {first:.4g} at first. Records of the last batch: {listed(self._record_ids)}. "
+                f"Try a smaller trainer.learning_rate than {self.args.learning_rate:g}, more "
+                "warmup_steps, or a smaller max_grad_norm; to train to the end anyway, set "
+                "trainer.divergence_factor=null (training restarts)."
+            )
+
+    def create_optimizer(self, model: Any = None) -> torch.optim.Optimizer:
+        """With a learning rate of its own for B, as LoRA+ has it (Hayou et al. 2024)."""
+        if getattr(self, "optimizer", None) is None and self._loraplus_lr_ratio is not None:
+            trained = self.model if model is None else model
+            optimizer_cls, kwargs = self.get_optimizer_cls_and_kwargs(self.args, trained)
+            self.optimizer = create_loraplus_optimizer(
+                trained,
+                optimizer_cls,
+                loraplus_lr_ratio=self._loraplus_lr_ratio,
+                loraplus_weight_decay=self.args.weight_decay,
+                **kwargs,
+            )
+        optimizer: torch.optim.Optimizer = super().create_optimizer(model)
+        return optimizer
+
+    def floating_point_ops(self, inputs: dict[str, Any]) -> int:
+        """Not counted: Trainer walks over all modules for it, at every step."""
+        return 0
+
+    def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
+        """Adds the tokens trained on so far: checkpoints hold the log, and with it the counts.
+
+        Raises:
+            CapasError: the training diverges.
+        """
+        counts = ("num_tokens", "num_supervised_tokens")
+        before = self.state.log_history[-1] if self.state.log_history else dict.fromkeys(counts, 0)
+        everywhere = self.accelerator.reduce(self._seen, "sum")
+        for name, seen in zip(counts, everywhere.tolist(), strict=True):
+            logs[name] = before[name] + seen
+        self._seen.zero_()
+        super().log(logs, start_time)
+        if "loss" in logs:
+            self._check_divergence(logs["loss"])
+
+    def _load_best_model(self) -> None:
+        """The last step has no checkpoint: where it is the best one, its weights are in memory."""
+        if self.state.best_global_step != self.state.global_step:
+            super()._load_best_model()
+
+    def open_row(self) -> dict[str, Any]:
+        """What the next row of the log will be made of here: the loss and the tokens since the last one."""
+        return {
+            "loss": self._tr_loss.item(),
+            "last_logged": self._globalstep_last_logged,
+            "seen": self._seen.tolist(),
+        }
+
+    def reopen_row(self, row: dict[str, Any]) -> None:
+        """As it was when a checkpoint was written."""
+        self._tr_loss.fill_(row["loss"])
+        self._globalstep_last_logged = row["last_logged"]
+        self._seen.copy_(torch.tensor(row["seen"]))
+
+    def check_at_start(self, check: Callable[[], None]) -> None:
+        """Run `check` when the optimizer and accelerate's state exist and no step is done yet."""
+        self.add_callback(_AtStart(check))
+
+    def anywhere(self, told: bool) -> bool:
+        """Whether `told` is true in any of the processes, which all ask this at the same step."""
+        if self.args.world_size == 1:
+            return told
+        return bool(
+            self.accelerator.reduce(torch.tensor(told, device=self.args.device).int(), "sum")
+        )
+
+    def _get_train_sampler(self, train_dataset: Any = None) -> Any:
+        dataset = self.train_dataset if train_dataset is None else train_dataset
+        world_size, batch_size = self.args.world_size, self.args.train_batch_size
+        if world_size == 1:
+            return self._records_in_order(dataset, batch_size)
+        order = self._records_in_order(dataset[:-1], batch_size * world_size)
+        self._filled = Filled(order, batch_size * world_size, filler=len(dataset) - 1)
+        return self._filled
+
+    def begin_epoch(self, epoch: int) -> None:
+        """accelerate tells an epoch that is resumed in several processes that it is the first one."""
+        if self._filled is not None:
+            self._filled.set_epoch(epoch)
+
+    def _records_in_order(self, dataset: Any, batch_size: int) -> Any:
+        """Of an epoch, whatever the number of processes that share a batch."""
+        if self.args.train_sampling_strategy == "group_by_length":
+            lengths = [len(example["input_ids"]) for example in dataset]
+            of_step = batch_size * self.args.gradient_accumulation_steps
+            return LengthGroupedSampler(lengths, of_step, self.args.data_seed)
+        if self.args.train_sampling_strategy == "sequential":
+            return SequentialSampler(dataset)
+        # What accelerate makes of RandomSampler, but where another sampler contains that.
+        return SeedableRandomSampler(dataset, data_seed=self.args.data_seed)
+
+
+class _AtStart(TrainerCallback):
+    def __init__(self, act: Callable[[], None]) -> None:
+        self.act = act
+
+    def on_train_begin(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+    ) -> None:
+        self.act()
+
+
+def score_batch(logits: Any, labels: torch.Tensor) -> torch.Tensor:
+    """`preprocess_logits_for_metrics`: three numbers a record instead of its logits."""
+    return score_tokens(logits[0] if isinstance(logits, tuple) else logits, labels)
+
+
+def summarize(prediction: EvalPrediction) -> dict[str, float]:
+    """`compute_metrics`: the mean over all supervised tokens.
+
+    It replaces Trainer's own eval_loss, a mean over batches, where short answers count as much as long ones.
+
+    Raises:
+        CapasError: the loss is no number.
+    """
+    loss, hits, count = prediction.predictions.sum(axis=0)
+    if not math.isfinite(loss):
+        raise CapasError(
+            f"the validation loss is {loss}: the training diverged. Try a smaller trainer.learning_rate"
+        )
+    return {"loss": float(loss / count), "token_accuracy": float(hits / count)}
