@@ -1,1 +1,1 @@
-"""`capas compare`: what differs between results in parameters, scores and answers."""
+"""`capas compare`: show how results differ in parameters, scores and answers."""

@@ -1,4 +1,4 @@
-"""Which parameters differ between results, without those that follow from another one."""
+"""Find the parameters that differ between results, without those that follow from another parameter."""
 
 import re
 import shutil
@@ -15,18 +15,21 @@ from capas.core.errors import CapasError
 from capas.core.params import flatten
 from capas.tracking.run_params import clipped
 
-Texts = Mapping[str, str]  # {dotted key: value}, as MLflow has them
+Texts = Mapping[str, str]  # {dotted key: value}, as MLflow stores them
 PRESET = ".preset"
 SEEDS = frozenset({"seed", "trainer.seed", "trainer.data_seed"})
-_FIRST = ("experiment", "model", "dataset")  # choices that bring others
+_FIRST = ("experiment", "model", "dataset")  # choices that select options of other groups
 _REFERENCE = re.compile(r"^(?P<key>\w+): \$\{(?P<other>[\w.]+)\}", re.MULTILINE)
 
 
 @dataclass(frozen=True)
 class Changes:
-    """`choices` are groups with another option, `keys` what these do not explain; both in the order to show.
+    """Parameters that differ between results, in the order in which they are shown.
 
-    `explained` are the keys whose values follow from a choice or from another key.
+    Attributes:
+        choices: groups whose chosen option differs.
+        keys: keys that differ and do not follow from a choice or from another key.
+        explained: keys that differ because they follow from a choice or from another key.
     """
 
     choices: tuple[str, ...]
@@ -35,7 +38,7 @@ class Changes:
 
     @property
     def shown(self) -> tuple[str, ...]:
-        """Dotted keys: those of the choices first."""
+        """The dotted keys to show, those of the choices first."""
         return (*(group + PRESET for group in self.choices), *self.keys)
 
     @property
@@ -44,7 +47,7 @@ class Changes:
 
 
 def texts_of(values: Mapping[str, Any]) -> dict[str, str]:
-    """Return the parameters as text by dotted key, as a run of MLflow has them."""
+    """Return the parameters as {dotted key: text}, as an MLflow run stores them."""
     return clipped(flatten(values))
 
 
@@ -53,9 +56,9 @@ def find_changes(sides: Sequence[Texts], conf: Path, partial: bool = False) -> C
 
     Args:
         sides: parameters of each result.
-        conf: the configuration that says what follows from what. Nothing is hidden unless it composes to
-            exactly the values of every side.
-        partial: a side may lack keys, which then do not count.
+        conf: the configuration folder, which defines what follows from what. A key is hidden only if conf/
+            composes to exactly its value on every side.
+        partial: a side may lack keys, and missing keys do not count as differences.
     """
     differing = list(_differing(sides, partial))
     groups = [key.removesuffix(PRESET) for key in differing if _is_choice(key)]
@@ -72,7 +75,7 @@ def find_changes(sides: Sequence[Texts], conf: Path, partial: bool = False) -> C
 
 
 def _differing(sides: Sequence[Texts], partial: bool) -> Iterator[str]:
-    """In the order of the last side."""
+    """Yield the keys that differ, in the order of the last side."""
     for key in dict.fromkeys(key for side in reversed(sides) for key in side):
         lacking = [side for side in sides if key not in side]
         if lacking and (partial or all(_is_filled(key, side) for side in lacking)):
@@ -82,7 +85,7 @@ def _differing(sides: Sequence[Texts], partial: bool) -> Iterator[str]:
 
 
 def _is_filled(key: str, side: Texts) -> bool:
-    """Whether a mapping that is empty elsewhere has keys here: they are shown in its place."""
+    """Return whether a mapping that is empty elsewhere has keys here; these are shown instead."""
     return any(name.startswith(f"{key}.") for name in side)
 
 
@@ -91,29 +94,29 @@ def _is_choice(key: str) -> bool:
 
 
 class _Options:
-    """What conf/ composes to with given options, each combination composed once."""
+    """Compose conf/ with given options, each combination once."""
 
     def __init__(self, conf: Path, compose: Compose) -> None:
         self._conf, self._compose = conf, compose
         self._known: dict[tuple[str, ...], Texts | None] = {}
 
     def chosen(self, side: Texts) -> dict[str, str]:
-        """The options of a side, as far as conf/ still has them."""
+        """Return {group: option} of a side, for the options that conf/ still has."""
         pairs = {k.removesuffix(PRESET): v for k, v in side.items() if _is_choice(k)}
         return {g: o for g, o in pairs.items() if o in options.options_of(self._conf, g)}
 
     def texts(self, choices: Mapping[str, str]) -> Texts | None:
-        """None where they do not compose."""
+        """Return the parameters that these options compose to, or None if they do not compose."""
         words = tuple(f"{group}={option}" for group, option in choices.items())
         if words not in self._known:
             try:
                 self._known[words] = texts_of(self._compose(list(words)))
-            except CapasError:  # of another version of conf/: then nothing is explained by it
+            except CapasError:  # options of another version of conf/: they explain nothing
                 self._known[words] = None
         return self._known[words]
 
     def explain(self, key: str, sides: Sequence[Texts]) -> bool:
-        """Whether each side has exactly the value that its options give."""
+        """Return whether each side has exactly the value that its options give."""
         for side in sides:
             composed = self.texts(self.chosen(side))
             if composed is None or composed.get(key) != side.get(key):
@@ -121,7 +124,7 @@ class _Options:
         return True
 
     def follows(self, group: str, others: Sequence[str], sides: Sequence[Texts]) -> bool:
-        """Whether the options of `others` bring that of `group` on each side."""
+        """Return whether, on each side, the options of `others` select the option of `group`."""
         for side in sides:
             chosen = self.chosen(side)
             composed = self.texts({g: chosen[g] for g in others if g in chosen})
@@ -132,7 +135,7 @@ class _Options:
 
 @contextmanager
 def _options(conf: Path) -> Iterator[_Options]:
-    """Options of a copy of conf/ that overrides nothing."""
+    """Yield the options of a copy of conf/ without overrides."""
     with TemporaryDirectory(prefix="capas-compare-") as folder:
         copy = Path(shutil.copytree(conf, Path(folder) / "conf"))
         (copy / OVERRIDES.name).write_text(NOTHING_OVERRIDDEN, encoding="utf-8")
@@ -141,7 +144,7 @@ def _options(conf: Path) -> Iterator[_Options]:
 
 
 def _independent(groups: list[str], sides: Sequence[Texts], chosen: _Options) -> list[str]:
-    """The choices that no other choice brings, as a model brings its chat template."""
+    """Return the choices that no other choice implies; a model, for example, implies its chat template."""
     kept = sorted(groups, key=lambda group: (group not in _FIRST, groups.index(group)))
     for group in reversed(kept[1:]):
         others = [other for other in kept if other != group]
@@ -151,7 +154,7 @@ def _independent(groups: list[str], sides: Sequence[Texts], chosen: _Options) ->
 
 
 def _referring(keys: Sequence[str], sides: Sequence[Texts], conf: Path) -> set[str]:
-    """Keys that conf/ sets to `${another}`, which differs as well and has the same value on every side."""
+    """Return the keys that conf/ sets to `${another}`, if that key differs too and is equal on every side."""
     found = set()
     for key in keys:
         group, _, name = key.partition(".")
@@ -167,5 +170,5 @@ def _referring(keys: Sequence[str], sides: Sequence[Texts], conf: Path) -> set[s
 
 
 def _agree(key: str, other: str, sides: Sequence[Texts]) -> bool:
-    """Whether a key has the value of the other one on every side."""
+    """Return whether two keys have the same value on every side."""
     return all(other in side and side[other] == side.get(key) for side in sides)

@@ -1,14 +1,14 @@
-"""Compare results: what differs in the parameters, the scores and the answers.
+"""Compare results: how they differ in parameters, scores and answers.
 
     capas compare               the workspace with the last commit, and the newest experiments on it
     capas compare A             A with the workspace
-    capas compare A B           what B changed over A
-    capas compare A B C ...     a row each; differences are to the first
+    capas compare A B           how B differs from A
+    capas compare A B C ...     one row each, compared with the first
     capas compare A B --why     the records that B won and lost, and the nearest training records that differ
 
-A name is `workspace`, a commit, branch or tag, an experiment of DVC, or a run in MLflow: its id, the
-beginning of it, or its name (`run:NAME` where a commit has the name, too). Intervals of a difference are
-paired, over the test records that both answered. Nothing is run and nothing is changed.
+A name is `workspace`, a commit, branch or tag, a DVC experiment, or an MLflow run: its id, the beginning
+of its id, or its name (`run:NAME` if a commit has the same name). Intervals of a difference are paired,
+over the test records that both answered. Nothing is run and nothing is changed.
 
 Exit code: 0 compared, 2 a name is unknown or has no result.
 """
@@ -34,9 +34,8 @@ from capas.core.errors import CapasError
 from capas.use.tuned_model import bounded
 
 NUM_ROWS, NUM_RECORDS = 10, 3
-Shown = tuple[
-    str, tuple[Row, Row], Sequence[Near]
-]  # > won or < lost, rows of A and B, near records
+# ">" (won) or "<" (lost), the rows of A and B, the nearest training records
+Shown = tuple[str, tuple[Row, Row], Sequence[Near]]
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -106,7 +105,7 @@ def _with_result(workspace: Side) -> Side:
 
 
 def _here(repository: Repository, options: argparse.Namespace) -> Iterator[Any]:
-    """The workspace with HEAD, then a row for each newer result on HEAD."""
+    """Yield the workspace compared with HEAD, then one row for each newer result on HEAD."""
     workspace = repository.workspace()
     head = repository.commit(HEAD, repository.head) if repository.head else None
     recent = [e for e in repository.experiments if e.baseline == repository.head]
@@ -142,7 +141,7 @@ def _here(repository: Repository, options: argparse.Namespace) -> Iterator[Any]:
 
 
 def _is_same(one: Side, other: Side) -> bool:
-    """Whether two names stand for one result: its training and its evaluation."""
+    """Return whether two names stand for one result: the same training and the same evaluation."""
     if not (one.has_result and other.has_result):
         return False
     return all(
@@ -152,7 +151,7 @@ def _is_same(one: Side, other: Side) -> bool:
 
 
 def _alone(first: Side, workspace: Side, options: argparse.Namespace) -> Iterator[Any]:
-    """The result that others are compared with, where the workspace has none of its own."""
+    """Yield the baseline result alone, if the workspace has no result of its own to compare with it."""
     if options.json:
         yield {"baseline": _side_facts(first)}
         return
@@ -194,7 +193,7 @@ def _pair(a: Side, b: Side, repository: Repository, options: argparse.Namespace)
 
 
 def _records(pair: Pair, training: Training, count: int) -> list[Shown]:
-    """Up to `count` records won and as many lost: first those nearest to a training record that differs."""
+    """Return up to `count` records won and as many lost, nearest to a differing training record first."""
     found: list[Shown] = []
     for mark, changed in zip("><", pair.compared.changed(), strict=True):
         near = training.nearest([pair.questions[after["id"]] for _, after in changed])

@@ -1,4 +1,4 @@
-"""What differs between two results beside their parameters: code, packages, data."""
+"""Find what differs between two results besides their parameters: code, packages, data."""
 
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -17,9 +17,14 @@ _CODE_FOLDERS = ("capas/", "stages/")
 
 @dataclass(frozen=True)
 class Inputs:
-    """`code` are scripts and modules, scripts alone where git does not have both; `files` are other inputs.
+    """Inputs besides the parameters in which two results differ.
 
-    `packages` are {name: (version of A, of B)}.
+    Attributes:
+        code: scripts and modules, or only scripts if git does not have both states.
+        files: other input files.
+        packages: {name: (version of A, version of B)}.
+        same_data: whether both have the same training data; None if unknown.
+        same_adapter: whether both have the same adapter.
     """
 
     code: tuple[str, ...]
@@ -34,7 +39,7 @@ class Inputs:
 
 
 def differing_inputs(a: Side, b: Side, root: Path) -> Inputs:
-    """Compare what led to two results of the repository `root`, as their dvc.lock recorded it."""
+    """Compare the inputs of two results of the repository `root`, as their dvc.lock files record them."""
     files = _differing(_files(a.lock), _files(b.lock))
     one, other = _packages(a.lock), _packages(b.lock)
     packages = {name: (one.get(name, "–"), other.get(name, "–")) for name in _differing(one, other)}
@@ -58,7 +63,7 @@ def _same_adapter(a: Side, b: Side) -> bool:
 
 
 def _differing_code(a: Side, b: Side, root: Path) -> list[str]:
-    """Return the files of the code that differ; the scripts, where git does not have both states."""
+    """Return the code files that differ, or only the scripts if git does not have both states."""
     one, other = _code(a.lock), _code(b.lock)
     scripts = _differing(one, other)
     if not scripts:
@@ -81,10 +86,10 @@ def _code(lock: Mapping[str, Any]) -> dict[str, str]:
 
 
 def _files(lock: Mapping[str, Any]) -> dict[str, str]:
-    """{file: md5} of what the stages up to evaluate read and no stage makes.
+    """Return {file: md5} of the files that the stages up to evaluate read and that no stage writes.
 
-    compose is left out: what it read of conf/ is seen in the parameters. So is code, which stages declared as
-    files before code.yaml.
+    compose is left out: what it reads from conf/ shows in the parameters. Code is left out too: before
+    code.yaml, stages declared it as files.
     """
     if "evaluate" not in lock:
         return {}

@@ -1,4 +1,4 @@
-"""Plain text in columns: long texts are shortened in the middle, and no line is longer than the terminal."""
+"""Lay out plain text in columns: long texts lose their middle, and no line exceeds the terminal's width."""
 
 import shutil
 import unicodedata
@@ -9,22 +9,22 @@ MIN_WIDTH, WIDTH, MAX_WIDTH = 40, 80, 120
 GAP = 2  # blanks between columns
 CUT = "…"
 NEWLINE = "↵"
-_CONTEXT = 12  # characters shown before and after what differs
+_CONTEXT = 12  # characters shown before and after the part that differs
 _DIRECTIONS = frozenset("\u202a\u202b\u202c\u202d\u202e\u2066\u2067\u2068\u2069")
 
 
 def terminal_width() -> int:
-    """Return how many columns the terminal has, or $COLUMNS says; 80 where neither is known."""
+    """Return the terminal's width in columns, or $COLUMNS if it is set; 80 if neither is known."""
     return max(MIN_WIDTH, min(MAX_WIDTH, shutil.get_terminal_size((WIDTH, 24)).columns))
 
 
 def width_of(text: str) -> int:
-    """Return how many columns a terminal takes for `text`: two for a Chinese character."""
+    """Return how many columns `text` takes in a terminal; a Chinese character takes two."""
     return sum(map(_width, text))
 
 
 def printable(text: str) -> str:
-    """Return `text` with � for characters that would steer the terminal; newlines stay."""
+    """Return `text` with � for control characters and direction marks; newlines stay."""
     blank = {"\t": " ", "\r": "", "\n": "\n"}
     return "".join(
         blank[c] if c in blank else "�" if c in _DIRECTIONS or _steers(c) else c for c in text
@@ -37,7 +37,7 @@ def one_line(text: str) -> str:
 
 
 def shortened(text: str, width: int) -> str:
-    """Return `text` in at most `width` columns, without its middle where it is longer."""
+    """Return `text` in at most `width` columns, without its middle if it is longer."""
     if width_of(text) <= width:
         return text
     room = width - 1
@@ -47,15 +47,15 @@ def shortened(text: str, width: int) -> str:
 
 
 def padded(text: str, width: int, right: bool = False) -> str:
-    """Return `text` with blanks up to `width` columns, before it where it stands to the right."""
+    """Return `text` padded with blanks to `width` columns, on its left side if `right` is true."""
     blanks = " " * (width - width_of(text))
     return blanks + text if right else text + blanks
 
 
 def wrapped(text: str, width: int, max_lines: int | None = None) -> list[str]:
-    """Break `text` into lines of `width` columns, at blanks where there are any.
+    """Break `text` into lines of `width` columns, at blanks if possible.
 
-    Where there would be more than `max_lines`, the middle of the text is left out.
+    If there would be more than `max_lines`, the middle of the text is left out.
     """
     lines = _broken(text, width)
     if max_lines is None or len(lines) <= max_lines:
@@ -74,9 +74,9 @@ def beside(left: Sequence[str], right: Sequence[str], width: int) -> list[str]:
 
 
 def focused(texts: Sequence[str], room: int) -> list[str]:
-    """Leave out what all texts begin and end with, where one of them is longer than `room` columns.
+    """Cut the common beginning and end of texts, if one of them is longer than `room` columns.
 
-    So that a difference late in long texts is seen.
+    A difference late in long texts then stays visible.
     """
     if all(width_of(text) <= room for text in texts) or len(set(texts)) == 1:
         return list(texts)
@@ -107,13 +107,13 @@ def _width(character: str) -> int:
 
 
 def _last_blank(text: str, end: int) -> int:
-    """Where the last blank up to `end` stands at which a line may end, not before a %; -1 without one."""
+    """Return the index of the last blank up to `end` that may end a line (no % follows); -1 without one."""
     blanks = (i for i in range(end, -1, -1) if text[i] == " " and text[i + 1 : i + 2] != "%")
     return next(blanks, -1)
 
 
 def _num_common(texts: Sequence[str]) -> int:
-    """How many characters all texts begin with."""
+    """Return how many leading characters all texts share."""
     columns = enumerate(zip(*texts, strict=False))
     shortest = min(map(len, texts))
     return next((i for i, column in columns if len(set(column)) > 1), shortest)
@@ -124,7 +124,7 @@ def _steers(character: str) -> bool:
 
 
 def _fitting(text: str, room: int) -> str:
-    """The beginning of `text` that takes at most `room` columns."""
+    """Return the beginning of `text` that takes at most `room` columns."""
     taken = 0
     for index, character in enumerate(text):
         taken += _width(character)

@@ -1,4 +1,4 @@
-"""Several results as lines of text, a row each."""
+"""Show several results as lines of text, one row each."""
 
 from collections.abc import Iterator, Sequence
 
@@ -15,9 +15,9 @@ _MIN_NAME = 12
 def table_lines(
     sides: Sequence[Side], changes: Changes, found: Sequence[Compared | None], width: int
 ) -> Iterator[str]:
-    """A row for each result: the parameters that differ, score, difference to the first, loss, seconds.
+    """Yield a row for each result: differing parameters, score, difference to the first, loss, seconds.
 
-    Parameters for which there is no column stand in a line of their own below the row.
+    Parameters that do not fit as columns stand on a line of their own below the row.
 
     Args:
         found: each result compared with the first; None for the first.
@@ -48,7 +48,7 @@ def table_lines(
 
 
 def _numbers(sides: Sequence[Side], found: Sequence[Compared | None]) -> list[list[str]]:
-    """The columns of numbers with their heads: score, difference to the first, loss, seconds."""
+    """Return the columns of numbers with their heads: score, difference to the first, loss, seconds."""
     metric = headline(sides[0])
     share = all(is_share(side, metric) for side in sides if metric in side.metrics)
     columns = [[words.metric_name(metric), *(value_of(side, metric, share) for side in sides)]]
@@ -59,7 +59,7 @@ def _numbers(sides: Sequence[Side], found: Sequence[Compared | None]) -> list[li
 
 
 def _details(side: Side, first: Side, keys: Sequence[str], width: int) -> Iterator[str]:
-    """The parameters of a row in which it differs from the first; of the first all."""
+    """Yield the parameters in which a row differs from the first row; for the first row, all of them."""
     named = [
         shortened(
             f"{key.removesuffix(PRESET)}={shortened(as_yaml(side.texts.get(key)), MAX_NAME)}",
@@ -101,7 +101,7 @@ def _change(found: Compared | None, metric: str, share: bool) -> str:
 
 
 def _short_keys(keys: Sequence[str]) -> list[str]:
-    """The last part of each key, the whole key where two end alike; a choice by its group."""
+    """Return the last part of each key, or the whole key if two end alike; a choice is named by its group."""
     last = [key.removesuffix(PRESET).rpartition(".")[2] for key in keys]
     return [
         short if last.count(short) == 1 else key.removesuffix(PRESET)

@@ -1,4 +1,4 @@
-"""Outputs of a recorded result: out of DVC's cache, by the md5 in its dvc.lock."""
+"""Find the outputs of a recorded result in DVC's cache, by the md5 in its dvc.lock."""
 
 import json
 from collections.abc import Mapping
@@ -12,9 +12,9 @@ from capas.workspace.clone import cache_of, stored
 
 
 class Outputs:
-    """Where the outputs that a dvc.lock names lie on this machine.
+    """The outputs that a dvc.lock names, as far as they are on this machine.
 
-    A file of the workspace counts where it is, byte for byte, the one that dvc.lock names.
+    A file of the workspace counts if its bytes are those that dvc.lock records.
     """
 
     def __init__(self, root: Path, lock: Mapping[str, Any]) -> None:
@@ -27,7 +27,7 @@ class Outputs:
         return cache_of(self._root)
 
     def find(self, path: str) -> Path | None:
-        """The file `path`, which is an output or lies in one that is a folder; None where it is not here."""
+        """Return the file `path`, an output or a file in an output folder; None if it is not here."""
         if path in self.md5:
             return self._file(path, self.md5[path])
         folder, _, name = path.rpartition("/")
@@ -38,7 +38,7 @@ class Outputs:
         """Return {name: file} of an output that is a folder.
 
         Raises:
-            CapasError: one of its files, or the list of them, is not here.
+            CapasError: one of its files, or its listing, is not on this machine.
         """
         listed = self._listing(path) if path in self.md5 else {}
         found = {name: self.find(f"{path}/{name}") for name in listed}
@@ -50,7 +50,7 @@ class Outputs:
         return files
 
     def digest(self, path: str) -> str | None:
-        """The md5 of an output, or of a file in one whose list is here."""
+        """Return the md5 of an output, or of a file in an output folder; None if it is not known here."""
         folder, _, name = path.rpartition("/")
         return self.md5.get(path) or (
             self._listing(folder).get(name) if folder in self.md5 else None
@@ -64,7 +64,7 @@ class Outputs:
         return here if here.is_file() and md5(here) == wanted else None
 
     def _listing(self, folder: str) -> dict[str, str]:
-        """{file: md5} of a folder; empty where neither the cache nor the workspace has it."""
+        """Return {file: md5} of a folder; empty if neither the cache nor the workspace has it."""
         wanted = self.md5[folder]
         cached = stored(self._cache, wanted)
         if cached.is_file():

@@ -1,4 +1,4 @@
-"""The results of a repository by name: the workspace, commits, experiments of DVC, runs of MLflow."""
+"""Find the results of a repository by name: the workspace, commits, DVC experiments, MLflow runs."""
 
 import difflib
 import json
@@ -34,7 +34,7 @@ class Repository:
     """The results that can be named in the repository `root`.
 
     Args:
-        downloads: an existing folder for artifacts of runs on a server.
+        downloads: an existing folder for the artifacts of runs on an MLflow server.
     """
 
     def __init__(self, root: Path, downloads: Path) -> None:
@@ -50,12 +50,15 @@ class Repository:
 
     @cached_property
     def experiments(self) -> list[runs.Experiment]:
-        """Newest first."""
+        """The experiments of DVC, newest first."""
         return runs.experiments(self.root)
 
     @cached_property
     def tracked(self) -> list[Tracked]:
-        """Empty where the database cannot be read: what git and DVC have is compared all the same."""
+        """The runs in the local MLflow database.
+
+        If it cannot be read, a warning is shown and the list is empty: git and DVC still allow a comparison.
+        """
         try:
             return read_runs(self.root)
         except CapasError as error:
@@ -67,7 +70,7 @@ class Repository:
         return timings.read(self.root)
 
     def workspace(self) -> Side:
-        """The files here. Values that no stage has run with yet do not count."""
+        """Return the result in the workspace, without edited values that no stage has run with yet."""
         lock = recorded(self.root)
         file, made = self.root / METRICS, self.root / "dvc.lock"
         metrics = read_json(file) if file.exists() and "evaluate" in lock else {}
@@ -87,7 +90,7 @@ class Repository:
         return replace(side, pending=self._pending(values, lock))
 
     def _pending(self, values: Mapping[str, Any], lock: Mapping[str, Any]) -> str:
-        """Edits of the configuration that the result here does not have yet."""
+        """Return a note on configuration edits that are not in the result yet; empty if there are none."""
         now, ran = texts_of(values), texts_of(ran_with(values, lock))
         if changed := [key for key in now if now[key] != ran.get(key)]:
             more = f" and {len(changed) - 1} more" if len(changed) > 1 else ""
@@ -99,11 +102,12 @@ class Repository:
         return ""
 
     def commit(self, name: str, revision: str, kind: Kind = "commit") -> Side:
-        """What git has of a commit.
+        """Return the result that git has for a commit.
 
         Args:
-            name: what the user calls it.
-            revision: its hash.
+            name: the name that the user gave.
+            revision: the hash of the commit.
+            kind: "commit" or "experiment".
         """
         texts = {
             file: git(self.root, "show", f"{revision}:./{file}", check=False)
@@ -161,12 +165,15 @@ class Repository:
         )
 
     def _publisher(self, digest: str) -> Tracked | None:
-        """Return the run that published outputs with this digest: one with its artifacts here, if any has."""
+        """Return the run that published outputs with this digest, if possible one with its artifacts here."""
         found = [run for run in self.tracked if run.texts.get(ARTIFACTS) == digest]
         return next((run for run in found if run.folder), next(iter(found), None))
 
     def _cost(self, lock: Mapping[str, Any]) -> tuple[dict[str, float], str | None]:
-        """Seconds by stage and the CPU that trained: of the runs here, or of MLflow's run of the training."""
+        """Return the seconds of each stage and the CPU that trained.
+
+        They come from the timings recorded here, or from the MLflow run of the training.
+        """
         own = timings.matching(self.timings, lock)
         seconds = {name: float(cost["seconds"]) for name, cost in own.items()}
         cpu = own.get("train", {}).get("cpu")
@@ -178,10 +185,10 @@ class Repository:
         return seconds, cpu
 
     def find(self, word: str) -> Side:
-        """The result that `word` names.
+        """Return the result that `word` names.
 
         Raises:
-            CapasError: there is none, it names several, or it has no result.
+            CapasError: no result has this name, several have it, or it has no result yet.
         """
         side = self._named(word)
         if not side.has_result:
@@ -214,10 +221,10 @@ class Repository:
         raise CapasError(self._unknown(word))
 
     def _experiments_called(self, word: str) -> list[runs.Experiment]:
-        """At most one.
+        """Return the experiment with this name, as a list of at most one.
 
         Raises:
-            CapasError: several have the name, and none of them is of HEAD.
+            CapasError: several have the name, and not exactly one of them is based on HEAD.
         """
         named = [e for e in self.experiments if word in (e.name, e.reference)]
         here = [e for e in named if e.baseline == self.head] or named
@@ -237,14 +244,14 @@ class Repository:
         return found or None
 
     def _may_be_run(self, word: str) -> bool:
-        """Whether MLflow is to be asked: what a local database has is seen without importing it."""
+        """Return whether `word` may be an MLflow run; a local database tells without importing MLflow."""
         uri = tracking_uri(self.root)
         if database(self.root) is None:
             return "://" in uri and not uri.startswith("sqlite")
         return any(run.is_called(word) for run in self.tracked)
 
     def _run(self, word: str) -> Side:
-        """A run with what it published: from the disk where it lies there, else through MLflow.
+        """Return a run with its published files: from the disk if they are there, otherwise through MLflow.
 
         Raises:
             CapasError: there is no such run, or its publish has not finished.
@@ -307,7 +314,10 @@ class Repository:
         )
 
     def page(self, sides: Sequence[Side]) -> tuple[str, str] | None:
-        """Return the address of MLflow's comparison, and what must be done first; None without runs."""
+        """Return the address of MLflow's comparison page and a hint on what must run first.
+
+        None if a result has no run, or if the runs are in several MLflow experiments.
+        """
         found = [side.run for side in sides if side.run]
         ids = list(dict.fromkeys(run.run_id for run in found))
         experiments = {run.experiment_id for run in found}
@@ -317,9 +327,10 @@ class Repository:
         return pages.comparison(ids), pages.hint()
 
     def untold(self, sides: Sequence[Side]) -> list[Side]:
-        """Runs of the local MLflow database that are no experiment and none of `sides`, newest first.
+        """Return the runs of the local MLflow database not listed yet, newest first.
 
-        Where the artifacts of a run are elsewhere, its parameters and scores are all that is known.
+        Runs of `sides` and of DVC experiments are left out. If the artifacts of a run are elsewhere, only its
+        parameters and scores are known.
         """
         keys = {side.train_key for side in sides}
         names = {experiment.name for experiment in self.experiments}
@@ -335,7 +346,7 @@ class Repository:
         ]
 
     def _unknown(self, word: str) -> str:
-        """What to say of a name that nothing has."""
+        """Return the error message for a name that nothing has."""
         named = [e.name for e in self.experiments]
         form = "--format=%(refname:short)"
         listed = git(self.root, "for-each-ref", form, "refs/heads", "refs/tags", check=False)
@@ -365,13 +376,16 @@ class Repository:
 
 @contextmanager
 def open_repository(root: Path) -> Iterator[Repository]:
-    """The repository, with a folder for what is downloaded, which goes afterwards."""
+    """Yield the repository with a temporary folder for downloads, which is deleted afterwards."""
     with TemporaryDirectory(prefix="capas-compare-") as folder:
         yield Repository(root, Path(folder))
 
 
 def _flat(run: Tracked) -> dict[str, Any]:
-    """A run's metrics as reports/metrics/tuned.json has them, with the interval that marks the headline."""
+    """Return a run's metrics in the form of reports/metrics/tuned.json.
+
+    The interval's lower end is included, because it marks the headline metric.
+    """
     lows = (k.removesuffix(_LOW) for k in run.below("difference.") if k.endswith(_LOW))
     name = next((name for name in lows if name != "loss"), None)
     marked = {} if name is None else {f"{name}_gain_low": run.metrics[f"difference.{name}{_LOW}"]}

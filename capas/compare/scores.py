@@ -1,4 +1,4 @@
-"""What the answers to the same test records say about two results."""
+"""Compare two results by their answers to the same test records."""
 
 import math
 from collections.abc import Mapping, Sequence
@@ -11,19 +11,15 @@ from capas.evaluation.names import BINARY, BUILT_IN
 from capas.report.intervals import wilson_interval
 
 LOSS = "loss"
-_SOURCE = (
-    "path",
-    "name",
-    "data_files",
-    "split",
-)  # of `dataset`: with others the records are others
+# keys of `dataset`: if one differs, the records differ
+_SOURCE = ("path", "name", "data_files", "split")
 Verdict = Literal["better", "worse", "no difference seen"]
 Test = Literal["same", "shared", "other", "unknown"]  # the test records of two results
 
 
 @dataclass(frozen=True)
 class Settings:
-    """`evaluation.*`, as far as intervals depend on it."""
+    """The values of `evaluation.*` on which intervals depend."""
 
     confidence: float = 0.95
     resamples: int = 2000
@@ -31,7 +27,7 @@ class Settings:
 
     @classmethod
     def of(cls, texts: Mapping[str, str]) -> "Settings":
-        """Those of a result; the defaults where it was not recorded with any."""
+        """Return the settings of a result, with defaults for those that it did not record."""
         return cls(
             float(texts.get("evaluation.confidence_fraction", cls.confidence)),
             int(texts.get("evaluation.bootstrap_resamples", cls.resamples)),
@@ -40,7 +36,7 @@ class Settings:
 
 
 class Score(NamedTuple):
-    """A mean over the test records with its interval, where it is known."""
+    """A mean over the test records, with its interval if that is known."""
 
     value: float
     low: float | None = None
@@ -49,7 +45,11 @@ class Score(NamedTuple):
 
 
 class Difference(NamedTuple):
-    """Of B over A on the same records: the paired interval, and how many records would show it."""
+    """The difference of B over A on the same records, with its paired interval.
+
+    Attributes:
+        num_needed: how many records would show the difference; None if unknown.
+    """
 
     before: float
     after: float
@@ -63,9 +63,11 @@ class Difference(NamedTuple):
 
 @dataclass(frozen=True)
 class Compared:
-    """B against A. `metric` is the headline of B, or another one that both were scored by; at last the loss.
+    """B compared with A.
 
-    `pairs` are the rows of A and B for each test record that both answered, in the order of B.
+    Attributes:
+        metric: the headline of B, or else another metric that both were scored by, or else the loss.
+        pairs: the rows of A and B for each test record that both answered, in the order of B.
     """
 
     metric: str
@@ -84,7 +86,7 @@ class Compared:
         return self.metric != LOSS
 
     def changed(self) -> tuple[list[tuple[Row, Row]], list[tuple[Row, Row]]]:
-        """The pairs in which B scores higher than A, and those in which it scores lower."""
+        """Return the pairs in which B scores better than A, and those in which it scores worse."""
         if any(self.metric not in row for pair in self.pairs[:1] for row in pair):
             return [], []
         name, sign = self.metric, 1 if self.higher_is_better else -1
@@ -120,19 +122,22 @@ def compare(a: Side, b: Side) -> Compared:
 
 
 def headline(side: Side) -> str:
-    """The metric that stands for a result."""
+    """Return the name of the main metric of a result."""
     found = side.predictions.metrics if side.predictions else side.metrics_named
     return found[0] if found else LOSS
 
 
 def common_metrics(a: Side, b: Side) -> list[str]:
-    """Metrics that both were scored by, in the order of B, the loss last."""
+    """Return the metrics that both were scored by, in the order of B, the loss last."""
     one, other = ([*_names(side), LOSS] for side in (a, b))
     return [name for name in other if name in one]
 
 
 def score(side: Side, name: str, settings: Settings) -> Score | None:
-    """The mean of a metric, with Wilson's interval where answers are right or wrong, else a bootstrap's."""
+    """Return the mean of a metric with its interval; the loss has none.
+
+    The interval is Wilson's if each answer is either right or wrong, and bootstrapped otherwise.
+    """
     found = side.predictions
     if found is None or not found.rows or (name == LOSS and not found.has_tokens):
         value = side.metrics.get(name)
@@ -153,7 +158,7 @@ def score(side: Side, name: str, settings: Settings) -> Score | None:
 
 
 def is_share(side: Side, name: str) -> bool:
-    """Whether a metric's scores lie between 0 and 1, so that it can be a percentage."""
+    """Return whether a metric's scores lie between 0 and 1, so that it can be shown as a percentage."""
     if name == LOSS:
         return False
     if side.predictions is None:
@@ -173,9 +178,9 @@ def _num_records(side: Side) -> int | None:
 
 
 def _same_prompts(a: Side, b: Side) -> bool | None:
-    """Whether a record's prompt is the same text in both results; None where it may or may not be.
+    """Return whether a record's prompt is the same text in both results; None if that is not certain.
 
-    Records of the same data set are told apart by their ids alone.
+    For records of the same data set it is None too: their ids alone identify them.
     """
     if a.outputs.digest("data/raw") and a.outputs.digest("data/raw") == b.outputs.digest(
         "data/raw"
@@ -189,7 +194,7 @@ def _same_prompts(a: Side, b: Side) -> bool | None:
 def _pairs(
     one: Predictions, other: Predictions, same_prompts: bool | None
 ) -> list[tuple[Row, Row]]:
-    """The rows of the records that both have: equal in id and reference, and in prompt if it must be."""
+    """Return the rows that both have: equal in id and reference, and in prompt if `same_prompts`."""
     names = ("id", "reference", "prompt") if same_prompts else ("id", "reference")
     known = {tuple(row[name] for name in names): row for row in one.rows}
     found = ((known.get(tuple(row[name] for name in names)), row) for row in other.rows)
@@ -214,7 +219,7 @@ def _tests(a: Side, b: Side, pairs: Sequence[tuple[Row, Row]]) -> Test:
 
 
 def _same_tokens(pairs: Sequence[tuple[Row, Row]]) -> bool | None:
-    """Whether the losses are means over the same tokens; None where nobody knows."""
+    """Return whether the losses are means over the same tokens; None if that is not known."""
     if not pairs or any("num_supervised_tokens" not in row for pair in pairs for row in pair):
         return None
     return all(a["num_supervised_tokens"] == b["num_supervised_tokens"] for a, b in pairs)

@@ -1,4 +1,4 @@
-"""A recorded result: its parameters, metrics and answers, as far as they are on this machine."""
+"""Describe a recorded result: its parameters, metrics and answers, as far as they are on this machine."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass, field
@@ -18,11 +18,11 @@ from capas.core.files import read_json
 Kind = Literal["workspace", "commit", "experiment", "run"]
 Row = dict[str, Any]
 WORKSPACE, HEAD = "workspace", "HEAD"
-RUN = "run:"  # before the name of an MLflow run that a commit or an experiment has, too
+RUN = "run:"  # prefix for an MLflow run whose name is also that of a commit or an experiment
 METRICS = "reports/metrics/tuned.json"
 PREDICTIONS = "reports/predictions.parquet"
 ADAPTER_FOLDER, CERTIFICATE = "data/models/adapter", "reports/certificate.json"
-# Columns of predictions that are no metric.
+# Columns of the predictions that are not metrics.
 _COLUMNS = frozenset(
     (
         *("id", "metadata", "prompt", "reference", "completion", "loss", "num_supervised_tokens"),
@@ -33,22 +33,29 @@ _COLUMNS = frozenset(
 
 @dataclass(frozen=True)
 class Predictions:
-    """A model's answers to the test records. `metrics` are the columns with scores, the headline first."""
+    """A model's answers to the test records.
+
+    Attributes:
+        metrics: the columns with scores, the headline first.
+    """
 
     rows: list[Row]
     metrics: list[str]
 
     @property
     def has_tokens(self) -> bool:
-        """Whether it is known over how many tokens each record's loss is a mean."""
+        """Return whether the number of tokens is known for each record's loss."""
         return all("num_supervised_tokens" in row for row in self.rows)
 
 
 @dataclass(frozen=True)
 class Side:
-    """One result. `texts` are the parameters with which its stages ran; `metrics` those of the tuned model.
+    """A result under one name.
 
-    `lock` are the stages of its dvc.lock; empty for a row that only MLflow's database knows.
+    Attributes:
+        texts: the parameters with which its stages ran.
+        lock: the stages of its dvc.lock; empty for a row that only MLflow's database has.
+        metrics: the metrics of the tuned model.
     """
 
     name: str
@@ -61,11 +68,11 @@ class Side:
     time: float
     commit: str | None = None
     baseline: dict[str, Any] = field(default_factory=dict)  # metrics of the base model
-    seconds: dict[str, float] = field(default_factory=dict)  # by stage, where known
+    seconds: dict[str, float] = field(default_factory=dict)  # by stage, if known
     cpu: str | None = None
     tracked_sha256: str | None = None
-    run: Tracked | None = None  # that published it
-    table: Path | None = None  # the artifact TABLE of the run
+    run: Tracked | None = None  # the run that published it
+    table: Path | None = None  # the run's artifact TABLE
     same_as: str = ""  # another name of the same result
     pending: str = ""  # edits of the workspace that no stage has run with
 
@@ -79,7 +86,7 @@ class Side:
 
     @cached_property
     def predictions(self) -> Predictions | None:
-        """None where they are neither in DVC's cache nor in MLflow."""
+        """The answers, or None if they are neither in DVC's cache nor in MLflow."""
         if file := self.outputs.find(PREDICTIONS):
             found = read_table(file)
             names = [name for name in found.column_names if name not in _COLUMNS]
@@ -101,7 +108,7 @@ class Side:
 
     @cached_property
     def sha256(self) -> str | None:
-        """That of the adapter; None where its certificate is not here."""
+        """The SHA-256 of the adapter, or None if neither its certificate nor MLflow's tag is here."""
         if file := self.outputs.find(CERTIFICATE):
             found: str = read_json(file)["adapter_sha256"]
             return found
@@ -109,13 +116,13 @@ class Side:
 
     @cached_property
     def num_train(self) -> int | None:
-        """Training records that format kept; None where its report is not here."""
+        """The number of training records that format kept, or None if its report is not here."""
         file = self.outputs.find("reports/format.json")
         return None if file is None else int(read_json(file)["splits"]["train"]["num_records"])
 
     @property
     def stale(self) -> str | None:
-        """The stage whose scores are of an earlier adapter, because it has not run since."""
+        """The name of the stage whose scores are of an earlier adapter, because it has not run since."""
         used = {d["path"]: d["md5"] for d in self.lock.get("evaluate", {}).get("deps", [])}
         made = self.outputs.md5.get(ADAPTER_FOLDER)
         return "evaluate" if made and used.get(ADAPTER_FOLDER, made) != made else None
@@ -125,7 +132,7 @@ def read_table(file: Path, columns: Sequence[str] | None = None) -> pa.Table:
     """Read a parquet file without pyarrow.dataset, which imports pandas.
 
     Raises:
-        CapasError: it is damaged.
+        CapasError: the file is damaged.
     """
     try:
         with pq.ParquetFile(file) as parquet:

@@ -1,4 +1,4 @@
-"""The runs of trainings in a local MLflow database, read without MLflow: importing it takes seconds."""
+"""Read the training runs of a local MLflow database without MLflow, whose import takes seconds."""
 
 import sqlite3
 from collections.abc import Iterator
@@ -13,7 +13,7 @@ from capas.tracking.store import EXPERIMENT, TRAIN_KEY, sqlite_file, tracking_ur
 
 CPU = "cpu"  # a tag
 PUBLISHED = ("dvc.lock", "params.yaml")  # artifacts of a run whose publish has finished
-TABLE = "predictions.json"  # an artifact: the test records with the answers of both models
+TABLE = "predictions.json"  # an artifact: the test records with both models' answers
 _RUNS = """
 select runs.run_uuid, coalesce(runs.name, ''), runs.start_time, tags.value, runs.artifact_uri,
     runs.experiment_id
@@ -24,7 +24,11 @@ where runs.lifecycle_stage = 'active' order by runs.start_time desc
 
 @dataclass(frozen=True)
 class Tracked:
-    """A training as MLflow knows it. `texts` are its parameters and its tags."""
+    """A training run as MLflow stores it.
+
+    Attributes:
+        texts: its parameters and its tags.
+    """
 
     run_id: str
     name: str
@@ -32,7 +36,7 @@ class Tracked:
     time: float
     metrics: dict[str, float] = field(default_factory=dict)
     texts: dict[str, str] = field(default_factory=dict)
-    artifacts: str = ""  # their address
+    artifacts: str = ""  # address of the artifacts
     experiment_id: str = ""
 
     def below(self, prefix: str) -> dict[str, float]:
@@ -42,24 +46,24 @@ class Tracked:
 
     @property
     def seconds(self) -> dict[str, float]:
-        """What each stage took, where it is known."""
+        """The seconds of each stage, where they are known."""
         return self.below("seconds.")
 
     @property
     def scores(self) -> dict[str, float]:
-        """As reports/metrics/tuned.json has them."""
+        """The scores of the tuned model, in the form of reports/metrics/tuned.json."""
         return self.below("tuned.")
 
     @property
     def folder(self) -> Path | None:
-        """Its artifacts, where they lie on this disk and are complete."""
+        """The folder of its artifacts, or None if they are not complete on this disk."""
         if not self.artifacts.startswith("file:"):
             return None
         folder = Path(unquote(urlsplit(self.artifacts).path))
         return folder if all((folder / name).is_file() for name in PUBLISHED) else None
 
     def is_called(self, word: str) -> bool:
-        """Whether `word` is its name, its id or key, or the beginning of one: see `tracking.runs`."""
+        """Return whether `word` is its name, its id or key, or the beginning of one: see `tracking.runs`."""
         ids = self.run_id, self.train_key
         names = self.name, self.texts.get(EXPERIMENT)
         return word in names or any(found.startswith(word) for found in ids)
@@ -74,16 +78,16 @@ class Tracked:
 
 
 def database(root: Path) -> Path | None:
-    """The file of the MLflow store; None where it is a server's, or where nothing was published yet."""
+    """Return the file of the MLflow store; None if the store is a server or nothing was published yet."""
     file = sqlite_file(tracking_uri(root))
     return file if file is not None and file.is_file() else None
 
 
 def read_runs(root: Path) -> list[Tracked]:
-    """Return the runs of trainings, newest first; none where the store is no local database.
+    """Return the training runs, newest first; empty if the store is not a local database.
 
     Raises:
-        CapasError: the database is damaged, or of a version of MLflow with other tables.
+        CapasError: the database is damaged, or its version of MLflow uses other tables.
     """
     file = database(root)
     if file is None:

@@ -1,4 +1,4 @@
-"""A comparison as lines of text."""
+"""Show a comparison of two results as lines of text."""
 
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
@@ -20,14 +20,14 @@ _WORDS = {"None": "null", "True": "true", "False": "false"}
 
 @dataclass(frozen=True)
 class Pair:
-    """A comparison of two results with all that is shown of it."""
+    """A comparison of two results with everything that is shown of it."""
 
     a: Side
     b: Side
     changes: Changes
     inputs: Inputs
     compared: Compared
-    questions: Mapping[str, str]  # {id: what is asked} of the records that are shown
+    questions: Mapping[str, str]  # {id: question} of the records that are shown
 
     @property
     def letters(self) -> tuple[tuple[str, Side], tuple[str, Side]]:
@@ -35,7 +35,7 @@ class Pair:
 
 
 def pair_lines(pair: Pair, width: int) -> Iterator[str]:
-    """What differs, the scores, and in words which result is better."""
+    """Yield the differences, the scores, and a sentence on which result is better."""
     yield from _legend(pair.letters, width)
     yield ""
     said = words.verdict(pair.a, pair.b, pair.compared, pair.inputs, pair.changes)
@@ -61,7 +61,7 @@ def pair_lines(pair: Pair, width: int) -> Iterator[str]:
 
 
 def answers_lines(pair: Pair, width: int) -> Iterator[str]:
-    """One record that B answers better and one that it answers worse, both answers side by side."""
+    """Yield one record that B answers better and one that it answers worse, both answers side by side."""
     compared = pair.compared
     if not any("completion" in row and row["completion"] for p in compared.pairs for row in p):
         return
@@ -84,7 +84,7 @@ def answers_lines(pair: Pair, width: int) -> Iterator[str]:
 
 
 def record_lines(pair: Pair, chosen: tuple[Row, Row], width: int) -> Iterator[str]:
-    """What a test record asks and wants, and what both models answered."""
+    """Yield the question and the reference of a test record, and the answers of both models."""
     before, after = chosen
     room = width - 10
     for label, text in (
@@ -114,10 +114,10 @@ def why_lines(
     totals: tuple[int, int],
     width: int,
 ) -> Iterator[str]:
-    """Records won and lost, each with the nearest training records that one side lacks.
+    """Yield the records won and lost, each with the nearest training records that one side lacks.
 
     Args:
-        records: (> won or < lost, rows of A and B, nearest training records).
+        records: (">" won or "<" lost, rows of A and B, nearest training records).
         totals: how many were won and lost in all.
     """
     yield ""
@@ -149,7 +149,7 @@ def _near_lines(near: Near, width: int) -> Iterator[str]:
 
 
 def baseline_lines(side: Side, width: int) -> Iterator[str]:
-    """One result, with that of its base model."""
+    """Yield one result together with the score of its base model."""
     settings, metric = Settings.of(side.texts), headline(side)
     share, found = is_share(side, metric), score(side, headline(side), settings)
     rows = [(words.metric_name(metric), words.score(found, share))]
@@ -177,7 +177,7 @@ def _legend(letters: Sequence[tuple[str, Side]], width: int) -> Iterator[str]:
 
 
 def _parameters(pair: Pair) -> list[tuple[str, ...]]:
-    """A row for each parameter that differs, but for those of `_one_sided`."""
+    """Return a row for each parameter that differs, without those of `_one_sided`."""
     shown = [key for key in pair.changes.shown if key not in _one_sided(pair)]
     return [
         (key.removesuffix(PRESET), *(as_yaml(side.texts.get(key)) for _, side in pair.letters))
@@ -186,9 +186,10 @@ def _parameters(pair: Pair) -> list[tuple[str, ...]]:
 
 
 def _one_sided(pair: Pair) -> dict[str, str]:
-    """{key: the letter of the side that has it} of keys that came with another version of conf/.
+    """Return {key: letter of the side that has it} of keys that only one version of conf/ has.
 
-    A few are shown as rows, and so are those of a mapping that is empty on the other side.
+    If there are only a few, it is empty: they are shown as rows. So are the keys of a mapping that is empty
+    on the other side.
     """
     found = {}
     for key in pair.changes.shown:
@@ -201,7 +202,7 @@ def _one_sided(pair: Pair) -> dict[str, str]:
 
 
 def _other_changes(pair: Pair, width: int) -> Iterator[str]:
-    """What differs beside the parameters in the table."""
+    """Yield the differences besides the parameters in the table."""
     changes, one_sided = pair.changes, _one_sided(pair)
     if not changes.shown:
         yield "The parameters are the same."
@@ -226,7 +227,7 @@ def _inputs(inputs: Inputs, width: int) -> Iterator[str]:
 
 
 def _listed(label: str, names: Sequence[str], width: int) -> Iterator[str]:
-    """The first names, and how many more there are."""
+    """Yield the first names and how many more there are."""
     more = f" and {len(names) - _NUM_FILES} more" if len(names) > _NUM_FILES else ""
     if names:
         yield from _hanging(label, ", ".join(names[:_NUM_FILES]) + more, width)
@@ -254,7 +255,7 @@ def _scores(pair: Pair) -> list[tuple[str, ...]]:
 
 
 def _loss(compared: Compared) -> str:
-    """What the paired difference of the losses says, where the headline is something else."""
+    """Return a sentence on the paired difference of the losses, if the headline is another metric."""
     change = compared.loss
     if change is None or compared.metric == LOSS or change.low == change.high == 0:
         return ""
@@ -266,10 +267,10 @@ def _loss(compared: Compared) -> str:
 
 
 def _three_columns(rows: Sequence[Sequence[str]], width: int, key: int, cell: int) -> Iterator[str]:
-    """Key, A, B; below each other where the terminal is narrow.
+    """Yield key, A and B in columns, or below each other on a narrow terminal.
 
     Args:
-        key, cell: the widest key and the widest value.
+        key, cell: the widths of the widest key and of the widest value.
     """
     key = min(_MAX_KEY, key)
     room = (width - key - 2 * layout.GAP) // 2
@@ -284,7 +285,7 @@ def _three_columns(rows: Sequence[Sequence[str]], width: int, key: int, cell: in
 
 
 def _hanging(label: str, text: str, width: int) -> Iterator[str]:
-    """`text` beside its label, or below it where that leaves little room."""
+    """Yield `text` beside its label, or below it if little room is left."""
     if len(label) > width // 3:
         yield from layout.wrapped(label + text, width)
         return
@@ -316,7 +317,7 @@ def _without_interval(found: Score | None) -> Score | None:
 
 
 def as_yaml(value: str | None) -> str:
-    """A parameter's text as YAML would have it."""
+    """Return a parameter's text as YAML writes it."""
     if value is None:
         return ABSENT
     return one_line(_WORDS.get(value, value.replace("'", "") if value[:1] in "[{" else value))

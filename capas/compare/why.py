@@ -35,9 +35,10 @@ class _Trained(NamedTuple):
 
 @dataclass(frozen=True)
 class Training:
-    """The training records that only A, and those that only B was trained on.
+    """The training records that only A and that only B was trained on.
 
-    `missing` names the sides whose records are not here; nothing is then known.
+    Attributes:
+        missing: the sides whose records are not on this machine; the other fields are then empty.
     """
 
     only_a: list[_Trained]
@@ -50,12 +51,12 @@ class Training:
         return bool(self.only_a or self.only_b)
 
     def nearest(self, questions: Sequence[str]) -> list[list[Near]]:
-        """Find the nearest record of each side that the other lacks, for each question."""
+        """Find, for each question, the nearest record of each side that the other side lacks."""
         found: list[list[Near]] = [[] for _ in questions]
         for only, records, others in ((A, self.only_a, self.only_b), (B, self.only_b, self.only_a)):
             if not records or not questions:
                 continue
-            # Words are weighted by how rare they are: with the other side's texts both are weighted alike.
+            # Words are weighted by rarity. Adding the other side's texts gives both sides the same weights.
             beside = [record.question for record in evenly_spaced(others, _NUM_BESIDE)]
             asked = [*questions, *beside]
             neighbours = nearest_prompts(asked, [record.question for record in records])
@@ -66,7 +67,7 @@ class Training:
 
 
 def differing_training(a: Side, b: Side) -> Training:
-    """Compare the records that two models were trained on, whatever the ids of the records."""
+    """Compare the records that two models were trained on, ignoring the records' ids."""
     if _same_files(a, b):
         return Training([], [], 0)
     missing = [letter for letter, side in ((A, a), (B, b)) if side.outputs.find(TRAIN) is None]
@@ -81,7 +82,7 @@ def differing_training(a: Side, b: Side) -> Training:
 
 
 def questions_of(pairs: Sequence[tuple[Row, Row]], b: Side, a: Side) -> dict[str, str]:
-    """{id: what is asked} of test records: out of data/raw, or as much of the prompt as is known."""
+    """Return {id: question} of test records, read from data/raw, or else the prompt as far as it is known."""
     ids = {after["id"] for _, after in pairs}
     for side in (b, a):
         if file := side.outputs.find(TEST):
@@ -92,7 +93,7 @@ def questions_of(pairs: Sequence[tuple[Row, Row]], b: Side, a: Side) -> dict[str
 
 
 def _same_files(a: Side, b: Side) -> bool:
-    """Whether the data sets are the same, and the same of their records were kept."""
+    """Return whether both have the same data set and kept the same records of it."""
     for name in ("data/raw", "data/formatted"):
         one, other = (side.outputs.md5.get(name) for side in (a, b))
         if one is None or one != other:
@@ -101,7 +102,7 @@ def _same_files(a: Side, b: Side) -> bool:
 
 
 def _trained(side: Side) -> Mapping[tuple[str, str], _Trained]:
-    """{(conversation, tools): record} of the training records that format kept."""
+    """Return {(conversation, tools): record} of the training records that format kept."""
     raw = side.outputs.find(TRAIN)
     assert raw is not None
     kept = _kept(side.outputs.find(FORMATTED_TRAIN))
@@ -120,5 +121,5 @@ def _trained(side: Side) -> Mapping[tuple[str, str], _Trained]:
 
 
 def _kept(file: Path | None) -> set[str] | None:
-    """The ids in a formatted split; None where it is not here, and all count."""
+    """Return the ids in a formatted split; None if it is not here, and all records count."""
     return None if file is None else {*read_table(file, ["id"])["id"].to_pylist()}

@@ -1,4 +1,4 @@
-"""What a comparison says in plain words."""
+"""Write the sentences of a comparison."""
 
 from collections.abc import Iterator
 
@@ -10,22 +10,22 @@ from capas.compare.why import TRAIN, Training
 
 
 def number(value: float, is_share: bool) -> str:
-    """'90.8 %', or four significant digits of what is no share."""
+    """Return a value as text: '90.8 %' for a share, otherwise four significant digits."""
     return f"{100 * value:.1f} %" if is_share else f"{value:.4g}"
 
 
 def points(value: float, is_share: bool) -> str:
-    """A difference: '+1.6 points', or four significant digits."""
+    """Return a difference as text: '+1.6 points' for a share, otherwise four significant digits."""
     return f"{100 * value:+.1f} points" if is_share else f"{value:+.4g}"
 
 
 def bounds(low: float, high: float, is_share: bool) -> str:
-    """'0.2 to 3.0': the ends of an interval, in percent for a share."""
+    """Return the ends of an interval as text, '0.2 to 3.0'; in percent for a share."""
     return f"{100 * low:.1f} to {100 * high:.1f}" if is_share else f"{low:.3g} to {high:.3g}"
 
 
 def score(found: Score | None, is_share: bool) -> str:
-    """'90.8 % (88.0 to 93.0)'"""
+    """Return a score with its interval as text: '90.8 % (88.0 to 93.0)'."""
     if found is None:
         return "–"
     shown = number(found.value, is_share)
@@ -43,7 +43,7 @@ def metric_name(name: str) -> str:
 
 
 def verdict(a: Side, b: Side, found: Compared, inputs: Inputs, changes: Changes) -> str:
-    """One or a few sentences: which result is better, or why this cannot be said."""
+    """Return one or a few sentences on which result is better, or why this is not known."""
     return " ".join(_verdict(a, b, found, inputs, changes))
 
 
@@ -125,7 +125,7 @@ def _without_answers(a: Side, b: Side, found: Compared) -> Iterator[str]:
 
 
 def training(a: Side, b: Side, found: Training) -> str:
-    """Say how the records that the two models were trained on differ."""
+    """Return a sentence on how the training records of the two models differ."""
     if found.missing:
         lacking = [pair for pair in (("A", a), ("B", b)) if pair[0] in found.missing]
         return "The training records cannot be compared. " + " ".join(
@@ -140,7 +140,7 @@ def training(a: Side, b: Side, found: Training) -> str:
 
 
 def notes(a: Side, b: Side, found: Compared, inputs: Inputs) -> list[str]:
-    """What a reader must know beside the verdict."""
+    """Return what a reader must know besides the verdict."""
     return list(_notes(a, b, found, inputs))
 
 
@@ -175,7 +175,7 @@ def _notes(a: Side, b: Side, found: Compared, inputs: Inputs) -> Iterator[str]:
 
 
 def _contradiction(letter: str, side: Side) -> Iterator[str]:
-    """Of metrics in git and answers in DVC's cache that are not of one run."""
+    """Yield a note if the metrics in git and the answers in DVC's cache are from different runs."""
     if side.predictions is None or side.kind == "run" or not side.predictions.rows:
         return
     for name in side.predictions.metrics[:1]:
@@ -189,7 +189,7 @@ def _contradiction(letter: str, side: Side) -> Iterator[str]:
 
 
 def how_to_get(side: Side, what: str = PREDICTIONS, stages: str = "evaluate") -> str:
-    """Say how an output of `stages` that is not here can be had."""
+    """Return a sentence on how to get an output of `stages` that is not on this machine."""
     ways = {
         "workspace": f"`dvc pull {stages}` from a remote, or make it again: `dvc repro`",
         "experiment": f"`dvc exp pull REMOTE {side.name}`, or make it again: `dvc exp apply {side.name}`, "

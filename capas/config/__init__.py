@@ -1,1 +1,1 @@
-"""What is asked for, before a stage runs: schema, rules, composition, overrides, pins, cost."""
+"""Read the configuration before a stage runs: schema, rules, composition, overrides, pins, cost."""

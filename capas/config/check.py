@@ -43,12 +43,17 @@ from capas.evaluation.power import power_in_words
 
 _COLUMNS = "dataset.columns"
 _OF_THE_FILE = ("preset", "path", "data_files", "split", "mix")
-NUM_PLACES = 5  # of each kind of flaw
+NUM_PLACES = 5  # examples shown of each kind of flaw
 
 
 @dataclasses.dataclass(frozen=True)
 class Check:
-    """What was found. `problems` says what stops `fetch`; `dataset` is conf/'s group for these records."""
+    """The findings of a check.
+
+    Attributes:
+        problems: what stops `fetch`.
+        dataset: the group `dataset` of conf/ for these records.
+    """
 
     preview: Preview
     metrics: list[str] | None
@@ -120,7 +125,7 @@ def _tell_option(option: Option, wanted: Values, options: argparse.Namespace) ->
         f"(once: dvc exp run -S dataset={option.name})\n"
     )
     if options.write:
-        out = sys.stderr if options.json else sys.stdout  # JSON stays JSON
+        out = sys.stderr if options.json else sys.stdout  # standard output stays valid JSON
         out.write("\n".join(["", *option.write(wanted, options.force), choice]))
     elif not options.json:
         sys.stdout.write(f"\n# {option.file}\n{_yaml(wanted)}# {choice}")
@@ -128,7 +133,7 @@ def _tell_option(option: Option, wanted: Values, options: argparse.Namespace) ->
 
 @contextmanager
 def _quiet() -> Iterator[None]:
-    """What fetch logs on its way is part of the findings."""
+    """Silence log lines of fetch, which the findings already contain."""
     log = logging.getLogger("capas")
     level = log.level
     log.setLevel(logging.WARNING)
@@ -140,9 +145,10 @@ def _quiet() -> Iterator[None]:
 
 @dataclasses.dataclass(frozen=True)
 class Seen:
-    """What is examined: the group dataset, and the folder in which its files lie.
+    """The group dataset that is checked, and the folder with its files.
 
-    For FILES the folder holds links to them, `option` is what --write writes and `stated` what overrides set.
+    If FILEs are given, the folder holds links to them, `option` is what --write writes and `stated` holds the
+    values set by overrides.
     """
 
     dataset: Values
@@ -177,7 +183,7 @@ def _seen(
 
 
 def _as_given(text: str, option: Option | None) -> str:
-    """Name the files as the user did: they are read through links in a folder of their own."""
+    """Name the files as the user did: they are read through links in a temporary folder."""
     items = option.places.items() if option else ()
     for file, place in sorted(items, key=lambda item: -len(str(item[1]))):
         text = text.replace(str(place), str(file))
@@ -189,7 +195,7 @@ def _linked(option: Option, overrides: list[str], values: Values) -> Iterator[Se
     root, path = option.root, option.path
     with composer(root / CONF) as compose, TemporaryDirectory(prefix="capas-check-") as folder:
         base = compose([f"dataset={option.base}"])["dataset"]
-        # Without the null, OmegaConf would merge stated columns with the template's.
+        # Without the null, OmegaConf would merge the given columns with those of the template.
         anew = [
             f"{_COLUMNS}=null" for word in overrides if word.lstrip("+").startswith(f"{_COLUMNS}=")
         ]
@@ -214,7 +220,11 @@ def _linked(option: Option, overrides: list[str], values: Values) -> Iterator[Se
 
 
 def _check_of_dataset(overrides: list[str]) -> None:
-    """Beside FILE only overrides of how it is read make sense; others would be without effect."""
+    """Check that all overrides set how FILE is read; others would have no effect.
+
+    Raises:
+        CapasError: one sets something else.
+    """
     for override in overrides:
         key = override.lstrip("+~").partition("=")[0]
         if not key.startswith("dataset.") or key.split(".")[1] in _OF_THE_FILE:
@@ -226,14 +236,14 @@ def _check_of_dataset(overrides: list[str]) -> None:
 
 
 def examine(dataset: Values, root: Path) -> Check:
-    """Look at all records as fetch does, and at the splits that it would make.
+    """Check all records as fetch does, and the splits that it would make.
 
     Args:
         dataset: the group `dataset` of the configuration.
-        root: the folder in which data/own lies.
+        root: the folder that contains data/own.
 
     Raises:
-        CapasError: a file cannot be read, or has no column that is needed.
+        CapasError: a file cannot be read, or lacks a required column.
     """
     params = Params(dataset)
     found = preview(params, root)
@@ -266,7 +276,7 @@ def _flaw_problems(found: Inspection, dataset: Params) -> Iterator[str]:
 
 
 def in_words(check: Check) -> Iterator[str]:
-    """Yield the findings, a line each, in the order in which a reader asks."""
+    """Yield the findings, a line each, in the order in which a reader asks for them."""
     found, splits = check.preview.inspection, check.preview.splits
     for source in found.sources:
         for file in source.files:
@@ -322,7 +332,7 @@ def in_words(check: Check) -> Iterator[str]:
 
 
 def _of_texts(source: Found, reading: Values) -> Iterator[str]:
-    """Yield what makes a record of text files, and how long ones are cut: by characters, not by tokens."""
+    """Yield how text files become records, and how long texts are cut: by characters, not by tokens."""
     record = "each file" if reading["documents"] == "file" else "each block between blank lines"
     yield f"{'texts':12}record = {record} (dataset.reading.documents={reading['documents']})"
     most = reading["max_characters"]
@@ -346,7 +356,7 @@ def _joined(names: str | list[str]) -> str:
 def as_json(check: Check) -> dict[str, Any]:
     found = _plain(check)
     shown = found.pop("preview")
-    del shown["problem"]  # it is one of `problems`
+    del shown["problem"]  # `problems` contains it
     for source, facts in zip(
         check.preview.inspection.sources, shown["inspection"]["sources"], strict=True
     ):
@@ -355,7 +365,7 @@ def as_json(check: Check) -> dict[str, Any]:
 
 
 def _plain(value: Any) -> Any:
-    """Dataclasses and mappings as dicts (dataclasses.asdict breaks a Counter)."""
+    """Return dataclasses and mappings as dicts (dataclasses.asdict breaks a Counter)."""
     if dataclasses.is_dataclass(value):
         return {f.name: _plain(getattr(value, f.name)) for f in dataclasses.fields(value)}
     if isinstance(value, Mapping):
@@ -364,7 +374,7 @@ def _plain(value: Any) -> Any:
 
 
 def _yaml(values: Values) -> str:
-    """A line for each key; lists and mappings in brackets."""
+    """Return a line of YAML for each key, with lists and mappings in brackets."""
     import yaml
 
     in_brackets: Any = {

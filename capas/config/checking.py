@@ -1,12 +1,12 @@
 """Check Hydra overrides before anything is composed for a run: `check(["lora.rank=8", "lora=all_liner"])`.
 
-Hydra stops at the first override that it cannot use, and names prefixes in place of the key that was meant.
-Here each override is looked at by itself, then all of them together, and every problem is told at once:
+Hydra stops at the first override that it cannot use, and suggests prefixes instead of the key that was meant.
+Here each override is checked by itself, then all of them together, and all problems are reported at once:
 
     lora.rank: no such key; did you mean lora.r?
     lora=all_liner: no such option; did you mean all_linear?
 
-It is the one check of every way in: compose, the command line of a stage, sweeps, `capas memory`,
+All entry points use this one check: compose, the command line of a stage, sweeps, `capas memory`,
 `capas check` and the plugin of `dvc exp run`.
 """
 
@@ -38,14 +38,14 @@ from capas.config.schema import GROUPS, Group
 from capas.config.validation import find_problems, nearest
 from capas.core.params import flatten
 
-SWEEP = "sweep"  # the group of conf/ that only a sweep has
-MAX_COMBINATIONS = 500  # of more of them each value is checked by itself: a few seconds are enough
+SWEEP = "sweep"  # the group of conf/ that only a sweep uses
+MAX_COMBINATIONS = 500  # beyond this, each value is checked alone, which takes seconds
 _OPENING = {"[": "]", "{": "}", "(": ")"}
 
 
 @dataclass(frozen=True)
 class Point:
-    """One combination of values: its overrides, and the whole configuration."""
+    """A combination of values: its overrides, and the whole configuration."""
 
     overrides: tuple[str, ...]
     values: Values
@@ -53,7 +53,7 @@ class Point:
 
 @dataclass
 class Checked:
-    """What the check found. `points` are the valid combinations, in the order in which Hydra runs them."""
+    """The problems found, and the valid combinations in the order in which Hydra runs them."""
 
     problems: list[Problem] = field(default_factory=list)
     points: list[Point] = field(default_factory=list)
@@ -69,9 +69,9 @@ def check(
     """Return every problem of the overrides, and of conf/ itself; nothing is written.
 
     Args:
-        several: `lora.r=8,16` is meant, and each combination is checked.
-        reads: dotted keys that the stages read which will run on this machine: it must have what the
-            overrides ask for. Empty where they run elsewhere, or later.
+        several: allow several values, as in `lora.r=8,16`, and check each combination.
+        reads: dotted keys read by the stages that will run on this machine, which must have the resources
+            that these keys request. Empty if the stages run elsewhere, or later.
     """
     return check_points(overrides, conf, several=several, reads=reads).problems
 
@@ -86,13 +86,14 @@ def check_points(
     combine: bool = True,
     composer: "Composer | None" = None,
 ) -> Checked:
-    """As `check`, with the combinations.
+    """Return the problems, like `check`, and the combinations.
 
     Args:
-        groups: of the schema. A sweep has one more; its overrides, and Hydra's own, are no part of a point.
-        combine: false where a search chooses the values: each is checked by itself, without rules between
-            keys, and there is one point, of their first values.
-        composer: of conf/, where it has composed something already.
+        groups: groups of the schema. A sweep has one more; its overrides, and Hydra's own, belong to no
+            combination.
+        combine: False if a search chooses the values. Each value is then checked by itself, without rules
+            between keys, and the only combination is that of the first values.
+        composer: a composer of conf/ to reuse.
     """
     good, wrong, problems = _sort_out(overrides, conf, groups, several, combine)
     of_points = [o for o in good if not o.is_hydra_override() and _first(o.key_or_group) != SWEEP]
@@ -124,7 +125,7 @@ def _sort_out(
     several: bool,
     combine: bool,
 ) -> tuple[list[Any], list[str], list[Problem]]:
-    """Look at each override by itself: those that can be composed, those that cannot, and why."""
+    """Check each override by itself; return those that compose, those that do not, and the problems."""
     parsed, wrong, problems = list[Any](), list[str](), list[Problem]()
     for text in overrides:
         override, found = _parse(text)
@@ -144,7 +145,7 @@ def _sort_out(
 
 
 def _located(problem: Problem, varied: Sequence[str]) -> Problem:
-    """Say in which combination it is found, where its keys do not show it."""
+    """Add the combination to a problem's message, if the problem's keys do not show it."""
     head = problem.message.partition(": ")[0]
     if not varied or any(f"{_key(text)}=" in head for text in varied):
         return problem
@@ -152,13 +153,13 @@ def _located(problem: Problem, varied: Sequence[str]) -> Problem:
 
 
 def choices_of(text: str, conf: Path) -> list[str]:
-    """Return an override of several values as one for each of them; none where it cannot be parsed."""
+    """Return one override for each value of an override with several; none if it cannot be parsed."""
     override, _ = _parse(text)
     return [] if override is None else _alternatives(override, conf)
 
 
 def _parse(text: str) -> tuple[Any, list[Problem]]:
-    """Return Hydra's view of an override, None with a problem where its grammar has no such thing."""
+    """Return Hydra's parsed override, or None and a problem if Hydra's grammar refuses it."""
     from hydra.core.override_parser.overrides_parser import OverridesParser
     from hydra.errors import HydraException
 
@@ -173,7 +174,7 @@ def _parse(text: str) -> tuple[Any, list[Problem]]:
 
 
 def _syntax(text: str) -> str:
-    """Return why an override cannot be parsed, in words."""
+    """Return, as a sentence, why an override cannot be parsed."""
     key, equals, value = text.partition("=")
     if not equals:
         return f"{text}: no value is given; write {text}=VALUE"
@@ -188,7 +189,7 @@ def _syntax(text: str) -> str:
 
 
 def _left_open(value: str) -> str | None:
-    """Return the quote or the bracket that nothing closes."""
+    """Return the first quote or bracket that is not closed, or None."""
     stack: list[str] = []
     for character in value:
         if stack and stack[-1] in "'\"":
@@ -215,7 +216,7 @@ def _name_problems(
             )
             return
         if override.is_hydra_override():
-            return  # capas.sweep.task asks Hydra's own configuration
+            return  # capas.sweep.task checks it against Hydra's own configuration
     if override.package is not None:
         way = f"write {key}={written}"
         yield Problem(
@@ -254,7 +255,7 @@ def _group_problems(
 
 
 def _elements(override: Any, there: list[str]) -> Iterator[Any]:
-    """Yield the options that an override names; what is no word is yielded as it is."""
+    """Yield the options that an override names; values other than words are yielded as they are."""
     if _is_glob(override):
         yield from override.value().filter(there) or [override.value().include[0]]
     elif override.is_interval_sweep():
@@ -267,7 +268,7 @@ def _elements(override: Any, there: list[str]) -> Iterator[Any]:
 
 
 def _key_problem(override: Any, conf: Path, groups: Mapping[str, type[Group]]) -> str | None:
-    """Return the sentence for a key that there is not, or that cannot be set so."""
+    """Return a sentence on a key that does not exist or cannot be set this way, or None."""
     key, text = override.key_or_group, str(override.input_line)
     written = text.partition("=")[2]
     if "/" in key:
@@ -311,7 +312,7 @@ def _value_problems(override: Any, several: bool, combine: bool) -> Iterator[Pro
 
 
 def _chosen_twice(overrides: Sequence[Any], conf: Path) -> dict[str, list[Any]]:
-    """Return the overrides of every group that is chosen more than once; of a key the last value counts."""
+    """Return {group: overrides} of every group chosen more than once; of a key, the last value counts."""
     chosen: dict[str, list[Any]] = {}
     for override in overrides:
         if is_group(override.key_or_group, conf):
@@ -320,18 +321,20 @@ def _chosen_twice(overrides: Sequence[Any], conf: Path) -> dict[str, list[Any]]:
 
 
 def _doubts(wrong: Sequence[str], good: Sequence[Any]) -> Callable[[str], bool]:
-    """Return whether a key may lack the value that the user meant, because an override was left out."""
+    """Return a function that tells whether a key may lack its intended value.
+
+    This is the case if a wrong override was left out that could have set it.
+    """
     keys = [_key(text) for text in wrong]
     by_key = all("." in key and _first(key) in GROUPS for key in keys)
-    unsure = (
-        {_first(key) for key in keys} if by_key else {*GROUPS, "seed"}
-    )  # an option brings others
+    # a wrong option may have selected options of any other group
+    unsure = {_first(key) for key in keys} if by_key else {*GROUPS, "seed"}
     sure = {override.key_or_group for override in good}
     return lambda key: bool(keys) and _first(key) in unsure and key not in sure
 
 
 def _combinations(overrides: Sequence[Any], conf: Path, combine: bool) -> Iterator[tuple[str, ...]]:
-    """Yield the overrides of each point, in the order of Hydra's grid."""
+    """Yield the overrides of each combination, in the order of Hydra's grid."""
     ways = [_alternatives(override, conf) for override in overrides]
     if combine and math.prod(map(len, ways)) <= MAX_COMBINATIONS:
         yield from itertools.product(*ways)
@@ -361,10 +364,11 @@ def _is_glob(override: Any) -> bool:
 
 
 class Composer:
-    """Composes the options of groups, each combination once; beside Hydra's one global instance.
+    """A composer of conf/ that composes each combination of options once, without Hydra's global instance.
 
     Args:
-        name: of the file in conf/. Hydra's own node is left out of `config`, which no point needs.
+        name: the name of the file in conf/. For `config`, Hydra's own node is left out: no combination
+            needs it.
     """
 
     def __init__(self, conf: Path, name: str = "config") -> None:
@@ -378,7 +382,7 @@ class Composer:
         self._conf, self._name, self._known = conf, name, dict[tuple[str, ...], bytes]()
 
     def options(self, texts: tuple[str, ...] = ()) -> Any:
-        """Return what they compose to, as a copy; raises what Hydra raises."""
+        """Return a copy of the configuration for these options; raises what Hydra raises."""
         from hydra.types import RunMode
         from omegaconf import open_dict
 
@@ -444,7 +448,7 @@ def _problem(text: str, message: str) -> Problem:
 
 
 def _refusal(text: str, error: Exception) -> str:
-    """Return why an override cannot be applied to what conf/ composes to."""
+    """Return why an override cannot be applied to the composed configuration."""
     key = _key(text)
     if text.startswith("+") and not text.startswith("++"):
         return f"{text}: conf/ has {key} already; write {text[1:]}"
@@ -454,7 +458,7 @@ def _refusal(text: str, error: Exception) -> str:
 
 
 def _blamed(options: tuple[str, ...], composer: Composer, error: Exception) -> list[Problem]:
-    """Return which options do not compose; where none fails alone, all of them, or conf/ itself."""
+    """Return which options do not compose; if none fails alone, all of them together, or conf/ itself."""
     problems = []
     for texts in ((), *((option,) for option in options)):
         try:
@@ -474,9 +478,9 @@ def _of_conf(error: Exception) -> Problem:
 def _lacking_here(
     points: Sequence[Point], composer: Composer, reads: Collection[str]
 ) -> list[Problem]:
-    """Return what the points need and this machine lacks, but for what conf/ itself asks for.
+    """Return what the combinations need and this machine lacks, without what conf/ itself needs.
 
-    The results of conf/ as it stands may have come from another machine.
+    The results of the present conf/ may have come from another machine.
     """
     found = dict.fromkeys(p for point in points for p in lacking(point.values, reads))
     always = lacking(to_values(composer.options()), reads) if found else []

@@ -1,4 +1,4 @@
-"""conf/ composed by Hydra, and params.yaml as capas writes it.
+"""Compose conf/ with Hydra, and write params.yaml.
 
 params.yaml is always exactly what conf/ composes to. Its first line holds a digest of its values, so
 that an edit by hand, or by `dvc exp run -S`, is recognised and not lost.
@@ -30,41 +30,41 @@ Compose = Callable[[list[str]], Values]
 
 
 def digest(values: Values) -> str:
-    """Independent of the order of keys and of comments."""
+    """Return a digest of values that does not depend on the order of keys or on comments."""
     return hashlib.sha256(json.dumps(values, sort_keys=True).encode()).hexdigest()[:12]
 
 
 def read(path: Path) -> tuple[Values, str | None]:
-    """The values of a params.yaml and the digest in its first line (None: capas did not write it)."""
+    """Return the values of a params.yaml and the digest in its first line, None if capas did not write it."""
     values = read_yaml(path)
     stamp = _STAMP.search(path.read_text(encoding="utf-8"))
     return values, stamp and stamp["digest"]
 
 
 def edited_by_hand(path: Path) -> bool:
-    """Whether capas wrote this params.yaml and somebody changed its values since."""
+    """Return whether the values of a params.yaml were changed after capas wrote it."""
     return edited_values(path.read_text(encoding="utf-8")) is not None
 
 
 def edited_values(text: str) -> Values | None:
-    """Return the values of a params.yaml that were changed after capas wrote it; None: they were not.
+    """Return the values of a params.yaml if they were changed after capas wrote it, otherwise None.
 
     Raises:
-        CapasError: it is not YAML.
+        CapasError: it is not valid YAML.
     """
     values, stamp = parse_yaml(text, str(PARAMS)), _STAMP.search(text)
     return values if stamp and stamp["digest"] != digest(values) else None
 
 
 def dump(values: Values) -> str:
-    """The text of params.yaml. OmegaConf writes it: PyYAML's '1e-3' would be read back as a string."""
+    """Return the text of params.yaml, from OmegaConf: PyYAML's '1e-3' would be read back as a string."""
     from omegaconf import OmegaConf
 
     return _HEADER.format(digest=digest(values)) + OmegaConf.to_yaml(OmegaConf.create(values))
 
 
 def to_values(config: Any) -> Values:
-    """A composed configuration as plain values, all interpolations resolved."""
+    """Return a composed configuration as plain values, with all interpolations resolved."""
     from omegaconf import OmegaConf
 
     return dict(OmegaConf.to_container(config, resolve=True) or {})
@@ -72,10 +72,12 @@ def to_values(config: Any) -> Values:
 
 @contextmanager
 def composer(conf: Path) -> Iterator[Compose]:
-    """Gives compose(overrides): conf/config.yaml composed with Hydra overrides (`lora.r=8`).
+    """Yield a function that composes conf/config.yaml with Hydra overrides (`lora.r=8`).
+
+    The function raises CapasError if Hydra cannot compose it, or if a mandatory value is not set.
 
     Raises:
-        CapasError: Hydra cannot compose it, or a mandatory value is not set.
+        CapasError: conf/own has problems.
     """
     from hydra import compose
     from omegaconf import OmegaConf
@@ -93,10 +95,10 @@ def composer(conf: Path) -> Iterator[Compose]:
 
 
 def with_new_keys(overrides: list[str], conf: Path = CONF) -> list[str]:
-    """Add the prefixes that Hydra asks for, so that no user needs to know them.
+    """Add the prefixes that Hydra requires, so that no user needs to know them.
 
-    `++` where a key may be new, below one that conf/ has: `trainer.lr_scheduler_kwargs.num_cycles=2`, or
-    `trainer.lr_scheduler_kwargs={num_cycles: 2}`. `+` before a group that conf/config.yaml does not name:
+    `++` is for a key that may be new, below a key of conf/: `trainer.lr_scheduler_kwargs.num_cycles=2`, or
+    `trainer.lr_scheduler_kwargs={num_cycles: 2}`. `+` is for a group that conf/config.yaml does not name:
     `smoke=tiny`.
 
     Raises:
@@ -126,7 +128,7 @@ def with_new_keys(overrides: list[str], conf: Path = CONF) -> list[str]:
 
 
 def is_group(key: str, conf: Path = CONF) -> bool:
-    """Whether `key` is a folder of conf/ with options; what is Hydra's own is none."""
+    """Return whether `key` is a folder of conf/ with options, other than Hydra's own."""
     if not key or "." in key or key.startswith("hydra") or key == options.OWN:
         return False
     return (conf / key).is_dir() or (conf / options.OWN / key).is_dir()
@@ -135,9 +137,9 @@ def is_group(key: str, conf: Path = CONF) -> bool:
 def word_given(
     overrides: Iterable[str] = (), conf: Path = CONF
 ) -> Callable[[str, Any], str | None]:
-    """Give word(key, value): the text that was read as `value`, on the command line or in a file of conf/.
+    """Return word(key, value): the text that was read as `value`, from the command line or a file of conf/.
 
-    None where no text is found, or where it is written as Python writes the value.
+    It is None if no such text is found.
     """
 
     def word(key: str, value: Any) -> str | None:
@@ -158,7 +160,7 @@ def word_given(
 
 
 def _scalars(file: Path, dotted: str) -> Iterator[str]:
-    """The unquoted texts in a YAML file that stand under the last part of a dotted key."""
+    """Yield the unquoted texts in a YAML file under the last part of a dotted key."""
     from yaml import MappingNode, ScalarNode, SequenceNode, compose
 
     leaf = next(part for part in reversed(dotted.split(".")) if not part.isdigit())
@@ -178,15 +180,14 @@ def _scalars(file: Path, dotted: str) -> Iterator[str]:
 def _reads_as(text: str, value: Any) -> bool:
     from omegaconf import OmegaConf
 
-    read: Any = OmegaConf.to_container(
-        OmegaConf.create(f"x: {text}")
-    )  # `???` and `${...}` as they are
+    # to_container leaves `???` and `${...}` as they are
+    read: Any = OmegaConf.to_container(OmegaConf.create(f"x: {text}"))
     read = read["x"]
     return type(read) is type(value) and bool(read == value)
 
 
 def failures() -> tuple[type[Exception], ...]:
-    """Return the exceptions that Hydra raises where something does not compose."""
+    """Return the exceptions that Hydra raises if something does not compose."""
     from hydra.errors import HydraException
     from omegaconf.errors import OmegaConfBaseException
     from yaml import YAMLError
@@ -196,7 +197,7 @@ def failures() -> tuple[type[Exception], ...]:
 
 @contextmanager
 def hydra_errors() -> Iterator[None]:
-    """Turn Hydra's errors into one of ours.
+    """Turn Hydra's errors into CapasError.
 
     Raises:
         CapasError: something in the block does not compose.
@@ -208,7 +209,7 @@ def hydra_errors() -> Iterator[None]:
 
 
 def reasons(error: BaseException | None) -> str:
-    """Return the messages of an exception and of its causes: Hydra hides the useful one in the cause.
+    """Return the messages of an exception and of its causes, because Hydra hides the useful one in a cause.
 
     Its advice to add prefixes is left out: `with_new_keys` adds them.
     """
@@ -225,7 +226,7 @@ def reasons(error: BaseException | None) -> str:
 
 
 def _no_such_option(error: BaseException) -> str:
-    """Return Hydra's error about an option that a group lacks as a sentence, "" for any other error."""
+    """Return a sentence for Hydra's error about a missing option, or "" for any other error."""
     group, _, option = str(getattr(error, "missing_cfg_file", None) or "").rpartition("/")
     if not group:
         return ""
@@ -239,7 +240,7 @@ def _no_such_option(error: BaseException) -> str:
 
 
 def meant(option: str, there: list[str], group: str) -> str:
-    """Return the option that was meant, or those that there are, to follow `no such option`."""
+    """Return a suggestion of the intended option, or a list of options, to follow `no such option`."""
     if answer := elsewhere.OPTIONS.get((group, option)):
         return f"; write {answer}"
     close = difflib.get_close_matches(option, there, n=1, cutoff=0.5)

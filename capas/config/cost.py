@@ -1,7 +1,7 @@
-"""Say before a run what it costs here: download, disk, memory, and minutes of each stage.
+"""Estimate, before a run, what it costs here: download, disk, memory, and minutes of each stage.
 
-capas check --cost                           conf/ as it stands
-capas check --cost experiment=NAME lora.r=8  another configuration, as overrides of Hydra
+capas check --cost                           the present conf/
+capas check --cost experiment=NAME lora.r=8  another configuration, given as Hydra overrides
 """
 
 import itertools
@@ -25,18 +25,18 @@ from capas.evaluation.prompts import with_room
 from capas.hub.sources import Source, find_source, on_hub
 
 SAMPLE = 200  # records whose tokens are counted
-TOKENS_PER_MESSAGE = 6  # that a template adds
-CHARACTERS_PER_TOKEN = 3.5  # where there is no tokenizer yet
+TOKENS_PER_MESSAGE = 6  # tokens that a template adds
+CHARACTERS_PER_TOKEN = 3.5  # used if there is no tokenizer yet
 
 
 def lines(params: Params, root: Path, splits: dict[str, int] | None) -> Iterator[str]:
     """Yield what a run costs, a line each.
 
     Args:
-        splits: records of train, validation and test; None where the data is not here yet.
+        splits: numbers of records in train, validation and test; None if the data is not here yet.
 
     Raises:
-        CapasError: the model's config.json cannot be had, or its memory cannot be estimated.
+        CapasError: the model's config.json cannot be obtained, or its memory cannot be estimated.
     """
     from capas.config import duration
     from capas.models import hardware
@@ -44,7 +44,7 @@ def lines(params: Params, root: Path, splits: dict[str, int] | None) -> Iterator
     started = time.perf_counter()
     if params.hardware.device == "cpu":
         hardware.prepare(params.hardware)  # before torch is imported
-    import transformers  # noqa: F401  what every stage with a model imports
+    import transformers  # noqa: F401  every stage with a model imports it
 
     imports = time.perf_counter() - started
     folder = config_folder(params.model, root)
@@ -80,10 +80,10 @@ def lines(params: Params, root: Path, splits: dict[str, int] | None) -> Iterator
 
 
 def split_counts(dataset: Params, root: Path) -> dict[str, int] | None:
-    """Return how many records fetch puts into each split; None where the data is not on this machine.
+    """Return how many records fetch puts into each split, or None if the data is not on this machine.
 
     Raises:
-        CapasError: a file cannot be read, or the records cannot be split as stated.
+        CapasError: a file cannot be read, or the records cannot be split as configured.
     """
     if dataset.path not in (*FORMATS, EMBEDDED):
         return None
@@ -94,7 +94,10 @@ def split_counts(dataset: Params, root: Path) -> dict[str, int] | None:
 
 
 def _disk(params: Params, folder: Path, root: Path) -> Iterator[str]:
-    """The base is in DVC's cache, one from the Hub in the Hub's cache, too; so is the quantized one."""
+    """Yield the bytes to download and to store.
+
+    DVC's cache holds the base model and the quantized one. A base from the Hub is in the Hub's cache too.
+    """
     num_bytes = _stored_bytes(folder, params.model.trust_remote_code)
     hub = find_source(params.model.model_name_or_path, root) is Source.HUB
     if hub:
@@ -107,7 +110,7 @@ def _disk(params: Params, folder: Path, root: Path) -> Iterator[str]:
 
 
 def _stored_bytes(folder: Path, trust_remote_code: bool) -> int:
-    """Bytes of the weights as published, by their shapes and the type that config.json names."""
+    """Return the bytes of the published weights, from their shapes and the dtype in config.json."""
     import torch
     from transformers import AutoModelForCausalLM
 
@@ -122,7 +125,7 @@ def _stored_bytes(folder: Path, trust_remote_code: bool) -> int:
 
 
 def load_of(params: Params, root: Path, splits: dict[str, int]) -> Any:
-    """What the stages have to do, from the numbers of records and the tokens of some of them."""
+    """Return the work of the stages, from the numbers of records and the token counts of some of them."""
     from capas.config.duration import Load
 
     tokens = _token_counts(params, root)
@@ -158,7 +161,11 @@ def load_of(params: Params, root: Path, splits: dict[str, int]) -> Any:
 
 
 def _token_counts(params: Params, root: Path) -> list[tuple[int, int]]:
-    """(prompt, answer) tokens of some records."""
+    """Return (prompt, answer) token counts of some records.
+
+    Raises:
+        CapasError: no record can be used.
+    """
     count = _counter(params.model, root)
     found = []
     for messages in itertools.islice(read_messages(params.dataset, root), SAMPLE):
@@ -170,7 +177,7 @@ def _token_counts(params: Params, root: Path) -> list[tuple[int, int]]:
 
 
 def _counter(model: Params, root: Path) -> Any:
-    """A function that counts tokens; by characters where there is no tokenizer.json."""
+    """Return a function that counts tokens; it estimates from characters if there is no tokenizer.json."""
     from tokenizers import Tokenizer
 
     try:
@@ -192,7 +199,7 @@ def _size(num_bytes: int) -> str:
 
 
 def main() -> None:
-    """Write what params.yaml costs; exit code 1 with a message where it cannot be said."""
+    """Print what params.yaml costs; exit with code 1 and a message if it cannot be estimated."""
     with told("cost"):
         root = Path.cwd()
         params = Params(read_yaml(root / "params.yaml"))

@@ -1,4 +1,4 @@
-"""An own option of the group dataset, for files: its name, its YAML in conf/own, their places in data/own.
+"""Make an own option of the group dataset for files: its name, its YAML in conf/own, its data in data/own.
 
 support.csv -> data/own/support.csv, conf/own/dataset/support.yaml, chosen by dataset=support
 """
@@ -22,14 +22,14 @@ from capas.dataset.files import OWN, File
 FOLDER = Path("conf", options.OWN, "dataset")
 SHIPPED = Path("conf/dataset")
 TEMPLATES = {"csv": "own_csv"}  # any other format: own_jsonl
-_READ = ("preset", "path", "data_files", "shape", "columns")  # how the records are read
+_READ = ("preset", "path", "data_files", "shape", "columns")  # keys that set how records are read
 _NESTED = ("reading", "flaws")  # groups within the group
-_IN_PATTERNS = {*"*?["}  # dataset.data_files reads them as a pattern
+_IN_PATTERNS = {*"*?["}  # characters of a pattern in dataset.data_files
 
 
 @dataclass(frozen=True)
 class Option:
-    """`places` maps each file to its place, data/own/..."""
+    """An own option; `places` maps each file to its place, data/own/..."""
 
     name: str
     path: str
@@ -38,10 +38,10 @@ class Option:
 
     @classmethod
     def of(cls, files: Sequence[Path], path: str, name: str | None, root: Path) -> "Option":
-        """Return the option for files of one format; without a `name`, the first file gives it.
+        """Return the option for files of one format; without a `name`, the first file's name is used.
 
         Raises:
-            CapasError: `name` cannot be chosen or is a shipped option's, or two files have one name.
+            CapasError: `name` cannot be chosen or is a shipped option's, or two files have the same name.
         """
         chosen = _checked(name, root) if name else _name_from(files[0], root)
         places = {file: _place(file, name, len(files), chosen, root) for file in files}
@@ -62,7 +62,7 @@ class Option:
 
     @property
     def base(self) -> str:
-        """The option whose settings these files get: an own one that names them already, or the template."""
+        """The option whose settings these files inherit: an own one that names them, or a template."""
         written = self.root / self.file
         if written.is_file() and read_yaml(written).get("data_files") == self.data_files:
             return self.name
@@ -70,12 +70,12 @@ class Option:
         return template if (self.root / SHIPPED / f"{template}.yaml").is_file() else "own_jsonl"
 
     def write(self, wanted: Mapping[str, Any], force: bool) -> list[str]:
-        """Write the YAML and copy the files; return a line for each thing that was done.
+        """Write the YAML and copy the files; return a line for each action.
 
-        Comments and all other keys of the YAML are kept. Nothing is written where anything is refused.
+        Comments and all other keys of the YAML are kept. If anything is refused, nothing is written.
 
         Raises:
-            CapasError: the YAML says otherwise, or another file has the place of one; not with `force`.
+            CapasError: without `force`, if the YAML has other values or a file's place has other content.
         """
         copies = {f: p for f, p in self.places.items() if not _same(f, self.root / p)}
         replaced = [place for place in copies.values() if (self.root / place).exists()]
@@ -103,7 +103,7 @@ class Option:
         return [*lines, f"{self.file} was written"]
 
     def _text(self, wanted: Mapping[str, Any]) -> tuple[str, list[str]]:
-        """Return the text of the YAML, and what of an existing one it changes."""
+        """Return the text of the YAML, and the changes to an existing one."""
         from ruamel.yaml import YAML
 
         written = self.root / self.file
@@ -136,12 +136,12 @@ class Option:
 
 
 def proposed(dataset: Mapping[str, Any]) -> dict[str, Any]:
-    """Return the keys of the YAML that say how these records are read."""
+    """Return the keys of the YAML that set how these records are read."""
     return {key: dataset[key] for key in _READ if dataset[key] is not None}
 
 
 def changed(dataset: Mapping[str, Any], base: Mapping[str, Any]) -> dict[str, Any]:
-    """Return the keys of `dataset` whose values `base` has otherwise; of nested groups those within."""
+    """Return the keys of `dataset` whose values differ in `base`; nested groups keep only such keys."""
     found = {key: value for key, value in dataset.items() if value != base.get(key)}
     return {
         key: changed(value, base[key]) if key in _NESTED else value for key, value in found.items()
@@ -149,7 +149,7 @@ def changed(dataset: Mapping[str, Any], base: Mapping[str, Any]) -> dict[str, An
 
 
 def _merged(key: str, old: Any, new: Any) -> Any:
-    """Return the value of a key: of nested groups, keys that are not given stay as they are."""
+    """Return the value of a key; in nested groups, keys that are not given stay unchanged."""
     return {**(old or {}), **new} if key in _NESTED else new
 
 
@@ -166,7 +166,7 @@ def _checked(name: str, root: Path) -> str:
 
 
 def _name_from(file: Path, root: Path) -> str:
-    """Make a name of the file's: `Preguntas 2024.csv.gz` -> preguntas_2024."""
+    """Return a name derived from the file's name: `Preguntas 2024.csv.gz` -> preguntas_2024."""
     name = _plain(file.name.removesuffix(_suffix(file)))
     if not name:
         raise CapasError(
@@ -188,14 +188,14 @@ def _shipped(root: Path) -> set[str]:
 
 
 def _suffix(file: Path) -> str:
-    """Return what says format and compression: `.csv`, `.jsonl.gz`."""
+    """Return the suffix for format and compression: `.csv`, `.jsonl.gz`."""
     found = File(file.name, file.parent)
     packed = file.suffix if found.compression else ""
     return Path(file.name.removesuffix(packed)).suffix + packed
 
 
 def _place(file: Path, name: str | None, num_files: int, chosen: str, root: Path) -> Path:
-    """Return where the file lies in data/own, or will; `name` is the user's, which also names the copy."""
+    """Return the file's present or future place in data/own; a `name` from the user also names the copy."""
     own = (root / OWN).resolve()
     for absolute in (file.parent.resolve() / file.name, file.resolve()):
         if absolute.is_relative_to(own):

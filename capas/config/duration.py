@@ -1,7 +1,7 @@
-"""How long the stages of a configuration take on this machine, from a few measured steps.
+"""Estimate how long the stages of a configuration take on this machine, from a few measured steps.
 
-A model of one and one of three layers, with random weights and the real one's shapes, is trained and
-asked for a moment; what a layer adds is taken times their number. No weights are needed.
+Two models with one and with three layers, random weights and the real model's shapes are trained and
+queried briefly; the time per layer is multiplied by the number of layers. No weights are needed.
 """
 
 import copy
@@ -18,17 +18,17 @@ from typing import Any
 from capas.core.params import Params
 
 LAYERS = (1, 3)
-LOADING = ("attn_implementation", "dtype", "trust_remote_code")  # what stages load a model by
+LOADING = ("attn_implementation", "dtype", "trust_remote_code")  # keys for loading a model
 REPEATS = 3
-NEW_TOKENS = 8  # generated to time one
-READ_BYTES_PER_SECOND = 2**29  # of weights, from a disk or the page cache
-GENERAL_RECORDS, GENERAL_LENGTH = 40, 40  # of data/general, and their tokens
+NEW_TOKENS = 8  # tokens generated to time one
+READ_BYTES_PER_SECOND = 2**29  # for weights, from a disk or the page cache
+GENERAL_RECORDS, GENERAL_LENGTH = 40, 40  # records of data/general, and tokens in each
 MINUTES_TO_ADVISE = 60
 
 
 @dataclass(frozen=True)
 class Load:
-    """What the stages have to do. Lengths are mean tokens, `limit` and `longest` those of an answer."""
+    """The work of the stages. Lengths are mean tokens; `limit` and `longest` are tokens of an answer."""
 
     num_train: int
     num_validation: int
@@ -51,22 +51,27 @@ class Load:
 
     @property
     def steps(self) -> int:
-        """Optimizer steps of the training."""
+        """The optimizer steps of the training."""
         if self.max_steps > 0:
             return self.max_steps
         return max(1, round(math.ceil(self.num_train / self.batch) * self.epochs))
 
     @property
     def batch(self) -> int:
-        """Records of a step, of all processes together."""
+        """The records in a step, of all processes together."""
         return self.train_batch * self.accumulation * self.num_processes
 
 
 @dataclass(frozen=True)
 class Speed:
-    """Seconds: of a training batch; of the base and, with `tuned_`, of the model with its adapter.
+    """Measured seconds; names with `tuned_` are those of the model with its adapter.
 
-    `score`: of a record; `answer`: of a token of a batch of the evaluation; `sample`: of the samples.
+    Attributes:
+        train_batch: a training batch.
+        score: a scored record.
+        answer: a token of a batch of answers in the evaluation.
+        sample: a token of the samples.
+        start: the start of a stage: imports, loading the model.
     """
 
     train_batch: float
@@ -76,7 +81,7 @@ class Speed:
     tuned_answer: float
     sample: float
     tuned_sample: float
-    start: float  # of a stage: imports, loading the model
+    start: float
     weight_bytes: int
 
 
@@ -103,7 +108,7 @@ def stage_seconds(load: Load, speed: Speed) -> dict[str, float]:
 
 
 def advice(load: Load, speed: Speed) -> list[str]:
-    """Return the two settings that save most, with the minutes that the whole then takes."""
+    """Return the two settings that save most time, with the total minutes for each."""
     ways = {
         "trainer.num_train_epochs=1": replace(load, epochs=1.0),
         f"dataset.max_records={(load.num_train + load.num_validation + load.num_test) // 2}": replace(
@@ -128,7 +133,7 @@ def measure(folder: Path, params: Params, load: Load, imports: float) -> Speed:
     """Time training and answers of the model whose config.json is in `folder`.
 
     Args:
-        params: the whole configuration; on a CPU `capas.models.hardware.prepare` has chosen its kernels.
+        params: the whole configuration; on a CPU, call `capas.models.hardware.prepare` first.
         imports: seconds that a stage takes to import its libraries.
     """
     import torch
@@ -155,7 +160,7 @@ def measure(folder: Path, params: Params, load: Load, imports: float) -> Speed:
 
 @contextmanager
 def _small(config: Any, layers: int, params: Params) -> Iterator[tuple[Path, dict[str, Any]]]:
-    """A model of so many layers with random weights in a folder, and how the stage quantize loads it."""
+    """Yield a folder with a random model of `layers` layers, and how the stage quantize loads it."""
     from transformers import AutoModelForCausalLM, BitsAndBytesConfig
 
     small = copy.deepcopy(config)
@@ -171,7 +176,7 @@ def _small(config: Any, layers: int, params: Params) -> Iterator[tuple[Path, dic
 
 
 def _timed(model: Any, params: Params, load: Load, trains_all: bool) -> dict[str, float]:
-    """Seconds of each step, and the bytes of the weights."""
+    """Return the seconds of each step, and the bytes of the weights."""
     num_bytes = sum(p.numel() * p.element_size() for p in model.parameters())
     base = _answering(model, load)
     tuned = model if trains_all else _with_adapter(model, params)
@@ -198,7 +203,7 @@ def _ids(model: Any, rows: int, tokens: float) -> Any:
 
 
 def _answering(model: Any, load: Load) -> dict[str, float]:
-    """Seconds of a scored record, and of a token of a batch of answers."""
+    """Return the seconds of a scored record, and of a token of a batch of answers."""
     import torch
     from transformers import GenerationConfig
 
@@ -230,7 +235,7 @@ def _answering(model: Any, load: Load) -> dict[str, float]:
 
 
 def _training(model: Any, params: Params, ids: Any, trains_all: bool) -> Callable[[], None]:
-    """A forward and a backward pass as the training does them."""
+    """Return a function that runs a forward and a backward pass like the training."""
     import torch
 
     trainer = params.trainer
@@ -251,7 +256,7 @@ def _training(model: Any, params: Params, ids: Any, trains_all: bool) -> Callabl
 
 
 def _seconds(work: Callable[[], Any], repeats: int = REPEATS) -> float:
-    """The median of some runs, after one that warms up."""
+    """Return the median seconds of some runs, after one run to warm up."""
     import torch
 
     found = []

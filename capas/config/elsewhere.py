@@ -1,6 +1,6 @@
-"""What other libraries call the keys, options and values of conf/: Trainer, PEFT, TRL, Unsloth, axolotl.
+"""List the names of other libraries for keys, options and values: Trainer, PEFT, TRL, Unsloth, axolotl.
 
-Used to answer a name that there is not: `max_seq_length: no such key; did you mean dataset.max_length?`
+Used to answer an unknown name: `max_seq_length: no such key; did you mean dataset.max_length?`
 """
 
 _OFFLOAD = (
@@ -18,12 +18,12 @@ _TRACKING = "runs are tracked in MLflow; tracking=none switches it off"
 _WORKERS = "the number of processes is chosen by the machine's cores"
 _SFT = "supervised fine-tuning is the only kind of training here"
 
-# The name of a key elsewhere -> the key here.
+# Name of a key in another library -> key in conf/.
 KEYS = {
     # trainer
     **dict.fromkeys(("lr", "learning_rate_max"), "trainer.learning_rate"),
     **dict.fromkeys(("scheduler", "lr_scheduler"), "trainer.lr_scheduler_type"),
-    "warmup_ratio": "trainer.warmup_steps",  # below 1 a fraction
+    "warmup_ratio": "trainer.warmup_steps",  # a value below 1 is a fraction
     **dict.fromkeys(("epochs", "num_epochs", "n_epochs"), "trainer.num_train_epochs"),
     **dict.fromkeys(
         ("batch_size", "micro_batch_size", "train_batch_size", "per_gpu_train_batch_size"),
@@ -107,7 +107,7 @@ KEYS = {
     **dict.fromkeys(("max_tokens", "max_gen_length"), "generation.max_new_tokens"),
     "num_samples": "generation.num_return_sequences",
 }
-# The name of a key elsewhere -> the answer where no key here does the same.
+# Name of a key in another library -> advice, if no key in conf/ does the same.
 ANSWERS = {
     **dict.fromkeys(
         (
@@ -164,7 +164,7 @@ ANSWERS = {
     ),
     **dict.fromkeys(("stage", "rl"), _SFT),
 }
-# An option that there is not -> the options that do the same.
+# Unknown option -> options that do the same.
 OPTIONS = {
     **dict.fromkeys(
         (("quantization", n) for n in ("4bit", "int4", "bnb_4bit", "qlora")), "quantization=nf4"
@@ -190,7 +190,7 @@ _DTYPES = {
     **dict.fromkeys(("fp16", "half", "torch.float16"), "float16"),
     **dict.fromkeys(("fp32", "float", "torch.float32"), "float32"),
 }
-# Of a key, a value that it does not take -> the sentence about it.
+# Key -> {value that it does not accept: advice}.
 VALUES: dict[str, dict[str, str]] = {
     "trainer.optim": {
         "adam": _ADAM,
@@ -215,12 +215,12 @@ VALUES: dict[str, dict[str, str]] = {
 
 
 def answer_to_key(name: str) -> str | None:
-    """Return what follows `no such key` where another library has a key of that name."""
+    """Return the text after `no such key` if another library has a key of that name, otherwise None."""
     if name in KEYS:
         return f"; did you mean {KEYS[name]}?"
     return f"; {ANSWERS[name]}" if name in ANSWERS else None
 
 
 def answer_to_value(key: str, value: object) -> str | None:
-    """Return the sentence for a value that another library takes for that key; case is ignored."""
+    """Return advice on a value that another library accepts for that key; case is ignored."""
     return VALUES.get(key, {}).get(value.lower()) if isinstance(value, str) else None

@@ -1,10 +1,10 @@
-"""The options of conf/: those that capas ships, in conf/GROUP, and the user's own, in conf/own/GROUP.
+"""Find the options of conf/: the shipped ones in conf/GROUP, and the user's own in conf/own/GROUP.
 
     conf/dataset/alpaca.yaml          dataset=alpaca
     conf/own/dataset/support.yaml     dataset=support; an update of capas never writes below conf/own
 
 conf/own is the second entry of Hydra's search path, wherever conf/ is composed: in this process, in DVC's
-(.dvc/plugins) and in copies of conf/. An own option inherits from a shipped one as a shipped one does:
+(.dvc/plugins) and in copies of conf/. An own option can inherit from a shipped one, as shipped ones do:
 `defaults: [_base, _self_]`.
 """
 
@@ -19,18 +19,18 @@ from capas.core.errors import CapasError
 
 OWN = "own"  # the folder in conf/
 NAME = re.compile(r"[A-Za-z][\w.-]*", re.ASCII)
-# What YAML 1.1 and Hydra read as a truth value or as nothing where a name stands.
+# Words that YAML 1.1 and Hydra read as a boolean, a null or a number instead of a name.
 _WORDS = ("null", "none", "true", "false", "yes", "no", "on", "off", "y", "n", "nan", "inf")
-_SHADOWING = (".yaml", ".jinja")  # files that are found by their name alone
+_SHADOWING = (".yaml", ".jinja")  # suffixes of files that are found by name alone
 _GLOBAL = re.compile(r"^#\s*@package\s+_global_\s*$", re.MULTILINE)
 _CLOSE = 0.8
 
 
 def initialize(conf: Path) -> Any:
-    """Return Hydra's context manager for composing `conf`, its own options included.
+    """Return Hydra's context manager for composing `conf`, including its own options.
 
     Raises:
-        CapasError: as `check`.
+        CapasError: see `check`.
     """
     from hydra import initialize_config_dir
 
@@ -55,31 +55,31 @@ def files(conf: Path, group: str) -> list[Path]:
 
 
 def options_of(conf: Path, group: str) -> list[str]:
-    """Return the options of a group, sorted: shipped and own ones."""
+    """Return the options of a group, shipped and own, sorted."""
     return sorted({file.stem for file in files(conf, group) if not file.stem.startswith("_")})
 
 
 def find_template(conf: Path, name: str) -> Path:
-    """Return the file of a chat template that is given by name: a shipped one, or one of the user's own."""
+    """Return the file of a chat template given by name: a shipped one, or one of the user's own."""
     shipped, own = (folder / f"chat_template/{name}.jinja" for folder in (conf, conf / OWN))
     return own if own.is_file() and not shipped.is_file() else shipped
 
 
 def file_of(conf: Path, group: str, name: str) -> Path:
-    """Return the YAML of an option, named from the folder of `conf`; there must be one."""
+    """Return the YAML file of an option, relative to the parent of `conf`; the option must exist."""
     return next(f.relative_to(conf.parent) for f in files(conf, group) if f.stem == name)
 
 
 def is_name(text: str) -> bool:
-    """Tell whether a command line and a defaults list take `text` for an option as it is, unquoted."""
+    """Return whether a command line and a defaults list accept `text`, unquoted, as the name of an option."""
     return NAME.fullmatch(text) is not None and text.lower() not in _WORDS
 
 
 def check(conf: Path) -> None:
-    """Check the files in conf/own; there need not be any.
+    """Check the files in conf/own, if there are any.
 
     Raises:
-        CapasError: all problems at once: a file that has the name of a shipped one, lies in no group, has a
+        CapasError: lists all problems: a file that has the name of a shipped one, is in no group, has a
             name that cannot be chosen, or does not name itself in `preset`.
     """
     if not (conf / OWN).is_dir():
@@ -95,14 +95,14 @@ def check(conf: Path) -> None:
 
 
 def _found(folder: Path) -> list[Path]:
-    """Return files that may be options or templates, named from `folder`."""
+    """Return files that may be options or templates, relative to `folder`."""
     suffixes = (".yml", *_SHADOWING)
     found = (file.relative_to(folder) for file in folder.rglob("*") if file.suffix in suffixes)
     return sorted(file for file in found if not any(part.startswith(".") for part in file.parts))
 
 
 def _key(file: Path) -> str:
-    """Return what identifies a file where upper and lower case are the same, as on macOS."""
+    """Return a key that identifies a file on systems that ignore case, such as macOS."""
     return file.as_posix().casefold()
 
 
@@ -139,7 +139,7 @@ def _problems_of_option(file: Path, group: str, here: str) -> Iterator[str]:
             f"{here}: {group}={file.stem} is not a valid name; a name must begin with a letter and "
             "may contain letters, digits, . _ and -"
         )
-    if group not in GROUPS and group != "sweep":  # hydra/launcher: Hydra's own
+    if group not in GROUPS and group != "sweep":  # Hydra's own groups, such as hydra/launcher
         return
     try:
         text = file.read_text(encoding="utf-8")

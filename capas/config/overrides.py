@@ -1,4 +1,4 @@
-"""conf/overrides.yaml: values that came in through params.yaml, expressed over the rest of conf/.
+"""Write conf/overrides.yaml: values that came in through params.yaml, as overrides of the rest of conf/.
 
 A value can reach params.yaml from outside conf/: `dvc exp run -S trainer.learning_rate=1e-3` makes DVC
 compose into it, `dvc exp apply` adopts it, people edit it. It is moved here, last in the defaults list,
@@ -28,7 +28,7 @@ _CHOICE = "override /"
 
 
 def difference(values: Values, base: Values) -> dict[str, Any]:
-    """Leaves of `values` that `base` has not, or has otherwise, by dotted key."""
+    """Return the leaves of `values` that are missing or different in `base`, by dotted key."""
     have = flatten(base)
     return {k: v for k, v in flatten(values).items() if k not in have or not _same(have[k], v)}
 
@@ -36,10 +36,10 @@ def difference(values: Values, base: Values) -> dict[str, Any]:
 def absorb(values: Values, pinned: Callable[[Values], Values], conf: Path = CONF) -> None:
     """Write the overrides with which `conf` composes to exactly `values`.
 
-    It is tried on a copy of conf/, so that a killed process never leaves a half-tried file.
+    They are tried on a copy of conf/, so that a killed process never leaves an unfinished file.
 
     Args:
-        pinned: puts the commits of conf/revisions.yaml into values: a pin is no override.
+        pinned: puts the commits of conf/revisions.yaml into values: a pin is not an override.
 
     Raises:
         CapasError: params.yaml lacks a key that conf/ sets, or cannot be expressed over conf/.
@@ -52,7 +52,7 @@ def absorb(values: Values, pinned: Callable[[Values], Values], conf: Path = CONF
 
 
 def in_force(conf: Path = CONF) -> list[str]:
-    """['lora.r=8', 'model=tiny']: what conf/overrides.yaml sets over the rest of conf/."""
+    """Return the overrides that conf/overrides.yaml sets: ['lora.r=8', 'model=tiny']."""
     from omegaconf import OmegaConf
 
     tree = OmegaConf.to_container(OmegaConf.load(conf / OVERRIDES.name)) or {}
@@ -66,9 +66,9 @@ def in_force(conf: Path = CONF) -> list[str]:
 def _express(
     values: Values, compose: Compose, pinned: Callable[[Values], Values], file: Path
 ) -> str:
-    """The shortest text that composes to `values`: group choices, then what these do not explain.
+    """Return the shortest text that composes to `values`: group choices, then the remaining leaves.
 
-    A leaf that conf/ derives from another is left to it where that is enough, and set otherwise.
+    A leaf that conf/ derives from another one is only set if the derived value is wrong.
     """
     file.write_text(NOTHING_OVERRIDDEN, encoding="utf-8")
     base = compose([])
@@ -100,10 +100,10 @@ def _express(
 
 
 def _choices(values: Values, base: Values, compose: Compose, file: Path) -> dict[str, str]:
-    """Groups whose option differs, read back from their `preset`; `file` is left with them.
+    """Return {group: option} of the groups whose `preset` differs, and leave `file` with these choices.
 
-    One after the other: a model brings its chat template, which is then no choice of its own. Written down it
-    would stay, whatever model is chosen next.
+    Groups are handled one after the other. A model implies its chat template, which is then not a choice of
+    its own. If it were written down, it would stay whatever model is chosen next.
     """
     choices: dict[str, str] = {}
     while new := [g for g in _differing(values, base) if g not in choices]:
@@ -122,7 +122,7 @@ def _differing(values: Values, base: Values) -> list[str]:
 
 
 def _interpolated() -> set[str]:
-    """Leaves that conf/ defines by interpolation: a changed one may follow from another value."""
+    """Return the leaves that conf/ defines by interpolation; their changes may follow from another value."""
     from hydra import compose
     from omegaconf import OmegaConf
 
@@ -133,15 +133,15 @@ def _interpolated() -> set[str]:
 
 
 def _written(choices: dict[str, str], leaves: dict[str, Any]) -> str:
-    """Return the text for values: one that looks like an interpolation stays a text."""
+    """Return the text for values; a text that looks like an interpolation stays a text."""
     return render(choices, {key: _literal(value) for key, value in leaves.items()})
 
 
 def parse(text: str) -> tuple[dict[str, str], dict[str, Any]]:
-    """Return the group choices and the leaves of a conf/overrides.yaml, interpolations as they stand.
+    """Return the group choices and the leaves of a conf/overrides.yaml, with interpolations unresolved.
 
     Raises:
-        CapasError: it is not YAML.
+        CapasError: it is not valid YAML.
     """
     tree = parse_yaml(text, str(OVERRIDES))
     entries = tree.pop("defaults", None) or []
@@ -168,12 +168,15 @@ def render(choices: dict[str, str], leaves: dict[str, Any]) -> str:
 
 
 def _literal(value: Any) -> Any:
-    """A text that looks like an interpolation stays a text."""
+    """Escape texts that look like an interpolation, so that they stay texts."""
     if isinstance(value, list):
         return [_literal(item) for item in value]
     return value.replace("${", "\\${") if isinstance(value, str) else value
 
 
 def _same(one: Any, other: Any) -> bool:
-    """Equal and of one type: 1, 1.0 and true are equal to Python, and not to a reader of a configuration."""
+    """Return whether two values are equal and of one type.
+
+    Python takes 1, 1.0 and true as equal, but a reader of a configuration does not.
+    """
     return type(one) is type(other) and bool(one == other)

@@ -1,8 +1,8 @@
-"""conf/revisions.yaml: what a branch, a tag, a folder or a URL stood for when it was first used.
+"""Keep conf/revisions.yaml: the commits of branches, tags, folders and URLs when they were first used.
 
-`revision: main` in conf/ is a name that moves. The first compose asks the Hub which commit it stands for and
-records the answer here; from then on params.yaml has that commit, on every machine and without a network,
-until `python stages/compose_params.py --update-revisions`. One entry of the file:
+`revision: main` in conf/ is a name that moves. The first compose asks the Hub for its commit and records it
+here. From then on params.yaml has that commit, on every machine and without a network, until
+`python stages/compose_params.py --update-revisions`. One entry of the file:
 
     models:
       "org/name@main": "0123456789abcdef0123456789abcdef01234567"
@@ -37,10 +37,11 @@ from capas.hub.sources import (
 
 log = logging.getLogger("capas")
 REVISIONS = CONF / "revisions.yaml"
-KEYS = frozenset(  # what a pin changes
+KEYS = frozenset(  # keys that a pin changes
     {"model.revision", "lora.adapter_revision", "dataset.revision", "dataset.mix"}
 )
-SECTIONS = ("models", "adapters", "datasets")  # an adapter on the Hub is a model there
+# an adapter on the Hub is pinned under "models", because it is a model there
+SECTIONS = ("models", "adapters", "datasets")
 MAIN = "main"
 _FILE = re.compile(r".*\.(jsonl?|ndjson|csv|tsv|parquet|txt|arrow)(\.(gz|zst|bz2|xz))?")
 _PINNED = re.compile(r"[0-9a-f]{40}|[0-9a-f]{16}(-[0-9a-f]{16})?")
@@ -51,7 +52,7 @@ _HEADER = """\
 
 
 def is_hub_dataset(path: str, root: Path) -> bool:
-    """Whether `dataset.path` is owner/name on the Hub, and neither a file nor a folder below `root`."""
+    """Return whether `dataset.path` is owner/name on the Hub, and not a file or folder below `root`."""
     owner_and_name = re.fullmatch(r"\w[\w.-]*/[\w.-]+", path) is not None
     return owner_and_name and not _FILE.fullmatch(path) and not (root / path).exists()
 
@@ -61,10 +62,10 @@ class Place:
     """A mapping of the configuration whose `revision` may move."""
 
     node: dict[str, Any]
-    key: str  # of the revision, dotted
-    section: str  # of conf/revisions.yaml
-    entry: str  # in that section
-    ask: Callable[[], str]  # what it stands for now
+    key: str  # dotted key of the revision
+    section: str  # section of conf/revisions.yaml
+    entry: str  # key in that section
+    ask: Callable[[], str]  # returns the present commit or digest
 
     @property
     def leaf(self) -> str:
@@ -72,7 +73,7 @@ class Place:
 
 
 def _of_hub(node: dict[str, Any], key: str, repository: Repository) -> Iterator[Place]:
-    """None where conf/ gives the commit itself."""
+    """Yield the place of a revision on the Hub, unless conf/ gives the commit itself."""
     revision = node.get(key.rpartition(".")[2])  # a source of a mixture may leave it out
     if is_commit(revision):
         return
@@ -92,7 +93,7 @@ def _of_hub(node: dict[str, Any], key: str, repository: Repository) -> Iterator[
 
 
 class Pins:
-    """The entries of conf/revisions.yaml. Nothing is written before `dump` is."""
+    """The entries of conf/revisions.yaml; the caller writes the file, with the text from `dump`."""
 
     def __init__(self, entries: dict[str, dict[str, str]], root: Path) -> None:
         self.entries, self.root = entries, root
@@ -100,7 +101,11 @@ class Pins:
 
     @classmethod
     def read(cls, file: Path = REVISIONS, root: Path | None = None) -> "Pins":
-        """Raises CapasError: the file is not as this module writes it."""
+        """Read the entries from a file.
+
+        Raises:
+            CapasError: the file does not have the form that this module writes.
+        """
         entries = read_yaml(file) if file.exists() else {}
         for section, pins in entries.items():
             if section not in SECTIONS or not isinstance(pins, dict):
@@ -118,22 +123,24 @@ class Pins:
         return cls(entries, root or Path.cwd())
 
     def known(self, values: Values) -> Values:
-        """The values with every recorded pin in place; asks nobody, and takes values that are not valid."""
+        """Return the values with every recorded pin; asks no server, and accepts invalid values."""
         return self._pinned(values, ask=False)
 
     def resolve(self, values: Values) -> Values:
-        """The values with every revision pinned: as recorded, else asked once.
+        """Return the values with every revision pinned, as recorded, or else as it is now.
+
+        A missing pin is requested from the Hub, or computed from the folder or the URL.
 
         Raises:
-            CapasError: a model's name is no source, or the Hub does not tell.
+            CapasError: a model's name is not a source, or the Hub cannot answer.
         """
         return self._pinned(values, ask=True)
 
     def update(self, values: Values) -> None:
-        """Ask anew for what these values use.
+        """Ask again for every revision that these values use.
 
         Raises:
-            CapasError: as `resolve`.
+            CapasError: see `resolve`.
         """
         for place in self._places(copy.deepcopy(values), strict=True):
             old, new = self._recorded(place), place.ask()
@@ -147,10 +154,10 @@ class Pins:
         return self.entries != self._before
 
     def dump(self) -> str:
-        """The text of conf/revisions.yaml."""
+        """Return the text of conf/revisions.yaml."""
         if not self.entries:
             return _HEADER
-        # quoted: 40 digits with one `e` among them would be read as a number
+        # quoted: a commit of 39 digits and one `e` would be read as a number
         return _HEADER + yaml.safe_dump(self.entries, default_style='"', width=1000)
 
     def _pinned(self, values: Values, ask: bool) -> Values:
@@ -172,13 +179,13 @@ class Pins:
         self.entries.setdefault(place.section, {})[place.entry] = pin
 
     def _places(self, values: Values, strict: bool) -> Iterator[Place]:
-        """Where a revision that may move stands; `strict` minds a name that means nothing."""
+        """Yield the places of revisions that may move; if `strict`, a name that is not a source raises."""
         yield from self._model(values, strict, MODEL)
         yield from self._model(values, strict, ADAPTER)
         yield from self._datasets(values)
 
     def _model(self, values: Values, strict: bool, kind: Kind) -> Iterator[Place]:
-        """Of the base, or of the adapter that a training starts from."""
+        """Yield the place of the base, or of the adapter that a training starts from."""
         group, _, key = kind.key.partition(".")
         revision = kind.revision.rpartition(".")[2]
         node = _named(values.get(group), key, revision)
@@ -193,10 +200,8 @@ class Pins:
             return
         if source is Source.HUB:
             yield from _of_hub(node, kind.revision, on_hub(name, kind))
-        elif source is Source.FOLDER and node.get(revision) in (
-            None,
-            MAIN,
-        ):  # a folder has no branches; another revision the stages compare
+        # a folder has no branches; the stages check any other revision against its content
+        elif source is Source.FOLDER and node.get(revision) in (None, MAIN):
             stands_for = folder_revision if kind is MODEL else adapter_revision
             ask = partial(stands_for, self.root / name)
             yield Place(node, kind.revision, f"{kind.called}s", name, ask)
@@ -217,7 +222,7 @@ class Pins:
 
 
 def _of_urls(node: dict[str, Any], key: str) -> Iterator[Place]:
-    """Files behind URLs; what conf/ says of their content itself, fetch compares."""
+    """Yield the place of files behind URLs; a revision given in conf/ is checked by fetch instead."""
     files: Any = node.get("data_files")
     urls = [text for text in _texts(files) if is_url(text)]
     if urls and node.get("revision") is None:
@@ -225,7 +230,7 @@ def _of_urls(node: dict[str, Any], key: str) -> Iterator[Place]:
 
 
 def _texts(value: Any) -> list[str]:
-    """All texts in lists and mappings; the schema reports what else is in there."""
+    """Return all texts in lists and mappings; the schema reports other values."""
     if isinstance(value, dict):
         value = list(value.values())
     if isinstance(value, list):
@@ -234,7 +239,7 @@ def _texts(value: Any) -> list[str]:
 
 
 def _named(node: Any, key: str, revision: str = "revision") -> dict[str, Any] | None:
-    """The node, if its name and revision have the right types; the schema reports what is wrong."""
+    """Return the node if its name and revision have the right types; the schema reports wrong ones."""
     if not isinstance(node, dict) or not isinstance(node.get(key), str):
         return None
     return node if isinstance(node.get(revision), str | None) else None

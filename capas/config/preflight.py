@@ -61,7 +61,7 @@ def command(options: argparse.Namespace) -> int:
 
 
 def composed_here(overrides: list[str]) -> tuple[Path, Values]:
-    """Return the current folder and what its conf/ composes to, valid and with the pins that are known.
+    """Return the current folder and the valid values that its conf/ composes to, with known pins.
 
     Raises:
         CapasError: there is no conf/, or it does not compose to valid values.
@@ -81,7 +81,7 @@ def composed_here(overrides: list[str]) -> tuple[Path, Values]:
 
 @dataclass(frozen=True)
 class Need:
-    """What a training needs, and what the device has; `free_bytes` is None where there is no such device."""
+    """The memory that a training needs and the device has; `free_bytes` is None without such a device."""
 
     found: Any
     workload: Any
@@ -94,13 +94,13 @@ class Need:
 
 
 def of_training(params: Params, folder: Path, tokens: int | None = None) -> Need:
-    """Estimate the memory of a training, every record as long as `tokens` or dataset.max_length.
+    """Estimate the memory of a training in which every record has `tokens` or dataset.max_length tokens.
 
     Args:
-        folder: with the model's config.json.
+        folder: the folder with the model's config.json.
 
     Raises:
-        CapasError: as `capas.training.memory.estimate`.
+        CapasError: see `capas.training.memory.estimate`.
     """
     import torch
 
@@ -123,10 +123,10 @@ def of_training(params: Params, folder: Path, tokens: int | None = None) -> Need
 
 
 def config_folder(model: Params, root: Path) -> Path:
-    """Where the model's config.json is.
+    """Return the folder with the model's config.json.
 
     Raises:
-        CapasError: it is nowhere here and cannot be downloaded.
+        CapasError: it is not on this machine and cannot be downloaded.
     """
     if _fetched(root) == (model.model_name_or_path, model.revision):
         return root / BASE
@@ -144,7 +144,7 @@ def config_folder(model: Params, root: Path) -> Path:
 
 
 def _fetched(root: Path) -> tuple[Any, ...] | None:
-    """Name and revision of the model in data/models/base; None where there is none."""
+    """Return name and revision of the model in data/models/base, or None if there is none."""
     entry = recorded(root).get("fetch_model")
     if entry is None or not (root / BASE / "config.json").exists():
         return None
@@ -152,7 +152,7 @@ def _fetched(root: Path) -> tuple[Any, ...] | None:
 
 
 def table(found: Any, workload: Any, used_bytes: int, free_bytes: int | None) -> str:
-    """The parts, a line each, their sum, and what the machine has; None: it has no such device."""
+    """Return the parts of the memory, a line each, their sum, and the memory of the device, if any."""
     from capas.training.memory import show
 
     batch = getattr(workload, found.phase.replace(" ", "_"))

@@ -1,4 +1,4 @@
-"""A problem of the configuration, and the error that lists several."""
+"""Define a problem of the configuration, and the error that lists several."""
 
 from collections.abc import Iterable
 from dataclasses import dataclass
@@ -8,9 +8,9 @@ from capas.core.errors import CapasError, without_secrets
 
 @dataclass(frozen=True)
 class Problem:
-    """What is wrong with a value. `value` is empty where the key itself is wrong.
+    """A problem with a value; `value` is empty if the key itself is wrong.
 
-    `message` is the whole sentence, with key, value and the way out.
+    `message` is the whole sentence, with key, value and advice.
     """
 
     key: str

@@ -1,6 +1,6 @@
-"""What values need of the machine that runs them: a GPU, instructions of the CPU, packages of an extra.
+"""Check what values need of the machine: a GPU, CPU instructions, packages of an extra.
 
-The stages refuse a machine that lacks it, too, but only once they have started.
+The stages also refuse a machine that lacks them, but only once they have started.
 """
 
 import ctypes
@@ -24,8 +24,8 @@ def lacking(values: Values, reads: Collection[str]) -> list[Problem]:
     """Return a problem for everything that the values need and this machine lacks.
 
     Args:
-        values: valid ones, of params.yaml.
-        reads: dotted keys that the stages read which are going to run here.
+        values: valid values of params.yaml.
+        reads: dotted keys read by the stages that will run here.
     """
     problems = []
     for key, check in _CHECKS.items():
@@ -43,7 +43,7 @@ def read_by(root: Path, targets: Iterable[str] = (), before: bool = True) -> tup
     """Return the dotted keys that the stages `targets` read, all stages by default.
 
     Args:
-        before: with those of the stages that come before them.
+        before: include the stages that come before them.
     """
     specs = StageSpec.read_all(root)
     makers = {out: name for name, spec in specs.items() for out in spec.outs}
@@ -56,7 +56,7 @@ def read_by(root: Path, targets: Iterable[str] = (), before: bool = True) -> tup
 
 
 def num_gpus() -> int:
-    """Return how many NVIDIA GPUs CUDA finds here; CUDA_VISIBLE_DEVICES counts. torch is not imported."""
+    """Return how many NVIDIA GPUs CUDA finds here, given CUDA_VISIBLE_DEVICES, without importing torch."""
     try:
         driver = ctypes.CDLL("libcuda.so.1")
     except OSError:
@@ -90,7 +90,7 @@ def _check_device(device: str, values: Values) -> None:
 
 
 def _check_attention(attention: str, values: Values) -> None:
-    packages = ("flash_attn", "kernels")  # transformers takes it from either
+    packages = ("flash_attn", "kernels")  # transformers uses either package
     if attention == "flash_attention_2" and not any(map(_installed, packages)):
         raise CapasError(
             "model.attn_implementation=flash_attention_2 needs the package flash-attn, which is not "

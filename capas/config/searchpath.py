@@ -1,4 +1,4 @@
-"""Hydra's search path with conf/own behind conf/. `capas.config.options.register` registers it."""
+"""Add conf/own to Hydra's search path, after conf/. `capas.config.options.register` registers the plugin."""
 
 from pathlib import Path
 
@@ -11,10 +11,10 @@ _PROVIDER = "own options"
 
 
 def extend(search_path: ConfigSearchPath) -> None:
-    """Add the folder `own` of the primary configuration's folder, where there is one.
+    """Add the folder `own` in the primary configuration's folder, if there is one.
 
     Raises:
-        CapasError: as `capas.config.options.check`.
+        CapasError: see `capas.config.options.check`.
     """
     entries = search_path.get_path()
     main = next(
@@ -27,7 +27,7 @@ def extend(search_path: ConfigSearchPath) -> None:
 
 
 class OwnOptions(SearchPathPlugin):
-    """Plugin of Hydra; it is asked for every search path."""
+    """A Hydra plugin, which Hydra calls for every search path."""
 
     def manipulate_search_path(self, search_path: ConfigSearchPath) -> None:
         extend(search_path)

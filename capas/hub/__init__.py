@@ -1,1 +1,1 @@
-"""Where models and data come from: the Hugging Face Hub, local folders, the embedded files."""
+"""Get models and data: from the Hugging Face Hub, local folders and the embedded files."""

@@ -1,4 +1,4 @@
-"""The files of data/embedded/, which ship with the repository, checked before they are used."""
+"""Check the files of data/embedded/, which ship with the repository, before they are used."""
 
 import hashlib
 from pathlib import Path
@@ -18,7 +18,7 @@ def verify(manifest: Path, files: list[Path]) -> None:
     """Check files against manifest.json: {"files": {name: {"sha256", "bytes"}}}.
 
     Raises:
-        CapasError: a file is missing, not named in the manifest or has another sha256.
+        CapasError: a file is missing, is not named in the manifest or has another sha256.
     """
     expected = _read_manifest(manifest)
     for file in files:

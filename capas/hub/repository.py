@@ -1,9 +1,9 @@
-"""A repository on the Hugging Face Hub: its commits and files, and what may go wrong, in words.
+"""Read a repository on the Hugging Face Hub: its commits and files, with errors explained in words.
 
-`huggingface_hub` does the work: HF_ENDPOINT, HF_TOKEN, HF_HOME and HF_HUB_OFFLINE mean what they mean there,
-and none of them is kept anywhere. What it leaves open is closed here: it does not ask again where the first
-request of a listing is answered with 429 or 5xx, and it compares sizes of downloaded files, not contents.
-A cut connection goes on in steps of 10 MiB; a killed process keeps the files that were complete.
+`huggingface_hub` does the work: HF_ENDPOINT, HF_TOKEN, HF_HOME and HF_HUB_OFFLINE have their usual meaning,
+and none of them is stored. This module adds two things: it retries if the first request of a listing is
+answered with 429 or 5xx, and it compares the contents of downloaded files, not only their sizes. A cut
+connection resumes in steps of 10 MiB; if the process is killed, complete files are kept.
 """
 
 import hashlib
@@ -21,7 +21,7 @@ from capas.core.errors import CapasError
 
 log = logging.getLogger("capas")
 COMMIT = re.compile(r"[0-9a-f]{40}")
-WAITS_SECONDS = (1.0, 5.0, 20.0)  # before another try, where the Hub does not say how long
+WAITS_SECONDS = (1.0, 5.0, 20.0)  # before each retry, if the Hub does not say how long to wait
 LONGEST_WAIT_SECONDS = 300.0  # the Hub counts requests in windows of five minutes
 _ASK_AGAIN = (429, 500, 502, 503, 504)
 _GIT_BLOB, _LFS_OBJECT = re.compile(r"[0-9a-f]{40}"), re.compile(r"[0-9a-f]{64}")
@@ -35,7 +35,11 @@ def is_commit(revision: str | None) -> bool:
 
 @dataclass(frozen=True)
 class Repository:
-    """`key` is the dotted key of the configuration that names it: messages begin with it."""
+    """A model or data set on the Hub.
+
+    Args:
+        key: the dotted configuration key that names it; messages begin with it.
+    """
 
     kind: Literal["model", "dataset"]
     name: str
@@ -46,10 +50,10 @@ class Repository:
         return f"https://huggingface.co/{'datasets/' * (self.kind == 'dataset')}{self.name}"
 
     def commit(self, revision: str) -> str:
-        """The commit, 40 hex digits, that a branch or tag stands for now; always asks the Hub.
+        """Return the commit, 40 hex digits, that a branch or tag points to now; always asks the Hub.
 
         Raises:
-            CapasError: not found, gated, or out of reach.
+            CapasError: it was not found, is gated, or cannot be reached.
         """
         from huggingface_hub import HfApi
 
@@ -59,10 +63,10 @@ class Repository:
         return str(self._asked(revision, ask).sha)
 
     def file_names(self, commit: str) -> list[str]:
-        """All files of a commit, those that were not downloaded included.
+        """Return all file names of a commit, whether downloaded or not.
 
         Raises:
-            CapasError: as `commit`.
+            CapasError: see `commit`.
         """
         from huggingface_hub import list_repo_files
 
@@ -71,12 +75,12 @@ class Repository:
         )
 
     def download(self, commit: str, patterns: Sequence[str]) -> Path:
-        """The folder, in the Hub's own cache, with the files of a commit that match `patterns`.
+        """Return the folder, in the Hub's own cache, with the files of a commit that match `patterns`.
 
-        Without a network too, where all of them were downloaded before.
+        It works offline if all of them were downloaded before.
 
         Raises:
-            CapasError: as `commit`; or a file is not what the Hub says it is.
+            CapasError: see `commit`; or the content of a file does not match its hash on the Hub.
         """
         from huggingface_hub import snapshot_download
 
@@ -92,10 +96,11 @@ class Repository:
         return folder
 
     def _check_content(self, folder: Path, patterns: Sequence[str]) -> None:
-        """A file in the cache is a link to one that is named by the hash of its content.
+        """Check that the content of each file matches the hash that names it in the cache.
 
-        That one may be a link itself, into a store of other names. A mirror may name files otherwise, and a
-        file system without links has no such names: nothing to check there.
+        A file in the cache is a link to a file that is named by its hash. That file may itself be a link into
+        a store with other names. A mirror may use other names, and a file system without links has none.
+        Such files are not checked.
         """
         for file in sorted(folder.rglob("*")):
             name = file.relative_to(folder).as_posix()
@@ -109,7 +114,7 @@ class Repository:
                 )
 
     def _asked(self, revision: str, ask: Callable[[], Answer]) -> Answer:
-        """The answer; asked again where the Hub is busy, and its refusals in words."""
+        """Return the answer of `ask`; retry while the Hub is busy, and explain its errors in words."""
         waits = iter(WAITS_SECONDS)
         while True:
             try:
@@ -119,7 +124,7 @@ class Repository:
                 if seconds is None:
                     raise CapasError(self._in_words(revision, error)) from None
                 _wait(error, seconds)
-            except OSError as error:  # the disk's pass; this one has neither a class nor a number
+            except OSError as error:  # disk errors pass; this one has no class or errno of its own
                 if "Consistency check failed" not in str(error):
                     raise
                 raise CapasError(self._in_words(revision, error)) from None
@@ -129,7 +134,7 @@ class Repository:
         return f"{self.key}={self.name} at {revision} could not be downloaded: {reason}\n{way_out}"
 
     def _diagnose(self, revision: str, error: Exception) -> tuple[str, str]:
-        """The reason, and the way out."""
+        """Return the reason for an error, and what to do about it."""
         from huggingface_hub.errors import (
             GatedRepoError,
             HfHubHTTPError,
@@ -168,7 +173,7 @@ class Repository:
 
 
 def _refusals() -> tuple[type[Exception], ...]:
-    """What the client raises where the Hub, the network or the name is at fault."""
+    """Return the errors that the client raises if the Hub, the network or the name is at fault."""
     from httpx import HTTPError
     from huggingface_hub.errors import (
         EntryNotFoundError,
@@ -186,7 +191,7 @@ def _wait(error: Any, seconds: float) -> None:
 
 
 def _status(error: Any) -> int:
-    """0 where no answer came."""
+    """Return the HTTP status of an error, or 0 if there was no answer."""
     return error.response.status_code if getattr(error, "response", None) is not None else 0
 
 
@@ -197,7 +202,7 @@ def _who(error: Any) -> str:
 
 
 def _wait_asked_for(error: Any) -> float | None:
-    """Seconds, from the headers `Retry-After` or `RateLimit` of an answer."""
+    """Return the seconds to wait, from the headers `Retry-After` or `RateLimit` of an answer."""
     from huggingface_hub.utils import parse_ratelimit_headers
 
     text = error.response.headers.get("Retry-After", "")

@@ -1,4 +1,4 @@
-"""Where a model or an adapter comes from: the embedded base, a local folder, or a commit on the Hub."""
+"""Find the source of a model or an adapter: the embedded base, a local folder, or a commit on the Hub."""
 
 import hashlib
 import re
@@ -24,14 +24,14 @@ MODEL_FILES = (
     "config.json",
     "generation_config.json",
 )
-CODE_FILES = ("*.py",)  # taken along where model.trust_remote_code allows it
+CODE_FILES = ("*.py",)  # downloaded too if model.trust_remote_code allows it
 ADAPTER_FILES = ("adapter_config.json", "adapter_model.safetensors")
 _MADE_HERE = "data/models"
 
 
 @dataclass(frozen=True)
 class Kind:
-    """What is looked for, and the dotted keys of the configuration that name it and pin it."""
+    """A kind of source, and the dotted configuration keys that name it and pin it."""
 
     called: str
     key: str
@@ -49,11 +49,11 @@ class Source(Enum):
 
 
 def find_source(name: str, root: Path, kind: Kind = MODEL) -> Source:
-    """What `model.model_name_or_path` means; folders are relative to `root`, the repository.
+    """Return the kind of source that a name means; folders are relative to `root`, the repository.
 
     Raises:
-        CapasError: it is neither a folder nor the id of a model on the Hub; or an adapter that the pipeline
-            itself writes, which the training would replace by its own result.
+        CapasError: it is neither a folder nor a model id on the Hub, or it is an adapter that the pipeline
+            itself writes, which the training would overwrite.
     """
     if name == embedded.FOLDER and kind is MODEL:
         return Source.EMBEDDED
@@ -79,14 +79,14 @@ def matching(folder: Path, patterns: Sequence[str]) -> list[Path]:
 def check_folder(
     folder: Path, name: str, revision: str | None, part: Literal["tokenizer", "model", "adapter"]
 ) -> None:
-    """Compare a local folder with `model.revision`: DVC does not see an edit in it.
+    """Compare the content of a local folder with its pinned revision, because DVC does not see edits in it.
 
     Args:
-        revision: of `folder_revision`, or `adapter_revision`. A stage checks its own part: a mask needs no
-            weights.
+        revision: the result of `folder_revision` or `adapter_revision`.
+        part: the part that the stage reads; a mask, for example, needs no weights.
 
     Raises:
-        CapasError: no revision is given, or that of another content; with the one that fits.
+        CapasError: no revision is given, or it does not match; the message names the one that does.
     """
     kind = ADAPTER if part == "adapter" else MODEL
     index, patterns = (0, ADAPTER_FILES) if kind is ADAPTER else _PARTS[part]
@@ -102,12 +102,12 @@ def check_folder(
 
 
 def folder_revision(folder: Path) -> str:
-    """Stands for the content of a model's folder: 16 hex digits for its tokenizer, 16 for the model."""
+    """Return a digest of a model's folder: 16 hex digits for its tokenizer, 16 for the model."""
     return "-".join(_digest(matching(folder, patterns)) for _, patterns in _PARTS.values())
 
 
 def adapter_revision(folder: Path) -> str:
-    """Stands for the content of an adapter's folder: 16 hex digits."""
+    """Return a digest of an adapter's folder: 16 hex digits."""
     return _digest(matching(folder, ADAPTER_FILES))
 
 
@@ -125,19 +125,19 @@ def _digest(files: Sequence[Path]) -> str:
 
 
 def snapshot(name: str, revision: str | None, patterns: Sequence[str], kind: Kind = MODEL) -> Path:
-    """The folder, in the Hub's own cache, with the files of one commit that match `patterns`.
+    """Return the folder, in the Hub's own cache, with the files of one commit that match `patterns`.
 
     Raises:
-        CapasError: no commit is named; it is not found, gated or out of reach; a file is damaged.
+        CapasError: no commit is named; it was not found, is gated or cannot be reached; a file is damaged.
     """
     return on_hub(name, kind).download(_commit(name, revision, kind), patterns)
 
 
 def file_names(name: str, revision: str | None, kind: Kind = MODEL) -> list[str]:
-    """All files of that commit on the Hub, those that were not downloaded included.
+    """Return all file names of a commit on the Hub, whether downloaded or not.
 
     Raises:
-        CapasError: as `snapshot`.
+        CapasError: no commit is named, or it was not found, is gated or cannot be reached.
     """
     return on_hub(name, kind).file_names(_commit(name, revision, kind))
 

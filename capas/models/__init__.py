@@ -1,1 +1,1 @@
-"""Models in memory and on disk: hardware and kernels, loading, architectures, weights, adapters."""
+"""Handle models in memory and on disk: hardware and kernels, loading, architectures, weights, adapters."""

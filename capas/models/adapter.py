@@ -1,8 +1,8 @@
-"""Adapters in PEFT's format that a training may start from, judged by adapter_config.json alone.
+"""Check adapters in PEFT's format that a training may start from, using adapter_config.json alone.
 
-Of that file what decides the tensors (r, target_modules, use_dora) and what they mean (lora_alpha,
-use_rslora) must be as the lora group says: the group describes the whole training, in reports and in MLflow
-too. Dropout belongs to a training and may differ. What the group has no key for is refused.
+The keys that decide the tensors (r, target_modules, use_dora) and their meaning (lora_alpha, use_rslora)
+must agree with the lora group, because the group describes the whole training, also in reports and in
+MLflow. Dropout belongs to a training and may differ. Keys that the group does not have are refused.
 """
 
 from collections.abc import Mapping
@@ -15,10 +15,10 @@ from capas.core.params import Params
 
 FOLDER = "data/models/initial_adapter"
 ORIGIN, CONFIG, WEIGHTS = "origin.json", "adapter_config.json", "adapter_model.safetensors"
-# With PEFT's defaults.
+# Keys that must agree with the lora group, with PEFT's defaults.
 COMPARED = {"r": None, "lora_alpha": None, "use_rslora": False, "use_dora": False}
 _KEPT_BASE = (True, False, "gaussian", "orthogonal", "eva")  # the others change the base's weights
-# Without effect on what an adapter computes, or told by the names of its tensors.
+# Keys without effect on an adapter's output, or known from the names of its tensors.
 _WITHOUT_EFFECT = {
     *("peft_type", "task_type", "auto_mapping", "peft_version", "inference_mode", "runtime_config"),
     *("base_model_name_or_path", "revision", "target_modules", "exclude_modules", "lora_dropout"),
@@ -28,14 +28,14 @@ _WITHOUT_EFFECT = {
 
 
 def check_kind(config: Mapping[str, Any], name: str) -> None:
-    """Refuse what is no LoRA adapter, or one that capas cannot go on with.
+    """Refuse an adapter that is not LoRA, or whose training capas cannot continue.
 
     Args:
         config: adapter_config.json, parsed.
-        name: of the adapter, for the message.
+        name: the adapter's name, for the message.
 
     Raises:
-        CapasError: naming each key with its value.
+        CapasError: it is not LoRA, or a key is not supported; the message names each key with its value.
     """
     if config.get("peft_type") != "LORA":
         raise CapasError(
@@ -60,14 +60,15 @@ def check_kind(config: Mapping[str, Any], name: str) -> None:
 
 
 def check_agreement(config: Mapping[str, Any], lora: Mapping[str, Any], name: str) -> None:
-    """What an adapter is cannot change; a lora group that says otherwise would be wrong everywhere.
+    """Check that the lora group describes the initial adapter, whose rank and scaling cannot change.
 
     Args:
         config: adapter_config.json, parsed.
         lora: the params group.
+        name: the adapter's name, for the message.
 
     Raises:
-        CapasError: naming each key with both values.
+        CapasError: they differ; the message names each key with both values.
     """
     own = {key: config.get(key, default) for key, default in COMPARED.items()}
     wrong = [key for key, value in own.items() if lora[key] != value]
@@ -80,10 +81,10 @@ def check_agreement(config: Mapping[str, Any], lora: Mapping[str, Any], name: st
 
 
 def check_origin(folder: Path, lora: Mapping[str, Any]) -> None:
-    """Whether fetch_model put into `folder` what the lora group names now.
+    """Check that `folder` holds the adapter that the lora group names now.
 
     Raises:
-        CapasError: it did not, as in a debug run of `train` with another adapter.
+        CapasError: fetch_model fetched another adapter, as happens in a debug run of `train`.
     """
     origin = read_json(folder / ORIGIN)
     for key, value in origin.items():

@@ -1,4 +1,4 @@
-"""Which models capas can fine-tune, and how their weights are stored, told from config.json alone."""
+"""Decide from config.json alone which models capas can fine-tune, and how their weights are stored."""
 
 import re
 from collections.abc import Iterator
@@ -8,7 +8,7 @@ from capas.core.errors import CapasError
 
 _CAUSAL = ("ForCausalLM", "LMHeadModel", "ForConditionalGeneration")
 _FULL_PRECISION = "Choose the full-precision model it was made from; capas quantizes it itself."
-# What transformers 5 says of training through layers of that kind.
+# The reasons, from transformers 5, why layers of these kinds cannot be trained through.
 _REFUSED = {
     "gptq": "it needs the packages optimum and gptqmodel, which capas does not use",
     "awq": "it needs the package gptqmodel, which capas does not use",
@@ -17,25 +17,29 @@ _REFUSED = {
     "fbgemm_fp8": "its kernels have no backward pass, so that no gradient goes through it",
     "mxfp4": "its kernels have no backward pass, so that no gradient goes through it",
 }
-# num_experts, num_local_experts, n_routed_experts, moe_num_experts: neither shared ones nor those per token
+# num_experts, num_local_experts, n_routed_experts, moe_num_experts; not shared experts, not experts per token
 _NUM_EXPERTS = re.compile(r"(\w+_)?(num|n)_((?!shared)\w+_)?experts")
-# The class, or the name, of a module that routes tokens, as transformers and remote code call it.
+# The class names of modules that route tokens to experts, in transformers and in remote code.
 _ROUTED = re.compile(r"(Experts|MoE|Moe|(MoE|Moe|MOE)(Block|Layer))$")
 _4BIT = ("bnb_4bit_quant_type", "bnb_4bit_compute_dtype", "bnb_4bit_use_double_quant")
 
 
 def check_supported(config: dict[str, Any], name: str) -> None:
-    """Raises CapasError: as `check_causal` and `check_dense`."""
+    """Check that capas can train a model with this config.json.
+
+    Raises:
+        CapasError: see `check_causal` and `check_dense`.
+    """
     check_causal(config, name)
     check_dense(config, name)
 
 
 def check_causal(config: dict[str, Any], name: str) -> None:
-    """Refuse what does not predict the next token from the tokens before it.
+    """Refuse a model that does not predict the next token from the tokens before it.
 
     Args:
         config: config.json, parsed.
-        name: of the model, for the message.
+        name: the model's name, for the message.
 
     Raises:
         CapasError: an encoder-only model (BERT), an encoder-decoder (T5), or no architecture named.
@@ -62,11 +66,11 @@ def check_causal(config: dict[str, Any], name: str) -> None:
 def check_dense(config: dict[str, Any], name: str) -> None:
     """Refuse a mixture of experts, whose experts neither `all-linear` nor bitsandbytes reaches.
 
-    transformers 5 keeps the experts of a layer in one parameter of three dimensions, which is no linear
-    layer: LoRA would train the attention alone, and quantization would leave most weights as they are.
+    transformers 5 keeps the experts of a layer in one three-dimensional parameter, which is not a linear
+    layer: LoRA would train only the attention, and quantization would leave most weights unchanged.
 
     Args:
-        config, name: as in `check_causal`.
+        config, name: see `check_causal`.
 
     Raises:
         CapasError: a layer has more than one expert.
@@ -79,7 +83,11 @@ def check_dense(config: dict[str, Any], name: str) -> None:
 
 
 def check_modules_dense(model: Any, name: str) -> None:
-    """Raises CapasError: the model has modules of a mixture of experts, whatever its config.json says."""
+    """Check that no module belongs to a mixture of experts, whatever config.json says.
+
+    Raises:
+        CapasError: a module does.
+    """
     for path, module in model.named_modules():
         kind = type(module).__name__
         if _ROUTED.search(kind) or path.rpartition(".")[2] == "experts":
@@ -95,38 +103,38 @@ def _mixture_of_experts(name: str, architectures: list[str] | None, sign: str) -
 
 
 def _num_experts(config: dict[str, Any], path: str = "") -> Iterator[tuple[str, int]]:
-    """(dotted key, number) of every key of config.json that says how many experts a layer has."""
+    """Yield (dotted key, number) for every key of config.json that gives the experts of a layer."""
     if not _has_routed_layers(config):
         return
     for key, value in config.items():
         if isinstance(value, dict):
             yield from _num_experts(value, f"{path}{key}.")
         elif _NUM_EXPERTS.fullmatch(str(key)):
-            numbers = value if isinstance(value, list) else [value]  # of each layer
+            numbers = value if isinstance(value, list) else [value]  # a list has one per layer
             yield f"{path}{key}", max((n for n in numbers if isinstance(n, int)), default=0)
 
 
 def _has_routed_layers(config: dict[str, Any]) -> bool:
-    """Whether the numbers of experts in config.json are used: some families have dense models with them."""
+    """Return whether the model uses its numbers of experts: some families also have dense models."""
     if config.get("is_moe") is False or config.get("enable_moe_block") is False:  # Doge, Gemma 4
         return False
-    if pattern := config.get("hybrid_override_pattern"):  # Nemotron-H: E is a layer of experts
+    if pattern := config.get("hybrid_override_pattern"):  # Nemotron-H: E stands for an expert layer
         return "E" in pattern
     kinds = config.get("layers_block_type")
     return config.get("model_type") != "nemotron_h" or kinds is None or "moe" in kinds
 
 
 def stored_quantization(config: dict[str, Any], name: str) -> dict[str, Any] | None:
-    """The quantization group's keys, as they are of weights that bitsandbytes quantized before they came.
+    """Return the keys of the quantization group for weights that are already quantized with bitsandbytes.
 
     Args:
-        config, name: as in `check_causal`.
+        config, name: see `check_causal`.
 
     Returns:
-        None where the weights are in full precision. Of 8-bit weights load_in_4bit and load_in_8bit alone.
+        None for weights in full precision. For 8-bit weights only load_in_4bit and load_in_8bit.
 
     Raises:
-        CapasError: quantized in a way that capas cannot train through, or in one that is not named.
+        CapasError: the quantization method is not named, or capas cannot train through it.
     """
     stored = config.get("quantization_config")
     if stored is None:
@@ -143,10 +151,10 @@ def stored_quantization(config: dict[str, Any], name: str) -> dict[str, Any] | N
 
 
 def check_stored_quantization(stored: dict[str, Any], asked: dict[str, Any], name: str) -> None:
-    """Weights that are quantized already stay as they are, so what is asked for must be what they are.
+    """Check that the requested quantization is that of the stored weights, which are used as they are.
 
     Raises:
-        CapasError: with the overrides that describe them.
+        CapasError: they differ; the message gives the overrides that match.
     """
     wrong = [key for key, value in stored.items() if asked[key] != value]
     if wrong:

@@ -1,7 +1,7 @@
-"""Which device computes, and with which kernels.
+"""Set up the device that computes, and its kernels.
 
 torch, oneMKL and oneDNN choose their kernels when they are loaded, so `prepare` comes before the first
-import of torch; `capas.models.kernels` says which.
+import of torch; `capas.models.kernels` defines the choices.
 """
 
 import logging
@@ -19,8 +19,8 @@ if TYPE_CHECKING:
     import torch
 
 log = logging.getLogger("capas")
-# LLM.int8() says at every call of every layer that it computes activations in float16, as it should; and on
-# CPUs with AVX512-BF16 bitsandbytes misses a kernel that capas.models.loading would switch off anyway.
+# At every call of every layer, LLM.int8() warns that it computes activations in float16, which is intended.
+# On CPUs with AVX512-BF16 bitsandbytes warns of a missing kernel that capas.models.loading disables anyway.
 for _talkative in ("bitsandbytes.autograd._functions", "bitsandbytes.backends.cpu.ops"):
     logging.getLogger(_talkative).setLevel(logging.ERROR)
 
@@ -34,12 +34,12 @@ MAX_PORTABLE_THREADS = 2
 def prepare(hardware: Params, num_processes: int = 1) -> "torch.device":
     """Set the environment, import torch and set its flags; return the device that the stage computes on.
 
-    A process that is alone sees one GPU, so that nothing can fall back to DataParallel; of several on a
-    machine each takes the one of its LOCAL_RANK. On a CPU no GPU is visible.
+    A single process sees one GPU, so that nothing falls back to DataParallel. If several processes run on a
+    machine, each takes the GPU of its LOCAL_RANK. On a CPU no GPU is visible.
 
     Raises:
         CapasError: the machine lacks the device or the instruction set, or a library ignores it; or
-        other than `num_processes` processes were launched.
+            more or fewer than `num_processes` processes were launched.
     """
     _check_launched(int(os.environ.get("WORLD_SIZE", "1")), num_processes)
     torch_was_loaded = "torch" in sys.modules
@@ -62,7 +62,7 @@ def prepare(hardware: Params, num_processes: int = 1) -> "torch.device":
         torch.cuda.set_device(local_rank)
     torch.set_num_threads(num_threads(hardware, num_processes))
     torch.use_deterministic_algorithms(hardware.cudnn_deterministic)
-    # A debugging aid that writes every buffer twice.
+    # A debugging aid that would write every buffer twice.
     torch.utils.deterministic.fill_uninitialized_memory = False  # type: ignore[attr-defined]
     torch.backends.cuda.matmul.allow_tf32 = hardware.allow_tf32
     torch.backends.cudnn.allow_tf32 = hardware.allow_tf32
@@ -75,29 +75,29 @@ def prepare(hardware: Params, num_processes: int = 1) -> "torch.device":
 
 
 def environment(hardware: Params, num_processes: int = 1) -> dict[str, str]:
-    """The variables that libraries read when they are loaded."""
+    """Return the environment variables that libraries read when they are loaded."""
     threads = str(num_threads(hardware, num_processes))
     variables = {
         "OMP_NUM_THREADS": threads,
         "MKL_NUM_THREADS": threads,
         "OMP_WAIT_POLICY": "PASSIVE",  # spinning threads make a busy machine ten times slower
-        "CUBLAS_WORKSPACE_CONFIG": ":4096:8",  # what cuBLAS needs to be deterministic
-        "TORCHDYNAMO_DISABLE": "1",  # bitsandbytes would compile kernels where it finds a C compiler
-        "HF_HUB_OFFLINE": "1",  # the fetch stages alone reach for a network
+        "CUBLAS_WORKSPACE_CONFIG": ":4096:8",  # makes cuBLAS deterministic
+        "TORCHDYNAMO_DISABLE": "1",  # or bitsandbytes compiles kernels if it finds a C compiler
+        "HF_HUB_OFFLINE": "1",  # only the fetch stages use a network
         "TOKENIZERS_PARALLELISM": "false",
     }
     if hardware.device == "cpu" or num_processes == 1:
         variables["CUDA_VISIBLE_DEVICES"] = _visible_devices(hardware.device)
     if hardware.device == "cpu" and num_processes > 1:
-        variables["ACCELERATE_TORCH_DEVICE"] = "cpu"  # not cpu:0, for which torch.load has no place
+        variables["ACCELERATE_TORCH_DEVICE"] = "cpu"  # torch.load does not accept cpu:0
     return variables | kernels.asked(hardware.instruction_set)
 
 
 def num_threads(hardware: Params, num_processes: int = 1) -> int:
-    """Return hardware.num_threads; null: this process's share of the physical cores.
+    """Return hardware.num_threads or, if it is null, this process's share of the physical cores.
 
-    Portable kernels take two at most: three threads, which torch takes for small tensors where it may have
-    four, cut a tensor where vector and scalar functions meet, and those round differently.
+    Portable kernels use at most two threads. With up to four allowed, torch uses three for small tensors and
+    then splits a tensor between vector and scalar functions, which round differently.
     """
     here = int(os.environ.get("LOCAL_WORLD_SIZE", num_processes))
     found = at_most(hardware.num_threads or max(1, physical_cores() // here))
@@ -105,7 +105,7 @@ def num_threads(hardware: Params, num_processes: int = 1) -> int:
 
 
 def facts(device: "torch.device") -> dict[str, object]:
-    """Return what computes; nothing that may differ between machines that give equal bytes."""
+    """Return a description of the device and its settings, without facts that may differ for equal bytes."""
     import torch
 
     found: dict[str, object] = {
@@ -124,12 +124,12 @@ def facts(device: "torch.device") -> dict[str, object]:
 
 
 def machine() -> dict[str, Any]:
-    """Return the CPU and the kernels in use, for reports/timings and MLflow: they differ between machines."""
+    """Return the CPU and the kernels in use, for reports/timings and MLflow; machines differ in them."""
     return {"cpu": kernels.cpu()["model"], "kernels": kernels.in_use()}
 
 
 def _visible_devices(device: str) -> str:
-    visible = os.environ.get("CUDA_VISIBLE_DEVICES", "0")  # empty: somebody hides them all
+    visible = os.environ.get("CUDA_VISIBLE_DEVICES", "0")  # an empty value hides all GPUs
     return "" if device == "cpu" else visible.split(",")[0]
 
 

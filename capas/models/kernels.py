@@ -1,8 +1,8 @@
-"""Which kernels ATen, oneMKL and oneDNN compute with on a CPU: asked for, then asked back.
+"""Choose the kernels of ATen, oneMKL and oneDNN on a CPU, and check which ones are in use.
 
 All three choose when they are first used. Kernels of another instruction set round differently, and
 so do those that oneMKL takes on another vendor's CPU: it honours its reproducible branches AVX2 and
-AVX512 on Intel CPUs alone and takes AUTO elsewhere without a word (Intel, oneMKL developer guide,
+AVX512 only on Intel CPUs and silently takes AUTO elsewhere (Intel, oneMKL developer guide,
 "Conditional Numerical Reproducibility"). COMPATIBLE is the one branch that computes the same bytes
 on Intel and on AMD; its products are two to three times slower.
 """
@@ -18,7 +18,7 @@ from typing import Any
 from capas.core.errors import CapasError
 
 CPUINFO = Path("/proc/cpuinfo")
-# hardware.instruction_set -> what ATen, oneMKL and oneDNN are told; `native` tells them what suits this CPU.
+# hardware.instruction_set -> settings of ATen, oneMKL and oneDNN; `native` chooses settings for this CPU.
 _ASKED = {
     "portable": ("avx2", "COMPATIBLE", "AVX2"),
     "avx2": ("avx2", "AVX2,STRICT", "AVX2"),
@@ -26,9 +26,10 @@ _ASKED = {
 }
 VARIABLES = {"aten": "ATEN_CPU_CAPABILITY", "mkl": "MKL_CBWR", "onednn": "ONEDNN_MAX_CPU_ISA"}
 _AVX2, _AVX512 = {"avx2", "fma"}, {"avx512f", "avx512bw", "avx512dq", "avx512vl"}
-_FLAGS = {"portable": _AVX2, "avx2": _AVX2, "avx512": _AVX512}  # as /proc/cpuinfo names them
-_BRANCHES = {1: "off", 2: "AUTO", 3: "COMPATIBLE", 10: "AVX2", 12: "AVX512"}  # of mkl_cbwr_get
-# torch's names of the vector functions of oneMKL (VML) that libtorch holds.
+_FLAGS = {"portable": _AVX2, "avx2": _AVX2, "avx512": _AVX512}  # names from /proc/cpuinfo
+# results of mkl_cbwr_get
+_BRANCHES = {1: "off", 2: "AUTO", 3: "COMPATIBLE", 10: "AVX2", 12: "AVX512"}
+# torch's names for the vector functions of oneMKL (VML) that libtorch contains.
 VECTOR_FUNCTIONS = (
     *("acos", "asin", "atan", "cos", "erf", "erfc", "erfinv", "exp"),
     *("log", "log10", "log2", "sin", "sqrt", "tan", "tanh", "trunc"),
@@ -40,7 +41,7 @@ def is_x86() -> bool:
 
 
 def cpu(cpuinfo: Path = CPUINFO) -> dict[str, Any]:
-    """Return vendor, model and flags of the CPU as Linux names them; elsewhere AVX2 is taken for granted."""
+    """Return the CPU's vendor, model and flags as Linux names them; on other systems AVX2 is assumed."""
     if not cpuinfo.exists():
         return {"vendor": "", "model": platform.processor(), "flags": set(_AVX2)}
     found: dict[str, str] = {}
@@ -58,10 +59,10 @@ def cpu(cpuinfo: Path = CPUINFO) -> dict[str, Any]:
 
 
 def check_supported(instruction_set: str) -> None:
-    """Check that this CPU has what `instruction_set` needs: another one ends the process with SIGILL.
+    """Check that this CPU has what `instruction_set` needs; otherwise the process would end with SIGILL.
 
     Raises:
-        CapasError: it lacks a feature, or it is no x86 CPU and the choice is neither native nor portable.
+        CapasError: it lacks a feature, or it is not an x86 CPU and the choice is neither native nor portable.
     """
     if instruction_set not in _FLAGS or (not is_x86() and instruction_set == "portable"):
         return
@@ -77,8 +78,8 @@ def check_supported(instruction_set: str) -> None:
 def asked(instruction_set: str) -> dict[str, str]:
     """Return the environment variables that make the three libraries choose their kernels.
 
-    native: all that the CPU has, and of oneMKL the fastest branch that it honours there, so that
-    results repeat.
+    native uses all features of the CPU, and the fastest branch that oneMKL honours on it, so that results
+    repeat.
     """
     if not is_x86():
         return {}
@@ -88,7 +89,7 @@ def asked(instruction_set: str) -> dict[str, str]:
 
 
 def in_use() -> dict[str, str]:
-    """Return what ATen and oneMKL say that they compute with in this process; torch is imported."""
+    """Return the kernels that ATen and oneMKL report for this process; this imports torch."""
     import torch
 
     branch = _mkl_branch()
@@ -97,10 +98,10 @@ def in_use() -> dict[str, str]:
 
 
 def check_in_use(instruction_set: str, torch_was_loaded: bool) -> None:
-    """Check that the libraries do what they were told; `native` leaves the choice to them.
+    """Check that the libraries use the requested kernels; `native` leaves the choice to them.
 
     Raises:
-        CapasError: a library computes with other kernels, and why.
+        CapasError: a library computes with other kernels; the message explains why.
     """
     if instruction_set not in _ASKED or not is_x86():
         return
@@ -144,14 +145,14 @@ def warm_up() -> None:
 
 
 def use_one_thread() -> None:
-    """Let the products of oneMKL that this thread asks for run on one thread, whatever torch is told.
+    """Run this thread's oneMKL products on one thread, whatever number of threads torch is set to.
 
-    Its branch COMPATIBLE rounds differently on 1, 2, 3 and 4 threads. Operations that torch divides itself,
-    such as attention, keep their threads. Call it after `torch.set_num_threads`.
+    oneMKL's branch COMPATIBLE rounds differently on 1, 2, 3 and 4 threads. Operations that torch divides
+    itself, such as attention, keep their threads. Call it after `torch.set_num_threads`.
     """
     import torch
 
-    torch.get_num_threads()  # torch sets oneMKL's threads once more when a thread first asks for its own
+    torch.get_num_threads()  # a thread's first call sets oneMKL's threads again, so it comes first
     if (library := mkl()) is not None:
         library.MKL_Set_Num_Threads_Local(1)
 
@@ -159,20 +160,20 @@ def use_one_thread() -> None:
 def keep_weights_unpacked() -> None:
     """Keep bitsandbytes from repacking 4-bit weights on CPUs with AVX512-BF16, for the whole process.
 
-    There, the first evaluation repacks every Linear4bit in place and computes in bfloat16 from then
-    on: a training that goes on afterwards crashes or silently loses gradient, and merged logits are
+    On these CPUs the first evaluation repacks every Linear4bit in place and computes in bfloat16 from then
+    on. A training that continues afterwards crashes or silently loses gradient, and merged logits are
     off (bitsandbytes 0.50).
     """
     try:
         from bitsandbytes.nn import modules
-    except ImportError:  # no build for this machine: then there are no such layers, either
+    except ImportError:  # no build for this machine, so there are no such layers either
         return
-    modules.has_avx512bf16 = lambda: False  # what a layer asks when it is made
+    modules.has_avx512bf16 = lambda: False  # called when a layer is made
 
 
 @functools.cache
 def mkl() -> Any:
-    """Return the library that holds oneMKL; None where torch was built without it."""
+    """Return the library that contains oneMKL, or None if torch was built without it."""
     import torch
 
     file = Path(torch.__file__).parent / "lib" / "libtorch_cpu.so"
@@ -193,7 +194,7 @@ def _mkl_branch() -> int | None:
 
 
 def show(instruction_set: str) -> str:
-    """Return this CPU and what computes with `instruction_set` on it; torch is not imported yet."""
+    """Return this CPU and the kernels that `instruction_set` gives on it; torch must not be imported yet."""
     found = cpu()
     check_supported(instruction_set)
     os.environ.update(asked(instruction_set))

@@ -1,4 +1,4 @@
-"""Models as the stages load them: the base in full precision or quantized, and the tuned model."""
+"""Load models for the stages: the base in full precision or quantized, and the tuned model."""
 
 import logging
 from collections.abc import Callable, Iterator
@@ -21,21 +21,21 @@ from capas.models.kernels import keep_weights_unpacked
 from capas.models.tuned_weights import is_adapter
 
 transformers_logging.disable_progress_bar()
-keep_weights_unpacked()  # here, since whoever loads a model imports this module: tests/test_kernels.py
+keep_weights_unpacked()  # here, because all code that loads a model imports this: tests/test_kernels.py
 log = logging.getLogger("capas")
 MAX_SHARD_SIZE = "2GB"  # a shard is copied before it is written
 
 
 def load_model(folder: Path, model: Params, device: torch.device, **kwargs: Any) -> PreTrainedModel:
-    """`AutoModelForCausalLM.from_pretrained(folder)`, checked to be what was asked for.
+    """Load `AutoModelForCausalLM.from_pretrained(folder)`, and check that it matches the request.
 
     Args:
-        folder: of `save_pretrained`; its config.json says whether and how it is quantized.
+        folder: a folder from `save_pretrained`; its config.json tells whether and how it is quantized.
         model: the params group, or the part of it that a stage declares.
         kwargs: passed on, e.g. `quantization_config`.
 
     Raises:
-        CapasError: not a causal language model, weights missing or damaged, or not loaded as asked.
+        CapasError: not a causal language model, weights missing or damaged, or not loaded as requested.
     """
     config = read_json(folder / "config.json")
     check_supported(config, str(folder))
@@ -47,7 +47,7 @@ def load_model(folder: Path, model: Params, device: torch.device, **kwargs: Any)
                 folder, device_map={"": device}, output_loading_info=True, **asked, **kwargs
             )
     except (ImportError, ValueError, OSError, SafetensorError) as error:
-        if getattr(error, "errno", None):  # the machine's, not the model's
+        if getattr(error, "errno", None):  # an error of the machine, not of the model
             raise
         raise CapasError(f"{folder} cannot be loaded with {asked}: {error}") from None
     check_modules_dense(loaded, str(folder))
@@ -59,13 +59,20 @@ def load_model(folder: Path, model: Params, device: torch.device, **kwargs: Any)
 
 
 def check_quantized(model: nn.Module, stored: dict[str, Any] | None, folder: Path) -> None:
-    """Raises CapasError: the weights in `folder` are quantized (`stored`), and those of `model` are not."""
+    """Check that weights stored as quantized (`stored`) in `folder` are quantized in `model` too.
+
+    Raises:
+        CapasError: they are not.
+    """
     if stored and quantization_method(model) == "none":
         raise CapasError(f"{folder} has quantized weights, but they were loaded as unquantized")
 
 
 def save_model(model: PreTrainedModel, folder: Path) -> None:
-    """In shards, tied weights once; safetensors writes files that only their owner can read."""
+    """Save a model in shards, tied weights once, readable for everyone.
+
+    safetensors writes files that only their owner can read.
+    """
     model.save_pretrained(folder, max_shard_size=MAX_SHARD_SIZE)
     for file in folder.iterdir():
         file.chmod(0o644)
@@ -75,9 +82,9 @@ class TunedModel:
     """The tuned model, `model`, and its base.
 
     Args:
-        folder: what the training left, an adapter or a whole model.
-        model, device: as of `load_model`.
-        load_base: loads what an adapter belongs to; beside a whole model only where the base is asked for.
+        folder: the result of the training, an adapter or a whole model.
+        model, device: arguments of `load_model`.
+        load_base: loads the base; with a whole model it is called only when the base is needed.
     """
 
     def __init__(
@@ -97,22 +104,22 @@ class TunedModel:
 
     @contextmanager
     def base(self) -> Iterator[Any]:
-        """The model before the training: the adapter switched off, or the base beside the whole model."""
+        """Yield the model before the training: with the adapter switched off, or the separate base model."""
         if self.is_adapter:
             with self.model.disable_adapter():
                 yield self.model
             return
         if self._base is None:
-            with torch.random.fork_rng():  # of whoever is about to sample
+            with torch.random.fork_rng():  # loading must not change the caller's random state
                 self._base = self._load_base()
         yield self._base
 
 
 def attach_adapter(model: PreTrainedModel, folder: Path) -> nn.Module:
-    """The model with the trained adapter in `folder`, for inference.
+    """Return the model with the trained adapter in `folder`, for inference.
 
     Raises:
-        CapasError: the adapter holds weights that the model has no place for, or the other way round.
+        CapasError: the adapter has weights that do not fit the model, or the model needs others.
     """
     from peft import PeftModel, get_peft_model_state_dict
 
@@ -133,7 +140,7 @@ def attach_adapter(model: PreTrainedModel, folder: Path) -> nn.Module:
 
 
 def quantized_linears(model: nn.Module) -> Iterator[tuple[str, Any]]:
-    """(name, module) of every bitsandbytes layer."""
+    """Yield (name, module) of every bitsandbytes layer."""
     for name, module in model.named_modules():
         if type(module).__name__ in ("Linear4bit", "Linear8bitLt") and not hasattr(
             module, "base_layer"
@@ -142,7 +149,7 @@ def quantized_linears(model: nn.Module) -> Iterator[tuple[str, Any]]:
 
 
 def quantization_method(model: nn.Module) -> str:
-    """nf4, fp4, int8 or none: read off the layers themselves, not off the configuration."""
+    """Return nf4, fp4, int8 or none, read from the layers themselves, not from the configuration."""
     found = {
         module.weight.quant_type if type(module).__name__ == "Linear4bit" else "int8"
         for _, module in quantized_linears(model)
@@ -151,7 +158,7 @@ def quantization_method(model: nn.Module) -> str:
 
 
 def dequantize(layer: Any) -> torch.Tensor:
-    """The weight that a bitsandbytes layer computes with, float32 [out, in]."""
+    """Return the weight that a bitsandbytes layer computes with, float32 [out, in]."""
     import bitsandbytes as bnb
 
     weight = layer.weight
@@ -168,7 +175,7 @@ def _adapter_names(folder: Path) -> list[str]:
 
 
 def _check_weights(folder: Path, info: dict[str, Any]) -> None:
-    """transformers only warns when it fills a missing weight with random numbers."""
+    """Check that all weights were found; transformers only warns when it fills one with random numbers."""
     for kind in ("missing_keys", "mismatched_keys", "error_msgs"):
         if info.get(kind):
             names = ", ".join(sorted(str(key) for key in info[kind])[:4])
@@ -184,7 +191,13 @@ def _check_weights(folder: Path, info: dict[str, Any]) -> None:
 
 
 def check_loaded(asked: dict[str, Any], model: PreTrainedModel) -> None:
-    """transformers leaves the soft-capping of attention logits (Gemma 2) out where sdpa computes them."""
+    """Check that the model uses the requested attention and dtype.
+
+    transformers omits the soft-capping of attention logits (Gemma 2) if sdpa computes the attention.
+
+    Raises:
+        CapasError: it does not, or sdpa would omit the soft-capping.
+    """
     capped = getattr(model.config.get_text_config(), "attn_logit_softcapping", None)
     if capped is not None and asked.get("attn_implementation") == "sdpa":
         raise CapasError(
@@ -201,10 +214,11 @@ def check_loaded(asked: dict[str, Any], model: PreTrainedModel) -> None:
 
 
 def _check_blocks(model: nn.Module) -> None:
-    """bitsandbytes quantizes a weight in blocks that run over the ends of its rows.
+    """Check that on a CPU each 4-bit layer's rows are whole blocks.
 
-    Its CPU kernels take it that a block ends with the row, and compute something else where it does not: a
-    layer is then 25 % off instead of 9 (measured, bitsandbytes 0.50).
+    bitsandbytes quantizes a weight in blocks that may cross the ends of its rows, but its CPU kernels assume
+    that a block ends with the row. Otherwise they compute something else: a layer is then 25 % off instead
+    of 9 % (measured, bitsandbytes 0.50).
     """
     for name, layer in quantized_linears(model):
         state = getattr(layer.weight, "quant_state", None)

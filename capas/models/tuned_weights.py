@@ -1,4 +1,4 @@
-"""data/models/adapter as a training leaves it: an adapter, or a whole model (lora=none)."""
+"""Read data/models/adapter, the result of a training: an adapter, or a whole model (lora=none)."""
 
 import hashlib
 from pathlib import Path
@@ -13,7 +13,7 @@ def is_adapter(folder: Path) -> bool:
 
 
 def sha256(folder: Path) -> str:
-    """Of the weights' file; of several the sha256 of their names and sums, as sha256sum writes them."""
+    """Return the SHA-256 of the weights' file; for several files, that of their listing by sha256sum."""
     files = sorted(folder.glob("*.safetensors"))
     sums = [file_sha256(file) for file in files]
     if len(files) == 1:

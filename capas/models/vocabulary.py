@@ -1,4 +1,4 @@
-"""Whether tokens have a row in a model's embedding: a tokenizer may have more of them than its model."""
+"""Check that tokens have a row in a model's embedding: a tokenizer may have more tokens than its model."""
 
 from collections.abc import Iterable, Sequence
 from pathlib import Path
@@ -9,23 +9,23 @@ from tokenizers import Tokenizer
 from capas.core.errors import CapasError
 from capas.core.files import read_json
 
-SHOWN = 3  # tokens that a message names
+SHOWN = 3  # tokens named in a message
 
 
 def num_rows(folder: Path) -> int | None:
-    """How many tokens the model in a folder has an embedding of; None where its config.json does not say."""
+    """Return how many tokens a model's embedding has, or None if its config.json does not tell."""
     config = read_json(folder / "config.json")
     found = (config.get("text_config") or config).get("vocab_size")
     return found if isinstance(found, int) else None
 
 
 def tokens_without_row(tokenizer: Tokenizer, rows: int) -> list[int]:
-    """The ids of the tokens that the embedding lacks."""
+    """Return the ids of the tokens that the embedding lacks."""
     return sorted(i for i in tokenizer.get_vocab(with_added_tokens=True).values() if i >= rows)
 
 
 def in_words(ids: Sequence[int], tokenizer: Tokenizer) -> str:
-    """'<|im_end|>' (id 1024), '<pad>' (id 1025) and 2 more"""
+    """Return a list of tokens as text: '<|im_end|>' (id 1024), '<pad>' (id 1025) and 2 more."""
     shown = ", ".join(f"{tokenizer.id_to_token(i)!r} (id {i})" for i in ids[:SHOWN])
     return shown + (f" and {len(ids) - SHOWN} more" if len(ids) > SHOWN else "")
 
@@ -34,13 +34,13 @@ def check_ids(records: Iterable[Any], others: Sequence[int], folder: Path, token
     """Check that a model has a row for every token that it will be given.
 
     Args:
-        records: the ids of each, as lists or arrays.
-        others: ids that stand in no record: padding, end tokens.
-        folder: the model's.
-        tokenizer: its folder.
+        records: the ids of each record, as lists or arrays.
+        others: ids that are in no record, such as padding and end tokens.
+        folder: the model's folder.
+        tokenizer: the tokenizer's folder.
 
     Raises:
-        CapasError: naming the tokens without a row.
+        CapasError: tokens have no row; the message names them.
     """
     rows = num_rows(folder)
     if rows is None:

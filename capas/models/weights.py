@@ -1,4 +1,4 @@
-"""The weights of a model's folder, read from its safetensors one tensor at a time."""
+"""Read the weights in a model's folder from its safetensors, one tensor at a time."""
 
 from collections.abc import Iterator
 from pathlib import Path
@@ -21,19 +21,18 @@ def num_shards(folder: Path) -> int:
 
 
 def read_weights(folder: Path, modules: list[str]) -> Iterator[tuple[str, "torch.Tensor"]]:
-    """(module, its weight as stored) shard by shard, so that no two weights are in memory at once.
+    """Yield (module, its weight as stored), shard by shard, so that only one weight is in memory.
 
-    A module's path may begin otherwise than its weight's name: `model.layers.0.mlp.up_proj` may be stored as
-    `layers.0.mlp.up_proj.weight`. The longest common ending decides, where only one weight has it. A module
-    whose weight is not found so is left out.
+    The name of a stored weight may lack the beginning of its module's path: `model.layers.0.mlp.up_proj` may
+    be stored as `layers.0.mlp.up_proj.weight`. The longest common ending decides, if only one weight has it.
+    A module whose weight is not found this way is left out.
     """
     files = sorted(folder.glob("*.safetensors"))
     stored = {name: file for file in files for name in _names(file)}
     found = {module: name for module in modules if (name := _find(f"{module}.weight", stored))}
     for file in files:
-        with safe_open(
-            file, "pt", backend="pread"
-        ) as weights:  # a mapped file would stay in memory
+        # a memory-mapped file would stay in memory
+        with safe_open(file, "pt", backend="pread") as weights:
             for module, name in found.items():
                 if stored[name] == file:
                     yield module, weights.get_tensor(name)
@@ -45,7 +44,7 @@ def _names(file: Path) -> list[str]:
 
 
 def _find(wanted: str, stored: dict[str, Any]) -> str | None:
-    """The only name with which `wanted` shares the longest ending, at least from the layer's number on."""
+    """Return the only name that shares the longest ending with `wanted`, at least from the layer's number."""
     if wanted in stored:
         return wanted
     parts = wanted.split(".")

@@ -1,1 +1,1 @@
-"""The HTML pages in reports/: numbers, words, plots and templates."""
+"""Write the HTML pages in reports/: numbers, texts, plots and templates."""

@@ -1,4 +1,4 @@
-"""One short conversation as each family of chat templates writes it."""
+"""Render one short conversation with each family of chat templates."""
 
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -18,13 +18,13 @@ _ROLES = ("system", "user", "assistant", "user", "assistant")
 
 
 def render(family: str, text: str, contents: Sequence[str], date_string: str) -> str:
-    """Return the conversation with these five contents as `family` writes it.
+    """Return the conversation with these five contents as `family` formats it.
 
-    A family without a place for the system message gets it in front of the first request.
+    If a family has no system message, the system message is put in front of the first request.
 
     Args:
         text: the family's template, Jinja.
-        contents: of system, user, assistant, user, assistant.
+        contents: the contents of system, user, assistant, user, assistant.
     """
     template = Template(text, _NAMED[family], date_string, family)
     messages = [

@@ -1,7 +1,7 @@
-"""matplotlib figures as inline SVG: the same bytes every time, coloured by the page's style sheet.
+"""Draw matplotlib figures as inline SVG: the same bytes every time, coloured by the page's style sheet.
 
 A figure is drawn in placeholder colours that are replaced by CSS variables, so that one drawing is
-readable in light and in dark. Text stays text: it takes the page's font and can be searched.
+readable in light and in dark mode. Text stays text: it takes the page's font and can be searched.
 """
 
 import io
@@ -18,7 +18,7 @@ mpl.use("svg")
 
 from matplotlib.figure import Figure
 
-# Placeholder -> variable of capas/report/style.css. No two alike, none that matplotlib uses by itself.
+# Placeholder -> variable of capas/report/style.css. All differ, and matplotlib uses none of them by itself.
 COLOURS = {
     "#010101": "--ink",
     "#020202": "--faint",
@@ -33,7 +33,7 @@ _STYLE: dict[str, Any] = {
     "svg.fonttype": "none",
     "svg.hashsalt": "capas",
     "text.parse_math": False,  # a model may write dollar signs
-    "font.family": "DejaVu Sans",  # ships with matplotlib: the layout is the same on every machine
+    "font.family": "DejaVu Sans",  # ships with matplotlib, so the layout is the same everywhere
     "font.size": 10,
     "text.color": INK,
     "axes.edgecolor": RULE,
@@ -58,7 +58,7 @@ _STYLE: dict[str, Any] = {
 
 @contextmanager
 def drawing() -> Iterator[None]:
-    """matplotlib in the page's style. A glyph that its font lacks is the browser's to draw."""
+    """Set matplotlib to the page's style; glyphs that its font lacks are drawn by the browser."""
     with (
         mpl.rc_context({**mpl.rcParamsDefault, **_STYLE, "backend": "svg"}),
         warnings.catch_warnings(),
@@ -68,7 +68,7 @@ def drawing() -> Iterator[None]:
 
 
 def to_svg(figure: Figure, name: str, description: str) -> str:
-    """The figure as an <svg> element for an HTML page; `name` makes its ids unique in the page."""
+    """Return the figure as an <svg> element for an HTML page; `name` makes its ids unique in the page."""
     buffer = io.StringIO()
     with drawing():
         figure.savefig(
@@ -85,7 +85,7 @@ def to_svg(figure: Figure, name: str, description: str) -> str:
 
 
 def _accessible(svg: str, description: str) -> str:
-    """Sized by its container, and described to those who cannot see it."""
+    """Make an SVG take the size of its container, and describe it to those who cannot see it."""
     width, height = re.findall(r'(?:width|height)="([\d.]+)pt"', svg)[:2]
     opening = (
         f'<svg viewBox="0 0 {width} {height}" style="--width: {float(width):.0f}px" role="img" '

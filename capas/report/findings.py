@@ -1,6 +1,6 @@
-"""A run's numbers, read from the stages' outputs and arranged as the report tells them.
+"""Read a run's numbers from the stages' outputs, and arrange them for the report.
 
-Plain dicts and lists, so that the page's texts can name a number: `{{ padding.fraction|pct }}`.
+They are plain dicts and lists, so that the page's texts can name a number: `{{ padding.fraction|pct }}`.
 A number that a run does not have (no completions generated, nothing quantized) is None.
 """
 
@@ -27,13 +27,13 @@ from capas.report.neighbours import read_header
 
 Row = dict[str, Any]
 NUM_WRONG = 6  # answers shown
-_ROUNDING = 0.01  # of an epoch
-MAX_PARTS = 12  # of the test split in one plot
-SIMILARITIES = (0.0, 0.2, 0.4, 0.6, 0.8)  # where the bins of the plot over distance begin
+_ROUNDING = 0.01  # epochs
+MAX_PARTS = 12  # parts of the test split in one plot
+SIMILARITIES = (0.0, 0.2, 0.4, 0.6, 0.8)  # lower edges of the bins in the plot over distance
 
 
 def read_csv(file: Path) -> list[Row]:
-    """Rows; a file with nothing but its header has none."""
+    """Return the rows of a CSV file; a file with only a header has none."""
     rows: list[Row] = pa_csv.read_csv(file).to_pylist()
     return rows
 
@@ -49,7 +49,7 @@ CHANGES = (
 
 
 def changes(splits: Mapping[str, Row]) -> dict[str, int]:
-    """What format did to records, over all splits; what it did not do is not there."""
+    """Return how often format changed records in each way, over all splits, without zero counts."""
     counts = {name: sum(split[name] for split in splits.values()) for name in CHANGES}
     return {name: count for name, count in counts.items() if count}
 
@@ -59,7 +59,8 @@ def learned_from(train: Row, trainer: Mapping[str, Any], num_records: int) -> Ro
 
     Args:
         train: reports/train.json.
-        trainer: the parameters.
+        trainer: the parameters of the group.
+        num_records: records in the training split.
     """
     seen = train["num_steps"] * train["global_batch_size"]
     if train["packing"]:  # a row of a batch holds several records
@@ -75,7 +76,7 @@ def learned_from(train: Row, trainer: Mapping[str, Any], num_records: int) -> Ro
 
 
 def overridden(overrides: Row, flat_params: Row) -> list[str]:
-    """Return the parameters that conf/overrides.yaml sets, by dotted key; a choice is its `preset`."""
+    """Return the dotted keys of the parameters that conf/overrides.yaml sets; a choice is its `preset`."""
     chosen = [
         key for entry in overrides.get("defaults") or [] if isinstance(entry, dict) for key in entry
     ]
@@ -88,7 +89,7 @@ def test_records(files: Mapping[str, Path]) -> list[Row]:
     """Return a row for each test record: its parts of the split, its similarity and every model's row.
 
     Args:
-        files: {base, nearest and tuned: their predictions}; `nearest` is empty where nothing was generated.
+        files: {base, nearest and tuned: their predictions}; `nearest` is empty if nothing was generated.
     """
     found = {m: {row["id"]: row for row in pq.read_table(f).to_pylist()} for m, f in files.items()}
     rows = []
@@ -108,7 +109,7 @@ def scores(base: Row, evaluation: Row, records: Sequence[Row]) -> dict[str, Any]
     `is_share`: the headline lies between 0 and 1, so that it can be a percentage and have an interval.
 
     Args:
-        records: of `test_records`.
+        records: the result of `test_records`.
     """
     tuned, metrics, shares = evaluation["tuned"], evaluation["metrics"], evaluation["shares"]
     name, nearest = headline(metrics), base["nearest"]
@@ -147,7 +148,7 @@ def scores(base: Row, evaluation: Row, records: Sequence[Row]) -> dict[str, Any]
 
 
 def _digits(check: Row) -> int:
-    """Return how many decimals of a percentage keep a value apart from its limit: 89.96 % is not 90.0 %."""
+    """Return how many decimals of a percentage tell a value from its limit: 89.96 % is not 90.0 %."""
     value, limit = check["value"], check["limit"]
     if value is None or limit is None or value == limit:
         return 1
@@ -157,7 +158,7 @@ def _digits(check: Row) -> int:
 
 @dataclass(frozen=True)
 class _Interval:
-    """Intervals of the metric `name`."""
+    """The intervals of the metric `name`."""
 
     name: str
     is_share: bool
@@ -167,7 +168,7 @@ class _Interval:
     def around(
         self, part: Row, rows: Sequence[Row]
     ) -> tuple[float, float | None, float | None] | None:
-        """Return (score, low, high) of a part of the split; None where it has no score."""
+        """Return (score, low, high) of a part of the split, or None if it has no score."""
         score = part.get(self.name)
         if score is None or not part["num_records"]:
             return None
@@ -175,7 +176,7 @@ class _Interval:
         if not (self.is_share and values):
             return score, None, None
         low, high = mean_interval(values, self.confidence, self.resamples)
-        return score, min(low, score), max(high, score)  # the score was rounded when it was written
+        return score, min(low, score), max(high, score)  # the score in the file is rounded
 
     def compared(self, parts: Mapping[str, Row], records: Sequence[Row]) -> Row:
         """Return `around` for each model, and the number of records.
@@ -224,7 +225,7 @@ class _Interval:
 
 
 def origin(source: Row) -> dict[str, Any]:
-    """What fetch says of the records, as tables: what was dropped (most first), repaired, left out."""
+    """Return fetch's report on the records as tables: dropped (most first), repaired and left out."""
     dropped = [{"reason": reason, **entry} for reason, entry in source["dropped"].items()]
     repaired = [{"reason": reason, **entry} for reason, entry in source["repaired"].items()]
     left_out = sorted(source["left_out"].items(), key=lambda item: (-item[1], item[0]))
@@ -243,8 +244,9 @@ def answers(
 ) -> dict[str, Any]:
     """Return test records with both answers: an example in each language, and some that are wrong.
 
-    The example is the first record that the tuned model gets right; wrong ones are one of each kind. Where
-    scores lie in between (`graded`): the first that it answers better than the base, and the lowest.
+    The example is the first record that the tuned model gets right; the wrong answers are one of each kind.
+    If scores can lie between 0 and 1 (`graded`), the example is the first record that the tuned model answers
+    better than the base, and the records with the lowest scores take the place of wrong ones.
     """
     rows = []
     for record in records:
@@ -282,22 +284,22 @@ def answers(
 
 
 def _example(rows: Sequence[Row], language: str) -> Row | None:
-    """Return the first right record, in this language where one is; else the first record."""
+    """Return the first right record, in this language if there is one; otherwise the first record."""
     right = [row for row in rows if row["right"]] or list(rows)
     spoken = (row for row in right if row["language"] == language)
     return next(spoken, right[0] if right else None)
 
 
 def conversations(file: Path) -> dict[str, list[Row]]:
-    """id -> messages up to the last answer, which is the one that is asked for."""
+    """Return {id: messages before the last answer}, which are the prompt of that answer."""
     rows = pq.read_table(file, columns=["id", "messages"]).to_pylist()
     return {row["id"]: before_last_answer(row["messages"]) for row in rows}
 
 
 def adapter(folder: Path) -> dict[str, Any]:
-    """The adapter's rank, its bytes, how many layers it stands beside and of what kinds.
+    """Return the adapter's configuration and bytes, and the number and kinds of the layers that it adapts.
 
-    `adapter` and `adapted` are None of a whole model, all of whose weights were trained.
+    For a whole model, whose weights were all trained, `adapter` and `adapted` are None.
     """
     found = {"adapter": None, "adapted": None, "adapter_bytes": weight_bytes(folder)}
     if not tuned_weights.is_adapter(folder):
@@ -313,9 +315,9 @@ def adapter(folder: Path) -> dict[str, Any]:
 
 
 def curve(history: Sequence[Row], max_grad_norm: float, vocab_size: int) -> dict[str, Any]:
-    """The ends of the training curve, and what a model that knows nothing would score.
+    """Return both ends of the training curve, and the loss of a model that knows nothing.
 
-    A training shorter than logging_steps has no row, and then no ends.
+    A training shorter than logging_steps has no rows; both ends are then None.
     """
     norms = [row["grad_norm"] for row in history]
     return {
@@ -328,7 +330,7 @@ def curve(history: Sequence[Row], max_grad_norm: float, vocab_size: int) -> dict
 
 
 def samples(lines: Sequence[Row], summary: Row) -> dict[str, Any]:
-    """Completions by prompt, then by setting: [{messages, reference, rows: [{setting, base, tuned}]}]."""
+    """Return completions by prompt and setting: [{messages, reference, rows: [{setting, base, tuned}]}]."""
     prompts: dict[str, Row] = {}
     for line in lines:
         entry = {"messages": line["messages"], "reference": line["reference"], "rows": {}}
@@ -355,7 +357,7 @@ def samples(lines: Sequence[Row], summary: Row) -> dict[str, Any]:
 
 
 def favourites(probabilities: Sequence[Row], model: str = "tuned") -> dict[str, Row]:
-    """Per setting: how probable the favourite is, and how many of the shown tokens may come at all."""
+    """Return, by setting, the probability of the favourite and how many of the shown tokens are possible."""
     found: dict[str, Row] = {}
     for row in probabilities:
         if row["model"] == model:
@@ -369,7 +371,7 @@ NEUTRAL = {"temperature": 1.0, "top_k": 0, "top_p": 1.0}  # change nothing
 
 
 def effective(setting: Row) -> Row:
-    """What of a decoding setting has an effect; null stands for not given."""
+    """Return the values of a decoding setting that have an effect; null means not given."""
     if not setting.get("do_sample"):
         return {"do_sample": False}
     changed = {
@@ -379,7 +381,7 @@ def effective(setting: Row) -> Row:
 
 
 def decoding(settings: Mapping[str, Row]) -> dict[str, Any]:
-    """Which setting shows what: the first that does just that, or None."""
+    """Return which setting demonstrates what: the first that changes just that, or None."""
     draws = {name: effective(s) for name, s in settings.items() if s.get("do_sample")}
     warmed = [name for name, s in draws.items() if "temperature" in s]
     cut_k = [name for name, s in draws.items() if "top_k" in s]

@@ -1,4 +1,4 @@
-"""Confidence intervals of a mean over records."""
+"""Compute confidence intervals of a mean over records."""
 
 import math
 from collections.abc import Sequence
@@ -10,11 +10,12 @@ from capas.evaluation.comparison import paired_difference
 def mean_interval(
     scores: Sequence[float], confidence: float, resamples: int
 ) -> tuple[float, float]:
-    """Return the interval of a mean: Wilson's where each score is 0 or 1, else the percentile bootstrap's.
+    """Return the interval of a mean: Wilson's if each score is 0 or 1, otherwise the percentile bootstrap's.
 
     Args:
-        scores: [records], one at least.
+        scores: [records], at least one.
         confidence: for example 0.95.
+        resamples: bootstrap resamples.
 
     Source: B. Efron, "Bootstrap methods: another look at the jackknife", Annals of Statistics 7 (1979).
     """
@@ -28,11 +29,14 @@ def mean_interval(
 
 
 def wilson_interval(num_right: float, num_records: int, confidence: float) -> tuple[float, float]:
-    """Wilson score interval of a binomial share: within [0, 1], and honest at 0 and at 1.
+    """Return the Wilson score interval of a binomial share: within [0, 1], and sound at 0 and at 1.
 
     Args:
         num_right: how many of `num_records` are right.
         confidence: for example 0.95.
+
+    Raises:
+        ValueError: there are no records.
 
     Source: E. B. Wilson, "Probable inference, the law of succession, and statistical inference",
     JASA 22 (1927).
@@ -45,5 +49,5 @@ def wilson_interval(num_right: float, num_records: int, confidence: float) -> tu
     half = (
         z * math.sqrt(share * (1 - share) / num_records + weight / (4 * num_records)) / (1 + weight)
     )
-    # Rounding may put an end on the wrong side of a share of 0 or 1.
+    # Rounding may put an end of the interval on the wrong side of a share of 0 or 1.
     return min(share, max(0.0, centre - half)), max(share, min(1.0, centre + half))

@@ -1,4 +1,4 @@
-"""Weights before and after 4-bit quantization, read from the files of both models without torch.
+"""Read weights before and after 4-bit quantization from the files of both models, without torch.
 
 bitsandbytes stores a layer as codes, two in a byte, and a scale for each block of weights; a code is the
 number of a level. https://huggingface.co/docs/bitsandbytes/reference/nn/linear4bit
@@ -14,12 +14,12 @@ from numpy.typing import NDArray
 from capas.report.neighbours import Tensor, tensors
 
 _STATE = ".quant_state.bitsandbytes__"
-_MAX_WEIGHTS = 2**20  # a million show how weights are spread
+_MAX_WEIGHTS = 2**20  # a million weights show their distribution
 _NUM_BINS = 81
 
 
 def four_bit_levels(base: Path, quantized: Path) -> dict[str, Any] | None:
-    """Return how the weights of one quantized layer lie before, and which level they take after.
+    """Return the distribution of one quantized layer's weights before, and the levels they take after.
 
     Args:
         base, quantized: folders of the same model.
@@ -27,7 +27,7 @@ def four_bit_levels(base: Path, quantized: Path) -> dict[str, Any] | None:
     Returns:
         `layer`; `num_weights` counted; `edges` [bins + 1] and `before` [bins], the share of weights between
         two edges, each weight divided by the largest of its block; `levels` [16] and `after` [16], the share
-        of weights at each level. None where no layer is stored in 4 bits, or the base has it otherwise.
+        of weights at each level. None if no layer is stored in 4 bits, or the base lacks its weight.
     """
     stored, whole = tensors(quantized), tensors(base)
     for name in sorted(stored):

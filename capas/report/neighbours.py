@@ -1,7 +1,7 @@
-"""Numbers of a model's safetensors, read without torch, and the nearest neighbours in its embedding.
+"""Read a model's safetensors without torch, and find the nearest neighbours in its embedding.
 
-safetensors' numpy reader refuses bfloat16, which most models are stored in; the file format (a
-length, a JSON header, the raw numbers) is simple enough to map it: https://github.com/huggingface/safetensors
+safetensors' numpy reader refuses bfloat16, in which most models are stored. The file format (a length, a
+JSON header, the raw numbers) is simple enough to map it: https://github.com/huggingface/safetensors
 """
 
 import json
@@ -23,12 +23,12 @@ _CHUNK_ROWS = 8192
 
 @dataclass(frozen=True)
 class Tensor:
-    """A tensor of a safetensors file; its numbers are read where they are needed."""
+    """A tensor of a safetensors file; its numbers are read when they are needed."""
 
     file: Path
     dtype: str
     shape: tuple[int, ...]
-    start: int  # in the file, in bytes
+    start: int  # offset in the file, in bytes
 
     @property
     def size(self) -> int:
@@ -36,11 +36,11 @@ class Tensor:
 
     @cached_property
     def raw(self) -> NDArray[Any]:
-        """The numbers as they are stored, mapped: [rows, ...]."""
+        """The numbers as stored, memory-mapped: [rows, ...]."""
         return np.memmap(self.file, _DTYPES[self.dtype], "r", self.start, self.shape)
 
     def flat(self, count: int | None) -> NDArray[Any]:
-        """Return the first `count` numbers, or all: bytes as they are, others as float32."""
+        """Return the first `count` numbers, or all: bytes unchanged, others as float32."""
         return self.as_float(self.raw.reshape(-1)[:count])
 
     def as_float(self, stored: Any) -> NDArray[Any]:
@@ -52,7 +52,7 @@ class Tensor:
 
 
 def tensors(folder: Path) -> dict[str, Tensor]:
-    """Return the tensors of a model folder by name, of those kinds that can be read."""
+    """Return {name: tensor} of a model folder, for the dtypes that can be read."""
     found = {}
     for file in sorted(folder.glob("*.safetensors")):
         header, start = read_header(file)
@@ -75,7 +75,7 @@ class Embedding:
 
     @classmethod
     def find(cls, folder: Path) -> "Embedding | None":
-        """Return the first tensor of shape (vocab_size, ...) that is an input embedding; None without one."""
+        """Return the first tensor [vocab_size, hidden size] that is an input embedding, or None."""
         vocab_size = read_json(folder / "config.json").get("vocab_size")
         for name, tensor in tensors(folder).items():
             is_table = len(tensor.shape) == 2 and tensor.shape[0] == vocab_size
@@ -88,7 +88,7 @@ class Embedding:
         return self._table.as_float(self._table.raw[index])
 
     def neighbours(self, token_id: int, others: Sequence[int], k: int) -> list[tuple[int, float]]:
-        """The k tokens among `others` whose rows have the largest cosine with that of `token_id`."""
+        """Return the k tokens among `others` whose rows have the largest cosine with that of `token_id`."""
         candidates = np.array([other for other in others if other != token_id])
         query = _unit(self.rows([token_id]))[0]
         chunks = range(0, len(candidates), _CHUNK_ROWS)
@@ -100,7 +100,7 @@ class Embedding:
 
 
 def read_header(file: Path) -> tuple[dict[str, Any], int]:
-    """{tensor: {dtype, shape, data_offsets}} of a safetensors file, and where its numbers begin."""
+    """Return {tensor: {dtype, shape, data_offsets}} of a safetensors file, and where its numbers begin."""
     with file.open("rb") as stream:
         length = int.from_bytes(stream.read(8), "little")
         header: dict[str, Any] = json.loads(stream.read(length))

@@ -1,4 +1,4 @@
-"""The DAG of dvc.yaml as a drawing: who needs whose output."""
+"""Draw the DAG of dvc.yaml: which stage needs which stage's output."""
 
 from collections.abc import Mapping
 from graphlib import TopologicalSorter
@@ -10,14 +10,14 @@ from matplotlib.patches import FancyBboxPatch
 from capas.core.dag import StageSpec
 from capas.report.figure import ACCENT, FAINT, INK, PANEL, drawing
 
-_BOX = (118, 34)  # width, height; points
+_BOX = (118, 34)  # width and height, in points
 _GAP = (22, 30)
-_PASSES = 8  # of the layout; it has settled long before
+_PASSES = 8  # iterations of the layout; it settles earlier
 Point = tuple[float, float]
 
 
 def edges(specs: Mapping[str, StageSpec]) -> list[tuple[str, str]]:
-    """(maker, user) for every pair of stages, less those that a longer way already implies."""
+    """Return (maker, user) for every pair of stages, without dependencies that a longer path implies."""
     makers = {out: name for name, spec in specs.items() for out in spec.outs}
     needs = {
         name: {makers[path] for path in (*spec.deps, *spec.params) if path in makers}
@@ -43,7 +43,7 @@ def _ancestors(stage: str, needs: Mapping[str, set[str]]) -> set[str]:
 
 
 def positions(stages: list[str], links: list[tuple[str, str]]) -> dict[str, Point]:
-    """Centres of the stages in points: row under row, each near what it is linked with."""
+    """Return the centres of the stages in points: row under row, each near the stages it is linked with."""
     row_of = _rows(stages, links)
     near = {s: [m for m, u in links if u == s] + [u for m, u in links if m == s] for s in stages}
     x = dict.fromkeys(stages, 0.0)
@@ -57,7 +57,7 @@ def positions(stages: list[str], links: list[tuple[str, str]]) -> dict[str, Poin
 
 
 def _rows(stages: list[str], links: list[tuple[str, str]]) -> dict[str, int]:
-    """First the stages that need none, then those that need no others, then each just before its users."""
+    """Return each stage's row: stages without inputs, their users, then the rest just above its users."""
     makers = {stage: [m for m, u in links if u == stage] for stage in stages}
     users = {stage: [u for m, u in links if m == stage] for stage in stages}
     order = list(TopologicalSorter(makers).static_order())
@@ -71,7 +71,7 @@ def _rows(stages: list[str], links: list[tuple[str, str]]) -> dict[str, int]:
 
 
 def _spread(members: list[str], wanted: dict[str, float]) -> dict[str, float]:
-    """The wanted places, moved apart so that no boxes touch, around their common middle."""
+    """Return the wanted places, moved apart so that no boxes touch, around their common middle."""
     step = _BOX[0] + _GAP[0]
     x: dict[str, float] = {}
     for before, stage in zip([None, *members], members, strict=False):
@@ -81,7 +81,7 @@ def _spread(members: list[str], wanted: dict[str, float]) -> dict[str, float]:
 
 
 def draw(specs: Mapping[str, StageSpec], highlighted: str = "train") -> Figure:
-    """Boxes and arrows, top to bottom."""
+    """Draw boxes and arrows, top to bottom."""
     links = edges(specs)
     centres = positions(list(specs), links)
     with drawing():
@@ -112,7 +112,7 @@ def _draw_arrow(axes: Any, maker: Point, user: Point) -> None:
 
 
 def _fit(figure: Figure, axes: Any, centres: list[tuple[float, float]]) -> None:
-    """One unit is one point."""
+    """Scale the axes so that one unit is one point."""
     xs, ys = [x for x, _ in centres], [y for _, y in centres]
     width, height = max(xs) - min(xs) + _BOX[0] + 8, max(ys) - min(ys) + _BOX[1] + 8
     axes.set_xlim(min(xs) - _BOX[0] / 2 - 4, min(xs) - _BOX[0] / 2 - 4 + width)

@@ -1,6 +1,6 @@
-"""The report's plots, drawn by matplotlib. Each takes plain rows and returns a Figure.
+"""Draw the report's plots with matplotlib. Each function takes plain rows and returns a Figure.
 
-`words` translates a label; `number` writes a tick as the page's language does.
+`words` translates a label; `number` writes a tick in the page's language.
 """
 
 import itertools
@@ -22,19 +22,19 @@ from capas.report.figure import ACCENT, BASE, FAINT, INK, TUNED, drawing
 Row = Mapping[str, Any]
 Words = Callable[[str], str]
 Number = Callable[[float], str]
-UNCHANGED = "unchanged"  # the setting of reports/next_token.csv that is none
-WIDTH = 5.2  # inches: on a phone, text of this figure is as large as the text around it
-LABELS = 1.3  # inches of it that long labels take
-NUM_COLUMNS = 3  # of settings beside each other
-MAX_TOKENS = 48  # of an answer whose losses are drawn
-MARKERS = {"base": "o", "nearest": "s", "tuned": "D"}  # a shape besides a colour
+UNCHANGED = "unchanged"  # in reports/next_token.csv: no decoding setting applied
+WIDTH = 5.2  # inches: on a phone, the figure's text is as large as the text around it
+LABELS = 1.3  # inches that long labels take of the width
+NUM_COLUMNS = 3  # settings side by side
+MAX_TOKENS = 48  # tokens of an answer whose losses are drawn
+MARKERS = {"base": "o", "nearest": "s", "tuned": "D"}  # models differ in shape and in colour
 COLOURS = {"base": BASE, "nearest": ACCENT, "tuned": TUNED}
 
 
 def loss_curves(
     history: Sequence[Row], validation: Sequence[Row], words: Words, number: Number
 ) -> Figure:
-    """Loss on supervised tokens over optimizer steps, on a logarithmic axis."""
+    """Draw the loss on supervised tokens over optimizer steps, on a logarithmic axis."""
     with drawing():
         figure, axes = _axes(WIDTH, 2.8)
         steps, losses = [row["step"] for row in history], [row["loss"] for row in history]
@@ -53,7 +53,7 @@ def loss_curves(
 
 
 def learning_rate(history: Sequence[Row], words: Words, number: Number) -> Figure:
-    """Learning rate, and beneath it the norm of the gradient."""
+    """Draw the learning rate, and beneath it the norm of the gradient."""
     with drawing():
         figure = Figure(figsize=(WIDTH, 3.0))
         axes = figure.subplots(2, 1, sharex=True)
@@ -75,9 +75,9 @@ def learning_rate(history: Sequence[Row], words: Words, number: Number) -> Figur
 
 
 def shares(rows: Sequence[Row], words: Words, percent: str) -> Figure:
-    """A share with its interval for every part of the test split: base, copied answers, tuned.
+    """Draw a share with its interval for every part of the test split: base, copied answers, tuned.
 
-    Rows: {label, base: (share, low, high), nearest: likewise where answers were copied, tuned: likewise}.
+    Rows: {label, base: (share, low, high), nearest: likewise if answers were copied, tuned: likewise}.
     """
     models = [model for model in MARKERS if model in rows[0]]
     with drawing():
@@ -104,7 +104,7 @@ def shares(rows: Sequence[Row], words: Words, percent: str) -> Figure:
 
 
 def layer_errors(rows: Sequence[Row], words: Words, number: Number) -> Figure:
-    """Relative error of every quantized layer: one line of points for each kind of layer."""
+    """Draw the relative error of every quantized layer: one line of points for each kind of layer."""
     parts: dict[str, list[float]] = {}
     for row in rows:
         parts.setdefault(_kind_of_layer(row["layer"]), []).append(row["relative_error"])
@@ -124,10 +124,10 @@ def layer_errors(rows: Sequence[Row], words: Words, number: Number) -> Figure:
 
 
 def levels(found: Mapping[str, Any], words: Words, percent: str) -> Figure:
-    """Weights of one layer, divided by the largest of their block: before, and at the levels of 4 bits.
+    """Draw one layer's weights, divided by the largest of their block: before, and at the 4-bit levels.
 
     Args:
-        found: of `capas.report.levels.four_bit_levels`.
+        found: the result of `capas.report.levels.four_bit_levels`.
     """
     with drawing():
         figure = Figure(figsize=(WIDTH, 3.0))
@@ -148,7 +148,7 @@ def levels(found: Mapping[str, Any], words: Words, percent: str) -> Figure:
 
 
 def answer_loss(rows: Sequence[Row], words: Words, number: Number) -> Figure:
-    """Loss of each token of one answer, base beside tuned.
+    """Draw the loss of each token of one answer, base beside tuned.
 
     Rows: {token, base, tuned}, the losses in nats.
     """
@@ -173,7 +173,7 @@ def answer_loss(rows: Sequence[Row], words: Words, number: Number) -> Figure:
 
 
 def lengths(rows: Sequence[Row], words: Words, number: Number) -> Figure:
-    """How many records have how many tokens, one small histogram for every split."""
+    """Draw how many records have how many tokens, one small histogram for every split."""
     splits = {split: list(group) for split, group in groupby(rows, key=lambda row: row["split"])}
     edges = sorted({row["num_tokens"] for row in rows})
     width = min((b - a for a, b in pairwise(edges)), default=1)
@@ -219,7 +219,7 @@ def next_token(rows: Sequence[Row], words: Words, percent: str) -> Figure:
 
 
 def batched(items: Sequence[str], size: int) -> Iterator[Sequence[str]]:
-    """Yield `items` in groups of `size`, the last one perhaps smaller (itertools.batched, Python 3.12)."""
+    """Yield `items` in groups of `size`, the last one possibly smaller (itertools.batched, Python 3.12)."""
     for start in range(0, len(items), size):
         yield items[start : start + size]
 
@@ -235,12 +235,15 @@ def _probabilities(axes: Any, rows: list[Row], colour: str, percent: str, labell
 
 
 def visible(token: str) -> str:
-    """A token with its spaces and line breaks to be seen."""
+    """Return a token with visible spaces and line breaks."""
     return token.replace(" ", "␣").replace("\n", "↵").replace("\t", "⇥") or "∅"
 
 
 def _kind_of_layer(name: str) -> str:
-    """'model.layers.3.mlp.up_proj' -> 'mlp.up_proj': a model of any depth fits in one plot."""
+    """Return the kind of a layer, 'mlp.up_proj' for 'model.layers.3.mlp.up_proj'.
+
+    A model of any depth then fits in one plot.
+    """
     parts = name.split(".")
     numbers = [i for i, part in enumerate(parts) if part.isdigit()]
     return ".".join(parts[numbers[-1] + 1 :]) if numbers else name

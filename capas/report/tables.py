@@ -1,4 +1,4 @@
-"""Tables whose cells know their column, so that a narrow screen can stack them."""
+"""Label the cells of tables with their column, so that a narrow screen can stack them."""
 
 import re
 from html import unescape
@@ -10,9 +10,9 @@ _MARKUP = re.compile(r"<[^>]+>")
 
 
 def label_cells(html: str) -> str:
-    """Return the page with `data-h`, the text of its column's heading, in every cell below a heading.
+    """Return the page with `data-h`, the text of the column's heading, in every cell below a heading.
 
-    A row that consists of `th` alone is a heading: that of the table, or of the rows that follow.
+    A row of only `th` cells is a heading, either of the table or of the rows that follow.
     """
     return _TABLE.sub(lambda table: _label_table(table.group()), html)
 
@@ -41,6 +41,6 @@ def _label_table(table: str) -> str:
 
 
 def _text(markup: str) -> str:
-    """Return the words of a heading, safe within an attribute."""
+    """Return the words of a heading, escaped for an attribute."""
     words = unescape(_MARKUP.sub(" ", markup)).split()
     return " ".join(words).replace("&", "&amp;").replace('"', "&quot;").replace("<", "&lt;")

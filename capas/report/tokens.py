@@ -1,4 +1,4 @@
-"""What a learner sees of tokens: how text is cut, what is trained, what padding costs, neighbours."""
+"""Show tokens to a learner: how text is cut, what is trained, what padding costs, neighbours."""
 
 import json
 from collections import Counter
@@ -15,10 +15,10 @@ from capas.report.neighbours import Embedding
 
 Row = dict[str, Any]
 Word = tuple[int, str]  # a token id and its text
-NUM_LOOKED_AT = 1000  # records: enough for a frequency, not the whole of a large dataset
-NUM_WORDS = 6  # in the table of neighbours
-MAX_VOCABULARY, MAX_SENTENCE = 1024, 200  # of the second tokenizer; characters of its sentence
-MIN_NEIGHBOUR_COUNT = 2  # a token that the data hardly uses says nothing as a neighbour
+NUM_LOOKED_AT = 1000  # records: enough for frequencies, without reading a whole large dataset
+NUM_WORDS = 6  # words in the table of neighbours
+MAX_VOCABULARY, MAX_SENTENCE = 1024, 200  # the second tokenizer's tokens; its sentence's characters
+MIN_NEIGHBOUR_COUNT = 2  # uses in the data: rarer tokens tell nothing as neighbours
 
 
 def first_records(file: Path, num_records: int = NUM_LOOKED_AT) -> list[Row]:
@@ -28,7 +28,7 @@ def first_records(file: Path, num_records: int = NUM_LOOKED_AT) -> list[Row]:
 
 
 def describe(tokenizer: Tokenizer, tokenizer_json: Row, records: Sequence[Row]) -> dict[str, Any]:
-    """What the tokenizer is, and how it cuts the first answer of the training split."""
+    """Return facts about the tokenizer, and how it cuts the first answer of the training split."""
     reference = records[0]["reference"]
     ids = tokenizer.encode(reference, add_special_tokens=False).ids
     pieces = cut(tokenizer, ids)
@@ -47,14 +47,15 @@ def describe(tokenizer: Tokenizer, tokenizer_json: Row, records: Sequence[Row]) 
 def sentences(
     tokenizer: Tokenizer, records: Sequence[Row], languages: Iterable[str]
 ) -> dict[str, Row]:
-    """Return one request of the data cut by the model's tokenizer, and by one as SentencePiece makes them.
+    """Return one request of the data cut by the model's tokenizer, and by one in SentencePiece's style.
 
-    The latter is learned here from the same texts, with the vocabulary size of the model or `MAX_VOCABULARY`:
-    merges of characters (BPE), a space being the character ▁, and a character that it never saw `<unk>`.
+    The second tokenizer is trained here on the same texts, with the vocabulary size of the model or
+    `MAX_VOCABULARY`: merges of characters (BPE), a space being the character ▁, and an unseen character
+    being `<unk>`.
 
     Args:
-        records: of data/raw.
-        languages: of the requests, where records say theirs.
+        records: records of data/raw.
+        languages: the languages of the requests, if the records record theirs.
     """
     other = Tokenizer(models.BPE(unk_token="<unk>"))
     other.pre_tokenizer, other.decoder = pre_tokenizers.Metaspace(), decoders.Metaspace()
@@ -75,7 +76,7 @@ def sentences(
 
 
 def _request(records: Sequence[Row], language: str) -> str:
-    """Return the first request in this language, or of the first record."""
+    """Return the first request in this language, or else the request of the first record."""
     spoken = (r for r in records if json.loads(r["metadata"] or "{}").get("language") == language)
     messages = next(spoken, records[0])["messages"]
     asked = next((m["content"] for m in messages if m["role"] == "user"), "")
@@ -83,12 +84,12 @@ def _request(records: Sequence[Row], language: str) -> str:
 
 
 def example(tokenizer: Tokenizer, encoded: Row) -> Row:
-    """A conversation that is the same in every run, as this run's template writes it."""
+    """Return a conversation that is the same in every run, as this run's template formats it."""
     return _mask(tokenizer, {"id": "example", **encoded})
 
 
 def masks(tokenizer: Tokenizer, records: Sequence[Row], num_records: int = 3) -> list[Row]:
-    """Token by token, what is trained, for the first records and the first with several turns."""
+    """Return what is trained, token by token, for the first records and the first with several turns."""
     chosen = list(records[:num_records])
     longer = next((r for r in records if _num_turns(r) > 1), None)
     if longer is not None and longer not in chosen:
@@ -97,7 +98,7 @@ def masks(tokenizer: Tokenizer, records: Sequence[Row], num_records: int = 3) ->
 
 
 def _num_turns(record: Row) -> int:
-    """Runs of supervised tokens."""
+    """Return the number of runs of supervised tokens."""
     trained = [label != IGNORE_INDEX for label in record["labels"]]
     return sum(now and not before for before, now in zip([False, *trained], trained, strict=False))
 
@@ -120,7 +121,7 @@ def _shown(piece: Piece, trained: bool) -> Row:
 
 
 def padding(records: Sequence[Row], batch_size: int) -> dict[str, Any]:
-    """What padding the first `batch_size` records to the longest of them would cost."""
+    """Return the cost of padding the first `batch_size` records to the longest of them."""
     lengths = [len(record["input_ids"]) for record in records[:batch_size]]
     positions = max(lengths) * len(lengths)
     return {
@@ -133,12 +134,12 @@ def padding(records: Sequence[Row], batch_size: int) -> dict[str, Any]:
 
 
 def embedding(folder: Path, tokenizer: Tokenizer, records: Sequence[Row]) -> Row | None:
-    """Nearest neighbours of the words that the training split uses most, among the words it uses.
+    """Return the nearest neighbours of the training split's most frequent words, among its words.
 
     `closest` is the nearest pair of them: (neighbour, cosine, word).
 
-    Only words of one token (a piece of a word says little), and none that most records have: those
-    belong to the system message.
+    Only words of one token count, because a piece of a word tells little. Words that most records have are
+    left out too: those belong to the system message.
     """
     table = Embedding.find(folder)
     if table is None:
@@ -172,12 +173,12 @@ def embedding(folder: Path, tokenizer: Tokenizer, records: Sequence[Row]) -> Row
 
 
 def _others(words: Mapping[int, str], text: str) -> list[int]:
-    """Return the tokens of other words: `minutes` is no neighbour of `Minutes`."""
+    """Return the tokens of other words: `minutes` is not a neighbour of `Minutes`."""
     return [i for i, other in words.items() if other.lower() != text.lower()]
 
 
 def _words(tokenizer: Tokenizer, record: Row) -> Iterator[Word]:
-    """Tokens that are whole words of three letters or more; roles, which follow a control token, are none."""
+    """Yield tokens that are whole words of three letters or more; roles, after control tokens, are not."""
     pieces = cut(tokenizer, record["input_ids"])
     for before, piece, following in zip(pieces, pieces[1:], pieces[2:], strict=False):
         word = piece.text.removeprefix(" ")
@@ -188,7 +189,7 @@ def _words(tokenizer: Tokenizer, record: Row) -> Iterator[Word]:
 
 
 def _different(words: Sequence[Word]) -> list[Word]:
-    """One token for every word, whatever its capitals."""
+    """Return one token for every word, ignoring case."""
     first: dict[str, Word] = {}
     for token_id, text in words:
         first.setdefault(text.lower(), (token_id, text))

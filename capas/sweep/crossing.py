@@ -1,9 +1,9 @@
-"""Ask each trained model of a sweep over chat templates in the format of each of the others.
+"""Ask each trained model of a sweep over chat templates in the format of every other model.
 
     python -m capas.sweep.crossing FOLDER
 
-A process of its own computes, since kernels are chosen before torch is imported. The adapters and the
-formatted questions come out of DVC's cache; what was asked once is kept in FOLDER, the sweep's own.
+It runs in its own process, because kernels are chosen before torch is imported. The adapters and the
+formatted questions come from DVC's cache. The results are kept in FOLDER, the folder of the sweep.
 """
 
 import json
@@ -33,7 +33,7 @@ from capas.sweep.plan import Plan, digest
 from capas.sweep.ranking import Row
 
 log = logging.getLogger("capas.sweep")
-SETTING = "cross_templates"  # of the group sweep
+SETTING = "cross_templates"  # a key of the group sweep
 KEPT = "templates.json"  # in the folder of the sweep
 ADAPTER, DATA, QUANTIZED = "data/models/adapter", "data/formatted", "data/models/quantized"
 TOKENIZER, METRICS = "data/models/tokenizer", "data/composed/metrics.json"
@@ -44,7 +44,7 @@ _GROUP = "chat_template"
 def problems(
     settings: Mapping[str, Any], points: Sequence[Any], searches: bool
 ) -> Iterator[Problem]:
-    """Yield why the models of these points cannot be asked in each other's format."""
+    """Yield the reasons why the models of these trials cannot be asked in each other's format."""
     if not settings[SETTING]:
         return
     key, names = f"sweep.{SETTING}", [point.values[_GROUP]["preset"] for point in points]
@@ -70,10 +70,10 @@ def _is_template(word: str) -> bool:
 
 
 def cross(rows: Sequence[Row], plan: Plan) -> CrossTable:
-    """Return the table; it is computed where the sweep's folder does not hold it for these models.
+    """Return the table; compute it if the sweep's folder does not have it for these models.
 
     Raises:
-        CapasError: an output is no longer in DVC's cache, or a model cannot be asked; it was said why.
+        CapasError: an output is no longer in DVC's cache, or a model cannot be asked; the reason was logged.
     """
     names = [row.name for row in rows]
     found = read_kept(plan, names)
@@ -92,7 +92,7 @@ def cross(rows: Sequence[Row], plan: Plan) -> CrossTable:
 
 
 def read_kept(plan: Plan, names: Sequence[str]) -> list[Cell] | None:
-    """Return the table of an earlier time; None where it is of other models."""
+    """Return the cells computed earlier, or None if there are none for these models."""
     file = plan.folder / KEPT
     if not file.exists():
         return None
@@ -102,7 +102,7 @@ def read_kept(plan: Plan, names: Sequence[str]) -> list[Cell] | None:
 
 
 def key_of(plan: Plan, names: Sequence[str]) -> str:
-    """Return the identity of all that decides the table."""
+    """Return a digest of everything that decides the table."""
     outs = [Outputs(plan.home, plan.recorded(name)).md5 for name in sorted(names)]
     return digest([{path: of.get(path) for path in (*_FOLDERS, *_FILES)} for of in outs])
 
@@ -142,7 +142,7 @@ class Model:
         self.weights = [outputs.digest(f"{ADAPTER}/{name}") for name in weights]
 
     def records(self) -> list[Record]:
-        """Return those that the stage `evaluate` asks."""
+        """Return the test records that the stage `evaluate` asks."""
         every = list(read_records(self.folder / DATA / "test.parquet", FORMATTED))
         count = self.params.evaluation.max_records
         return every if count is None else evenly_spaced(every, count)
@@ -164,7 +164,7 @@ def _place(file: Path, target: Path) -> None:
 
 
 def _cells(models: Sequence[Model]) -> Iterator[Cell]:
-    """Yield the rows of the table. Models and formats that are the same in all bytes are asked once."""
+    """Yield the cells of the table; models and formats that are equal byte for byte run only once."""
     from tokenizers import Tokenizer
 
     from capas.evaluation.scorer import Scorer
@@ -213,6 +213,6 @@ def metric_of(row: Row, plan: Plan) -> str:
 
 if __name__ == "__main__":
     logging.basicConfig(format="sweep: %(message)s", stream=sys.stderr)
-    log.setLevel(logging.INFO)  # and not what each generation says
+    log.setLevel(logging.INFO)  # other loggers stay quiet during generation
     with told("sweep"):
         compute(Plan.read(Path(sys.argv[1])))

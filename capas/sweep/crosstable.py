@@ -1,4 +1,4 @@
-"""The table of a sweep over chat templates: trained with one, asked in another. What it shows, in words."""
+"""Show how models trained with one chat template answer in another: the table, and its result in words."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -13,19 +13,19 @@ CSV, TEXT = "reports/templates.csv", "reports/templates.md"
 LANGUAGES = ("en", "es")
 COLUMNS = ("trained_with", "asked_in", "num_records", "score", "stop_rate")
 
-Cell = dict[str, Any]  # COLUMNS, and `ids`: formats with the same one ask with the same ids
+Cell = dict[str, Any]  # COLUMNS, and `ids`: formats with equal `ids` have the same prompt ids
 
 
 @dataclass(frozen=True)
 class CrossTable:
-    """The cells in rows, one row for each template that was trained with; `metric` names their score."""
+    """Scores by training template (rows) and prompt template (columns); `metric` names the score."""
 
     cells: Sequence[Cell]
     metric: str
 
     @cached_property
     def facts(self) -> dict[str, Any]:
-        """What the table shows: how much a model loses in a format that is not its own.
+        """The facts of the table, above all how much a model loses in a format that is not its own.
 
         Formats that write the same ids are one format to the model, and count as its own.
         """
@@ -54,7 +54,7 @@ class CrossTable:
         }
 
     def sentences(self, code: str) -> list[str]:
-        """Return what the table shows, in a language; the first one says what it is a table of."""
+        """Return the result in sentences, in a language; the first one describes the table."""
         language = Language(Path(__file__).parent, code, {})
         keys = ["head", "one_format"]
         if self.facts["other"] is not None:
@@ -66,7 +66,7 @@ class CrossTable:
         ]
 
     def rows(self, code: str) -> list[list[str]]:
-        """Return the scores as texts, below a head and beside the templates' names."""
+        """Return the scores as texts, with the templates' names in the first row and column."""
         numbers = Language(Path(__file__).parent, code, {}).numbers
         names = sorted({cell["asked_in"] for cell in self.cells})
         score = {(c["trained_with"], c["asked_in"]): numbers.pct(c["score"]) for c in self.cells}
@@ -86,7 +86,7 @@ class CrossTable:
         return "\n\n".join([head, "\n".join(lines), *rest])
 
     def write(self, home: Path) -> None:
-        """Write both files, which git ignores; the same cells are the same bytes."""
+        """Write both files, which git ignores; the same cells give the same bytes."""
         (home / CSV).parent.mkdir(exist_ok=True)
         write_csv(home / CSV, COLUMNS, self.cells)
         parts = [self.markdown(code) for code in LANGUAGES]

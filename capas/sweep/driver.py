@@ -1,4 +1,4 @@
-"""A sweep from its command to its ranking."""
+"""Run a sweep, from its command to its ranking."""
 
 import contextlib
 import io
@@ -43,10 +43,10 @@ _LOST = (
 
 
 def run(home: Path, words: list[str], multirun: bool) -> int:
-    """Run a sweep and return the exit code: 1 where a point failed.
+    """Run a sweep and return the exit code: 0, or 1 if a trial failed.
 
     Raises:
-        CapasError: the command is wrong; nothing was written.
+        CapasError: the command is wrong, in which case nothing was written, or the same sweep is running.
     """
     check_home(home)
     task = prepare(home, words, multirun)
@@ -71,7 +71,7 @@ def _run(plan: Plan, task: Task, multirun: bool) -> int:
     log.info("%s", _outlook(plan, task, left, before))
     plan.write()
     for file in (plan.points).iterdir():
-        file.unlink()  # of the last time; what was finished is an experiment
+        file.unlink()  # states of the last start; finished trials are kept as experiments
     settings = task.settings
     screen = Screen(plan.points, settings, task.expected)
     with parent.tracked(plan, task.tracking):
@@ -105,7 +105,7 @@ def _run(plan: Plan, task: Task, multirun: bool) -> int:
 
 
 def _cross(rows: list[Row], plan: Plan, settings: dict[str, Any]) -> tuple[CrossTable | None, str]:
-    """Return the table of models asked in each other's format, or why there is none: the ranking counts."""
+    """Return the table of models asked in each other's format, or the reason why it could not be computed."""
     if not settings[crossing.SETTING] or not rows:
         return None, ""
     try:
@@ -117,10 +117,10 @@ def _cross(rows: list[Row], plan: Plan, settings: dict[str, Any]) -> tuple[Cross
 
 
 def _check_machine(home: Path, task: Task, points: list[Point]) -> None:
-    """Check that this machine has what the points need; where a cluster runs them it is a warning.
+    """Check that this machine has what the trials need; if a cluster runs them, only warn.
 
     Raises:
-        CapasError: they run here, and it lacks something.
+        CapasError: the trials run here, and this machine lacks something.
     """
     reads = read_by(home)
     missing = list(dict.fromkeys(p for point in points for p in lacking(point.values, reads)))
@@ -131,7 +131,7 @@ def _check_machine(home: Path, task: Task, points: list[Point]) -> None:
 
 
 def _outlook(plan: Plan, task: Task, left: list[Point], before: list[State]) -> str:
-    """Return what the sweep is about to do, in a line."""
+    """Return one line on what the sweep is about to do."""
     at_once = min(num_workers(task.launcher), task.at_once)
     if not task.searches:
         found = seconds_of_all(plan, left, before, task.base, at_once)
@@ -148,7 +148,7 @@ def summary(
     lessons: dict[str, list[str]],
     crossed: CrossTable | None = None,
 ) -> dict[str, Any]:
-    """For the parent run in MLflow."""
+    """Return the status, metrics and tags for the parent run in MLflow."""
     if not rows:
         return {"status": "FAILED"}
     objective = settings["objective"]
@@ -167,12 +167,12 @@ def summary(
 
 
 def launch(plan: Plan, task: Task, multirun: bool) -> str:
-    """Hydra runs the points; what it said, which is of use only where no point tells it better.
+    """Run the trials with Hydra and return what it wrote to standard error.
 
-    Where a worker is killed joblib gives up, so that it is started again: what has ended takes no time.
+    If a worker is killed, joblib gives up and Hydra is started again; trials that have ended take no time.
 
     Raises:
-        CapasError: it could not start, say because an override is not valid.
+        CapasError: it could not start, for example because an override is invalid.
     """
     os.environ |= {VARIABLE: str(plan.folder), DRIVER: str(os.getpid()), AT_ONCE: str(task.at_once)}
     starts, known = Counter[str](), 0
@@ -207,13 +207,13 @@ def _launch(plan: Plan, words: list[str], multirun: bool) -> tuple[str, int]:
     try:
         with contextlib.redirect_stderr(said):
             hydra.main(version_base="1.3", config_path=conf, config_name=NAME)(point)()
-    except SystemExit as end:  # at the first failed point, after the others
+    except SystemExit as end:  # raised for the first failed trial, after the others
         return said.getvalue().strip(), int(end.code or 0)
     return said.getvalue().strip(), 0
 
 
 def show(home: Path) -> None:
-    """Sweeps, their points, what they take on disk."""
+    """Print the sweeps, their trials and the disk space that they take."""
     console, table = stdout(), Table(box=None)
     for heading in ("sweep", "points", "workspaces", "command"):
         table.add_column(heading, overflow="fold")
@@ -242,11 +242,11 @@ def show(home: Path) -> None:
 
 
 def clean(home: Path) -> None:
-    """Remove workspaces, logs and copies of inputs of sweeps that do not run."""
+    """Remove the workspaces, logs and copied inputs of sweeps that are not running."""
     freed, running = 0, 0
     for plan in list(_plans(home)):
         states = read_states(plan.points)
-        # Jobs of a cluster go on without the sweep that sent them.
+        # Jobs of a cluster continue after the sweep that submitted them has ended.
         locks = [f"sweep-{plan.key}", *(f"point-{state.identity}" for state in states)]
         if any(is_held(plan.lock(name)) for name in locks):
             running += 1
@@ -265,19 +265,19 @@ def _plans(home: Path) -> Iterator[Plan]:
     for file in sorted((home / FOLDER / "plans").glob("*/plan.json")):
         try:
             yield Plan.read(file.parent)
-        except (ValueError, KeyError, TypeError):  # of another version of capas, or of a full disk
+        except (ValueError, KeyError, TypeError):  # another version of capas, or a full disk
             log.warning("%s cannot be read; --clean removes it", file)
 
 
 def _remove(folder: Path) -> int:
-    """How many bytes it frees."""
+    """Remove a folder and return how many bytes this frees."""
     size = _own_bytes(folder)
     shutil.rmtree(folder, ignore_errors=True)
     return size
 
 
 def _own_bytes(folder: Path) -> int:
-    """On disk, less what is a link to a file that stands elsewhere, too."""
+    """Return the bytes on disk, without files that are hard links to a file elsewhere."""
     return sum(file.st_blocks * 512 for file in _files(folder) if file.st_nlink == 1)
 
 

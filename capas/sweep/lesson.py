@@ -1,4 +1,4 @@
-"""What a sweep over the learning rate shows, in the report's words: too low, right, too high."""
+"""Explain in words what a sweep over the learning rate shows: too low, right, too high."""
 
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -10,12 +10,12 @@ from capas.sweep.plan import Plan
 from capas.sweep.ranking import Row
 
 LANGUAGES = ("en", "es")
-_CLOSE = 0.1  # of the best value
+_CLOSE = 0.1  # as a fraction of the best value
 RATE, HISTORY = "trainer.learning_rate", "reports/history.csv"
 
 
 def lesson(rows: Sequence[Row], settings: Mapping[str, Any], plan: Plan) -> dict[str, list[str]]:
-    """By language a sentence for each learning rate, lowest first; none where more was swept."""
+    """Return, by language, a sentence for each learning rate, lowest first; none if other values vary too."""
     rates = {rate: row for row in rows if (rate := _rate(row)) is not None}
     if not 1 < len(rates) == len(rows):
         return {code: [] for code in LANGUAGES}
@@ -36,7 +36,7 @@ def lesson(rows: Sequence[Row], settings: Mapping[str, Any], plan: Plan) -> dict
 def _kind(
     rate: float, rates: Mapping[float, Row], curves: Mapping[float, Mapping[str, Any]]
 ) -> str:
-    """What the numbers show of a rate; `rates` has the best one first."""
+    """Return what the numbers show about a rate; `rates` has the best one first."""
     (best, first), *others = rates.items()
     row, losses, best_losses = rates[rate], curves[rate], curves[best]
     if row.tied:
@@ -53,12 +53,12 @@ def _kind(
 
 
 def _is_close(row: Row, first: Row) -> bool:
-    """Too near for one point each to tell them apart."""
+    """Return whether two rates are too close to tell apart with one trial each."""
     return len(row.states) == 1 and abs(row.mean - first.mean) <= _CLOSE * abs(first.mean)
 
 
 def _was_destroyed(losses: Mapping[str, Any]) -> bool:
-    """The loss rose: it did not fall in the end, or stood well above its beginning."""
+    """Return whether the loss rose: it ended no lower than it began, or peaked well above its beginning."""
     return bool(
         losses["last"] >= losses["first"] or losses["highest"] > (1 + _CLOSE) * losses["first"]
     )
@@ -70,13 +70,13 @@ def _told(code: str, facts: Sequence[Mapping[str, Any]], objective: str) -> list
 
 
 def _rate(row: Row) -> float | None:
-    """None where the point has other values, too."""
+    """Return the learning rate of a row, or None if the row sets other values too."""
     words = [override.partition("=") for override in row.overrides]
     return float(words[0][2]) if [word[0] for word in words] == [RATE] else None
 
 
 def curve(row: Row, plan: Plan) -> dict[str, Any]:
-    """The training loss at the first and the last logged step, and at its highest; out of DVC's cache."""
+    """Return the training loss at the first and the last logged step, and the highest, from DVC's cache."""
     losses = [point["loss"] for point in history(row.name, plan)]
     if not losses:
         return {"first": None, "last": None, "highest": None}
@@ -84,7 +84,7 @@ def curve(row: Row, plan: Plan) -> dict[str, Any]:
 
 
 def history(experiment: str, plan: Plan) -> list[dict[str, Any]]:
-    """The logged steps of an experiment; none where the cache does not hold them any more."""
+    """Return the logged steps of an experiment; none if DVC's cache no longer has them."""
     outs = (out for stage in plan.recorded(experiment).values() for out in stage.get("outs", []))
     files = [plan.stored(out["md5"]) for out in outs if out["path"] == HISTORY]
     return read_csv(files[0]) if files and files[0].exists() else []

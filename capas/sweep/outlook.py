@@ -1,4 +1,4 @@
-"""What a sweep is about to do: how many points, how many are done already, and how long the rest takes."""
+"""Estimate what a sweep is about to do: how many trials, how many are done, how long the rest takes."""
 
 import json
 import math
@@ -15,11 +15,11 @@ from capas.sweep.plan import FOLDER, Plan, digest
 from capas.sweep.shared import keys_of
 from capas.sweep.state import DONE, State
 
-_SECONDS_OF_DVC = 6.0  # of each point, for laying out its workspace and for DVC
+_SECONDS_OF_DVC = 6.0  # per trial, for laying out its workspace and for DVC
 
 
 def cached(plan: Plan, points: Iterable[Point]) -> list[Point]:
-    """Return the points that are experiments of this commit already."""
+    """Return the trials that are already experiments of this commit."""
     pattern = plan.reference("*")
     found = git(plan.home, "for-each-ref", "--format=%(refname)", pattern).split()
     identities = {reference.rpartition("-")[2] for reference in found}
@@ -27,7 +27,7 @@ def cached(plan: Plan, points: Iterable[Point]) -> list[Point]:
 
 
 def earlier(home: Path) -> list[State]:
-    """Return the points of all sweeps here that ran to their end; a new sweep forgets its own."""
+    """Return the finished trials of all sweeps here; a sweep deletes its own records when started again."""
     files = (home / FOLDER / "plans").glob("*/points/*.json")
     return [state for state in map(State.read, files) if state.status == DONE]
 
@@ -39,13 +39,13 @@ def seconds_of_all(
     base: Mapping[str, Any],
     at_once: int,
 ) -> tuple[float, str] | None:
-    """Return how long the points take, and what that is taken from; None where nothing has run here yet.
+    """Return how long the trials take and the source of the estimate; None if nothing has run here yet.
 
     Args:
-        points: those that are not done.
-        before: see `earlier`.
-        base: the values of conf/ as it stands, whose stages are taken to be in the cache.
-        at_once: points that run at a time.
+        points: the trials that are not done.
+        before: finished trials, from `earlier`.
+        base: the values of conf/ without overrides, whose stages are assumed to be in the cache.
+        at_once: trials that run at the same time.
     """
     if not points:
         return 0.0, "nothing to run"
@@ -88,11 +88,11 @@ def _minutes(seconds: float) -> str:
 
 
 def _of_like(points: Sequence[Point], before: Sequence[State]) -> float | None:
-    """Return the median seconds of earlier points with the same keys and the same fixed values."""
+    """Return the median seconds of earlier trials with the same keys and the same fixed values."""
     keys = _keys(points[0].overrides)
     fixed = set(points[0].overrides).intersection(*(point.overrides for point in points))
     like = [s for s in before if _keys(s.overrides) == keys and fixed.issubset(s.overrides)]
-    if len(points) == 1:  # nothing is known to vary: a single value says little
+    if len(points) == 1:  # one trial does not show which values vary: only the keys count
         like = [state for state in before if _keys(state.overrides) == keys]
     return statistics.median(state.seconds for state in like) if like else None
 
@@ -102,7 +102,7 @@ def _keys(overrides: Iterable[str]) -> set[str]:
 
 
 def _of_stages(plan: Plan, points: Sequence[Point], base: Mapping[str, Any]) -> float | None:
-    """Return the sum over the stages that will run, each once for the same inputs."""
+    """Return the seconds of all stages that will run, equal inputs counted once; None if unknown."""
     known = timings.read(plan.home)
     specs = StageSpec.read_all(plan.home)
     there = {*keys_of(specs, dict(base), plan.inputs).values()}
@@ -121,7 +121,7 @@ def _of_stages(plan: Plan, points: Sequence[Point], base: Mapping[str, Any]) -> 
 
 
 def _share_of_steps(home: Path, values: Mapping[str, Any], base: Mapping[str, Any]) -> float:
-    """Return the steps of a training as a part of those of the last one here."""
+    """Return the steps of a training as a fraction of the steps of the last training here."""
     file = home / "reports/train.json"
     trainer, last = values["trainer"], base["trainer"]
     if trainer["max_steps"] > 0 and file.exists():

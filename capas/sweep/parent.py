@@ -1,9 +1,9 @@
-"""The sweep's own run in MLflow: the trainings of its points become its children.
+"""Keep the sweep's own run in MLflow; the training runs of its trials become its children.
 
     python -m capas.sweep.parent FOLDER
 
-Starting MLflow takes seconds, so a process of its own does it beside the points; its standard input closes
-when the sweep ends, whatever the reason. A store that cannot be reached costs a warning.
+Starting MLflow takes seconds, so a separate process does it alongside the trials. Its standard input closes
+when the sweep ends, whatever the reason. If the store cannot be reached, a warning is logged.
 """
 
 import json
@@ -34,7 +34,7 @@ _SECONDS_BETWEEN_LOOKS, _SECONDS_AFTER_A_FAILURE, _SECONDS_TO_END = 1.0, 15.0, 1
 
 @contextmanager
 def tracked(plan: Plan, tracking: dict[str, Any]) -> Iterator[None]:
-    """The process, for as long as the block lasts; what it said is a warning at the end."""
+    """Run the MLflow process while the block lasts; if it fails, its output is logged as a warning."""
     write_whole(plan.folder / SETTINGS, json.dumps(tracking))
     (plan.folder / RESULT).unlink(missing_ok=True)
     if not tracking["enabled"]:
@@ -60,12 +60,12 @@ def tracked(plan: Plan, tracking: dict[str, Any]) -> Iterator[None]:
 
 
 def finish(plan: Plan, result: dict[str, Any]) -> None:
-    """Inside `tracked`: what the parent run will say. Without it the sweep counts as killed."""
+    """Write the result for the parent run, inside `tracked`; without a result the sweep counts as killed."""
     write_whole(plan.folder / RESULT, json.dumps(result, indent=2) + "\n")
 
 
 class Parent:
-    """The run, opened when there is something to tell."""
+    """The sweep's run in MLflow, opened when there is something to write."""
 
     def __init__(self, plan: Plan) -> None:
         self.plan, self.adopted = plan, dict[str, str]()
@@ -73,7 +73,7 @@ class Parent:
         self._run_id = ""
 
     def look(self, states: list[State]) -> None:
-        """Adopt the trainings that MLflow knows by now."""
+        """Adopt the training runs that MLflow has by now."""
         waiting = {s.train_key for s in states if s.train_key} - self.adopted.keys()
         if not waiting and self._store is not None:
             return
@@ -89,7 +89,7 @@ class Parent:
             self.adopted[train_key] = found.info.run_id
 
     def end(self, result: dict[str, Any] | None, states: list[State]) -> None:
-        """Say how it went; None: somebody stopped it."""
+        """End the run with its result; None means that the sweep was stopped."""
         store = self._opened()
         self._share_view(store, states)
         for name, value in (result or {}).get("metrics", {}).items():
@@ -100,7 +100,7 @@ class Parent:
         store.client.set_terminated(self._run_id, status)
 
     def _share_view(self, store: Store, states: list[State]) -> None:
-        """Make a view of the trials: what was swept beside the score, as a table and in charts."""
+        """Make a view of the trials in MLflow: swept values beside the score, as a table and in charts."""
         view = f"sweep-{self.plan.key}"
         params, search = swept_params(states), f"tags.`sweep.{self.plan.key}` LIKE '%'"
         shown = shared_view(params or DEFAULT_PARAMS, ("score", "validation/loss"), search)
@@ -122,7 +122,7 @@ class Parent:
 
 
 def swept_params(states: list[State]) -> list[str]:
-    """Return the names in MLflow of the params that have several values in these trials."""
+    """Return the names in MLflow of the parameters that have several values in these trials."""
     values: dict[str, set[str]] = {}
     for override in (word for state in states for word in state.overrides):
         key, _, value = override.lstrip("+~").partition("=")
@@ -132,7 +132,7 @@ def swept_params(states: list[State]) -> list[str]:
 
 
 def address(plan: Plan) -> str | None:
-    """Return the page of MLflow that compares the trials, once the sweep was tracked."""
+    """Return the MLflow page that compares the trials, or None if the sweep was not tracked."""
     file = plan.folder / ADDRESS
     return file.read_text(encoding="utf-8").strip() if file.exists() else None
 
@@ -148,7 +148,9 @@ def _find_or_create(store: Store, plan: Plan) -> str:
 
 
 def follow(plan: Plan, stdin: int) -> None:
-    """Until the sweep ends. Where every point was there already and is tracked, MLflow is not even asked.
+    """Update the parent run until the sweep ends.
+
+    If every trial was already there and is tracked, MLflow is not contacted.
 
     Raises:
         CapasError: the store cannot be reached at the end.
@@ -179,7 +181,7 @@ def follow(plan: Plan, stdin: int) -> None:
 
 
 def _try_to_look(parent: Parent, states: list[State]) -> bool:
-    """A store that is away now may be back at the end."""
+    """Look once and return whether the store was reached; it may be reachable again later."""
     try:
         with reachable(tracking_uri(parent.plan.home)):
             parent.look(states)
@@ -190,10 +192,10 @@ def _try_to_look(parent: Parent, states: list[State]) -> bool:
 
 
 def _identity(plan: Plan) -> str:
-    """Of the store: a database that was deleted and made anew is another one."""
+    """Return the identity of the store; a database that was deleted and made again is a different one."""
     uri = tracking_uri(plan.home)
     file = sqlite_file(uri)
-    shown = without_secrets(uri)  # it is written down
+    shown = without_secrets(uri)  # it is written to a file
     return f"{shown} {file.stat().st_ino}" if file is not None and file.exists() else shown
 
 

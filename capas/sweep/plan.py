@@ -1,9 +1,9 @@
-"""What all points of a sweep have in common, fixed when it starts and read by every worker.
+"""Define what all trials of a sweep have in common, fixed at its start and read by every worker.
 
 .dvc/tmp/sweep/
-    plans/KEY/       one sweep: plan.json, conf/ as it stood, points/NAME.json, logs/NAME.log
-    work/NAME/       the workspace of a point, while it runs or after it failed
-    locks/, done/    who runs a stage, and which stages the cache holds
+    plans/KEY/       one sweep: plan.json, conf/ as it was, points/NAME.json, logs/NAME.log
+    work/NAME/       the workspace of a trial, while it runs or after it failed
+    locks/, done/    which process runs a stage, and which stages the cache holds
 """
 
 import json
@@ -24,17 +24,23 @@ from capas.workspace.clone import cache_of, stored
 FOLDER = Path(".dvc/tmp/sweep")
 VARIABLE = "CAPAS_SWEEP"  # names the plan's folder
 DRIVER = "CAPAS_SWEEP_DRIVER"  # the process that started the sweep
-AT_ONCE = "CAPAS_SWEEP_AT_ONCE"  # as many points as there can be at a time, whatever the launcher
+AT_ONCE = "CAPAS_SWEEP_AT_ONCE"  # how many trials can run at a time, whatever the launcher
 _REVISIONS = "conf/revisions.yaml"
 
 
 @dataclass(frozen=True)
 class Plan:
-    """`inputs` identifies all files that decide a result; `ignored` are those that git does not have."""
+    """The fixed facts of a sweep.
+
+    Attributes:
+        words: the user's overrides, such as `lora.r=8,16`.
+        inputs: a digest of all files that decide a result.
+        ignored: the input files that git ignores.
+    """
 
     home: Path
     key: str
-    words: tuple[str, ...]  # what the user gave: `lora.r=8,16`
+    words: tuple[str, ...]
     commit: str
     tree: str
     inputs: str
@@ -64,26 +70,26 @@ class Plan:
         return self.base / "locks" / name
 
     def copy_of(self, ignored: str) -> Path:
-        """Of an input that git ignores, as the sweep found it."""
+        """Return the copy of an input that git ignores, as it was when the sweep started."""
         return self.folder / "inputs" / ignored
 
     def reference(self, experiment: str) -> str:
-        """DVC's name in git for an experiment at this commit."""
+        """Return the git reference under which DVC stores an experiment of this commit."""
         return f"refs/exps/{self.commit[:2]}/{self.commit[2:]}/{experiment}"
 
     def recorded(self, experiment: str) -> dict[str, Any]:
-        """The stages of an experiment's dvc.lock."""
+        """Return the stages of an experiment's dvc.lock."""
         text = git(self.home, "show", f"{self.reference(experiment)}:dvc.lock")
         stages: dict[str, Any] = dag.parse_yaml(text, "dvc.lock")["stages"]
         return stages
 
     def stored(self, md5: str) -> Path:
-        """Where DVC's cache has what has this hash, if it does."""
+        """Return the path at which DVC's cache stores the file with this hash, whether or not it exists."""
         return stored(self.cache, md5)
 
     @classmethod
     def make(cls, home: Path, words: list[str]) -> "Plan":
-        """The workspace as it is now, uncommitted edits and untracked files with it."""
+        """Return the plan for the workspace as it is now, with uncommitted edits and untracked files."""
         taken = snapshot(home)
         found = inputs.ignored(home, taken.tree)
         ignored = tuple(name for name in found if not name.startswith(f"{CONF}/"))
@@ -102,7 +108,7 @@ class Plan:
         )
 
     def write(self) -> None:
-        """Lay the folder out: conf/ and the ignored inputs are copied, so that later edits reach no point.
+        """Write the folder: conf/ and the ignored inputs are copied, so that later edits reach no trial.
 
         Raises:
             CapasError: an input was edited in the meantime.
@@ -120,7 +126,7 @@ class Plan:
         write_whole(self.folder / "plan.json", json.dumps(facts, indent=2) + "\n")
 
     def _copy_ignored(self) -> None:
-        """All or, where somebody stops it or edits them, none: the points' identity counts on them."""
+        """Copy all ignored inputs, or none if stopped or edited meanwhile: the trials' ids depend on them."""
         whole = self.copy_of("")
         if whole.exists() or not self.ignored:
             return
@@ -146,12 +152,16 @@ class Plan:
 
     @classmethod
     def current(cls) -> "Plan":
-        """That of the sweep which started this process, whatever the launcher."""
+        """Return the plan of the sweep that started this process, whatever the launcher."""
         return cls.read(Path(os.environ[VARIABLE]))
 
 
 def check_home(home: Path) -> None:
-    """Raises CapasError where `home` is not the top folder of a git repository with DVC."""
+    """Check that `home` is the top folder of a git repository with DVC.
+
+    Raises:
+        CapasError: it is not.
+    """
     if not (home / "dvc.yaml").exists() or not (home / ".dvc").is_dir():
         raise CapasError(f"{home} has no dvc.yaml; start it in the repository's top folder")
     if folder := git(home, "rev-parse", "--show-prefix"):
@@ -162,19 +172,20 @@ def check_home(home: Path) -> None:
 
 
 def digest(*parts: Any) -> str:
-    """Short enough for a name."""
+    """Return a digest that is short enough for a name."""
     return dag.digest(*parts)[:10]
 
 
 def _deciding(home: Path, taken: Snapshot, ignored: Mapping[str, Path]) -> str:
-    """Identity of all files that decide a result, with those that git ignores."""
+    """Return a digest of all files that decide a result, including those that git ignores."""
     return digest(_files(home, taken), {name: file_sha256(file) for name, file in ignored.items()})
 
 
 def _files(home: Path, taken: Snapshot) -> list[str]:
-    """mode, id and path of each file in git that decides a result.
+    """Return mode, id and path of each file in git that decides a result.
 
-    Of conf/ those that values only name (a template) and the pins: the values are told apart by themselves.
+    Of conf/ this keeps the pins and the files that values name, such as templates. The other files of conf/
+    only hold values, which are compared separately.
     """
     listed = git(
         home, "ls-tree", "-r", taken.tree, "--", "dvc.yaml", *inputs.external(home)

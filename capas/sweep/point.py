@@ -1,4 +1,4 @@
-"""One point: a DVC experiment in a workspace of its own. Hydra's launchers call `point`."""
+"""Run one trial: a DVC experiment in its own workspace. Hydra's launchers call `point`."""
 
 import json
 import math
@@ -37,22 +37,22 @@ from capas.workspace.clone import environment
 _STAGE = re.compile(r"^(?:Running stage|Stage) '(?P<name>\w+)'")
 _NOT_IN_A_NAME = re.compile(r"[^A-Za-z0-9.=_-]+")
 _MAX_NAME = 60
-_NUM_LAST = 6  # lines of a traceback
+_NUM_LAST = 6  # last lines of a traceback that are shown
 
 
 class PointFailed(HydraException):
-    """The point's own message; the other points go on."""
+    """A failed trial with its message; the other trials continue."""
 
 
 def point(config: Any) -> float:
-    """The objective's value. Everything else about it is in its state file.
+    """Run a trial and return the objective's value; everything else about it is in its state file.
 
     Raises:
-        PointFailed: the pipeline failed, or the values are not valid.
+        PointFailed: the pipeline failed, or the values are invalid.
     """
     plan = Plan.current()
     if os.getppid() == (driver := int(os.environ[DRIVER])):
-        end_with(driver)  # its worker, and the point ends with it
+        end_with(driver)  # this process is its worker, and the trial ends with it
     overrides = [word for word in HydraConfig.get().overrides.task if not is_of_sweep(word)]
     settings = OmegaConf.to_container(config.sweep, resolve=True)
     launcher = OmegaConf.to_container(HydraConfig.get().launcher, resolve=False)
@@ -62,14 +62,14 @@ def point(config: Any) -> float:
     except CapasError as error:
         this.say(status=FAILED, reason=str(error), line="")
         raise PointFailed(f"{this.name}: {error}") from None
-    except Exception as error:  # a full disk, a permission
+    except Exception as error:  # for example a full disk or a missing permission
         last = traceback.format_exc().splitlines()[-_NUM_LAST:]
         this.say(status=FAILED, reason="\n".join(last), line="")
         raise PointFailed(f"{this.name}: {error}") from error
 
 
 def num_workers(launcher: dict[str, Any]) -> int:
-    """How many points run at once on a machine, as far as the launcher says so."""
+    """Return how many trials run at once on a machine, as far as the launcher's settings tell."""
     given = launcher.get("n_jobs")
     if given is None:
         return usable_cores() if "submitit" in launcher["_target_"] else 1
@@ -77,7 +77,13 @@ def num_workers(launcher: dict[str, Any]) -> int:
 
 
 class Point:
-    """`values` are those of params.yaml; `settings` the sweep group."""
+    """A trial of a sweep.
+
+    Args:
+        values: the values of params.yaml.
+        settings: the group `sweep`.
+        launcher: the settings of Hydra's launcher.
+    """
 
     def __init__(
         self,
@@ -99,10 +105,10 @@ class Point:
         self._state.write(self.plan.points, **changes)
 
     def result(self) -> float:
-        """Run it, unless it is an experiment already.
+        """Run the trial, unless it is already an experiment, and return the objective's value.
 
         Raises:
-            CapasError: it failed, now or before a lost worker made the sweep start once more.
+            CapasError: it failed, now or before the sweep was started again because of a lost worker.
         """
         state = self.plan.points / f"{self.identity}.json"
         if state.exists() and (before := State.read(state)).status == FAILED:
@@ -133,13 +139,13 @@ class Point:
         return value
 
     def _experiment(self) -> str | None:
-        """What this point is called at this commit."""
+        """Return the name of this trial's experiment at this commit, or None if there is none."""
         pattern = self.plan.reference(f"*-{self.identity}")
         found = git(self.plan.home, "for-each-ref", "--format=%(refname)", pattern).split()
         return found[0].rpartition("/")[2] if found else None
 
     def _read(self, experiment: str) -> float:
-        """Its metrics, from git alone."""
+        """Read the trial's metrics from git alone, and return the objective's value."""
         names = dict.fromkeys([self.settings["objective"], *self.settings["columns"]])
         reference = self.plan.reference(experiment)
         metrics = {name: metric(self.plan.home, reference, name) for name in names}
@@ -164,10 +170,10 @@ class Point:
                 self._run_experiment(stages, variables, lock)
 
     def _place(self) -> AbstractContextManager[dict[str, str]]:
-        """A scheduler has given its job GPUs and cores; for what runs inside of a job it has not.
+        """Reserve GPUs and cores; Slurm already gives them to its job, so nothing is reserved there.
 
         Raises:
-            CapasError: the point trains in more processes than it has GPUs, or on several machines.
+            CapasError: the trial trains in more processes than it has GPUs, or on several machines.
         """
         hardware = self.values["hardware"]
         check_place(hardware, self.launcher)
@@ -194,7 +200,7 @@ class Point:
         git(self.plan.home, "fetch", *quiet, str(self.work), f"+{reference}:{reference}")
 
     def _watch_training(self) -> None:
-        """As soon as the training has a key its run in MLflow can be found."""
+        """Record the training's key as soon as it has one: its MLflow run can then be found."""
         if not self._state.train_key:
             live = next(iter((self.work / ".dvc/tmp/live").glob("*.jsonl")), None)
             if live is not None:
@@ -202,16 +208,16 @@ class Point:
 
 
 def name_of(overrides: list[str], identity: str) -> str:
-    """`learning_rate=1e-4-r=8-0123456789`: a name that DVC, git and a shell take as it is."""
+    """Return a name that DVC, git and a shell accept: `learning_rate=1e-4-r=8-0123456789`."""
     plain = _NOT_IN_A_NAME.sub("-", "-".join(map(without_group, overrides))).replace("..", ".")
     return "-".join([plain[:_MAX_NAME].strip("-.") or "point", identity])
 
 
 def metric(home: Path, reference: str, name: str) -> float | None:
-    """FILE.KEY: the key KEY of reports/metrics/FILE.json in a commit.
+    """Return the metric FILE.KEY: the key KEY of reports/metrics/FILE.json in a commit.
 
     Raises:
-        CapasError: there is no such file or key; with those that there are.
+        CapasError: there is no such file or key; the message lists those that exist.
     """
     file, _, key = name.partition(".")
     path = f"reports/metrics/{file}.json"

@@ -1,4 +1,4 @@
-"""Which metrics the pipeline writes for a configuration, known before it runs."""
+"""Determine which metrics the pipeline will write for a configuration, before it runs."""
 
 from collections.abc import Iterator
 from typing import Any
@@ -8,7 +8,7 @@ from capas.evaluation.names import AUTO, BUILT_IN, name_of
 _FIXED = {  # FILE -> the keys of reports/metrics/FILE.json that a sweep can read
     "format": ("num_train_tokens", "supervised_fraction", "num_truncated", "num_dropped"),
     "quantize": ("bytes_before", "bytes_after", "relative_error_mean"),
-    "base": (),  # they stand below a key of their own, beside those of `tuned`
+    "base": (),  # its numbers are nested under the key "base", and a sweep reads no nested keys
     "train": ("num_steps", "train_loss", "validation_loss", "validation_token_accuracy"),
 }
 _ALWAYS = ("loss", "perplexity", "token_accuracy")
@@ -20,7 +20,7 @@ def not_produced(settings: dict[str, Any], values: dict[str, Any]) -> Iterator[t
 
     Args:
         settings: the group `sweep`. A column may be empty, the objective may not.
-        values: those of a point. Of a FILE that capas does not write nothing is known.
+        values: the values of a trial. Nothing is known of a FILE that capas does not write.
     """
     numbers = keys_of(values)
     places = {**numbers, "tuned": ["exact_match", "stop_rate", *numbers["tuned"]]}

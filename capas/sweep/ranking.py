@@ -1,4 +1,4 @@
-"""Points in order: replicates (other seeds) are one row with mean and interval, and a tie is a tie."""
+"""Rank trials: replicates (other seeds) share a row with mean and interval, and ties count as ties."""
 
 import math
 import statistics
@@ -11,11 +11,16 @@ from capas.sweep.state import CACHED, DONE, State
 
 @dataclass
 class Row:
-    """Points that differ in nothing but replicates. `tied`: not shown to be worse than the first row."""
+    """Trials that differ only in their replicate.
+
+    Attributes:
+        values: the objective by the overrides that set the replicate: ('seed=1',).
+        tied: whether it is not shown to be worse than the first row.
+    """
 
     overrides: list[str]
     states: list[State]
-    values: dict[tuple[str, ...], float]  # by what sets the replicate: ('seed=1',)
+    values: dict[tuple[str, ...], float]
     confidence: float
     rank: int = 0
     tied: bool = False
@@ -26,23 +31,23 @@ class Row:
 
     @property
     def margin(self) -> float | None:
-        """Half the width of the mean's t interval; None for a single point."""
+        """Half the width of the mean's t interval; None for a single trial."""
         return _margin(list(self.values.values()), self.confidence)
 
     @property
     def name(self) -> str:
-        """The experiment to adopt: the first replicate, not the luckiest."""
+        """The experiment to adopt: the first replicate, not the best one."""
         return self.states[0].name
 
     def column(self, metric: str) -> float | None:
-        """The mean of another metric; None where a point has none."""
+        """Return the mean of another metric; None if a trial does not have it."""
         found = [state.metrics.get(metric) for state in self.states]
         numbers = [value for value in found if value is not None]
         return statistics.fmean(numbers) if numbers and len(numbers) == len(found) else None
 
 
 def rank(states: Sequence[State], settings: dict[str, Any]) -> list[Row]:
-    """Best first; points that did not end well are left out."""
+    """Return the rows, best first, without trials that failed or have not ended."""
     rows: dict[tuple[str, ...], Row] = {}
     for state in states:
         if state.status not in (DONE, CACHED):
@@ -64,10 +69,10 @@ def rank(states: Sequence[State], settings: dict[str, Any]) -> list[Row]:
 
 
 def is_tie(first: Row, other: Row) -> bool:
-    """Whether the interval of the difference of their means holds zero.
+    """Return whether the interval of the difference of two rows' means contains zero.
 
-    Replicates that both have (the same seeds) are compared pair by pair. Of single points nothing is known
-    but whether they are equal.
+    Replicates that both have (the same seeds) are compared pair by pair. Single trials are tied only if they
+    are equal.
     """
     shared = [key for key in first.values if key in other.values]
     if len(shared) > 1:
@@ -82,7 +87,7 @@ def is_tie(first: Row, other: Row) -> bool:
 def _split(
     overrides: Collection[str], replicates: Collection[str]
 ) -> tuple[tuple[str, ...], tuple[str, ...]]:
-    """What is compared, and what repeats it."""
+    """Return the overrides that are compared, and those that set the replicate."""
     repeats = tuple(word for word in overrides if word.partition("=")[0] in replicates)
     return tuple(word for word in overrides if word not in repeats), repeats
 
@@ -94,7 +99,7 @@ def _margin(values: list[float], confidence: float) -> float | None:
 
 
 def _welch(first: Row, other: Row) -> float:
-    """Half the width of the interval of a difference of means with unequal variances."""
+    """Return half the width of the interval of a difference of means with unequal variances."""
     parts = [
         (statistics.variance(row.values.values()) / len(row.values), len(row.values) - 1)
         for row in (first, other)

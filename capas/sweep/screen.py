@@ -1,4 +1,4 @@
-"""What the user sees of a sweep: a live table in a terminal, lines elsewhere, and the ranking at the end."""
+"""Show a sweep to the user: a live table in a terminal, lines elsewhere, and the ranking at the end."""
 
 import math
 import shlex
@@ -25,7 +25,7 @@ _LINES_BESIDE_ROWS, _WIDE = 6, 160
 
 
 class Screen:
-    """Shows the states in `folder` until it is stopped; each point's end is told once."""
+    """A display of the states in `folder`; it reports the end of each trial once."""
 
     def __init__(self, folder: Path, settings: dict[str, Any], expected: int) -> None:
         width = None if sys.stderr.isatty() else _WIDE
@@ -83,7 +83,10 @@ class Screen:
                 )
 
     def _tell_start(self, state: State) -> None:
-        """A terminal's table shows what runs; a point that ended between two looks has started, too."""
+        """Print that a trial has started, unless a terminal's table shows it.
+
+        A trial that ended between two looks counts as started too.
+        """
         if not self.console.is_terminal and state.identity not in self._started:
             self._started.add(state.identity)
             count = f"{len(self._started)}/{self._expected}"
@@ -98,7 +101,7 @@ class Screen:
             title=f"{ended} of {self._expected} trials ended: {said}",
             title_justify="left",
             box=None,
-            expand=True,  # the columns keep their place while their texts change
+            expand=True,  # the columns do not move when their texts change
         )
         objective = self._settings["objective"]
         table.add_column("", min_width=max(map(len, _ORDER)))
@@ -117,14 +120,14 @@ class Screen:
 
 
 def stdout() -> Console:
-    """Lines are not cut where they go into a file."""
+    """Return a console for standard output; written to a file, its lines are not cut."""
     return Console(highlight=False, width=None if sys.stdout.isatty() else _WIDE)
 
 
 def print_ranking(
     rows: Sequence[Row], settings: dict[str, Any], console: Console, lesson: Sequence[str]
 ) -> None:
-    """A row for each combination of values, best first, and how to adopt the winner."""
+    """Print a row for each combination of values, best first, and how to adopt the winner."""
     table = Table(box=None, title_justify="left")
     single = all(len(row.states) == 1 for row in rows)
     table.add_column("", justify="right")
@@ -149,7 +152,7 @@ def print_ranking(
 
 
 def verdict(rows: Sequence[Row], settings: dict[str, Any]) -> str:
-    """What the numbers say, and what they do not."""
+    """Return what the ranking shows, and what it does not."""
     tied = [row for row in rows if row.tied]
     share = f"{settings['confidence_fraction']:.0%}"
     if len(rows) > 1 and all(len(row.states) == 1 for row in rows):
@@ -173,7 +176,7 @@ def verdict(rows: Sequence[Row], settings: dict[str, Any]) -> str:
 
 
 def without_group(override: str) -> str:
-    """`learning_rate=1e-4` of `trainer.learning_rate=1e-4`."""
+    """Return an override without its group: `learning_rate=1e-4` for `trainer.learning_rate=1e-4`."""
     key, _, value = override.rpartition("=")
     return f"{key.rpartition('.')[2].lstrip('+~')}={value}"
 

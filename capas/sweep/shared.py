@@ -1,7 +1,8 @@
-"""A stage with the same inputs runs once, whatever the number of points and workers that need it.
+"""Run a stage with the same inputs once, however many trials and workers need it.
 
-Each point locks the stages that the cache does not hold yet, in one order, so that no two wait for each
-other; it lets a stage go as soon as DVC has recorded it, and who waited finds it in the cache.
+Each trial locks the stages that the cache does not hold yet. All trials lock in the same order, so no two
+wait for each other. A lock is released as soon as DVC has recorded the stage; a trial that waited for it
+then finds the stage in the cache.
 """
 
 import json
@@ -16,16 +17,16 @@ from capas.core.locks import BusyError, exclusive
 from capas.core.params import select
 from capas.sweep.plan import Plan, digest
 
-_OF_THE_WORKSPACE = ("compose", "publish")  # run in each of them
+_OF_THE_WORKSPACE = ("compose", "publish")  # stages that run in every workspace
 
 
 def stage_keys(values: dict[str, Any], inputs: str, root: Path) -> dict[str, str]:
-    """Identity of each stage's inputs, known before anything runs: its params and those above it."""
+    """Return {stage: digest of its inputs} before anything runs: its params and the stages above it."""
     return keys_of(StageSpec.read_all(root), values, inputs)
 
 
 def keys_of(specs: Mapping[str, StageSpec], values: dict[str, Any], inputs: str) -> dict[str, str]:
-    """As `stage_keys`, where dvc.yaml has been read."""
+    """Return {stage: digest of its inputs}, like `stage_keys`, for a dvc.yaml that is already read."""
     makers = {out: name for name, spec in specs.items() for out in spec.outs}
     keys: dict[str, str] = {}
 
@@ -41,7 +42,7 @@ def keys_of(specs: Mapping[str, StageSpec], values: dict[str, Any], inputs: str)
 
 
 class SharedStages:
-    """The locks that a point holds while its pipeline runs in the workspace `work`."""
+    """The locks that a trial holds while its pipeline runs in the workspace `work`."""
 
     def __init__(self, plan: Plan, values: dict[str, Any], work: Path) -> None:
         self._keys = stage_keys(values, plan.inputs, work)
@@ -50,7 +51,7 @@ class SharedStages:
 
     @contextmanager
     def held(self, waits: Callable[[str], None]) -> Iterator[None]:
-        """All stages that the cache lacks; `waits(stage)` is called where another point runs it."""
+        """Lock all stages that the cache lacks; `waits(stage)` is called if another trial runs one."""
         try:
             for stage in self._keys:
                 self._take(stage, waits)
@@ -60,7 +61,7 @@ class SharedStages:
                 lock.close()
 
     def finished(self, stage: str) -> None:
-        """DVC has recorded it in the workspace: whoever waits for it may go on."""
+        """Release a stage that DVC has recorded in the workspace: trials that wait for it may continue."""
         if stage not in self._held:
             return
         outs = recorded(self._work).get(stage, {}).get("outs", [])

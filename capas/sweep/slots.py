@@ -1,4 +1,4 @@
-"""Who computes where: a process of a point on one GPU; where there is none, the cores are divided."""
+"""Assign GPUs to the processes of a trial, or divide the cores if there is no GPU."""
 
 import itertools
 import os
@@ -20,12 +20,13 @@ _SECONDS_FOR_ALL = 0.5
 def place(
     lock: Callable[[str], Path], device: str, num_workers: int, num_processes: int = 1
 ) -> Iterator[dict[str, str]]:
-    """Environment variables of a point, which has its place for itself in this block.
+    """Yield environment variables for a trial, and reserve its GPUs or cores for this block.
 
     Args:
-        lock: gives the file that stands for a name.
-        num_workers: points at once on this machine.
-        num_processes: that train together in a point.
+        lock: returns the lock file for a name.
+        device: "cuda", or another value to compute on the CPU.
+        num_workers: trials at once on this machine.
+        num_processes: processes that train together in a trial.
 
     Raises:
         CapasError: `device` is cuda and fewer GPUs are visible.
@@ -43,10 +44,10 @@ def place(
 def some_of(
     lock: Callable[[str], Path], kind: str, names: Sequence[str], number: int
 ) -> Iterator[list[str]]:
-    """So many places that no other point on this machine has; waits until they are free.
+    """Reserve `number` places that no other trial on this machine has, and wait until they are free.
 
     Raises:
-        CapasError: there are fewer.
+        CapasError: there are fewer places.
     """
     if number > len(names):
         raise CapasError(
@@ -56,7 +57,7 @@ def some_of(
     place_of = f"{kind}-{socket.gethostname()}"
     taken: list[str] = []
     with ExitStack() as held:
-        with exclusive(lock(place_of)):  # who waits for the rest of its places waits alone
+        with exclusive(lock(place_of)):  # one trial at a time collects its places
             for name in itertools.cycle(names):
                 if len(taken) == number:
                     break
@@ -70,7 +71,11 @@ def some_of(
 
 
 def visible_gpus() -> list[str]:
-    """Those that CUDA_VISIBLE_DEVICES leaves, or all that the driver reports."""
+    """Return the GPUs that CUDA_VISIBLE_DEVICES lists, or all that the driver reports.
+
+    Raises:
+        CapasError: no GPU is visible.
+    """
     if "CUDA_VISIBLE_DEVICES" in os.environ:
         found = os.environ["CUDA_VISIBLE_DEVICES"].split(",")
     elif shutil.which("nvidia-smi"):

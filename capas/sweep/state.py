@@ -1,4 +1,4 @@
-"""What a point is doing, in a file that its worker writes and that the sweep shows."""
+"""Record what a trial is doing, in a file that its worker writes and the sweep shows."""
 
 import json
 import time
@@ -15,14 +15,22 @@ ENDED = (DONE, CACHED, FAILED)
 
 @dataclass
 class State:
-    """`stage` is what it runs or waits for, `reason` why it failed, `metrics` those that the sweep shows."""
+    """The state of a trial.
+
+    Attributes:
+        name: the name of the experiment.
+        stage: what it runs or waits for.
+        line: the last line that the stage wrote.
+        reason: why it failed.
+        metrics: the metrics that the sweep shows.
+    """
 
     identity: str
-    name: str  # of the experiment
+    name: str
     overrides: list[str]
     status: str = WAITING
     stage: str = ""
-    line: str = ""  # the last that the stage said
+    line: str = ""
     reason: str = ""
     started: float = field(default_factory=time.time)
     seconds: float = 0.0
@@ -34,7 +42,7 @@ class State:
         return cls(**json.loads(file.read_text(encoding="utf-8")))
 
     def write(self, folder: Path, **changes: Any) -> None:
-        """Whole or not at all: the sweep reads it at any time."""
+        """Write the state atomically, because the sweep may read it at any time."""
         for name, value in changes.items():
             setattr(self, name, value)
         self.seconds = round(time.time() - self.started, 1)
@@ -42,6 +50,6 @@ class State:
 
 
 def read_states(folder: Path) -> list[State]:
-    """In the order in which they were started."""
+    """Return the states in the order in which their trials started."""
     files = sorted(folder.glob("*.json"))
     return sorted(map(State.read, files), key=lambda state: (state.started, state.name))

@@ -1,4 +1,4 @@
-"""What a sweep was asked for: composed, and checked before any point runs."""
+"""Compose the command of a sweep, and check it before any trial runs."""
 
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, field
@@ -40,16 +40,22 @@ class Sweep(Group):
 
 @dataclass(frozen=True)
 class Task:
-    """What to run. A search chooses its points as it goes: `points` is then one, of the first values.
+    """The trials to run, and how to run them.
 
-    `settings` and `tracking` are groups of conf/, `base` the values of conf/ without any override.
+    Attributes:
+        settings, tracking: groups of conf/.
+        words: overrides for Hydra.
+        expected: number of trials.
+        at_once: number of trials that the sweeper proposes before it needs a result.
+        points: the trials; a search chooses its own as it proceeds, and has one here, with the first values.
+        base: the values of conf/ without any override.
     """
 
     settings: dict[str, Any]
     tracking: dict[str, Any]
-    words: list[str]  # overrides for Hydra
-    expected: int  # points
-    at_once: int  # points that the sweeper proposes before it needs a result
+    words: list[str]
+    expected: int
+    at_once: int
     launcher: dict[str, Any] = field(default_factory=dict)
     points: list[Point] = field(default_factory=list)
     searches: bool = False
@@ -60,7 +66,7 @@ def prepare(home: Path, words: list[str], multirun: bool) -> Task:
     """Check a command and return its task; nothing is written.
 
     Raises:
-        CapasError: all that is wrong with an override, a value of any point or the sweep itself.
+        CapasError: an override, a value of a trial or the sweep itself is wrong; it lists everything.
     """
     conf = home / CONF
     words = [_without_base(word, conf) for word in words]
@@ -109,10 +115,10 @@ def prepare(home: Path, words: list[str], multirun: bool) -> Task:
 
 
 def _composed(own: list[str], conf: Path) -> tuple[dict[str, Any] | None, list[Problem]]:
-    """Return the configuration of the sweep, Hydra's part of it with it, and what is wrong with that part.
+    """Return the configuration of the sweep with Hydra's part, and what is wrong with it.
 
     Args:
-        own: the overrides that set how the sweep goes about it, and options of all points, which may, too.
+        own: overrides of the sweep and of Hydra, and overrides that choose one option for all trials.
     """
     from omegaconf import OmegaConf
 
@@ -129,7 +135,7 @@ def _composed(own: list[str], conf: Path) -> tuple[dict[str, Any] | None, list[P
         try:
             composer.set(config, word)
         except failures() as error:
-            if _is_of_hydra(word):  # those of the group sweep are checked by their schema
+            if _is_of_hydra(word):  # the schema checks the keys of the group sweep
                 problems.append(Problem(_key(word), "", _no_such_setting(word, known, error)))
     tree = OmegaConf.to_container(config, resolve=False)
     assert isinstance(tree, dict)
@@ -152,7 +158,7 @@ def _no_such_setting(word: str, known: Iterable[str], error: Exception) -> str:
 def _setting_problems(
     config: dict[str, Any], base: dict[str, Any], home: Path
 ) -> Iterator[Problem]:
-    """Yield what is wrong with the group `sweep`, and what conf/sweep/ sets in vain."""
+    """Yield what is wrong with the group `sweep`, and which values in conf/sweep/ have no effect."""
     settings = config[NAME]
     try:
         Sweep.model_validate(settings)
@@ -180,7 +186,7 @@ def _setting_problems(
 
 
 def _unknown_metrics(settings: dict[str, Any], home: Path) -> Iterator[Problem]:
-    """Yield the metrics of files that no stage writes."""
+    """Yield a problem for each metric of a file that no stage writes."""
     outs = {out for spec in StageSpec.read_all(home).values() for out in spec.outs}
     files = sorted(Path(out).stem for out in outs if out.startswith("reports/metrics/"))
     for name in dict.fromkeys([settings["objective"], *settings["columns"]]):
@@ -196,7 +202,7 @@ def _unknown_metrics(settings: dict[str, Any], home: Path) -> Iterator[Problem]:
 
 
 def _place_problems(point: Point, launcher: dict[str, Any], home: Path) -> list[Problem]:
-    """Return what the launcher cannot give the point."""
+    """Return the resources that the trial needs and the launcher cannot give."""
     try:
         check_place(point.values["hardware"], launcher)
     except CapasError as error:
@@ -205,15 +211,15 @@ def _place_problems(point: Point, launcher: dict[str, Any], home: Path) -> list[
 
 
 def runs_here(launcher: dict[str, Any]) -> bool:
-    """Whether the points run on this machine: a job of a cluster may have what it lacks."""
+    """Return whether the trials run on this machine; a cluster's machines may have other resources."""
     return str(launcher["_target_"]).rpartition(".")[2] in _LOCAL
 
 
 def check_place(hardware: dict[str, Any], launcher: dict[str, Any]) -> None:
-    """Check that a point can train in as many processes as it says.
+    """Check that a trial can train in as many processes as it is set to.
 
     Raises:
-        CapasError: on several machines, or on more GPUs than its job has.
+        CapasError: it needs several machines, or more GPUs than its job has.
     """
     machines, processes = hardware["num_machines"], hardware["num_processes"]
     if machines > 1:
@@ -233,12 +239,12 @@ def is_slurm(launcher: dict[str, Any]) -> bool:
 
 
 def is_of_sweep(override: str) -> bool:
-    """Whether it sets how the sweep goes about it (`sweep=optuna`) and not what a point is."""
+    """Return whether an override sets how the sweep runs (`sweep=optuna`), not a value of a trial."""
     return override.lstrip("+~").startswith(("sweep.", "sweep=", "sweep@"))
 
 
 def _chooses(word: str, conf: Path) -> bool:
-    """Whether an override chooses one option, which there is, for all points."""
+    """Return whether an override chooses one existing option for all trials."""
     key, _, option = word.partition("=")
     return is_group(key, conf) and key != NAME and option in options.options_of(conf, key)
 
@@ -248,7 +254,7 @@ def _is_of_hydra(override: str) -> bool:
 
 
 def values_of(config: Any) -> dict[str, Any]:
-    """Return what params.yaml would hold, of a composed sweep."""
+    """Return the values that params.yaml would hold for a composed sweep."""
     from omegaconf import OmegaConf
 
     tree = config if isinstance(config, dict) else OmegaConf.to_container(config, resolve=False)
@@ -258,7 +264,10 @@ def values_of(config: Any) -> dict[str, Any]:
 
 
 def _without_base(word: str, conf: Path) -> str:
-    """Return `lora=glob(*)` as the choices that it stands for; what stands for none stays, and is refused."""
+    """Return `lora=glob(*)` as the choices that it matches.
+
+    An override that matches none is returned as it is, and is refused later.
+    """
     key, _, value = word.partition("=")
     if not value.startswith("glob(") or not is_group(_key(word), conf):
         return word

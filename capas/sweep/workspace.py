@@ -1,4 +1,4 @@
-"""A folder for one point: the files as the sweep found them, with the cache of the user's repository."""
+"""Make a folder for one trial: the files as the sweep found them, with the user's DVC cache."""
 
 import shutil
 from pathlib import Path
@@ -13,7 +13,7 @@ from capas.workspace.clone import bring, share_cache
 
 
 def lay_out(plan: Plan, work: Path, values: dict[str, Any]) -> None:
-    """Make the workspace anew; the checkpoints of one that was left go on in it: they are worth hours."""
+    """Make the workspace again, but keep the checkpoints of an earlier one: they are worth hours."""
     saved = plan.base / "checkpoints" / work.name
     if any((work / CHECKPOINTS).glob("*/*")):
         shutil.rmtree(saved, ignore_errors=True)

@@ -1,1 +1,1 @@
-"""MLflow: the store, runs and their content, lineage, the registry, rows of a running training."""
+"""Track runs in MLflow: the store, runs and their content, lineage, the registry, live training rows."""

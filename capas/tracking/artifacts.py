@@ -1,4 +1,4 @@
-"""Where the artifacts of a run go, and whether they can be written from here: asked before a training."""
+"""Check, before a training, where a run's artifacts go and whether they can be written from here."""
 
 import os
 from pathlib import Path
@@ -8,7 +8,7 @@ from urllib.parse import unquote, urlsplit
 from capas.core.errors import CapasError, without_secrets
 
 _LOOPBACK = ("localhost", "127.0.0.1", "::1")
-_PACKAGES = {  # what MLflow needs for a scheme and does not bring along
+_PACKAGES = {  # scheme -> packages that MLflow needs for it but does not install
     **dict.fromkeys(("s3", "r2", "b2"), "boto3"),
     "gs": "google-cloud-storage",
     "wasbs": "azure-storage-blob azure-identity",
@@ -28,18 +28,18 @@ _OTHERWISE = (
 
 
 class UnusableStoreError(CapasError):
-    """What MLflow is told to use cannot work here; waiting and retrying do not help."""
+    """The configured MLflow store cannot work here; waiting and retrying do not help."""
 
 
 def check_artifacts(location: str, uri: str) -> None:
-    """Look into the artifact store of an experiment.
+    """Check that the artifact store of an experiment can be used.
 
     Args:
         location: `artifact_location` of the experiment, e.g. s3://bucket/1.
-        uri: of the tracking server or database.
+        uri: the tracking server or database.
 
     Raises:
-        UnusableStoreError: its package or credentials are missing, or it lies on the server's own disk.
+        UnusableStoreError: its package or credentials are missing, or it is on the server's own disk.
         CapasError: it cannot be reached.
     """
     scheme = urlsplit(location).scheme
@@ -49,12 +49,12 @@ def check_artifacts(location: str, uri: str) -> None:
 
     try:
         get_artifact_repository(location, tracking_uri=uri).list_artifacts(None)
-    except Exception as error:  # noqa: BLE001  of whichever client library the store has
+    except Exception as error:  # noqa: BLE001  client libraries raise errors of any class
         raise refusal(error, location) from None
 
 
 def refusal(error: Exception, location: str) -> CapasError:
-    """What an artifact store raised, in a sentence with the way out."""
+    """Return an artifact store's error as a sentence that says how to fix it."""
     scheme = urlsplit(location).scheme
     where = f"the artifacts of MLflow's runs go to {without_secrets(location)}"
     if isinstance(error, ModuleNotFoundError):
@@ -80,7 +80,13 @@ def _is_away(error: Exception) -> bool:
 
 
 def _check_disk(location: str, uri: str) -> None:
-    """A path that a server on another machine names is that machine's, unless it is mounted here, too."""
+    """Check that a folder for artifacts can be written.
+
+    A path from a server on another machine is on that machine's disk, unless it is mounted here too.
+
+    Raises:
+        UnusableStoreError: it cannot be written here.
+    """
     path = Path(unquote(urlsplit(location).path) if location.startswith("file:") else location)
     server = urlsplit(uri)
     remote = server.scheme in ("http", "https") and server.hostname not in _LOOPBACK
@@ -98,9 +104,9 @@ def _check_disk(location: str, uri: str) -> None:
 
 
 class GuardedClient:
-    """MlflowClient, whose artifact stores raise whatever their libraries do: here it becomes a CapasError.
+    """A wrapper of MlflowClient that turns errors of artifact stores, of any class, into CapasError.
 
-    MLflow's own errors, and those of requests and SQLAlchemy, pass: see `capas.tracking.store.reachable`.
+    Errors of MLflow itself, requests and SQLAlchemy pass through: see `capas.tracking.store.reachable`.
     """
 
     def __init__(self, client: Any) -> None:

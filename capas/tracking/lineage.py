@@ -1,12 +1,12 @@
-"""Where a published run comes from: a commit, what was not committed, and which adapter it led to.
+"""Record where a published run comes from: its commit, its uncommitted changes, its adapter.
 
     git.base     the commit, one that the user's repository has
-    git.tree     the git tree of all files as they stood, untracked ones too
-    git.dirty    whether that is more than the commit: then source/uncommitted.patch leads to it
-    git.folder   the repository's folder in git's, where it is not its top
+    git.tree     the git tree of all files as they were, including untracked ones
+    git.dirty    whether there are uncommitted changes; then source/uncommitted.patch holds them
+    git.folder   the repository's folder within git's repository, if it is not its top
     git.ignored  files that stages read and git ignores (data/own); their md5 is in source/ignored.json
 
-A run keeps the state with which its artifacts were published; `capas rebuild` goes back to it.
+A run keeps the state with which its artifacts were published; `capas rebuild` restores it.
 """
 
 import json
@@ -41,8 +41,8 @@ ADAPTER = "adapter.sha256"
 PATCH, IGNORED_FILES = "source/uncommitted.patch", "source/ignored.json"
 UNKNOWN = "unknown"
 MAX_PATCH_BYTES = 64 * 2**20
-MAX_FILE_BYTES = 8 * 2**20  # of a file that is not committed
-# Names of files that hold keys and tokens: they stay here unless they are committed.
+MAX_FILE_BYTES = 8 * 2**20  # size limit of an uncommitted file
+# Names of files with keys and tokens: they are not sent unless they are committed.
 _SECRET = (
     *(
         ".env",
@@ -69,13 +69,13 @@ _SECRET = (
 )
 _EXAMPLE = ("*.example", "*.sample", "*.template", "*.pub")
 _PRIVATE_KEY = re.compile(r"-----BEGIN (?:[A-Z]+ )*PRIVATE KEY-----")
-_WORD = re.compile(r"[\w-]{16,}", re.ASCII)  # as long as a token is
+_WORD = re.compile(r"[\w-]{16,}", re.ASCII)  # long enough for a token
 _HEADER = re.compile(rb"capas: from (?P<commit>[0-9a-f]+) to (?P<tree>[0-9a-f]+)\n")
 
 
 @dataclass(frozen=True)
 class State:
-    """The files of the repository at one moment; `patch` and `ignored` are empty where there is nothing."""
+    """The files of the repository at one moment; `patch` and `ignored` are empty if there are none."""
 
     taken: Snapshot
     dirty: bool
@@ -84,7 +84,7 @@ class State:
     ignored: dict[str, str] = field(default_factory=dict)  # path -> md5
     left_out: str = ""
     added: tuple[str, ...] = ()  # files in the patch that no commit has
-    stayed: tuple[str, ...] = ()  # those that are not in it, as they may hold a secret or are large
+    stayed: tuple[str, ...] = ()  # uncommitted files left out: large, or possibly with a secret
 
     def tags(self) -> dict[str, str]:
         names = ", ".join(self.ignored)
@@ -101,7 +101,7 @@ class State:
 
 
 def experiment(stage: Stage, train_key: str) -> str | None:
-    """Return the experiment of DVC that this training is: the one that runs, or one that was pulled."""
+    """Return the name of this training's DVC experiment: the one that runs now, or one that was pulled."""
     if running := os.environ.get("DVC_EXP_NAME"):
         return running
     outs = recorded(stage.root)["train"].get("outs", [])
@@ -110,7 +110,7 @@ def experiment(stage: Stage, train_key: str) -> str | None:
 
 
 def author(stage: Stage, ran_here: bool) -> dict[str, str]:
-    """Return the tag with who trained: who works here, or who committed a result that was pulled."""
+    """Return the tag with the author: whoever works here, or whoever committed a pulled result."""
     if ran_here:
         return live_sender.author(stage.root)
     name = git(stage.root, "log", "-1", "--format=%an", "--", "dvc.lock", check=False)
@@ -118,12 +118,12 @@ def author(stage: Stage, ran_here: bool) -> dict[str, str]:
 
 
 def state_of(root: Path) -> State:
-    """That of the repository now.
+    """Return the repository's state at this moment.
 
     Raises:
-        CapasError: it is no git repository, or has no commit yet.
+        CapasError: it is not a git repository, or has no commit yet.
     """
-    # In an experiment that DVC runs elsewhere, HEAD may be a commit which only lives as long as it runs.
+    # If DVC runs an experiment elsewhere, HEAD may be a commit that exists only while it runs.
     stayed: list[Path] = []
 
     def keep(file: Path) -> bool:
@@ -149,9 +149,9 @@ def state_of(root: Path) -> State:
 
 
 def travels(file: Path) -> bool:
-    """Tell whether a file that is not committed goes to MLflow.
+    """Return whether an uncommitted file is sent to MLflow.
 
-    It stays where its name is that of a secret, where it is large, and where it is a text with a token in it.
+    It is not sent if its name suggests a secret, if it is large, or if it is a text with a token in it.
     """
     name = file.name.lower()
     is_secret = any(fnmatch(name, pattern) for pattern in _SECRET)
@@ -163,26 +163,26 @@ def travels(file: Path) -> bool:
 
 
 def _holds_token(file: Path) -> bool:
-    """Tell whether a text file holds a private key, or a token of a form that `capas.core.errors` knows."""
+    """Return whether a text file contains a private key, or a token that `capas.core.errors` recognises."""
     content = file.read_bytes()
-    if b"\0" in content:  # no text
+    if b"\0" in content:  # not a text file
         return False
     text = content.decode("utf-8", "replace")
-    words = {*_WORD.findall(text)}  # without the characters of a URL, whose parts look like tokens
+    words = {*_WORD.findall(text)}  # words exclude URL characters: a URL's parts look like tokens
     return bool(_PRIVATE_KEY.search(text)) or any(without_secrets(word) != word for word in words)
 
 
 def _needed(root: Path, stayed: list[Path]) -> str:
-    """Those of the files that a stage reads: without them the run cannot be rebuilt."""
+    """Return the unsent files that a stage reads: without them the run cannot be rebuilt."""
     deps = [root.resolve() / dep for spec in StageSpec.read_all(root).values() for dep in spec.deps]
     needed = [file for file in stayed if any(file.resolve().is_relative_to(dep) for dep in deps)]
     return ", ".join(os.path.relpath(file, root) for file in needed)
 
 
 def send(store: Store, run: Any, stage: Stage, is_new: bool) -> None:
-    """The state now, where the run has none or `is_new`: its artifacts are published with it.
+    """Send the present state with the artifacts, if the run has none or `is_new`.
 
-    One that leads back to the training is not replaced by one that does not.
+    A state that leads back to the training is not replaced by one that does not.
     """
     have, run_id = run.data.tags, run.info.run_id
     tags = {ADAPTER: tuned_weights.sha256(stage.dep(tuned_weights.FOLDER))}
@@ -190,13 +190,13 @@ def send(store: Store, run: Any, stage: Stage, is_new: bool) -> None:
     if is_new or not is_known:
         tags |= _send_state(store, run_id, have, stage, is_known)
     wanted = {name: value for name, value in tags.items() if value or name in have}
-    store.send_tags(run_id, have, wanted)  # in one call, so that they are of one state
+    store.send_tags(run_id, have, wanted)  # one call, so that all tags describe one state
 
 
 def _send_state(
     store: Store, run_id: str, have: Mapping[str, str], stage: Stage, is_known: bool
 ) -> dict[str, str]:
-    """Its files, and the tags that make it the run's state: they are written at once, after the files."""
+    """Send the state's files, and return its tags, which the caller writes all at once afterwards."""
     try:
         state = state_of(stage.root)
     except CapasError as error:
@@ -235,7 +235,11 @@ def _send_state(
 
 
 def _send_patch(store: Store, run_id: str, state: State) -> None:
-    """Its first line, which git skips, says from where to where: it holds whatever the tags say."""
+    """Send the patch.
+
+    Its first line, which git skips, names the commit and the tree. The patch is then usable whatever the tags
+    say.
+    """
     header = f"capas: from {state.taken.commit} to {state.taken.tree}\n".encode()
     with TemporaryDirectory(prefix="capas-") as folder:
         file = Path(folder) / Path(PATCH).name
@@ -244,9 +248,9 @@ def _send_patch(store: Store, run_id: str, state: State) -> None:
 
 
 def changed_since(root: Path, lock: Mapping[str, Any]) -> list[str]:
-    """Stages up to train whose script, values or inputs are no longer those with which they ran.
+    """Return the stages up to train whose script, values or inputs have changed since they ran.
 
-    compose is not asked: what editors leave in conf/ is not told apart here from what it read.
+    compose is left out: this cannot tell files that editors leave in conf/ from files that compose read.
     """
     above = ancestors("train", lock) - {"compose"}
     specs = StageSpec.read_all(root)
@@ -261,10 +265,10 @@ def _is_as_it_ran(spec: StageSpec, root: Path, lock: Mapping[str, Any]) -> bool:
 
 
 def read_state(client: Any, run: Any) -> State:
-    """The state of a published run.
+    """Return the state of a published run.
 
     Raises:
-        CapasError: it has none, or what it has does not lead back.
+        CapasError: it has none, or its state cannot be restored.
     """
     tags = run.data.tags
     called = f"run {run.info.run_name} ({run.info.run_id[:8]})"
@@ -291,7 +295,10 @@ def read_state(client: Any, run: Any) -> State:
 
 
 def _read_patch(client: Any, run_id: str, called: str) -> tuple[Snapshot, bytes]:
-    """Also where a publish was killed before it wrote the tags that belong to it."""
+    """Return the patch with its commit and tree.
+
+    These are known even if the publish was killed before it wrote the tags.
+    """
     content = _artifact(client, run_id, PATCH, called)
     header = _HEADER.match(content)
     if header is None:

@@ -1,12 +1,12 @@
-"""Send the rows of a running training to MLflow, as they come.
+"""Send the rows of a running training to MLflow, as they are written.
 
     python -m capas.tracking.live_sender follow --key TRAIN_KEY --rows FILE
-    python -m capas.tracking.live_sender check   before a training: can its result be published? See `main`
+    python -m capas.tracking.live_sender check   before a training: can its result be published? See `check`
 
-`capas.training.live_rows` starts it beside a training, which appends its log to FILE, one JSON object a line,
-the last {"event": "end"} or {"event": "failed"}. Standard input is a pipe that closes when the training's
-process is gone, whatever the reason. A tracker that cannot be reached costs a line in the log, no more:
-`publish` brings the whole curve later.
+`capas.training.live_rows` starts it beside a training, which appends its log to FILE, one JSON object per
+line, the last {"event": "end"} or {"event": "failed"}. Standard input is a pipe that closes when the training
+process is gone, whatever the reason. If a tracker cannot be reached, this only logs a line: `publish` sends
+the whole curve later.
 """
 
 import argparse
@@ -29,7 +29,7 @@ from capas.tracking.store import USER, Point, Store, locked, reachable, tracking
 from capas.training.live_rows import AWAY, UNUSABLE
 
 log = logging.getLogger("capas")
-# A row of Trainer's log -> a metric of MLflow. `publish` gives the recorded curve the same names.
+# A key of Trainer's log -> a metric in MLflow. `publish` gives the recorded curve the same names.
 CURVES = {
     "loss": "train/loss",
     "learning_rate": "train/learning_rate",
@@ -38,11 +38,11 @@ CURVES = {
     "eval_token_accuracy": "validation/token_accuracy",
     "tokens_per_second": "train/tokens_per_second",
     "memory_bytes": "train/memory_bytes",
-    "epoch": "train/epoch",  # at which epoch a step was: the x axis of MLflow's charts is the step
+    "epoch": "train/epoch",  # the epoch of each step: the x axis of MLflow's charts is the step
 }
 _SEND_SECONDS, _RETRY_SECONDS = 2.0, 15.0
-_END_SECONDS = 3600.0  # for so long a run is ended late, where its server is gone
-_SAMPLE_SECONDS = 5.0  # between two looks at the machine
+_END_SECONDS = 3600.0  # how long to try to end a run whose server is gone
+_SAMPLE_SECONDS = 5.0  # between two samples of system metrics
 _STATUS = {"end": "FINISHED", "failed": "FAILED"}
 
 
@@ -55,20 +55,20 @@ def points_of(row: dict[str, Any]) -> list[Point]:
 
 
 def run_name(store: Store, params: Mapping[str, str]) -> str:
-    """Return a name for the run of this training: what differs from others, and DVC's experiment."""
+    """Return a name for this training's run: its difference from other runs, and DVC's experiment."""
     experiment = os.environ.get("DVC_EXP_NAME")
     name = distinct_name(params, store.params_by_name(name_of(params)))
     return f"{name} ({experiment})" if experiment else name
 
 
 def author(root: Path) -> dict[str, str]:
-    """Return the tag that MLflow shows as "Created by": who works here, by git's name or the login."""
+    """Return the tag that MLflow shows as "Created by": git's user name, or else the login name."""
     name = git(root, "config", "user.name", check=False) or os.environ.get("USER")
     return {USER: name} if name else {}
 
 
 class Follower:
-    """Rows read, and what of them MLflow has not got yet."""
+    """A reader of log rows, which keeps the rows not yet sent to MLflow."""
 
     def __init__(self, root: Path, key: str, rows: Path, experiment_name: str) -> None:
         self.root, self.key, self.rows, self.experiment_name = root, key, rows, experiment_name
@@ -76,12 +76,13 @@ class Follower:
         self._read, self._waiting = 0, list[Point]()
         self._store: Store | None = None
         self._run_id = ""
-        self._monitor: Any = None  # of the machine, while MLflow can be reached
+        self._monitor: Any = None  # system metrics, while MLflow can be reached
         self._next = 0.0
-        self.reached, self.ended = False, False  # MLflow may know of the run; it knows of its end
+        # whether MLflow may have the run; whether MLflow has its end
+        self.reached, self.ended = False, False
 
     def read(self) -> None:
-        """Take the lines that are complete."""
+        """Read the lines that are complete."""
         with self.rows.open("rb") as file:
             file.seek(self._read)
             lines = file.read()
@@ -93,7 +94,7 @@ class Follower:
             self._waiting += points_of(row)
 
     def send(self, status: str = "RUNNING", now: bool = False) -> None:
-        """Every two seconds what has come since; after a failure every fifteen."""
+        """Send the new rows, at most every two seconds, or every fifteen after a failure."""
         if not now and time.monotonic() < self._next:
             return
         try:
@@ -129,12 +130,12 @@ class Follower:
 
     def _stop_monitor(self) -> None:
         if self._monitor is not None:
-            self._monitor.finish()  # it warns about what it cannot send
+            self._monitor.finish()  # it warns about metrics that it cannot send
             self._monitor = None
 
 
 def start_monitor(run_id: str, uri: str) -> Any:
-    """CPU, memory, disk, network and GPU of this machine as system/... metrics; None where that fails."""
+    """Log CPU, memory, disk, network and GPU of this machine as system/... metrics; None if that fails."""
     try:
         from mlflow.system_metrics.system_metrics_monitor import SystemMetricsMonitor
 
@@ -142,14 +143,14 @@ def start_monitor(run_id: str, uri: str) -> Any:
             run_id, sampling_interval=_SAMPLE_SECONDS, resume_logging=True, tracking_uri=uri
         )
         monitor.start()
-    except Exception as error:  # noqa: BLE001  drivers of any kind; the curve is worth more
+    except Exception as error:  # noqa: BLE001  drivers raise anything; the curve matters more
         log.warning("no system metrics: %s", error)
         return None
     return monitor
 
 
 def follow(root: Path, key: str, rows: Path, stdin: int) -> str:
-    """Until the training ends; how it ended, as MLflow says it."""
+    """Follow a training until it ends, and return its final status in MLflow's words."""
     follower = Follower(
         root, key, rows, read_yaml(root / "params.yaml")["tracking"]["experiment_name"]
     )
@@ -169,9 +170,9 @@ def follow(root: Path, key: str, rows: Path, stdin: int) -> str:
 
 
 def end_late(root: Path, key: str, experiment_name: str, status: str) -> None:
-    """End a run that MLflow still takes for running, once its server is back.
+    """End a run that is still running according to MLflow, once its server is reachable again.
 
-    Whoever publishes or goes on with the training meanwhile does it instead.
+    A process that publishes or resumes the training in the meantime does it instead.
     """
     deadline = time.monotonic() + _END_SECONDS
     while time.monotonic() < deadline:
@@ -188,11 +189,11 @@ def end_late(root: Path, key: str, experiment_name: str, status: str) -> None:
 
 
 def check(root: Path) -> int:
-    """Open the store and look where its artifacts go; what is wrong is printed.
+    """Check that the store opens and that its artifacts can be written; print what is wrong.
 
     Returns:
-        The exit code: `live.UNUSABLE` where a package, credentials or a place are missing, for which no later
-        `publish` could help; `live.AWAY` where nothing answers, which may change.
+        The exit code: `live_rows.UNUSABLE` if a package, credentials or a place are missing, so that a later
+        `publish` would fail too; `live_rows.AWAY` if nothing answers, which may change; otherwise 0.
     """
     name = read_yaml(root / "params.yaml")["tracking"]["experiment_name"]
     try:

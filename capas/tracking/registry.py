@@ -20,14 +20,14 @@ from capas.tracking.store import GATE, MODEL, TRAIN_KEY, existing, locked, reach
 from capas.tracking.ui import Pages
 
 FORCED = "forced"
-_COPIED = (TRAIN_KEY, GATE, "mlflow.source.git.commit")  # tags of the run that its version has too
-_NO_NAME = re.compile(r"[/:'\"]")  # the first two are MLflow's own rule, quotes break its queries
+_COPIED = (TRAIN_KEY, GATE, "mlflow.source.git.commit")  # tags copied from run to version
+_NO_NAME = re.compile(r"[/:'\"]")  # MLflow forbids the first two, and quotes break its queries
 _ALIAS = re.compile(r"[A-Za-z0-9_-]+")
 _RESERVED = re.compile(r"latest|v\d+", re.IGNORECASE)
 
 
 class Registered(NamedTuple):
-    """A version of the registry, and what this call did."""
+    """A version in the registry, and what this call changed."""
 
     name: str
     version: str
@@ -39,14 +39,14 @@ class Registered(NamedTuple):
 
 
 class RefusedError(Exception):
-    """The run is no model to pass on; its reasons, one a line."""
+    """The run's model must not be registered or pushed; the message has one reason per line."""
 
     def __init__(self, reasons: list[str]) -> None:
         super().__init__("\n".join(reasons))
         self.reasons = reasons
 
     def told(self, what: str) -> str:
-        """`what` is not done, and why, a line each."""
+        """Return a message that `what` is not done, with one reason per line."""
         return f"capas: {what}:\n" + "".join(f"  {reason}\n" for reason in self.reasons)
 
 
@@ -68,7 +68,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def command(options: argparse.Namespace) -> int:
-    """1 where the run is refused."""
+    """Return the exit code: 0, or 1 if the run is refused."""
     root = Path.cwd()
     try:
         done = register(root, options.run, options.name, options.alias, options.force)
@@ -87,11 +87,11 @@ def command(options: argparse.Namespace) -> int:
 
 
 def register(root: Path, wanted: str, name: str | None, alias: str, force: bool) -> Registered:
-    """Make a version of the run's model and give it the alias; what is there already is left alone.
+    """Make a version of the run's model and give it the alias; existing versions are left as they are.
 
     Raises:
         RefusedError: the run is not finished, has no model, or did not pass its gate.
-        CapasError: no such run, or several; a name or alias that MLflow does not take.
+        CapasError: no such run, or several; a name or alias that MLflow does not accept.
     """
     check_alias(alias)
     client = existing(root)
@@ -108,10 +108,10 @@ def register(root: Path, wanted: str, name: str | None, alias: str, force: bool)
 
 
 def admit(client: Any, run: Any, force: bool) -> str | None:
-    """Why it needed force, if it did.
+    """Return the verdict that `force` overrode, or None if the gate passed.
 
     Raises:
-        RefusedError: with all reasons.
+        RefusedError: the run is refused; it has all reasons.
     """
     reasons = []
     if run.info.status != "FINISHED":
@@ -160,7 +160,7 @@ def check_alias(alias: str) -> None:
 
 
 def find_or_create(client: Any, name: str, run: Any) -> tuple[Any, bool]:
-    """The version of this run, and whether it is new."""
+    """Return the version of this run, and whether it is new."""
     names = [found.name for found in client.search_registered_models(f"name='{name}'")]
     if name not in names:
         client.create_registered_model(name)
@@ -179,7 +179,7 @@ def send_tags(client: Any, version: Any, tags: dict[str, str]) -> None:
 
 
 def move_alias(client: Any, name: str, alias: str, version: str) -> str | None:
-    """The version that had it until now, if that is another."""
+    """Move the alias, and return the version that had it, if that was another one."""
     before = client.get_registered_model(name).aliases.get(alias)
     if str(before) == str(version):
         return None

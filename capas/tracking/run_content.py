@@ -1,4 +1,4 @@
-"""A recorded result as a tracker takes it: params, tags, metrics, curve and tables."""
+"""Turn a recorded result into the contents of an MLflow run: params, tags, metrics, curve and tables."""
 
 import csv
 import hashlib
@@ -19,11 +19,11 @@ from capas.tracking.live_sender import CURVES
 from capas.tracking.run_params import metric_name
 from capas.tracking.store import GATE, Point
 
-Costs = Mapping[str, Mapping[str, Any]]  # stage -> what it cost, see `timings.read`
+Costs = Mapping[str, Mapping[str, Any]]  # stage -> its costs, see `timings.read`
 
 
 def values_of_training(lock: Mapping[str, Any]) -> dict[str, Any]:
-    """Return the params, package versions and digests of code that led to the adapter, by dotted key."""
+    """Return the params, package versions and code digests that led to the adapter, by dotted key."""
     led_to_it = ancestors("train", lock)
     found: dict[str, Any] = {}
     for stage in filter(led_to_it.__contains__, lock):
@@ -68,7 +68,7 @@ def _in_a_sentence(base: Mapping[str, Any], evaluation: Mapping[str, Any]) -> st
 
 
 def machine(costs: Costs) -> dict[str, str]:
-    """Return the CPU that trained and the kernels it used, where the training really ran here."""
+    """Return the CPU that trained and the kernels it used, if the training ran here."""
     cost = costs.get("train", {})
     if "cpu" not in cost:
         return {}
@@ -79,8 +79,8 @@ def machine(costs: Costs) -> dict[str, str]:
 def metrics(stage: Stage, costs: Costs) -> dict[str, float]:
     """Return the numbers that people compare between runs, under names without a slash.
 
-    MLflow makes a section of charts of whatever stands before a slash: the curves alone have one, and stand
-    first. `numbers` has the rest.
+    MLflow makes a section of charts from the part of a name before a slash. Only the curves have one, so that
+    they come first. `numbers` has the rest.
     """
     evaluation = read_json(stage.dep("reports/evaluation.json"))
     base = read_json(stage.dep("reports/evaluation_base.json"))
@@ -115,13 +115,13 @@ def metrics(stage: Stage, costs: Costs) -> dict[str, float]:
             if measure != "seconds"
         },
     }
-    if own:  # a loss is no score: less of it is better
+    if own:  # a loss is not a score: lower is better
         compared |= {"score": tuned.get(own[0]), "base_score": base.get(own[0])}
     return _numbers(compared)
 
 
 def numbers(stage: Stage, costs: Costs) -> dict[str, float]:
-    """Return every number of the JSON reports, and what each stage cost where that is known."""
+    """Return every number in the JSON reports, and the costs of each stage if they are known."""
     evaluation = read_json(stage.dep("reports/evaluation.json"))
     return _numbers(
         {
@@ -162,16 +162,16 @@ def _harness(evaluation: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def costs(stage: Stage, lock: Mapping[str, Any]) -> Costs:
-    """Return what the stages cost that ran here with the recorded inputs.
+    """Return the costs of the stages that ran here with the recorded inputs.
 
-    publish is left out: its cost is that of the time before, and every repetition would change the run.
+    publish is left out: its cost is that of the previous time, and every repetition would change the run.
     """
     found = timings.matching(timings.read(stage.root), lock)
     return {name: cost for name, cost in found.items() if name != "publish"}
 
 
 def _by_measure(costs: Costs) -> dict[str, dict[str, float]]:
-    """Return measure -> stage -> value."""
+    """Return {measure: {stage: value}}."""
     found: dict[str, dict[str, float]] = {}
     for name, cost in costs.items():
         for measure in filter(cost.__contains__, timings.MEASURES):
@@ -180,7 +180,7 @@ def _by_measure(costs: Costs) -> dict[str, dict[str, float]]:
 
 
 def _numbers(facts: Mapping[str, Any]) -> dict[str, float]:
-    """Return {"tuned.loss": 0.5, ...}; texts, truth values and what is missing are left out."""
+    """Return {"tuned.loss": 0.5, ...}, without texts, booleans and missing values."""
     return {
         metric_name(key).replace("/", "."): float(value)
         for key, value in flatten(facts).items()
@@ -189,14 +189,14 @@ def _numbers(facts: Mapping[str, Any]) -> dict[str, float]:
 
 
 class Times(NamedTuple):
-    """When a training began and ended, in milliseconds since 1970; None: not known."""
+    """The start and the end of a training, in milliseconds since 1970; None if not known."""
 
     started: int
     ended: int | None
 
 
 def times(stage: Stage, costs: Costs) -> Times | None:
-    """Return when the training ran: here, or, where it was pulled, when its dvc.lock was committed."""
+    """Return when the training ran here or, if it was pulled, when its dvc.lock was committed."""
     cost = costs.get("train", {})
     if "ended" in cost:
         ended = int(1000 * cost["ended"])
@@ -206,7 +206,7 @@ def times(stage: Stage, costs: Costs) -> Times | None:
 
 
 def curve(stage: Stage) -> list[Point]:
-    """The recorded curve under the names of the live one."""
+    """Return the recorded curve under the names of the live one."""
     files = {"reports/history.csv": "", "reports/validation.csv": "eval_"}
     points = []
     for file, prefix in files.items():
@@ -224,7 +224,7 @@ def curve(stage: Stage) -> list[Point]:
 
 
 def artifacts_digest(lock: Mapping[str, Any]) -> str:
-    """Changes when an output of any stage does."""
+    """Return a digest that changes when an output of any stage changes."""
     outs = {
         out["path"]: out["md5"]
         for name, entry in lock.items()
@@ -235,7 +235,7 @@ def artifacts_digest(lock: Mapping[str, Any]) -> str:
 
 
 def predictions(stage: Stage) -> list[dict[str, Any]]:
-    """One row for each test record: base beside tuned."""
+    """Return one row for each test record, with the answers of base and tuned model."""
     import pyarrow.parquet as pq
 
     names = read_json(stage.dep("reports/evaluation.json"))["metrics"]
@@ -258,7 +258,7 @@ def predictions(stage: Stage) -> list[dict[str, Any]]:
 
 
 def samples(stage: Stage) -> list[dict[str, Any]]:
-    """One row for each completion."""
+    """Return one row for each completion."""
     lines = stage.dep("reports/samples.jsonl").read_text(encoding="utf-8").splitlines()
     return [
         {

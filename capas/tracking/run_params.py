@@ -1,4 +1,4 @@
-"""The parameters of a run in MLflow, and its name, which says what differs from other runs.
+"""Make the parameters of an MLflow run, and its name, which shows the difference from other runs.
 
 embedded r16 lr4e-3          own_csv qwen2.5-0.5b r8 lr2e-4          own_csv qwen2.5-0.5b full lr1e-5
 """
@@ -12,32 +12,32 @@ from capas.core.dag import StageSpec, ancestors
 from capas.core.params import flatten
 from capas.training.steps import Step
 
-MAX_TEXT = 500  # characters of a param or tag; the artifact params.yaml has them all
+MAX_TEXT = 500  # characters of a param or tag; the artifact params.yaml has the full text
 _NOT_IN_A_NAME = re.compile(r"[^\w\-. /]")
 _DEPTH = 2  # dataset.flaws is one param, not one for each kind of flaw
 _GROUP_OF_TRACKING = "tracking"
-_FACTORS = (  # of `Step`
+_FACTORS = (  # arguments of `Step`
     "hardware.num_processes",
     "trainer.per_device_train_batch_size",
     "trainer.gradient_accumulation_steps",
 )
-_NUM_DIFFERENCES = 3  # in a name
-_USUAL = ("_instruct", "_chat", "_it")  # endings of a model's preset
+_NUM_DIFFERENCES = 3  # differences shown in a name
+_USUAL = ("_instruct", "_chat", "_it")  # endings of a model's preset that a name leaves out
 
 
 def recorded_params(lock: Mapping[str, Any]) -> dict[str, str]:
-    """Return the values with which the stages of dvc.lock ran, as MLflow takes them.
+    """Return the values with which the stages of dvc.lock ran, in the form of MLflow's params.
 
-    Where two stages have two values of a key, that of the training counts.
+    If two stages have different values for a key, the value of the training counts.
     """
     led_to_it = ancestors("train", lock)
     names = sorted(lock.keys() - {"publish"}, key=lambda name: (name in led_to_it, name))
-    entries = [lock[name] for name in names]  # publish is running: its entry is of the time before
+    entries = [lock[name] for name in names]  # publish is running, so its entry is outdated
     return _texts(entry.get("params", {}).get("params.yaml", {}) for entry in entries)
 
 
 def current_params(root: Path) -> dict[str, str]:
-    """Return the values that the stages of dvc.yaml declare, as they stand in params.yaml now."""
+    """Return the values in params.yaml that the stages of dvc.yaml declare."""
     return _texts(
         spec.values(root).get("params.yaml", {}) for spec in StageSpec.read_all(root).values()
     )
@@ -52,7 +52,7 @@ def _texts(declared: Iterable[Mapping[str, Any]]) -> dict[str, str]:
 
 
 def _shallow(flat: Mapping[str, Any]) -> dict[str, Any]:
-    """Keep keys of at most `_DEPTH` parts; what lies deeper becomes a mapping."""
+    """Return the keys cut to at most `_DEPTH` parts; deeper values become a mapping."""
     shallow: dict[str, Any] = {}
     for key, value in flat.items():
         parts = key.split(".")
@@ -65,7 +65,7 @@ def _shallow(flat: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def clipped(values: Mapping[str, Any]) -> dict[str, str]:
-    """Return names without odd characters, and values of a length that MLflow takes."""
+    """Return {name: text} with the characters and lengths that MLflow accepts."""
     texts = {metric_name(key): str(value) for key, value in values.items()}
     note = "… (whole in params.yaml)"
     return {
@@ -79,8 +79,9 @@ def metric_name(key: str) -> str:
 
 
 def name_of(params: Mapping[str, str]) -> str:
-    """Return the words that tell most runs apart: data, model, rank, learning rate."""
-    return " ".join(dict.fromkeys(filter(None, _words(params))))  # data and model may have one name
+    """Return the words that distinguish most runs: data, model, rank, learning rate."""
+    # data and model may have the same name, which is then not repeated
+    return " ".join(dict.fromkeys(filter(None, _words(params))))
 
 
 def _words(params: Mapping[str, str]) -> Iterator[str]:
@@ -97,7 +98,7 @@ def _words(params: Mapping[str, str]) -> Iterator[str]:
 
 
 def _short(number: float) -> str:
-    """Return 4e-3, 1.5e-4, 0."""
+    """Return a number as short text: 4e-3, 1.5e-4, 0."""
     if not number:
         return "0"
     mantissa, _, exponent = f"{number:.2e}".partition("e")
@@ -105,7 +106,7 @@ def _short(number: float) -> str:
 
 
 def distinct_name(params: Mapping[str, str], others: Mapping[str, Mapping[str, str]]) -> str:
-    """Return `name_of`, and what differs from the runs that have that name already.
+    """Return `name_of`, extended by the difference from the runs that already have that name.
 
     Args:
         others: the params of each run whose name begins like this one's, oldest first.

@@ -1,4 +1,4 @@
-"""A run of MLflow by what a user calls it."""
+"""Find a run in MLflow by any of its names."""
 
 from collections.abc import Iterator
 from pathlib import Path
@@ -11,9 +11,9 @@ from capas.tracking.store import EXPERIMENT, TRAIN_KEY
 
 
 def find(client: Any, word: str, root: Path) -> Any:
-    """Return the run of a training, by id, name, experiment of DVC or train_key.
+    """Return a training run by id, name, DVC experiment or train_key.
 
-    The beginning of an id or of a train_key will do.
+    The beginning of an id or of a train_key is enough.
 
     Raises:
         CapasError: there is none, or more than one.
@@ -45,7 +45,7 @@ def find(client: Any, word: str, root: Path) -> Any:
 
 
 def _all(client: Any) -> Iterator[Any]:
-    """The runs of trainings, newest first."""
+    """Yield the training runs, newest first."""
     experiments = [experiment.experiment_id for experiment in client.search_experiments()]
     token = None
     while experiments:
@@ -57,13 +57,13 @@ def _all(client: Any) -> Iterator[Any]:
 
 
 class Experiment(NamedTuple):
-    """An experiment of DVC: a commit below the commit on which it was run."""
+    """An experiment of DVC: a commit on top of the commit on which it was run."""
 
     name: str
     reference: str
     commit: str
     baseline: str
-    time: float  # of its commit, in seconds since 1970
+    time: float  # time of its commit, in seconds since 1970
 
 
 def experiments(root: Path) -> list[Experiment]:
@@ -80,16 +80,16 @@ def experiments(root: Path) -> list[Experiment]:
 
 
 def _experiment_keys(name: str, root: Path) -> set[str]:
-    """Return the train_key of DVC's experiments with that name: it may have been renamed since."""
+    """Return the train_keys of DVC's experiments with that name, which may have been renamed since."""
     named = [one for one in experiments(root) if one.name == name]
     return {key for one in named if (key := _train_key(_lock(one, root)))}
 
 
 def experiment_of(train_key: str, adapter_md5: str, root: Path) -> str | None:
-    """Return the name of DVC's oldest experiment with this training, say one that was pulled.
+    """Return the name of DVC's oldest experiment with this training, for example a pulled one.
 
     Args:
-        adapter_md5: of its output in dvc.lock; a lock without it is not parsed.
+        adapter_md5: md5 of the adapter in dvc.lock; a lock without it is not parsed.
     """
     for one in reversed(experiments(root)):
         lock = _lock(one, root)

@@ -1,7 +1,7 @@
-"""The MLflow store: where it is, one run for each distinct training, points logged once.
+"""Open the MLflow store: its address, one run for each distinct training, points logged once.
 
-A run is found by its tag `train_key`, so no run id is ever written to an output of DVC. A store is opened
-here and nowhere else; mlflow is imported inside functions, everywhere: that alone costs seconds.
+A run is found by its tag `train_key`, so no run id is ever written to an output of DVC. Stores are opened
+only in this module. mlflow is always imported inside functions, because the import alone takes seconds.
 """
 
 import importlib.util
@@ -23,27 +23,28 @@ from capas.tracking import ui
 from capas.tracking.artifacts import GuardedClient, UnusableStoreError, check_artifacts
 
 TRAIN_KEY, GATE = "train_key", "gate"  # tags of a run
-ARTIFACTS = "capas.tracking.artifacts"  # as well: `result.artifacts_digest` of what was published
+# also a tag: `run_content.artifacts_digest` of the published outputs
+ARTIFACTS = "capas.tracking.artifacts"
 USER, EXPERIMENT = "mlflow.user", "dvc.experiment"
-MODEL = "model"  # the folder of its artifacts that MLflow loads
-HOME = "CAPAS_HOME"  # set by a sweep; DVC sets DVC_ROOT where it works elsewhere itself
-_SETTINGS = {  # only where the user has not set them
+MODEL = "model"  # the folder in a run's artifacts that MLflow loads
+HOME = "CAPAS_HOME"  # set by a sweep; DVC sets DVC_ROOT if it works in another folder itself
+_SETTINGS = {  # defaults that the user's own settings override
     "MLFLOW_DISABLE_TELEMETRY": "true",
     "MLFLOW_ENABLE_ARTIFACTS_PROGRESS_BAR": "false",
     "MLFLOW_HTTP_REQUEST_MAX_RETRIES": "1",  # the default, 7, tries for minutes
     "MLFLOW_HTTP_REQUEST_TIMEOUT": "20",
 }
-_KIND = {"mlflow.experimentKind": "custom_model_development"}  # the UI opens its view of trainings
-_MAX_BATCH = 1000  # metrics in one call, MLflow's own limit
+_KIND = {"mlflow.experimentKind": "custom_model_development"}  # the UI opens its training view
+_MAX_BATCH = 1000  # metrics in one call, a limit of MLflow
 _CONNECT_SECONDS = 5.0
-_RELATIVE = re.compile(  # sqlite:///FILE, file:FOLDER or FOLDER; for MLflow, some words name a service
+_RELATIVE = re.compile(  # sqlite:///FILE, file:FOLDER or FOLDER, but not the names of services
     r"(?P<kind>sqlite(\+\w+)?:///(?!file:)|file:|(?!databricks|uc$)(?![\w+.-]+:))(?P<path>[^/:].*)"
 )
 _SQLITE = re.compile(r"sqlite(\+\w+)?:///(?!file:)(?P<path>[^?]+)")
-# Of sqlite:///PATH MLflow makes the folder whose name is PATH, quoted as it is; of others it makes none.
+# For sqlite:///PATH MLflow makes a folder named PATH, without unquoting it; for other forms it makes none.
 _UNREAD = {"sqlite:///": "sqlite+pysqlite:///", "": "file://"}
 _PORTS = {"http": 80, "https": 443, "postgresql": 5432, "mysql": 3306, "mssql": 1433}
-_DRIVERS = {  # the module that SQLAlchemy imports -> the package that brings it
+_DRIVERS = {  # module that SQLAlchemy imports -> package that contains it
     "psycopg2": "psycopg2-binary",
     "psycopg": "'psycopg[binary]'",
     "MySQLdb": "mysqlclient",
@@ -53,7 +54,7 @@ RETRY = "Once it is reachable, retry with the same command or dvc repro publish"
 
 
 class Point(NamedTuple):
-    """One value of a curve."""
+    """A single value of a curve."""
 
     name: str
     step: int
@@ -61,14 +62,15 @@ class Point(NamedTuple):
 
 
 def home(root: Path) -> Path:
-    """The user's repository: queued experiments, and points of a sweep, run in folders of their own."""
+    """Return the user's repository: queued experiments and trials of a sweep run in other folders."""
     return Path(os.environ.get(HOME) or os.environ.get("DVC_ROOT") or root).resolve()
 
 
 def tracking_uri(root: Path) -> str:
-    """A relative path is one in the user's repository: what lies in a point's folder goes with it.
+    """Return the address of the store, with relative paths resolved in the user's repository.
 
-    The repository's own folder is quoted, as a URL wants it: its name may have a ?, a # or a %.
+    A store in a trial's folder would be deleted with that folder. The repository's own folder is quoted as a
+    URL requires: its name may have a ?, a # or a %.
     """
     uri = os.environ.get("MLFLOW_TRACKING_URI") or "sqlite:///mlflow.db"
     relative = _RELATIVE.fullmatch(uri)
@@ -82,28 +84,28 @@ def tracking_uri(root: Path) -> str:
 
 
 def sqlite_uri(file: Path) -> str:
-    """The address of the SQLite database in `file`."""
+    """Return the address of the SQLite database in `file`."""
     quoted = quote(str(file.resolve()))
     return f"{'sqlite:///' if Path(quoted) == file.resolve() else _UNREAD['sqlite:///']}{quoted}"
 
 
 def sqlite_file(uri: str) -> Path | None:
-    """The file of an SQLite database; None where `uri` names something else."""
+    """Return the file of an SQLite database, or None if `uri` names something else."""
     found = _SQLITE.match(uri)
     return Path(unquote(found["path"])) if found and found["path"] != ":memory:" else None
 
 
 def lock_file(root: Path, name: str) -> Path:
-    """Whoever writes to a run of MLflow holds it."""
+    """Return the lock file that a process holds while it writes to a run in MLflow."""
     return home(root) / ".dvc/tmp" / f"mlflow-{name}.lock"
 
 
 @contextmanager
 def locked(root: Path, name: str, seconds: float) -> Iterator[None]:
-    """One process at a time in this block, on this machine.
+    """Allow one process at a time in this block, on this machine.
 
     Raises:
-        CapasError: another process holds it for longer than `seconds`.
+        CapasError: another process holds the lock for longer than `seconds`.
     """
     file = lock_file(root, name)
     with ExitStack() as stack:
@@ -117,44 +119,49 @@ def locked(root: Path, name: str, seconds: float) -> Iterator[None]:
 
 
 class Store:
-    """An open MLflow experiment. Under the lock of a run nobody else writes to that run: see `locked`."""
+    """An open MLflow experiment. Under the lock of a run no other process writes to it: see `locked`."""
 
     def __init__(self, client: Any, experiment_id: str, root: Path) -> None:
         self.client, self.experiment_id, self.root = client, experiment_id, root
-        self._steps: dict[tuple[str, str], set[int]] = {}  # of each curve of a run
+        self._steps: dict[tuple[str, str], set[int]] = {}  # (run id, curve) -> steps already logged
 
     @classmethod
     def open(cls, root: Path, experiment_name: str) -> "Store":
-        """Create what is missing: the database, its tables, the experiment.
+        """Open the store, and create what is missing: the database, its tables, the experiment.
 
         Raises:
             CapasError: the server or the database cannot be reached, or the experiment was deleted.
         """
         uri = tracking_uri(root)
         _check_uri(uri)
-        # Two processes that create the tables at once break each other.
+        # Two processes that create the tables at the same time would break each other's work.
         with reachable(uri), locked(root, "store", seconds=60):
             client = _client(uri)
             return cls(client, _experiment_id(client, experiment_name, uri, root), root)
 
     def check_artifacts(self) -> None:
-        """Raises CapasError: as `artifacts.check_artifacts` of this experiment's place."""
+        """Check that the experiment's artifacts can be written from here.
+
+        Raises:
+            CapasError: they cannot; see `artifacts.check_artifacts`.
+        """
         location = self.client.get_experiment(self.experiment_id).artifact_location
         check_artifacts(location, tracking_uri(self.root))
 
     def find(self, train_key: str) -> Any | None:
-        """The run of this training; of several the oldest that holds something."""
+        """Return the run of this training; among several, the oldest that is not empty."""
         return next(iter(self._all(TRAIN_KEY, train_key)), None)
 
     def find_or_create(
         self, train_key: str, name: Callable[[], str], started: int | None = None
     ) -> Any:
-        """Called under the lock of the training: nobody is at its run, which counts as failed until ended.
+        """Return the run of this training; call it while holding the training's lock.
 
-        So do other trainings whose process was on this machine.
+        Under the lock no other process works on the run, so a run with the status RUNNING is set to FAILED.
+        So are the runs of other trainings whose process on this machine has gone.
 
         Args:
-            name: gives the name of a run that is made.
+            name: returns the name for a new run.
             started: when its training began, in milliseconds since 1970; None: now.
         """
         self.end_abandoned(TRAIN_KEY, partial(lock_file, self.root))
@@ -171,10 +178,10 @@ class Store:
         more_tags: Mapping[str, str] | None = None,
         started: int | None = None,
     ) -> Any:
-        """The run with this value of this tag, made where there is none. Called under its lock.
+        """Return the run with this value of this tag, or create it; call it while holding its lock.
 
-        A server whose answers are late or lost makes a run twice: MLflow's client asks again, and whoever
-        gave up comes later. Those that hold nothing go.
+        A slow server, or a lost answer, can create a run twice, because MLflow's client asks again. Empty
+        duplicates are deleted.
         """
         if not self._all(tag, value):
             tags = {tag: value, **(more_tags or {})}
@@ -185,11 +192,11 @@ class Store:
         return run
 
     def end_abandoned(self, tag: str, lock: Callable[[str], Path]) -> None:
-        """Runs that say RUNNING and whose process was on this machine and is no more: it lost its power.
+        """Set RUNNING runs to FAILED if their process was on this machine and has gone.
 
         Args:
-            tag: its value tells the runs apart.
-            lock: by this value, the file that the process held.
+            tag: the tag whose value distinguishes the runs.
+            lock: returns, for this value, the lock file that the process held.
         """
         for run in self.client.search_runs([self.experiment_id], "attributes.status = 'RUNNING'"):
             value = run.data.tags.get(tag)
@@ -202,9 +209,9 @@ class Store:
         return sorted(runs, key=_is_empty)  # stable
 
     def set_status(self, run_id: str, status: str, ended: int | None = None) -> None:
-        """Set it where it is another one; `ended` in milliseconds since 1970, None: now."""
+        """Set the status if it differs; `ended` in milliseconds since 1970, None: now."""
         if self.client.get_run(run_id).info.status == status:
-            return  # or its end time would change
+            return  # setting it again would change the end time
         if status == "RUNNING":
             self.client.update_run(run_id, status=status)
         else:
@@ -221,7 +228,7 @@ class Store:
         return found
 
     def send_params(self, run_id: str, have: Any, params: Mapping[str, str]) -> None:
-        """Send what is missing. MLflow never changes a param: a tag says what has another value now."""
+        """Send missing params; MLflow cannot change a param, so a tag `now.KEY` records a changed value."""
         from mlflow.entities import Param
 
         changed = {
@@ -231,19 +238,19 @@ class Store:
             self.client.delete_tag(run_id, tag)
         self.send_tags(run_id, have.tags, changed)
         new = [Param(key, value) for key, value in params.items() if key not in have.params]
-        for start in range(0, len(new), 100):  # MLflow's own limit
+        for start in range(0, len(new), 100):  # a limit of MLflow
             self.client.log_batch(run_id, params=new[start : start + 100])
 
     def send_tags(self, run_id: str, have: Mapping[str, str], tags: Mapping[str, str]) -> None:
-        """Those that the run has not or with another value; up to 100 at once or not at all."""
+        """Set the tags that are missing or differ, in atomic batches of 100."""
         from mlflow.entities import RunTag
 
         new = [RunTag(name, value) for name, value in tags.items() if have.get(name) != value]
-        for start in range(0, len(new), 100):  # MLflow's own limit
+        for start in range(0, len(new), 100):  # a limit of MLflow
             self.client.log_batch(run_id, tags=new[start : start + 100])
 
     def log_points(self, run_id: str, points: Iterable[Point]) -> int:
-        """Log those that the run lacks (a resumed training comes by its steps again); how many."""
+        """Log the points that the run lacks, and return how many; a resumed training repeats some steps."""
         from mlflow.entities import Metric
 
         wanted = {(point.name, point.step): point for point in points}
@@ -262,7 +269,7 @@ class Store:
 
 
 def existing(root: Path) -> Any:
-    """A client of MLflow that reads what is there; nothing is created.
+    """Return a client of MLflow that reads an existing store; nothing is created.
 
     Raises:
         CapasError: there is no store.
@@ -295,7 +302,7 @@ def _is_empty(run: Any) -> bool:
 
 @contextmanager
 def reachable(uri: str) -> Iterator[None]:
-    """MLflow's own errors as one that says what to do.
+    """Turn MLflow's own errors into one that says what to do.
 
     Raises:
         CapasError: a call in the block failed.
@@ -314,7 +321,7 @@ def reachable(uri: str) -> Iterator[None]:
 
 
 def _check_uri(uri: str) -> None:
-    """Ask for a connection first: MLflow itself tries a dead server or database for minutes.
+    """Check first that the store accepts a connection: MLflow itself tries a dead one for minutes.
 
     Raises:
         UnusableStoreError: the database has no driver here, or a kind that SQLAlchemy does not know.
@@ -339,7 +346,11 @@ def _check_uri(uri: str) -> None:
 
 
 def _port(uri: str) -> int | None:
-    """Raises UnusableStoreError: what stands for a port is no number."""
+    """Return the port of an address.
+
+    Raises:
+        UnusableStoreError: the port is not a number.
+    """
     try:
         return urlsplit(uri).port
     except ValueError:
@@ -350,7 +361,11 @@ def _port(uri: str) -> int | None:
 
 
 def _check_driver(uri: str) -> None:
-    """Raises UnusableStoreError: as `_check_uri`."""
+    """Check that the database has a driver here.
+
+    Raises:
+        UnusableStoreError: see `_check_uri`.
+    """
     from sqlalchemy.engine import make_url
     from sqlalchemy.exc import ArgumentError, NoSuchModuleError
 
@@ -378,7 +393,11 @@ def _check_driver(uri: str) -> None:
 
 
 def _check_database(uri: str) -> None:
-    """Raises CapasError: it refuses a connection, e.g. for a password or a folder that is not there."""
+    """Check that the database accepts a connection.
+
+    Raises:
+        CapasError: it does not, for example because of a wrong password or a missing folder.
+    """
     from sqlalchemy import create_engine
     from sqlalchemy.exc import SQLAlchemyError
     from sqlalchemy.pool import NullPool
@@ -402,7 +421,7 @@ def _check_database(uri: str) -> None:
 def _experiment_id(client: Any, name: str, uri: str, root: Path) -> str:
     found, view = client.get_experiment_by_name(name), ui.default_view()
     if found is None:
-        # With SQLite and no server, artifacts would go to ./mlruns of whoever comes first.
+        # With SQLite and no server, artifacts would go to ./mlruns of the process that comes first.
         local = (home(root) / "mlartifacts").as_uri() if uri.startswith("sqlite") else None
         tags = {**_KIND, ui.VIEW_TAG + ui.VIEW: view}
         return str(client.create_experiment(name, artifact_location=local, tags=tags))

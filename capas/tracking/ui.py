@@ -52,8 +52,8 @@ def shared_view(params: Sequence[str], metrics: Sequence[str], search: str = "")
     return json.dumps(
         {
             "selectedColumns": columns,
-            "columnOrder": columns,  # without it Dataset and Duration push the metrics off the screen
-            # Ordered by date, MLflow would fold the trials of a sweep below its run.
+            "columnOrder": columns,  # otherwise Dataset and Duration push metrics off the screen
+            # If ordered by date, MLflow would fold the trials of a sweep below its run.
             "orderByKey": f"metrics.`{_METRICS[0]}`",
             "orderByAsc": False,
             "searchFilter": search,
@@ -74,10 +74,10 @@ def default_view() -> str:
 
 
 class Pages:
-    """Addresses of an experiment's pages.
+    """The addresses of an experiment's pages.
 
     Args:
-        uri: the tracking URI; a database has its UI where `capas ui` serves it.
+        uri: the tracking URI; the pages of a database are those that `capas ui` serves.
     """
 
     def __init__(self, uri: str, experiment_id: str, port: int = PORT) -> None:
@@ -86,7 +86,7 @@ class Pages:
         self._id = experiment_id
 
     def runs(self, view: str = VIEW, charts: bool = False) -> str:
-        """Return the table of runs, or their charts, as a shared view has them."""
+        """Return the table of runs, or their charts, in a shared view."""
         words = [f"viewStateShareKey={view}", *(["compareRunsMode=CHART"] if charts else [])]
         return self._page(f"experiments/{self._id}/runs", *words)
 
@@ -104,7 +104,7 @@ class Pages:
         return f"{self._base}/#/{path}?{'&'.join([*words, _TRAININGS])}"
 
     def hint(self) -> str:
-        """Return what must be done before an address answers, to be put behind it."""
+        """Return a note on what must run before an address answers, to be put after it."""
         return "" if self.is_server else "   (served by `make ui`)"
 
 
@@ -119,7 +119,11 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def command(options: argparse.Namespace) -> int:
-    """Print the addresses, then become MLflow's server until it is stopped."""
+    """Print the addresses, then become MLflow's server until it is stopped.
+
+    Raises:
+        CapasError: the port is invalid or in use, or the store cannot be reached.
+    """
     from capas.tracking.store import Store, reachable, tracking_uri
 
     root = Path.cwd()
@@ -151,14 +155,21 @@ def command(options: argparse.Namespace) -> int:
 
 
 def _serve(uri: str, port: int) -> NoReturn:
-    """Become MLflow's server. The URI may hold a password: it is no argument, which every user could list."""
+    """Become MLflow's server.
+
+    The URI may hold a password, so it is passed in the environment: every user could list an argument.
+    """
     place = ["--host", HOST, "--port", str(port), "--workers", "1"]
     environment = {**os.environ, "MLFLOW_BACKEND_STORE_URI": uri}
     os.execve(sys.executable, [sys.executable, "-m", "mlflow", "ui", *place], environment)
 
 
 def _check_free(port: int) -> None:
-    """Raises CapasError where something listens on the port already."""
+    """Check that the port is free.
+
+    Raises:
+        CapasError: another process listens on it.
+    """
     try:
         socket.create_server((HOST, port)).close()
     except OSError:

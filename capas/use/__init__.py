@@ -1,1 +1,1 @@
-"""Commands for a trained model: chat, merge, push, its card, the model that MLflow serves, labs."""
+"""Use a trained model: chat, merge, push, its card, the model that MLflow serves, labs."""

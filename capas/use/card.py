@@ -1,4 +1,4 @@
-"""The card of an adapter, or of a whole model: what it was made from, what it scores, how it is loaded."""
+"""Write the model card of an adapter or a whole model: its origin, its scores, how it is loaded."""
 
 import json
 from collections.abc import Mapping
@@ -23,14 +23,16 @@ def write_card(
     evaluation: Mapping[str, Any],
     initial: Mapping[str, Any] | None = None,
 ) -> str:
-    """Markdown with the header that the Hub reads.
+    """Return the card in Markdown, with the header that the Hub reads.
 
     Args:
+        run_id: the MLflow run.
+        key: the key of the training.
         values: params of the training, flat.
-        served: `capas.use.mlflow_model.served_facts`.
+        served: the result of `capas.use.mlflow_model.served_facts`.
         source: data/raw/source.json.
         base, evaluation: the two reports of scores.
-        initial: the adapter that the training started from, as the certificate has it.
+        initial: the adapter that the training started from, as recorded in the certificate.
     """
     whole = values["lora.r"] is None
     kind = "All weights trained of" if whole else "LoRA adapter of"
@@ -147,13 +149,13 @@ def for_hub(
     merged: Mapping[str, Any] | None = None,
     whole: bool = False,
 ) -> str:
-    """The card as it stands in a repository of the Hub.
+    """Return the card for a repository on the Hub.
 
     Args:
-        card: of `write_card`.
-        name: of the repository, OWNER/NAME.
+        card: the result of `write_card`.
+        name: the repository, OWNER/NAME.
         base: `capas.use.mlflow_model.served_facts()["base"]`.
-        merged: merge.json, where the repository holds the merged model.
+        merged: merge.json, if the repository holds the merged model.
         whole: whether all weights were trained.
     """
     before, _, rest = card.partition(f"\n\n{LOADING}\n\n")
@@ -185,7 +187,7 @@ def _whole_code(name: str) -> str:
 
 
 def _adapter_code(name: str, base: Mapping[str, Any]) -> str:
-    """The base as it was in the training: at its commit, and quantized as it was."""
+    """Return code that loads the base as in the training: at its commit, with its quantization."""
     asked = base["quantization"]
     if base["packed"]:
         given = f'"{name}", subfolder="base"'

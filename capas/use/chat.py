@@ -95,7 +95,7 @@ def command(options: argparse.Namespace) -> int:
                 tuned_model.say(f"capas: {error}")
                 code = 0 if sys.stdin.isatty() else 2
                 continue
-            except KeyboardInterrupt:  # ends the answer; where nothing is answered, the program
+            except KeyboardInterrupt:  # Ctrl-C ends the answer, not the program
                 tuned_model.say("\n(stopped)")
                 continue
             if not going_on:
@@ -107,7 +107,7 @@ _HELP = (__doc__ or "").partition("questions:\n\n")[2].partition("\n\n")[0]
 
 
 class Talk:
-    """A conversation so far."""
+    """The conversation so far."""
 
     def __init__(self, served: Any, source: Tuned, options: argparse.Namespace) -> None:
         import torch
@@ -118,18 +118,18 @@ class Talk:
         self._system = served.facts["system"] if options.system is None else options.system
         self.tools = served.tools if options.tools is None else read_tools(options.tools)
         self._told: list[Message] = []
-        facts = served.facts  # models published by an earlier capas do not say
+        facts = served.facts  # models published by an earlier capas lack the key multi_turn
         self.keeps = options.history or "multi_turn" not in facts or facts["multi_turn"]
         self.setting = ""
         self._choose(options.setting or next(iter(self._settings)))
         torch.manual_seed(options.seed)
 
     def hear(self, line: str) -> bool:
-        """Answer, or do as a command says; whether to go on.
+        """Answer a question or run a command, and return whether to continue.
 
         Raises:
             CapasError: no such command or setting, the template refuses the conversation, or it is longer
-                than what the model was made for. The conversation stays as it was.
+                than the model's context. The conversation stays as it was.
         """
         word, _, rest = line.strip().partition(" ")
         if not word.startswith("/"):
@@ -184,7 +184,7 @@ class Talk:
         tuned_model.say(f"System message{' of a new conversation' if system else ''}: {now}")
 
     def _answer(self, asked: list[Message], base: bool = False) -> str:
-        """Written as it comes."""
+        """Write the answer to standard output as it is generated, and return it."""
         import torch
 
         from capas.evaluation.generation import generation_config
@@ -225,7 +225,11 @@ class Talk:
 
 
 def read_tools(file: Path) -> list[Any] | None:
-    """Raises CapasError: it is not there, or holds no JSON list of objects."""
+    """Return the tools in a JSON file, or None for an empty list.
+
+    Raises:
+        CapasError: the file cannot be read, or is not a JSON list of objects.
+    """
     try:
         found = json.loads(file.read_text(encoding="utf-8"))
     except (OSError, ValueError) as error:
@@ -238,7 +242,7 @@ def read_tools(file: Path) -> list[Any] | None:
 
 
 def _streamer(served: Any) -> Any:
-    """Writes an answer to stdout as it comes; `text` is what has come so far."""
+    """Return a streamer that writes an answer to stdout as it is generated; `text` is the answer so far."""
     from transformers.generation import BaseStreamer
 
     class Streamer(BaseStreamer):
@@ -252,7 +256,7 @@ def _streamer(served: Any) -> Any:
             stops = served.chat["stop_token_ids"]
             self._ids += [i for i in value.flatten().tolist() if i not in stops]
             self.text = served.format.decode(self._ids)
-            if not self.text.endswith("\N{REPLACEMENT CHARACTER}"):  # half a character
+            if not self.text.endswith("\N{REPLACEMENT CHARACTER}"):  # an incomplete character
                 self._show()
 
         def end(self) -> None:
@@ -269,7 +273,11 @@ def _streamer(served: Any) -> Any:
 
 
 def _lines() -> Iterator[str]:
-    """What the user types, or a file holds."""
+    """Yield the lines that the user types, or the lines of standard input.
+
+    Raises:
+        CapasError: a line of standard input is not UTF-8.
+    """
     if not sys.stdin.isatty():
         for number, line in enumerate(sys.stdin.buffer, 1):
             try:
@@ -280,7 +288,7 @@ def _lines() -> Iterator[str]:
                     "convert it, e.g. iconv -f LATIN1 -t UTF-8 FILE"
                 ) from None
         return
-    import readline  # noqa: F401  input() then edits its line, and knows those before
+    import readline  # noqa: F401  gives input() line editing and a history
 
     while True:
         try:

@@ -1,10 +1,10 @@
 """Merge the adapter into its base: one model in full precision, in safetensors.
 
     capas merge FOLDER                     the workspace's result
-    capas merge FOLDER --run RUN           of an MLflow run: run id or its beginning, name, DVC experiment
-    capas merge FOLDER --dtype bfloat16    in another precision than in training
+    capas merge FOLDER --run RUN           an MLflow run: run id or its beginning, name, DVC experiment
+    capas merge FOLDER --dtype bfloat16    a precision other than that of the training
 
-A quantized base is dequantized first, and the adapter is added to these weights, which it was trained on.
+A quantized base is dequantized first, and the adapter is added to these weights, with which it was trained.
 (Adding it to the full-precision base gives a different model.) The merged model is then loaded with
 transformers alone, and its logits are compared with those of base and adapter on prompts of the test split.
 FOLDER is only written if the largest difference is within the tolerance and less than half of the
@@ -36,10 +36,11 @@ if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
 DTYPES = ("float32", "bfloat16", "float16")
-# Of the largest logit: what rounding every weight to this precision may move (measured: tests/test_merge.py).
+# How far logits may move when every weight is rounded to this precision, as a fraction of the largest
+# logit (measured: tests/test_merge.py).
 TOLERANCE = {"float32": 1e-3, "float16": 2e-2, "bfloat16": 1e-1}
-INT8_TOLERANCE = 1e-1  # int8 layers round what goes through them, too; a merged layer does not
-NUM_NEW_TOKENS = 32  # of each answer that is compared
+INT8_TOLERANCE = 1e-1  # int8 layers also round their activations; a merged layer does not
+NUM_NEW_TOKENS = 32  # length of each compared answer
 _OF_ADAPTER = ("adapter_config.json", "adapter_model.safetensors", "README.md")
 
 
@@ -60,7 +61,11 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def command(options: argparse.Namespace) -> int:
-    """1 where the merged model differs."""
+    """Return the exit code: 0, or 1 if the merged model differs.
+
+    Raises:
+        CapasError: the folder exists, or there is no adapter to merge.
+    """
     if options.folder.exists():
         raise CapasError(f"{options.folder} already exists; name a new folder")
     partial = options.folder.with_name(f".{options.folder.name}.partial")
@@ -88,7 +93,11 @@ def command(options: argparse.Namespace) -> int:
 
 
 def check_is_adapter(source: Tuned) -> None:
-    """Raises CapasError: all weights were trained, so that there is nothing to merge."""
+    """Check that the model is an adapter.
+
+    Raises:
+        CapasError: all weights were trained, so there is nothing to merge.
+    """
     if not tuned_weights.is_adapter(source.folder / "adapter"):
         where = (
             tuned_weights.FOLDER
@@ -107,12 +116,12 @@ def merge(
     """Write the merged model to `folder`, load it again and compare.
 
     Returns:
-        The facts of merge.json: dtype, difference and tolerance, and what the adapter changes in its base
-        (parts of the largest logit), max_logit, the number of tokens compared, and of how many the most
-        probable next token is the same.
+        The facts of merge.json: dtype; difference, tolerance and the adapter's own effect, as fractions of
+        the largest logit; max_logit; the number of tokens compared, and the number of tokens with the same
+        most probable next token.
 
     Raises:
-        CapasError: the model cannot be loaded, or a merged weight is no number.
+        CapasError: the model cannot be loaded, or a merged weight is not finite.
     """
     import torch
 
@@ -126,7 +135,7 @@ def merge(
     expected = [logits(served.model, row) for row in ids]
     with served.model.disable_adapter():
         changed = difference((logits(served.model, row) for row in ids), expected)
-    allowed = min(allowed, changed / 2)  # nearer to the adapted model than to its base
+    allowed = min(allowed, changed / 2)  # closer to the adapted model than to its base
     trusted = served.facts["model"]["trust_remote_code"]
     plain = merged(served.model, getattr(torch, chosen), trusted)
     shutil.rmtree(folder, ignore_errors=True)
@@ -134,7 +143,7 @@ def merge(
     for file in sorted((source.folder / "adapter").iterdir()):
         if file.name not in _OF_ADAPTER:
             shutil.copyfile(file, folder / file.name)
-    # Lineage and experiments keep all that git does not ignore.
+    # Lineage and experiments record every file that git does not ignore.
     (folder / ".gitignore").write_text("*\n")
     del served, plain
     facts = {
@@ -149,7 +158,7 @@ def merge(
 
 
 def conversations(served: Any, prompts: list[list[dict[str, Any]]]) -> Iterator[list[int]]:
-    """The ids of every prompt with the tuned model's own answer."""
+    """Yield the ids of every prompt with the tuned model's own answer."""
     from capas.evaluation.generation import complete, generation_config
 
     config = generation_config(served.chat, NUM_NEW_TOKENS)
@@ -160,7 +169,7 @@ def conversations(served: Any, prompts: list[list[dict[str, Any]]]) -> Iterator[
 
 
 def logits(model: Any, ids: list[int]) -> "torch.Tensor":
-    """[tokens, vocabulary], float32."""
+    """Return the logits, float32 [tokens, vocabulary]."""
     import torch
 
     with torch.inference_mode():
@@ -169,10 +178,10 @@ def logits(model: Any, ids: list[int]) -> "torch.Tensor":
 
 
 def merged(model: Any, dtype: "torch.dtype", trusted: bool) -> "PreTrainedModel":
-    """The base of a `PeftModel` with the adapter in its weights, to be saved; takes the model apart.
+    """Return the base of a `PeftModel` with the adapter merged into its weights; this destroys `model`.
 
-    Each layer is dequantized and merged in float32, rounded once, and kept in the machine's memory: a GPU
-    holds the quantized model and a single layer in float32.
+    Each layer is dequantized and merged in float32, rounded once, and kept in main memory. A GPU thus holds
+    the quantized model and a single layer in float32.
 
     Raises:
         CapasError: a merged weight is not finite.
@@ -190,7 +199,7 @@ def merged(model: Any, dtype: "torch.dtype", trusted: bool) -> "PreTrainedModel"
         base.set_submodule(name, layer.to("cpu", dtype))
     for name in [name for name, _ in quantized_linears(base)]:
         base.set_submodule(name, _plain(base.get_submodule(name)).to("cpu", dtype))
-    # transformers' own `to` refuses: it was quantized
+    # transformers' own `to` refuses a model that was quantized
     weights = nn.Module.to(base, "cpu", dtype).state_dict()
     config = copy.deepcopy(base.config)
     if hasattr(config, "quantization_config"):
@@ -205,7 +214,7 @@ def merged(model: Any, dtype: "torch.dtype", trusted: bool) -> "PreTrainedModel"
 
 
 def _merge_layer(name: str, layer: Any, config: Any) -> "nn.Module":
-    """As PEFT merges a layer of this kind, whatever variant of LoRA it is."""
+    """Merge a layer as PEFT does for its variant of LoRA."""
     from peft import inject_adapter_in_model
     from torch import nn
 
@@ -229,7 +238,7 @@ def _merge_layer(name: str, layer: Any, config: Any) -> "nn.Module":
 
 
 def _plain(layer: Any) -> "nn.Module":
-    """A copy in float32, dequantized where bitsandbytes quantized it."""
+    """Return a copy of a layer in float32, dequantized if bitsandbytes quantized it."""
     import torch
     from torch import nn
 
@@ -238,7 +247,7 @@ def _plain(layer: Any) -> "nn.Module":
     if type(layer).__name__ not in ("Linear4bit", "Linear8bitLt"):
         return copy.deepcopy(layer).float()
     if layer.weight.dtype == torch.int8 and layer.weight.SCB is None:
-        layer.weight.SCB = layer.state.SCB  # where a forward pass has moved it
+        layer.weight.SCB = layer.state.SCB  # a forward pass has moved it there
     plain = nn.Linear(layer.in_features, layer.out_features, layer.bias is not None, "meta")
     plain.weight = nn.Parameter(dequantize(layer).to(torch.float32), requires_grad=False)
     if layer.bias is not None:
@@ -249,7 +258,11 @@ def _plain(layer: Any) -> "nn.Module":
 def compare(
     folder: Path, dtype: str, trusted: bool, ids: list[list[int]], expected: list["torch.Tensor"]
 ) -> dict[str, Any]:
-    """How far the model in `folder`, loaded by transformers alone, is from the logits `expected`."""
+    """Compare the model in `folder`, loaded with transformers alone, with the logits `expected`.
+
+    Raises:
+        CapasError: weights are missing or unexpected, or a logit is not finite.
+    """
     from transformers import AutoModelForCausalLM
 
     model, info = AutoModelForCausalLM.from_pretrained(
@@ -263,7 +276,7 @@ def compare(
     same = 0
 
     def answers() -> "Iterator[torch.Tensor]":
-        """One after the other: those of a long prompt take gigabytes."""
+        """Yield the logits one prompt at a time: those of a long prompt take gigabytes."""
         nonlocal same
         for row, wanted in zip(ids, expected, strict=True):
             found = logits(model, row)
@@ -288,7 +301,7 @@ def _check_finite(found: "torch.Tensor", dtype: str) -> None:
 
 
 def difference(found: Iterable["torch.Tensor"], expected: list["torch.Tensor"]) -> float:
-    """The largest one, as a part of the largest logit; NaN where any logit is no number."""
+    """Return the largest difference as a fraction of the largest logit; NaN if any logit is NaN."""
     import torch
 
     largest = torch.stack([row.abs().max() for row in expected]).max()

@@ -1,6 +1,6 @@
-"""The adapter as a model of MLflow: a folder from which `capas.use.served_model` answers prompts.
+"""Save the tuned model as an MLflow model: a folder from which `capas.use.served_model` answers prompts.
 
-The same result is the same bytes: MLflow's random id and the time of writing are replaced by the training's
+The same result gives the same bytes: MLflow's random id and time of writing are replaced by the training's
 key and the run's start.
 """
 
@@ -25,11 +25,11 @@ from capas.evaluation.prompts import DEFAULT_NEW_TOKENS, first_system_message
 from capas.hub.sources import Source, find_source
 from capas.use import served_model
 
-MAX_PACKED_BYTES = 16 * 2**20  # a larger base is named, not copied into every run
+MAX_PACKED_BYTES = 16 * 2**20  # a larger base is only named, not copied into every run
 ADAPTER, QUANTIZED = "data/models/adapter", "data/models/quantized"
 LOADER = served_model.__name__
 ANSWERING = f"{LOADER.replace('.', '/')}.py"
-# What answers; the report's and the fetch stages' packages are not needed.
+# Packages that answering needs; those of the report and of the fetch stages are left out.
 _PINNED = (
     *("accelerate", "bitsandbytes", "jinja2", "numpy", "peft", "pyarrow"),
     *("safetensors", "tokenizers", "torch", "transformers"),
@@ -38,7 +38,7 @@ _OTHERS = ("huggingface-hub", "mlflow", "orjson", "pandas", "pyyaml")
 
 
 def write_data(folder: Path, card: str, facts: Mapping[str, Any], stage: Stage) -> None:
-    """What `capas.use.served_model.Served` reads."""
+    """Write the folder that `capas.use.served_model.Served` reads."""
     folder.mkdir(parents=True)
     _copy(stage.dep(ADAPTER), folder / "adapter")
     (folder / "adapter/README.md").write_text(card, encoding="utf-8")
@@ -56,7 +56,7 @@ def served_facts(
     generation: Params,
     stage: Stage,
 ) -> dict[str, Any]:
-    """How the model was evaluated, and what stands before a bare prompt."""
+    """Return how the model was evaluated, and the system message and tools for a bare prompt."""
     records = read_records(stage.dep("data/raw") / "test.parquet", RAW)
     record, system = next(records), generation.system
     measured = read_json(stage.dep("reports/evaluation.json"))["tuned"]
@@ -89,7 +89,7 @@ def served_facts(
 def save_model(
     folder: Path, data: Path, key: str, run: Any, stage: Stage, facts: Mapping[str, Any]
 ) -> None:
-    """`data` as MLflow's model, with the modules of capas that it needs."""
+    """Save `data` as an MLflow model, with the modules of capas that it needs."""
     import mlflow.pyfunc
     from mlflow.models import Model
 
@@ -138,7 +138,7 @@ def signature(facts: Mapping[str, Any]) -> Any:
 
 
 def example(stage: Stage) -> Any:
-    """A request of the test split."""
+    """Return an example request from the test split."""
     import pandas as pd
 
     record = next(iter(read_records(stage.dep("data/raw") / "test.parquet", RAW)))
@@ -147,14 +147,14 @@ def example(stage: Stage) -> Any:
 
 
 def requirements(environment: Mapping[str, str]) -> list[str]:
-    """The versions that the stages ran with."""
+    """Return the versions with which the stages ran."""
     pins = {name: environment[name] for name in _PINNED}
     pins |= {name: version(name) for name in _OTHERS}
     return [f"{name}=={pins[name]}" for name in sorted(pins)]
 
 
 def copy_code(folder: Path, stage: Stage) -> None:
-    """Copy the modules that answer requests: what `capas.use.served_model` imports, directly or not."""
+    """Copy the modules that answer requests: `capas.use.served_model` and everything that it imports."""
     for file in code_files(stage):
         (folder / file).parent.mkdir(parents=True, exist_ok=True)
         shutil.copyfile(stage.root / file, folder / file)
@@ -165,7 +165,7 @@ def code_files(stage: Stage) -> list[str]:
 
 
 def code_digest(stage: Stage) -> str:
-    """Return a digest that changes with the modules that travel."""
+    """Return a digest of the modules that are saved with the model."""
     contents = [(stage.root / file).read_bytes() for file in code_files(stage)]
     return hashlib.sha256(b"\0".join(contents)).hexdigest()[:16]
 
@@ -179,4 +179,5 @@ def _has_turns(record: Mapping[str, Any]) -> bool:
 
 
 def _copy(source: Path, target: Path) -> None:
-    shutil.copytree(source, target, copy_function=shutil.copyfile)  # no mode: DVC's are read-only
+    # copyfile leaves out the mode: files from DVC are read-only
+    shutil.copytree(source, target, copy_function=shutil.copyfile)

@@ -32,7 +32,7 @@ from capas.use import card
 from capas.use.tuned_model import SERVED
 
 _NAME = re.compile(r"[\w.-]+/[\w.-]+")
-# What makes a model: left beside another one, transformers or PEFT would load it, or a part of both.
+# The files of a model: left over from another one, transformers or PEFT would load them, or mix both.
 _OF_MODEL = re.compile(
     r"base/.+|[\w.-]+\.(safetensors|safetensors\.index\.json|py)|"
     r"(adapter_config|config|generation_config|merge)\.json"
@@ -64,7 +64,11 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def command(options: argparse.Namespace) -> int:
-    """1 where the run is refused."""
+    """Return the exit code: 0, or 1 if the run is refused.
+
+    Raises:
+        CapasError: the name is not OWNER/NAME, there is no such run, or the Hub refuses the push.
+    """
     if not _NAME.fullmatch(options.name):
         raise CapasError(f"{options.name!r} is not a repository name: expected OWNER/NAME")
     root, word = Path.cwd(), options.run or own_training(Path.cwd())
@@ -95,7 +99,11 @@ def command(options: argparse.Namespace) -> int:
 
 
 def own_training(root: Path) -> str:
-    """The key of the training in the workspace."""
+    """Return the key of the training in the workspace.
+
+    Raises:
+        CapasError: this is not the repository's top folder, or nothing was trained.
+    """
     if not (root / "dvc.yaml").exists():
         raise CapasError(f"{root} has no dvc.yaml; start it in the repository's top folder")
     if not (root / "reports/train.json").exists():
@@ -106,7 +114,7 @@ def own_training(root: Path) -> str:
 
 
 def of_tuned(data: Path) -> dict[str, Path]:
-    """{path in the repository: file}; an adapter takes its base along, where that was packed."""
+    """Return {path in the repository: file}, with the adapter's base if that was packed."""
     adapter = {file.name: file for file in (data / "adapter").iterdir() if file.name != "README.md"}
     if not tuned_weights.is_adapter(data / "adapter"):
         return adapter
@@ -115,7 +123,11 @@ def of_tuned(data: Path) -> dict[str, Path]:
 
 
 def of_merged(folder: Path, run: Any) -> dict[str, Path]:
-    """Raises CapasError: not of `capas merge`, or merged from another adapter than the run's."""
+    """Return {path in the repository: file} of a merged model.
+
+    Raises:
+        CapasError: the folder is not from `capas merge`, or was merged from another adapter than the run's.
+    """
     merged, own = read_json(folder / "merge.json")["adapter_sha256"], run.data.tags.get(ADAPTER)
     if merged != own:
         raise CapasError(
@@ -129,7 +141,7 @@ def of_merged(folder: Path, run: Any) -> dict[str, Path]:
 def send(
     name: str, files: dict[str, Path], shown: str, run: Any, private: bool, branch: str
 ) -> str:
-    """One commit, which also removes what an earlier push left of another model; its address.
+    """Push one commit, which also removes files of an earlier model, and return its address.
 
     Raises:
         CapasError: the Hub refuses it or cannot be reached.
@@ -156,6 +168,6 @@ def send(
         raise CapasError(f"{name} is not pushed: {reason}") from None
     except (httpx.TransportError, OfflineModeIsEnabled) as error:
         raise CapasError(f"{name} is not pushed, the Hub cannot be reached: {error}") from None
-    except ValueError as error:  # what the client says of a card that the Hub does not take
+    except ValueError as error:  # raised by the client if the Hub rejects the card
         raise CapasError(f"{name} is not pushed: {error}") from None
     return str(done.commit_url)

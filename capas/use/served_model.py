@@ -1,15 +1,15 @@
-"""The tuned model as MLflow loads it: prompts in, greedy completions out.
+"""Serve the tuned model as MLflow loads it: prompts in, greedy completions out.
 
     model = mlflow.pyfunc.load_model("runs:/RUN_ID/model")
     model.predict(pd.DataFrame({"prompt": ["set a timer for 99 minutes"]}))   # a column `completion`
 
-A row has a `prompt`, which is put after the system message that the training had, with its tools, or
-`messages`: role and content, as a list or as JSON; `tools`, the same way, where the template has a place for
-them. This module and what it imports travel with the model. `capas.use.mlflow_model` writes the folder:
+A row has either a `prompt`, which follows the system message and the tools of the training, or `messages`
+(role and content), as a list or as JSON. It may have `tools`, in the same form, if the template supports
+them. This module and its imports are saved with the model. `capas.use.mlflow_model` writes the folder:
 
-    adapter/   weights (of a whole model where all were trained), tokenizer, template
-    base/      the base, where it is small enough to take along
-    chat.json  the template's tokens             served.json   how all of it was run
+    adapter/   weights (a whole model if all were trained), tokenizer, template
+    base/      the base, if it is small enough to include
+    chat.json  the template's tokens             served.json   the settings of the evaluation
 """
 
 import json
@@ -31,17 +31,21 @@ if TYPE_CHECKING:
     import torch
 
 log = logging.getLogger("capas")
-BASE = "CAPAS_BASE"  # a folder with the base, where the model names one that is not on the Hub
+BASE = "CAPAS_BASE"  # names a folder with the base, needed if that is not on the Hub
 _BASE_FILES = ("*.safetensors", "*.safetensors.index.json", "config.json", "generation_config.json")
 
 
 def _load_pyfunc(path: str) -> "Served":
-    """What MLflow calls."""
+    """Load the model; MLflow calls this function."""
     return Served(Path(path))
 
 
 class Served:
-    """The model in a folder of `capas.use.mlflow_model`."""
+    """The model in a folder of `capas.use.mlflow_model`.
+
+    Raises:
+        CapasError: template and tokenizer no longer give the token ids of training, or there is no base.
+    """
 
     def __init__(self, folder: Path) -> None:
         self.facts, self.chat = read_json(folder / "served.json"), read_json(folder / "chat.json")
@@ -63,20 +67,20 @@ class Served:
             base = base_folder(folder, self.facts["base"])
             return load_model(base, model, device, **self._quantization())
 
-        self.tools = self.facts.get("tools")  # models published by an earlier capas do not say
+        self.tools = self.facts.get("tools")  # models published by an earlier capas lack the key
         self.tuned = TunedModel(adapter, model, device, load_base)
         self.model: Any = self.tuned.model
 
     def predict(
         self, model_input: "pd.DataFrame", params: Mapping[str, Any] | None = None
     ) -> "pd.DataFrame":
-        """A greedy completion of every row.
+        """Return a greedy completion of every row.
 
         Args:
-            params: max_new_tokens and batch_size, where others are wanted than the evaluation had.
+            params: max_new_tokens and batch_size, to replace those of the evaluation.
 
         Raises:
-            CapasError: a row holds no prompt, or what the chat template refuses.
+            CapasError: a row has no prompt, or the chat template refuses it.
         """
         import pandas as pd
 
@@ -101,7 +105,7 @@ class Served:
             raise CapasError(f"row {number}: {error}") from None
 
     def _quantization(self) -> dict[str, Any]:
-        """What a base in full precision is quantized with as it is loaded; a packed one is already."""
+        """Return how to quantize a full-precision base while loading it; empty for a packed base."""
         asked = self.facts["base"]["quantization"]
         if asked is None:
             return {}
@@ -111,10 +115,10 @@ class Served:
 
 
 def messages_of(row: Mapping[Any, Any], system: str | None, role: str) -> list[dict[str, Any]]:
-    """The conversation of a row.
+    """Return the conversation of a row.
 
     Raises:
-        CapasError: it holds none, or none that ends with a question.
+        CapasError: the row has none, or its conversation does not end with a message to answer.
     """
     told = _parsed(row, "messages")
     if told is None:
@@ -141,15 +145,15 @@ def _parsed(row: Mapping[Any, Any], column: str) -> list[Any] | None:
         if not isinstance(value, list):
             raise CapasError(f"`{column}` must be a list, not {type(value).__name__}")
     if hasattr(value, "tolist"):
-        value = value.tolist()  # numpy's
-    return list(value) if isinstance(value, list | tuple) else None  # None and NaN: not given
+        value = value.tolist()  # a numpy array
+    return list(value) if isinstance(value, list | tuple) else None  # None and NaN mean not given
 
 
 def base_folder(folder: Path, base: Mapping[str, Any]) -> Path:
-    """The base's weights: packed, in CAPAS_BASE, or from the Hub, from whose cache it works offline.
+    """Return the folder with the base's weights: packed, in CAPAS_BASE, or from the Hub (offline: its cache).
 
     Raises:
-        CapasError: they are nowhere.
+        CapasError: none of these has them.
     """
     if base["packed"]:
         return folder / "base"
@@ -178,12 +182,15 @@ def base_folder(folder: Path, base: Mapping[str, Any]) -> Path:
 
 
 def choose_device(recorded: Mapping[str, Any]) -> "torch.device":
-    """As in the evaluation where this process can; else with what there is, which may move the last bits."""
+    """Prepare the device of the evaluation, or else one that is available.
+
+    Another device, or other kernels, may change the last bits.
+    """
     chosen = dict(recorded)
     if recorded["device"] == "cuda" and not _has_gpu():
         log.warning("the model was evaluated on a GPU and runs on the CPU here")
         chosen |= {"device": "cpu", "instruction_set": "native"}
-    elif "torch" in sys.modules:  # its kernels are chosen already
+    elif "torch" in sys.modules:  # its kernels are already chosen
         chosen["instruction_set"] = "native"
     try:
         return hardware.prepare(Params(chosen))

@@ -1,4 +1,4 @@
-"""A tuned model to use: that of the workspace, or of a run in MLflow."""
+"""Open a tuned model for use: the workspace's, or that of a run in MLflow."""
 
 import argparse
 import json
@@ -25,7 +25,7 @@ from capas.use.served_model import messages_of
 
 NUM_PROMPTS = 4
 _PRESET = "preset"
-SERVED = Path(MODEL, "data/data")  # where MLflow puts what `capas.use.mlflow_model` wrote
+SERVED = Path(MODEL, "data/data")  # MLflow's place for the folder of `capas.use.mlflow_model`
 _MADE = (
     mlflow_model.ADAPTER,
     mlflow_model.QUANTIZED,
@@ -37,9 +37,12 @@ _MADE = (
 
 @dataclass(frozen=True)
 class Tuned:
-    """`folder` is one that `served_model.Served` reads; `prompts` are conversations that end with a user.
+    """A tuned model with some prompts.
 
-    `run_id` is MLflow's; None: the model is the workspace's own.
+    Attributes:
+        folder: a folder that `served_model.Served` reads.
+        prompts: conversations that end with a message to answer.
+        run_id: the MLflow run; None for the workspace's own model.
     """
 
     name: str
@@ -56,7 +59,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def bounded(kind: Callable[[str], Any], low: float, high: float) -> Callable[[str], Any]:
-    """For `add_argument(type=...)`: a number from `low` to `high`; NaN is none."""
+    """Return a type for `add_argument(type=...)`: a number from `low` to `high`, and not NaN."""
 
     def number(text: str) -> Any:
         value = kind(text)
@@ -68,20 +71,20 @@ def bounded(kind: Callable[[str], Any], low: float, high: float) -> Callable[[st
 
 
 def say(text: str) -> None:
-    """To the user, beside what a command answers."""
+    """Write a message to the user on standard error, apart from a command's output."""
     sys.stderr.write(f"{text}\n")
 
 
 @contextmanager
 def tuned(root: Path, run: str | None) -> Iterator[Tuned]:
-    """The model, for as long as the block lasts.
+    """Yield the model, while the block lasts.
 
     Args:
         root: the repository.
-        run: what `capas.tracking.runs.find` takes; None stands for the workspace's own.
+        run: a word for `capas.tracking.runs.find`, or None for the workspace's own model.
 
     Raises:
-        CapasError: there is none.
+        CapasError: there is no such model.
     """
     if not (root / "dvc.yaml").exists():
         raise CapasError(f"{root} has no dvc.yaml; start it in the repository's top folder")
@@ -106,10 +109,8 @@ def _of_workspace(root: Path, folder: Path) -> Tuned:
     params = Params(select(values, stage.spec.keys))
     groups = (params.model, params.hardware, params.quantization)
     facts = mlflow_model.served_facts(*groups, params.evaluation, params.generation, stage)
-    facts["base"] |= {
-        "packed": True,
-        "quantization": None,
-    }  # its weights are here, whatever their size
+    # the base's weights are here, whatever their size
+    facts["base"] |= {"packed": True, "quantization": None}
     write_json(folder / "served.json", facts)
     (folder / "adapter").symlink_to(root / mlflow_model.ADAPTER)
     (folder / "base").symlink_to(root / mlflow_model.QUANTIZED)
@@ -121,15 +122,15 @@ def _of_workspace(root: Path, folder: Path) -> Tuned:
 
 
 def recorded_values(root: Path, lock: Mapping[str, Any]) -> dict[str, Any]:
-    """The params with which the stages ran; of stages that have not run yet, those of params.yaml."""
+    """Return the params with which the stages ran; for stages that have not run yet, those of params.yaml."""
     return ran_with(read_yaml(root / "params.yaml"), lock)
 
 
 def ran_with(values: Mapping[str, Any], lock: Mapping[str, Any]) -> dict[str, Any]:
-    """Return `values` of params.yaml, with those that the stages of `lock` recorded in their place.
+    """Return `values` of params.yaml, replaced by the values that the stages of `lock` recorded.
 
-    Where a later stage has not run again since, the value of the earlier one counts. No stage that computes
-    reads the name of an option (`preset`): it is that of params.yaml where the group's values are.
+    If a later stage has not run again since, the value of the earlier stage counts. No stage that computes
+    reads the name of an option (`preset`): it is taken from params.yaml if the group's values agree.
     """
     found = deepcopy(dict(values))
     for name in sorted(lock, key=lambda stage: -len(ancestors(stage, lock))):

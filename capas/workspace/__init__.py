@@ -1,1 +1,1 @@
-"""The user's repository kept whole: experiments put back, merges, updates, rebuilds, what is due."""
+"""Keep the user's repository whole: restoring experiments, merges, updates, rebuilds, stages that are due."""

@@ -1,4 +1,4 @@
-"""A clone of the user's repository in which DVC runs: the user's cache, and the clone's own code."""
+"""Set up a clone of the user's repository in which DVC runs: the user's cache, the clone's own code."""
 
 import os
 import re
@@ -10,7 +10,10 @@ _OF_ANOTHER_RUN = re.compile(r"(DVC|GIT|HYDRA|CAPAS)_")
 
 
 def environment(work: Path, **more: str) -> dict[str, str]:
-    """Of the commands in it: its own code, this Python, nothing of a DVC or a git around it."""
+    """Return the environment for commands in the clone.
+
+    It has the clone's own code and this Python, but no variables of an enclosing DVC or git.
+    """
     inherited = {k: v for k, v in os.environ.items() if not _OF_ANOTHER_RUN.match(k)}
     path = [str(Path(sys.executable).parent), inherited.get("PATH", os.defpath)]
     python = [str(work), *filter(None, [inherited.get("PYTHONPATH")])]
@@ -19,14 +22,15 @@ def environment(work: Path, **more: str) -> dict[str, str]:
         "PATH": os.pathsep.join(path),
         "PYTHONPATH": os.pathsep.join(python),
         "PYTHONUNBUFFERED": "1",
-        "DVC_SITE_CACHE_DIR": str(work / ".dvc/tmp/site"),  # or each leaves a folder in /var/tmp
+        # without this, every clone leaves a folder in /var/tmp
+        "DVC_SITE_CACHE_DIR": str(work / ".dvc/tmp/site"),
         "DVC_NO_ANALYTICS": "1",
         **more,
     }
 
 
 def cache_of(home: Path) -> Path:
-    """Where DVC keeps its cache, which any of its configuration files may say."""
+    """Return the folder of DVC's cache, which any of DVC's configuration files may set."""
     from dvc.config import Config
 
     folder = Config(str(home / ".dvc"))["cache"].get("dir")
@@ -34,14 +38,15 @@ def cache_of(home: Path) -> Path:
 
 
 def stored(cache: Path, md5: str) -> Path:
-    """Where DVC's cache has what has this hash, if it does."""
+    """Return the path at which DVC's cache stores the file with this hash, whether or not it exists."""
     return cache / "files/md5" / md5[:2] / md5[2:]
 
 
 def share_cache(home: Path, cache: Path, work: Path) -> None:
-    """The user's local settings of DVC, less what must differ; results are linked, not copied.
+    """Give the clone the user's local DVC settings and cache.
 
-    A remote's relative paths (its url, a key) count from the user's repository: they are made absolute.
+    Relative paths of remotes (their url, a key) are made absolute, because they count from the user's
+    repository.
     """
     from configobj import ConfigObj
     from dvc.config import Config
@@ -58,7 +63,7 @@ def share_cache(home: Path, cache: Path, work: Path) -> None:
 
 
 def bring(home: Path, work: Path, value: Any) -> None:
-    """A value that names a file or folder which git does not have, say a model: linked."""
+    """Link a file or folder that a value names and that git does not have, for example a model."""
     if isinstance(value, list):
         for item in value:
             bring(home, work, item)

@@ -1,13 +1,13 @@
-"""Conflicts of git in generated files: the values of conf/ decide, and the rest is made again.
+"""Resolve git conflicts in generated files: the values of conf/ decide, and the rest is made again.
 
 It works wherever git leaves unmerged files (merge, rebase, cherry-pick, `stash pop`, `apply --3way`), and
 where conflict markers were committed by mistake. In this order:
 
-1. Conflicts in files that people write are theirs: they are listed, and nothing else is done.
-2. conf/overrides.yaml and conf/revisions.yaml are merged key by key. One key with two values is listed, too.
+1. Conflicts in files that people write are left to them: they are listed, and nothing else is done.
+2. conf/overrides.yaml and conf/revisions.yaml are merged key by key. A key with two values is listed, too.
 3. compose writes params.yaml, code.yaml and environment.yaml.
-4. Of dvc.lock each stage's entry is taken from the side whose inputs are the present ones, if there is one;
-   `dvc repro` sees to the others. Then the reports that git tracks are those of the entries.
+4. For each stage, dvc.lock takes the entry of the side whose inputs equal the present ones, if there is one;
+   `dvc repro` runs the other stages. The reports that git tracks then follow the entries.
 """
 
 import hashlib
@@ -48,7 +48,7 @@ _CONFLICT = re.compile(
     r"^=======\n(?P<theirs>.*?)^>>>>>>> [^\n]*\n",
     re.MULTILINE | re.DOTALL,
 )
-_STATES = {  # of the sides that have the file
+_STATES = {  # by whether our side and their side have the file
     (False, True): "deleted on our side, changed on theirs",
     (True, False): "changed on our side, deleted on theirs",
     (True, True): "changed on both sides",
@@ -56,7 +56,7 @@ _STATES = {  # of the sides that have the file
 
 
 class Sides(NamedTuple):
-    """The versions of a file: the common ancestor's, HEAD's and the one that comes in; None: no file."""
+    """The versions of a file: the common ancestor's, HEAD's and the incoming one; None if it has no file."""
 
     base: bytes | None
     ours: bytes | None
@@ -87,7 +87,7 @@ def _blob(root: Path, name: str | None) -> bytes | None:
 
 
 def _marked_sides(file: Path) -> Sides | None:
-    """Return the sides of a file in which conflict markers stand."""
+    """Return the sides of a file with conflict markers, or None if it has none."""
     content = file.read_bytes() if file.exists() else b""
     if _MARKER not in content:
         return None
@@ -116,7 +116,7 @@ def resolve(root: Path, found: Mapping[str, Sides], prefer: str | None) -> list[
     """Resolve the conflicts in generated files, and return sentences about it.
 
     Args:
-        found: as `find` gives it, without files that people write.
+        found: the result of `find`, without files that people write.
         prefer: 'ours' or 'theirs', for a key that has two values.
 
     Raises:
@@ -147,7 +147,11 @@ def resolve(root: Path, found: Mapping[str, Sides], prefer: str | None) -> list[
 
 
 def compose(root: Path, option: str) -> None:
-    """Run compose with the code as it is now on disk."""
+    """Run compose with the code as it is now on disk.
+
+    Raises:
+        CapasError: compose failed.
+    """
     command = [sys.executable, "stages/compose_params.py", option]
     done = subprocess.run(command, cwd=root, stderr=subprocess.PIPE, text=True, check=False)
     if done.returncode:
@@ -167,7 +171,7 @@ def _is_yaml(file: Path) -> bool:
 
 
 def _needs_merge(root: Path, path: str, found: Mapping[str, Sides]) -> bool:
-    """Return whether the file is in conflict, and nobody has resolved it with an editor."""
+    """Return whether the file has a conflict that was not resolved in an editor."""
     if path not in found:
         return path == OVERRIDES and bool(_edited_sides(found))
     here = (root / path).read_bytes() if (root / path).exists() else None
@@ -206,7 +210,7 @@ def _merge_keys(
 def _three_way(
     base: dict[str, Any], ours: dict[str, Any], theirs: dict[str, Any]
 ) -> tuple[dict[str, Any], list[str]]:
-    """Return the keys as either side changed them, and those that both changed, otherwise."""
+    """Return the merged keys, and the keys that both sides changed to different values."""
     absent = object()
     merged, both = dict(ours), []
     for key in {**theirs, **base, **ours}:
@@ -227,7 +231,7 @@ def _shown(side: Mapping[str, Any], key: str) -> str:
 
 
 def _override_keys(text: str) -> dict[str, Any]:
-    """Return {'model=': 'tiny', 'lora.r': 8}."""
+    """Return the overrides by key: {'model=': 'tiny', 'lora.r': 8}."""
     choices, leaves = parse(text)
     return {**{f"{group}=": option for group, option in choices.items()}, **leaves}
 
@@ -238,7 +242,7 @@ def _override_text(keys: Mapping[str, Any]) -> str:
 
 
 def _revision_keys(text: str) -> dict[str, Any]:
-    """Return {'models\\norg/x@main': commit}: an entry may hold any other character."""
+    r"""Return {'models\norg/x@main': commit}; an entry may hold any character other than the newline."""
     sections = parse_yaml(text, REVISIONS)
     return {
         f"{name}\n{entry}": pin for name, pins in sections.items() for entry, pin in pins.items()
@@ -254,7 +258,7 @@ def _revision_text(keys: Mapping[str, Any]) -> str:
 
 
 def _edited_sides(found: Mapping[str, Sides]) -> dict[str, dict[str, Any]]:
-    """Return {'ours': {key: value}} of the sides whose params.yaml was edited by hand: no edit is lost."""
+    """Return {'ours': {key: value}} of the sides whose params.yaml was edited, so that no edit is lost."""
     if PARAMS not in found:
         return {}
     sides = found[PARAMS]
@@ -269,7 +273,7 @@ def _edited_sides(found: Mapping[str, Sides]) -> dict[str, dict[str, Any]]:
 
 
 def _locks(root: Path, found: Mapping[str, Sides]) -> list[str]:
-    """Return the versions of dvc.lock whose entries may be taken, the preferred one first."""
+    """Return the versions of dvc.lock whose entries may be used, the preferred one first."""
     here = (root / LOCK).read_text(encoding="utf-8") if (root / LOCK).exists() else ""
     if LOCK in found:
         sides = found[LOCK]
@@ -290,7 +294,7 @@ def _committed(root: Path, commit: str, path: str) -> bytes | None:
 
 
 def _choose_entries(root: Path, locks: list[str]) -> tuple[str, str]:
-    """Return the dvc.lock whose entries fit what is in the workspace now, and a sentence about it."""
+    """Return the dvc.lock whose entries match the workspace, and a sentence about it."""
     specs, code = StageSpec.read_all(root), digests(root)
     pieces = [lockfile.split(lock) for lock in locks]
     made: dict[str, str] = {}
@@ -316,7 +320,7 @@ def _choose_entries(root: Path, locks: list[str]) -> tuple[str, str]:
 
 
 def _reports(root: Path, lock: str, found: Mapping[str, Sides]) -> dict[str, bytes | None]:
-    """Return {path: content} of the tracked outputs that are not those of the lock; None: it goes."""
+    """Return {path: content} of the tracked outputs that differ from the lock; None removes the file."""
     entries = [lockfile.entry(piece) or {} for piece in lockfile.split(lock).values()]
     wanted = {out["path"]: out["md5"] for entry in entries for out in entry.get("outs") or []}
     declared = set(uncached(root)) - {PARAMS, CODE, ENVIRONMENT}

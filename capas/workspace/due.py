@@ -1,8 +1,8 @@
 """List the stages that will run again, and why: `python -m capas.workspace.due`, compared with dvc.lock.
 
-It compares commands, values, code and files as `dvc status` does, in a tenth of the time, and names the files
-of the code that were edited. A stage whose outputs are in the run cache is restored instead of run; that is
-not looked up here.
+It compares commands, values, code and files as `dvc status` does, in a tenth of the time, and names the code
+files that were edited. A stage whose outputs are in the run cache is restored instead of run; the run cache
+is not checked here.
 """
 
 import sys
@@ -17,15 +17,15 @@ from capas.core.dag import StageSpec, md5, read_yaml, recorded
 from capas.core.errors import CapasError
 from capas.core.params import flatten
 
-_MOST = 4  # reasons that are shown for a stage
+_MOST = 4  # reasons shown for a stage
 _ABSENT = "absent"
 COMPOSE, ITS_CODE = "compose", "its code"
-_CODE_DEPS = {"capas", "stages"}  # of compose
+_CODE_DEPS = {"capas", "stages"}  # dependencies of compose
 
 
 @dataclass(frozen=True)
 class Inputs:
-    """What a stage would run with now: its command, {file: {key: value}} and {path: md5}."""
+    """The inputs with which a stage would run now: its command, {file: {key: value}} and {path: md5}."""
 
     cmd: str
     params: dict[str, dict[str, Any]]
@@ -35,11 +35,11 @@ class Inputs:
     def read(
         cls, spec: StageSpec, root: Path, made: Mapping[str, str], code: Mapping[str, str]
     ) -> "Inputs":
-        """Read them.
+        """Read the present inputs of a stage.
 
         Args:
-            made: the md5 of outputs as they are recorded.
-            code: the digest of each script's code as it is now, whether compose has written it or not.
+            made: the recorded md5 of each output.
+            code: the digest of each script's code as it is now, even if compose has not written it yet.
         """
         params = {file: _values(root / file, keys) for file, keys in spec.params.items()}
         if CODE in params:
@@ -48,7 +48,7 @@ class Inputs:
         return cls(spec.cmd, params, deps)
 
     def differences(self, entry: Mapping[str, Any]) -> Iterator[str]:
-        """Yield a phrase for each input that the stage's entry in dvc.lock has otherwise."""
+        """Yield a phrase for each input that differs from the stage's entry in dvc.lock."""
         if entry["cmd"] != self.cmd:
             yield "another command"
         for file, values in self.params.items():
@@ -66,7 +66,7 @@ class Inputs:
 
 
 def _values(file: Path, keys: list[str]) -> dict[str, Any]:
-    """Return {dotted key: value}, of the whole file where no key is named."""
+    """Return {dotted key: value}, or the whole file if no key is named."""
     values = read_yaml(file) if file.exists() else {}
     if not keys:
         return values
@@ -92,7 +92,7 @@ def _short(value: Any) -> str:
 
 
 def in_order(specs: Mapping[str, StageSpec]) -> list[StageSpec]:
-    """Return the stages, each after those whose outputs it reads."""
+    """Return the stages in an order in which each follows the stages whose outputs it reads."""
     makers = {out: spec.name for spec in specs.values() for out in spec.outs}
     ordered: dict[str, StageSpec] = {}
 
@@ -139,18 +139,18 @@ def due(root: Path) -> dict[str, list[str]]:
 
 
 def only_code(reasons: list[str]) -> bool:
-    """Return whether nothing but edits of the code makes compose due."""
+    """Return whether compose is due only because code was edited, or not at all."""
     return {*reasons} <= _CODE_DEPS
 
 
 def _edited_files(script: str, entry: Mapping[str, Any], root: Path) -> list[str]:
-    """Return the files of a script's code that were edited; none where git lacks the recorded ones."""
+    """Return the edited files of a script's code; none if git lacks the recorded versions."""
     recorded_digest = (entry.get("params") or {}).get(CODE, {}).get(script)
     return edited_since(root, script, recorded_digest) if recorded_digest else []
 
 
 def describe(root: Path) -> str:
-    """Return a line for each stage that is due, or a sentence where none is."""
+    """Return a line for each stage that is due, or a sentence if none is."""
     found = due(root)
     if not found:
         return "No stage is due: all results are recorded in dvc.lock."

@@ -1,12 +1,12 @@
-"""Records the workspace before `dvc exp run`, and puts it back where the experiment fails or is killed.
+"""Record the workspace before `dvc exp run`, and restore it if the experiment fails or is killed.
 
 DVC's plugin (.dvc/plugins/hydra_plugins/params_guard.py) calls `begin` before DVC writes params.yaml, and
-`put_back` when the experiment fails. After SIGKILL, `capas restore` does the latter. Put back are the
-generated files (`core.generated`) and, by `dvc checkout`, the data; checkpoints stay, and so do edits that
+`put_back` when the experiment fails. After SIGKILL, `capas restore` calls `put_back`. It restores the
+generated files (`core.generated`) and, with `dvc checkout`, the data. Checkpoints stay, and so do edits that
 the user made meanwhile. Replaced files are moved to .dvc/tmp/replaced/, never deleted.
 
-DVC itself keeps the user's edits in a git stash for a moment, twice. An experiment that is killed in that
-moment has them in the record, or in the stash alone, if there is no record yet.
+DVC itself holds the user's edits in a git stash for a moment, twice. If an experiment is killed in that
+moment, the edits are in the record, or only in the stash if there is no record yet.
 """
 
 import gc
@@ -38,19 +38,15 @@ from capas.workspace import unfinished
 from capas.workspace.unfinished import PREPARING, Before
 
 REPLACED = Path(".dvc/tmp/replaced")
-_RWLOCK = Path(
-    ".dvc/tmp/exps/rwlock"
-)  # DVC's own; who has the user's edits in a stash holds _STASHING
+# DVC's own lock file; a process that has stashed the user's edits holds _STASHING in it
+_RWLOCK = Path(".dvc/tmp/exps/rwlock")
 _STASHING = "refs/exps/stash"
-_OF_EXPERIMENT = "dvc-exp:"  # in the subject of an experiment that DVC has stashed
-_LEFT = (
-    "EXEC_BASELINE",
-    "EXEC_MERGE",
-    "EXEC_BRANCH",
-)  # references that DVC itself removes at the end
+_OF_EXPERIMENT = "dvc-exp:"  # in the subject of a stashed experiment
+# references that DVC itself removes at the end
+_LEFT = ("EXEC_BASELINE", "EXEC_MERGE", "EXEC_BRANCH")
 _LEFT_FILES = (".dvc/tmp/exps/run/workspace", ".dvc/tmp/repro.dat")
 _MOVED = "checkout: moving from "
-_process = ExitStack()  # holds the lock of each root in _held as long as this process lives
+_process = ExitStack()  # holds the lock of each root in _held while this process lives
 _held: set[Path] = set()
 
 
@@ -58,7 +54,7 @@ def begin(root: Path, words: list[str]) -> None:
     """Record the workspace, in DVC's process.
 
     Raises:
-        CapasError: another experiment runs here, or was killed and not put back.
+        CapasError: another experiment runs here, or was killed and not restored.
     """
     if left := unfinished.killed(root):
         raise CapasError(
@@ -75,7 +71,7 @@ def begin(root: Path, words: list[str]) -> None:
 
 
 def _look(root: Path, command: str) -> Before:
-    """Return the workspace as it stands while DVC has detached HEAD."""
+    """Return the workspace as it is while DVC has detached HEAD."""
     head = git(root, "rev-parse", "HEAD")
     stash = _stash_of_dvc(root, head)
     return Before(
@@ -90,12 +86,12 @@ def _look(root: Path, command: str) -> Before:
 
 
 def _index(root: Path, stash: str) -> str:
-    """Return a git tree of what the user has staged; DVC keeps it in its stash alone."""
+    """Return a git tree of the staged files; while DVC has a stash, only the stash holds them."""
     return git(root, "rev-parse", f"{stash}^2^{{tree}}") if stash else git(root, "write-tree")
 
 
 def _branch(root: Path) -> str:
-    """Return the full reference that HEAD pointed to before DVC detached it, if it is known."""
+    """Return the full reference that HEAD pointed to before DVC detached it; empty if unknown."""
     if branch := git(root, "symbolic-ref", "--quiet", "HEAD", check=False):
         return branch
     last = git(root, "reflog", "-1", "--format=%gs", "HEAD", check=False)
@@ -107,10 +103,10 @@ def _branch(root: Path) -> str:
 
 
 def _stash_of_dvc(root: Path, head: str) -> str:
-    """Return the commit of the stash in which DVC has the user's edits; empty where there is none.
+    """Return the commit of the stash in which DVC holds the user's edits; empty if there is none.
 
-    DVC takes its lock before it makes the stash; a stash of the user's own is older. For a moment another
-    stash, of the experiment, lies upon it.
+    DVC takes its lock before it makes the stash; a stash of the user's own is older. For a moment a second
+    stash, that of the experiment, is on top.
     """
     lock = root / _RWLOCK
     found = [line.split(" ", 3) for line in _stashes(root)]
@@ -140,12 +136,12 @@ def _tree(root: Path) -> str:
 
 
 def at_exit(root: Path) -> None:
-    """Put the workspace back at the end of DVC's process, unless the experiment succeeded.
+    """Restore the workspace at the end of DVC's process, unless the experiment succeeded.
 
-    One that was queued has changed nothing, unless it was interrupted while DVC tidied up.
+    A queued experiment has changed nothing, unless it was interrupted while DVC cleaned up.
     """
     with _undisturbed():
-        gc.collect()  # DVC's own tidying that an interruption left for later
+        gc.collect()  # runs DVC's own clean-up, which an interruption may have delayed
         before = unfinished.read(root)
         if before is None:
             return
@@ -160,7 +156,7 @@ def at_exit(root: Path) -> None:
 
 
 def _is_untouched(root: Path, before: Before) -> bool:
-    """Return whether DVC has put back by itself what it changed to queue an experiment."""
+    """Return whether DVC has already undone what it changed to queue an experiment."""
     if gitindex.is_broken(root):
         return False
     attached = git(root, "symbolic-ref", "--quiet", "HEAD", check=False)
@@ -169,7 +165,7 @@ def _is_untouched(root: Path, before: Before) -> bool:
 
 
 def end_elsewhere(root: Path) -> None:
-    """Drop the record of an experiment that runs in a folder of its own, and let others begin."""
+    """Drop the record of an experiment that runs in its own folder, and let other experiments begin."""
     unfinished.drop(root)
     _process.close()
     _held.clear()
@@ -188,10 +184,10 @@ def _undisturbed() -> Iterator[None]:
 
 
 def left_in_stash(root: Path, guess: bool) -> Before | None:
-    """Return what DVC holds in a stash, where it was killed or interrupted before there was a record.
+    """Return the workspace as recorded in DVC's stash, if DVC was stopped before there was a record.
 
     Args:
-        guess: look for a stash of DVC where its lock does not tell, too.
+        guess: also look for a stash of DVC if DVC's lock does not show one.
     """
     file, holder = root / _RWLOCK, _stashing(root)
     if holder and is_alive(holder):
@@ -216,7 +212,7 @@ def left_in_stash(root: Path, guess: bool) -> Before | None:
 def _forgotten_stash(root: Path, head: str) -> str:
     """Return the newest stash, if DVC detached HEAD from its commit within a second and files are reset.
 
-    Ctrl-C, pressed twice when `dvc exp run` has just begun, leaves the user's edits there.
+    Pressing Ctrl-C twice just after `dvc exp run` begins leaves the user's edits there.
     """
     log = git(root, "log", "-g", "-20", "--date=unix", "--format=%gd %gs", "HEAD", check=False)
     moved = [line for line in log.splitlines() if _MOVED in line and line.endswith(f" to {head}")]
@@ -229,7 +225,7 @@ def _forgotten_stash(root: Path, head: str) -> str:
 
 
 def stash_on_head(root: Path) -> list[str]:
-    """Return a sentence about a stash that an interrupted DVC may have left, or the user has made."""
+    """Return a sentence about a stash that an interrupted DVC may have left, or the user may have made."""
     commit, made, parent, _ = ([*_stashes(root), "- 0 - -"][0]).split(" ", 3)
     if parent != git(root, "rev-parse", "HEAD", check=False):
         return []
@@ -248,7 +244,7 @@ def stash_on_head(root: Path) -> list[str]:
 
 
 def _stashing(root: Path) -> dict[str, Any] | None:
-    """Return who holds DVC's lock for its stash of experiments."""
+    """Return the entry of the process that holds DVC's lock for its experiment stash, if there is one."""
     try:
         locks = json.loads((root / _RWLOCK).read_text(encoding="utf-8"))
     except (OSError, ValueError):
@@ -258,7 +254,7 @@ def _stashing(root: Path) -> dict[str, Any] | None:
 
 
 def is_alive(holder: dict[str, Any]) -> bool:
-    """Return whether the process of an entry in DVC's lock files still runs, and is that one."""
+    """Return whether the process of an entry in DVC's lock files still runs and is the same process."""
     try:
         words = psutil.Process(int(str(holder["pid"]))).cmdline()
     except psutil.Error:
@@ -267,11 +263,11 @@ def is_alive(holder: dict[str, Any]) -> bool:
 
 
 def put_back(root: Path, before: Before, keep: bool = False) -> list[str]:
-    """Make the workspace what it was before the experiment, and return sentences that say so.
+    """Restore the workspace as it was before the experiment, and return sentences about it.
 
     Args:
         keep: leave the files and the data as the experiment left them; only HEAD and the staged files
-            come back.
+            are restored.
 
     Raises:
         CapasError: a git command failed; the record stays, so that it can be tried again.
@@ -290,13 +286,13 @@ def put_back(root: Path, before: Before, keep: bool = False) -> list[str]:
     else:
         said += _put_files_back(root, before)
     git(root, "read-tree", before.index)
-    git(root, "update-index", "-q", "--refresh", check=False)  # fails where a file differs
+    git(root, "update-index", "-q", "--refresh", check=False)  # fails if a file differs
     clean_up(root, before)
     return said
 
 
 def _is_where_it_was(root: Path, before: Before, head: str) -> bool:
-    """Return whether no commit was made since, but DVC's own of the experiment."""
+    """Return whether no commit was made since, except DVC's own commit of the experiment."""
     if head == before.head:
         return True
     subject, _, parent = git(root, "log", "-1", "--format=%s%n%P", head).partition("\n")
@@ -304,7 +300,7 @@ def _is_where_it_was(root: Path, before: Before, head: str) -> bool:
 
 
 def _attach(root: Path, before: Before) -> list[str]:
-    """Give HEAD its branch again, unless the user chose another one since."""
+    """Return HEAD to its branch, unless the user chose another one since."""
     if git(root, "symbolic-ref", "--quiet", "HEAD", check=False):
         return []
     if not before.branch:
@@ -343,7 +339,7 @@ def _put_files_back(root: Path, before: Before) -> list[str]:
 
 
 def _wrong(root: Path, before: Before) -> list[str]:
-    """Return the files that are not as they were and that the experiment, or DVC, has changed."""
+    """Return the files that the experiment or DVC has changed since the record."""
     then, now = _blobs(root, before.tree), _hashes(root, _generated_now(root))
     wrong = [path for path in then if is_generated(path) and now.get(path) != then[path]]
     return [*wrong, *(_reset_by_dvc(root, before, then) if before.phase == PREPARING else [])]
@@ -384,7 +380,7 @@ def _hashes(root: Path, paths: list[str]) -> dict[str, str]:
 
 
 def _reset_by_dvc(root: Path, before: Before, then: dict[str, str]) -> list[str]:
-    """Return the user's own files that DVC has reset to the commit, or was about to: they may be cut."""
+    """Return the user's own files that DVC reset to the commit, or truncated while resetting them."""
     head = _blobs(root, before.head)
     own = [path for path in then if not is_generated(path) and then[path] != head.get(path)]
 
@@ -401,7 +397,7 @@ def _reset_by_dvc(root: Path, before: Before, then: dict[str, str]) -> list[str]
 
 
 def move_aside(root: Path, paths: Iterable[str]) -> str:
-    """Move the files that exist to a new folder, and return its name; empty where there are none."""
+    """Move the files that exist to a new folder, and return its name; empty if there are none."""
     there = [path for path in paths if (root / path).is_file()]
     folder = REPLACED / time.strftime("%Y%m%d-%H%M%S")
     for path in there:
@@ -412,7 +408,7 @@ def move_aside(root: Path, paths: Iterable[str]) -> str:
 
 
 def _check_out_data(root: Path) -> None:
-    """Bring the outputs of dvc.lock back from DVC's cache."""
+    """Restore the outputs of dvc.lock from DVC's cache."""
     command = [sys.executable, "-m", "dvc", "checkout", "--force", "--allow-missing", "--quiet"]
     env = {k: v for k, v in os.environ.items() if not k.startswith(("DVC_EXP", "GIT_"))}
     done = subprocess.run(
@@ -429,7 +425,7 @@ def _check_out_data(root: Path) -> None:
 
 
 def clean_up(root: Path, before: Before) -> None:
-    """Remove what DVC leaves behind where it is killed or interrupted twice, and the record."""
+    """Remove the record, and what DVC leaves behind if it is killed or interrupted twice."""
     is_back = before.stash and not _differ(root, before)
     for number, line in reversed(list(enumerate(_stashes(root)))):
         if _OF_EXPERIMENT in line or (is_back and line.startswith(before.stash)):

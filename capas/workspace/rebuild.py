@@ -80,7 +80,11 @@ def command(options: argparse.Namespace) -> int:
 
 
 class Rebuilt:
-    """A run's repository in the folder `work`, as the run was published."""
+    """A run's repository in the folder `work`, as it was when the run was published.
+
+    Raises:
+        CapasError: the run's commit has no dvc.lock, or its dvc.lock records no training.
+    """
 
     def __init__(self, home: Path, clone: Path, state: State, run: Any) -> None:
         self._run, self._state, self._home = run, state, home
@@ -108,7 +112,11 @@ class Rebuilt:
         self._log.parent.mkdir(parents=True, exist_ok=True)
 
     def restored(self) -> int:
-        """Take the adapter out of the cache or the remote."""
+        """Take the adapter from the cache or the remote, and return the exit code.
+
+        Raises:
+            CapasError: neither has the adapter.
+        """
         self._pull(["train"])
         self._dvc("checkout", "--quiet", "train", allowed="cannot be restored")
         if not any((self.work / tuned_weights.FOLDER).glob("*.safetensors")):
@@ -119,7 +127,7 @@ class Rebuilt:
         return self._compared("restored")
 
     def trained(self, everything: bool) -> int:
-        """Train anew; the cache neither gives the adapter nor takes what comes out."""
+        """Train again and return the exit code; the cache neither provides nor stores the adapter."""
         above = ancestors("train", self.lock) - {"train"}
         self._pull([name for name in self.lock if name in above])
         makers = {out["path"]: n for n, entry in self.lock.items() for out in entry.get("outs", [])}
@@ -137,7 +145,7 @@ class Rebuilt:
         return self._compared(f"retrained in {time.monotonic() - started:.0f} s", everything)
 
     def _pull(self, stages: list[str]) -> None:
-        """What the cache lacks, from the remote. The pipeline makes what this does not bring."""
+        """Pull from the remote what the cache lacks; the pipeline makes what is still missing."""
         from dvc.config import Config
 
         outs = [out for name in stages for out in self.lock[name].get("outs", [])]
@@ -157,10 +165,9 @@ class Rebuilt:
         self._dvc("pull", *stages, allowed=f"the remote {remote} does not have everything")
 
     def _dvc(self, *words: str, allowed: str = "") -> None:
-        """Its stages are told as they begin; where it may fail, `allowed` is what is said then."""
-        own = (
-            self.work / ".dvc/tmp/mlflow.db"
-        )  # what follows the training live must not write to the user's
+        """Run DVC and print its stages as they begin; if `allowed` is given, a failure only prints it."""
+        # the process that follows the training live must not write to the user's database
+        own = self.work / ".dvc/tmp/mlflow.db"
         env = {k: v for k, v in environment(self.work).items() if not k.startswith("MLFLOW_")}
         env |= {"MLFLOW_TRACKING_URI": sqlite_uri(own), "MLFLOW_DISABLE_TELEMETRY": "true"}
         command = [sys.executable, "-m", "dvc", *words]
@@ -192,7 +199,7 @@ class Rebuilt:
         return 1
 
     def _machine(self) -> list[str]:
-        """Return what computed here and did not compute then, as far as the run and the cache tell."""
+        """Return how this machine differs from the one that trained, as far as the run and the cache tell."""
         then, now = self._run.data.tags, timings.read(self.work).get("train", {})
         here = flatten({key: now[key] for key in ("cpu", "kernels") if key in now})
         differing = [(k, here[k], then[k]) for k in here if then.get(k, here[k]) != here[k]]
@@ -207,7 +214,7 @@ class Rebuilt:
 
 
 def lay_out(home: Path, target: Path, state: State) -> None:
-    """The state in a clone.
+    """Check out the recorded state in a clone.
 
     Raises:
         CapasError: the commit is not here and cannot be fetched, or the patch does not lead to the tree.
@@ -230,7 +237,7 @@ def lay_out(home: Path, target: Path, state: State) -> None:
 
 
 def _fetch(home: Path, target: Path, commit: str) -> None:
-    """The commit into the clone, from the repository's remotes, where the repository has it no more."""
+    """Fetch the commit into the clone from the repository's remotes, if the repository no longer has it."""
     if _has(target, commit):
         return
     remotes = git(home, "remote").split()
@@ -238,10 +245,8 @@ def _fetch(home: Path, target: Path, commit: str) -> None:
         url = git(home, "remote", "get-url", remote)
         url = str((home / url).resolve()) if (home / url).exists() else url
         _say(f"commit {commit[:10]} is not in this repository; fetching it from {remote}")
-        for what in (
-            commit,
-            "+refs/*:refs/fetched/*",
-        ):  # a server may refuse a commit that no branch names
+        # a server may refuse a commit that no branch names: then all references are fetched
+        for what in (commit, "+refs/*:refs/fetched/*"):
             git(target, "fetch", "--quiet", "--no-tags", url, what, check=False)
             if _has(target, commit):
                 return
@@ -262,10 +267,10 @@ def _has(repository: Path, commit: str) -> bool:
 
 
 def _copy_ignored(home: Path, work: Path, ignored: dict[str, str]) -> None:
-    """The inputs that git does not have, as far as they are what they were.
+    """Copy the inputs that git ignores, if they have not changed.
 
     Raises:
-        CapasError: one is missing, or another by now.
+        CapasError: one is missing or has changed.
     """
     wrong = []
     for name, md5 in ignored.items():
@@ -285,7 +290,10 @@ def _copy_ignored(home: Path, work: Path, ignored: dict[str, str]) -> None:
 
 @contextmanager
 def _folder(root: Path, keep: Path | None) -> Iterator[Path]:
-    """A new folder that goes afterwards, whatever happens; also those of rebuilds that were killed."""
+    """Yield a new folder that is always removed afterwards, unless it is kept.
+
+    Folders of rebuilds that were killed are removed as well.
+    """
     base = root / FOLDER
     for lock in base.glob("*.lock"):
         if not is_held(lock):

@@ -1,8 +1,8 @@
-"""The first stage whose bytes differ from the committed ones: `python -m capas.workspace.reproduced`.
+"""Name the first stage whose bytes differ from the committed ones: `python -m capas.workspace.reproduced`.
 
-`make repro` ends with it. On another kind of machine than the lock was recorded on (ARM, a GPU)
-other bytes are to be expected, and harmless; it names the first stage that differs and both scores.
-What somebody edited is no difference.
+`make repro` ends with it. On another kind of machine than the one that recorded the lock (ARM, a GPU),
+different bytes are expected and harmless; it names the first stage that differs and both scores. Changes
+that follow from an edit do not count.
 """
 
 import json
@@ -22,7 +22,7 @@ Lock = Mapping[str, Any]  # stage -> its entry in dvc.lock
 
 
 def differences(before: Lock, after: Lock) -> list[str]:
-    """Return a line for each stage with other results, in the pipeline's order; the first is the cause."""
+    """Return a line for each stage with different results, in pipeline order; the first is the cause."""
     lines: list[str] = []
     for name in _in_order(before, after):
         changed = {kind: _changed(before[name], after[name], kind) for kind in ("deps", "outs")}
@@ -34,7 +34,7 @@ def differences(before: Lock, after: Lock) -> list[str]:
 
 
 def first_to_differ(before: Lock, after: Lock) -> tuple[str, list[str]] | None:
-    """Return the first stage that made other outputs of the same inputs, and their paths."""
+    """Return the first stage that made different outputs from the same inputs, and the paths of these."""
     for name in _in_order(before, after):
         old, new = before[name], after[name]
         same = all(old.get(key) == new.get(key) for key in ("cmd", "params"))
@@ -44,7 +44,7 @@ def first_to_differ(before: Lock, after: Lock) -> tuple[str, list[str]] | None:
 
 
 def describe(root: Path) -> str:
-    """Return a message about other bytes in `root`; empty where there are none, or after an edit."""
+    """Return a message about different bytes in `root`; empty if there are none, or after an edit."""
     committed = _committed(root, LOCK)
     if committed is None:
         return ""
@@ -73,7 +73,7 @@ def describe(root: Path) -> str:
 
 
 def _in_order(before: Lock, after: Lock) -> list[str]:
-    """Return the stages that both have, each after those that it rests on."""
+    """Return the stages that both have, each after the stages that it depends on."""
     return sorted(set(before) & set(after), key=lambda stage: len(ancestors(stage, before)))
 
 
@@ -92,7 +92,7 @@ def _scores(root: Path) -> list[str]:
 
 
 def _committed(root: Path, file: str) -> str | None:
-    """Return the file as the last commit has it; None outside of git, or where it has none."""
+    """Return the file as the last commit has it; None outside of git, or if the commit lacks it."""
     done = subprocess.run(
         ["git", "show", f"HEAD:./{file}"], cwd=root, capture_output=True, text=True, check=False
     )

@@ -49,13 +49,17 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def command(options: argparse.Namespace) -> int:
-    """Return the exit code: 0: the workspace is whole; 1: the user has to do something first."""
+    """Return the exit code: 0 if the workspace is whole, 1 if the user must resolve something first.
+
+    Raises:
+        CapasError: this is not the repository's top folder, or DVC runs in this workspace.
+    """
     root = Path.cwd()
     if not (root / "dvc.yaml").exists():
         raise CapasError(f"{root} has no dvc.yaml; run it in the repository's top folder")
     if busy := running(root):
         if options.quiet:
-            return 0  # DVC waits for the other one, or says so
+            return 0  # DVC itself waits for the other process, or reports it
         raise CapasError(
             f"{busy} is running in this workspace. Wait for it or stop it, then try again"
         )
@@ -70,13 +74,15 @@ def command(options: argparse.Namespace) -> int:
 def restore(
     root: Path, keep: bool = False, prefer: str | None = None, guess: bool = True
 ) -> tuple[list[str], int]:
-    """Mend what is broken; return sentences about it, and the exit code.
+    """Repair what is broken; return sentences about it, and the exit code.
 
     Args:
-        guess: also look for edits that an interrupted DVC left in a stash without saying so.
+        keep: keep the files that a killed experiment left behind.
+        prefer: 'ours' or 'theirs', for a key that both sides of a merge set.
+        guess: also look for edits that an interrupted DVC may have left in a stash.
 
     Raises:
-        CapasError: it cannot be mended without the user.
+        CapasError: it cannot be repaired without the user.
     """
     said = [
         *_drop_broken_locks(root),
@@ -107,7 +113,7 @@ def restore(
 
 
 def running(root: Path) -> str:
-    """Return the command of DVC, or the stage, that runs in this workspace; empty where none does."""
+    """Return the DVC command or the stage that runs in this workspace; empty if none does."""
     if unfinished.is_running(root):
         return "`dvc exp run`"
     for holder in _holders(root):
@@ -120,7 +126,7 @@ def running(root: Path) -> str:
 
 
 def _holders(root: Path) -> "Iterator[dict[str, Any]]":
-    """Yield who holds DVC's own locks, as far as they can be read."""
+    """Yield the entries of the processes that hold DVC's own locks, as far as they can be read."""
     for name in _RWLOCKS:
         try:
             locks = json.loads((root / name).read_text(encoding="utf-8"))
@@ -131,7 +137,7 @@ def _holders(root: Path) -> "Iterator[dict[str, Any]]":
 
 
 def _drop_broken_locks(root: Path) -> list[str]:
-    """Remove lock files that a killed process left: DVC's own, cut, and git's, which nobody holds."""
+    """Remove lock files that a killed process left: DVC's truncated ones, and git's without an owner."""
     said = []
     for lock in _git_locks(root):
         lock.unlink(missing_ok=True)
@@ -149,7 +155,11 @@ def _drop_broken_locks(root: Path) -> list[str]:
 
 
 def _git_locks(root: Path) -> list[Path]:
-    """Return the lock files of git's index and references that are there and belong to no process."""
+    """Return the lock files of git's index and references that no running git command holds.
+
+    Raises:
+        CapasError: a git command is running in this repository.
+    """
     folder = git(root, "rev-parse", "--absolute-git-dir", check=False)
     if not folder:
         return []
@@ -165,7 +175,7 @@ def _git_locks(root: Path) -> list[Path]:
         return []
     import psutil  # type: ignore[import-untyped]
 
-    time.sleep(_SECONDS_OF_GIT)  # a command that runs now has its lock for so long at most
+    time.sleep(_SECONDS_OF_GIT)  # a short git command releases its lock within this time
     others = [p.info for p in psutil.process_iter(["name", "cwd"])]
     top = git(root, "rev-parse", "--show-toplevel")
     if any(str(p["name"]).startswith("git") and str(p["cwd"]).startswith(top) for p in others):
@@ -176,7 +186,7 @@ def _git_locks(root: Path) -> list[Path]:
 
 
 def _end_experiment(root: Path, keep: bool, guess: bool) -> list[str]:
-    """Put back what an experiment left that was killed."""
+    """Restore the workspace after an experiment that was killed."""
     from capas.workspace import experiment
 
     before = unfinished.read(root) or experiment.left_in_stash(root, guess)
@@ -184,7 +194,7 @@ def _end_experiment(root: Path, keep: bool, guess: bool) -> list[str]:
 
 
 def is_conflicted(root: Path) -> bool:
-    """Return whether git has unmerged files here, or conflict markers stand in a file that commands read."""
+    """Return whether git has unmerged files, or a file that commands read has conflict markers."""
     if git(root, "ls-files", "--unmerged", check=False):
         return True
     files = (root / name for name in (LOCK, PARAMS, CODE, ENVIRONMENT, *BY_KEY))
@@ -192,7 +202,7 @@ def is_conflicted(root: Path) -> bool:
 
 
 def _heal_params(root: Path) -> list[str]:
-    """Move a params.yaml that is not YAML aside, and compose it from conf/."""
+    """Move a params.yaml that is not valid YAML aside, and compose it from conf/."""
     file = root / PARAMS
     try:
         if file.exists():
@@ -208,7 +218,7 @@ def _heal_params(root: Path) -> list[str]:
 
 
 def _heal_lock(root: Path) -> list[str]:
-    """Write a dvc.lock that is whole; what it lacks, `dvc repro` restores from the run cache."""
+    """Repair dvc.lock; `dvc repro` restores what it lacks from the run cache."""
     file = root / LOCK
     if not file.exists():
         return []
@@ -228,7 +238,7 @@ def _heal_lock(root: Path) -> list[str]:
 
 
 def main() -> int:
-    """Run the command alone: `python -m capas.workspace.restore` imports no other one."""
+    """Run the command alone: `python -m capas.workspace.restore` imports no other command."""
     parser = argparse.ArgumentParser(
         prog="capas restore",
         description=__doc__,

@@ -1,4 +1,4 @@
-"""The record of an experiment that DVC runs in the workspace: what stood there before it.
+"""Keep the record of an experiment that DVC runs in the workspace: how the workspace was before it.
 
 `experiment` writes it when `dvc exp run` starts, and removes it when the experiment has ended and the
 workspace is as it should be. A record whose process is gone belongs to an experiment that was killed.
@@ -12,7 +12,7 @@ from capas.core.files import write_whole
 from capas.core.locks import is_held
 
 RECORD = Path(".dvc/tmp/experiment.json")
-HELD = Path(".dvc/tmp/experiment.lock")  # by DVC's process as long as it lives
+HELD = Path(".dvc/tmp/experiment.lock")  # locked by DVC's process while it lives
 PREPARING, RUNNING = "preparing", "running"
 
 
@@ -21,15 +21,15 @@ class Before:
     """The workspace before an experiment.
 
     Args:
-        command: as it was typed.
+        command: the command as the user typed it.
         started: time in ISO format.
-        branch: the full reference that HEAD pointed to; empty where HEAD was detached.
+        branch: the full reference that HEAD pointed to; empty if HEAD was detached.
         head: the commit.
-        tree: a git tree with the tracked files, and those generated ones that git ignores, as they stood.
-        index: a git tree of what was staged.
-        stash: the commit of the stash in which DVC has the user's edits while PREPARING; empty where there
+        tree: a git tree of the tracked files, and of the generated files that git ignores.
+        index: a git tree of the staged files.
+        stash: the commit of the stash in which DVC holds the user's edits while PREPARING; empty if there
             were none.
-        phase: PREPARING while DVC may have the user's edits in a stash, then RUNNING.
+        phase: PREPARING while DVC may hold the user's edits in a stash, then RUNNING.
     """
 
     command: str
@@ -43,7 +43,7 @@ class Before:
 
 
 def read(root: Path) -> Before | None:
-    """Return the record; None where there is none."""
+    """Return the record; None if there is none."""
     file = root / RECORD
     return Before(**json.loads(file.read_text(encoding="utf-8"))) if file.exists() else None
 
@@ -53,7 +53,7 @@ def write(root: Path, before: Before) -> None:
 
 
 def mark_running(root: Path) -> None:
-    """Note that the user's edits are back in their files."""
+    """Record that the user's edits are back in their files."""
     if before := read(root):
         write(root, replace(before, phase=RUNNING))
 

@@ -1,6 +1,6 @@
 """Merge a newer version of the repository: `make update`, or `python -m capas.workspace.update [UPSTREAM]`.
 
-UPSTREAM is a remote, REMOTE/BRANCH, a URL or a folder; without it the remote `upstream` or, where there is
+UPSTREAM is a remote, REMOTE/BRANCH, a URL or a folder. The default is the remote `upstream` or, if there is
 none, `origin`. Conflicts in generated files are resolved (`capas.workspace.conflict`), others are listed.
 """
 
@@ -16,7 +16,7 @@ _DEFAULTS = ("upstream", "origin")
 
 
 def main(upstream: str | None) -> int:
-    """Return the exit code: 0: merged; 1: the user has conflicts to solve.
+    """Return the exit code: 0 if it was merged, 1 if the user must resolve conflicts.
 
     Raises:
         CapasError: there is nothing to merge from, or git refuses.
@@ -44,8 +44,8 @@ def main(upstream: str | None) -> int:
         return 0
     except CapasError:
         if not git(root, "rev-parse", "-q", "--verify", "MERGE_HEAD", check=False):
-            raise  # git refuses, and says why
-    # The code is the newer one by now: this process still has the old one.
+            raise  # git refused, and its message says why
+    # The merged code is new, but this process has loaded the old one: a new process restores.
     if code := subprocess.call([sys.executable, "-m", "capas.workspace.restore"], cwd=root):
         say("then finish the merge: git commit --no-edit")
         return code
@@ -54,7 +54,7 @@ def main(upstream: str | None) -> int:
 
 
 def where_from(root: Path, upstream: str | None) -> tuple[str, str]:
-    """Return remote and branch, as `git fetch` takes them.
+    """Return the remote and the branch for `git fetch`.
 
     Raises:
         CapasError: none is named, and there is no remote.

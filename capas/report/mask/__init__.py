@@ -1,1 +1,1 @@
-"""The mask pages: the first training records token by token, with what is trained marked."""
+"""Write the mask pages: the first training records token by token, with trained tokens marked."""

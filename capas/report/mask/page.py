@@ -1,4 +1,4 @@
-"""reports/mask.html and mask.es.html: real records, token by token, with what is trained."""
+"""Write reports/mask.html and mask.es.html: real records, token by token, with trained tokens marked."""
 
 import unicodedata
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -26,9 +26,10 @@ _SHOWN = {" ": "·", "\n": "↵", "\t": "⇥"}
 
 @dataclass
 class Sampler:
-    """Keeps the records of a split that a person would want to look at, few in memory.
+    """A collector of those records of a split that a person would want to look at; it keeps few in memory.
 
-    The first ones, the longest, the one with most turns, the first that holds the text of a control token.
+    It keeps the first records, the longest, the one with most messages, and the first whose text contains a
+    control token.
     """
 
     chat: ChatFormat
@@ -36,7 +37,7 @@ class Sampler:
     _kept: dict[str, tuple[Record, Record]] = field(default_factory=dict)
 
     def look(self, formatted: Formatted) -> None:
-        """The next batch of the split."""
+        """Look at the next batch of the split."""
         if not len(formatted.held):
             return
         places = [*range(FIRST_RECORDS - len(self._first)), int(np.argmax(formatted.held))]
@@ -50,7 +51,7 @@ class Sampler:
                 self.see(record, {"messages": formatted.messages(place)})
 
     def see(self, formatted: Record, source: Record) -> None:
-        """Args: a formatted record, and its messages."""
+        """Look at a formatted record and its messages."""
         if len(self._first) < FIRST_RECORDS:
             self._first.append((formatted, source))
         self._keep_largest("longest", formatted, source, lambda f, s: len(f["input_ids"]))
@@ -67,7 +68,7 @@ class Sampler:
             self._kept[why] = formatted, source
 
     def chosen(self) -> list[tuple[str, Record, Record]]:
-        """(first | longest | most_messages | control_tokens, formatted, source), no record twice."""
+        """Return (first | longest | most_messages | control_tokens, formatted, source), no record twice."""
         rows: dict[str, tuple[str, Record, Record]] = {}
         first = [("first", pair) for pair in self._first]
         for why, (formatted, source) in (*first, *self._kept.items()):
@@ -81,12 +82,13 @@ def write_mask_pages(
     facts: Mapping[str, Any],
     chat: ChatFormat,
 ) -> None:
-    """Pages that need nothing but themselves.
+    """Write self-contained pages.
 
     Args:
-        files: the page of each language, by its code.
-        samples: per split, `Sampler.chosen`.
-        facts: what reports/format.json holds.
+        files: {language code: page}.
+        samples: {split: the result of `Sampler.chosen`}.
+        facts: the content of reports/format.json.
+        chat: the format that wrote the records.
     """
     views = {
         split: [
@@ -103,7 +105,7 @@ def write_mask_pages(
 def view(
     why: str, formatted: Record, source: Record, chat: ChatFormat, train_on: str
 ) -> dict[str, Any]:
-    """A record as the pages show it: lines of boxes, counts, and whether the mask is what it should be."""
+    """Return a record as the pages show it: lines of boxes, counts, and a verdict on its mask."""
     tokenizer = chat.tokenizer
     ids, labels = formatted["input_ids"], formatted["labels"]
     pieces = cut(tokenizer, ids)
@@ -125,7 +127,7 @@ def view(
 
 
 def _html(boxes: Sequence[dict[str, Any]]) -> Markup:
-    """Once for all languages: it is most of a page."""
+    """Return boxes as HTML, which all languages share: they are most of a page."""
     return Markup(_BOXES.render(boxes=boxes).rstrip())
 
 
@@ -142,7 +144,7 @@ def _box(piece: Piece, labels: Sequence[int], tokenizer: Tokenizer) -> dict[str,
 
 
 def _runs(text: str) -> Iterator[tuple[bool, str]]:
-    """(whether it stands for something invisible, what to show)."""
+    """Yield (whether it stands for invisible characters, the text to show)."""
     for hidden, characters in groupby(text, _is_hidden):
         shown = [_SHOWN.get(c, f"U+{ord(c):04X}") if hidden else c for c in characters]
         yield hidden, "".join(shown)
@@ -153,7 +155,10 @@ def _is_hidden(character: str) -> bool:
 
 
 def _lines(boxes: Sequence[dict[str, Any]]) -> Iterator[list[dict[str, Any]]]:
-    """Broken after line breaks and where training begins or ends: a line is one thing or the other."""
+    """Yield lines of boxes, broken after line breaks and where training begins or ends.
+
+    All boxes of a line are then trained, or none is.
+    """
     line: list[dict[str, Any]] = []
     for box in boxes:
         turns = bool(line) and box["trained"] != line[-1]["trained"]
@@ -169,7 +174,7 @@ def _lines(boxes: Sequence[dict[str, Any]]) -> Iterator[list[dict[str, Any]]]:
 
 
 def _trained_texts(pieces: Sequence[Piece], labels: Sequence[int]) -> list[str]:
-    """The text of every stretch of trained tokens."""
+    """Return the text of every stretch of trained tokens."""
     stretches = groupby(pieces, lambda piece: labels[piece.positions[-1]] != IGNORE_INDEX)
     return ["".join(piece.text for piece in stretch) for trained, stretch in stretches if trained]
 
@@ -180,7 +185,7 @@ def _verdict(
     end_tokens: Sequence[str],
     train_on: str,
 ) -> str:
-    """all | exact | blanks | different: the trained text against the answers and their end token."""
+    """Return all, exact, blanks or different: the trained text compared with answers and end token."""
     if train_on == "all":
         return "all"
     answers = [m["content"] for m in messages if m["role"] == "assistant" and m.get("train", True)]
@@ -193,5 +198,5 @@ def _verdict(
 
 
 def _without_end(text: str, end_tokens: Sequence[str]) -> str | None:
-    """None where no end token is behind it."""
+    """Return the text without its end token, or None if it has none."""
     return next((text.removesuffix(end) for end in end_tokens if text.endswith(end)), None)

@@ -1,4 +1,4 @@
-"""Token ids as text that a person can read, token by token."""
+"""Decode token ids to readable text, token by token."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -11,7 +11,7 @@ REPLACEMENT = "\ufffd"
 
 @dataclass(frozen=True)
 class Piece:
-    """The text of one token, or of several where a character is spread over them (ñ, emoji)."""
+    """The text of one token, or of several if a character is spread over them (ñ, emoji)."""
 
     text: str
     ids: tuple[int, ...]
@@ -20,7 +20,7 @@ class Piece:
 
 
 def cut(tokenizer: Tokenizer, input_ids: Sequence[int]) -> list[Piece]:
-    """Pieces whose texts, put together, are the decoded sequence; every id is in exactly one."""
+    """Return pieces whose texts, put together, are the decoded sequence; every id is in exactly one."""
     control = {i for i, token in tokenizer.get_added_tokens_decoder().items() if token.special}
     stream = DecodeStream(skip_special_tokens=False)
     pieces: list[Piece] = []

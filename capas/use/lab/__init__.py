@@ -1,1 +1,1 @@
-"""The labs of LABS.md that need a command: `capas lab`."""
+"""Run the labs of LABS.md that need a command: `capas lab`."""

@@ -1,4 +1,4 @@
-"""Compute attention with `eager` and with `sdpa`: the same mathematics, other rounding, another time."""
+"""Compute attention with `eager` and with `sdpa`: the same mathematics, different rounding and time."""
 
 import time
 from collections.abc import Iterator
@@ -9,13 +9,11 @@ from capas.core.language import Language
 from capas.use.lab.questions import Questions, questions
 
 WAYS = ("eager", "sdpa")
-ROUNDS = (
-    3  # the fastest of them counts: another process slows a round down, and nothing speeds it up
-)
+ROUNDS = 3  # the fastest counts: other processes can slow a round down, but nothing speeds it up
 
 
 def run(root: Path, count: int, language: Language) -> Iterator[str]:
-    """Yield how far logits and answers differ, and how long each way takes."""
+    """Yield how far logits and answers differ, and how long each implementation takes."""
     with questions(root, count) as asked:
         logits, seconds, answers = {}, dict.fromkeys(WAYS, float("inf")), {}
         models = {}
@@ -45,7 +43,7 @@ def run(root: Path, count: int, language: Language) -> Iterator[str]:
 
 
 def logits_of(served: Any, asked: Questions) -> Any:
-    """Return [tokens, vocabulary]: what the model expects after each token of every record."""
+    """Return the logits [tokens, vocabulary] after each token of every record."""
     import torch
 
     from capas.training.batches import Collator, make_example

@@ -1,12 +1,13 @@
-"""Try on the result of `dvc repro` what breaks a model: the labs of LABS.md that need a command of their own.
+"""Break the result of `dvc repro` on purpose: the labs of LABS.md that need a command of their own.
 
     capas lab template      ask the tuned model in the chat format of each family
     capas lab end-token     train twice, with the end token in the loss and without it; then ask
     capas lab attention     compute attention as eager and as sdpa do; compare logits, answers and seconds
 
-Nothing that git or DVC tracks changes. What end-token trains lies in .dvc/tmp/lab/, until the next time.
+Nothing that git or DVC tracks changes. The models that end-token trains stay in .dvc/tmp/lab/ until the next
+time.
 
-Exit code: 0 done, 2 it cannot be done, and why.
+Exit code: 0 done, 2 it cannot be done (the reason is printed).
 """
 
 import argparse

@@ -61,7 +61,7 @@ def answers_of(
 
 
 def unused_token(root: Path, chat: dict[str, object]) -> tuple[str, int]:
-    """Return a control token, and its id, that is in no record: the base has a row for it, and no use.
+    """Return a control token that is in no record, and its id; the base has a row for it but no use.
 
     Raises:
         CapasError: the tokenizer has none.
@@ -85,7 +85,7 @@ def train(root: Path, end_token_id: int, in_loss: bool) -> Path:
     """Train on the records of the result with another end token; return the adapter.
 
     Raises:
-        CapasError: the training failed; it has said why.
+        CapasError: the training failed; it has printed the reason.
     """
     work = (root / FOLDER / ("in-loss" if in_loss else "not-in-loss")).resolve()
     if work.exists():
@@ -112,7 +112,7 @@ def train(root: Path, end_token_id: int, in_loss: bool) -> Path:
 
 
 def lay_out(root: Path, work: Path) -> None:
-    """Link all that the stage `train` reads, but for data/formatted, which is another one here."""
+    """Link everything that the stage `train` reads, except data/formatted, which differs here."""
     (work / DATA).mkdir(parents=True)
     (work / ".dvc/tmp").mkdir(parents=True)
     for folder, apart in ((root, ("data", "reports")), (root / "data", ("formatted",))):

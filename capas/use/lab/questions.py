@@ -1,4 +1,4 @@
-"""The test questions of the workspace's result, and models that answer them."""
+"""Load the test questions of the workspace's result, and models that answer them."""
 
 import json
 from collections.abc import Iterator, Mapping
@@ -17,14 +17,14 @@ from capas.evaluation.prompts import Prompt, answer_limit, held_out_prompts
 from capas.evaluation.scorer import Scorer
 from capas.use import tuned_model
 
-WIDTH = 120  # of an answer that is shown
+WIDTH = 120  # characters of an answer that are shown
 
 
 @dataclass(frozen=True)
 class Questions:
     """Records of the test split, in the format that the model was trained in.
 
-    `folder` is one that `capas.use.served_model.Served` reads.
+    `folder` is a folder that `capas.use.served_model.Served` reads.
     """
 
     root: Path
@@ -39,7 +39,7 @@ class Questions:
         return self.scorer.names[0]
 
     def ask(self, served: Any, asked: Format | None = None) -> Answers:
-        """Return the answers of a `Served`; without `asked` in the format of its training."""
+        """Return the answers of a `Served`, in the format of its training unless `asked` is given."""
         if asked is None:
             asked = Format([record["prompt_ids"] for record in self.records], [])
         limit = answer_limit(self.records, self.params.evaluation.max_new_tokens)
@@ -55,10 +55,10 @@ class Questions:
         chat: Mapping[str, Any] | None = None,
         model: Mapping[str, Any] | None = None,
     ) -> Iterator[Any]:
-        """The tuned model as `capas.use.served_model.Served`, with some of it replaced.
+        """Yield the tuned model as `capas.use.served_model.Served`, with parts of it replaced.
 
         Args:
-            adapter: a folder of another training.
+            adapter: the folder of another training.
             chat: keys of chat.json, e.g. other stop tokens.
             model: keys of the params group `model`, e.g. another attn_implementation.
         """
@@ -80,10 +80,10 @@ class Questions:
 
 @contextmanager
 def questions(root: Path, count: int) -> Iterator[Questions]:
-    """Yield at most `count` questions of the result in `root`, for as long as the block lasts.
+    """Yield at most `count` questions of the result in `root`, while the block lasts.
 
     Raises:
-        CapasError: nothing is trained here, or nothing is generated that a metric could score.
+        CapasError: nothing is trained here, or no metric scores answers.
     """
     with tuned_model.tuned(root, None) as source:
         scorer = Scorer(source.params.evaluation.metrics, root / "data/composed/metrics.json")
@@ -106,5 +106,5 @@ def shorten(text: str) -> str:
 
 
 def last_question(prompt: Prompt) -> str:
-    """Return what the user asked last."""
+    """Return the user's last question."""
     return str(prompt.messages[-1]["content"])

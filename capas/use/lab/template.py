@@ -44,7 +44,7 @@ def run(root: Path, count: int, language: Language) -> Iterator[str]:
 
 
 def other_templates(root: Path, trained: str) -> Iterator[tuple[str, str, dict[str, Any]]]:
-    """Yield name, text and options of each template in conf/, less the one that was trained with."""
+    """Yield name, text and options of each template in conf/, except the one used in training."""
     with composer(root / CONF) as compose:
         for name in options_of(root / CONF, GROUP):
             options = compose([f"{GROUP}={name}"])[GROUP]
@@ -53,10 +53,10 @@ def other_templates(root: Path, trained: str) -> Iterator[tuple[str, str, dict[s
 
 
 def format_of(asked: Questions, tokenizer: Path, text: str, options: Mapping[str, Any]) -> Format:
-    """Return the questions as another template asks them.
+    """Return the questions in the format of another template.
 
     Raises:
-        CapasError: the tokenizer lacks its control tokens, or it refuses a conversation.
+        CapasError: the tokenizer lacks the template's control tokens, or the template refuses a conversation.
     """
     given = (options["date_string"], options["system"], options["allowed_tokens"], options["path"])
     chat = ChatFormat.load(text, tokenizer, *given)
@@ -72,7 +72,10 @@ def row(name: str, answers: Answers, language: Language) -> str:
 def example(
     asked: Questions, found: Mapping[str, Answers], trained: str, language: Language
 ) -> Iterator[str]:
-    """Yield a question that the model answers right in its own format, and its answers in all formats."""
+    """Yield a question and its answers in all formats.
+
+    The model answers it correctly in its own format, and wrongly in the format with the lowest score.
+    """
     worst = min(found, key=lambda name: found[name].score)
     rights, wrongs = found[trained].completions, found[worst].completions
     records = zip(asked.records, rights, wrongs, strict=True)
