@@ -43,7 +43,7 @@ def test_a_training_goes_on_from_an_adapter(first: Workspace) -> None:
     options = ["-S", "lora.adapter_name_or_path=kept"]
     log = first.run("dvc", "exp", "run", *options)
     assert stages_run(log) == ["compose", "fetch_model", *AFTER_TRAIN]
-    assert "the training starts from the adapter kept" in log
+    assert "training starts from the adapter kept" in log
     pinned = first.read("conf/revisions.yaml")
     assert '"adapters":\n  "kept": "' in pinned
     facts = json.loads(first.read("reports/certificate.json"))
