@@ -161,15 +161,15 @@ MUTATIONS = (
     ),
     Mutation(
         name="base_weights_trained",
-        file="stages/train_lora.py",
-        old="    lora.check_untied(model)\n",
-        new="    lora.check_untied(model)\n    model.get_input_embeddings().weight.requires_grad_(True)\n",
+        file="capas/training/lora.py",
+        old="    check_untied(model)\n",
+        new="    check_untied(model)\n    model.get_input_embeddings().weight.requires_grad_(True)\n",
         harm="The adapter fits a base that nobody has: its weights moved in the training and are lost.",
         tests=("tests/test_train.py::test_training_leaves_the_base_bit_identical",),
     ),
     Mutation(
         name="seed_not_used",
-        file="stages/train_lora.py",
+        file="capas/training/lora.py",
         old="set_seed(params.trainer.seed)",
         new="set_seed(0)",
         harm="Replicates with other seeds begin with the same adapter, and their spread is too small.",
@@ -209,7 +209,7 @@ MUTATIONS = (
     ),
     Mutation(
         name="hand_edit_of_params_lost",
-        file="stages/compose_params.py",
+        file="capas/config/adoption.py",
         old="    if written_by_dvc or conf_unchanged or options.keep:\n        return True\n",
         new="    if written_by_dvc or conf_unchanged or options.keep:\n        return False\n",
         harm="A value edited in params.yaml is overwritten without a word.",
