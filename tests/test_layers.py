@@ -58,3 +58,19 @@ def test_every_folder_has_a_caption() -> None:
     for name in LAYERS:
         caption = ast.get_docstring(ast.parse((CAPAS / name / "__init__.py").read_text()))
         assert caption and caption.endswith(".") and "\n" not in caption, name
+
+
+def test_contributing_shows_every_folder_with_its_caption() -> None:
+    shown = (REPOSITORY / "CONTRIBUTING.md").read_text(encoding="utf-8")
+    for name in LAYERS:
+        caption = ast.get_docstring(ast.parse((CAPAS / name / "__init__.py").read_text()))
+        assert f"| `capas/{name}/` | {caption} |" in shown
+
+
+def test_the_walks_in_contributing_name_files_that_exist() -> None:
+    shown = (REPOSITORY / "CONTRIBUTING.md").read_text(encoding="utf-8")
+    walks = shown[shown.index("Three walks") : shown.index("## Tests")]
+    files = re.findall(r"`([a-z_/]+\.py)`", walks)
+    assert len(files) > 20
+    roots = (REPOSITORY, CAPAS)
+    assert [f for f in files if not any((root / f).exists() for root in roots)] == []
