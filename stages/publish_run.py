@@ -41,7 +41,7 @@ from capas.tracking.ui import Pages
 from capas.use import mlflow_model
 from capas.use.card import write_card
 
-MODEL_TAG = "capas.models.loading"
+MODEL_TAG = "capas.model"
 INITIAL_TAG = "initial_adapter.sha256"
 FILES = {
     "": ("dvc.lock", "environment.yaml", "params.yaml", "reports/certificate.json"),

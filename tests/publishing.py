@@ -40,8 +40,8 @@ run = store.find_or_create(key, lambda: run_name(store, recorded_params(lock)))
 if experiment := lineage.experiment(stage, key):
     store.client.set_tag(run.info.run_id, "dvc.experiment", experiment)
 digest = artifacts_digest(recorded(root))
-lineage.send(store, run, stage, run.data.tags.get("capas.tracking.artifacts") != digest)
-store.client.set_tag(run.info.run_id, "capas.tracking.artifacts", digest)
+lineage.send(store, run, stage, run.data.tags.get("capas.artifacts") != digest)
+store.client.set_tag(run.info.run_id, "capas.artifacts", digest)
 store.set_status(run.info.run_id, "FINISHED")
 Path("reports/.published").write_text(key)
 """

@@ -18,7 +18,7 @@ from capas.core.params import Params, select
 from capas.core.stage import Stage
 from capas.core.worktree import git
 from capas.tracking import run_params
-from capas.tracking.store import ARTIFACTS, Store, existing, tracking_uri
+from capas.tracking.store import ARTIFACTS, GATE, TRAIN_KEY, Store, existing, tracking_uri
 from stages import publish_run
 
 MARKER = "reports/.published"
@@ -299,3 +299,9 @@ def test_a_store_of_artifacts_that_refuses_is_told_before_a_run_is_made(
     with pytest.raises(CapasError, match=r"s3://bucket/runs, which refuses: .*AWS_ACCESS_KEY_ID"):
         publish(root)
     assert not client.search_runs([made])
+
+
+def test_tags_keep_their_names() -> None:
+    """They stand in users' stores: under another name every earlier run would be published once more."""
+    names = (TRAIN_KEY, GATE, ARTIFACTS, publish_run.MODEL_TAG)
+    assert names == ("train_key", "gate", "capas.artifacts", "capas.model")

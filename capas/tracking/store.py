@@ -24,7 +24,7 @@ from capas.tracking.artifacts import GuardedClient, UnusableStoreError, check_ar
 
 TRAIN_KEY, GATE = "train_key", "gate"  # tags of a run
 # also a tag: `run_content.artifacts_digest` of the published outputs
-ARTIFACTS = "capas.tracking.artifacts"
+ARTIFACTS = "capas.artifacts"
 USER, EXPERIMENT = "mlflow.user", "dvc.experiment"
 MODEL = "model"  # the folder in a run's artifacts that MLflow loads
 HOME = "CAPAS_HOME"  # set by a sweep; DVC sets DVC_ROOT if it works in another folder itself

@@ -55,7 +55,7 @@ def publish(results: Results, store: Store, name: str, score: float, seconds: fl
     lock = recorded(results.root)
     tags = {
         "train_key": recorded_key(lock["train"]),
-        "capas.tracking.artifacts": artifacts_digest(lock),
+        "capas.artifacts": artifacts_digest(lock),
     }
     run = store.client.create_run(store.experiment_id, run_name=name, tags=tags)
     run_id = run.info.run_id
