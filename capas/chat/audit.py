@@ -1,9 +1,9 @@
-"""What formatted records must be: looked at once more, without the plan that they came from.
+"""Check formatted records a second time, independently of the plan from which they were made.
 
-Of every record: the prompt that a generation starts from begins it, and what follows is trained; an end token
-stands behind every trained stretch; the beginning of a text, which in some families begins every turn, stands
-in it as often as the template writes it. Of a sample: the ids of prompt and conversation are those of the
-rendered texts, and the trained text is that of the answers.
+Every record is checked: it begins with the prompt of its last answer, and training starts where that prompt
+ends; every trained span ends with an end token; bos_token, with which some families begin every turn, occurs
+as often as the template writes it. In a sample of the records, the ids of prompt and conversation must be
+those of the rendered texts, and the trained tokens must decode to the answers.
 """
 
 import re
@@ -20,17 +20,18 @@ from capas.chat.template import RecordRefusal
 from capas.core.errors import CapasError
 from capas.core.ragged import Array, any_in_row, gather
 
-CHECKED_FIRST, CHECKED_EVERY = 200, 250  # records of a split that are in the sample
-NUM_SAMPLED = 20  # of a split, kept to be compared with transformers
+CHECKED_FIRST, CHECKED_EVERY = 200, 250  # the sample: a split's first 200 records, then every 250th
+NUM_SAMPLED = 20  # records per split that are kept to be compared with transformers
 _DEFECT = "This is a defect of capas or of the chat template; please report it with this record."
 _BLANKS = re.compile(r"\s+")
 
 
 @dataclass(frozen=True)
 class Sampled:
-    """A record, and its ids where those of `apply_chat_template` should be equal.
+    """A sampled record with the ids that `apply_chat_template` should give for it.
 
-    They are not where an answer begins with a token of its own: see `ChatFormat.reference_ids`.
+    `ids` and `prompt_ids` are None where the two differ on purpose, because an answer begins with a token of
+    its own (see `ChatFormat.reference_ids`). `prompt_ids` is also None if the last answer has no prompt.
     """
 
     identity: str
@@ -41,7 +42,7 @@ class Sampled:
 
 
 class Audit:
-    """Looks at the batches of one split, in order."""
+    """An audit of one split, whose batches are checked in order."""
 
     def __init__(self, chat: ChatFormat, train_on: str) -> None:
         self._chat, self._train_on = chat, train_on
@@ -52,7 +53,11 @@ class Audit:
         self.sample: list[Sampled] = []
 
     def check(self, split: str, formatted: Formatted) -> None:
-        """Raises CapasError, naming the first record in which something is wrong."""
+        """Check a batch of formatted records.
+
+        Raises:
+            CapasError: a record is wrong; the message names the first one.
+        """
         if not len(formatted.columns.rows):
             return
         for problem, wrong in self._problems(formatted).items():
@@ -70,7 +75,7 @@ class Audit:
         goes_on = np.append(trained[1:], False)
         goes_on[last] = False
         ends = trained & ~goes_on
-        # An end token that stops no generation is not the model's to write.
+        # The model need not write an end token that does not stop generation.
         unwritten = [i for i in chat.end_token_ids if i not in chat.stop_token_ids]
         following = np.append(ids[1:], -1)
         following[last] = -1
@@ -90,7 +95,7 @@ class Audit:
             del problems["a trained stretch ends without an end token"]
         if chat.bos_token_id is not None:
             begun = np.add.reduceat((ids == chat.bos_token_id).astype(np.int64), starts)
-            several = begun > (ids[starts] == chat.bos_token_id)  # elsewhere than at the beginning
+            several = begun > (ids[starts] == chat.bos_token_id)  # also after the first position
             for place in np.flatnonzero(several).tolist():
                 several[place] = begun[place] != self._count_begun(formatted, place)
             problems["the number of bos_token differs from the rendered text"] = several
@@ -103,7 +108,7 @@ class Audit:
         return problems
 
     def _count_begun(self, formatted: Formatted, place: int) -> int:
-        """How often the template writes the beginning of a text around the contents of a record."""
+        """Return how often the template writes bos_token around the contents of a record."""
         row = int(formatted.columns.rows[place])
         key = None if row in formatted.singles else formatted.source.key(row)
         if key is None or self._chat.allows_bos:
@@ -142,13 +147,15 @@ class Audit:
     def _compare(
         self, record: str, called: str, found: list[int], expected: list[int], *shown: Any
     ) -> bool:
-        """Whether the ids are those of the rendered text, encoded whole; else they differ as they may.
+        """Return whether the ids equal those of the rendered text, encoded whole.
+
+        If they do not, they must equal `ChatFormat.reference_ids`.
 
         Args:
             shown: arguments of `ChatFormat.reference_ids`.
 
         Raises:
-            CapasError: they differ otherwise.
+            CapasError: the ids equal neither.
         """
         if found == expected:
             return True
@@ -158,7 +165,11 @@ class Audit:
         return False
 
     def _check_trained_texts(self, split: str, formatted: Formatted, places: list[int]) -> None:
-        """Every trained stretch is what a template puts before an answer, the answer, and its end token."""
+        """Check that the trained spans decode to the answers, with the template's text before each, if any.
+
+        Raises:
+            CapasError: a record's trained tokens decode to something else.
+        """
         if self._train_on == "all":
             return
         answers = {
@@ -183,7 +194,7 @@ class Audit:
         return answers[-1:] if self._train_on == "last_assistant" else answers
 
     def _trained_texts(self, formatted: Formatted, place: int) -> list[str]:
-        """Without blanks and end tokens."""
+        """Return the text of each trained span, without whitespace and end tokens."""
         ids = formatted.columns.ids.row(place)
         trained = formatted.columns.trained.row(place)
         edges = np.flatnonzero(np.diff(np.concatenate([[0], trained.astype(np.int8), [0]])))
@@ -200,14 +211,15 @@ class Audit:
         )
 
     def _find_leads(self) -> set[str]:
-        """What the template lets the model write before an answer, seen in a conversation of two answers."""
+        """Return the texts that the model writes before an answer, found in a conversation of two answers."""
         told: list[Message] = [
             {"role": role, "content": content}
             for role, content in zip(
                 ("user", "assistant") * 2, ("a", "bcd", "e", "fgh"), strict=True
             )
         ]
-        for shown in (told, told[:2]):  # some families know one turn only, or differ in the last
+        # Some families allow one turn only, or treat the last one differently.
+        for shown in (told, told[:2]):
             with suppress(RecordRefusal):
                 return self._leads_of(self._chat.encode(shown))
         return {""}
@@ -225,7 +237,7 @@ class Audit:
 
 
 def _last_is_trained(formatted: Formatted) -> Array:
-    """[records], whether the last answer is."""
+    """Return [records] bool: whether the last answer of each record is trained."""
     source, rows = formatted.source, formatted.columns.rows
     trained = np.array(source.trained, bool)[np.array(source.last_answers, np.int64)[rows]]
     for place, row in enumerate(rows.tolist()):
@@ -235,7 +247,10 @@ def _last_is_trained(formatted: Formatted) -> Array:
 
 
 def _asked(messages: list[Message]) -> list[Message]:
-    """What asks for the last answer; nothing where others stand right before it, which may be of its turn."""
+    """Return the messages before the last answer.
+
+    Return no messages if another answer comes right before it: both may be one turn.
+    """
     before = messages[:-1]
     return [] if before and before[-1]["role"] == "assistant" else before
 

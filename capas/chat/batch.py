@@ -1,4 +1,4 @@
-"""Tokenized records and formatted conversations as columns: lists of texts, flat arrays of ids."""
+"""Represent tokenized records and formatted conversations as columns: lists of texts, flat arrays of ids."""
 
 import json
 from collections.abc import Mapping, Sequence
@@ -17,7 +17,7 @@ Key = tuple[Any, ...]
 
 
 class Batch:
-    """Tokenized records."""
+    """A batch of tokenized records, with columns per message and `first`, each record's first message."""
 
     def __init__(self, batch: pa.RecordBatch) -> None:
         messages = batch.column("messages")
@@ -34,30 +34,30 @@ class Batch:
         self._patterns = self._find_patterns(spoken.field("extra").to_pylist())
 
     def messages(self, row: int) -> list[Message]:
-        """The messages up to the last answer; what follows it is no part of any answer's context."""
+        """Return a record's messages up to its last answer; later messages are in no answer's context."""
         return [
             {"role": self.roles[m], "content": self.contents[m], "train": self.trained[m]}
             for m in range(self.first[row], self.last_answers[row] + 1)
         ]
 
     def key(self, row: int) -> Key | None:
-        """The pattern of a conversation; None where its scaffold depends on more than that."""
+        """Return the pattern of a conversation, or None if its scaffold depends on more than a pattern."""
         key = tuple(self._patterns[self.first[row] : self.last_answers[row] + 1])
         return None if self.tools[row] or None in key else key
 
     def _find_patterns(self, extras: list[str]) -> list[Any]:
-        """What each message adds to the pattern of its conversation: mostly its role."""
+        """Return, for each message, its part of the conversation's pattern: usually its role."""
         found: list[Any] = list(self.roles)
         told = zip(self.roles, self.contents, extras, self.trained, strict=True)
         for m, (role, content, extra, trained) in enumerate(told):
             if extra or role == "tool" or role == TEXT or THOUGHT_END in content:
-                found[m] = None  # the scaffold depends on more
+                found[m] = None  # the scaffold depends on the content, too
             elif not trained or not content or content.isspace():
                 found[m] = role, trained, None if content.strip() else content
         return found
 
     def _find_last_answers(self) -> list[int]:
-        """Index of a conversation's last answer, or of its last message where it has none."""
+        """Return the index of each conversation's last answer, or of its last message if it has no answer."""
         found = []
         for start, end in zip(self.first[:-1].tolist(), self.first[1:].tolist(), strict=True):
             last = end - 1
@@ -69,16 +69,16 @@ class Batch:
 
 @dataclass(frozen=True)
 class Columns:
-    """Formatted conversations: ids, whether each is trained, and the ids of the last answer's prompt.
+    """Formatted conversations: token ids, whether each is trained, and the ids of the last answer's prompt.
 
-    rows: [conversations], indices into the batch; one row each in the others.
+    `rows` has indices into the batch, [conversations]. The other columns have one row for each of them.
     """
 
     rows: Array
     ids: Ragged
     trained: Ragged
     prompts: Ragged
-    trimmed: Array  # [conversations], contents of which the template cuts blanks off
+    trimmed: Array  # [conversations], number of contents whose whitespace the template trims
 
     def take(self, places: Array) -> "Columns":
         ids, trained, prompts = (
@@ -88,7 +88,7 @@ class Columns:
 
 
 def merge(parts: Sequence[Columns]) -> Columns:
-    """All conversations in the order of the batch."""
+    """Return the conversations of all parts, in the order of the batch."""
     rows = np.concatenate([part.rows for part in parts])
     together = Columns(
         rows,
@@ -102,10 +102,10 @@ def merge(parts: Sequence[Columns]) -> Columns:
 
 @dataclass(frozen=True)
 class Single:
-    """A conversation that was encoded by itself."""
+    """A conversation that was encoded separately."""
 
     row: int
-    messages: list[Message]  # as far as they were kept
+    messages: list[Message]  # those that were kept
     encoded: Encoded
     prompt_ids: list[int]
     reference: str
@@ -113,17 +113,17 @@ class Single:
 
 @dataclass(frozen=True)
 class Formatted:
-    """A batch of formatted records, and where each comes from."""
+    """A batch of formatted records with their source."""
 
     records: pa.RecordBatch
     source: Batch
     columns: Columns
     singles: Mapping[int, Single]  # by row
-    held: Array  # [records] bool: whether a content holds the text of a control token
+    held: Array  # [records] bool: whether a content or a tool contains the text of a control token
 
     @cached_property
     def num_messages(self) -> Array:
-        """[records], as far as they were kept."""
+        """The number of messages kept in each record, [records]."""
         rows, source = self.columns.rows, self.source
         counts = np.array(source.last_answers)[rows] + 1 - source.first[rows]
         for place, row in enumerate(rows.tolist()):
@@ -140,6 +140,6 @@ class Formatted:
         return json.loads(text) if text else None
 
     def messages(self, place: int) -> list[Message]:
-        """Those of a formatted record, as far as they were kept."""
+        """Return the messages kept in a formatted record."""
         row = int(self.columns.rows[place])
         return self.singles[row].messages if row in self.singles else self.source.messages(row)

@@ -1,7 +1,7 @@
-"""Many conversations as ids and labels at once, with whole-array operations.
+"""Encode many conversations at once as ids and labels, with whole-array operations.
 
-Conversations of one pattern of roles have one layout: constant ids around the known ids of contents. Most
-records are put together so; the result is that of `ChatFormat.encode`, to which the others are left.
+Conversations with one pattern of roles share one layout: constant ids around the known ids of contents. Most
+records are assembled this way, with the same result as `ChatFormat.encode`, which encodes the others.
 """
 
 import numpy as np
@@ -15,15 +15,15 @@ from capas.chat.segments import Way
 from capas.core.errors import CapasError
 from capas.core.ragged import Array, Ragged, from_arrow, gather, offsets_of, ranges, to_arrow
 
-# What `str.strip` takes for blanks; Arrow's own are others.
+# The whitespace of `str.strip`; Arrow's own set is a different one.
 BLANKS = "\t\n\x0b\x0c\r\x1c\x1d\x1e\x1f \x85\xa0\u1680\u2028\u2029\u202f\u205f\u3000" + "".join(
     map(chr, range(0x2000, 0x200B))
 )
-Ranges = tuple[Array, Array]  # per row: where in the pool, how many ids
+Ranges = tuple[Array, Array]  # per row: start in the pool, number of ids
 
 
 class ColumnEncoder:
-    """Encodes the conversations of a batch whose scaffold depends on their roles alone."""
+    """An encoder for the conversations whose scaffold depends on their pattern alone."""
 
     def __init__(self, chat: ChatFormat, train_on: str) -> None:
         self._chat, self._train_on = chat, train_on
@@ -32,7 +32,7 @@ class ColumnEncoder:
         self._forbidden[list(chat.segments.forbidden_ids)] = True
 
     def encode(self, batch: Batch) -> Columns:
-        """Those of the batch that can be encoded so; the other rows have to be encoded singly."""
+        """Return the conversations that can be encoded as columns; the other rows must be encoded singly."""
         groups: dict[Key, list[int]] = {}
         for row in range(batch.num_rows):
             key = batch.key(row)
@@ -47,13 +47,17 @@ class ColumnEncoder:
         return self._gather([part for part in parts if len(part.rows)], pool)
 
     def _layout(self, key: Key, batch: Batch, row: int) -> Layout | None:
-        """None where the template refuses the pattern, or a prompt is not how the conversation goes on."""
+        """Return the layout of a pattern, or None if there is no usable one.
+
+        There is none if the template refuses the pattern, or if the conversation does not begin with the
+        prompt of each trained answer and of the last one.
+        """
         if key not in self._layouts:
             messages = batch.messages(row)
             try:
                 layout = lay_out(self._chat, messages)
                 trained = trained_messages(messages, self._train_on)
-            except CapasError:  # `ChatFormat.encode` raises it again, for each record
+            except CapasError:  # `ChatFormat.encode` raises it again for each record
                 self._layouts[key] = None
             else:
                 asked_for = layout.prompt and not trained & layout.plan.not_asked_for
@@ -77,7 +81,7 @@ class ColumnEncoder:
         return self._sure(columns, np.concatenate([part.num_controls for part in parts]))
 
     def _sure(self, columns: Columns, num_controls: Array) -> Columns:
-        """In the order of the batch, without those in which a content gave a control token."""
+        """Return the conversations in batch order, without those where a content became a control token."""
         known = columns.ids.values < len(self._forbidden)
         forbidden = np.zeros(len(columns.ids.values), np.int64)
         forbidden[known] = self._forbidden[columns.ids.values[known]]
@@ -87,13 +91,13 @@ class ColumnEncoder:
 
 
 class _Pool:
-    """Ids to gather from, with whether each is trained: the known ones of the batch, then what is added."""
+    """Token ids to gather from, with a trained flag each: the batch's known ids, then ids added later."""
 
     def __init__(self, ids: Array) -> None:
         self._ids, self._trained, self._size = [ids], [np.zeros(len(ids), bool)], len(ids)
 
     def add(self, ids: Array, trained: Array) -> int:
-        """Returns where they begin."""
+        """Add ids and return the position of the first."""
         start = self._size
         self._ids.append(ids)
         self._trained.append(trained)
@@ -101,7 +105,7 @@ class _Pool:
         return start
 
     def train(self, positions: Array) -> None:
-        """Known ids that are trained."""
+        """Mark known ids of the batch as trained."""
         self._trained[0][positions] = True
 
     def arrays(self) -> Ranges:
@@ -109,7 +113,7 @@ class _Pool:
 
 
 class _Part:
-    """Conversations of one pattern as ranges of a pool; ranges are row by row."""
+    """Conversations of one pattern as ranges of a pool, row by row."""
 
     def __init__(
         self,
@@ -151,7 +155,7 @@ class _Group:
             else:
                 *filled, begins = self._slot(column, self._ways(column))
                 if index == prompt.num_columns and prompt.num_lead:
-                    sure = begins  # where lead and answer melt, so do prompt and answer
+                    sure = begins  # if lead and answer merge, so do prompt and answer
             if index < prompt.num_columns:
                 prompts += sum(lengths for _, lengths in filled)
             columns += filled
@@ -159,7 +163,7 @@ class _Group:
         return part if sure.all() else _keep(part, sure, len(columns))
 
     def _find_trained(self, train_on: str) -> set[int]:
-        """Indices of the messages that are trained; -1 stands for everything else."""
+        """Return the indices of the trained messages; -1 stands for tokens that belong to no answer."""
         count, first = self._layout.last_answer + 1, self._first[0]
         if train_on == "all":
             return {-1, *range(count)}
@@ -181,7 +185,7 @@ class _Group:
         return np.full(len(where), start), np.where(where, len(column.ids), 0)
 
     def _ways(self, slot: Slot) -> Array:
-        """Per row, how the known ids of the content may be used."""
+        """Return, per row, how the known ids of the content may be used."""
         message = slot.message
         if message is None:
             return np.full(len(self._rows), Way.WHOLE)
@@ -195,7 +199,10 @@ class _Group:
         return np.where(less < all_, Way.WHOLE, ways)
 
     def _slot(self, slot: Slot, ways: Array) -> tuple[Ranges, Ranges, Array]:
-        """The lead; the content or the whole segment; and whether it begins with the lead's ids."""
+        """Return the ranges of the lead and of the content, and per row whether the lead's ids come first.
+
+        If the content's known ids cannot be used, the second range has the whole segment.
+        """
         begins = ways == Way.JOIN
         lead = self._constant(slot.lead, ways == Way.JOIN)
         starts, lengths = np.zeros(len(ways), np.int64), np.zeros(len(ways), np.int64)
@@ -214,7 +221,7 @@ class _Group:
         first = int(self._first[place])
         told = self._batch.contents[first : first + self._layout.last_answer + 1]
         contents = self._layout.plan.trim(told)
-        if slot.message is None:  # else `_ways` counted it
+        if slot.message is None:  # otherwise `_ways` has counted it
             inside = [p.message for p in slot.segment.pieces if p.message is not None]
             self._trimmed[place] += sum(len(contents[m]) < len(told[m]) for m in inside)
         owned = self._segments.encode_whole(slot.segment, contents)

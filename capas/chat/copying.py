@@ -1,8 +1,8 @@
-"""Whether a chat template only copies contents, read off its syntax tree.
+"""Decide from a chat template's syntax tree whether the template only copies message contents.
 
-Where contents are only trimmed and put together, one conversation of a pattern tells about all of it.
-Where a template compares, splits or measures them, each record has to be rendered. The answer errs on
-the safe side: whatever is not known here counts as looking into contents.
+If contents are only trimmed and concatenated, one conversation shows how all others of its pattern are
+rendered. If a template compares, splits or measures contents, each record has to be rendered. The decision
+errs on the safe side: any construct that is not known here counts as inspecting contents.
 """
 
 from enum import IntEnum
@@ -15,20 +15,20 @@ _KINDS_OF_VALUES = ("string", "defined", "undefined", "none", "mapping", "sequen
 
 
 class Kind(IntEnum):
-    """What a value of a template may hold; of two possibilities the higher one."""
+    """The content that a template's value may hold; if two kinds are possible, the higher one counts."""
 
-    CLEAN = 0  # nothing of a content
+    CLEAN = 0  # no part of a content
     CONTENT = 1  # a text made of contents
     TEXTS = 2  # a list of such texts
     HOLDER = 3  # messages, or one message
 
 
 class _LooksInsideError(Exception):
-    """The template does something with a content but copy it."""
+    """An error raised when the template does more with a content than copy it."""
 
 
 def copies_contents(tree: nodes.Template) -> bool:
-    """True where every content is copied or trimmed, and asked at most whether it is there."""
+    """Return whether every content is only copied, trimmed, or tested for presence."""
     reader = _Reader()
     try:
         before: dict[str, Kind] | None = None
@@ -55,9 +55,8 @@ class _Reader:
         elif isinstance(node, nodes.Assign):
             self._assign(node.target, self._kind(node.node))
         elif isinstance(node, nodes.If):
-            self._kind(
-                node.test
-            )  # an ordinary content is there: blank ones have patterns of their own
+            # A test for presence is true of an ordinary content: blank ones have patterns of their own.
+            self._kind(node.test)
             self.read([*([] if _asks_for_tool(node.test) else node.body), *node.elif_, *node.else_])
         elif isinstance(node, nodes.For):
             items = _only(self._kind(node.iter), Kind.CLEAN, Kind.TEXTS, Kind.HOLDER)
@@ -105,7 +104,7 @@ class _Reader:
         if isinstance(node.arg, nodes.Const) and isinstance(node.arg.value, str):
             return self._item(node.node, node.arg.value)
         counted = isinstance(node.arg, nodes.Const | nodes.Neg | nodes.Sub | nodes.Slice)
-        if not counted:  # a name may stand for the key of a content
+        if not counted:  # a variable may hold the key of a content
             _only(self._kind(node.node), Kind.CLEAN)
         return _only(self._kind(node.node), Kind.CLEAN, Kind.HOLDER)
 
@@ -188,7 +187,7 @@ class _Reader:
         raise _LooksInsideError
 
     def _attribute_filter(self, node: nodes.Filter) -> Kind:
-        """selectattr('role', ...) and map(attribute='content')."""
+        """Return the kind of `selectattr('role', ...)`, `rejectattr` or `map(attribute='content')`."""
         given = [*node.args[:1], *(pair.value for pair in node.kwargs if pair.key == "attribute")]
         if len(given) != 1 or not isinstance(given[0], nodes.Const):
             raise _LooksInsideError
@@ -213,7 +212,10 @@ class _Reader:
 
 
 def _asks_for_tool(test: nodes.Node) -> bool:
-    """`message.role == 'tool'`: such records are always rendered, whatever this analysis says."""
+    """Return whether a test is `message.role == 'tool'`.
+
+    Records with tool messages are always rendered, whatever this analysis finds.
+    """
     if not isinstance(test, nodes.Compare) or len(test.ops) != 1 or test.ops[0].op != "eq":
         return False
     told, asked = test.expr, test.ops[0].expr

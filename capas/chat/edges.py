@@ -1,7 +1,7 @@
-"""Where ids of two texts put side by side are the ids of the texts put together.
+"""Decide whether two texts encoded separately give the same ids as the two encoded together.
 
-A content was encoded by itself. After the scaffold's `user\\n` its ids may be used as they are only where the
-tokenizer would cut between the two: a content that begins with a line break would melt with the one before.
+A content was encoded by itself. After the scaffold's `user\\n` its ids may be reused only if the tokenizer
+splits between the two. A content that begins with a line break would merge with the line break before it.
 """
 
 import unicodedata
@@ -12,15 +12,15 @@ from tokenizers.models import BPE
 
 from capas.chat.tokenizer import WORD_START
 
-_WINDOW = 4  # characters of a content that a pre-tokenizer may look at to decide on a cut before it
+_WINDOW = 4  # characters of a content that can decide whether a pre-tokenizer splits before it
 
 
 class Edges:
-    """Answers for one tokenizer, which parses no control tokens.
+    """The edges between scaffold and contents, for one tokenizer that parses no control tokens.
 
     Args:
-        inside: encodes what stands after a control token.
-        alone: encodes a text that begins the sequence; SentencePiece then adds a blank.
+        inside: the tokenizer for texts after a control token.
+        alone: the tokenizer for a text that begins the sequence, where SentencePiece adds a space.
     """
 
     def __init__(self, inside: Tokenizer, alone: Tokenizer) -> None:
@@ -30,22 +30,25 @@ class Edges:
         self._merges = isinstance(inside.model, BPE)
         probes = (alone, "a"), (inside, "a"), (inside, " a")
         ids = [tokenizer.encode(text, add_special_tokens=False).ids for tokenizer, text in probes]
-        self.adds_blank = ids[0] != ids[1]  # a text alone is encoded as if a blank came before it
+        self.adds_blank = ids[0] != ids[1]  # a text alone is encoded as if a space came before it
         self._blank_is_space = ids[0] == ids[2]
         self._scaffold_pieces = lru_cache(maxsize=1024)(self._pieces)
         self._joins = lru_cache(maxsize=65536)(self._find_join)  # contents have few beginnings
         self._remainders = lru_cache(maxsize=1024)(self._find_remainders)
-        # Characters of a content on which `join` and `absorb` depend, if there are any.
+        # Leading characters of a content on which the results of `join` and `absorb` may depend.
         self.reach = max([_WINDOW, *(len(token.content) for token in self._words)])
 
     def join(self, scaffold: str, content: str) -> bool:
-        """Whether ids(scaffold + content) == ids(scaffold) + ids(content)."""
+        """Return whether ids(scaffold + content) == ids(scaffold) + ids(content)."""
         if content.startswith(self._remainders(scaffold)):
             return False
         return self._joins(scaffold, content[:_WINDOW])
 
     def absorb(self, scaffold: str, content: str) -> bool:
-        """Whether ids(scaffold + content) == ids(content): the tokenizer adds the scaffold's blank itself."""
+        """Return whether ids(scaffold + content) == ids(content).
+
+        They are equal if the scaffold is the one space that the tokenizer adds itself.
+        """
         if not (self.adds_blank and self._blank_is_space and scaffold == " "):
             return False
         return bool(content) and not content.startswith(self._get_no_blank)
@@ -66,7 +69,10 @@ class Edges:
         return before[0][-1:] + after[0][:1] not in self._bigrams
 
     def _find_remainders(self, scaffold: str) -> tuple[str, ...]:
-        """Beginnings of a content that an added token joins to the scaffold, e.g. by completing it."""
+        """Return the beginnings of contents that an added token would attach to the scaffold.
+
+        Either the scaffold ends with the token's beginning, or the token strips the scaffold's whitespace.
+        """
         completing = [
             token.content[cut:]
             for token in self._words
@@ -88,13 +94,13 @@ class Edges:
 
     @cached_property
     def _bigrams(self) -> frozenset[str]:
-        """Neighbours inside a vocabulary entry: no merge crosses a border between two other characters."""
+        """The pairs of adjacent characters in vocabulary entries; no merge joins any other pair."""
         vocabulary = self._inside.get_vocab(with_added_tokens=True)
         return frozenset(token[i : i + 2] for token in vocabulary for i in range(len(token) - 1))
 
 
 def _may_combine(character: str) -> bool:
-    """White space melts with white space, a combining mark with the letter before."""
+    """Return whether a character may merge with the one before: whitespace or a combining mark."""
     return (
         character.isspace() or character == WORD_START or unicodedata.category(character)[0] == "M"
     )

@@ -1,8 +1,8 @@
-"""Conversations as token ids: a chat template's scaffold around contents that were encoded as plain text.
+"""Encode conversations as token ids: a chat template's scaffold around contents encoded as plain text.
 
-The ids are those of ``tokenizer.apply_chat_template``, with two differences that are meant: where a content
-holds the text of a control token, it stays text; and an answer begins with a token of its own, so that the
-prompt which asks for it begins the conversation. The labels are known by construction::
+The ids are those of ``tokenizer.apply_chat_template``, with two intended differences. The text of a control
+token in a content stays text. An answer begins with a token of its own, so that its prompt is a prefix of the
+conversation. The labels are known by construction::
 
     <|im_start|> user \\n Hi <|im_end|> \\n <|im_start|> assistant \\n Hello <|im_end|> \\n
          -100    -100 -100 -100  -100  -100     -100       -100    -100 Hello <|im_end|> -100
@@ -57,17 +57,17 @@ _EXAMPLE = (
 
 @dataclass(frozen=True)
 class Encoded:
-    """A formatted conversation; both lists have one entry per token."""
+    """A formatted conversation; `input_ids` and `labels` have one entry per token."""
 
     input_ids: list[int]
-    labels: list[int]  # the id itself, or IGNORE_INDEX where no loss is taken
-    num_prompt_tokens: int  # how many of them ask for the last answer
-    num_trimmed: int = 0  # contents of which the template cuts blanks off
-    num_thoughts_dropped: int = 0  # thoughts of earlier answers that the template leaves out
+    labels: list[int]  # the id itself, or IGNORE_INDEX for a token outside the loss
+    num_prompt_tokens: int  # leading ids that are the prompt of the last answer
+    num_trimmed: int = 0  # contents whose whitespace the template trims
+    num_thoughts_dropped: int = 0  # thoughts of earlier answers that the template drops
 
 
 class ChatFormat:
-    """A chat template with a tokenizer. Made by `load`."""
+    """A chat template with its tokenizer, made by `load`."""
 
     def __init__(self, template: Template, files: TokenizerFiles, system: str) -> None:
         self._template, self._files, self._system = template, files, system
@@ -100,14 +100,15 @@ class ChatFormat:
         allowed_tokens: Collection[str] = (),
         path: str | None = None,
     ) -> "ChatFormat":
-        """A template's text with the tokenizer in a folder.
+        """Return the chat format of a template's text and the tokenizer in a folder.
 
         Args:
-            template_text: None stands for the template that the tokenizer brings.
-            date_string: what a template gets that asks for today's date.
+            template_text: None for the tokenizer's own template.
+            date_string: the date that a template gets if it reads today's date.
             system: template | fold | error, see `capas.chat.template.place_system`.
-            allowed_tokens: control tokens that a content may hold.
-            path: chat_template.path, for messages; where no text is given, which template of the tokenizer's.
+            allowed_tokens: control tokens that a content may contain.
+            path: chat_template.path, for error messages. Without a text it also names one of the tokenizer's
+                templates.
 
         Raises:
             CapasError: a file is missing or damaged; the template has a syntax error, writes control tokens
@@ -123,24 +124,29 @@ class ChatFormat:
     def render(
         self, messages: Messages, add_generation_prompt: bool = False, tools: Tools = None
     ) -> str:
-        """The conversation as the text that the model sees; raises TemplateRefusal."""
+        """Return a conversation as the text that the model sees.
+
+        Raises:
+            RecordRefusal: the template or the policy for system messages refuses the conversation.
+        """
         return self._render_placed(messages, add_generation_prompt, tools)
 
     def encode(
         self, messages: Messages, train_on: str = "assistant", tools: Tools = None
     ) -> Encoded:
-        """Ids and labels of a conversation.
+        """Return the ids and labels of a conversation.
 
         Args:
-            messages: role, content and, where they are known, input_ids: the content encoded as plain text;
-                train: false keeps an answer out of the loss. A single message with the role text is encoded
-                without a template, between the beginning and the end of a text, and all of it is trained.
+            messages: role and content. Optional: input_ids, the content encoded as plain text; and train,
+                where false keeps an answer out of the loss. A single message with the role text is encoded
+                without a template, between bos_token and eos_token, and all of it is trained.
             train_on: assistant (every answer with its end token), last_assistant, or all (every token).
             tools: schemas of the tools that the model may call.
 
         Raises:
-            CapasError: the template refuses or rewrites the conversation, or asks for an answer in another
-                way than it writes it; an answer to be trained is empty, or nothing is left to train on.
+            CapasError: the template refuses or rewrites the conversation; the prompt of an answer to be
+                trained is not a prefix of the conversation; an answer to be trained is empty; no answer is
+                left to train on.
         """
         if messages and messages[0]["role"] == TEXT:
             return self._encode_text(messages[0])
@@ -153,19 +159,25 @@ class ChatFormat:
         return Encoded(ids, labels, self._count_prompt(messages, owned, tools), *lost)
 
     def prompt_ids(self, messages: Messages, tools: Tools = None) -> list[int]:
-        """The ids that ask for the next answer: the conversation so far and the generation prompt."""
+        """Return the ids of the prompt for the next answer: the conversation and the generation prompt.
+
+        For a plain text, these are all its ids but the last.
+
+        Raises:
+            CapasError: the template refuses or rewrites the conversation.
+        """
         if messages and messages[0]["role"] == TEXT:
             return self._encode_text(messages[0]).input_ids[:-1]
         _, owned, *_ = self._encode(messages, True, tools)
         return [i for i, _ in owned]
 
     def _count_prompt(self, messages: Messages, owned: Owned, tools: Tools) -> int:
-        """How many ids ask for the last answer: those that a generation would start from.
+        """Return the number of ids in the prompt of the last answer, from which a generation would start.
 
-        Where a template makes one turn of several answers, they ask for the whole turn.
+        If a template joins several answers in one turn, it is the prompt of the whole turn.
 
         Raises:
-            RecordRefusal: the conversation does not begin with them.
+            RecordRefusal: the prompt is not a prefix of the conversation.
         """
         last = max(i for i, message in enumerate(messages) if message["role"] == "assistant")
         end = max((i for i, (_, owner) in enumerate(owned) if owner == last), default=-1) + 1
@@ -180,7 +192,7 @@ class ChatFormat:
             first -= 1
 
     def _not_asked_for(self, messages: Messages, index: int, tools: Tools) -> str:
-        """Why an answer cannot be trained."""
+        """Return the error message for an answer whose prompt is not a prefix of the conversation."""
         prompt = self.render(messages[:index], True, tools)
         whole = self.render(messages[: index + 1], False, tools)
         start = first_difference(prompt, whole)
@@ -198,10 +210,11 @@ class ChatFormat:
     def reference_ids(
         self, messages: Messages, add_generation_prompt: bool = False, tools: Tools = None
     ) -> list[int]:
-        """The rendered text, encoded whole with control tokens parsed, as `apply_chat_template` does.
+        """Return the ids of the rendered text, encoded whole with control tokens parsed.
 
-        With one difference that is meant: where the last token of a prompt would hold the beginning of the
-        answer too, as a line break does before a line break, the answer begins with a token of its own.
+        They are those of `apply_chat_template`, with one intended difference: if the last token of a prompt
+        would include the beginning of the answer (two line breaks in one token, say), the answer begins with
+        a token of its own.
         """
         text = self.render(messages, add_generation_prompt, tools)
         ids: list[int] = []
@@ -215,7 +228,7 @@ class ChatFormat:
         return [*ids, *self._files.encode_parsing([text[done:]], done > 0)[0]]
 
     def _prompt_ends(self, messages: Messages, text: str, tools: Tools) -> Iterator[int]:
-        """Where in a rendered conversation its answers begin."""
+        """Yield the positions in a rendered conversation at which an answer's prompt ends."""
         for index, message in enumerate(messages):
             if message["role"] == "assistant":
                 with suppress(TemplateRefusal):
@@ -224,15 +237,15 @@ class ChatFormat:
                         yield len(prompt)
 
     def shown(self, messages: Messages) -> list[Message]:
-        """A conversation as the template sees it."""
+        """Return a conversation as the template sees it."""
         return [spoken(message) for message in place_system(messages, self._system)]
 
     def encode_rendered(self, texts: Sequence[str]) -> list[list[int]]:
-        """Rendered texts encoded whole; see `reference_ids`."""
+        """Return the ids of rendered texts, each encoded whole with control tokens parsed."""
         return self._files.encode_parsing(texts)
 
     def as_decoded(self, texts: Sequence[str]) -> list[str]:
-        """Texts as they come back from ids: some tokenizers normalize."""
+        """Return texts as they are decoded from their ids; some tokenizers normalize."""
         tokenizer = self.tokenizer
         ids = encode_plain(tokenizer, texts)
         return list(tokenizer.decode_batch(ids, skip_special_tokens=False))
@@ -251,45 +264,48 @@ class ChatFormat:
 
     @property
     def folder(self) -> Path:
-        """Of the tokenizer."""
+        """The tokenizer's folder."""
         return self._files.folder
 
     @property
     def tokenizer(self) -> Tokenizer:
-        """To decode with, and for the names of tokens; to it the text of a control token is text."""
+        """The tokenizer for decoding and token names; it treats the text of a control token as plain text."""
         return self._files.build()
 
     def count_control_tokens(self, text: str) -> int:
-        """How often a text holds that of a control token."""
+        """Return how often control tokens occur in a text."""
         return sum(1 for _ in self._control_pattern.finditer(text))
 
     def holds_control(self, text: str) -> bool:
-        """Whether a text holds that of a control token."""
-        for character in self._control_starts:  # most texts hold none of these
+        """Return whether a text contains the text of a control token."""
+        for character in self._control_starts:  # most texts contain none of these
             if character in text:
                 return self._control_pattern.search(text) is not None
         return False
 
     @property
     def copies_contents(self) -> bool:
-        """Whether the template only copies contents: see `capas.chat.copying`."""
+        """Return whether the template only copies contents: see `capas.chat.copying`."""
         return self._template.copies_contents
 
     def is_copied(self, messages: Messages) -> bool:
-        """Whether the template copies these contents as it copies others of their pattern."""
+        """Return whether the template copies these contents as it copies others of the same pattern."""
         plan = self.plan(messages, add_generation_prompt=False)
         contents = plan.trim([message["content"] for message in messages])
         return plan.fill(contents) == self._render_placed(messages, False)
 
     def probes_sha256(self) -> str:
-        """Changes whenever template or tokenizer encode a few fixed conversations differently."""
+        """Return a digest of the ids of a few fixed conversations; it identifies the format."""
         probes = [{"role": role, "content": content} for role, content in _PROBES]
         system = {"role": "system", "content": "Answer in JSON."}
         ids = [self._try_probe(told) for told in (probes[:2], probes, [system, *probes])]
         return hashlib.sha256(json.dumps(ids).encode()).hexdigest()
 
     def example(self) -> Encoded:
-        """A short conversation: with a system message, several turns or a thought where the template can."""
+        """Return a short conversation, encoded.
+
+        It has a system message, several turns, or a thought, as far as the template supports them.
+        """
         told: list[Message] = [{"role": role, "content": content} for role, content in _EXAMPLE]
         thinking = {
             "role": "assistant",
@@ -304,7 +320,7 @@ class ChatFormat:
         try:
             return self.encode(messages).input_ids
         except CapasError:
-            return None  # what a family refuses is part of its identity
+            return None  # a refusal is part of the format's identity
 
     def _render_placed(
         self, messages: Messages, add_generation_prompt: bool, tools: Tools = None
@@ -313,14 +329,14 @@ class ChatFormat:
         return self._template.render(placed, add_generation_prompt, tools)
 
     def _written_tokens(self) -> set[str]:
-        """What the template writes that looks like a control token."""
+        """Return the texts which the template writes and which look like control tokens."""
         answer = {"role": "assistant", "content": "-"}
         texts = [
             self._render_placed([_QUESTION], True),
             self._render_placed([_QUESTION, answer], False),
         ]
         if self._system != "error":
-            with suppress(TemplateRefusal):  # a family without system role
+            with suppress(TemplateRefusal):  # a family without a system role
                 system = {"role": "system", "content": "-"}
                 texts.append(self._render_placed([system, _QUESTION, answer], False))
         return {token for text in texts for token in SHAPE.findall(text)}
@@ -338,7 +354,11 @@ class ChatFormat:
             )
 
     def plan(self, messages: Messages, add_generation_prompt: bool) -> Plan:
-        """How conversations like this one are put together; made once per pattern of roles."""
+        """Return the plan for conversations like this one, made once per pattern of roles.
+
+        Raises:
+            CapasError: the template refuses, drops or repeats a message, or leaves an answer open.
+        """
         pattern = tuple(
             (m["role"], "" if m["content"].strip() else (m["content"],)) for m in messages
         )
@@ -351,7 +371,7 @@ class ChatFormat:
     def _encode(
         self, messages: Messages, add_generation_prompt: bool, tools: Tools
     ) -> tuple[Plan, Owned, int, int]:
-        """The ids with their owners, and how many contents were trimmed and thoughts left out."""
+        """Return the plan, the ids with owners, and the counts of trimmed contents and dropped thoughts."""
         dropped = 0
         if has_own_scaffold(messages, tools):
             stand_ins = self._placeholders.choose(messages, tools)
@@ -377,10 +397,10 @@ class ChatFormat:
     def _count_dropped_thoughts(
         self, messages: Messages, tools: Tools, stand_ins: Placeholders
     ) -> int:
-        """How many thoughts the template leaves out, as many do with those of earlier turns.
+        """Return how many thoughts the template drops; many templates drop those of earlier turns.
 
         Raises:
-            RecordRefusal: it has no place for a thought in the last turn either.
+            RecordRefusal: the template also drops the thought where its answer is the last.
         """
         marked = [_mark_thoughts(m, stand_ins, i, len(messages)) for i, m in enumerate(messages)]
         thinking = [(i, mark) for i, (_, marks) in enumerate(marked) for mark in marks]
@@ -406,7 +426,7 @@ class ChatFormat:
         return Encoded([*start, *ids], [IGNORE_INDEX] * len(start) + ids, len(start) + len(ids) - 1)
 
     def _bounds_of_text(self) -> tuple[list[int], int]:
-        """The ids before a plain text, and the one after it."""
+        """Return the ids before a plain text, and the end token after it."""
         end = self._files.id_of("eos_token")
         if end is None:
             raise CapasError("the tokenizer has no eos_token, which must end a plain text")
@@ -415,12 +435,12 @@ class ChatFormat:
 
     @property
     def allows_bos(self) -> bool:
-        """Whether a content may hold the beginning of a text: see `chat_template.allowed_tokens`."""
+        """Return whether a content may contain bos_token: see `chat_template.allowed_tokens`."""
         bos = self._files.named.get("bos_token")
         return bos is not None and bos not in self.segments.control_ids
 
     def count_bos(self, messages: Messages, tools: Tools = None) -> int:
-        """How often the beginning of a text stands in a rendered conversation as that token."""
+        """Return how often bos_token occurs as a token in a rendered conversation."""
         bos = self._files.named["bos_token"]
         if messages[0]["role"] == TEXT:
             start, end = self._bounds_of_text()
@@ -433,15 +453,15 @@ class ChatFormat:
 
     @property
     def doubles_bos(self) -> bool:
-        """Whether the template begins a text twice."""
+        """Return whether the template begins a conversation with two bos_token."""
         bos = self._files.named.get("bos_token")
         return bos is not None and self._render_placed([_QUESTION], True).startswith(2 * bos)
 
     @cached_property
     def _bos_opens_turns(self) -> bool:
-        """Whether the beginning of a text is what turns begin with, so that a plain text has none.
+        """Return whether bos_token begins turns; a plain text then gets none.
 
-        Where it is the end of a text, too (GPT-2), a plain text stands between two of them.
+        If bos_token is an end token as well (GPT-2), a plain text gets one at both ends.
         """
         found = self._planner.find_controls(self._render_placed([_QUESTION], True))
         later = [self.segments.control_ids[name] for _, name in found][1:]
@@ -452,7 +472,7 @@ class ChatFormat:
 def _mark_thoughts(
     message: Mapping[str, Any], stand_ins: Placeholders, index: int, count: int
 ) -> tuple[Message, list[str]]:
-    """The message with marks in the places of its thoughts, and these marks."""
+    """Return the message with marks in place of its thoughts, and these marks."""
     told, marks = dict(message), []
     if message["role"] == "assistant" and (message.get("reasoning_content") or "").strip():
         marks.append(stand_ins.mark(index))
@@ -466,10 +486,10 @@ def _mark_thoughts(
 
 
 def trained_messages(messages: Messages, train_on: str) -> set[int]:
-    """The indices of the answers that are trained.
+    """Return the indices of the answers to be trained.
 
     Raises:
-        RecordRefusal: there are none, or one is empty.
+        RecordRefusal: there is no such answer, or one is empty.
     """
     answers = [i for i, message in enumerate(messages) if message["role"] == "assistant"]
     if not answers:
@@ -496,6 +516,6 @@ def _rewritten(expected: str, rendered: str) -> str:
 
 
 def first_difference(found: Sequence[Any], expected: Sequence[Any]) -> int:
-    """The index of the first item that differs, or the length of the shorter one."""
+    """Return the index of the first item that differs, or the length of the shorter sequence."""
     pairs = enumerate(zip(found, expected, strict=False))
     return next((i for i, (a, b) in pairs if a != b), min(len(found), len(expected)))

@@ -1,4 +1,4 @@
-"""A split of tokenized records as formatted ones, with the facts and checks that go with it."""
+"""Format a split of tokenized records, count what happens, and check the result."""
 
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -20,15 +20,15 @@ from capas.core.errors import CapasError
 from capas.core.ragged import Array, Ragged, any_in_row, texts_to_arrow, to_arrow
 from capas.core.records import FORMATTED, IGNORE_INDEX, Record
 
-NUM_EXAMPLES = 20  # of what was dropped, in the report
+NUM_EXAMPLES = 20  # dropped records that the report shows
 MAX_BINS = 40
 _NOTHING = np.zeros(0, np.int64)
-TEXT_PROMPT_TOKENS = 32  # of a plain text, which evaluation and samples let the model go on from
+TEXT_PROMPT_TOKENS = 32  # tokens of a plain text that evaluation and samples use as its prompt
 
 
 @dataclass
 class Refused:
-    """Conversations that the template refuses: an error, or dropped within a budget."""
+    """Conversations that the template refuses: an error, or dropped within a budget (`policy`)."""
 
     policy: str
     budget_fraction: float
@@ -36,7 +36,11 @@ class Refused:
     count: int = 0
 
     def add(self, identity: str, refusal: RecordRefusal) -> None:
-        """Raises the refusal where none is allowed."""
+        """Count a refused record.
+
+        Raises:
+            CapasError: `policy` is error.
+        """
         if self.policy == "error":
             raise CapasError(
                 f"{refusal}\nTo drop such records: chat_template.refused=drop, with "
@@ -47,6 +51,11 @@ class Refused:
             self.examples.append({"id": identity, "why": str(refusal)})
 
     def check(self, split: str, num_records: int) -> None:
+        """Check that the refused records are within the budget.
+
+        Raises:
+            CapasError: there are too many.
+        """
         if self.count > self.budget_fraction * num_records:
             first = "; ".join(f"{e['id']!r}: {e['why']}" for e in self.examples[:3])
             raise CapasError(
@@ -57,7 +66,7 @@ class Refused:
 
 @dataclass
 class SplitFormatter:
-    """Formats the records of one split, in order, and counts what it does."""
+    """A formatter for the records of one split, in order, with counts for the report."""
 
     split: str
     chat: ChatFormat
@@ -76,7 +85,11 @@ class SplitFormatter:
         self._audit = Audit(self.chat, self.train_on)
 
     def format(self, batches: Iterable[pa.RecordBatch]) -> Iterator[Formatted]:
-        """Raises CapasError, naming split and record: see `ChatFormat.encode`, `Audit`, `Refused`."""
+        """Yield the formatted records, batch by batch.
+
+        Raises:
+            CapasError: see `ChatFormat.encode`, `Audit` and `Refused`; the message names split and record.
+        """
         for records in batches:
             source = Batch(records)
             formatted = self._format(source)
@@ -96,14 +109,14 @@ class SplitFormatter:
         return Formatted(batch, source, columns, singles, held)
 
     def _hold_control(self, source: Batch) -> Array:
-        """Per row, whether a content or a tool holds the text of a control token."""
+        """Return, per row, whether a content or a tool contains the text of a control token."""
         holds = self.chat.holds_control
         contents = np.array([holds(content) for content in source.contents], bool)
         tools = np.array([bool(text) and holds(text) for text in source.tools], bool)
         return any_in_row(contents, source.first) | tools
 
     def _sure(self, quick: Columns, source: Batch) -> Columns:
-        """Those that are not too long and that a template which looks into contents did not change."""
+        """Return the conversations that fit and whose contents the template copies as they are."""
         fits = quick.ids.lengths <= self.overflow.max_length
         if not self.chat.copies_contents:
             copied = [self.chat.is_copied(source.messages(row)) for row in quick.rows.tolist()]
@@ -111,7 +124,7 @@ class SplitFormatter:
         return quick if fits.all() else quick.take(np.flatnonzero(fits))
 
     def _single(self, source: Batch, row: int) -> Single | None:
-        """A conversation that is not like the others; None where it is left out."""
+        """Return a conversation encoded separately, or None if it is dropped."""
         record: Record = source.records.slice(row, 1).to_pylist()[0]
         messages, tools = conversation(record)
         messages = messages[: source.last_answers[row] - int(source.first[row]) + 1]
@@ -131,7 +144,7 @@ class SplitFormatter:
         return None
 
     def _question(self, messages: list[Message], encoded: Encoded) -> tuple[list[int], str]:
-        """The prompt of the last answer, and that answer as text."""
+        """Return the prompt ids of the last answer, and that answer as text."""
         ids = encoded.input_ids
         if messages[-1]["role"] == TEXT:
             start = min(TEXT_PROMPT_TOKENS, len(ids) // 2)
@@ -167,7 +180,7 @@ class SplitFormatter:
 
     @property
     def sample(self) -> list[Sampled]:
-        """Some records, to be compared with what transformers makes of them."""
+        """The records that are compared with transformers' formatting."""
         return self._audit.sample
 
     def facts(self) -> dict[str, Any]:
@@ -226,7 +239,7 @@ def _batch(columns: Columns, source: Batch, singles: Mapping[int, Single]) -> pa
 
 
 def histogram(lengths: Mapping[str, Sequence[Array]]) -> list[dict[str, Any]]:
-    """Rows of reports/lengths.csv: records per range of lengths, the same ranges for all splits.
+    """Return the rows of reports/lengths.csv: records per range of lengths, with equal ranges for all splits.
 
     `num_tokens` is the lower edge of a range.
     """
@@ -248,7 +261,7 @@ def histogram(lengths: Mapping[str, Sequence[Array]]) -> list[dict[str, Any]]:
 
 
 def _nice_width(span: int) -> int:
-    """1, 2, 5, 10, 20, ...: the first that needs no more than `MAX_BINS` ranges."""
+    """Return the first of 1, 2, 5, 10, 20, ... that needs no more than `MAX_BINS` ranges."""
     for exponent in range(12):
         for step in (1, 2, 5):
             if span <= step * 10**exponent * (MAX_BINS - 1):

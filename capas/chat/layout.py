@@ -1,4 +1,4 @@
-"""A plan as columns: what each part of a conversation becomes, the same for all conversations of one pattern.
+"""Lay out a plan as columns: one per part, the same for all conversations of one pattern.
 
 parts    <|im_start|>user\\n | CONTENT 0 | <|im_end|>\\n<|im_start|>assistant\\n | CONTENT 1 | <|im_end|> \\n
 columns  constant ids          a slot      constant ids                       a slot      constant ids
@@ -18,7 +18,7 @@ from capas.core.ragged import Array
 
 @dataclass(frozen=True)
 class Constant:
-    """Ids that stand in every conversation of the pattern. owners: whose answer each belongs to, -1: none."""
+    """Ids that all conversations of a pattern share; `owners` are the answers they belong to, or -1."""
 
     ids: Array
     owners: Array
@@ -26,16 +26,16 @@ class Constant:
 
 @dataclass(frozen=True)
 class Slot:
-    """The place of a content, or of several with scaffold between them. lead: what stands before it."""
+    """The place of a content, or of several with scaffold between them; `lead` is the scaffold before it."""
 
     segment: Segment
     lead: Constant
     scaffold: str  # the text of the lead
-    one_owner: bool  # whether the lead belongs to whom the content belongs to
+    one_owner: bool  # whether lead and content have the same owner
 
     @property
     def message(self) -> int | None:
-        """The message whose known ids may stand here; None where the segment is encoded anew."""
+        """The message whose known ids may be used here; None if the segment is encoded again as a whole."""
         last = self.segment.pieces[-1]
         alone = all(piece.message is None for piece in self.segment.pieces[:-1])
         return last.message if alone else None
@@ -47,15 +47,15 @@ class Slot:
 
 @dataclass(frozen=True)
 class Prompt:
-    """Where in the columns the prompt of the last answer ends."""
+    """The place in the columns at which the prompt of the last answer ends."""
 
-    num_columns: int  # whole columns
-    num_lead: int  # ids of the next column's lead
+    num_columns: int  # whole columns in the prompt
+    num_lead: int  # ids of the next column's lead that belong to the prompt
 
 
 @dataclass(frozen=True)
 class Layout:
-    """The columns of a plan. `prompt` is None where the prompt does not begin the conversation."""
+    """The columns of a plan; `prompt` is None if the prompt is not a prefix of the conversation."""
 
     plan: Plan
     columns: tuple[Constant | Slot, ...]
@@ -64,7 +64,7 @@ class Layout:
 
 
 def lay_out(chat: ChatFormat, messages: Messages) -> Layout:
-    """The layout of conversations with the pattern of this one, which ends with an answer.
+    """Return the layout of all conversations with this one's pattern; it must end with an answer.
 
     Raises:
         CapasError: the template refuses the pattern.
@@ -75,7 +75,7 @@ def lay_out(chat: ChatFormat, messages: Messages) -> Layout:
 
 
 def _columns(parts: Sequence[Control | Segment], chat: ChatFormat) -> tuple[Constant | Slot, ...]:
-    """One column per part; where each stands, `Prompt` counts on it."""
+    """Return one column per part, in the order of the parts; `Prompt` relies on it."""
     return tuple(_column(part, chat) for part in parts)
 
 

@@ -1,8 +1,8 @@
-"""A Jinja environment whose templates come to an end: what they do is counted, the same on every machine.
+"""Render untrusted chat templates within limits: their work is counted, equally on every machine.
 
-A chat template is a program that somebody else wrote. Each item of a loop, each call, and every so many
-characters or items that an operation works on take a step, and one rendering may take so many. No clock takes
-part: this holds in threads, and on slow machines.
+A chat template is a program that somebody else wrote. Loop items, calls, and the characters and items that an
+operation works on are counted as steps, and one rendering may take MAX_STEPS. No clock is involved, so the
+limit also holds in threads and on slow machines.
 """
 
 import re
@@ -20,18 +20,14 @@ from jinja2.visitor import NodeTransformer
 
 MAX_STEPS = 2_000_000  # a conversation of 1,000 messages takes some 50,000
 MAX_LENGTH = 10_000_000  # characters of a text, items of a list
-_MAX_BITS = 100_000  # of a number
-_MAX_WRITTEN = 5 * MAX_LENGTH  # characters that one rendering puts out, macros and blocks included
-_CALL, _ITEMS, _CHARACTERS = 20, 10, 1000  # steps of a call; items and characters that are one step
-_COUNT, _WEIGH, _JOIN = (
-    "capas count",
-    "capas weigh",
-    "capas join",
-)  # filters that no template can name
-_WIDTH = re.compile(
-    r"[%{][^%{}]*?\d{6}|%[^%a-zA-Z]*\*"
-)  # a format as wide as a number of six digits says
-# Filters that go through the items of what they get, but not into these.
+_MAX_BITS = 100_000  # size of an integer
+_MAX_WRITTEN = 5 * MAX_LENGTH  # characters that one rendering outputs, macros and blocks included
+_CALL, _ITEMS, _CHARACTERS = 20, 10, 1000  # steps per call; items per step; characters per step
+# Filters that no template can name, because of the space.
+_COUNT, _WEIGH, _JOIN = "capas count", "capas weigh", "capas join"
+# A format whose width has six digits, or is taken from an argument.
+_WIDTH = re.compile(r"[%{][^%{}]*?\d{6}|%[^%a-zA-Z]*\*")
+# Filters that iterate over the items of their input but do not look inside the items.
 _ORDERING = ("dictsort", "groupby", "sort", "unique")
 _SHALLOW = (
     *(
@@ -53,11 +49,11 @@ _SHALLOW = (
 
 
 class TooMuchError(jinja2.TemplateError):
-    """A rendering does more than a chat template has to."""
+    """An error raised when a rendering exceeds a limit."""
 
 
 class LimitedEnvironment(ImmutableSandboxedEnvironment):
-    """What transformers renders chat templates with, and limits. One rendering at a time."""
+    """The Jinja environment of transformers' chat templates, with limits, for one rendering at a time."""
 
     intercepted_binops = frozenset(("+", "*", "**", "%"))
 
@@ -66,16 +62,16 @@ class LimitedEnvironment(ImmutableSandboxedEnvironment):
             trim_blocks=True,
             lstrip_blocks=True,
             extensions=[loopcontrols, _Generation],
-            optimized=False,  # Jinja would compute constant expressions when it compiles, without limits
+            optimized=False,  # otherwise Jinja computes constants while compiling, without limits
         )
         self.finalize = self._written
-        del self.globals["lipsum"], self.filters["random"]  # the same conversation is the same text
+        del self.globals["lipsum"], self.filters["random"]  # rendering must be deterministic
         self.filters = {name: self.limited(name, f) for name, f in self.filters.items()}
         self.filters |= {_COUNT: self._counted, _WEIGH: self._weighed, _JOIN: self._joined}
         self._num_steps = self._num_written = 0
 
     def compiled(self, tree: nodes.Template) -> jinja2.Template:
-        """The template of a parsed text, which is changed."""
+        """Return the template of a syntax tree, which is modified in place."""
         return self.from_string(_Counting().visit(tree))
 
     def begin(self) -> None:
@@ -101,7 +97,7 @@ class LimitedEnvironment(ImmutableSandboxedEnvironment):
         return found
 
     def limited(self, name: str, function: Callable[..., Any]) -> Callable[..., Any]:
-        """A filter that is counted."""
+        """Return a filter whose work is counted."""
 
         @wraps(function)
         def limited(*args: Any, **kwargs: Any) -> Any:
@@ -116,7 +112,7 @@ class LimitedEnvironment(ImmutableSandboxedEnvironment):
         return limited
 
     def _check_call(self, name: str, given: Iterable[Any]) -> None:
-        """Count what a method or filter works on, and check the numbers that say how much it makes."""
+        """Count the arguments of a method or filter, and check the size that they give to its result."""
         text, *values = given
         for value in (text, *values):
             if isinstance(value, int):
@@ -132,16 +128,15 @@ class LimitedEnvironment(ImmutableSandboxedEnvironment):
         if isinstance(text, str) and name == "replace":
             old, new = ([v for v in values if isinstance(v, str)] + ["", ""])[:2]
             self._check_length((text.count(old) if old else len(text) + 1) * len(new))
-        if (
-            name == "join"
-        ):  # of the filter the items come first, of the method the text between them
+        if name == "join":
+            # The filter takes the items first, the method the separator.
             items = next((v for v in (text, *values) if not isinstance(v, str)), "")
             texts = [v for v in (text, *values) if isinstance(v, str)]
             between = max(map(len, texts), default=0) * len(items)
             self._check_length(between + sum(len(i) for i in items if isinstance(i, str)))
 
     def _check_operands(self, operator: str, left: Any, right: Any) -> None:
-        """Check that the result of an operator is not too large, before it is computed."""
+        """Check, before it is computed, that the result of an operator is not too large."""
         if operator == "*":
             for some, count in ((left, right), (right, left)):
                 if isinstance(some, str | list | tuple) and isinstance(count, int):
@@ -170,7 +165,7 @@ class LimitedEnvironment(ImmutableSandboxedEnvironment):
             )
 
     def _weighed(self, value: Any) -> Any:
-        """The value, its length counted."""
+        """Count the length of a value, and return the value."""
         if isinstance(value, str):
             self._check_length(len(value))
             self._step(len(value) // _CHARACTERS)
@@ -180,7 +175,7 @@ class LimitedEnvironment(ImmutableSandboxedEnvironment):
         return value
 
     def _weigh_all(self, value: Any) -> None:
-        """Count a value and everything in it: what becomes text is gone through."""
+        """Count a value and everything in it, because turning it into text visits everything."""
         self._weighed(value)
         if isinstance(value, Mapping):
             value = value.values()
@@ -192,7 +187,7 @@ class LimitedEnvironment(ImmutableSandboxedEnvironment):
 
     @pass_context
     def _written(self, _context: Context, value: Any) -> Any:
-        """What is put out. It gets a context, so that Jinja does not compute constants when it compiles."""
+        """Count an output and return it; taking the context keeps Jinja from computing it while compiling."""
         if isinstance(value, str):
             self._step()
             self._num_written += len(value)
@@ -203,7 +198,7 @@ class LimitedEnvironment(ImmutableSandboxedEnvironment):
         return value
 
     def _counted(self, items: Any) -> Any:
-        """What a loop goes through."""
+        """Return the iterable of a loop, its items counted."""
         if isinstance(items, str | list | tuple | Mapping | range):
             self._step(len(items) + 1)
             return items
@@ -215,7 +210,7 @@ class LimitedEnvironment(ImmutableSandboxedEnvironment):
             yield item
 
     def _joined(self, *values: Any) -> str:
-        """`first ~ other ~ ...`"""
+        """Return the result of `first ~ other ~ ...`, with its length checked."""
         for value in values:
             self._weigh_all(value)
         texts = [str(value) for value in values]
@@ -224,9 +219,9 @@ class LimitedEnvironment(ImmutableSandboxedEnvironment):
 
 
 class _Counting(NodeTransformer):
-    """Puts counters around what loops go through and where texts are joined, cut or searched."""
+    """A visitor that puts counters around loops, and around texts that are joined, cut or searched."""
 
-    def visit_For(self, node: nodes.For) -> nodes.For:  # noqa: N802  as Jinja's visitors are called
+    def visit_For(self, node: nodes.For) -> nodes.For:  # noqa: N802  Jinja's naming of visitors
         self.generic_visit(node)
         node.iter = _filter(_COUNT, node.iter)
         return node
@@ -250,14 +245,14 @@ class _Counting(NodeTransformer):
 
 
 def _filter(name: str, value: Any, *arguments: nodes.Expr) -> nodes.Filter:
-    """`value | name(arguments)`; `value` is an expression."""
+    """Return the node of `value | name(arguments)`, where `value` is an expression."""
     return nodes.Filter(value, name, list(arguments), [], None, None, lineno=value.lineno)
 
 
 class _Generation(Extension):
-    """`{% generation %}` marks the assistant's part for other tools; here it changes nothing."""
+    """The tag `{% generation %}`, which marks the assistant's part for other tools and changes no text."""
 
-    tags = {"generation"}  # noqa: RUF012  as Jinja's extensions declare it
+    tags = {"generation"}  # noqa: RUF012  Jinja's extensions declare tags this way
 
     def parse(self, parser: Parser) -> nodes.Node:
         line = next(parser.stream).lineno
@@ -269,7 +264,7 @@ _CONTEXTS = (Context, nodes.EvalContext, jinja2.Environment)
 
 
 def line_of(error: BaseException) -> int | None:
-    """The line of a template at which it failed: as Jinja wrote it into the traceback."""
+    """Return the template's line at which an error arose, which Jinja puts into the traceback, or None."""
     line, trace = None, error.__traceback__
     while trace is not None:
         if trace.tb_frame.f_code.co_filename in ("<template>", "<unknown>"):

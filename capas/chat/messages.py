@@ -1,4 +1,4 @@
-"""Messages as a chat template sees them."""
+"""Prepare messages as a chat template sees them."""
 
 import json
 from collections.abc import Mapping, Sequence
@@ -9,19 +9,15 @@ from capas.core.records import Record
 Message = dict[str, Any]
 Messages = Sequence[Mapping[str, Any]]
 Tools = Sequence[Any] | None
-TEXT = "text"  # the role of a plain text: no template, all of it trained
+TEXT = "text"  # the role of a plain text: no template, every token trained
 THOUGHT_START, THOUGHT_END = "<think>", "</think>"
 TEMPLATE_KEYS = ("role", "content", "reasoning_content", "tool_calls", "tool_call_id", "name")
 STRUCTURED = TEMPLATE_KEYS[2:]
-THOUGHT_KEYS = (
-    "reasoning_content",
-    "thinking",
-    "reasoning",
-)  # as templates of several families call it
+THOUGHT_KEYS = ("reasoning_content", "thinking", "reasoning")  # names in different families
 
 
 def conversation(record: Record) -> tuple[list[Message], Tools]:
-    """The messages and tools of a stored record, their JSON parsed."""
+    """Return the messages and tools of a stored record, their JSON parsed."""
     told = [
         {**message, **json.loads(message["extra"])} if message["extra"] else message
         for message in record["messages"]
@@ -30,7 +26,7 @@ def conversation(record: Record) -> tuple[list[Message], Tools]:
 
 
 def spoken(message: Mapping[str, Any]) -> Message:
-    """What a template may read of a message; a thought under every name that templates have for it."""
+    """Return the part of a message that a template may read; a thought appears under each of THOUGHT_KEYS."""
     told = {key: message[key] for key in TEMPLATE_KEYS if key in message}
     if "reasoning_content" in told:
         told |= dict.fromkeys(THOUGHT_KEYS, told["reasoning_content"])
@@ -38,7 +34,7 @@ def spoken(message: Mapping[str, Any]) -> Message:
 
 
 def has_own_scaffold(messages: Messages, tools: Tools) -> bool:
-    """Whether the template's part depends on more than the roles: it is then found for this record alone."""
+    """Return whether the scaffold depends on more than the roles, and must be found for this record alone."""
     return bool(tools) or any(
         m["role"] == "tool" or THOUGHT_END in m["content"] or any(key in m for key in STRUCTURED)
         for m in messages
@@ -46,7 +42,7 @@ def has_own_scaffold(messages: Messages, tools: Tools) -> bool:
 
 
 def split_thought(message: Mapping[str, Any]) -> tuple[str, str]:
-    """An answer's thought with the blanks after it, and the rest; templates treat the two differently."""
+    """Return an answer's thought with its trailing whitespace, and the rest; templates treat them apart."""
     content: str = message["content"]
     if message["role"] != "assistant" or THOUGHT_END not in content:
         return "", content

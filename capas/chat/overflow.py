@@ -1,4 +1,4 @@
-"""What becomes of records that are longer than `dataset.max_length`: an error, dropped, or cut at a turn."""
+"""Handle records longer than `dataset.max_length`: raise an error, drop them, or cut them at a turn."""
 
 from collections.abc import Callable, Collection, Iterable
 from dataclasses import dataclass, field
@@ -19,12 +19,13 @@ def count_supervised(encoded: Encoded) -> int:
 
 @dataclass
 class Overflow:
-    """The policy for one split, and what it did.
+    """The policy for one split, and the counts of what it did.
 
     Args:
-        policy: error | drop | truncate. To truncate is to keep the turns from the beginning up to the last
-            answer that fits; where not even the first does, the record is dropped.
-        budget_fraction: of the split's records, how many may be dropped or truncated before the stage fails.
+        policy: error | drop | truncate. Truncating keeps the turns up to the last answer that fits; if no
+            answer fits, the record is dropped.
+        budget_fraction: the fraction of the split's records that may be dropped or truncated before the stage
+            fails.
     """
 
     split: str
@@ -41,16 +42,16 @@ class Overflow:
     too_long: list[str] = field(default_factory=list)
 
     def see(self, lengths: Array) -> None:
-        """Records that fit."""
+        """Count records that fit, by their lengths."""
         self.num_records += len(lengths)
 
     def fit(
         self, identity: str, messages: Messages, encoded: Encoded, encode: Encode
     ) -> tuple[Messages, Encoded] | None:
-        """The messages to keep and their ids; None where the record is dropped.
+        """Return the messages to keep and their encoding, or None if the record is dropped.
 
         Args:
-            encode: encodes the first messages of this record, up to an answer.
+            encode: a function that encodes the first messages of this record, up to an answer.
         """
         self.num_records += 1
         self.longest = max(self.longest, (len(encoded.input_ids), identity))
@@ -89,7 +90,11 @@ class Overflow:
 
 
 def check_overflow(splits: Iterable[Overflow]) -> None:
-    """Raises CapasError where a record is too long and may not be, or too many are: all splits at once."""
+    """Check that no split has more overlong records than its policy allows.
+
+    Raises:
+        CapasError: a split has; the message covers all such splits.
+    """
     beyond = [split for split in splits if not split.is_within_budget]
     if not beyond:
         return
@@ -110,5 +115,5 @@ def check_overflow(splits: Iterable[Overflow]) -> None:
 
 
 def _round_up(fraction: float) -> float:
-    """To three decimals, so that the value named in a message is enough."""
+    """Round up to three decimals, so that the value suggested in an error message suffices."""
     return min(1.0, -(-fraction * 1000 // 1) / 1000)

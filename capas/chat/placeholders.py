@@ -1,9 +1,9 @@
-"""Characters that stand for contents and control tokens while a template is rendered.
+"""Replace contents and control tokens by stand-in characters while a template is rendered.
 
-A mark stands for a content: its place in the rendered text is found again. Texts of control tokens in what a
-template writes in its own way (calls, results, schemas, thoughts) are hidden, character by character, so that
-they are not taken for the template's own. No stand-in occurs in the record or in the template: a text comes
-back as it was, whatever characters it holds.
+A mark stands for a content, so that its place is found in the rendered text. A template formats calls,
+results, schemas and thoughts in its own way. Texts of control tokens inside them are hidden, character by
+character, so that they are not mistaken for the template's own. No stand-in occurs in the record or in the
+template, so every text can be restored exactly.
 """
 
 import re
@@ -22,8 +22,8 @@ class Placeholders:
     """Stand-ins for one conversation.
 
     Args:
-        texts: of the control tokens.
-        characters: what to use, as many as `count` says.
+        texts: the texts of the control tokens.
+        characters: the stand-in characters, as many as `count` returns.
     """
 
     def __init__(self, texts: Sequence[str], characters: Sequence[str]) -> None:
@@ -38,14 +38,14 @@ class Placeholders:
 
     @staticmethod
     def count(texts: Sequence[str]) -> int:
-        """How many characters these texts of control tokens need."""
+        """Return how many stand-in characters these texts of control tokens need."""
         return 2 + len(_alphabet(texts))
 
     def mark(self, index: int) -> str:
         return f"{self._open}{index}{self._close}"
 
     def cut(self, text: str) -> tuple[list[str], list[int]]:
-        """The texts between the marks, and the indices of the marks: one less."""
+        """Return the texts between the marks, and the indices of the marks, which are one fewer."""
         parts = self._mark.split(text)
         return parts[::2], [int(index) for index in parts[1::2]]
 
@@ -53,11 +53,11 @@ class Placeholders:
         return self._mark.search(text) is not None
 
     def readable(self, text: str) -> str:
-        """The text for an error message."""
+        """Return a text without stand-ins, for an error message."""
         return self.reveal(self._mark.sub(lambda found: f"{{content {found.group(1)}}}", text))
 
     def hide(self, value: Any) -> Any:
-        """The same value, JSON's kinds only, of the same lengths, without texts of control tokens."""
+        """Return a JSON-like value with the texts of control tokens replaced; all lengths stay the same."""
         if isinstance(value, str):
             return self._controls.sub(lambda found: found.group().translate(self._hidden), value)
         if isinstance(value, Mapping):
@@ -65,7 +65,10 @@ class Placeholders:
         return [self.hide(item) for item in value] if isinstance(value, list | tuple) else value
 
     def protect(self, message: Mapping[str, Any]) -> Message:
-        """A message whose structured parts are hidden; `thought` is the beginning of an answer's content."""
+        """Return a message without texts of control tokens in its structured parts.
+
+        Its new key `thought` has the beginning of an answer's content, if that is a thought.
+        """
         safe = {**message, **{k: self.hide(message[k]) for k in STRUCTURED if k in message}}
         if message["role"] == "tool":
             safe["content"] = self.hide(message["content"])
@@ -75,15 +78,15 @@ class Placeholders:
         return safe
 
     def reveal(self, text: str) -> str:
-        """The text with what was hidden."""
+        """Return a text with the hidden control tokens restored."""
         return text.translate(self._shown)
 
 
 class PlaceholderSource:
-    """Chooses the stand-ins for each conversation.
+    """A source of stand-ins, chosen for each conversation.
 
     Args:
-        texts: of the control tokens.
+        texts: the texts of the control tokens.
         template: the text of the template.
     """
 
@@ -92,10 +95,10 @@ class PlaceholderSource:
         self.usual = self._make(frozenset())
 
     def choose(self, messages: Messages, tools: Tools) -> Placeholders:
-        """Stand-ins that occur nowhere in the conversation.
+        """Return stand-ins that occur nowhere in the conversation.
 
         Raises:
-            RecordRefusal: the conversation leaves too few characters, of 137,470 private ones.
+            RecordRefusal: the conversation leaves too few of Unicode's 137,470 private-use characters unused.
         """
         used = frozenset(
             chain.from_iterable(_ANY_PRIVATE.findall(t) for t in _texts([messages, tools]))
@@ -120,7 +123,7 @@ def _alphabet(texts: Iterable[str]) -> list[str]:
 
 
 def _texts(value: Any) -> Iterator[str]:
-    """Every text in a value of JSON's kinds, keys included."""
+    """Yield every text in a JSON-like value, keys included."""
     if isinstance(value, str):
         yield value
     elif isinstance(value, Mapping):

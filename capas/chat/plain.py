@@ -1,7 +1,7 @@
-"""Texts as ids, many at a time: by `fastokens` where it knows the tokenizer, else by `tokenizers`.
+"""Encode texts as ids in batches, with `fastokens` where it supports the tokenizer, else with `tokenizers`.
 
-fastokens is many times faster and refuses tokenizers that it does not know. It is trusted as far as it is
-checked: of every batch a sample is encoded by tokenizers too.
+fastokens is many times faster, and refuses tokenizers that it does not support. Its ids are checked: a sample
+of every batch is encoded with tokenizers as well.
 """
 
 import logging
@@ -19,22 +19,22 @@ from capas.chat.tokenizer import WORD_START, TokenizerFiles, encode_plain
 from capas.core.errors import CapasError
 from capas.core.ragged import Ragged, offsets_of
 
-CHECKED_FIRST, CHECKED_EVERY = 20, 100  # texts of a batch that both libraries encode
+CHECKED_FIRST, CHECKED_EVERY = 20, 100  # both libraries encode these texts of a batch
 log = logging.getLogger("capas")
 
 
 class PlainEncoder:
-    """Encodes texts as plain text: no text becomes a control token.
+    """An encoder of plain text: no text becomes a control token.
 
     Args:
-        fast: whether to use fastokens where it can be used; the ids are the same.
+        fast: whether to use fastokens if possible; the ids are the same.
     """
 
     def __init__(self, files: TokenizerFiles, fast: bool = True) -> None:
         self._folder = files.folder
         library = _import_fastokens() if fast else None
         spec, self._adds_blank = files.plain_json() if library else ("", False)
-        with ThreadPoolExecutor(1) as beside:  # fastokens lets others work while it builds its own
+        with ThreadPoolExecutor(1) as beside:  # fastokens lets other threads run while it builds
             building = beside.submit(_build_fast, library, spec) if library else None
             self._sure = files.build()
             self._fast = building.result() if building else None
@@ -50,7 +50,7 @@ class PlainEncoder:
         return "fastokens" if self._fast else "tokenizers"
 
     def encode(self, texts: Sequence[str]) -> Ragged:
-        """The ids of each text, int32.
+        """Return the ids of each text, int32.
 
         Raises:
             CapasError: the two libraries disagree on a text of the sample.
@@ -86,7 +86,10 @@ class PlainEncoder:
 
 
 def _knows_every_character(tokenizer: Tokenizer) -> bool:
-    """Else the libraries differ: in tokenizers the neighbours of a character without a token are joined."""
+    """Return whether the vocabulary has a token for every character.
+
+    If it has not, the libraries differ: tokenizers joins the neighbours of a character without a token.
+    """
     model = tokenizer.model
     if not isinstance(model, BPE) or model.unk_token is not None:
         return True
@@ -96,7 +99,7 @@ def _knows_every_character(tokenizer: Tokenizer) -> bool:
 
 
 def _with_blank(text: str) -> str:
-    """SentencePiece puts a blank before the first word, where there is none."""
+    """Return the text with a space before its first word, as SentencePiece adds one if there is none."""
     return text if not text or text.startswith((" ", WORD_START)) else " " + text
 
 
@@ -110,7 +113,7 @@ def _import_fastokens() -> Any:
 
 
 def _build_fast(library: Any, spec: str) -> Any:
-    """None where fastokens refuses the tokenizer."""
+    """Return fastokens' tokenizer, or None if fastokens does not support it."""
     try:
         return library.Tokenizer.from_json_str(spec)
     except ValueError as refusal:

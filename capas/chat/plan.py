@@ -1,4 +1,4 @@
-"""How conversations of one pattern of roles are put together: control tokens, scaffold and contents in order.
+"""Describe how conversations of one pattern of roles are assembled: control tokens, scaffold, contents.
 
 <|im_start|>  user\\n CONTENT 0  <|im_end|>  \\n  <|im_start|>  assistant\\n CONTENT 1  <|im_end|>  \\n
 """
@@ -6,22 +6,22 @@
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-Trim = tuple[str | None, str | None]  # arguments of lstrip and rstrip: None stands for all blanks
+Trim = tuple[str | None, str | None]  # arguments of lstrip and rstrip; None is all whitespace
 NO_TRIM: Trim = ("", "")
 
 
 @dataclass(frozen=True)
 class Control:
-    """A control token. `text` has the blanks too that the token swallows."""
+    """A control token; `text` includes the whitespace that the token strips."""
 
     text: str
     token: str
-    owner: int | None  # index of the assistant's message that it belongs to, if any
+    owner: int | None  # index of the answer that the token belongs to, if any
 
 
 @dataclass(frozen=True)
 class Piece:
-    """Text of the scaffold or, where `message` is an index, the place of that message's content."""
+    """A text of the scaffold, or the place of a content, if `message` is the index of a message."""
 
     text: str
     message: int | None
@@ -33,7 +33,7 @@ class Piece:
 
 @dataclass(frozen=True)
 class Segment:
-    """What stands between two control tokens. `first`: nothing comes before it."""
+    """The pieces between two control tokens; `first` is true at the beginning of the conversation."""
 
     pieces: tuple[Piece, ...]
     first: bool
@@ -43,7 +43,7 @@ class Segment:
 
 
 def scaffold_before(segment: Segment) -> tuple[str, bool]:
-    """The text before a segment's last piece, and whether there is some of the same owner as that piece."""
+    """Return the text before a segment's last piece, and whether it exists and has the last piece's owner."""
     *before, last = segment.pieces
     one_owner = bool(before) and all(piece.owner == last.owner for piece in before)
     return "".join([piece.text for piece in before]), one_owner
@@ -51,11 +51,11 @@ def scaffold_before(segment: Segment) -> tuple[str, bool]:
 
 @dataclass(frozen=True)
 class Plan:
-    """How conversations of one pattern of roles are put together."""
+    """A plan of how conversations of one pattern of roles are assembled."""
 
     parts: tuple[Control | Segment, ...]
-    trims: tuple[Trim, ...]  # per message: what the template does to the ends of a content
-    # Answers before which the conversation does not go on as the prompt that asks for them ends.
+    trims: tuple[Trim, ...]  # per message: the whitespace that the template trims from its content
+    # Answers whose prompt is not a prefix of the conversation.
     not_asked_for: frozenset[int] = frozenset()
 
     @property
@@ -69,6 +69,6 @@ class Plan:
         ]
 
     def fill(self, contents: Sequence[str]) -> str:
-        """The conversation as text; `contents` are trimmed already."""
+        """Return the conversation as text; `contents` are already trimmed."""
         texts = (p.text if isinstance(p, Control) else p.fill(contents) for p in self.parts)
         return "".join(texts)

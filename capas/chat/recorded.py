@@ -1,4 +1,4 @@
-"""The chat format that data/formatted was made with, for stages that read or format more in it."""
+"""Load the chat format of data/formatted, for stages that read or format conversations in it."""
 
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -12,14 +12,14 @@ if TYPE_CHECKING:
 
 
 def recorded_format(formatted: Path, tokenizer: Path) -> ChatFormat:
-    """The template of this run with its tokenizer.
+    """Return the chat format of this run: its template with its tokenizer.
 
     Args:
-        formatted: data/formatted.
-        tokenizer: data/models/tokenizer.
+        formatted: the folder data/formatted.
+        tokenizer: the folder data/models/tokenizer.
 
     Raises:
-        CapasError: template and tokenizer encode other ids now than when the records were formatted.
+        CapasError: template and tokenizer now give other ids than when the records were formatted.
     """
     text = (formatted / "chat_template.jinja").read_text(encoding="utf-8")
     chat = read_chat(formatted)
@@ -36,7 +36,7 @@ def recorded_format(formatted: Path, tokenizer: Path) -> ChatFormat:
 
 
 def read_chat(formatted: Path) -> dict[str, Any]:
-    """Read chat.json of data/formatted: special tokens, end tokens, settings of the template."""
+    """Return chat.json of data/formatted: special tokens, end tokens, settings of the template."""
     return read_json(formatted / "chat.json")
 
 

@@ -1,7 +1,8 @@
-"""A sample of records as transformers formats them, in the folder that users of the tuned model get.
+"""Compare a sample of records with transformers' formatting, in a folder like the tuned model's.
 
-`AutoTokenizer.from_pretrained(folder).apply_chat_template(...)` is how servers ask a model. Its ids are those
-that the records were formatted to, or the records are not what the model will be asked with.
+Servers build prompts with `AutoTokenizer.from_pretrained(folder).apply_chat_template(...)`. Its ids must be
+those of the formatted records. Otherwise the model would be prompted in another format than it was trained
+in.
 """
 
 import json
@@ -26,10 +27,11 @@ _Asked = dict[str, Any]  # messages, tools, add_generation_prompt
 
 
 def compare(chat: ChatFormat, samples: Mapping[str, Sequence[Sampled]]) -> int:
-    """How many records of each split's sample were compared; none where transformers cannot load the folder.
+    """Return the number of sampled records that were compared; 0 if transformers cannot load the folder.
 
     Raises:
-        CapasError: naming the record and the first token that differs.
+        CapasError: the ids of a record differ; the message names the record and the first such token. Or
+            transformers failed.
     """
     pairs = [(split, sampled) for split, of_split in samples.items() for sampled in of_split]
     asked, expected, whose = [], [], []
@@ -89,7 +91,7 @@ def _difference(ours: list[int], theirs: list[int] | str, chat: ChatFormat) -> s
 
 
 def _ask(chat: ChatFormat, asked: Sequence[_Asked]) -> list[list[int] | str] | str:
-    """See `_answers`; in a process of its own where this one has not imported transformers yet."""
+    """Return the result of `_answers`, from a separate process unless this one has imported transformers."""
     with TemporaryDirectory(prefix="capas-tokenizer-") as name:
         folder = Path(name)
         for file in chat.folder.iterdir():
@@ -118,12 +120,15 @@ def _ask(chat: ChatFormat, asked: Sequence[_Asked]) -> list[list[int] | str] | s
 def _answers(
     folder: Path, date_string: str, asked: Iterable[_Asked]
 ) -> list[list[int] | str] | str:
-    """Per conversation its ids, or why transformers refuses it; a text where it cannot load the folder."""
+    """Return each conversation's ids, or the reason why transformers refuses it.
+
+    Return only a reason if transformers cannot load the folder.
+    """
     from transformers import AutoTokenizer
 
     try:
         tokenizer = AutoTokenizer.from_pretrained(folder)
-    except Exception as error:  # noqa: BLE001  whatever the tokenizer's class raises is the answer
+    except Exception as error:  # noqa: BLE001  a tokenizer's class may raise anything
         return f"{type(error).__name__}: {error}"
     clock = {"date_string": date_string, "strftime_now": fixed_clock(date_string)}
     found: list[list[int] | str] = []
@@ -138,7 +143,7 @@ def _answers(
 
 
 if __name__ == "__main__":
-    # Tokenizers need no torch, which takes seconds to import.
+    # Tokenizers do not need torch, which takes seconds to import.
     sys.modules["torch"] = None  # type: ignore[assignment]
     given_folder, given_date, given_asked = json.load(sys.stdin)
     sys.stdout.write(json.dumps(_answers(Path(given_folder), given_date, given_asked)))

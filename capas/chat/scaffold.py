@@ -1,15 +1,15 @@
-"""What a chat template puts around contents, found by rendering it once per pattern of roles.
+"""Find a chat template's scaffold, its text around contents, by rendering it once per pattern of roles.
 
-The template is rendered with a mark in the place of each content, and the text cut at its control tokens::
+The template is rendered with a mark in place of each content, and the text is split at its control tokens::
 
     <|im_start|>  user\\n MARK0  <|im_end|>  \\n  <|im_start|>  assistant\\n MARK1  <|im_end|>  \\n
 
-Every segment between two control tokens is encoded by itself, as tokenizers do it. What belongs to an answer
-(its `owner`) is what the model has to write: from the end of the generation prompt to the end token.
-Where an answer calls tools, a mark stands in the name of the first one too: the text around it is the answer.
+Every segment between two control tokens is encoded separately, as tokenizers do. The model has to write the
+tokens from the end of the generation prompt to the end token; they belong to the answer, their `owner`.
+If an answer calls tools, the name of the first tool is marked, too: the text around it belongs to the answer.
 
-Most templates end every answer with the same control token. Harmony ends an answer with one and writes
-another in its place once the conversation goes on, which ends the user's turns too: `end_tokens` has both.
+Most templates end every answer with the same control token. Harmony ends the last answer with one token and
+earlier answers, like the user's turns, with another: `end_tokens` has both.
 """
 
 import re
@@ -29,19 +29,20 @@ from capas.core.errors import CapasError
 Render = Callable[[Messages, bool, Tools], str]  # (messages, add_generation_prompt, tools)
 _QUESTION, _ANSWER = {"role": "user", "content": "-"}, {"role": "assistant", "content": "-"}
 _THOUGHT = {"reasoning_content": "-"}
-_PADDING, _LINES = " \t\n", "\n" * 5  # more line breaks than a scaffold has of its own
+_PADDING, _LINES = " \t\n", "\n" * 5  # more line breaks than a scaffold itself has
 
 
 class Planner:
-    """Makes plans for one template.
+    """A maker of plans for one template.
 
     Args:
-        render: the template, the policy for system messages applied.
+        render: the template, including the policy for system messages.
         controls: the control tokens by their text.
-        usual: stand-ins for conversations that hold none of their characters.
+        usual: stand-ins for conversations that contain none of the stand-in characters.
 
     Raises:
-        CapasError: the template ends no answer with a control token, or asks for answers differently.
+        CapasError: the template ends no answer with a control token, or its prompt is not a prefix of the
+            conversation.
     """
 
     def __init__(
@@ -54,7 +55,7 @@ class Planner:
         other = self._find_other_end_token(usual)
         others = [] if other is None else [other]
         self.end_tokens = [self.end_token, *others]
-        # Where a thought ends with the same token, a model that writes it may have more to say.
+        # A token that also occurs inside an answer, after a thought say, must not stop the generation.
         inside = self._written_inside(usual) if others else set()
         self.stop_tokens = [self.end_token, *(token for token in others if token not in inside)]
 
@@ -65,10 +66,10 @@ class Planner:
         placeholders: Placeholders,
         tools: Tools = None,
     ) -> Plan:
-        """The plan for conversations with these roles and, where they have any, these tools and calls.
+        """Return the plan for conversations with these roles and, if they have any, these tools and calls.
 
         Args:
-            messages, tools: what the template writes in its own way is hidden.
+            messages, tools: a conversation in which control tokens are hidden: see `Placeholders`.
 
         Raises:
             CapasError: the template refuses, drops or repeats a message, or leaves an answer open.
@@ -79,7 +80,7 @@ class Planner:
         return self._render(messages, add_generation_prompt, tools)
 
     def find_controls(self, text: str) -> Iterator[tuple[re.Match[str], str]]:
-        """The control tokens in a text, with the blanks that they swallow, and their names."""
+        """Yield the control tokens in a text, with the whitespace that they strip, and their names."""
         for found in self._pattern.finditer(text):
             text_alone = found.group() in self._controls
             yield found, found.group() if text_alone else found.group().strip()
@@ -105,7 +106,7 @@ class Planner:
         return found
 
     def _asks_for_a_thought(self, prompt: str, usual: Placeholders) -> bool:
-        """Whether the prompt begins a conversation whose answer thinks first: it may open the thought."""
+        """Return whether the prompt is a prefix if the answer begins with a thought, which it may open."""
         for told in ({"content": "<think>\n-\n</think>\n\n-"}, {"content": "-", **_THOUGHT}):
             with suppress(TemplateRefusal):
                 if self._example(usual, **told).startswith(prompt):
@@ -113,17 +114,17 @@ class Planner:
         return False
 
     def _example(self, usual: Placeholders, content: str, **more: str) -> str:
-        """A question and an answer, with marks for contents."""
+        """Return a rendered question and answer, with marks for contents."""
         answer = {"role": "assistant", "content": content, **more}
         return self.render(_mark([_QUESTION, usual.protect(answer)], usual), False, None)
 
     def _find_other_end_token(self, usual: Placeholders) -> str | None:
-        """What ends an answer that is not the last one, where that is what ends a user's turn as well."""
+        """Return the token that ends answers before the last one, if it also ends the user's turns."""
         told = [_QUESTION, _ANSWER, _QUESTION, _ANSWER]
         try:
             texts = usual.cut(self.render(_mark(told, usual), False, None))[0]
         except TemplateRefusal:
-            return None  # a family of one turn
+            return None  # the family allows one turn only
         if len(texts) != len(told) + 1:
             return None
         of_user, of_answer = ([name for _, name in self.find_controls(text)] for text in texts[1:3])
@@ -131,7 +132,7 @@ class Planner:
         return of_user[0] if is_end else None
 
     def _written_inside(self, usual: Placeholders) -> set[str]:
-        """The control tokens between the prompt and the content of an answer that thinks first."""
+        """Return the control tokens between prompt and content if the answer begins with a thought."""
         prompt = self.render(_mark([_QUESTION], usual), True, None)
         try:
             before = self._example(usual, "-", **_THOUGHT).partition(usual.mark(1))[0]
@@ -167,7 +168,10 @@ class _Conversation:
         return Plan(tuple(_group(pieces)), trims, frozenset(self._not_asked_for))
 
     def _pieces(self, texts: Sequence[str], order: Sequence[int]) -> Iterator[Control | Piece]:
-        """Scaffold and contents as in the text; in `order`, index + n stands for an answer's calls."""
+        """Yield scaffold and contents in the order of the text.
+
+        In `order`, index + number of messages stands for an answer's tool calls.
+        """
         told = self._told
         for place, text in enumerate(texts):
             previous = order[place - 1] if place > 0 else None
@@ -195,15 +199,18 @@ class _Conversation:
             yield Piece(reveal(text[position:]), None, owner)
 
     def _end_of_answer(self, text: str, previous: int | None, following: int | None) -> int:
-        """How much of the scaffold after an answer belongs to it: up to and including the end token.
+        """Return how many characters of the scaffold after an answer belong to it, its end token included.
 
-        An end token that does not stop a generation is not the model's to write there.
+        An end token that does not stop generation is excluded: the model need not write it.
+
+        Raises:
+            RecordRefusal: the template does not end the answer.
         """
         planner, told = self._planner, self._told
         if previous is None or told[previous]["role"] != "assistant":
             return 0
         if previous == following:
-            return len(text)  # between what an answer says and its calls
+            return len(text)  # between an answer's content and its calls
         controls = list(planner.find_controls(text))
         if told[previous].get("tool_calls"):  # calls may have control tokens inside
             controls = [control for control in controls if control[1] in planner.end_tokens]
@@ -211,7 +218,7 @@ class _Conversation:
         if found is not None and name in planner.end_tokens:
             return found.end() if name in planner.stop_tokens else found.start()
         if found is None and following is not None and told[following]["role"] == "assistant":
-            return len(text)  # the template makes one turn of two messages
+            return len(text)  # the template joins two messages in one turn
         raise RecordRefusal(
             f"the chat template does not end message {previous} (assistant) with {planner.end_token}, as it "
             "does in a conversation of two messages, but goes on with "
@@ -219,17 +226,17 @@ class _Conversation:
         )
 
     def _lead(self, text: str, following: int | None) -> str:
-        """What of the scaffold before an answer the generation prompt lacks: the model has to write it."""
+        """Return the part of the scaffold before an answer that is not in the prompt: the model writes it."""
         if following is None or self._told[following]["role"] != "assistant":
             return ""
         try:
             asked = self._planner.render(self._told[:following], True, self._tools)
         except TemplateRefusal:
-            return ""  # nobody can ask for this answer alone
+            return ""  # this answer has no prompt of its own
         prompt = self._placeholders.cut(asked)[0][-1]
         if text.startswith(prompt):
             return text.removeprefix(prompt)
-        # Where later turns change earlier ones (Mistral puts system text into the last), its end is there.
+        # If later turns change earlier ones (Mistral puts system text into the last), look for its end only.
         starts = [found.start() for found, _ in self._planner.find_controls(prompt)]
         _, there, lead = text.rpartition(prompt[starts[-1] :] if starts else prompt)
         if not there:
@@ -238,7 +245,7 @@ class _Conversation:
 
 
 def control_pattern(controls: Mapping[str, AddedToken]) -> re.Pattern[str]:
-    """Finds control tokens in a text, the longest first, with the blanks that they swallow."""
+    """Return a pattern that finds control tokens, the longest first, with the whitespace that they strip."""
     longest_first = sorted(
         controls.values(), key=lambda token: (-len(token.content), token.content)
     )
@@ -252,9 +259,10 @@ def control_pattern(controls: Mapping[str, AddedToken]) -> re.Pattern[str]:
 
 
 def _mark(messages: Messages, placeholders: Placeholders, padding: str = "") -> list[Message]:
-    """The conversation with marks for contents, and one in the first call of an answer that calls tools.
+    """Return the conversation with marks for contents, and one in an answer's first tool call.
 
-    Blank contents stay: templates ask whether one is empty. So do results of tools, which templates rewrite.
+    Blank contents stay, because templates test whether a content is empty. So do the results of tools, which
+    templates rewrite.
     """
     marked = []
     for index, message in enumerate(messages):
@@ -294,15 +302,15 @@ def _check_each_once(order: Sequence[int], told: Messages, placeholders: Placeho
 
 
 def _find_trim(padded: str, broken: str, mark: str) -> Trim:
-    """What the template does to white space at the ends of a content.
+    """Return the whitespace that the template trims from the ends of a content.
 
     Args:
-        padded: rendered with blanks of several kinds around the mark.
-        broken: rendered with line breaks around it, which some templates trim alone.
+        padded: the text rendered with whitespace of several kinds around the mark.
+        broken: the text rendered with line breaks around the mark; some templates trim only these.
     """
     before, found, after = padded.partition(mark)
     if not found:
-        return NO_TRIM  # a blank content: part of the scaffold
+        return NO_TRIM  # a blank content is part of the scaffold
     lines_before, _, lines_after = broken.partition(mark)
     left = _trimmed(before.endswith(_PADDING), lines_before.endswith(_LINES))
     right = _trimmed(after.startswith(_PADDING), lines_after.startswith(_LINES))
@@ -310,7 +318,7 @@ def _find_trim(padded: str, broken: str, mark: str) -> Trim:
 
 
 def _trimmed(keeps_blanks: bool, keeps_lines: bool) -> str | None:
-    """The argument of `str.strip`."""
+    """Return the argument of `str.strip` that trims as the template does."""
     if not keeps_blanks:
         return None
     return "" if keeps_lines else "\n"

@@ -1,4 +1,4 @@
-"""A planned conversation as ids, each with the answer that it belongs to."""
+"""Encode a planned conversation as ids, each with the answer that it belongs to."""
 
 from collections.abc import Collection, Mapping, Sequence
 from enum import IntEnum
@@ -22,24 +22,24 @@ Owned = list[tuple[int, int | None]]  # token id, index of the answer that it be
 
 
 class Way(IntEnum):
-    """How the known ids of a content get into the text around it."""
+    """The way in which the known ids of a content are used within the text around it."""
 
     JOIN = 0  # after the ids of the scaffold
-    ABSORB = 1  # in the place of the scaffold too: a blank that the tokenizer adds itself
-    WHOLE = 2  # not at all: scaffold and content melt, and are encoded together
+    ABSORB = 1  # instead of the scaffold, too: a space that the tokenizer adds itself
+    WHOLE = 2  # not at all: scaffold and content merge, and are encoded together
 
 
 class SegmentEncoder:
-    """Encodes what stands between control tokens; no text of it can become a control token.
+    """An encoder of the segments between control tokens; none of their text can become a control token.
 
     Args:
-        controls: the control tokens by their text, whether the tokenizer marks them as special or not.
+        controls: the control tokens by their text, whether or not the tokenizer marks them as special.
     """
 
     def __init__(self, files: TokenizerFiles, controls: Mapping[str, AddedToken]) -> None:
         self._folder = files.folder
         self.control_ids = {text: files.id_of_text(text) for text in controls}
-        # The unknown token is special, yet an ordinary text may hold what a vocabulary lacks.
+        # The unknown token is special, yet ordinary text may give it where the vocabulary lacks a character.
         self.forbidden_ids = frozenset(self.control_ids.values()) - {files.id_of("unk_token")}
         unmarked = {text: token for text, token in controls.items() if not token.special}
         self._unmarked = control_pattern(unmarked) if unmarked else None
@@ -49,14 +49,14 @@ class SegmentEncoder:
         self.encode_scaffold = lru_cache(maxsize=4096)(lambda part: self.encode_whole(part, []))
 
     def encode(self, plan: Plan, contents: list[str], messages: Messages) -> Owned:
-        """The ids of a conversation.
+        """Return the ids of a conversation with their owners.
 
         Args:
-            contents: trimmed as the template does.
-            messages: with the contents as they are and, where they are known, their input_ids.
+            contents: the contents, trimmed as the template trims them.
+            messages: the messages with their original contents and, if known, the input_ids of these.
 
         Raises:
-            CapasError: the vocabulary makes a control token out of ordinary pieces of a content.
+            CapasError: the vocabulary merges ordinary pieces of a content into a control token.
         """
         owned: Owned = []
         for part in plan.parts:
@@ -68,7 +68,7 @@ class SegmentEncoder:
         return owned
 
     def _encode_segment(self, segment: Segment, contents: list[str], messages: Messages) -> Owned:
-        """The known ids of a content where the border allows it, else those of the whole segment anew."""
+        """Return the known ids of a content if the border allows it, else the whole segment encoded again."""
         if all(piece.message is None for piece in segment.pieces):
             return self.encode_scaffold(segment)
         *before, last = segment.pieces
@@ -83,18 +83,20 @@ class SegmentEncoder:
         return lead + [(i, last.owner) for i in self.known_ids(message)]
 
     def way(self, scaffold: str, one_owner: bool, content: str, original: str) -> Way:
-        """How a content's known ids get into a segment that ends with it and has no other.
+        """Return how a content's known ids are used in a segment that ends with it and has no other content.
 
         Args:
-            scaffold: the text before it; one_owner: see `capas.chat.plan.scaffold_before`.
-            content: trimmed as the template does; original: what the known ids were made of.
+            scaffold: the text before the content.
+            one_owner: see `capas.chat.plan.scaffold_before`.
+            content: the content, trimmed as the template trims it.
+            original: the text that the known ids encode.
         """
         if content != original or (self._unmarked and self._unmarked.search(content)):
             return Way.WHOLE
         return self._ways(scaffold, one_owner, content[: self._edges.reach])
 
     def ways(self, scaffold: str, one_owner: bool, contents: pa.StringArray) -> Array:
-        """`way` of each of many contents of which the template trims nothing."""
+        """Return `way` for each of many contents from which the template trims nothing."""
         starts = pc.utf8_slice_codeunits(contents, 0, self._edges.reach).dictionary_encode()
         known = [self._ways(scaffold, one_owner, start) for start in starts.dictionary.to_pylist()]
         found = np.array(known, np.int8)[from_arrow(starts.indices)]
@@ -111,16 +113,16 @@ class SegmentEncoder:
         return Way.WHOLE
 
     def known_ids(self, message: Mapping[str, Any]) -> Sequence[int]:
-        """The ids of a content as plain text."""
+        """Return the ids of a content as plain text."""
         if "input_ids" in message:
             known: Sequence[int] = message["input_ids"]
             return known
         return self._alone.encode(message["content"], add_special_tokens=False).ids
 
     def encode_whole(self, segment: Segment, contents: list[str]) -> Owned:
-        """The ids of scaffold and contents together; an answer in it begins with a token of its own.
+        """Return the ids of scaffold and contents encoded together; an answer begins with a token of its own.
 
-        What stands before the answer is the end of the prompt that asks for it.
+        The text before the answer is the end of its prompt.
         """
         pieces, first = segment.pieces, segment.first
         together = self._encode_together(pieces, contents, first)
@@ -129,13 +131,12 @@ class SegmentEncoder:
         if together[: len(asked)] == asked:
             return together
         apart = asked + self._encode_together(pieces[start:], contents, False)
-        same = self._decode(apart) == self._decode(
-            together
-        )  # not where a blank is put before a text
+        # The texts differ if the tokenizer puts a space before a text.
+        same = self._decode(apart) == self._decode(together)
         return apart if same else together
 
     def _encode_together(self, pieces: Sequence[Piece], contents: list[str], first: bool) -> Owned:
-        """A token that holds a character of an answer belongs to the answer."""
+        """Return the ids of a text; a token with a character of an answer belongs to that answer."""
         texts = [piece.fill(contents) for piece in pieces]
         owners = [p.owner for p, text in zip(pieces, texts, strict=True) for _ in text]
         encoder = self._alone if first else self._inside
@@ -160,7 +161,7 @@ class SegmentEncoder:
 
 
 def _build(files: TokenizerFiles, also_special: Collection[str]) -> tuple[Tokenizer, Tokenizer]:
-    """For texts that begin the sequence, and for those that stand inside it; often the same."""
+    """Return the tokenizers for texts that begin the sequence and for texts inside it; often the same one."""
     alone = files.build(also_special=also_special)
     if not files.adds_first_blank:
         return alone, alone

@@ -1,4 +1,4 @@
-"""Chat templates: Jinja, rendered as transformers documents it, and what becomes of system messages.
+"""Render chat templates, Jinja as transformers documents it, and apply the policy for system messages.
 
 https://huggingface.co/docs/transformers/chat_templating_writing
 """
@@ -18,19 +18,22 @@ from capas.core.errors import CapasError
 
 
 class RecordRefusal(CapasError):  # noqa: N818
-    """A conversation that this template cannot show, or not safely; others it may."""
+    """An error for one conversation that cannot be formatted safely; others may be fine."""
 
 
 class TemplateRefusal(RecordRefusal):
-    """The template itself refuses a conversation (raise_exception), or fails on it."""
+    """An error for a conversation that the template itself refuses (raise_exception) or fails on."""
 
 
 class Template:
-    """A chat template with a tokenizer's named tokens; it sees neither clock nor files, and comes to an end.
+    """A chat template with a tokenizer's named tokens, without access to clock or files, and with limits.
 
     Args:
-        date_string: today, to whom it asks: `26 Jul 2024` or `2024-07-26`.
-        name: what messages call it, a file for example.
+        date_string: the date that the template gets as today: `26 Jul 2024` or `2024-07-26`.
+        name: the template's name in error messages, a file for example.
+
+    Raises:
+        CapasError: the template has a syntax error, or is nested too deeply.
     """
 
     def __init__(
@@ -50,7 +53,7 @@ class Template:
             self._template = self._environment.compiled(tree)
         except jinja2.TemplateSyntaxError as error:
             raise CapasError(f"{name}, line {error.lineno}: {error.message}") from None
-        except Exception as error:  # noqa: BLE001  what a text nested too deep raises
+        except Exception as error:  # noqa: BLE001  a template nested too deeply may raise anything
             raise CapasError(f"{name} cannot be read: {_in_words(error)}") from None
         self.text, self.copies_contents, self.name = text, copies, name
         self.date_string = date_string
@@ -59,10 +62,11 @@ class Template:
     def render(
         self, messages: Messages, add_generation_prompt: bool = False, tools: Tools = None
     ) -> str:
-        """The conversation as text.
+        """Return the conversation as text.
 
         Raises:
-            TemplateRefusal: with the template's own message, or what it fails with, and its line.
+            TemplateRefusal: the template refuses the conversation or fails; the message has the reason and
+                the template's line.
         """
         told = [spoken(message) for message in messages]
         self._environment.begin()
@@ -76,7 +80,7 @@ class Template:
             )
         except CapasError:
             raise
-        except Exception as error:  # noqa: BLE001  the template is a program of somebody else's
+        except Exception as error:  # noqa: BLE001  the template is somebody else's program
             roles = ", ".join(m["role"] for m in told) or "none"
             line = line_of(error)
             where = "" if line is None else f", line {line},"
@@ -86,7 +90,7 @@ class Template:
 
 
 def _in_words(error: Exception) -> str:
-    """What a template says itself, or what went wrong in it."""
+    """Return the template's own message, or a description of the error."""
     if isinstance(error, jinja2.TemplateError):
         return str(error)
     if isinstance(error, RecursionError):
@@ -95,10 +99,10 @@ def _in_words(error: Exception) -> str:
 
 
 def fixed_clock(date_string: str) -> Callable[[str], str]:
-    """`strftime_now` for templates: the fixed date in the format that is asked for.
+    """Return `strftime_now` for templates, a function that formats the fixed date.
 
     Raises:
-        CapasError: when a template asks, and `date_string` is no date.
+        CapasError: a template calls the function, and `date_string` is not a date.
     """
 
     def strftime_now(form: str) -> str:
@@ -108,10 +112,10 @@ def fixed_clock(date_string: str) -> Callable[[str], str]:
 
 
 def parse_date(text: str) -> datetime:
-    """The day that `chat_template.date_string` names, at midnight.
+    """Return the day of `chat_template.date_string`, at midnight.
 
     Raises:
-        CapasError: it is no date.
+        CapasError: the text is not a date.
     """
     for form in ("%d %b %Y", "%d %B %Y", "%Y-%m-%d"):
         with suppress(ValueError):
@@ -123,14 +127,16 @@ def parse_date(text: str) -> datetime:
 
 
 def place_system(messages: Messages, policy: str) -> list[dict[str, Any]]:
-    """What the template gets to see of system messages.
+    """Return the conversation with the policy for system messages applied.
 
     Args:
-        policy: `template` leaves them to the template; `fold` puts the text of those that come first, a blank
-            line after it, before the first user turn (for families without a system role); `error` refuses.
+        policy: `template` leaves system messages to the template. `fold` puts the texts of the leading ones
+            before the first user message, with a blank line between (for families without a system role).
+            `error` refuses them.
 
     Raises:
-        RecordRefusal: `error` and there is one; `fold` and no user turn follows, or one stands further on.
+        RecordRefusal: with `error`, there is a system message; with `fold`, one comes later than at the
+            start, or no user message follows.
     """
     told = [dict(message) for message in messages]
     positions = [i for i, m in enumerate(told) if m["role"] == "system"]
@@ -163,7 +169,7 @@ def _to_json(
     separators: tuple[str, str] | None = None,
     sort_keys: bool = False,
 ) -> str:
-    """Jinja's own filter escapes for HTML."""
+    """Return a value as JSON, without the HTML escapes of Jinja's own filter."""
     return json.dumps(
         value, ensure_ascii=ensure_ascii, indent=indent, separators=separators, sort_keys=sort_keys
     )

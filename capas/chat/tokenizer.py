@@ -1,8 +1,8 @@
-"""The files of a tokenizer, and texts encoded as plain text: nobody's content becomes a control token.
+"""Read a tokenizer's files, and encode texts as plain text, so that no content becomes a control token.
 
-Of the tokens added to a vocabulary those that are marked `special`, or look as control tokens do, are control
-tokens: `<|im_end|>` closes a turn. `chat_template.allowed_tokens` has those whose text in a content is meant
-(`<think>`). The others (a run of blanks, `<h1>`) are words, as the tokenizer's makers meant them.
+Added tokens of a vocabulary are control tokens if they are marked `special` or look like one: `<|im_end|>`
+closes a turn. `chat_template.allowed_tokens` lists those that a content may contain as tokens (`<think>`).
+The other added tokens (a run of spaces, `<h1>`) are ordinary words, as the tokenizer's makers intended.
 """
 
 import re
@@ -18,13 +18,13 @@ from capas.core.files import read_json
 
 TOKENIZER, CONFIG = "tokenizer.json", "tokenizer_config.json"
 TOKENS_MAP, TEMPLATE = "special_tokens_map.json", "chat_template.jinja"
-# What a control token looks like; none of the four families' tokens looks otherwise.
+# The shape of a control token; all tokens of the four families have it.
 SHAPE = re.compile(
     r"<\|[^<>|\s]+\|>|<｜[^<>｜\s]+｜>|<(?:start|end)_of_[a-z]+>|<unused\d+>|\[/?[A-Z][A-Z_]+\]|</?s>"
 )
-_MODEL = re.compile(rb',\s*"model"\s*:\s*\{')  # in a vocabulary "model" is a number's key
+_MODEL = re.compile(rb',\s*"model"\s*:\s*\{')  # inside a vocabulary the key "model" has a number
 MODEL_TEMPLATE, DEFAULT = "model", "default"  # chat_template.path: model, or model:NAME
-WORD_START = "▁"  # SentencePiece's blank
+WORD_START = "▁"  # SentencePiece's space
 _HEAD = frozenset(
     ("added_tokens", "normalizer", "pre_tokenizer", "post_processor", "truncation", "padding")
 )
@@ -33,10 +33,10 @@ NAMED = ("bos_token", "eos_token", "unk_token", "sep_token", "pad_token", "cls_t
 
 
 class TokenizerFiles:
-    """tokenizer.json, tokenizer_config.json and special_tokens_map.json of a folder, parsed.
+    """The parsed tokenizer.json, tokenizer_config.json and special_tokens_map.json of a folder.
 
     Args:
-        allowed: control tokens whose text in a content stands for the token.
+        allowed: control tokens whose text in a content is encoded as the token.
 
     Raises:
         CapasError: a file is missing or damaged, or a named token is not in the vocabulary.
@@ -61,10 +61,10 @@ class TokenizerFiles:
         self.named = self._named_tokens()
 
     def chat_template(self, name: str = DEFAULT) -> str:
-        """A template that the tokenizer brings: some bring several, with names.
+        """Return one of the tokenizer's own templates; some tokenizers have several, with names.
 
         Raises:
-            CapasError: it brings none of that name; with the names that there are.
+            CapasError: the tokenizer has none of that name; the message lists the names.
         """
         there = self._chat_templates()
         if name in there:
@@ -85,7 +85,11 @@ class TokenizerFiles:
         )
 
     def _chat_templates(self) -> dict[str, str]:
-        """By name; as in transformers a file counts more than tokenizer_config.json."""
+        """Return {name: template}; as in transformers, chat_template.jinja overrides tokenizer_config.json.
+
+        Raises:
+            CapasError: chat_template in tokenizer_config.json is malformed.
+        """
         file, found = self.folder / TEMPLATE, self._config.get("chat_template")
         if file.is_file():
             return {DEFAULT: file.read_text(encoding="utf-8")}
@@ -104,17 +108,20 @@ class TokenizerFiles:
 
     @property
     def adds_first_blank(self) -> bool:
-        """Whether `build(inside=True)` makes a difference."""
+        """Return whether `build(inside=True)` makes a difference."""
         pre_tokenizer = self._spec.get("pre_tokenizer")
         return _without_first_blank(pre_tokenizer) != pre_tokenizer
 
     def build(self, also_special: Collection[str] = (), inside: bool = False) -> Tokenizer:
-        """A tokenizer that adds, pads and truncates nothing; to it the text of a control token is text.
+        """Return a tokenizer that adds, pads and truncates nothing and treats control tokens' texts as text.
 
         Args:
-            also_special: added tokens that count as control tokens without being marked so.
-            inside: for texts that do not begin the sequence: SentencePiece puts a blank before the first word
-                of a sequence only.
+            also_special: added tokens that count as control tokens without being marked as special.
+            inside: true for texts that do not begin the sequence. SentencePiece puts a space before the first
+                word of a sequence only.
+
+        Raises:
+            CapasError: tokenizer.json is not a tokenizer.
         """
         key = frozenset(also_special), inside and self.adds_first_blank
         if key not in self._built:
@@ -133,10 +140,10 @@ class TokenizerFiles:
         return spec
 
     def encode_parsing(self, texts: Sequence[str], inside: bool = False) -> list[list[int]]:
-        """The ids of texts in which that of a control token is that token, as in a rendered conversation.
+        """Return the ids of rendered texts, in which the text of a control token is encoded as the token.
 
         Args:
-            inside: they do not begin it.
+            inside: true for texts that do not begin the conversation.
         """
         tokenizer = self.build(inside=inside)
         tokenizer.encode_special_tokens = False
@@ -146,10 +153,11 @@ class TokenizerFiles:
             tokenizer.encode_special_tokens = True
 
     def plain_json(self) -> tuple[str, bool]:
-        """tokenizer.json for fastokens: no control tokens, and nothing that adds, pads or truncates.
+        """Return tokenizer.json for fastokens, without control tokens, padding or truncation; and a flag.
 
-        fastokens does not know Metaspace, SentencePiece's blanks. Where nothing else takes part, the same is
-        said with what it knows; the second value tells whether a blank belongs before a text that has none.
+        fastokens does not support Metaspace, SentencePiece's spaces. If Metaspace is the only step, it is
+        replaced by an equivalent one. The flag is true if the caller must then put a space before a text that
+        does not begin with one.
         """
         words = [token for token in self._spec["added_tokens"] if not token["special"]]
         spec = {**self._spec, **_BARE, "added_tokens": words}
@@ -163,7 +171,7 @@ class TokenizerFiles:
         return orjson.dumps(spec)[:-1] + self._model
 
     def id_of(self, name: str) -> int | None:
-        """The id of `bos_token`, `eos_token`, ...; None where the tokenizer has none."""
+        """Return the id of `bos_token`, `eos_token`, ..., or None if the tokenizer has no such token."""
         return self.id_of_text(self.named[name]) if name in self.named else None
 
     def id_of_text(self, text: str) -> int:
@@ -183,14 +191,14 @@ class TokenizerFiles:
 
 
 def encode_plain(tokenizer: Tokenizer, texts: Sequence[str]) -> list[list[int]]:
-    """The ids of each text; `tokenizer` comes from `TokenizerFiles.build`."""
+    """Return the ids of each text; `tokenizer` comes from `TokenizerFiles.build`."""
     return [
         encoding.ids for encoding in tokenizer.encode_batch_fast(texts, add_special_tokens=False)
     ]
 
 
 def _read_spec(file: Path) -> tuple[dict[str, Any], bytes]:
-    """tokenizer.json in two parts: what is looked at here, and the model as it stands, some megabytes."""
+    """Return tokenizer.json in two parts: the parsed head, and the model as raw bytes, some megabytes."""
     text = file.read_bytes()
     found = _MODEL.search(text)
     try:
@@ -199,7 +207,7 @@ def _read_spec(file: Path) -> tuple[dict[str, Any], bytes]:
         spec = {}
     if found and spec.keys() >= _HEAD:
         return spec, text[found.start() :]
-    spec = _parse(text, file)  # the model stands before others
+    spec = _parse(text, file)  # the model is not the last key
     return spec, b',"model":' + orjson.dumps(spec.pop("model", None)) + b"}"
 
 
@@ -214,15 +222,15 @@ def _parse(text: bytes, file: Path) -> dict[str, Any]:
 
 
 def _read_config(folder: Path) -> dict[str, Any]:
-    """tokenizer_config.json with the tokens of special_tokens_map.json, as transformers reads the two."""
+    """Return tokenizer_config.json with the tokens of special_tokens_map.json, as transformers reads both."""
     config = read_json(folder / CONFIG)
     if "added_tokens_decoder" in config or not (folder / TOKENS_MAP).is_file():
-        return config  # the newer file says it all
+        return config  # the newer format has all of it in one file
     return config | read_json(folder / TOKENS_MAP)
 
 
 def _added_tokens(spec: dict[str, Any], folder: Path) -> dict[int, AddedToken]:
-    """By id, as the file lists them."""
+    """Return {id: added token}, in the file's order."""
     try:
         return {
             token["id"]: AddedToken(
@@ -248,7 +256,7 @@ def _from_bytes(spec: bytes, folder: Path) -> Tokenizer:
 
 
 def _text_of(token: Any) -> str | None:
-    """A named token is a text, or an object with the text in it."""
+    """Return the text of a named token, which is a text or an object with the text in it."""
     return token.get("content") if isinstance(token, dict) else token
 
 
