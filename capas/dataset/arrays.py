@@ -1,4 +1,4 @@
-"""JSON files that are larger than memory: an array of objects, or objects one after the other."""
+"""Read JSON files larger than memory: an array of objects, or objects one after the other."""
 
 import json
 import re
@@ -17,14 +17,14 @@ _WHITE = re.compile(r"\s*")
 
 
 def read_objects(content: TextIO, name: str, reading: Reading) -> Iterator[Any]:
-    """An array of objects, objects one after the other, or the array that one object holds under a key.
+    """Yield the objects of a file: of an array, one after the other, or of an array under a key.
 
     Args:
-        reading: its `records` is that key, which must be stated where the object is too large or holds
-            several such arrays; a.b is the key b in the object under a.
+        reading: `records` is that key; a.b is the key b in the object under a. It must be set if the file's
+            one object is too large or has several such arrays.
 
     Raises:
-        CapasError: the content is no JSON of these forms.
+        CapasError: the content is not JSON of one of these forms, or a record is too large.
     """
     text = _Text(content, reading.max_record_characters)
     text.skip_white()
@@ -69,7 +69,7 @@ def _array(text: "_Text", name: str) -> Iterator[Any]:
 
 
 def _held(value: Any, name: str) -> list[Any]:
-    """The records of a file that is one value: those under its only key with a list of objects, or itself."""
+    """Return the records of a file with one value: the only list of objects in it, or the value itself."""
     if not isinstance(value, dict) or recognises(value):
         return [value]
     lists = dict(_lists(value, ""))
@@ -91,7 +91,7 @@ def _lists(value: dict[str, Any], above: str) -> Iterator[tuple[str, list[Any]]]
 
 
 class _Text:
-    """A window on a text that is too large for memory."""
+    """A window onto a text that may be larger than memory."""
 
     def __init__(self, content: TextIO, max_characters: int) -> None:
         self._reader, self._max = content, max_characters
@@ -127,7 +127,11 @@ class _Text:
         return self.buffer[self.position : self.position + count]
 
     def enter(self, key: str, name: str) -> None:
-        """Go to the array under a key of the object that begins here."""
+        """Go to the array under a key of the object that begins here.
+
+        Raises:
+            CapasError: there is no such key, or its value is not a list.
+        """
         for part in key.split("."):
             known: list[str] = []
             found = False
@@ -160,7 +164,11 @@ class _Text:
         self.skip_white()
 
     def decode(self, where: str) -> Any:
-        """The next value; what is broken in an array has no end, so that nothing behind it can be read."""
+        """Return the next value.
+
+        Raises:
+            CapasError: the value is too large, or not JSON, so that the start of the next one is unknown.
+        """
         while True:
             try:
                 value, end = self._decoder.raw_decode(self.buffer, self.position)

@@ -1,4 +1,4 @@
-"""Calls of tools, and the tools, as OpenAI writes them: read under the names in use, and checked."""
+"""Check tool calls and tools, read under the names in use, and convert them to OpenAI's form."""
 
 import json
 from collections.abc import Mapping
@@ -7,12 +7,12 @@ from typing import Any
 from capas.dataset.flaws import BAD_CALL, Flaw
 from capas.dataset.names import ARGUMENTS, FUNCTIONS
 
-_BESIDE = ("id", "type", "index", "call_id", "tool_call_id")  # keys of a call that are no arguments
+_BESIDE = ("id", "type", "index", "call_id", "tool_call_id")  # keys of a call, not of its function
 _FORM = "give {type, function: {name, arguments}}"
 
 
 def check_calls(calls: Any, at: str) -> list[dict[str, Any]]:
-    """The calls as {type, function: {name, arguments}}, what else they hold kept.
+    """Return the calls as {type, function: {name, arguments}}, with their other keys kept.
 
     Args:
         calls: a list of calls or a single one, or their JSON as text.
@@ -47,7 +47,11 @@ def _call(call: Any, at: str) -> dict[str, Any]:
 
 
 def _added(function: Mapping[str, Any], arguments: dict[str, Any], at: str) -> dict[str, Any]:
-    """Arguments that stand beside the function, not in it."""
+    """Return the arguments given next to the function instead of inside it.
+
+    Raises:
+        Flaw: the function has the same key.
+    """
     for key in arguments:
         if key in function:
             raise Flaw(BAD_CALL, f"{at}.{key}", arguments[key], f"{at}.function has {key}, too")
@@ -55,7 +59,11 @@ def _added(function: Mapping[str, Any], arguments: dict[str, Any], at: str) -> d
 
 
 def _function(function: Mapping[str, Any], beside: list[str], call: Any, at: str) -> dict[str, Any]:
-    """The function with its name and arguments under these two keys, in the order in which they stood."""
+    """Return the function with its name and arguments under the keys `name` and `arguments`, order kept.
+
+    Raises:
+        Flaw: the function has no name, or its arguments cannot be found.
+    """
     named = next((key for key in FUNCTIONS if key in function), "name")
     name = function.get(named)
     if not isinstance(name, str) or not name:
@@ -89,13 +97,13 @@ def _arguments(arguments: Any, at: str) -> Mapping[str, Any]:
 
 
 def check_tools(tools: Any, at: str) -> list[Mapping[str, Any]]:
-    """The list of tools, none where there is nothing; functions of OpenAI's first form are wrapped.
+    """Return the list of tools, empty if there are none; functions of OpenAI's first form are wrapped.
 
     Args:
-        at: its key. Under `functions` stands what `tools` holds as {type: function, function: ...}.
+        at: the key of the list. Under `functions`, each function becomes {type: function, function: ...}.
 
     Raises:
-        Flaw: it is no list of objects, nor the JSON of one.
+        Flaw: the value is neither a list of objects nor the JSON of one.
     """
     given = tools
     if isinstance(tools, str):

@@ -1,4 +1,4 @@
-"""The rows of a parquet file: the columns that are needed, whatever the cells hold."""
+"""Read the rows of a parquet file: only the needed columns, and cells of any type."""
 
 from collections.abc import Callable, Iterator
 from typing import Any, BinaryIO
@@ -19,13 +19,13 @@ Needed = Callable[[list[str]], list[str]]
 def read_parquet(
     content: BinaryIO, file: File, reading: Reading, needed: Needed | None
 ) -> Iterator[Row]:
-    """Every row as {column: value}.
+    """Yield every row as {column: value}.
 
     Args:
-        needed: the columns to read, of those that there are; the others are counted in `file.unread`.
+        needed: a function from the file's columns to those to read; the others are counted in `file.unread`.
 
     Raises:
-        CapasError: a row group is larger than its number of rows allows.
+        CapasError: the rows of a row group are too large on average.
     """
     number = 0
     with pq.ParquetFile(content, pre_buffer=False, buffer_size=2**20) as parquet:
@@ -41,7 +41,11 @@ def read_parquet(
 
 
 def _rows_at_once(metadata: Any, name: str, max_characters: int) -> int:
-    """As many rows of average size as stay within a buffer."""
+    """Return how many rows of average size fit into a buffer.
+
+    Raises:
+        CapasError: the average row of a row group is too large.
+    """
     largest = 1
     for i in range(metadata.num_row_groups):
         group = metadata.row_group(i)
@@ -52,7 +56,7 @@ def _rows_at_once(metadata: Any, name: str, max_characters: int) -> int:
 
 
 def _values(batch: pa.RecordBatch) -> list[Any]:
-    """Arrow makes Python's values of a whole batch; where it cannot, they are made one by one."""
+    """Return the rows as Python values, converted cell by cell if Arrow cannot convert the whole batch."""
     try:
         return [without_nulls_of_others(value) for value in batch.to_pylist()]
     except (ValueError, OverflowError, ImportError):
@@ -71,7 +75,7 @@ def _row(batch: pa.RecordBatch, index: int) -> Any:
 
 
 def _value(scalar: pa.Scalar) -> Any:
-    """A text that is no UTF-8 keeps its bytes as halves of surrogate pairs: a flaw, named where it stands."""
+    """Return a cell as a Python value; bytes that are not UTF-8 become lone surrogates, reported later."""
     if not scalar.is_valid:
         return None
     if isinstance(scalar, pa.StringScalar | pa.LargeStringScalar):

@@ -1,4 +1,4 @@
-"""A conversation as a source gives it, checked and put into the form of `capas.core.records.RAW`."""
+"""Check a source's conversation, and convert it to the form of `capas.core.records.RAW`."""
 
 from collections.abc import Mapping
 from typing import Any
@@ -43,7 +43,7 @@ READ = ("id", "messages", "metadata", *TOOLS, *SYSTEM_PROMPTS, *THOUGHTS, *CALLS
 
 
 class Unused:
-    """The value of a column that `dataset.columns` does not name, whatever it is called."""
+    """The value of a column that `dataset.columns` does not name, even if its name is a known one."""
 
     def __init__(self, value: Any) -> None:
         self.value = value
@@ -52,15 +52,15 @@ class Unused:
 def check_record(
     found: Mapping[str, Any], flaws: Flaws, roles: Mapping[str, str] | None = None
 ) -> Record:
-    """The record of `RAW`; its id is "" where it has none of its own.
+    """Return a record of `RAW`; its id is "" if the source gives none.
 
     Args:
-        found: messages, and what may stand beside them under the names in use: id, tools, metadata, a
-            system prompt, the thought or the calls of the one answer. Other keys are counted and left out.
-        roles: `dataset.roles`, names of roles beside those in use.
+        found: the messages, and next to them, under the names in use, optionally: id, tools, metadata, a
+            system prompt, the thought or the calls of a single answer. Other keys are counted and left out.
+        roles: `dataset.roles`, further names of roles.
 
     Raises:
-        Flaw: it is not as it must be, and the policy of that flaw is no repair.
+        Flaw: the record is flawed, and the policy for that flaw is not a repair.
     """
     for key, value in found.items():
         if isinstance(value, Unused):
@@ -81,7 +81,11 @@ def check_record(
 
 
 def _check_training(found: Mapping[str, Any]) -> None:
-    """A record is trained as a whole: what says otherwise of it, not of a message, is refused."""
+    """Check that no key of the record itself, outside of its messages, restricts or extends training.
+
+    Raises:
+        Flaw: a key does.
+    """
     for key in [key for key in _TRAINING if found.get(key) not in (None, "")]:
         value = found[key]
         if value not in (_NO if key in _DENIED else _YES):
@@ -94,7 +98,11 @@ def _check_training(found: Mapping[str, Any]) -> None:
 
 
 def _completed(found: Mapping[str, Any], roles: Mapping[str, str]) -> Any:
-    """The messages with what stands beside them: a system prompt; the thought or calls of the one answer."""
+    """Return the messages with the keys next to them moved in: system prompt, thought, calls.
+
+    Raises:
+        Flaw: there is not exactly one answer for a thought or calls, or there are two system prompts.
+    """
     messages = found.get("messages")
     if not isinstance(messages, list) or not messages:
         return messages
@@ -134,7 +142,11 @@ def _system_prompt(
 def check_messages(
     messages: Any, flaws: Flaws, roles: Mapping[str, str] | None = None
 ) -> list[Message]:
-    """The messages of `RAW`; raises Flaw as `check_record`."""
+    """Return the messages of `RAW`.
+
+    Raises:
+        Flaw: the messages are flawed, and the policy for that flaw is not a repair.
+    """
     if not isinstance(messages, list) or not messages:
         kind = BAD_JSON if isinstance(messages, str) else MALFORMED
         raise Flaw(kind, "messages", messages, "give a list of {role, content}")
@@ -163,7 +175,11 @@ def _plain_text(checked: list[Message]) -> list[Message]:
 
 
 def _begun(messages: list[Message], flaws: Flaws) -> list[Message]:
-    """An answer before anything is asked: skip leaves out what stands before the first of the user."""
+    """Return the messages without answers before the first prompt, which the policy skip leaves out.
+
+    Raises:
+        Flaw: the conversation begins with an answer, and the policy is not skip.
+    """
     start = next((i for i, m in enumerate(messages) if m["role"] != "system"), len(messages))
     if start == len(messages) or messages[start]["role"] != "assistant":
         return messages
@@ -174,7 +190,13 @@ def _begun(messages: list[Message], flaws: Flaws) -> list[Message]:
 
 
 def _alternating(messages: list[Message], flaws: Flaws) -> list[Message]:
-    """Two messages of one role in a row: only the results of several tool calls may stand so."""
+    """Return the messages with neighbours of one role merged or kept, according to the policy.
+
+    Results of several tool calls are always kept.
+
+    Raises:
+        Flaw: there are such neighbours, and the policy is neither merge nor keep.
+    """
     told: list[Message] = []
     for i, message in enumerate(messages):
         if not told or told[-1]["role"] != message["role"] or message["role"] == "tool":
@@ -219,7 +241,7 @@ def _check_order(number: int, message: Message, messages: list[Message], flaws: 
 
 
 def _identity(identity: Any, flaws: Flaws) -> str:
-    """A text or an integer; anything else is no id."""
+    """Return an id as text; a value that is neither a string nor an integer is left out and counted."""
     if isinstance(identity, str | int) and not isinstance(identity, bool):
         return clean(str(identity), "id", flaws)
     if identity is not None:
@@ -228,7 +250,7 @@ def _identity(identity: Any, flaws: Flaws) -> str:
 
 
 def _tools(tools: Any, key: str, flaws: Flaws) -> str:
-    """The list of tools as JSON text, its keys in their order."""
+    """Return the list of tools as JSON text, with the order of keys kept."""
     checked = check_tools(tools, key)
     return json_text(checked, key, flaws) if checked else ""
 

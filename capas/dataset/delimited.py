@@ -1,4 +1,4 @@
-"""CSV and TSV: the separator, quote and escape found where none is stated, and every row with its line."""
+"""Read CSV and TSV rows with their line numbers; separator, quote and escape are detected unless set."""
 
 import csv
 from collections.abc import Iterator
@@ -18,7 +18,7 @@ _SAMPLE_LINES, _SAMPLE_CHARACTERS = 200, 2**18
 
 @dataclass(frozen=True)
 class Dialect:
-    """What separates cells, what stands around one, and what before a quote in it (None: a second quote)."""
+    """A CSV dialect: separator, quote, and the escape before a quote in a cell (None: quotes are doubled)."""
 
     separator: str
     quote: str
@@ -36,10 +36,12 @@ class Dialect:
 
 
 def read_table(text: TextIO, file: File, reading: Reading) -> Iterator[Row]:
-    """The first line that is not blank names the columns; a column without a name is left out and counted.
+    """Yield the rows of a table, whose first line that is not blank names the columns.
+
+    A column without a name is called by its number, without its empty cells; no shape uses it.
 
     Raises:
-        CapasError: the header cannot be read, or the separator is unclear.
+        CapasError: the header cannot be read, or the separator is ambiguous.
     """
     csv.field_size_limit(2**31 - 1)
     lines = Lines(text, file.name, reading.max_record_characters)
@@ -64,7 +66,11 @@ def read_table(text: TextIO, file: File, reading: Reading) -> Iterator[Row]:
 
 
 def _skip_to_header(lines: Lines, file: File) -> str | None:
-    """Leave blank lines and Excel's `sep=;` out; the separator that it states."""
+    """Skip blank lines and Excel's `sep=;`, and return the separator it states, or None.
+
+    Raises:
+        CapasError: the file is empty.
+    """
     separator = None
     while ahead := lines.peek(1, 1):
         line = ahead[0].strip("\r\n").strip('"')
@@ -79,7 +85,7 @@ def _skip_to_header(lines: Lines, file: File) -> str | None:
 def _find_dialect(lines: Lines, file: File, reading: Reading) -> Dialect:
     sample = lines.peek(_SAMPLE_LINES, _SAMPLE_CHARACTERS)
     if len(sample) == _SAMPLE_LINES or sum(map(len, sample)) >= _SAMPLE_CHARACTERS:
-        sample = sample[:-1] or sample  # the last may be cut, and with it its record
+        sample = sample[:-1] or sample  # the last line may be cut off, and with it its record
     fitting: dict[Dialect, float] = {}
     for dialect in _possible(sample, file, reading):
         width, fraction = _fit(dialect, sample)
@@ -99,7 +105,7 @@ def _find_dialect(lines: Lines, file: File, reading: Reading) -> Dialect:
 
 
 def _possible(sample: list[str], file: File, reading: Reading) -> Iterator[Dialect]:
-    """What is stated, or all that is in use; the most common first."""
+    """Yield the dialect that is set, or all dialects in use, the most common first."""
     tab = ("\t",) if file.suffix == ".tsv" else SEPARATORS
     for separator in (reading.separator,) if reading.separator else tab:
         cells = sample[0].strip().split(separator)
@@ -111,7 +117,7 @@ def _possible(sample: list[str], file: File, reading: Reading) -> Iterator[Diale
 
 
 def _fit(dialect: Dialect, sample: list[str]) -> tuple[int, float]:
-    """The number of columns, and the fraction of rows that have as many cells."""
+    """Return the number of columns, and the fraction of rows with as many cells."""
     reader = dialect.reader(sample)
     try:
         width = len(next(reader, []))

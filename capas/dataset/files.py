@@ -1,7 +1,7 @@
-"""The files of a source: which they are, where they lie, what is in them; never more than a buffer in memory.
+"""Find, open and hash the files of a source, with never more than a buffer in memory.
 
-A file lies in data/own (or is linked there), so that DVC sees an edit of it, or behind a URL that fsspec
-opens; `dataset.revision` pins the content of that.
+A file is in data/own, or linked there, so that DVC notices edits. Or it is behind a URL that fsspec opens;
+`dataset.revision` then pins its content.
 """
 
 import errno
@@ -28,7 +28,7 @@ _FORMATS = {
     "text": (".txt",),
 }
 KNOWN = ", ".join(suffix for suffixes in _FORMATS.values() for suffix in suffixes)
-# What of fsspec's info() stands for the content of a file; where there is none, the content itself is hashed.
+# Keys of fsspec's info() that identify the content of a file; without any, the content itself is hashed.
 _MARKS = ("ETag", "etag", "Content-MD5", "md5Hash", "content_md5", "checksum")
 
 DataFiles = str | Sequence[str] | Mapping[str, str | Sequence[str]]
@@ -36,11 +36,11 @@ DataFiles = str | Sequence[str] | Mapping[str, str | Sequence[str]]
 
 @dataclass
 class File:
-    """One file of a source: `name` as written in dataset.data_files, the folder of a glob filled in.
+    """One file of a source; `name` is written as in dataset.data_files, with globs expanded.
 
-    `sha256` and `num_bytes` are of the file as it lies there, compressed or not; known once it was read.
-    `read_as` says what was found or stated of its form (encoding, separator), `unread` counts the rows of
-    columns that were not read, `num_cut` the texts that were cut, into `num_pieces`.
+    `sha256` and `num_bytes` describe the file as stored, compressed or not, and are known once it was read.
+    `read_as` has its encoding and separator, found or set. `unread` counts, per column that was not read, the
+    rows. `num_cut` counts the texts that were cut, and `num_pieces` the pieces.
     """
 
     name: str
@@ -61,15 +61,15 @@ class File:
 
     @property
     def format(self) -> str | None:
-        """`dataset.path` for it: json, csv, parquet or text; None where its name says nothing known."""
+        """The format, as in `dataset.path`: json, csv, parquet or text; None for an unknown suffix."""
         return next((f for f, suffixes in _FORMATS.items() if self.suffix in suffixes), None)
 
     @contextmanager
     def open(self) -> Iterator[BinaryIO]:
-        """The content, decompressed; the whole file is hashed on the way.
+        """Open the file and yield its content, decompressed; the whole file is hashed on the way.
 
         Raises:
-            CapasError: it is missing, unreachable or damaged.
+            CapasError: the file is missing, unreachable or damaged.
         """
         with _reached(self.name), _open(self.name, self.root) as raw:
             hashing = Hashing(raw)
@@ -80,7 +80,11 @@ class File:
 
     @contextmanager
     def open_seekable(self) -> Iterator[BinaryIO]:
-        """The content for random access (parquet), which is hashed in a pass of its own."""
+        """Open the file for random access (parquet); the content is hashed in a separate pass.
+
+        Raises:
+            CapasError: the file is compressed as a whole, missing, unreachable or damaged.
+        """
         if self.compression:
             raise CapasError(
                 f"{self.name}: parquet is compressed internally; decompress the file first"
@@ -97,20 +101,21 @@ class File:
 
 
 def by_split(data_files: DataFiles) -> dict[str, list[str]]:
-    """{split: patterns}; files without a split are those of "train"."""
+    """Return {split: patterns}; files without a split belong to "train"."""
     if isinstance(data_files, Mapping):
         return {split: _listed(files) for split, files in data_files.items()}
     return {"train": _listed(data_files)}
 
 
 def expand(patterns: Sequence[str], path: str, root: Path) -> list[File]:
-    """The files that match, sorted, each once.
+    """Return the files that match, sorted for each pattern, each file once.
 
     Args:
         path: `dataset.path`, the format: json, csv, parquet or text.
 
     Raises:
-        CapasError: a pattern matches nothing, lies outside data/own, or is of another format.
+        CapasError: a pattern matches nothing, a file is outside data/own or has another format, or a folder
+            is a link.
     """
     names = {name: None for pattern in patterns for name in sorted(_matching(pattern, root))}
     for name in names:
@@ -152,13 +157,17 @@ def _matching_here(pattern: str, root: Path) -> list[str]:
         raise CapasError(
             f"dataset.data_files: {pattern} is a folder; name its files, as {pattern}/*.jsonl"
         )
-    if (root / pattern).is_file():  # a name may hold the letters of a pattern
+    if (root / pattern).is_file():  # a file's name may contain the characters of a pattern
         return [pattern]
     return [f.relative_to(root).as_posix() for f in root.glob(pattern) if f.is_file()]
 
 
 def _check_seen(name: str, root: Path) -> None:
-    """DVC follows a link to a file, not one to a folder."""
+    """Check that no folder on the way is a link: DVC follows links to files but not to folders.
+
+    Raises:
+        CapasError: a folder is a link.
+    """
     folders = [] if is_url(name) else list(PurePosixPath(name).parents)[:-3]
     linked = [folder for folder in folders if (root / folder).is_symlink()]
     if linked:
@@ -192,7 +201,11 @@ def _open(name: str, root: Path) -> BinaryIO:
 
 
 def _filesystem(url: str) -> tuple[Any, str]:
-    """fsspec's file system for a URL, and the path in it."""
+    """Return fsspec's file system for a URL, and the path in it.
+
+    Raises:
+        CapasError: fsspec does not support the URL, or a package for it is not installed.
+    """
     import fsspec
 
     try:
@@ -203,11 +216,13 @@ def _filesystem(url: str) -> tuple[Any, str]:
 
 
 def url_revision(data_files: DataFiles) -> str:
-    """Stands for the content behind the URLs: 16 hex digits over name, size and ETag (or what fsspec knows of
-    the kind) of every file; where a server tells no such mark, over the content's sha256.
+    """Return a revision of the content behind the URLs, 16 hex digits.
+
+    It covers the name, size and ETag of every file, or a similar mark that fsspec reports. If a server
+    reports no mark, it covers the content's sha256.
 
     Raises:
-        CapasError: a URL is out of reach.
+        CapasError: a URL cannot be reached.
     """
     digest = hashlib.sha256()
     for patterns in by_split(data_files).values():
@@ -236,13 +251,13 @@ def _mark(url: str) -> str:
 
 @contextmanager
 def _reached(name: str) -> Iterator[None]:
-    """What reading raises, of the disk, the network or a damaged archive, as a message for the user."""
+    """Turn errors of reading (disk, network, damaged archive) into a CapasError for the user."""
     from aiohttp import ClientError
 
     try:
         yield
     except (OSError, ClientError, pa.ArrowInvalid) as error:
         if isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT):
-            raise  # of the disk that is written to
+            raise  # the disk that is written to is full
         reason = f"{type(error).__name__}: {error}" if str(error) else type(error).__name__
         raise CapasError(f"{name} cannot be read: {reason}") from None

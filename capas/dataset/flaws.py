@@ -1,4 +1,4 @@
-"""What may be wrong with a record, and what is done about it: an error, or a policy that is counted."""
+"""Define the flaws of records, and apply and count their policies: an error, a drop or a repair."""
 
 import logging
 import reprlib
@@ -33,14 +33,14 @@ WAYS_OUT = {
     ASSISTANT_FIRST: "skip (the messages before the first user message) or drop",
 }
 log = logging.getLogger("capas")
-NUM_EXAMPLES = 20  # shown of each reason
-NUM_PLACES = 5  # named of each reason in an error
+NUM_EXAMPLES = 20  # examples kept per kind
+NUM_PLACES = 5  # places listed per kind in an error
 _SHORT = reprlib.Repr()
 _SHORT.maxlevel, _SHORT.maxstring, _SHORT.maxlong, _SHORT.maxother = 4, 80, 80, 80
 
 
-class Flaw(Exception):  # noqa: N818 (it stands as a value, too, where a row cannot be read)
-    """A record is not as it must be: `field` says where in it, `text` what is wrong and how to mend it."""
+class Flaw(Exception):  # noqa: N818 (also used as a value, for a row that cannot be read)
+    """A flaw of a record: `field` is its place in the record, `text` says what is wrong and how to fix it."""
 
     def __init__(self, kind: str, field: str, value: Any, text: str) -> None:
         super().__init__(text)
@@ -51,13 +51,13 @@ class Flaw(Exception):  # noqa: N818 (it stands as a value, too, where a row can
 
 
 def show(value: Any) -> str:
-    """The value as Python writes it, shortened; however deep or long it is."""
+    """Return the shortened repr of a value, whatever its depth and length."""
     text = repr(value[:200]) if isinstance(value, str | bytes) else _SHORT.repr(value)
     return text if len(text) <= 80 else f"{text[:77]}..."
 
 
 def printable(text: str) -> str:
-    """Halves of surrogate pairs as backslash escapes: no file could hold them."""
+    """Return a text with lone surrogates as backslash escapes, because no file can contain them."""
     return text.encode("utf-8", "backslashreplace").decode()
 
 
@@ -66,9 +66,9 @@ def _seen(field: str, value: str) -> str:
 
 
 class Flaws:
-    """The policies of `dataset.flaws`, and what they did so far.
+    """The policies of `dataset.flaws`, and counts of what they did.
 
-    A kind without a policy of its own (null) has that of `malformed`.
+    A kind without a policy of its own (null) uses that of `malformed`.
     """
 
     def __init__(self, policies: Mapping[str, str | None], budget_fraction: float) -> None:
@@ -84,18 +84,22 @@ class Flaws:
         return self._policies[kind] or self._policies[MALFORMED] or ERROR
 
     def allows(self, flaw: Flaw, *repairs: str) -> bool:
-        """Whether the policy of this kind is one of `repairs`, which is counted; otherwise raises `flaw`."""
+        """Count a repair if the policy for this kind of flaw is one of `repairs`, and return True.
+
+        Raises:
+            Flaw: the policy is another one.
+        """
         if self.policy(flaw.kind) not in repairs:
             raise flaw
         self.repaired[flaw.kind] += 1
         return True
 
     def leave_out(self, key: str, count: int = 1) -> None:
-        """Count a key that no stage uses; `key` is of the record, or 'messages[].key' of a message."""
+        """Count a key that no stage uses: `key` of a record, or 'messages[].key' of a message."""
         self.left_out[printable(key)] += count
 
     def refuse(self, flaw: Flaw, place: Mapping[str, Any], identity: str) -> None:
-        """Leave the record at `place` out: dropped or, without that policy, an error of `check`."""
+        """Count the record at `place` as dropped or, if the policy is not drop, as an error for `check`."""
         counts = self.dropped if self.policy(flaw.kind) == DROP else self.refused
         counts[flaw.kind] += 1
         shown = self.examples.setdefault(flaw.kind, [])
@@ -104,11 +108,11 @@ class Flaws:
             shown.append({**place, **about, "why": flaw.text})
 
     def fresh(self) -> "Flaws":
-        """The same policies, and nothing done yet."""
+        """Return the same policies with all counts at zero."""
         return Flaws(self._policies, self._budget)
 
     def add(self, later: "Flaws") -> None:
-        """Count what was done about later records as well."""
+        """Add the counts and examples of later records."""
         self.num_read += later.num_read
         self.refused += later.refused
         self.dropped += later.dropped
@@ -119,7 +123,7 @@ class Flaws:
             shown += found[: NUM_EXAMPLES - len(shown)]
 
     def tell(self) -> None:
-        """Log what was dropped, repaired and not used, each with its count."""
+        """Log the counts of dropped and repaired records and of unused keys."""
         if self.dropped:
             counts = ", ".join(f"{kind} {count}" for kind, count in sorted(self.dropped.items()))
             log.info("%d records dropped: %s", self.dropped.total(), counts)
@@ -132,7 +136,11 @@ class Flaws:
             log.info("unused columns and keys, with their counts: %s", counts)
 
     def check(self) -> None:
-        """Raises CapasError with every kind of flaw that is an error, or where too much was dropped."""
+        """Check that no flaw is an error and that the dropped records are within the budget.
+
+        Raises:
+            CapasError: a flaw is an error, with every such kind in the message; or too many were dropped.
+        """
         if self.refused:
             raise CapasError(self._refusal())
         num_dropped = self.dropped.total()
@@ -151,7 +159,7 @@ class Flaws:
             )
 
     def _refusal(self) -> str:
-        """Every kind with its count, the first record in full and the places of some more."""
+        """Return the error message: every kind with its count, its first record, and further places."""
         kinds = [kind for kind in WAYS_OUT if kind in self.refused]
         budget = "dropped records count against dataset.flaw_budget_fraction"
         if self.refused.total() == 1:
@@ -169,7 +177,7 @@ class Flaws:
 
 
 def sentence(example: Mapping[str, Any]) -> str:
-    """Where a record stands, what was found there, why it is a flaw, how to mend it."""
+    """Return a sentence with a record's place, the value found, the reason why it is a flaw, and the fix."""
     named = f" (id {example['id']!r})" if example["id"] else ""
     return (
         f"{location(example)}{named}: {_seen(example['field'], example['value'])}: {example['why']}"
@@ -177,5 +185,5 @@ def sentence(example: Mapping[str, Any]) -> str:
 
 
 def location(place: Mapping[str, Any]) -> str:
-    """'data/own/x.csv, line 12', or 'owner/name, train record 3'."""
+    """Return a place as text: 'data/own/x.csv, line 12', or 'owner/name, train record 3'."""
     return f"{place['file']}, {place['at']}"

@@ -1,4 +1,4 @@
-"""The rows of a source: those of its files or of the Hub, or the embedded task's, which are generated."""
+"""Yield the rows of a source: read from files or the Hub, or generated for the embedded task."""
 
 from collections.abc import Iterator
 
@@ -11,12 +11,12 @@ EMBEDDED = "embedded"
 
 
 def splits_of(source: Source, dataset: Params) -> Iterator[tuple[str, Iterator[Row]]]:
-    """(split, its rows) of a source, the embedded task's generated."""
+    """Yield (split, its rows) of a source; the rows of the embedded task are generated."""
     return _generated(dataset) if source.path == EMBEDDED else source.splits()
 
 
 def _generated(dataset: Params) -> Iterator[tuple[str, Iterator[Row]]]:
-    """The embedded task's records as rows."""
+    """Yield (split, its rows) of the embedded task."""
     from capas.dataset.task.calls import generate_records
 
     records = generate_records(

@@ -1,12 +1,13 @@
-"""One split of a data set on the Hugging Face Hub, at one commit, row by row.
+"""Read one split of a data set on the Hugging Face Hub, at one commit, row by row.
 
-`datasets` says which files of the repository make a split (file names, the README's `configs`). It is shown a
-folder that looks like the commit: its small files of metadata, and an empty file for every other name. The
-files of the split are then downloaded into the Hub's cache and read batch by batch. So no connection has to
-last while rows are read, and what was downloaded once is read without a network, at the commit that is asked
-for. (`load_dataset` itself, offline, takes the latest commit in its cache, whatever its `revision` says.)
+`datasets` determines which files of the repository form a split (by file names, or the README's `configs`).
+It gets a folder that looks like the commit: the small metadata files, and an empty file for every other
+name. The files of the split are then downloaded into the Hub's cache and read batch by batch. So no
+connection has to stay open while rows are read, and downloaded files are read without a network, at the
+requested commit. (`load_dataset` itself, offline, takes the latest commit in its cache, whatever its
+`revision`.)
 
-A row of `openai/gsm8k`, as it is yielded::
+A yielded row of `openai/gsm8k`::
 
     {"question": "Natalia sold clips to 48 of her friends ...", "answer": "... #### 72"}
 """
@@ -24,8 +25,8 @@ from typing import Any
 from capas.core.errors import CapasError
 from capas.hub.repository import Repository, is_commit
 
-BATCH = 1000  # rows; one by one costs six times as much
-BUFFER_BYTES = 2**20  # of each column
+BATCH = 1000  # rows; reading them one by one takes six times as long
+BUFFER_BYTES = 2**20  # buffer per column
 Needed = Callable[[list[str]], list[str]]
 METADATA = ("README.md", ".huggingface.yaml", "dataset_infos.json")
 
@@ -39,18 +40,19 @@ def read_split(
     needed: Needed | None = None,
     unread: Counter[str] | None = None,
 ) -> Iterator[dict[str, Any]]:
-    """The rows of a split, as `datasets` reads them, in the order of its files; memory stays bounded.
+    """Yield the rows of a split, as `datasets` reads them, in the order of its files; memory stays bounded.
 
     Args:
-        path: owner/name. `name` is one of its configurations, null where it has a default one.
+        path: owner/name.
+        name: one of the data set's configurations, None if it has a default.
         revision: a commit, 40 hex digits.
-        key: dotted key of the node that holds path, name, revision and split, for messages.
-        needed: of parquet files, the columns to read, of those that there are; None: all.
-        unread: gets the rows of each column that was not read.
+        key: the dotted key of the config node with path, name, revision and split, for error messages.
+        needed: for parquet files, a function from their columns to those to read; None reads all.
+        unread: a counter to which the rows of each column that was not read are added.
 
     Raises:
-        CapasError: no such data set, configuration or split; gated, private or out of reach; a repository
-            that needs a loading script; a file that cannot be read.
+        CapasError: the data set, configuration or split does not exist; it is gated, private or unreachable;
+            it needs a loading script; or a file cannot be read.
     """
     if revision is None or not is_commit(revision):
         raise CapasError(
@@ -62,7 +64,7 @@ def read_split(
     names = _file_names(repository, revision)
     _refuse_script(repository, names)
     with TemporaryDirectory() as folder, _readable(repository):
-        shown = Path(folder) / PurePosixPath(path).name  # `datasets` looks at the folder's name
+        shown = Path(folder) / PurePosixPath(path).name  # `datasets` reads the folder's name
         _show(names, repository.download(revision, METADATA), shown)
         builder = _builder(shown, name, key, path)
         files = _files_of(builder, split, key, path)
@@ -83,10 +85,10 @@ def read_split(
 def _read_parquet_in_batches(
     builder: Any, files: list[str], needed: Needed | None, unread: Counter[str] | None
 ) -> None:
-    """Give the builder another reader of its files, with the same rows, of the needed columns alone.
+    """Replace the builder's reader of files by one that yields the same rows with the needed columns only.
 
-    Its own (pyarrow's scanner) runs ahead of whoever takes the rows: half of a file of 500 MB was in memory,
-    all of it where the file was one row group. This one held 6 MB.
+    The builder's own reader (pyarrow's scanner) reads ahead of its consumer: it held half of a 500 MB file in
+    memory, and all of it if the file was one row group. This one held 6 MB.
     """
     from pyarrow import Table
     from pyarrow.parquet import ParquetFile, read_schema
@@ -108,7 +110,7 @@ def _read_parquet_in_batches(
 
 
 def _file_names(repository: Repository, commit: str) -> list[str]:
-    """All files of a commit; they never change, so the answer is kept beside the Hub's cache."""
+    """Return the names of all files of a commit; as they never change, they are cached next to the Hub's."""
     from huggingface_hub import cached_assets_path
 
     kept = cached_assets_path("capas", repository.name, commit) / "files.json"
@@ -133,7 +135,7 @@ def _refuse_script(repository: Repository, names: list[str]) -> None:
 
 
 def _show(names: list[str], metadata: Path, folder: Path) -> None:
-    """The commit as a folder: the files of metadata as they are, all others empty."""
+    """Create a folder that looks like the commit: with the metadata files, and all other files empty."""
     for name in names:
         file = folder / name
         file.parent.mkdir(parents=True, exist_ok=True)
@@ -175,7 +177,7 @@ def _files_of(builder: Any, split: str | None, key: str, path: str) -> list[Path
 
 @contextmanager
 def _readable(repository: Repository) -> Iterator[None]:
-    """What the readers of parquet, JSON, CSV and gzip say of a file that is none, or that ends too early."""
+    """Turn errors of the readers (damaged or truncated parquet, JSON, CSV, gzip) into a CapasError."""
     from gzip import BadGzipFile
 
     from pyarrow import ArrowException

@@ -1,4 +1,4 @@
-"""What a data set holds: shapes, columns, flaws, copies, lengths; without a model or a tokenizer."""
+"""Inspect a data set without a model or a tokenizer: shapes, columns, flaws, copies, lengths."""
 
 import logging
 from collections import Counter
@@ -19,17 +19,17 @@ from capas.dataset.source import Source
 from capas.dataset.splits import ordinals
 
 log = logging.getLogger("capas")
-UNKNOWN = "unknown"  # the shape of a row that has none
+UNKNOWN = "unknown"  # the shape of a row without a known shape
 Parts = Iterator[tuple[Part, Iterator[Row]]]
 
 
 @dataclass
 class Found:
-    """What the rows of one source look like.
+    """Counts and facts about the rows of one source.
 
-    `shapes` and `columns` count rows; trees of messages have become conversations by then. `files` are the
-    facts of source.json, with the encoding and separator that were found. `num_cut` texts were longer than
-    dataset.reading.max_characters, and became `num_pieces` records.
+    `shapes` and `columns` count rows, after trees of messages became conversations. `files` are the facts of
+    source.json, with the encoding and separator found. `num_cut` texts were longer than
+    dataset.reading.max_characters and became `num_pieces` records.
     """
 
     path: str
@@ -43,7 +43,7 @@ class Found:
 
     @property
     def why(self) -> str:
-        """Why the rows are read as they are, in a sentence."""
+        """The reason why the rows are read in their shape, as text."""
         if self.stated_shape != "auto":
             return f"dataset.shape states {self.stated_shape}"
         return "; ".join(
@@ -56,7 +56,7 @@ class Found:
 
 @dataclass(frozen=True)
 class FlawsOfKind:
-    """`policy` is that of `dataset.flaws`; an example has file, at, id, field, value and why."""
+    """Flaws of one kind: the policy in `dataset.flaws`; examples with file, at, id, field, value and why."""
 
     count: int
     policy: str
@@ -65,7 +65,7 @@ class FlawsOfKind:
 
 @dataclass(frozen=True)
 class Copy:
-    """An exact copy: both places, as 'data/own/mine.csv, line 12'."""
+    """An exact copy of a record: both places, like 'data/own/mine.csv, line 12'."""
 
     place: str
     first: str
@@ -73,7 +73,7 @@ class Copy:
 
 @dataclass(frozen=True)
 class Lengths:
-    """Characters of the contents of a record; `longest` is the place of the largest one."""
+    """Lengths of records in characters of their contents; `longest` is the place of the longest record."""
 
     shortest: int
     median: float
@@ -84,7 +84,10 @@ class Lengths:
 
 @dataclass(frozen=True)
 class Inspection:
-    """`num_right` records can be used; `duplicates` counts all copies, `copies` shows the first of them."""
+    """The inspection of a data set.
+
+    `num_right` counts the valid records, `duplicates` all copies; `copies` has the first of these.
+    """
 
     sources: list[Found]
     num_read: int
@@ -98,14 +101,14 @@ class Inspection:
 
 
 class Watch:
-    """Looks at rows while somebody reads them, source by source."""
+    """A watcher that counts rows, source by source, while they are read."""
 
     def __init__(self, sources: list[Source]) -> None:
         self._sources = sources
         self.found = [Found(source.path, source.shape) for source in sources]
 
     def parts(self, parts: Parts) -> Parts:
-        """The same parts; what is seen of each row is counted in `found`."""
+        """Yield the same parts, and count their rows in `found`."""
         for part, rows in parts:
             yield part, self._rows(part, rows)
         for source, found in zip(self._sources, self.found, strict=True):
@@ -131,7 +134,7 @@ def _shape(stated: str, value: Mapping[str, Any]) -> str:
 
 
 def summarise(found: list[Found], flaws: Flaws, numbers: Numbers) -> Inspection:
-    """The inspection of records that were read; no flaw of a record is an error."""
+    """Return the inspection of the records that were read; a record's flaw is not an error."""
     counts = flaws.dropped + flaws.refused
     copies = np.flatnonzero(ordinals(numbers["content"]) > 0)
     return Inspection(
@@ -169,9 +172,9 @@ def _lengths(numbers: Numbers) -> Lengths:
 
 
 def parts_of(sources: list[Source], dataset: Params, given: list[set[str]], flaws: Flaws) -> Parts:
-    """Every split of every source, and its rows.
+    """Yield every split of every source, and its rows.
 
-    `given` gets the names of the splits, `flaws` the columns that were not read.
+    Add the names of the splits to `given`, and the columns that were not read to `flaws`.
     """
     for number, source in enumerate(sources):
         for split, rows in splits_of(source, dataset):

@@ -1,9 +1,9 @@
-"""One message as a source gives it, checked and put into the form of `capas.core.records.RAW`.
+"""Check a source's message, and convert it to the form of `capas.core.records.RAW`.
 
-Contents are kept as they are: white space, control characters and NUL included; a content that is a list of
-text parts becomes one text. What templates may use of a message beside role and content goes into `extra`:
-tool_calls (arguments given as JSON text become the object itself), tool_call_id, name (of a tool's message),
-reasoning_content. The keys of a call keep their order: it is what a model is trained on.
+Contents are kept as they are, including whitespace, control characters and NUL. A content that is a list of
+text parts becomes one text. `extra` has the keys besides role and content that templates may use: tool_calls
+(arguments given as JSON text become the object), tool_call_id, name (of a tool's message), reasoning_content.
+The keys of a call keep their order, because the model is trained on it.
 """
 
 import json
@@ -27,7 +27,7 @@ from capas.dataset.flaws import (
 )
 from capas.dataset.names import CALLS, ROLES, THOUGHTS, TRAINED, UNCLEAR, UNTRAINED, role_of
 
-TEXT = "text"  # the one role of a record that is plain text, all of it trained
+TEXT = "text"  # the only role of a plain-text record, trained as a whole
 _BY_ROLE = {"assistant": ("reasoning_content", "tool_calls"), "tool": ("name", "tool_call_id")}
 _TRAINING = (*TRAINED, *UNTRAINED, *UNCLEAR)
 _READ = ("role", "content", "parts", *_TRAINING, *THOUGHTS, *CALLS)
@@ -36,10 +36,11 @@ Message = dict[str, Any]
 
 
 class OfColumn(dict[str, Any]):
-    """A message whose content stood elsewhere: a flaw is shown there, not in a message that nobody wrote.
+    """A message built from columns; its flaws are reported there, since the source has no such message.
 
     Args:
-        column: where the content stands; `at`: where the other keys stand, None in columns of their own.
+        column: the place of the content.
+        at: the place of the other keys, None if they are columns of their own.
     """
 
     def __init__(
@@ -60,14 +61,14 @@ class OfColumn(dict[str, Any]):
 
 
 def check_message(message: Any, at: str, flaws: Flaws, roles: Mapping[str, str]) -> Message:
-    """The message as {role, content, extra, train}.
+    """Return a message as {role, content, extra, train}.
 
     Args:
         at: its place in the record, messages[3].
-        roles: names of roles beside those in use.
+        roles: `dataset.roles`, further names of roles.
 
     Raises:
-        Flaw: it is not as it must be.
+        Flaw: the message is flawed, and the policy for that flaw is not a repair.
     """
     if not isinstance(message, Mapping):
         raise Flaw(MALFORMED, at, message, "give an object with role and content")
@@ -109,12 +110,12 @@ def _role(message: Mapping[str, Any], at: str, roles: Mapping[str, str]) -> str:
 
 
 def _is_cell(message: Mapping[str, Any]) -> bool:
-    """Whether the message is a column of its own."""
+    """Return whether the message is a column of its own."""
     return isinstance(message, OfColumn) and message.at is None
 
 
 def _content(message: Mapping[str, Any], at: str, flaws: Flaws) -> tuple[Any, str]:
-    """The content, a list of text parts as one text, and where it stands."""
+    """Return the content, with a list of text parts joined to one text, and its place."""
     key = "parts" if "parts" in message and message.get("content") is None else "content"
     content, where = message.get(key), place_of(message, key, at)
     if isinstance(content, list) and not _is_cell(message):
@@ -123,7 +124,11 @@ def _content(message: Mapping[str, Any], at: str, flaws: Flaws) -> tuple[Any, st
 
 
 def _part(part: Any, at: str, flaws: Flaws) -> str:
-    """The text of {type: text, text: ...}, as OpenAI and Anthropic write parts, or {text: ...}, as Gemini."""
+    """Return the text of a part: {type: text, text: ...} (OpenAI, Anthropic), {text: ...} (Gemini), or text.
+
+    Raises:
+        Flaw: the part is not text.
+    """
     if isinstance(part, str):
         return part
     kind = part.get("type", "text") if isinstance(part, Mapping) else None
@@ -138,7 +143,11 @@ def _part(part: Any, at: str, flaws: Flaws) -> str:
 
 
 def _extra(role: str, message: Mapping[str, Any], at: str, flaws: Flaws) -> dict[str, Any]:
-    """The keys that templates use, in a fixed order; all others are counted."""
+    """Return the keys that templates use, in a fixed order; all others are counted.
+
+    Raises:
+        Flaw: a role has a key that it may not have, or a value is not text.
+    """
     kept = _BY_ROLE.get(role, ())
     for unused in [k for k, v in message.items() if k not in (*_READ, *kept) and v is not None]:
         flaws.leave_out(f"messages[].{unused} ({role})")
@@ -164,10 +173,10 @@ def _extra(role: str, message: Mapping[str, Any], at: str, flaws: Flaws) -> dict
 
 
 def only_key(values: Mapping[str, Any], names: tuple[str, ...], at: str) -> str | None:
-    """The one of these keys that holds something, or None.
+    """Return the first of these keys with a value, or None.
 
     Raises:
-        Flaw: several do, and hold different things.
+        Flaw: several have values, and these differ.
     """
     given = [key for key in names if key in values and values[key] not in (None, "", [])]
     if len(given) > 1 and any(values[key] != values[given[0]] for key in given):
@@ -178,7 +187,11 @@ def only_key(values: Mapping[str, Any], names: tuple[str, ...], at: str) -> str 
 
 
 def _trained(role: str, message: Mapping[str, Any], at: str) -> bool:
-    """Whether an answer counts in the loss: `train: false`, OpenAI's `weight: 0`, `masked: true`, ..."""
+    """Return whether a message is trained: not with `train: false`, OpenAI's `weight: 0`, `masked: true`, ...
+
+    Raises:
+        Flaw: the keys are ambiguous or contradictory, or mark a message that is never trained.
+    """
     told: dict[str, bool] = {}
     for key in [key for key in _TRAINING if message.get(key) is not None]:
         value, where = message[key], place_of(message, key, at)
@@ -200,7 +213,11 @@ def _trained(role: str, message: Mapping[str, Any], at: str) -> bool:
 
 
 def clean(text: str, field: str, flaws: Flaws) -> str:
-    """The text, which UTF-8 can hold."""
+    """Return a text that UTF-8 can encode, with lone surrogates replaced if the policy allows it.
+
+    Raises:
+        Flaw: there are lone surrogates, and the policy is not replace.
+    """
     if text.isascii():
         return text
     try:

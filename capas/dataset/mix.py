@@ -1,4 +1,4 @@
-"""How many records of each source a weighted mixture takes."""
+"""Draw a weighted mixture of sources: how many records of each, and which."""
 
 from collections.abc import Sequence
 
@@ -8,13 +8,13 @@ from capas.dataset.splits import Digests, Marks, scrambled, smallest
 
 
 def num_drawn(weights: Sequence[float], counts: Sequence[int], seed: int) -> list[int]:
-    """Draw sources with these probabilities until one is used up; how many records of each were drawn.
+    """Return how many records of each source are drawn, in random order, until one source is used up.
 
-    As `datasets.interleave_datasets(..., stopping_strategy="first_exhausted")`.
+    The rule is that of `datasets.interleave_datasets(..., stopping_strategy="first_exhausted")`.
 
     Args:
-        weights: in any unit; they are made to sum to 1.
-        counts: records that each source has.
+        weights: the sources' weights, in any unit; they are normalised to sum to 1.
+        counts: the number of records in each source.
     """
     probabilities = np.array(weights, float) / sum(weights)
     generator = np.random.default_rng(seed)
@@ -29,9 +29,9 @@ def num_drawn(weights: Sequence[float], counts: Sequence[int], seed: int) -> lis
 
 
 def drawn(sources: np.ndarray, hashes: Digests, weights: Sequence[float], seed: int) -> Marks:
-    """True at the records that the mixture takes, those with the smallest hashes of each source.
+    """Return [records] bool: true for the records of the mixture, those with each source's smallest hashes.
 
-    They stay where they stand: a training shuffles them.
+    Their order does not change, because training shuffles them.
     """
     numbers = [int(np.sum(sources == i)) for i in range(len(weights))]
     marks = np.zeros(len(sources), bool)

@@ -1,7 +1,7 @@
-"""All records of all sources: in a file, with a few numbers for each of them in memory (about 40 bytes).
+"""Collect the records of all sources in a file, with a few numbers for each in memory (about 40 bytes).
 
-The first pass reads, checks and writes them as they come. Then the numbers decide who stays and in which
-split, and a second pass over the file writes the splits.
+The first pass reads, checks and writes the records in their order. The numbers then decide which records stay
+and in which split, and a second pass over the file writes the splits.
 """
 
 import hashlib
@@ -31,8 +31,8 @@ from capas.dataset.splits import Digests, content_digest, digest, ordinals, prom
 
 log = logging.getLogger("capas")
 ROWS_PER_CHUNK, CHARACTERS_PER_CHUNK = 1000, 2**22
-MAX_QUESTION = 4000  # characters that are compared with those of other records
-MAX_DEPTH = 100  # pickle, which takes rows to other processes, manages a few hundred
+MAX_QUESTION = 4000  # characters of a question that are compared with other questions
+MAX_DEPTH = 100  # pickle, which carries rows to other processes, supports a few hundred levels
 _COLUMNS = {"content": "Q", "group": "Q", "prompt": "Q", "identity": "Q", "line": "I", "place": "I",
             "characters": "I"}  # fmt: skip
 _CODES = {"source": "H", "split": "B"}
@@ -52,18 +52,18 @@ class Part:
 
 @dataclass(frozen=True)
 class Chunk:
-    """Some rows of one part, as they were read."""
+    """Some rows of one part, as read."""
 
     part: Part
     rows: list[Row]
 
 
 class Numbers:
-    """A few numbers for each record: `numbers["prompt"]`, ..."""
+    """A few numbers for each record, as arrays: `numbers["prompt"]`, ..."""
 
     def __init__(self) -> None:
         self._numbers = {name: array(code) for name, code in {**_COLUMNS, **_CODES}.items()}
-        self.places: dict[tuple[str, str], int] = {}  # (file, unit) -> its number
+        self.places: dict[tuple[str, str], int] = {}  # {(file, unit): its number}
 
     def __getitem__(self, name: str) -> NDArray[Any]:
         return np.frombuffer(self._numbers[name], self._numbers[name].typecode)
@@ -77,7 +77,7 @@ class Numbers:
             self._numbers[name].append(number)
 
     def where(self, index: int) -> dict[str, str]:
-        """File and line of a record."""
+        """Return the file and line of a record."""
         file, unit = list(self.places)[self["place"][index]]
         return {"file": file, "at": f"{unit} {self['line'][index]}"}
 
@@ -91,7 +91,7 @@ class Numbers:
 
 @dataclass(frozen=True)
 class Checked:
-    """What came of a chunk: the records of `RAW`, with their own id or none, and what was dropped."""
+    """The result of a chunk: records of `RAW`, with an id if the source has one; their numbers; the flaws."""
 
     records: pa.Table
     numbers: Numbers
@@ -99,7 +99,7 @@ class Checked:
 
 
 def check_parts(parts: Iterable[tuple[Part, Iterable[Row]]], flaws: Flaws) -> Iterator[Checked]:
-    """Every row of every part, checked, in order; what is wrong is counted in `flaws`."""
+    """Yield the checked rows of every part, in order; their flaws are counted in `flaws`."""
     with doing("reading records") as reading:
         for checked in in_order(partial(check_chunk, flaws=flaws.fresh()), _chunks(parts)):
             flaws.add(checked.flaws)
@@ -108,10 +108,10 @@ def check_parts(parts: Iterable[tuple[Part, Iterable[Row]]], flaws: Flaws) -> It
 
 
 def check_chunk(chunk: Chunk, flaws: Flaws) -> Checked:
-    """Every row as a record, or left out.
+    """Return the rows of a chunk as records, without those that have a flaw.
 
     Args:
-        flaws: the policies; nothing is counted in it.
+        flaws: the policies; its counts do not change.
     """
     flaws, numbers = flaws.fresh(), Numbers()
     records = [r for row in chunk.rows if (r := _record(row, chunk.part, flaws, numbers))]
@@ -119,7 +119,7 @@ def check_chunk(chunk: Chunk, flaws: Flaws) -> Checked:
 
 
 def _record(row: Row, part: Part, flaws: Flaws, numbers: Numbers) -> Record | None:
-    """None where it is dropped."""
+    """Return a row as a record, with its numbers appended to `numbers`, or None if it is left out."""
     flaws.num_read += 1
     found: Mapping[str, Any] = row.value if isinstance(row.value, Mapping) else {}
     try:
@@ -130,7 +130,7 @@ def _record(row: Row, part: Part, flaws: Flaws, numbers: Numbers) -> Record | No
         flaws.refuse(flaw, row.place, "" if identity is None else str(identity))
         return None
     messages = record["messages"]
-    group, prompt = prompt_digests(messages)  # without the system prompt that is put first
+    group, prompt = prompt_digests(messages)  # without the system prompt that is added below
     if part.system is not None and messages[0]["role"] not in ("system", TEXT):
         record["messages"] = [_system(part.system), *messages]
     numbers.append(
@@ -147,7 +147,7 @@ def _record(row: Row, part: Part, flaws: Flaws, numbers: Numbers) -> Record | No
 
 
 class Pool:
-    """The records in their file, and the numbers of each in the order of the file: `pool["prompt"]`, ..."""
+    """The records in their file, and numbers for each, in the file's order: `pool["prompt"]`, ..."""
 
     def __init__(self, file: Path, flaws: Flaws) -> None:
         self._file, self._flaws, self.numbers = file, flaws, Numbers()
@@ -162,7 +162,8 @@ class Pool:
         """Read, check and write every row.
 
         Raises:
-            CapasError: a record has a flaw whose policy is an error, or too many were dropped.
+            CapasError: a record has a flaw whose policy is an error, too many records were dropped, or there
+                are none.
         """
         self.read(parts)
         log.info("%d records read, %d valid", self._flaws.num_read, len(self))
@@ -172,7 +173,7 @@ class Pool:
             raise CapasError("the dataset's sources contain no records")
 
     def read(self, parts: Iterable[tuple[Part, Iterable[Row]]]) -> None:
-        """Read, check and write every row; records with a flaw are left out and counted."""
+        """Read, check and write every row; rows with a flaw are left out and counted."""
         write_tables(self._file, RAW, self._records(parts))
 
     def _records(self, parts: Iterable[tuple[Part, Iterable[Row]]]) -> Iterator[pa.Table]:
@@ -181,11 +182,11 @@ class Pool:
             yield checked.records
 
     def location(self, index: int) -> str:
-        """File and line of a record, for a message."""
+        """Return the file and line of a record as text, for a message."""
         return location(self.numbers.where(index))
 
     def examples(self, whys: Mapping[int, str]) -> list[dict[str, Any]]:
-        """Where these records stand and what they ask; `whys` says of each what is the matter."""
+        """Return the places and questions of some records, with the reasons in `whys`, {index: reason}."""
         shown: list[dict[str, Any]] = []
         start = 0
         for batch in self._batches() if whys else ():
@@ -200,7 +201,10 @@ class Pool:
         return shown
 
     def questions(self) -> Iterator[str]:
-        """What each record asks: all that is said before the first answer, the beginning of a plain text."""
+        """Yield each record's question: the messages before the first answer, or the start of a plain text.
+
+        System messages are left out, and a question is cut after `MAX_QUESTION` characters.
+        """
         for batch in self._batches():
             for messages in batch.column("messages").to_pylist():
                 asked = itertools.takewhile(lambda m: m["role"] != "assistant", messages)
@@ -210,10 +214,10 @@ class Pool:
     def write_split(
         self, file: Path, stays: NDArray[np.bool_], ids: "Identities"
     ) -> dict[str, Any]:
-        """Those records where `stays`, in their order.
+        """Write the records where `stays` is true, in their order.
 
         Returns:
-            num_records, and a sha256 over ids and contents that no version of pyarrow changes.
+            num_records, and a sha256 over ids and contents that does not depend on the version of pyarrow.
         """
         whole = hashlib.sha256()
 
@@ -255,7 +259,7 @@ def _chunks(parts: Iterable[tuple[Part, Iterable[Row]]]) -> Iterator[Chunk]:
 
 
 def _extent(value: Any) -> tuple[int, int]:
-    """Characters in the texts of a row, and how deep its values are nested."""
+    """Return the number of characters in the texts of a row, and the depth of its nested values."""
     waiting, length, depth = [(value, 1)], 0, 0
     while waiting:
         inner, level = waiting.pop()
@@ -274,9 +278,10 @@ def _system(content: str) -> dict[str, Any]:
 
 
 class Identities:
-    """A record's own id where it is the first with it, else 16 hex digits of its content's sha256.
+    """The ids of records: the source's id for the first record that has it, else one made from the content.
 
-    Of equal contents (duplicates=keep) the second gets -1 behind its digits, the third -2, ...
+    Such an id has 16 hex digits of the content's sha256. Among equal contents (duplicates=keep), the second
+    record gets the suffix -1, the third -2, ...
     """
 
     def __init__(self, pool: Pool, stays: NDArray[np.bool_]) -> None:

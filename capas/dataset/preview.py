@@ -1,4 +1,4 @@
-"""What fetch would do, without writing anything: flaws, splits, near-duplicates; no model, no tokenizer."""
+"""Preview fetch without writing anything, without a model or tokenizer: flaws, splits, near-duplicates."""
 
 from dataclasses import dataclass
 from pathlib import Path
@@ -17,10 +17,10 @@ from capas.dataset.source import sources_of
 
 @dataclass(frozen=True)
 class Preview:
-    """What was read, and the splits of the records without a flaw.
+    """The inspection of all records, and the splits of the valid ones.
 
-    `dropped` counts what would be left out of them (duplicate, leak, ...). `problem` is why they cannot be
-    split as stated; the splits are empty then.
+    `dropped` counts the records that would be left out, by reason (duplicate, leak, ...). `problem` is the
+    reason why they cannot be split as configured, and the splits are then empty.
     """
 
     inspection: Inspection
@@ -31,14 +31,14 @@ class Preview:
 
 
 def preview(dataset: Params, root: Path) -> Preview:
-    """Read every record once as fetch does, and split them; no flaw of a record is an error.
+    """Read every record once as fetch does, and split them; a record's flaw is not an error.
 
     Args:
         dataset: the keys of conf/dataset that fetch declares in dvc.yaml.
-        root: the repository.
+        root: the repository's folder.
 
     Raises:
-        CapasError: a file or data set as a whole cannot be read, or no record has a column that is needed.
+        CapasError: a file or data set as a whole cannot be read, or a needed column is missing.
     """
     sources = sources_of(dataset, root)
     flaws, watch = Flaws(dataset.flaws, dataset.flaw_budget_fraction), Watch(sources)

@@ -1,4 +1,4 @@
-"""Propose how a file is to be read: its format, its shape or the columns that hold question and answer."""
+"""Propose how to read a file: its format, and its shape or its columns of question and answer."""
 
 import unicodedata
 from collections.abc import Iterator, Mapping, Sequence
@@ -11,7 +11,7 @@ from capas.dataset.readers import read_rows
 from capas.dataset.shapes import recognises
 from capas.dataset.source import Source
 
-# Names of columns, without accents, in English and Spanish; the first that a file has is taken.
+# Names of columns, without accents, in English and Spanish; the first one in a file is used.
 QUESTIONS = (
     *("question", "prompt", "instruction", "query", "request", "user", "message", "input"),
     *("ticket", "review", "sentence", "text", "body", "title", "subject"),
@@ -30,7 +30,7 @@ def format_of(file: Path) -> str:
     """Return dataset.path for a file: json, csv, parquet or text.
 
     Raises:
-        CapasError: its name ends in nothing known.
+        CapasError: the file's suffix is unknown.
     """
     found = File(file.name, file.parent).format
     if found is None:
@@ -42,7 +42,7 @@ def format_of(file: Path) -> str:
 
 
 def columns_of(source: Source, root: Path) -> list[str]:
-    """Return the columns of a source's first record; none where it is no object.
+    """Return the columns of a source's first record, or none if the record is not an object.
 
     Raises:
         CapasError: the file cannot be read.
@@ -58,11 +58,12 @@ def columns_of(source: Source, root: Path) -> list[str]:
 def propose_columns(there: Sequence[str], stated: Mapping[str, Any] | None) -> dict[str, Any]:
     """Return shape and columns of `conf/dataset` for a file with these columns.
 
-    The stated columns are kept where the file has them. A known shape needs none. Otherwise names decide; of
-    exactly two columns the first is the question, and one alone is plain text.
+    The stated columns are kept if the file has them. A known shape needs no columns. A single column is plain
+    text. Otherwise the names decide. If the names of exactly two columns are all unknown, the first is the
+    question.
 
     Raises:
-        CapasError: nothing says which columns hold question and answer.
+        CapasError: the columns of question and answer cannot be determined.
     """
     if stated and set(_flat(stated)) <= {*there}:
         return {"shape": "columns", "columns": dict(stated)}
@@ -94,7 +95,7 @@ def _flat(columns: Mapping[str, Any]) -> Iterator[str]:
 
 
 def _first(there: Sequence[str], names: Sequence[str]) -> str | None:
-    """The column with one of the names, or with one of them at its end (customer_question)."""
+    """Return the column with one of the names, or ending with one (customer_question), or None."""
     plain = {column: _plain(column) for column in there}
     for name in names:
         for column, written in plain.items():

@@ -1,7 +1,7 @@
-"""The rows of a file of any format, one after the other, each with the place where it stands.
+"""Read the rows of a file of any format, one after the other, each with its place.
 
-Own readers: Arrow, and so `datasets`, gives every struct the keys of all rows (a tool call's arguments get
-those of other calls), and its errors name no line.
+The readers are capas' own, because Arrow, and so `datasets`, gives every struct the keys of all rows (a tool
+call's arguments get those of other calls), and Arrow's errors name no line.
 """
 
 import json
@@ -17,14 +17,14 @@ from capas.dataset.flaws import BAD_JSON, Flaw
 from capas.dataset.rows import Row
 from capas.dataset.text import Lines, Reading, cut, open_text, too_large
 
-FILE, BLANK_LINES = "file", "blank_lines"  # what a document of a text file is
+FILE, BLANK_LINES = "file", "blank_lines"  # documents of a text file: whole files, or blocks
 
 
 def read_rows(file: File, reading: Reading, needed: Needed | None = None) -> Iterator[Row]:
-    """Every row of the file: a mapping (or whatever stands there in JSON), read as it is needed.
+    """Yield every row of the file, read on demand: a mapping, or any value in a JSON file.
 
     Args:
-        needed: of a parquet file, the columns to read.
+        needed: for a parquet file, a function from its columns to those to read.
 
     Raises:
         CapasError: the file as a whole cannot be read.
@@ -41,7 +41,7 @@ def read_rows(file: File, reading: Reading, needed: Needed | None = None) -> Ite
 def _json_lines(text: TextIO, file: File, reading: Reading) -> Iterator[Row]:
     lines = Lines(text, file.name, reading.max_record_characters)
     ahead = lines.peek(1, 1)
-    if ahead and _begins_document(ahead[0]):  # named .jsonl, and one JSON array over many lines
+    if ahead and _begins_document(ahead[0]):  # named .jsonl, but one JSON document over many lines
         yield from _json(cast(TextIO, _After(ahead[0], text)), file, reading)
         return
     for line in lines:
@@ -51,7 +51,7 @@ def _json_lines(text: TextIO, file: File, reading: Reading) -> Iterator[Row]:
 
 
 def _begins_document(line: str) -> bool:
-    """Whether a value that begins in this line goes on in the next ones, as indented JSON does."""
+    """Return whether a value that begins in this line continues in the next ones, as in indented JSON."""
     if line.strip() in ("[", "{"):
         return True
     if not line.lstrip().startswith("["):
@@ -61,12 +61,12 @@ def _begins_document(line: str) -> bool:
     except json.JSONDecodeError as error:
         return error.pos >= len(line.rstrip())
     except RecursionError:
-        return False  # all in one line, and nested too deep: a flaw of that line
+        return False  # one line, nested too deeply: a flaw of that line
     return False
 
 
 class _After:
-    """A text with the line before it that was read already."""
+    """A text, preceded by a line that was already read from it."""
 
     def __init__(self, line: str, text: TextIO) -> None:
         self._line, self._text = line, text
@@ -91,7 +91,7 @@ def _json(text: TextIO, file: File, reading: Reading) -> Iterator[Row]:
 
 
 def _texts(text: TextIO, file: File, reading: Reading) -> Iterator[Row]:
-    """Documents: the whole file, or what stands between blank lines; cut where that is stated."""
+    """Yield documents, the whole file or blocks between blank lines; long ones are cut if so configured."""
     documents = _blank_lines if reading.documents == BLANK_LINES else _whole
     for start, document in documents(text, file, reading):
         pieces = [(1, document)]
@@ -131,7 +131,7 @@ def _blank_lines(text: TextIO, file: File, reading: Reading) -> Iterator[tuple[i
         yield start, "".join(document)
 
 
-# How a suffix is read, and whether Excel and Notepad write such files.
+# For each suffix the reader, and whether Excel and Notepad write such files.
 _READERS: dict[str, tuple[Callable[[TextIO, File, Reading], Iterator[Row]], bool]] = {
     ".json": (_json, False),
     ".jsonl": (_json_lines, False),

@@ -1,4 +1,4 @@
-"""Read the reference answers of a user's own files, before any stage ran."""
+"""Read the reference answers in a user's own files, before any stage has run."""
 
 import itertools
 from collections.abc import Iterator
@@ -18,12 +18,12 @@ POLICIES = dict.fromkeys(WAYS_OUT, DROP)
 
 
 def read_references(dataset: Params, root: Path) -> list[str]:
-    """Return the last answer of each record, of at most 50,000.
+    """Return the last answers of at most 50,000 records.
 
     Records with a flaw are left to `fetch`; plain text has no answer.
 
     Raises:
-        CapasError: a source is no file here, or a file cannot be read.
+        CapasError: a source does not consist of files, or a file cannot be read.
     """
     if elsewhere := [s.path for s in sources_of(dataset, root) if s.path not in FORMATS]:
         raise CapasError(

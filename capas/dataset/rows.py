@@ -1,4 +1,4 @@
-"""A row of a source, and where it stands."""
+"""Represent a row of a source with its place."""
 
 from dataclasses import dataclass
 from typing import Any
@@ -6,7 +6,10 @@ from typing import Any
 
 @dataclass(frozen=True)
 class Row:
-    """`value` is a Flaw where the row cannot be read; `unit` is line, or record where lines do not count."""
+    """A row of a source.
+
+    `value` is a Flaw if the row cannot be read. `unit` is what `number` counts: line, or record.
+    """
 
     file: str
     unit: str
@@ -19,7 +22,10 @@ class Row:
 
 
 def without_nulls_of_others(row: dict[str, Any]) -> dict[str, Any]:
-    """Arrow gives each struct the keys of all rows: within a column, those that are null are of others."""
+    """Return a row of Arrow's without null keys inside its columns.
+
+    Arrow gives each struct the keys of all rows, so a null key comes from another row.
+    """
     return {column: _without_nulls(value) for column, value in row.items()}
 
 

@@ -1,4 +1,4 @@
-"""Which records of the pool stay, and in which split: made splits, duplicates, leaks, mixture, subset."""
+"""Select the records of the pool and assign splits: made splits, duplicates, leaks, mixture, subset."""
 
 import logging
 import math
@@ -37,7 +37,7 @@ DUPLICATE, LEAK, NOT_DRAWN, BEYOND = "duplicate", "leak", "not_drawn", "beyond_m
 
 @dataclass
 class Selection:
-    """`split` has the number of each record's split, `stays` says whether it is written."""
+    """The selected records: `split` has the number of each record's split, `stays` whether it is written."""
 
     pool: Pool
     split: NDArray[np.uint8]
@@ -59,16 +59,16 @@ class Selection:
             self.stays = self.stays & ~marks
 
     def facts(self) -> dict[str, Any]:
-        """{reason: count and examples}; a subset and a mixture need no examples."""
+        """Return {reason: count and examples} of dropped records; a subset and a mixture have no examples."""
         return {
             reason: {"count": int(marks.sum()), "examples": self._examples(reason, marks)}
             for reason, marks in self.dropped.items()
         }
 
     def near_duplicates(self) -> dict[str, Any] | None:
-        """How many records that stay have a near-duplicate; None where none were looked for.
+        """Return counts and examples of selected records with near-duplicates, or None without a search.
 
-        `num_test_records_like_train` counts records of test with one in train.
+        `num_test_records_like_train` counts test records with a near-duplicate in train.
         """
         if self.groups is None:
             return None
@@ -85,7 +85,7 @@ class Selection:
         }
 
     def _pairs(self, marks: Marks) -> list[dict[str, Any]]:
-        """The first of `marks`, each with the place of another record of its group."""
+        """Return the first records of `marks`, each with the place of another record in its group."""
         assert self.groups is not None
         labels, whys = self.groups.labels, {}
         for index in np.flatnonzero(marks)[:NUM_PAIRS].tolist():
@@ -102,21 +102,22 @@ class Selection:
         return self.pool.examples({index: f"like {self.twin(reason, index)}" for index in first})
 
     def twin(self, reason: str, index: int) -> str:
-        """Where the record stands that this one is a copy of, or whose prompt it has."""
+        """Return the place of the record that this one is a copy of, or whose prompt it shares."""
         return self.pool.location(int(self.twins[reason](index).argmax()))
 
 
 def select_records(
     pool: Pool, dataset: Params, given: Sequence[set[str]], weights: Sequence[float | None]
 ) -> Selection:
-    """Decide for every record.
+    """Return the selection: for every record its split, and whether it is written.
 
     Args:
-        given: the splits that each source has of its own; the others are made of its train records.
-        weights: of each source, or None for all of them.
+        given: the splits that each source provides; the others are made from its train records.
+        weights: the weight of each source, or None for all of them.
 
     Raises:
-        CapasError: duplicates or leaks where they are an error, more leaks than the budget, an empty split.
+        CapasError: there are duplicates or leaks and their policy is error; there are more leaks than the
+            budget allows; a split is empty; or there are too many records for split_by=cluster.
     """
     groups = _near_duplicates(pool, dataset)
     selection = Selection(pool, _made(pool, dataset, given, groups), np.ones(len(pool), bool))
@@ -131,7 +132,11 @@ def select_records(
 
 
 def _near_duplicates(pool: Pool, dataset: Params) -> Groups | None:
-    """The groups of nearly equal questions, None where they are not asked for, or there are too many."""
+    """Return the groups of near-duplicate questions, or None if not configured or with too many records.
+
+    Raises:
+        CapasError: there are too many records, and the splits need the groups.
+    """
     if dataset.near_duplicate_similarity is None:
         return None
     if len(pool) > MAX_RECORDS:
@@ -167,7 +172,7 @@ def _made(
 
 
 def _duplicates(selection: Selection, policy: str) -> None:
-    """Exact copies within a split, the first of them stays; a copy in another split is a leak."""
+    """Apply the policy to exact copies within a split, except the first; a copy across splits is a leak."""
     content, split = selection.pool["content"], selection.split
     marks = np.zeros(len(content), bool)
     for number in range(len(SPLITS)):
@@ -210,7 +215,7 @@ def _first(selection: Selection, reason: str, marks: Marks) -> str:
 
 
 def _mixture(selection: Selection, weights: Sequence[float], seed: int) -> None:
-    """Of train alone: validation and test keep all that their sources have."""
+    """Draw the mixture from train only; validation and test keep all records of their sources."""
     if not weights:
         return
     train = np.flatnonzero(selection.of(SPLITS[TRAIN]))
@@ -221,7 +226,7 @@ def _mixture(selection: Selection, weights: Sequence[float], seed: int) -> None:
 
 
 def _subset(selection: Selection, max_records: int, seed: int) -> None:
-    """Of all splits together, so that their shares stay about the same."""
+    """Draw a subset from all splits together, so that their proportions stay about the same."""
     stays = np.flatnonzero(selection.stays)
     taken = smallest(scrambled(selection.pool["content"][stays], seed), max_records)
     marks = np.zeros(len(selection.pool), bool)

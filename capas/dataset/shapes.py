@@ -1,15 +1,15 @@
-"""The shapes that records of the world have, and the conversation in each of them::
+"""Recognise the common shapes of records, and convert each to a conversation::
 
     messages           {"messages": [{"role": "user", "content": "Hi"}, ...], "tools": [...]}     OpenAI
     sharegpt           {"conversations": [{"from": "human", "value": "Hi"}, ...], "system": "..."}
-    alpaca             {"instruction": "...", "input": "...", "output": "..."}, with history and system too
+    alpaca             {"instruction": "...", "input": "...", "output": "..."}, optional history and system
     prompt_completion  {"prompt": "...", "completion": "..."}: two texts, or two lists of messages
     question_answer    {"question": "...", "answer": "..."}
     text               {"text": "..."}: all of it is trained
     oasst              one row for each message of a tree: message_id, parent_id, role, text, rank
-    columns            whatever `dataset.columns` maps
+    columns            any columns, mapped by `dataset.columns`
 
-All rows of oasst are held in memory until the trees are put together; no other shape holds any.
+All rows of oasst are held in memory until the trees are complete; the other shapes need no such memory.
 """
 
 import difflib
@@ -49,12 +49,16 @@ _MAPPED = ("messages", "tools", "metadata", "reasoning_content")  # keys of what
 
 
 def recognises(value: Mapping[str, Any]) -> bool:
-    """Whether a known shape has these columns."""
+    """Return whether these columns include those of a known shape."""
     return any(wanted <= value.keys() for wanted in WANTED.values())
 
 
 def recognise(value: Mapping[str, Any]) -> str:
-    """Raises Flaw where the columns are those of no known shape."""
+    """Return the shape that these columns belong to.
+
+    Raises:
+        Flaw: no known shape has these columns.
+    """
     for shape, wanted in WANTED.items():
         if wanted <= value.keys():
             return shape
@@ -67,14 +71,15 @@ def recognise(value: Mapping[str, Any]) -> str:
 
 
 def check_columns(there: Iterable[str], shape: str, columns: Columns, key: str, where: str) -> None:
-    """Check, before any record, that the columns that the shape needs are there.
+    """Check, before any record is read, that a file has the columns that the shape needs.
 
     Args:
-        there: all that a file has, or that its first records have.
-        key: of the source, for the message; where: the file.
+        there: all columns of the file, or those of its first records.
+        key: the key of the source, for the error message.
+        where: the file, for the error message.
 
     Raises:
-        CapasError: one that is named is not there, or no known shape has these columns.
+        CapasError: a needed column is missing, or no known shape has these columns.
     """
     known = dict.fromkeys(there)
     if shape == "auto":
@@ -97,7 +102,11 @@ def check_columns(there: Iterable[str], shape: str, columns: Columns, key: str, 
 
 
 def needed_columns(there: list[str], shape: str, columns: Columns) -> list[str]:
-    """Those of the columns that a record is made of, or that must be looked at because of their names."""
+    """Return the columns that a record is made of, or whose names have a meaning that must be checked.
+
+    Raises:
+        Flaw: the shape is auto, and no known shape has these columns.
+    """
     if shape == "columns":
         used = {name for names in columns.values() for name in _names(names)}
         return [c for c in there if c == "id" or c in used or c in {n.split(".")[0] for n in used}]
@@ -111,13 +120,13 @@ def needed_columns(there: list[str], shape: str, columns: Columns) -> list[str]:
 def convert(
     value: Any, shape: str, columns: Columns, roles: Mapping[str, str] | None = None
 ) -> Found:
-    """The messages of a row, its id, tools and metadata, not yet checked, and the columns that are not used.
+    """Return a row's messages, id, tools and metadata, not yet checked, and its unused columns.
 
     Args:
-        roles: `dataset.roles`, names of roles beside those in use.
+        roles: `dataset.roles`, further names of roles.
 
     Raises:
-        Flaw: the row does not have that shape.
+        Flaw: the row does not have that shape, or is a Flaw itself.
     """
     if isinstance(value, Flaw):
         raise value
@@ -142,7 +151,11 @@ def _told(messages: list[Any], rest: Found) -> Found:
 
 
 def _listed(messages: Any, column: str, roles: Mapping[str, str]) -> list[Any]:
-    """A column of messages, as OpenAI or as ShareGPT writes them, or the JSON of one as text."""
+    """Return the messages of a column, in OpenAI's or ShareGPT's form, or given as JSON text.
+
+    Raises:
+        Flaw: the column is not a list of messages.
+    """
     given = messages
     if isinstance(messages, str):
         try:
@@ -166,7 +179,7 @@ def _turn(turn: Any, at: str, roles: Mapping[str, str]) -> Found:
         advice = f"known roles: {', '.join(ROLES)}, plus the names mapped in dataset.roles"
         raise Flaw(UNKNOWN_ROLE, f"{at}.from", speaker, advice)
     rest = {key: value for key, value in turn.items() if key not in ("from", "value")}
-    for key in ("role", "content"):  # from and value say it; these are counted as left out
+    for key in ("role", "content"):  # from and value take precedence; these are counted as left out
         if key in rest:
             rest[f"{key} beside from and value"] = rest.pop(key)
     if role == FUNCTION_CALL:
@@ -192,7 +205,11 @@ def _alpaca(row: Found) -> Found:
 
 
 def _history(history: Any) -> list[Found]:
-    """Earlier turns as pairs [asked, answered]."""
+    """Return the messages of earlier turns, given as pairs [asked, answered].
+
+    Raises:
+        Flaw: the history is not a list of pairs.
+    """
     if history in (None, "", []):
         return []
     if not isinstance(history, list) or any(
@@ -217,7 +234,7 @@ def _question_answer(row: Found) -> Found:
 
 
 def _plain(row: Found) -> Found:
-    """All of the text is trained: a prompt or thought that it may be made of is left out."""
+    """Return a plain text, all of it trained; columns with a system prompt or a thought are left out."""
     text = row.pop("text")
     rest = {k: Unused(v) if k in (*SYSTEM_PROMPTS, *THOUGHTS) else v for k, v in row.items()}
     return _told([OfColumn(TEXT, text, "text")], rest)
@@ -242,7 +259,7 @@ def _pair(row: Found, asked: str, answered: str) -> list[Found]:
 
 
 def _joined(parts: list[Any]) -> Any:
-    """Texts with a blank line between them, empty ones left out; what is no text is left to be refused."""
+    """Return the non-empty texts joined by blank lines, or the first value that is not text."""
     given = [part for part in parts if part not in (None, "")]
     wrong = [part for part in given if not isinstance(part, str)]
     if not given:
@@ -251,7 +268,7 @@ def _joined(parts: list[Any]) -> Any:
 
 
 def _mapped(row: Mapping[str, Any], columns: Columns, roles: Mapping[str, str]) -> Found:
-    """By `dataset.columns`; several columns of one role are joined by blank lines."""
+    """Return a row converted by `dataset.columns`; several columns of one role are joined by blank lines."""
     cells = {role: [_cell(row, name) for name in _names(names)] for role, names in columns.items()}
     named = {role: " + ".join(_names(names)) for role, names in columns.items()}
     used = {name for names in columns.values() for name in _names(names)}
@@ -270,7 +287,7 @@ def _mapped(row: Mapping[str, Any], columns: Columns, roles: Mapping[str, str]) 
 
 
 def _unmapped(row: Mapping[str, Any], used: set[str]) -> Found:
-    """The columns, and the keys within columns, that no name uses."""
+    """Return the columns, and the keys within columns, that no mapped name uses."""
     found: Found = {}
     for column in [column for column in row if column not in used]:
         start, value = f"{column}.", row[column]
@@ -294,7 +311,11 @@ def _names(names: str | list[str]) -> list[str]:
 
 
 def _cell(row: Mapping[str, Any], name: str) -> Any:
-    """The value of a column; 'inputs.question' is the key question of the column inputs."""
+    """Return the value of a column; 'inputs.question' is the key question in the column inputs.
+
+    Raises:
+        Flaw: the row has no such column.
+    """
     if name in row:
         return row[name]
     value: Any = row

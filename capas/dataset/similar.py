@@ -1,7 +1,7 @@
 """Find questions that are nearly the same: MinHash signatures and locality-sensitive hashing (datasketch).
 
-A test question with a near-duplicate in training is answered from memory. "Where is my order 4711?" and
-"Where is my order 9?" are near-duplicates: every run of digits counts as the same number.
+A model answers a test question from memory if the training split has a near-duplicate. "Where is my order
+4711?" and "Where is my order 9?" are near-duplicates: every run of digits counts as the same number.
 """
 
 import re
@@ -17,31 +17,34 @@ from capas.core.progress import doing
 from capas.core.records import evenly_spaced
 from capas.dataset.splits import normalised
 
-MAX_RECORDS = 200_000  # a signature of each is held in memory
+MAX_RECORDS = 200_000  # the signature of each record is held in memory
 _NUM_PERM, _SEED, _LENGTH = 128, 1, 4
-_WEIGHTS = (0.1, 0.9)  # of false and of missed candidates; each is verified
+_WEIGHTS = (0.1, 0.9)  # of false positives and negatives; every candidate is verified
 _SAMPLE, _COMMON_FRACTION, _MIN_COMMON = 2000, 0.2, 20
 _DIGITS = re.compile(r"\d+")
 
 
 @dataclass(frozen=True)
 class Groups:
-    """For each text the number of its group; texts alone in a group have no near-duplicate."""
+    """Groups of near-duplicates: `labels` has the number of each text's group, [texts].
+
+    A text that is alone in its group has no near-duplicate.
+    """
 
     labels: NDArray[np.int64]
 
     @property
     def sizes(self) -> NDArray[np.int64]:
-        """How many texts the group of each text has."""
+        """The size of each text's group, [texts]."""
         return np.bincount(self.labels)[self.labels]
 
 
 def similar_groups(texts: Sequence[str], similarity: float) -> Groups:
-    """Group texts that are linked by near-duplicates: a chain of them is one group.
+    """Group near-duplicate texts; a chain of near-duplicates is one group.
 
-    Two texts are near-duplicates where the estimated Jaccard similarity of their runs of 4 letters and
-    digits (case, spaces and punctuation aside) is at least `similarity`. Runs that stand in more than a fifth
-    of the texts, as those of an instruction that opens each of them, do not count.
+    Two texts are near-duplicates if the estimated Jaccard similarity of their runs of 4 letters and digits
+    (ignoring case, spaces and punctuation) is at least `similarity`. Runs that occur in more than a fifth of
+    the texts do not count, such as those of an instruction at the start of every text.
 
     Source: A. Broder, "On the resemblance and containment of documents", 1997.
     """
@@ -54,11 +57,11 @@ def similar_groups(texts: Sequence[str], similarity: float) -> Groups:
 
 
 def _pairs(texts: Sequence[str], similarity: float) -> list[tuple[int, int]]:
-    """Pairs of near-duplicates, enough of them to link every group."""
+    """Return pairs of near-duplicates that are sufficient to link every group."""
     from datasketch import MinHash, MinHashLSH
 
     index = MinHashLSH(threshold=similarity, num_perm=_NUM_PERM, weights=_WEIGHTS)
-    signatures: dict[int, MinHash] = {}  # by the number of the text
+    signatures: dict[int, MinHash] = {}  # by the index of the text
     first: dict[str, int] = {}  # equal texts share a signature
     pairs: list[tuple[int, int]] = []
     common = _common_runs(texts)
@@ -80,7 +83,7 @@ def _pairs(texts: Sequence[str], similarity: float) -> list[tuple[int, int]]:
 
 
 def _common_runs(texts: Sequence[str]) -> set[bytes]:
-    """Runs in more than a fifth of a sample of the texts; of a few texts none."""
+    """Return the runs that occur in more than a fifth of a sample of the texts, and in more than 20 texts."""
     sample = evenly_spaced(texts, _SAMPLE)
     counts = Counter(run for text in sample for run in _runs(_plain(text)))
     limit = max(_MIN_COMMON, _COMMON_FRACTION * len(sample))

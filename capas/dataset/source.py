@@ -1,4 +1,4 @@
-"""Where records come from: generated, from files, or from the Hub; each source as conf/ states it."""
+"""Read the sources of records as configured in conf/: files, or data sets on the Hub."""
 
 import itertools
 import logging
@@ -18,7 +18,7 @@ from capas.dataset.text import Reading
 from capas.dataset.trees import threads
 
 log = logging.getLogger("capas")
-FIRST_ROWS = 100  # in which a column must occur once
+FIRST_ROWS = 100  # a needed column must occur at least once in these rows
 FORMATS = ("json", "csv", "parquet", "text")
 KEYS = (
     *("path", "name", "revision", "split", "data_files"),
@@ -28,7 +28,7 @@ KEYS = (
 
 @dataclass
 class Source:
-    """The source of `dataset`, or an entry of `dataset.mix`; `key` says which, for messages."""
+    """The source of `dataset`, or an entry of `dataset.mix`; `key` names it in error messages."""
 
     path: str
     name: str | None
@@ -49,14 +49,14 @@ class Source:
 
     @property
     def shape_of_rows(self) -> str:
-        """Trees have become conversations by then."""
+        """The shape of the rows that `splits` yields, where trees have become conversations."""
         return "messages" if self.shape == "oasst" else self.shape
 
     def splits(self) -> Iterator[tuple[str, Iterator[Row]]]:
-        """(split, its rows) for each split that the source gives.
+        """Yield (split, its rows) for each split that the source provides.
 
         Raises:
-            CapasError: a file or the data set cannot be read, or has another content than its pin says.
+            CapasError: a file or the data set cannot be read, or its content is not the pinned revision.
         """
         given = self._of_files() if self.path in FORMATS else self._of_hub()
         for split, rows in given:
@@ -71,7 +71,7 @@ class Source:
             yield split, itertools.chain.from_iterable(self._rows_of(file) for file in files)
 
     def _rows_of(self, file: File) -> Iterator[Row]:
-        """The rows of a file, after a look at the columns of the first ones."""
+        """Yield the rows of a file, after checking its columns, or those of the first rows."""
         if file.suffix == ".parquet":
             yield from read_rows(file, self.reading, lambda there: self._needed(there, file.name))
             return
@@ -88,7 +88,11 @@ class Source:
         return needed_columns(there, self.shape, self.columns or {})
 
     def _checked(self, rows: Iterator[Row], where: str) -> Iterator[Row]:
-        """The same rows; a column that none of the first has is an error before any record."""
+        """Yield the same rows, after checking that the needed columns occur in the first ones.
+
+        Raises:
+            CapasError: a needed column is missing.
+        """
         first = list(itertools.islice(rows, FIRST_ROWS))
         values = [row.value for row in first if isinstance(row.value, Mapping)]
         recognised = self.shape == "auto" and any(recognises(value) for value in values)
@@ -99,7 +103,11 @@ class Source:
         yield from rows
 
     def _check_pin(self) -> None:
-        """DVC sees an edit in data/own; what a URL holds is pinned by `revision`."""
+        """Check that the content behind URLs has the pinned `revision`; DVC itself notices edits in data/own.
+
+        Raises:
+            CapasError: it has another revision.
+        """
         assert self.data_files is not None
         names = [name for patterns in by_split(self.data_files).values() for name in patterns]
         found = url_revision(self.data_files) if any(map(is_url, names)) else None
@@ -132,7 +140,7 @@ class Source:
         yield from self._checked(found, where)
 
     def _threaded(self, rows: Iterator[Row]) -> Iterator[Row]:
-        """Trees of messages as conversations, where the rows are messages."""
+        """Return the rows, with trees of messages turned into conversations if the rows are messages."""
         first = next(rows, None)
         if first is None:
             return iter(())
@@ -141,14 +149,14 @@ class Source:
         return threads(rows) if self.shape == "oasst" or (self.shape == "auto" and found) else rows
 
     def unread(self) -> dict[str, int]:
-        """{column that was not read: its rows}."""
+        """Return {column that was not read: number of its rows}."""
         counts = Counter(self.unread_of_hub)
         for file in self.files:
             counts.update(file.unread)
         return dict(counts)
 
     def facts(self) -> dict[str, Any]:
-        """What source.json says of it."""
+        """Return the source's facts for source.json."""
         shown = {
             key: getattr(self, key) for key in ("path", "name", "revision", "licence", "weight")
         }
@@ -156,7 +164,7 @@ class Source:
 
 
 def sources_of(dataset: Params, root: Path) -> list[Source]:
-    """The source of `dataset` itself, and those of its mix."""
+    """Return the source of `dataset` itself, and those of its mix."""
     own: dict[str, Any] = {key: dataset[key] for key in KEYS}
     keys = ["dataset", *(f"dataset.mix[{i}]" for i in range(len(dataset.mix)))]
     entries = zip((own, *dataset.mix), keys, strict=True)

@@ -1,7 +1,7 @@
-"""Which record goes into which split, decided from digests of 8 bytes: millions of records fit in memory.
+"""Assign records to splits by digests of 8 bytes, so that millions of records fit in memory.
 
-A digest is the beginning of a sha256. That two different records of a million share one has the
-probability 3e-8.
+A digest is the beginning of a sha256. Among a million different records, the probability that any two share a
+digest is 3e-8.
 """
 
 import hashlib
@@ -33,23 +33,23 @@ _TABLE = _LettersAndDigits()
 
 
 def normalised(text: str) -> str:
-    """What is left of a text without case, spaces, punctuation and the form of its letters.
+    """Return a text without case, spaces and punctuation, its characters in the normal form NFKC.
 
-    A text without letters and digits stands for itself.
+    A text without letters and digits keeps its spaces and punctuation.
     """
     folded = unicodedata.normalize("NFKC", text).casefold()
     return folded.translate(_TABLE) or folded
 
 
 def digest(*texts: str) -> int:
-    """64 bits of the sha256 of the texts behind their lengths."""
+    """Return 64 bits of a sha256 over the lengths of the texts, then the texts."""
     lengths = ",".join([str(len(text)) for text in texts])
     whole = hashlib.sha256(f"{lengths}\n{''.join(texts)}".encode())
     return int.from_bytes(whole.digest()[:8], "big")
 
 
 def content_digest(record: Mapping[str, Any]) -> int:
-    """Of messages and tools, exactly; ids and metadata do not count."""
+    """Return a digest of a record's exact messages and tools; id and metadata do not count."""
     told = (
         part
         for m in record["messages"]
@@ -59,11 +59,11 @@ def content_digest(record: Mapping[str, Any]) -> int:
 
 
 def prompt_digests(messages: Sequence[Mapping[str, Any]]) -> tuple[int, int]:
-    """(group, prompt) of a conversation, normalised.
+    """Return the digests (group, prompt) of a conversation's normalised contents.
 
-    The group is what is said before the first answer: records of one group share a split, so threads that
-    begin alike do. The prompt is all before the last answer: the same one in two splits is a leak. A plain
-    text is both.
+    The group covers the messages before the first answer. Records of one group share a split, so threads that
+    begin alike stay together. The prompt covers all messages before the last answer. The same prompt in two
+    splits is a leak. A plain text is both group and prompt.
     """
     answers = [i for i, m in enumerate(messages) if i and m["role"] == "assistant"] or [
         len(messages)
@@ -74,7 +74,7 @@ def prompt_digests(messages: Sequence[Mapping[str, Any]]) -> tuple[int, int]:
 
 
 def scrambled(digests: Digests, seed: int) -> Digests:
-    """Another 64 bits for each digest and seed, evenly spread (splitmix64, Steele et al. 2014)."""
+    """Return other 64 bits for each digest and seed, evenly distributed (splitmix64, Steele et al. 2014)."""
     with np.errstate(over="ignore"):
         x = digests + np.uint64((seed * 0x9E3779B97F4A7C15 + 0x632BE59BD9B4E019) % 2**64)
         x = (x ^ (x >> np.uint64(30))) * np.uint64(0xBF58476D1CE4E5B9)
@@ -83,7 +83,7 @@ def scrambled(digests: Digests, seed: int) -> Digests:
 
 
 def shares(groups: Digests, validation: float, test: float, seed: int) -> NDArray[np.uint8]:
-    """The split of each record by a hash of its group: another record moves none of them."""
+    """Return the split of each record by a hash of its group, so adding records never moves existing ones."""
     place = scrambled(groups, seed) / 2.0**64
     return np.where(
         place < test, TEST, np.where(place < test + validation, VALIDATION, TRAIN)
@@ -91,7 +91,7 @@ def shares(groups: Digests, validation: float, test: float, seed: int) -> NDArra
 
 
 def num_test_records(num_records: int, fraction: float | None) -> int:
-    """Return how many records a test split is to have: `fraction` of them, by default min(100, 20 %)."""
+    """Return the size of a test split: `fraction` of the records, or min(100, 20 %) if it is None."""
     if fraction is not None:
         return round(fraction * num_records)
     return min(DEFAULT_TEST_RECORDS, round(DEFAULT_TEST_FRACTION * num_records))
@@ -100,18 +100,18 @@ def num_test_records(num_records: int, fraction: float | None) -> int:
 def cluster_shares(
     labels: NDArray[np.int64], content: Digests, validation: int, test: int, seed: int
 ) -> NDArray[np.uint8]:
-    """Return the split of each record, all records of a cluster in one split.
+    """Return the split of each record, with all records of a cluster in one split.
 
-    Clusters are taken in the order of a seeded hash (of the smallest content in them), first for test, then
-    for validation; one that would exceed what is wanted goes to training.
+    Clusters are assigned in the order of a seeded hash, the smallest of their contents' hashes: to test if
+    they fit, else to validation. A cluster that fits into neither goes to train.
 
     Args:
         labels: [records], the number of each record's cluster.
-        validation, test: how many records the splits are to have.
+        validation: the number of records wanted in validation.
+        test: the number of records wanted in test.
     """
-    hashes = scrambled(
-        scrambled(content, seed), seed
-    )  # not the order that `smallest` takes a subset by
+    # Scrambled twice, so that the order differs from that in which `smallest` takes a subset.
+    hashes = scrambled(scrambled(content, seed), seed)
     smallest_hash = np.full(labels.max(initial=-1) + 1, np.iinfo(np.uint64).max, np.uint64)
     np.minimum.at(smallest_hash, labels, hashes)
     sizes = np.bincount(labels, minlength=len(smallest_hash))
@@ -127,7 +127,7 @@ def cluster_shares(
 
 
 def ordinals(digests: Digests) -> NDArray[np.int64]:
-    """How often each digest stood before."""
+    """Return, for each digest, how often it occurred before."""
     order = np.argsort(digests, kind="stable")
     positions, ordered = np.arange(len(digests)), digests[order]
     starts = np.ones(len(digests), bool)
@@ -138,7 +138,9 @@ def ordinals(digests: Digests) -> NDArray[np.int64]:
 
 
 def leaks(prompts: Digests, splits: NDArray[np.uint8]) -> Marks:
-    """True at every record of train whose prompt is in validation or test too, and of validation in test."""
+    """Return [records] bool: true for a prompt in train that is also in validation or test, and for one in
+    validation that is also in test.
+    """
     of = [prompts[splits == split] for split in range(len(SPLITS))]
     found = np.zeros(len(prompts), bool)
     found[splits == TRAIN] = np.isin(of[TRAIN], np.concatenate([of[VALIDATION], of[TEST]]))
@@ -147,7 +149,10 @@ def leaks(prompts: Digests, splits: NDArray[np.uint8]) -> Marks:
 
 
 def smallest(hashes: Digests, count: int) -> Marks:
-    """True at the `count` smallest hashes: a seeded subset that hardly moves as the set grows."""
+    """Return [records] bool: true for the `count` smallest hashes.
+
+    With seeded hashes this is a random subset that hardly changes as records are added.
+    """
     marks = np.zeros(len(hashes), bool)
     marks[np.argsort(hashes, kind="stable")[:count]] = True
     return marks

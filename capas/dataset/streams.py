@@ -1,4 +1,4 @@
-"""A file's bytes on their way: hashed as they lie there, and unpacked."""
+"""Hash a file's bytes as stored while they are read, and decompress them."""
 
 import hashlib
 import io
@@ -10,7 +10,7 @@ BUFFER_BYTES = 2**20
 
 
 class Hashing(io.RawIOBase):
-    """Reads through, hashing every byte once, in order."""
+    """A stream that passes bytes through and hashes each once, in order."""
 
     def __init__(self, raw: BinaryIO) -> None:
         self._raw, self.digest, self.num_bytes = raw, hashlib.sha256(), 0
@@ -26,14 +26,14 @@ class Hashing(io.RawIOBase):
         return len(content)
 
     def drain(self) -> None:
-        """What a decompressor leaves unread at the end belongs to the file too."""
+        """Read and hash the bytes that a decompressor leaves unread at the end of the file."""
         while content := self._raw.read(BUFFER_BYTES):
             self.digest.update(content)
             self.num_bytes += len(content)
 
 
 class _Unpacked(io.RawIOBase):
-    """A stream of pyarrow's as one of Python's."""
+    """A decompressing stream of pyarrow, as a Python stream."""
 
     def __init__(self, raw: Any, compression: str) -> None:
         self._stream = pa.CompressedInputStream(pa.PythonFile(raw, "r"), compression)

@@ -1,4 +1,4 @@
-"""The text of a file: in which encoding, line by line, and no record larger than is allowed."""
+"""Read the text of a file: find its encoding, read it line by line, and limit the size of records."""
 
 import codecs
 import io
@@ -15,10 +15,10 @@ from capas.dataset.files import File
 from capas.dataset.streams import BUFFER_BYTES
 
 log = logging.getLogger("capas")
-# A byte that is no UTF-8 becomes a lone surrogate, and with it a flaw of its record, field and value named.
+# A byte that is not UTF-8 becomes a lone surrogate, later reported as a flaw with record, field and value.
 LENIENT = "surrogateescape"
 UTF8, CP1252 = "utf-8", "cp1252"
-_MARKS = {  # the longest first: that of UTF-32 begins as that of UTF-16
+_MARKS = {  # the longest first, because UTF-32's mark begins with UTF-16's
     codecs.BOM_UTF32_LE: "utf-32",
     codecs.BOM_UTF32_BE: "utf-32",
     codecs.BOM_UTF8: "utf-8-sig",
@@ -37,7 +37,7 @@ _OTHERS = {
 
 @dataclass(frozen=True)
 class Reading:
-    """How files are read, `dataset.reading`; None means that it is found."""
+    """The settings of `dataset.reading`, for reading files; those that are None are detected."""
 
     encoding: str | None
     separator: str | None
@@ -51,13 +51,13 @@ class Reading:
 
 @contextmanager
 def open_text(file: File, reading: Reading, is_table: bool) -> Iterator[TextIO]:
-    """The decoded content, line ends as they are.
+    """Open a file and yield its decoded content, with line ends unchanged.
 
     Args:
-        is_table: whether the file is of a kind that Excel writes, not always as UTF-8.
+        is_table: whether Excel writes files of this format, which are not always UTF-8.
 
     Raises:
-        CapasError: it is no text, or not of the encoding that is stated or found.
+        CapasError: the file is not text, or not in the encoding that is set or found.
     """
     encoding = reading.encoding or _find_encoding(file, is_table)
     if encoding not in (UTF8, "utf-8-sig"):
@@ -80,7 +80,13 @@ def open_text(file: File, reading: Reading, is_table: bool) -> Iterator[TextIO]:
 
 
 def _find_encoding(file: File, is_table: bool) -> str:
-    """By its mark; without one UTF-8, or what Excel writes where no character of the file is UTF-8."""
+    """Return the encoding of a file: by its byte order mark, or UTF-16 by its zero bytes; else UTF-8.
+
+    A table whose non-ASCII characters are all invalid in UTF-8 is cp1252, as Excel writes it.
+
+    Raises:
+        CapasError: the file is an archive, a workbook or parquet.
+    """
     with file.open() as content:
         start: bytes = content.peek(1024)[:1024]  # type: ignore[attr-defined]
         for mark, what in _OTHERS.items():
@@ -89,7 +95,7 @@ def _find_encoding(file: File, is_table: bool) -> str:
         marked = [encoding for mark, encoding in _MARKS.items() if start.startswith(mark)]
         if marked:
             return marked[0]
-        if start.count(0) > len(start) // 4:  # every other byte of a Latin text in UTF-16
+        if start.count(0) > len(start) // 4:  # every other byte of Latin text in UTF-16 is zero
             return "utf-16-le" if start[1::2].count(0) > start[::2].count(0) else "utf-16-be"
         if not is_table or not _is_cp1252(content):
             return UTF8
@@ -102,7 +108,7 @@ def _find_encoding(file: File, is_table: bool) -> str:
 
 
 def _is_cp1252(content: BinaryIO) -> bool:
-    """Whether it holds bytes that UTF-8 cannot, none that cp1252 cannot, and no other letter in UTF-8."""
+    """Return whether the content has bytes beyond ASCII, all of them invalid in UTF-8 and valid in cp1252."""
     decoder = codecs.getincrementaldecoder(UTF8)(LENIENT)
     invalid = False
     while True:
@@ -117,10 +123,13 @@ def _is_cp1252(content: BinaryIO) -> bool:
 
 
 class Lines:
-    """The lines of a text, their ends kept, with a look at the first ones.
+    """The lines of a text with their ends kept; `peek` looks ahead.
 
-    `number` counts the lines given out. `begin` says that a record begins with the next line: no record may
-    be larger than `max_characters`, so that a packed file cannot fill the memory.
+    `number` counts the lines returned. Call `begin` before each record: no record may be longer than
+    `max_characters`, so that a compressed file cannot fill the memory.
+
+    Raises:
+        CapasError: a record is too long.
     """
 
     def __init__(self, text: TextIO, name: str, max_characters: int) -> None:
@@ -130,7 +139,7 @@ class Lines:
         self._first, self._size = 1, 0
 
     def peek(self, count: int, num_characters: int) -> list[str]:
-        """The next lines, at most `count` of them and about `num_characters`."""
+        """Return the next lines without consuming them: at most `count`, of about `num_characters` in all."""
         while len(self._ahead) < count and sum(map(len, self._ahead)) < num_characters:
             line = self._read(self.number + len(self._ahead) + 1)
             if not line:
@@ -174,7 +183,7 @@ def too_large(where: str, max_characters: int) -> str:
 
 
 def paragraphs(text: str) -> Iterator[tuple[int, str]]:
-    """(number of its first line, text) of each paragraph, the blank lines behind it included."""
+    """Yield (number of the first line, text) of each paragraph, including the blank lines after it."""
     start, paragraph, blank = 1, "", False
     for number, line in enumerate(_lines_of(text), 1):
         if blank and not line.isspace():
@@ -191,9 +200,9 @@ def _lines_of(text: str) -> list[Any]:
 
 
 def cut(text: str, max_characters: int) -> Iterator[tuple[int, str]]:
-    """(number of its first line, text) of pieces that end with a paragraph.
+    """Yield (number of the first line, text) of pieces, cut between paragraphs.
 
-    A piece has at most `max_characters`, unless it is one paragraph that is longer.
+    A piece has at most `max_characters`, unless it is a single longer paragraph.
     """
     start, piece = 1, ""
     for number, paragraph in paragraphs(text):

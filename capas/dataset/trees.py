@@ -1,4 +1,4 @@
-"""Trees of messages, as Open Assistant publishes them, as conversations."""
+"""Turn Open Assistant's trees of messages into conversations."""
 
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import replace
@@ -9,9 +9,10 @@ from capas.dataset.rows import Row
 
 
 def threads(rows: Iterable[Row]) -> Iterator[Row]:
-    """One conversation for each tree of Open Assistant: from its root along the best ranked replies.
+    """Yield one conversation for each tree: from its root along the best ranked replies to the last answer.
 
-    It ends with the last answer. The trees are put together in memory: their rows stand in no order.
+    Rows that are not messages, and replies to unknown messages, are yielded as flaws. The trees are assembled
+    in memory, because their rows are in no order.
     """
     children: dict[Any, list[tuple[Row, Mapping[str, Any]]]] = {}
     broken: list[Row] = []
@@ -22,7 +23,7 @@ def threads(rows: Iterable[Row]) -> Iterator[Row]:
             broken.append(replace(row, value=_no_message(value)))
             continue
         known.add(value["message_id"])
-        if not value.get("deleted"):  # what hangs below a deleted message goes with it
+        if not value.get("deleted"):  # replies below a deleted message are dropped with it
             children.setdefault(value.get("parent_id"), []).append((row, value))
     yield from broken
     for parent in [p for p in children if p is not None and p not in known]:
@@ -55,6 +56,6 @@ def _best_thread(root: Mapping[str, Any], children: Mapping[Any, Any]) -> list[d
 
 
 def _rank(reply: Mapping[str, Any]) -> tuple[bool, float]:
-    """0 is the best; replies without a rank come last, in the order of the file."""
+    """Return a sort key by rank, of which 0 is the best; replies without a rank come last, in file order."""
     rank = reply.get("rank")
     return (rank is None, rank or 0)
