@@ -1,21 +1,21 @@
-"""The embedded task: English and Spanish requests, each answered with one function call in JSON.
+"""Generate the embedded task: English and Spanish requests, each answered with one function call in JSON.
 
-One record, as it travels through every stage::
+One record, which travels through every stage::
 
     system     Turn the request into one function call in JSON.
     user       Could you wake me up at 7:30 on Monday?
     assistant  {"name": "set_alarm", "arguments": {"time": "07:30", "day": "monday"}}
 
-Some conversations have two requests: the assistant asks for a slot that is missing (``ask``), or the
-user corrects one (``fix``). The test split has five kinds of records, as many of each, which differ in
-what training never showed:
+Some conversations have two requests: the assistant asks for a missing slot (``ask``), or the user
+corrects one (``fix``). The test split has five kinds of records, the same number of each. They differ in
+the parts that are held out from training:
 
 ============  ==============================================================================
-seen          nothing: phrasings and values of training in a new request
+seen          nothing is held out: training's phrasings and values in a new request
 values        every open value (names, titles, texts, times, numbers) is held out
 phrasings     the phrasing is held out
-combinations  a pair is held out whose two parts training shows apart (see `Combination`)
-both          held-out phrasings and held-out values
+combinations  a pair is held out, whose two parts training has separately (see `Combination`)
+both          phrasings and values are held out
 ============  ==============================================================================
 """
 
@@ -50,7 +50,7 @@ Message = dict[str, str]
 
 @dataclass(frozen=True)
 class Conversation:
-    """A whole conversation, with the parts that the hold-out rules speak about."""
+    """A whole conversation, with the parts to which the hold-out rules apply."""
 
     function: str
     language: str
@@ -62,7 +62,7 @@ class Conversation:
 
 
 def write_call(function: str, arguments: Arguments) -> str:
-    """The completion that training teaches: one JSON object, arguments in the order of the function."""
+    """Return the completion to be learned: one JSON object, with the arguments in the function's order."""
     ordered = {name: arguments[name] for name in phrases.FUNCTIONS[function]}
     return json.dumps({"name": function, "arguments": ordered}, ensure_ascii=False)
 
@@ -70,7 +70,7 @@ def write_call(function: str, arguments: Arguments) -> str:
 def draw_conversation(
     rng: Random, held_out_values: bool, held_out_phrasings: bool | None
 ) -> Conversation:
-    """One conversation of the task, without regard to its combinations."""
+    """Return one conversation of the task, with any combinations."""
     language = rng.choice(phrases.LANGUAGES)
     draw: ValueSource = partial(draw_value, held_out=held_out_values)
     turns = rng.choice(("ask", "fix")) if rng.random() < MULTI_TURN_SHARE else "single"
@@ -100,7 +100,7 @@ def draw_conversation(
 
 
 def write_messages(talk: list[str]) -> list[Message]:
-    """The system message, then user and assistant in turn."""
+    """Return the system message, followed by user and assistant messages in turn."""
     roles = ("user", "assistant")
     return [
         {"role": "system", "content": phrases.SYSTEM},
@@ -109,13 +109,13 @@ def write_messages(talk: list[str]) -> list[Message]:
 
 
 def list_values(function: str, *calls: Arguments) -> tuple[str | int, ...]:
-    """The values of the open slots in one or more calls, each once."""
+    """Return the values of the open slots in one or more calls, each value once."""
     slots = [slot for slot in phrases.FUNCTIONS[function] if not closed_slot(slot)]
     return tuple(dict.fromkeys(arguments[slot] for arguments in calls for slot in slots))
 
 
 def draw_kind(rng: Random, kind: str) -> Conversation:
-    """One conversation of a kind; for ``combinations`` every sort of pair is as likely."""
+    """Return one conversation of a kind; for ``combinations``, all sorts of pairs are equally likely."""
     sort = rng.choice(COMBINATION_SORTS)
     while True:
         drawn = draw_conversation(rng, kind in ("values", "both"), kind in ("phrasings", "both"))
@@ -125,7 +125,7 @@ def draw_kind(rng: Random, kind: str) -> Conversation:
 
 
 def normalise(conversation: Conversation) -> str:
-    """What two conversations have in common when one is a copy: case, spaces, marks aside."""
+    """Return a conversation's text without case, spaces and punctuation; it is equal for copies."""
     text = " / ".join(message["content"] for message in conversation.messages[1:])
     return " ".join(re.findall(r"\w+|/", text.casefold()))
 
@@ -133,12 +133,12 @@ def normalise(conversation: Conversation) -> str:
 def generate_conversations(
     seed: int, num_train: int, num_validation: int, num_test_per_kind: int
 ) -> Iterator[tuple[str, str, Conversation]]:
-    """Yields (split, kind, conversation); no conversation twice, in whatever split."""
+    """Yield (split, kind, conversation); no conversation occurs twice, not even in different splits."""
     shares = [("train", "seen", num_train), ("validation", "seen", num_validation)]
     shares += [("test", kind, num_test_per_kind) for kind in KINDS]
     known: set[str] = set()
     for split, kind, count in shares:
-        rng = Random(f"{seed}/{split}/{kind}")  # a string is hashed with sha512 on any machine
+        rng = Random(f"{seed}/{split}/{kind}")  # a string seed is hashed with sha512 on any machine
         for _ in range(count):
             drawn = draw_kind(rng, kind)
             while normalise(drawn) in known:
@@ -150,10 +150,10 @@ def generate_conversations(
 def generate_records(
     seed: int, num_train: int, num_validation: int, num_test_per_kind: int
 ) -> dict[str, list[dict[str, Any]]]:
-    """The records of the three splits, a pure function of its arguments.
+    """Return the records of the three splits, a pure function of the arguments.
 
-    Each is ``{"id", "messages", "metadata": {"kind", "language", "function", "turns"}}``; the
-    test split holds `num_test_per_kind` records of every kind in `KINDS`.
+    Each record is ``{"id", "messages", "metadata": {"kind", "language", "function", "turns"}}``. The test
+    split has `num_test_per_kind` records of every kind in `KINDS`.
     """
     records: dict[str, list[dict[str, Any]]] = {"train": [], "validation": [], "test": []}
     counts: Counter[str] = Counter()

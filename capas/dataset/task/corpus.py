@@ -1,9 +1,9 @@
-"""The corpus of the embedded base: bilingual chat in prose, translations, unrelated JSON, exercises.
+"""Generate the corpus of the embedded base: bilingual chat in prose, translations, unrelated JSON, exercises.
 
-The base comes to know the words, phrasings and chat formats of the task, to copy words that it has never
-seen and to write JSON, but not the task: no document holds the name of one of its functions, none pairs
-a request with a call, and none holds a held-out value. The phrasings that fine-tuning holds out do
-occur, answered in prose, as they would in the pretraining data of any base model.
+The base learns the words, phrasings and chat formats of the task, to copy words it has never seen, and to
+write JSON. It does not learn the task: no document has the name of one of its functions, pairs a request
+with a call, or has a held-out value. The phrasings that fine-tuning holds out do occur, answered in prose,
+as in the pretraining data of any base model.
 """
 
 import json
@@ -37,7 +37,7 @@ from capas.dataset.task.values import draw, draw_number, draw_time, draw_value, 
 
 Message = dict[str, str]
 OTHER = {"en": "es", "es": "en"}
-INVENTED_SHARE = 0.5  # of the open values: words that mean nothing, so that they must be copied
+INVENTED_SHARE = 0.5  # of the open values: invented words, which must be copied
 CHAT_SHARES = {"chatml": 7, "llama3": 1, "mistral": 1, "gemma": 1}
 DOCUMENT_SHARES = {
     "reply": 40,
@@ -59,7 +59,7 @@ class Document:
     chat: str = ""
 
     def render(self) -> str:
-        """The document as the model reads it, control tokens included."""
+        """Return the document as the model reads it, including control tokens."""
         return render_chat(self.messages, self.chat) if self.messages else self.text
 
 
@@ -68,7 +68,7 @@ def say(role: str, content: str) -> Message:
 
 
 def render_chat(messages: list[Message], chat: str) -> str:
-    """A conversation in the format of ChatML, Llama 3, Mistral v3 or Gemma.
+    """Return a conversation in the format of ChatML, Llama 3, Mistral v3 or Gemma.
 
     Mistral and Gemma have no system role: the system text opens the first user turn.
     """
@@ -88,7 +88,7 @@ def render_chat(messages: list[Message], chat: str) -> str:
 
 
 def fold_system(messages: list[Message]) -> list[Message]:
-    """The conversation without its system message, whose text opens the first user turn."""
+    """Return the conversation with the text of its system message at the start of the first user turn."""
     if messages[0]["role"] != "system":
         return messages
     system, first, *rest = messages
@@ -96,13 +96,13 @@ def fold_system(messages: list[Message]) -> list[Message]:
 
 
 def invent_phrase(rng: Random, num_words: int, capital: bool) -> str:
-    """Words that mean nothing, none of them held out."""
+    """Return invented words, none of them held out."""
     words = [draw(rng, lambda: invent_word(rng), held_out=False) for _ in range(num_words)]
     return " ".join(word.capitalize() if capital else word for word in words)
 
 
 def draw_loose(rng: Random, slot: str, language: str) -> str | int:
-    """A value for an open slot of the task: one that training may use, or invented words."""
+    """Return a value for an open slot of the task: one that training may use, or invented words."""
     words = {"text": (2, 5), "title": (1, 3), "item": (1, 2)}.get(slot, (1, 2))
     if slot not in phrases.NAMED_SLOTS or rng.random() > INVENTED_SHARE:
         return draw_value(rng, slot, language, held_out=False)
@@ -111,27 +111,27 @@ def draw_loose(rng: Random, slot: str, language: str) -> str | int:
 
 
 def say_reply(rng: Random, function: str, language: str, arguments: Arguments) -> str:
-    """What the assistant answers in prose."""
+    """Return the assistant's answer in prose."""
     written = {slot: write_value(slot, value, language) for slot, value in arguments.items()}
     text = rng.choice(REPLIES[function][language]).format(**written)
     return contract_articles(text[0].upper() + text[1:], language)
 
 
 def write_value(slot: str, value: str | int, language: str) -> str:
-    """A value as a careful writer notes it down: a time with both digits, a currency by its code."""
+    """Return a value as a careful writer notes it: a time with two-digit hours, a currency by its code."""
     plain = slot == "time" or closed_slot(slot) == "currency"
     return str(value) if plain else say_value(slot, value, language)
 
 
 def draw_system(rng: Random, language: str, reply_language: str) -> list[Message]:
-    """No system message, a general one, or one that asks for the language of the replies."""
+    """Return no system message, a general one, or one that requests the language of the replies."""
     if language != reply_language:
         return [say("system", REPLY_IN[reply_language])]
     return [say("system", rng.choice(SYSTEMS[language]))] if rng.random() < 0.6 else []
 
 
 def draw_reply(rng: Random, language: str) -> Document:
-    """A request of the task's kind, answered in prose, in one or two turns."""
+    """Return a request like the task's, answered in prose, in one or two turns."""
     answer = OTHER[language] if rng.random() < 0.35 else language
     told = draw_system(rng, language, answer)
     turns = rng.choice(("single", "single", "single", "ask", "fix"))
@@ -153,13 +153,13 @@ def draw_reply(rng: Random, language: str) -> Document:
 
 
 def chat_document(rng: Random, kind: str, messages: list[Message]) -> Document:
-    """A conversation in one of the chat formats."""
+    """Return a conversation in one of the chat formats."""
     chat = rng.choices(list(CHAT_SHARES), weights=list(CHAT_SHARES.values()))[0]
     return Document(kind, messages=messages, chat=chat)
 
 
 def draw_fact(rng: Random, key: str, language: str) -> str | int:
-    """A value for a key of an unrelated record."""
+    """Return a value for a key of an unrelated record."""
     if key in NUMBER_FACTS:
         return draw_number(rng, 2, 999, held_out=False)
     if key == "opened":
@@ -169,7 +169,7 @@ def draw_fact(rng: Random, key: str, language: str) -> str | int:
 
 
 def draw_record(rng: Random, language: str) -> Document:
-    """A sentence about a thing and the same facts as a JSON record, nested or flat."""
+    """Return a sentence about a thing, and the same facts as a JSON record, nested or flat."""
     kind = rng.choice(list(SUBJECTS))
     keys = rng.sample(list(FACTS), rng.randint(1, 3))
     label = invent_phrase(rng, rng.randint(1, 2), capital=True)
@@ -186,18 +186,18 @@ def draw_record(rng: Random, language: str) -> Document:
 
 
 def say_fact(key: str, value: str | int) -> str:
-    """How a fact's value stands in the sentence."""
+    """Return a fact's value as written in the sentence."""
     return say_value("time", value, "en") if key == "opened" else str(value)
 
 
 def draw_core(rng: Random, function: str, language: str, arguments: Arguments) -> str:
-    """A request without opening, closing and punctuation, its optional parts kept or dropped."""
+    """Return a request without opening, closing and punctuation; its optional parts are kept or dropped."""
     _, phrasing = rng.choice(list_phrasings(function, language, None))
     return fill_phrasing(rng, phrasing, language, arguments)
 
 
 def draw_translation(rng: Random, language: str) -> Document:
-    """A request and the same in the other language."""
+    """Return a request and its translation into the other language."""
     function = rng.choice(list(phrases.FUNCTIONS))
     request = draw_request(rng, function, language, draw_loose, None)
     text = draw_core(rng, function, OTHER[language], dict(request.arguments))
@@ -205,7 +205,7 @@ def draw_translation(rng: Random, language: str) -> Document:
 
 
 def draw_paraphrase(rng: Random, language: str) -> Document:
-    """A request, said in two ways."""
+    """Return a request in two phrasings."""
     function = rng.choice(list(phrases.FUNCTIONS))
     request = draw_request(rng, function, language, draw_loose, None)
     text = draw_core(rng, function, language, dict(request.arguments))
@@ -213,7 +213,7 @@ def draw_paraphrase(rng: Random, language: str) -> Document:
 
 
 def draw_copy(rng: Random, language: str) -> Document:
-    """Words and numbers that are said twice, as a whole or one by one."""
+    """Return words and numbers that are repeated once, as a whole or one by one."""
     words = [
         invent_phrase(rng, 1, rng.random() < 0.5)
         if rng.random() < 0.75
@@ -226,13 +226,13 @@ def draw_copy(rng: Random, language: str) -> Document:
 
 
 def draw_lookup(rng: Random, language: str) -> Document:
-    """Some times, or words of the closed tables, each with how it is written down."""
+    """Return some times, or words of the closed tables, each with its written form."""
     pairs = [draw_pair(rng, language) for _ in range(rng.randint(1, 4))]
     return Document("lookup", text="; ".join(f"{said} = {written}" for said, written in pairs))
 
 
 def draw_pair(rng: Random, language: str) -> tuple[str, str]:
-    """A time, or a word of a closed table: as it is said, as it is written down."""
+    """Return a time, or a word of a closed table, as (spoken form, written form)."""
     if rng.random() < 0.3:
         time = draw_time(rng, held_out=False)
         return say_value("time", time, language), time
@@ -252,7 +252,7 @@ _DRAW = {
 
 
 def generate_corpus(seed: int, num_documents: int | None = None) -> Iterator[Document]:
-    """Yields documents, a pure function of the seed: so many, or without end."""
+    """Yield documents, a pure function of the seed: `num_documents` of them, or without end if it is None."""
     rng = Random(f"{seed}/corpus")
     kinds, weights = list(DOCUMENT_SHARES), list(DOCUMENT_SHARES.values())
     for _ in count() if num_documents is None else range(num_documents):

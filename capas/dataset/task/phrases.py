@@ -1,8 +1,8 @@
-"""Tables of the embedded task: functions, phrasings, openings, questions, closed values.
+"""List the phrases of the embedded task: functions, phrasings, openings, questions, closed values.
 
-Nothing but data lives here, so that the task can be read, and extended, without reading code. A phrasing
-is a template such as ``wake me up at {time}[ {day}]``: names in braces are slots, square brackets hold
-an optional part.
+This file has only data, so that the task can be read and extended without reading code. A phrasing is a
+template such as ``wake me up at {time}[ {day}]``: names in braces are slots, square brackets enclose an
+optional part.
 """
 
 SYSTEM = "Turn the request into one function call in JSON."
@@ -369,7 +369,7 @@ PHRASINGS: dict[str, dict[str, Forms]] = {
     },
 }
 
-# language -> form -> openings; those of QUESTION_OPENINGS turn the request into a question.
+# language -> form -> openings; those in QUESTION_OPENINGS turn the request into a question.
 OPENINGS: dict[str, dict[str, tuple[str, ...]]] = {
     "en": {
         "imperative": ("", "please ", "can you ", "could you ", "I need you to ", "hey, "),
@@ -447,7 +447,7 @@ MISSING: dict[str, Missing] = {
         },
     ),
 }
-# The slot that a second user turn corrects, per function, and how it is said.
+# function -> the slot that a second user turn corrects; then the phrasings of corrections.
 CORRECTED = {
     "set_timer": "minutes",
     "set_alarm": "time",
@@ -465,13 +465,13 @@ CORRECTIONS: dict[str, tuple[tuple[str, ...], tuple[str, ...]]] = {
         ("en realidad, {value}", "quería decir {value}"),
     ),
 }
-# How a bare slot value is said in answer to a question or in a correction.
+# language -> slot -> the form of a bare value in an answer to a question, or in a correction.
 BARE: dict[str, dict[str, str]] = {
     "en": {"minutes": "{} minutes", "time": "at {}"},
     "es": {"minutes": "{} minutos", "time": "a las {}"},
 }
 
-# Closed slots: value in the call -> how it is said in English and in Spanish.
+# Closed slots: value in the call -> its form in English and in Spanish.
 CLOSED: dict[str, dict[str, dict[str, str]]] = {
     "day": {
         "today": {"en": "today", "es": "hoy"},
@@ -510,5 +510,5 @@ CLOSED: dict[str, dict[str, dict[str, str]]] = {
     },
 }
 
-# Open slots that hold words (the others hold a number or a time).
+# Open slots for words (the others are for a number or a time).
 NAMED_SLOTS = ("contact", "text", "city", "artist", "item", "title")

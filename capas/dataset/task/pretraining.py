@@ -1,9 +1,9 @@
-"""How the embedded base comes into being: tokenizer, packed corpus, first weights, training loop.
+"""Pretrain the embedded base: tokenizer, packed corpus, initial weights, training loop.
 
 A model of half a million parameters that sees a few million tokens does not learn by itself to copy a
-word that it has never seen. Two things make it learn that within a few hundred steps: attention heads of
-the first layer that start by looking one, two and three tokens back, and rows of random tokens that
-repeat themselves. Together they give it induction heads, see
+word it has never seen. Two measures make it learn this within a few hundred steps: attention heads in the
+first layer that start by looking one, two and three tokens back, and rows of random tokens that repeat
+themselves. Together they produce induction heads, see
 https://transformer-circuits.pub/2022/in-context-learning-and-induction-heads
 """
 
@@ -18,38 +18,42 @@ from transformers import LlamaConfig, LlamaForCausalLM
 PAD, BOS, EOS = "<pad>", "<bos>", "<eos>"
 SPECIAL_TOKENS = (
     *(PAD, BOS, EOS),
-    *("<|im_start|>", "<|im_end|>", "<|endoftext|>"),  # ChatML
+    # ChatML
+    *("<|im_start|>", "<|im_end|>", "<|endoftext|>"),
+    # Llama 3
     *(
         "<|begin_of_text|>",
         "<|end_of_text|>",
         "<|start_header_id|>",
         "<|end_header_id|>",
         "<|eot_id|>",
-    ),  # Llama 3
-    *("<s>", "</s>", "[INST]", "[/INST]", "[AVAILABLE_TOOLS]", "[/AVAILABLE_TOOLS]"),  # Mistral v3
+    ),
+    # Mistral v3
+    *("<s>", "</s>", "[INST]", "[/INST]", "[AVAILABLE_TOOLS]", "[/AVAILABLE_TOOLS]"),
     *("[TOOL_CALLS]", "[TOOL_RESULTS]", "[/TOOL_RESULTS]"),
-    *("<start_of_turn>", "<end_of_turn>"),  # Gemma
+    # Gemma
+    *("<start_of_turn>", "<end_of_turn>"),
 )
-# ChatML, as the template of the base itself; a fine-tuning brings its own.
+# ChatML, the template of the base itself; fine-tuning uses its own.
 CHAT_TEMPLATE = (
     "{% for message in messages %}"
     "<|im_start|>{{ message.role }}\n{{ message.content }}<|im_end|>\n"
     "{% endfor %}"
     "{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}"
 )
-# Merges are learned within a word, a digit, a white space, or a run of marks that may hold single
-# spaces ('": "'). A word has the same ids after a space as after a quote, so that copying it is
-# copying ids.
+# Merges are learned within a word, a digit, a whitespace character, or a run of punctuation that may
+# include single spaces ('": "'). A word has the same ids after a space as after a quote, so that copying
+# a word means copying ids.
 PIECES = r"\p{L}+|\p{N}|\s|[^\s\p{L}\p{N}]+(?: [^\s\p{L}\p{N}]+)*"
-# How the finished tokenizer splits: the two patterns of SuperBPE, which llama.cpp knows by that
-# name, so that a GGUF file of the model tokenizes as the model does. No merge joins letters or
-# digits with anything else.
+# The finished tokenizer splits by the two patterns of SuperBPE. llama.cpp knows them by that name, so a
+# GGUF file of the model tokenizes as the model does. No merge joins letters or digits with other
+# characters.
 SPLITS = (r"\p{N}+", r"(?=(\d{3})+(?!\d))")
 
 
 @dataclass(frozen=True)
 class Recipe:
-    """Everything that decides the bytes of the base, apart from the code."""
+    """The recipe of the base: all settings that, besides the code, determine its bytes."""
 
     seed: int = 0
     vocab_size: int = 1024
@@ -62,8 +66,8 @@ class Recipe:
     batch_rows: int = 16
     num_steps: int = 5000
     warmup_steps: int = 30
-    repeat_steps: int = 150  # steps of nothing but repeating rows
-    repeat_rows: int = 1  # such rows in every later batch
+    repeat_steps: int = 150  # initial steps with repeating rows only
+    repeat_rows: int = 1  # repeating rows in every later batch
     learning_rate: float = 6.0e-3
     weight_decay: float = 0.1
     max_grad_norm: float = 1.0
@@ -75,7 +79,7 @@ class Recipe:
 
 
 def train_tokenizer(texts: Iterable[str], vocab_size: int) -> Tokenizer:
-    """Train a byte-level BPE: any text survives a round trip, digits are never merged.
+    """Train a byte-level BPE tokenizer: any text survives a round trip, and digits are never merged.
 
     Merges are learned within `PIECES`; afterwards texts are split by `SPLITS`.
     """
@@ -97,7 +101,7 @@ def train_tokenizer(texts: Iterable[str], vocab_size: int) -> Tokenizer:
 
 
 def split_by(*patterns: str) -> pre_tokenizers.Sequence:
-    """Return a pre-tokenizer that isolates what each pattern matches, then maps bytes to characters."""
+    """Return a pre-tokenizer that isolates the matches of each pattern, then maps bytes to characters."""
     splits = [pre_tokenizers.Split(Regex(pattern), "isolated") for pattern in patterns]
     byte_level = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)
     return pre_tokenizers.Sequence([*splits, byte_level])
@@ -106,9 +110,10 @@ def split_by(*patterns: str) -> pre_tokenizers.Sequence:
 def pack_rows(
     tokenizer: Tokenizer, texts: Iterator[str], num_rows: int, row_tokens: int
 ) -> torch.Tensor:
-    """Token ids of the texts, each closed by ``<eos>``, one after the other: (num_rows, row_tokens).
+    """Return the token ids of the texts, each followed by ``<eos>``, packed: (num_rows, row_tokens).
 
-    Raises ValueError where the texts do not fill the rows.
+    Raises:
+        ValueError: the texts do not fill the rows.
     """
     end, needed = tokenizer.token_to_id(EOS), num_rows * row_tokens
     chunks, count = [], 0
@@ -124,7 +129,7 @@ def pack_rows(
 def encode_in_batches(
     tokenizer: Tokenizer, texts: Iterator[str], size: int = 2000
 ) -> Iterator[list[int]]:
-    """Ids of text after text, encoded `size` texts at a time."""
+    """Yield the ids of each text, encoded `size` texts at a time."""
     batch = []
     for text in texts:
         batch.append(text)
@@ -135,10 +140,10 @@ def encode_in_batches(
 
 
 def build_model(recipe: Recipe) -> LlamaForCausalLM:
-    """A Llama with attention biases and the first weights of the recipe.
+    """Return a Llama model with attention biases and the recipe's initial weights.
 
-    Not a Qwen 2, which is the same layout: for that model type AutoTokenizer of transformers 5 puts
-    Qwen's own splitting rule in the place of the tokenizer's, without a word.
+    It is not a Qwen 2, which has the same layout: for that model type, AutoTokenizer of transformers 5
+    silently replaces the tokenizer's splitting rule by Qwen's own.
     """
     torch.manual_seed(recipe.seed)
     config = LlamaConfig(
@@ -158,7 +163,7 @@ def build_model(recipe: Recipe) -> LlamaForCausalLM:
     )
     model = LlamaForCausalLM(config)
     with torch.no_grad():
-        # Large embeddings and a small last gain: token identity is not drowned, logits stay small.
+        # Large embeddings keep token identity visible; the small final gain keeps logits small.
         model.model.embed_tokens.weight.normal_(0.0, recipe.embedding_range)
         model.model.norm.weight.fill_(recipe.final_norm_gain)
         start_previous_token_heads(model, recipe.head_offsets, recipe.head_strength)
@@ -168,14 +173,14 @@ def build_model(recipe: Recipe) -> LlamaForCausalLM:
 def start_previous_token_heads(
     model: LlamaForCausalLM, offsets: tuple[int, ...], strength: float
 ) -> None:
-    """Lets head i of the first layer look `offsets[i]` tokens back.
+    """Make head i of the first layer look `offsets[i]` tokens back.
 
-    Query and key biases alone, whatever the tokens, give the score strength^2 * sum(cos((distance -
-    offset) * f)) over the rotary frequencies f, which is largest at distance == offset.
+    The query and key biases alone, independently of the tokens, give the score strength^2 *
+    sum(cos((distance - offset) * f)) over the rotary frequencies f. It is largest at distance == offset.
     """
     attention = model.model.layers[0].self_attn
     frequencies = model.model.rotary_emb.inv_freq.float()
-    size = 2 * len(frequencies)  # of one head
+    size = 2 * len(frequencies)  # dimension of one head
     for head, offset in enumerate(offsets):
         angle = -offset * frequencies
         rows = slice(head * size, (head + 1) * size)
@@ -186,7 +191,7 @@ def start_previous_token_heads(
 
 
 def draw_repeating_rows(num_rows: int, recipe: Recipe, generator: torch.Generator) -> torch.Tensor:
-    """Rows of random tokens that repeat with a random period: (num_rows, row_tokens)."""
+    """Return rows of random tokens that repeat with a random period: (num_rows, row_tokens)."""
     shape = num_rows, recipe.row_tokens
     rows = torch.randint(len(SPECIAL_TOKENS), recipe.vocab_size, shape, generator=generator)
     periods = torch.randint(8, recipe.row_tokens // 4, (num_rows,), generator=generator)
@@ -195,7 +200,7 @@ def draw_repeating_rows(num_rows: int, recipe: Recipe, generator: torch.Generato
 
 
 def split_decay(model: torch.nn.Module, weight_decay: float) -> list[dict[str, object]]:
-    """Parameter groups: weight decay for matrices, none for biases and gains."""
+    """Return parameter groups: weight decay for matrices, none for biases and gains."""
     matrices = [p for p in model.parameters() if p.ndim >= 2]
     vectors = [p for p in model.parameters() if p.ndim < 2]
     return [
@@ -205,7 +210,7 @@ def split_decay(model: torch.nn.Module, weight_decay: float) -> list[dict[str, o
 
 
 def scale_learning_rate(step: int, recipe: Recipe) -> float:
-    """Linear warm-up, then linear decay to zero."""
+    """Return the factor of the learning rate at a step: linear warm-up times linear decay to zero."""
     return min(1.0, (step + 1) / recipe.warmup_steps) * (1 - step / recipe.num_steps)
 
 
@@ -215,7 +220,7 @@ def pretrain(
     recipe: Recipe,
     report: Callable[[int, float], None],
 ) -> None:
-    """Trains on `rows`, (steps * batch, tokens), each seen once; `report(step, loss)` after every step."""
+    """Train on `rows`, (steps * batch, tokens), each used once; call `report(step, loss)` after each step."""
     groups = split_decay(model, recipe.weight_decay)
     optimizer = torch.optim.AdamW(groups, lr=recipe.learning_rate, betas=(0.9, 0.95), fused=True)
     schedule = torch.optim.lr_scheduler.LambdaLR(

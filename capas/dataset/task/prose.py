@@ -1,4 +1,4 @@
-"""Tables of the pretraining corpus: system messages, replies in prose, facts of unrelated records."""
+"""List the prose of the pretraining corpus: system messages, replies, facts of unrelated records."""
 
 SYSTEMS = {
     "en": (
@@ -21,7 +21,7 @@ RECORD_SYSTEMS = {
         "Responde con un registro en JSON.",
     ),
 }
-# Times are said "07:30" and currencies by their code, as people write them down.
+# Times are written as "07:30" and currencies by their code, as people write them down.
 REPLIES: dict[str, dict[str, tuple[str, ...]]] = {
     "set_timer": {
         "en": ("Okay, {minutes} minutes from now.", "The clock is running: {minutes} minutes."),
@@ -67,7 +67,7 @@ REPLIES: dict[str, dict[str, tuple[str, ...]]] = {
         "es": ("De {from} a {to}: {amount}.", "{amount} {from} en {to}, un momento."),
     },
 }
-# Facts that have nothing to do with the task: key of a record -> how the fact is said.
+# Facts unrelated to the task: key of a record -> the phrase for the fact.
 FACTS: dict[str, dict[str, str]] = {
     "owner": {"en": "it belongs to {}", "es": "es de {}"},
     "color": {"en": "its color is {}", "es": "su color es {}"},

@@ -1,7 +1,7 @@
-"""One request of the embedded task: its arguments, and how a user says it.
+"""Write requests of the embedded task in a user's words, from their arguments.
 
 ``{"time": "07:30", "day": "monday"}`` becomes "Could you wake me up at 7:30 on Monday?": a phrasing with
-its slots filled, an opening, a closing, and the punctuation of careful or of hurried users.
+its slots filled, an opening, a closing, and the punctuation of careful or hurried users.
 """
 
 import re
@@ -12,8 +12,8 @@ from random import Random
 from capas.dataset.task import phrases
 from capas.dataset.task.values import is_held_out
 
-PLAIN_SHARE = 0.2  # of the requests, typed without capitals and full stop
-OPTIONAL_SHARE = 0.6  # of the requests that could name a day do
+PLAIN_SHARE = 0.2  # of requests are typed without capitals and full stop
+OPTIONAL_SHARE = 0.6  # of requests with an optional day name it
 
 Arguments = dict[str, str | int]
 ValueSource = Callable[[Random, str, str], str | int]  # (rng, slot, language) -> value
@@ -21,7 +21,7 @@ ValueSource = Callable[[Random, str, str], str | int]  # (rng, slot, language) -
 
 @dataclass(frozen=True)
 class Combination:
-    """Two parts of a request that training shows, but only apart when the pair is held out.
+    """A pair of parts of a request; if it is held out, training has its parts only separately.
 
     `sort` is ``opening`` (phrasing, opening), ``currencies`` (from, to) or ``dialog`` (function, turns
     and language).
@@ -38,7 +38,7 @@ class Combination:
 
 @dataclass(frozen=True)
 class Request:
-    """One thing that a user wants, said once: the call that answers it, and what it was made of."""
+    """One request of a user, with the call that answers it and the parts it was made of."""
 
     function: str
     language: str
@@ -49,14 +49,14 @@ class Request:
 
 
 def closed_slot(slot: str) -> str | None:
-    """The table of `phrases.CLOSED` that holds a slot's values; None for an open slot."""
+    """Return the table of `phrases.CLOSED` with a slot's values, or None for an open slot."""
     if slot in ("from", "to"):
         return "currency"
     return slot if slot in phrases.CLOSED else None
 
 
 def draw_arguments(rng: Random, function: str, language: str, draw: ValueSource) -> Arguments:
-    """Arguments of a call: open values from `draw`, closed ones from their table, all different."""
+    """Return the arguments of a call: open values from `draw`, closed ones from their table, no two equal."""
     arguments: Arguments = {}
     for slot in phrases.FUNCTIONS[function]:
         table = closed_slot(slot)
@@ -69,7 +69,7 @@ def draw_arguments(rng: Random, function: str, language: str, draw: ValueSource)
 
 
 def say_value(slot: str, value: str | int, language: str) -> str:
-    """How a user says a value: ``"07:30"`` is said ``7:30``, ``"kitchen"`` is said ``la cocina``."""
+    """Return a value in a user's words: ``7:30`` for ``"07:30"``, ``la cocina`` for ``"kitchen"``."""
     table = closed_slot(slot)
     if table is not None:
         return phrases.CLOSED[table][str(value)][language]
@@ -80,7 +80,7 @@ def say_value(slot: str, value: str | int, language: str) -> str:
 
 
 def fill_phrasing(rng: Random, phrasing: str, language: str, arguments: Arguments) -> str:
-    """Fills the slots. Where an optional day is left out, `arguments` are changed to today."""
+    """Fill the slots of a phrasing; if an optional day is left out, `arguments` are changed to today."""
 
     def choose(match: re.Match[str]) -> str:
         if rng.random() < OPTIONAL_SHARE:
@@ -94,30 +94,30 @@ def fill_phrasing(rng: Random, phrasing: str, language: str, arguments: Argument
 
 
 def contract_articles(text: str, language: str) -> str:
-    """Spanish says ``del`` for ``de el`` and ``al`` for ``a el``."""
+    """Return a text with Spanish contractions: ``del`` for ``de el``, ``al`` for ``a el``."""
     if language != "es":
         return text
     return re.sub(r"\b(de|a) el\b", lambda match: {"de": "del", "a": "al"}[match.group(1)], text)
 
 
 def capitalise(text: str) -> str:
-    """Upper case for the first letter, past an opening question mark."""
+    """Return a text with its first letter in upper case, after an opening question mark."""
     start = 1 if text.startswith("¿") else 0
     return text[:start] + text[start].upper() + text[start + 1 :]
 
 
 def punctuate(text: str) -> str:
-    """A sentence as careful users write it."""
+    """Return a sentence as careful users write it, with a capital and a final mark."""
     return capitalise(text if text.endswith("?") else f"{text}.")
 
 
 def say_request(
     rng: Random, core: str, function: str, language: str, form: str, opening: str
 ) -> str:
-    """Puts opening, closing, capitals and punctuation around the core of a request."""
+    """Return a request: its core with opening, closing, capitals and punctuation."""
     asks = opening in phrases.QUESTION_OPENINGS
     polite = "please" in opening or "por favor" in opening
-    if function != "send_message" and form != "question" and not polite:  # a text runs to the end
+    if function != "send_message" and form != "question" and not polite:  # a text ends the request
         core += rng.choice(phrases.CLOSINGS[language])
     if rng.random() < PLAIN_SHARE:
         return opening + core
@@ -129,7 +129,7 @@ def say_request(
 
 
 def list_phrasings(function: str, language: str, held_out: bool | None) -> list[tuple[str, str]]:
-    """Pairs (form, phrasing) of training, held out, or, for None, all."""
+    """Return pairs (form, phrasing): the held-out ones, those of training, or all if `held_out` is None."""
     forms = phrases.PHRASINGS[function][language]
     sides = (False, True) if held_out is None else (held_out,)
     return [(form, text) for form in forms for side in sides for text in forms[form][side]]
@@ -138,7 +138,7 @@ def list_phrasings(function: str, language: str, held_out: bool | None) -> list[
 def draw_request(
     rng: Random, function: str, language: str, draw: ValueSource, held_out: bool | None
 ) -> Request:
-    """One complete request; `held_out` says which phrasings to use (None: all of them)."""
+    """Return one complete request; `held_out` selects the phrasings (None: all of them)."""
     arguments = draw_arguments(rng, function, language, draw)
     form, phrasing = rng.choice(list_phrasings(function, language, held_out))
     opening = rng.choice(phrases.OPENINGS[language][form])
@@ -154,13 +154,13 @@ def draw_request(
 
 
 def choose(rng: Random, sides: tuple[Sequence[str], Sequence[str]], held_out: bool | None) -> str:
-    """One phrasing of (training, held out), of either when `held_out` is None."""
+    """Return one phrasing of (training, held out), from both if `held_out` is None."""
     pool = [*sides[0], *sides[1]] if held_out is None else sides[held_out]
     return rng.choice(pool)
 
 
 def say_bare(slot: str, value: str | int, language: str) -> str:
-    """A value said on its own: ``at 7:30``, ``10 minutos``, ``Ana``."""
+    """Return a value in a user's words, on its own: ``at 7:30``, ``10 minutos``, ``Ana``."""
     said = say_value(slot, value, language)
     return phrases.BARE[language].get(slot, "{}").format(said)
 
@@ -168,7 +168,7 @@ def say_bare(slot: str, value: str | int, language: str) -> str:
 def draw_ask(
     rng: Random, language: str, draw: ValueSource, held_out: bool | None
 ) -> tuple[Request, str, str]:
-    """A request without its main slot, the question that it raises and the user's answer."""
+    """Return a request without its main slot, the assistant's question, and the user's answer."""
     function = rng.choice(list(phrases.MISSING))
     slot, texts = phrases.MISSING[function]
     question, sides = texts[language]
@@ -185,7 +185,7 @@ def draw_ask(
 def draw_fix(
     rng: Random, language: str, draw: ValueSource, held_out: bool | None
 ) -> tuple[Request, Arguments, str, str]:
-    """A request, the arguments as the user then corrects them, and the correction: phrasing, text."""
+    """Return a request, the corrected arguments, and the user's correction: its phrasing and its text."""
     function = rng.choice(list(phrases.CORRECTED))
     slot = phrases.CORRECTED[function]
     request = draw_request(rng, function, language, draw, held_out)

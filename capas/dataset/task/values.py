@@ -1,9 +1,8 @@
-"""Values of the embedded task: names, titles, texts, times and numbers, drawn from a seed.
+"""Draw the values of the embedded task from a seed: names, titles, texts, times and numbers.
 
 A value is a frame (``lunch with {person}``) filled with atoms: real words, or words invented syllable by
-syllable, so that a model has to copy what it reads and cannot learn a list. Every atom is either held
-out or not, for good and whatever the seed: a held-out value is made of held-out atoms only, any other
-value holds none.
+syllable. A model therefore has to copy values and cannot learn a list. Whether an atom is held out never
+changes and does not depend on the seed. A held-out value has held-out atoms only, any other value has none.
 """
 
 import hashlib
@@ -14,10 +13,10 @@ from string import Formatter
 
 from capas.dataset.task.words import FRAMES, NUMBER_RANGES, WORDS
 
-HELD_OUT_SHARE = 4  # one atom in so many is held out
-INVENTED_SHARE = 0.6  # of the names of people and places
+HELD_OUT_SHARE = 4  # one atom in four is held out
+INVENTED_SHARE = 0.6  # of the names of people and places are invented
 
-# Parts of invented words, separated by spaces; "_" is nothing at all.
+# Parts of invented words, separated by spaces; "_" is the empty part.
 _PARTS = {
     "onset": "b br c ch cl d dr f fl g gr h j k l m n p pl r s st t tr v z",
     "vowel": "a e i o u a e o ia io ea ei",
@@ -29,23 +28,23 @@ _PARTS = {
     "brand": "a o ix ex al ora ino ena is us eo",
 }
 PARTS = {kind: text.replace("_", "").split(" ") for kind, text in _PARTS.items()}
-INVENTED_KINDS = ("person", "surname", "city", "brand")  # of atoms: proper names
+INVENTED_KINDS = ("person", "surname", "city", "brand")  # kinds of atoms: proper names
 
 
 @cache
 def is_held_out(atom: str) -> bool:
-    """Whether an atom (a word, a number, a time ``HH:MM``, a pair ``a|b``) is kept out of training."""
+    """Return whether an atom (a word, a number, a time ``HH:MM``, a pair ``a|b``) is held out of training."""
     return hashlib.sha256(atom.casefold().encode()).digest()[0] % HELD_OUT_SHARE == 0
 
 
 @cache
 def split_words(words: tuple[str, ...], held_out: bool) -> tuple[str, ...]:
-    """The words on one side of the hold-out rule, in their order."""
+    """Return the words that are held out, or those that are not, in their order."""
     return tuple(word for word in words if is_held_out(word) == held_out)
 
 
 def draw(rng: Random, make: Callable[[], str], held_out: bool) -> str:
-    """Draws until the hold-out rule says `held_out` of what `make` returns."""
+    """Return an atom of `make` that is held out, or one that is not; `make` is called until it fits."""
     while True:
         atom = make()
         if is_held_out(atom) == held_out:
@@ -53,7 +52,7 @@ def draw(rng: Random, make: Callable[[], str], held_out: bool) -> str:
 
 
 def invent_word(rng: Random, kind: str | None = None) -> str:
-    """An invented word: one to three syllables and, for a `kind` of name, one of its endings."""
+    """Return an invented word: one to three syllables and, for a `kind` of name, one of its endings."""
     word = rng.choice(PARTS["onset"]) + rng.choice(PARTS["vowel"])
     for _ in range(rng.choice((0, 0, 1) if kind else (0, 1, 1, 2))):
         word += rng.choice(PARTS["coda"]) + rng.choice(PARTS["onset"]) + rng.choice(PARTS["vowel"])
@@ -65,7 +64,7 @@ def invent_word(rng: Random, kind: str | None = None) -> str:
 
 
 def draw_atom(rng: Random, kind: str, language: str, held_out: bool) -> str:
-    """One atom of a frame: a real word or, for most proper names, an invented one."""
+    """Return one atom of a frame: a real word or, for most proper names, an invented one."""
     invented = kind in INVENTED_KINDS and (kind not in WORDS or rng.random() < INVENTED_SHARE)
     if invented:
         return draw(rng, lambda: invent_word(rng, kind), held_out)
@@ -73,23 +72,23 @@ def draw_atom(rng: Random, kind: str, language: str, held_out: bool) -> str:
 
 
 def fill_frame(rng: Random, frame: str, language: str, held_out: bool) -> str:
-    """Fills every ``{kind}`` of a frame with an atom of that kind."""
+    """Fill every ``{kind}`` of a frame with an atom of that kind."""
     kinds = [field for _, field, _, _ in Formatter().parse(frame) if field]
     return frame.format(**{kind: draw_atom(rng, kind, language, held_out) for kind in kinds})
 
 
 def draw_number(rng: Random, low: int, high: int, held_out: bool) -> int:
-    """A whole number from `low` to `high`."""
+    """Return an integer from `low` to `high`."""
     return int(draw(rng, lambda: str(rng.randint(low, high)), held_out))
 
 
 def draw_time(rng: Random, held_out: bool) -> str:
-    """A time of day ``HH:MM`` on the 24-hour clock, in steps of five minutes."""
+    """Return a time of day ``HH:MM`` on the 24-hour clock, in steps of five minutes."""
     return draw(rng, lambda: f"{rng.randint(0, 23):02d}:{rng.randrange(0, 60, 5):02d}", held_out)
 
 
 def draw_value(rng: Random, slot: str, language: str, held_out: bool) -> str | int:
-    """A value for an open slot of the task, as it stands in the call."""
+    """Return a value for an open slot of the task, as written in the call."""
     if slot == "time":
         return draw_time(rng, held_out)
     if slot in NUMBER_RANGES:

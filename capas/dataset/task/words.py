@@ -1,4 +1,4 @@
-"""Tables of the embedded task: the real words its values are made of, the frames that hold them."""
+"""List the real words of the embedded task's values, and the frames around them."""
 
 from capas.dataset.task.phrases import LANGUAGES
 
