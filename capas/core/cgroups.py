@@ -1,4 +1,4 @@
-"""The control groups around this process, whose limits hold in a container and in a job of a cluster."""
+"""Find the control groups around this process, whose limits apply in a container or a cluster's job."""
 
 from collections.abc import Iterator
 from pathlib import Path
@@ -12,7 +12,8 @@ def around(controller: str, root: Path = ROOT, own: Path = OWN) -> Iterator[Path
 
     Args:
         controller: `memory` or `cpu`; version 1 has a tree for each, version 2 one for all.
-        root, own: where Linux mounts the groups, and where it says which are the process's.
+        root: the folder where Linux mounts the groups.
+        own: the file with the process's own groups.
     """
     if not own.exists():
         return

@@ -1,9 +1,9 @@
-"""The code behind each stage's bytes, as a digest that DVC compares: code.yaml, which compose writes.
+"""Compute a digest of the code behind each stage's outputs, which compose writes to code.yaml for DVC.
 
 A stage declares `params: - code.yaml: [train_lora]`, by the name of its script, instead of a list of modules.
-The digest covers the script, every module of this package that the script imports, directly or not, also
-inside a function, and the data files (templates, texts, styles) in the folders of these modules. A file
-counts as its syntax tree: what changes no byte of a result is left out, and so reruns nothing:
+The digest covers the script, every module of this package that the script imports (directly or not, even
+inside a function), and the data files (templates, texts, styles) in the folders of these modules. It is taken
+of each file's syntax tree, without the parts that change no byte of a result and so need no rerun:
 
 - comments, docstrings, formatting, and imports for type checkers alone;
 - the texts of `raise CapasError(...)`, after which a stage writes nothing, and of log lines;
@@ -24,8 +24,8 @@ from capas.core.files import write_whole
 
 CODE = "code.yaml"
 PACKAGE, STAGES = "capas", "stages"
-_RUNNER = "capas/core/stage.py"  # a script that imports it is a stage's
-# Modules that stages import and that decide no byte of their outputs, with the reason:
+_RUNNER = "capas/core/stage.py"  # a script that imports it is the script of a stage
+# Modules that stages import although they decide no byte of the outputs, with their purpose;
 # tests/test_code_neutral.py trains with each of them replaced.
 DECIDES_NO_BYTE = {
     "capas/training/activations.py": "estimates the memory of activations",
@@ -39,22 +39,22 @@ DECIDES_NO_BYTE = {
     "capas/core/progress.py": "logs progress",
 }
 _CACHE = Path(".dvc/tmp/code.json")
-_VERSION = 1  # of the serialization: a change of it empties the cache
-_NO_VALUE = ("ctx", "kind", "type_comment", "type_ignores")  # fields of nodes that change no value
+_VERSION = 1  # version of the serialization; a new one empties the cache
+_NO_VALUE = ("ctx", "kind", "type_comment", "type_ignores")  # fields of nodes that change no result
 _LOGGERS = ("log", "logger")
 _WITH_DOCSTRING = (ast.Module, ast.ClassDef, ast.FunctionDef, ast.AsyncFunctionDef)
 
 
 @dataclass(frozen=True)
 class _Source:
-    """One Python file: the digest of its syntax tree, and the dotted names that it may import."""
+    """A Python file: the digest of its syntax tree, and the dotted names that it may import."""
 
     digest: str
     imports: tuple[str, ...]
 
 
 class CodeReader:
-    """Read the files of one repository, each once; digests are kept in .dvc/tmp between processes."""
+    """A reader of a repository's files, each read once; digests are cached in .dvc/tmp between processes."""
 
     def __init__(self, root: Path) -> None:
         self._root = root
@@ -63,7 +63,7 @@ class CodeReader:
         self._added = False
 
     def files(self, script: str) -> dict[str, str]:
-        """Return {file: digest} of all that decides the bytes which `script` writes, sorted by name.
+        """Return {file: digest} of all files that decide the bytes `script` writes, sorted by name.
 
         Raises:
             CapasError: a file is missing, or is not Python.
@@ -80,7 +80,7 @@ class CodeReader:
         return dict(sorted(found.items()))
 
     def covered(self, script: str) -> set[str]:
-        """Return the modules that `script` may import, those in DECIDES_NO_BYTE included."""
+        """Return the modules that `script` may import, including those in DECIDES_NO_BYTE."""
         return self._closure(script, frozenset())
 
     def imports(self, script: str, module: str) -> bool:
@@ -98,7 +98,7 @@ class CodeReader:
         return found
 
     def _imported(self, name: str) -> Iterator[str]:
-        """Yield the files behind the imports of a file, and the `__init__.py` of each package on the way."""
+        """Yield the files that a file imports, and the `__init__.py` of each package on the way."""
         for dotted in self._source(name).imports:
             parts = dotted.split(".")
             for end in range(1, len(parts) + 1):
@@ -140,7 +140,7 @@ class CodeReader:
                 key: _Source(entry[0], tuple(entry[1])) for key, entry in found["files"].items()
             }
         except (OSError, ValueError, LookupError, TypeError):
-            return {}  # of another version, or half-written: it is made again
+            return {}  # another version, or half-written: the cache is rebuilt
 
     def _write_cache(self) -> None:
         if not self._added:
@@ -160,10 +160,11 @@ def digest_of(files: Mapping[str, str]) -> str:
 def digests(root: Path) -> dict[str, str]:
     """Return {script: digest of its code} of the scripts in stages/ that import `capas.core.stage`.
 
-    dvc.yaml is not asked: DVC cannot depend on it, so a new stage would not make compose due.
+    The stages in dvc.yaml are not used: DVC cannot depend on dvc.yaml, so a new stage would not rerun
+    compose.
 
     Raises:
-        CapasError: a script, or a module that it imports, is not Python.
+        CapasError: a script, or a module that it imports, is not valid Python.
     """
     reader = CodeReader(root)
     scripts = (file.relative_to(root).as_posix() for file in sorted((root / STAGES).glob("*.py")))
@@ -184,7 +185,7 @@ def dump(found: Mapping[str, str]) -> str:
 
 
 def script_of(spec: StageSpec) -> str:
-    """Return the Python file that a stage runs, as its command names it."""
+    """Return the Python file in a stage's command, or an empty text if there is none."""
     return next((word for word in spec.cmd.split() if word.endswith(".py")), "")
 
 
@@ -194,10 +195,11 @@ def name_of(spec: StageSpec) -> str:
 
 
 def check_code(spec: StageSpec, root: Path, reader: CodeReader) -> None:
-    """Check that code.yaml is of the code that lies here, so that DVC records results under their own code.
+    """Check that code.yaml matches the present code, so that DVC records results under their own code.
 
     Raises:
-        CapasError: it is of other code, because compose has not run since an edit.
+        CapasError: it does not match, because compose has not run since an edit; or dvc.yaml declares another
+            key of code.yaml.
     """
     if not _is_declared(spec):
         return
@@ -210,12 +212,12 @@ def check_code(spec: StageSpec, root: Path, reader: CodeReader) -> None:
 
 
 def check_loaded(spec: StageSpec, root: Path, reader: CodeReader) -> None:
-    """Check that this process has loaded no module of the package that the stage's digest does not cover.
+    """Check that the stage's digest covers every module of the package that this process has loaded.
 
-    Only a process that runs the stage's own script is looked at.
+    Only a process that runs the stage's own script is checked.
 
     Raises:
-        CapasError: it has, by an import that cannot be read in the code.
+        CapasError: a module is not covered, because the code imports it without an import statement.
     """
     main = getattr(sys.modules.get("__main__"), "__file__", None)
     script = root / script_of(spec)
@@ -252,10 +254,10 @@ def differing(one: Mapping[str, str], other: Mapping[str, str]) -> list[str]:
 
 
 def serialize(node: object) -> str:
-    """Return a syntax tree as text, the same on every version of Python, without what changes no byte.
+    """Return a syntax tree as text, without the parts that change no byte of a result.
 
-    `ast.dump` differs between versions. Strings are written in ASCII, whose escapes do not depend on a
-    version's tables of Unicode.
+    The text is the same on every version of Python, unlike that of `ast.dump`. Strings are written in ASCII,
+    whose escapes do not depend on a version's Unicode tables.
     """
     if isinstance(node, ast.AST):
         fields = ((name, _shown(node, name)) for name in node._fields if name not in _NO_VALUE)
@@ -267,23 +269,23 @@ def serialize(node: object) -> str:
 
 
 def _shown(node: ast.AST, name: str) -> object:
-    """Return a field of a node as it counts."""
+    """Return a field of a node, without the parts that do not count."""
     value = getattr(node, name, None)
     if isinstance(value, list) and all(isinstance(inner, ast.stmt) for inner in value):
         if name == "body" and isinstance(node, _WITH_DOCSTRING) and _is_docstring(value[:1]):
             value = value[1:]
         return [statement for inner in value for statement in _counting(inner)]
-    if isinstance(node, ast.JoinedStr):  # Python 3.12 adds empty texts to some
+    if isinstance(node, ast.JoinedStr):  # Python 3.12 adds empty strings to some f-strings
         return [i for i in node.values if not (isinstance(i, ast.Constant) and i.value == "")]
     if isinstance(node, ast.Raise) and _calls(node.exc, ("CapasError",)):
-        return "CapasError" if name == "exc" else None  # whatever it says, and of which error
+        return "CapasError" if name == "exc" else None  # without its message and its cause
     if isinstance(node, ast.Call) and name == "args" and _is_log(node.func):
         return [inner for inner in node.args if not _is_text(inner)]
     return value
 
 
 def _counting(statement: ast.stmt) -> list[ast.stmt]:
-    """Return what counts of a statement: of `if TYPE_CHECKING`, the other branch."""
+    """Return the statements that count: for `if TYPE_CHECKING`, those of the other branch."""
     if isinstance(statement, ast.If) and _is_type_checking(statement.test):
         return [inner for found in statement.orelse for inner in _counting(found)]
     return [statement]
@@ -315,7 +317,7 @@ def _calls(node: ast.AST | None, names: tuple[str, ...]) -> bool:
 
 
 def _imports(tree: ast.AST, file: str) -> Iterator[str]:
-    """Yield the dotted names of this package that a file may import: modules, names that may be modules."""
+    """Yield the dotted names of this package that a file may import: modules, and possible modules."""
     if isinstance(tree, ast.ImportFrom):
         module = _absolute(tree, file)
         if module.partition(".")[0] == PACKAGE:
@@ -331,7 +333,7 @@ def _imports(tree: ast.AST, file: str) -> Iterator[str]:
 
 
 def _absolute(node: ast.ImportFrom, file: str) -> str:
-    """Return the module's whole name, also of `from . import x`."""
+    """Return the absolute name of an imported module, also for `from . import x`."""
     if not node.level:
         return node.module or ""
     folders = PurePosixPath(file).parent.parts

@@ -1,4 +1,4 @@
-"""Which files of the code differ between two states of the repository: names for the digests in code.yaml."""
+"""Name the code files that differ between two states of the repository, to explain digests in code.yaml."""
 
 import tarfile
 from collections.abc import Iterator, Mapping, Sequence
@@ -12,17 +12,17 @@ from capas.core.dag import parse_yaml
 from capas.core.errors import CapasError
 from capas.core.worktree import git, git_bytes
 
-_MOST_REVISIONS = 50  # of code.yaml that are searched for a digest
+_MOST_REVISIONS = 50  # revisions of code.yaml that are searched for a digest
 
 
 def edited_since(root: Path, script: str, recorded: str) -> list[str]:
     """Return the files of a script's code that were edited since its digest was `recorded`.
 
     Args:
-        script: its name, as code.yaml has it.
+        script: the script's name in code.yaml.
 
     Returns:
-        No file, where git has no commit with that digest.
+        The files, or none if git has no commit with that digest.
     """
     if not (revision := _revision_of(root, script, recorded)):
         return []
@@ -37,10 +37,10 @@ def between_digests(
 
     Args:
         pairs: {script: its digest in each of the two states}.
-        commits: where each state was committed, if that is known; otherwise it is looked for.
+        commits: the commit of each state, or None to search for it.
 
     Returns:
-        No file, where git has neither of the states.
+        The files, or none if one of the states cannot be found.
     """
     with ExitStack() as stack:
         trees = []
@@ -55,14 +55,17 @@ def between_digests(
 def _tree_of(
     root: Path, recorded: Mapping[str, str], commit: str | None, stack: ExitStack
 ) -> Path | None:
-    """Return a folder with the code of these digests: the workspace, or a commit until the stack ends."""
+    """Return a folder with the code of these digests, or None: the workspace, or an exported commit.
+
+    An exported commit exists until the stack is closed.
+    """
     if _has(root, recorded):
         return root
     script, digest = next(iter(recorded.items()))
     for revision in filter(None, (commit, _revision_of(root, script, digest))):
         try:
             tree = stack.enter_context(exported(root, revision))
-        except CapasError:  # a commit without this code, as of another project
+        except CapasError:  # a commit without this code, for example of another project
             continue
         if _has(tree, recorded):
             return tree
@@ -70,15 +73,15 @@ def _tree_of(
 
 
 def _has(root: Path, recorded: Mapping[str, str]) -> bool:
-    """Return whether the code in a folder is that of the digests."""
+    """Return whether the code in a folder has these digests."""
     return all(digest_of(_files(root, script)) == digest for script, digest in recorded.items())
 
 
 def between(one: Path, other: Path, scripts: list[str]) -> list[str]:
     """Return the files of these scripts' code that were edited between two folders, sorted.
 
-    A file that a script has come to import, or imports no longer, is named only where no edit explains it. A
-    script that one of the folders lacks, or whose code cannot be parsed there, has no files in it.
+    A file that a script imports only in one of the folders is named only if no edit explains the difference.
+    A script that is missing in a folder, or cannot be parsed there, counts as without files.
     """
     found: set[str] = set()
     for script in scripts:
@@ -99,14 +102,13 @@ def _files(root: Path, script: str) -> dict[str, str]:
 
 @contextmanager
 def exported(root: Path, revision: str) -> Iterator[Path]:
-    """Give a temporary folder with the code of a commit.
+    """Yield a temporary folder with the code of a commit.
 
     Raises:
-        CapasError: git has no such commit, or it has no such files.
+        CapasError: git has no such commit, or the commit has no such code.
     """
-    prefix = git(
-        root, "rev-parse", "--show-prefix"
-    )  # where the project is a folder of a repository
+    # The prefix is not empty if the project is a folder of a larger repository.
+    prefix = git(root, "rev-parse", "--show-prefix")
     archive = git_bytes(root, "archive", "--format=tar", f"{revision}:{prefix}", PACKAGE, STAGES)
     with TemporaryDirectory(prefix="capas-code-") as folder:
         with tarfile.open(fileobj=BytesIO(archive)) as content:
@@ -115,7 +117,7 @@ def exported(root: Path, revision: str) -> Iterator[Path]:
 
 
 def _revision_of(root: Path, script: str, recorded: str) -> str | None:
-    """Return the newest commit whose code.yaml has this digest of the script."""
+    """Return the newest commit whose code.yaml has this digest of the script, or None."""
     count = f"--max-count={_MOST_REVISIONS}"
     revisions = git(root, "log", count, "--format=%H", "--", CODE, check=False).split()
     for revision in revisions:

@@ -1,4 +1,4 @@
-"""How many threads or processes may compute here."""
+"""Count the threads or processes that may compute on this machine."""
 
 import math
 import os
@@ -12,14 +12,14 @@ _UNLIMITED = 2.0**16  # CPUs
 
 
 def usable_cores() -> int:
-    """Return how many CPUs the process may use: in a container or a job, fewer than there are."""
+    """Return how many CPUs the process may use; in a container or a job these can be fewer than exist."""
     return at_most(max(1, min(len(_allowed()), quota())))
 
 
 def physical_cores(topology: Path = TOPOLOGY) -> int:
-    """Return how many cores compute apart from each other, of those that the process may use.
+    """Return how many physical cores the process may use.
 
-    Two threads of one core share its units for floats: a second one makes matrix products no faster.
+    Two threads of one core share its floating-point units, so a second one makes matrix products no faster.
     """
     siblings = (topology / f"cpu{cpu}/topology/thread_siblings_list" for cpu in _allowed())
     cores = {file.read_text() if file.exists() else str(file) for file in siblings}
@@ -27,13 +27,13 @@ def physical_cores(topology: Path = TOPOLOGY) -> int:
 
 
 def quota(root: Path = cgroups.ROOT, own: Path = cgroups.OWN) -> int:
-    """Return how many CPUs the control groups grant, rounded up (`docker run --cpus 2`)."""
+    """Return how many CPUs the control groups grant (`docker run --cpus 2`), rounded up."""
     granted = [_granted(group) for group in cgroups.around("cpu", root, own)]
     return math.ceil(min(granted, default=_UNLIMITED))
 
 
 def at_most(num_threads: int) -> int:
-    """Return `num_threads`, or fewer where CAPAS_MAX_THREADS says so. No result depends on it."""
+    """Return `num_threads`, or CAPAS_MAX_THREADS if that is lower. No result depends on it."""
     return min(num_threads, int(os.environ.get(MAX_THREADS, num_threads)))
 
 
@@ -44,7 +44,7 @@ def _allowed() -> list[int]:
 
 
 def _granted(group: Path) -> float:
-    """Return the CPUs of a group: its quota over its period, or very many."""
+    """Return the CPUs of a group, its quota divided by its period, or a very large number if unlimited."""
     if (group / "cpu.max").exists():  # version 2
         limit, period = (group / "cpu.max").read_text().split()
     elif (group / "cpu.cfs_quota_us").exists():

@@ -1,4 +1,4 @@
-"""What dvc.yaml declares and dvc.lock recorded, read without importing DVC (it costs seconds)."""
+"""Read the stages in dvc.yaml and dvc.lock without importing DVC, which takes seconds."""
 
 import hashlib
 import json
@@ -15,12 +15,12 @@ import yaml
 from capas.core.errors import CapasError
 from capas.core.params import select
 
-LEFT_BY_EDITORS = (".DS_Store", "*.swp", "*~", ".*.partial")  # as .dvcignore has it
-COMPILED = "__pycache__"  # likewise
+LEFT_BY_EDITORS = (".DS_Store", "*.swp", "*~", ".*.partial")  # also in .dvcignore
+COMPILED = "__pycache__"  # also in .dvcignore
 
 
 class _Loader(getattr(yaml, "CSafeLoader", yaml.SafeLoader)):  # type: ignore[misc]
-    """Reads 1e-08 as a number, as YAML 1.2, OmegaConf and DVC do; PyYAML takes it for a string."""
+    """A YAML loader that reads 1e-08 as a number, like YAML 1.2, OmegaConf and DVC; PyYAML reads a string."""
 
 
 _Loader.add_implicit_resolver(
@@ -31,7 +31,7 @@ _Loader.add_implicit_resolver(
 
 
 def read_yaml(path: Path) -> dict[str, Any]:
-    """A YAML mapping; an empty file is an empty mapping.
+    """Return the mapping in a YAML file; an empty file gives an empty mapping.
 
     Raises:
         CapasError: the file is missing, is not YAML, or is not a mapping.
@@ -47,7 +47,14 @@ def read_yaml(path: Path) -> dict[str, Any]:
 
 
 def parse_yaml(text: str, name: str) -> dict[str, Any]:
-    """As `read_yaml`; `name` is what an error calls it."""
+    """Return the mapping in a YAML text; an empty text gives an empty mapping.
+
+    Args:
+        name: the text's name in error messages.
+
+    Raises:
+        CapasError: the text is not YAML, or not a mapping.
+    """
     try:
         content = yaml.load(text, _Loader)
     except yaml.YAMLError as error:
@@ -59,7 +66,7 @@ def parse_yaml(text: str, name: str) -> dict[str, Any]:
 
 @dataclass(frozen=True)
 class StageSpec:
-    """One stage of dvc.yaml. `params` maps a params file to the dotted keys that are declared."""
+    """One stage of dvc.yaml; `params` maps each params file to the declared dotted keys."""
 
     name: str
     cmd: str
@@ -69,12 +76,16 @@ class StageSpec:
 
     @property
     def keys(self) -> list[str]:
-        """The dotted keys of params.yaml that it declares."""
+        """The declared dotted keys of params.yaml."""
         return self.params.get("params.yaml", [])
 
     @classmethod
     def read(cls, name: str, root: Path) -> "StageSpec":
-        """Raises CapasError where dvc.yaml has no such stage."""
+        """Return the stage of that name in dvc.yaml.
+
+        Raises:
+            CapasError: dvc.yaml has no such stage.
+        """
         stages = cls.read_all(root)
         if name not in stages:
             raise CapasError(f"dvc.yaml has no stage '{name}'; it has: {', '.join(stages)}")
@@ -82,7 +93,7 @@ class StageSpec:
 
     @classmethod
     def read_all(cls, root: Path) -> dict[str, "StageSpec"]:
-        """By name, in the order of dvc.yaml."""
+        """Return {name: stage}, in the order of dvc.yaml."""
         return {
             name: cls(
                 name=name,
@@ -95,7 +106,11 @@ class StageSpec:
         }
 
     def values(self, root: Path) -> dict[str, dict[str, Any]]:
-        """{params file: declared values, nested} as they stand now."""
+        """Return {params file: declared values, nested} with the current values.
+
+        Raises:
+            CapasError: a params file or a declared key is missing.
+        """
         return {
             file: select(read_yaml(root / file), keys, file) if keys else read_yaml(root / file)
             for file, keys in self.params.items()
@@ -111,19 +126,19 @@ def _declared_params(entries: list[Any]) -> dict[str, list[str]]:
     declared: dict[str, list[str]] = {}
     for entry in entries:
         for file, keys in (entry if isinstance(entry, dict) else {"params.yaml": [entry]}).items():
-            declared.setdefault(file, []).extend(keys or [])  # no keys: the whole file
+            declared.setdefault(file, []).extend(keys or [])  # no keys mean the whole file
     return declared
 
 
 def recorded(root: Path) -> dict[str, Any]:
-    """The stages of dvc.lock; none where nothing ran yet."""
+    """Return the stages of dvc.lock, or none if nothing has run yet."""
     lock = root / "dvc.lock"
     stages: dict[str, Any] = read_yaml(lock).get("stages", {}) if lock.exists() else {}
     return stages
 
 
 def ancestors(stage: str, lock: Mapping[str, Any]) -> set[str]:
-    """Return the stage itself and all whose outputs it rests on, by the entries of dvc.lock."""
+    """Return the stage and all stages whose outputs it depends on, according to dvc.lock."""
     makers = {out["path"]: name for name, entry in lock.items() for out in entry.get("outs", [])}
     found: set[str] = set()
     waiting = [stage]
@@ -137,13 +152,13 @@ def ancestors(stage: str, lock: Mapping[str, Any]) -> set[str]:
 
 
 def input_key(spec: StageSpec, root: Path) -> str:
-    """Identity of a stage's inputs, known before it runs: command, params, content hash of each dep.
+    """Return a key of a stage's inputs, known before it runs: of command, params, and deps by content hash.
 
-    Equal to `recorded_key` of the stage's dvc.lock entry once DVC has recorded it. Outputs of other
-    stages are not hashed again: DVC has just recorded their md5.
+    It equals `recorded_key` of the stage's entry in dvc.lock once DVC has recorded the stage. Outputs of
+    other stages are not hashed again, because DVC has just recorded their md5.
 
     Raises:
-        CapasError: a dep that is a folder is not recorded, because the stage was run out of order.
+        CapasError: a dep is missing, or a folder that an earlier stage makes is not recorded yet.
     """
     known = {
         out["path"]: out["md5"]
@@ -160,13 +175,13 @@ def input_key(spec: StageSpec, root: Path) -> str:
 
 
 def recorded_key(entry: dict[str, Any]) -> str:
-    """The same identity, from a stage's entry in dvc.lock."""
+    """Return the key of a stage's inputs from its entry in dvc.lock: see `input_key`."""
     deps = {dep["path"]: dep["md5"] for dep in entry.get("deps", [])}
     return digest(entry["cmd"], entry.get("params", {}), deps)
 
 
 def _leaves(values: dict[str, Any], keys: list[str]) -> dict[str, Any]:
-    """{'trainer.seed': 0}: keyed as dvc.lock keys them."""
+    """Return the values by dotted key, {'trainer.seed': 0}, as in dvc.lock."""
     leaves = {} if keys else dict(values)
     for dotted in keys:
         node: Any = values
@@ -177,7 +192,7 @@ def _leaves(values: dict[str, Any], keys: list[str]) -> dict[str, Any]:
 
 
 def md5(path: Path, made: Collection[str] = ()) -> str:
-    """Of a file, or of a folder that no stage makes (data/own), as DVC has it.
+    """Return DVC's md5 of a file, or of a folder that no stage makes (data/own).
 
     Raises:
         CapasError: there is no such file, or it is a folder that a stage makes.
@@ -199,7 +214,7 @@ def _plain_md5() -> Any:
 
 
 def _files_below(folder: Path) -> list[str]:
-    """Their paths in it, as DVC sees it: it does not follow links to folders."""
+    """Return the relative paths of the files below a folder that DVC sees; it follows no links to folders."""
     return [
         (Path(parent) / name).relative_to(folder).as_posix()
         for parent, _, names in os.walk(folder)
@@ -210,5 +225,5 @@ def _files_below(folder: Path) -> list[str]:
 
 
 def digest(*parts: Any) -> str:
-    """Of values that JSON can hold, whatever the order of their keys."""
+    """Return a digest of JSON values, independent of the order of their keys."""
     return hashlib.sha256(json.dumps(parts, sort_keys=True).encode()).hexdigest()[:16]

@@ -1,4 +1,4 @@
-"""The errors that a user can act on: their message is printed without a traceback."""
+"""Define the errors that a user can act on, and print their messages without a traceback or secrets."""
 
 import errno
 import logging
@@ -8,12 +8,12 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 
 _OF_THE_MACHINE = (errno.ENOSPC, errno.EDQUOT, errno.EACCES, errno.EPERM, errno.EROFS)
-# How safetensors and torch.save say that the disk is full; neither raises an OSError.
+# Messages of safetensors and torch.save when the disk is full; neither raises an OSError.
 _FULL_DISK = ("No space left on device", "PytorchStreamWriter failed writing", ". unexpected pos ")
 
 
 _SECRETS = (
-    # https://TOKEN@host, postgresql://user:password@host; a password may have a / that should be quoted
+    # https://TOKEN@host, postgresql://user:password@host; a password may contain an unquoted /
     (
         re.compile(
             r"(?<=://)(?:[^/\s'\"<>]+@|[^/:@\s'\"<>]+:(?!\d+(?:/|$))[^@\s'\"<>]+@(?:[^/\s'\"<>]*@)?)"
@@ -28,7 +28,7 @@ _SECRETS = (
         ),
         r"\1***",
     ),
-    # tokens of the Hub, GitHub, GitLab and Amazon as they are made
+    # tokens of the Hub, GitHub, GitLab and Amazon, by their form
     (
         re.compile(
             r"\b(?:hf_[A-Za-z0-9]{20,}|gh[pousr]_\w{20,}|github_pat_\w{20,}|glpat-[\w-]{20,}|AKIA[0-9A-Z]{16}\b)"
@@ -39,14 +39,14 @@ _SECRETS = (
 
 
 def without_secrets(text: str) -> str:
-    """The text with *** for passwords and tokens in URLs, and for tokens whose form is known."""
+    """Return the text with *** for passwords and tokens in URLs, and for tokens of a known form."""
     for pattern, hidden in _SECRETS:
         text = pattern.sub(hidden, text)
     return text
 
 
 class _HideSecrets(logging.Filter):
-    """Keeps passwords and tokens out of every line that capas logs."""
+    """A log filter that hides passwords and tokens in every line of capas."""
 
     def filter(self, record: logging.LogRecord) -> bool:
         message = record.getMessage()
@@ -59,11 +59,11 @@ logging.getLogger("capas").addFilter(_HideSecrets())
 
 
 class CapasError(Exception):
-    """Bad input or a state that the user must mend; the message says what, where and how."""
+    """An error that the user must fix, of input or state; the message says what, where and how."""
 
 
 def sweep_instead(overrides: list[str]) -> str:
-    """For whoever asks a stage to sweep; options among the overrides are left out."""
+    """Return the message for a stage that is called with a sweep's options; these are left out of it."""
     given = " ".join(word for word in overrides if not word.startswith("-"))
     return (
         "a stage script runs one configuration. To run several, use a sweep: python "
@@ -73,7 +73,7 @@ def sweep_instead(overrides: list[str]) -> str:
 
 @contextmanager
 def told(name: str) -> Iterator[None]:
-    """Ends the script with exit code 1 and one message where the user, or the machine's disk, is at fault.
+    """End the script with exit code 1 and one message if the user or the machine's disk caused the error.
 
     Any other exception is a defect of the program and keeps its traceback.
     """
@@ -96,7 +96,7 @@ def told(name: str) -> Iterator[None]:
 
 
 def reason_of(error: Exception) -> str | None:
-    """A full disk or a missing permission, in words."""
+    """Return the reason of an error if it is a full disk or a missing permission, else None."""
     if isinstance(error, OSError) and error.errno in _OF_THE_MACHINE:
         return f"{error.strerror} ({error.filename})" if error.filename else error.strerror
     if any(sign in str(error) for sign in _FULL_DISK):
@@ -105,6 +105,6 @@ def reason_of(error: Exception) -> str | None:
 
 
 def listed(names: list[str], most: int = 8) -> str:
-    """The first of them, and how many more there are."""
+    """Return the first `most` names as text, and the number of the others."""
     more = f" and {len(names) - most} more" if len(names) > most else ""
     return ", ".join(names[:most]) + more

@@ -1,8 +1,8 @@
-"""Packages of an extra that a training computes with.
+"""Check the versions of packages that a training uses from an optional extra.
 
-requirements.lock, and with it environment.yaml, has only what every installation has. Their versions stand
-here instead: whoever changes one changes a dependency of `train`, which then runs again. triton has no place
-here: torch needs the very version that it was built with.
+requirements.lock, and so environment.yaml, has only the packages of every installation. The versions of the
+extras' packages are here instead: changing one changes a dependency of `train`, which then runs again. triton
+is not listed, because torch itself requires the exact version that it was built with.
 """
 
 from importlib.metadata import PackageNotFoundError, version
@@ -16,7 +16,11 @@ VERSIONS = {
 
 
 def require(extra: str, key: str) -> None:
-    """Raises CapasError: a package of the extra, which `key` asks for, is missing or of another version."""
+    """Check that the extra's packages are installed in their versions; `key` is the setting that needs them.
+
+    Raises:
+        CapasError: a package is missing or has another version.
+    """
     for package, wanted in VERSIONS[extra].items():
         try:
             found = f"{package} {version(package)} is installed"

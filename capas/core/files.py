@@ -1,4 +1,4 @@
-"""Facts of a stage as files: JSON for metrics, CSV for curves; the same facts are the same bytes."""
+"""Read and write a stage's facts, JSON for metrics and CSV for curves; equal facts give equal bytes."""
 
 import csv
 import hashlib
@@ -11,10 +11,10 @@ from capas.core.errors import CapasError
 
 
 def read_json(file: Path) -> dict[str, Any]:
-    """A JSON object.
+    """Return the object in a JSON file.
 
     Raises:
-        CapasError: the file is missing, damaged, or holds something else.
+        CapasError: the file is missing, damaged, or has no object.
     """
     try:
         content = json.loads(file.read_text(encoding="utf-8"))
@@ -28,13 +28,13 @@ def read_json(file: Path) -> dict[str, Any]:
 
 
 def write_json(file: Path, facts: Mapping[str, Any]) -> None:
-    """Indented, in the order given, floats rounded to 6 significant digits."""
+    """Write facts as indented JSON, in their order, with floats rounded to 6 significant digits."""
     text = json.dumps(rounded(facts), indent=2, ensure_ascii=False, allow_nan=False)
     file.write_text(text + "\n", encoding="utf-8")
 
 
 def write_whole(file: Path, text: str) -> None:
-    """Who reads it meanwhile, and who comes after a kill, finds the old text or the new one."""
+    """Write a text atomically: a reader finds the old text or the new one, even after a kill."""
     file.parent.mkdir(parents=True, exist_ok=True)
     partial = file.with_name(f".{file.name}.partial")
     partial.write_text(text, encoding="utf-8")
@@ -42,7 +42,7 @@ def write_whole(file: Path, text: str) -> None:
 
 
 def write_csv(file: Path, columns: Sequence[str], rows: Sequence[Mapping[str, Any]]) -> None:
-    """Those columns of the rows; a value that a row lacks is left empty."""
+    """Write these columns of the rows as CSV; a value missing in a row is left empty."""
     with file.open("w", encoding="utf-8", newline="") as lines:
         writer = csv.DictWriter(lines, columns, extrasaction="ignore", lineterminator="\n")
         writer.writeheader()
@@ -50,7 +50,7 @@ def write_csv(file: Path, columns: Sequence[str], rows: Sequence[Mapping[str, An
 
 
 def rounded(value: Any) -> Any:
-    """`value` with every float in it rounded to 6 significant digits."""
+    """Return `value` with every float in it rounded to 6 significant digits."""
     if isinstance(value, float):
         return float(f"{value:.6g}")
     if isinstance(value, Mapping):

@@ -1,6 +1,6 @@
-"""Git's index where a killed process left it cut.
+"""Detect and rebuild a git index that a killed process left truncated.
 
-DVC writes it in place, and git itself does not check it: half of an index is an index with fewer files.
+DVC writes the index in place, and git does not check it: half of an index looks like one with fewer files.
 """
 
 import hashlib
@@ -8,11 +8,11 @@ from pathlib import Path
 
 from capas.core.worktree import git
 
-_DIGESTS = ("sha1", "sha256")  # of git's object formats
+_DIGESTS = ("sha1", "sha256")  # digests of git's object formats
 
 
 def is_broken(root: Path) -> bool:
-    """Return whether the index is empty, or ends with another checksum than its own."""
+    """Return whether the index is empty, or its checksum at the end is wrong."""
     file = _file(root)
     if file is None or not file.exists():
         return False
@@ -21,13 +21,17 @@ def is_broken(root: Path) -> bool:
 
 
 def mend(root: Path, tree: str) -> list[str]:
-    """Make a broken index anew from a tree, and return a sentence about it; none where it is whole."""
+    """Rebuild a broken index from a tree and return a sentence about it, or none if the index is intact.
+
+    Raises:
+        CapasError: git cannot read the tree.
+    """
     file = _file(root)
     if file is None or not is_broken(root):
         return []
     file.unlink()
     git(root, "read-tree", tree)
-    git(root, "update-index", "-q", "--refresh", check=False)  # fails where a file differs
+    git(root, "update-index", "-q", "--refresh", check=False)  # fails if a file differs
     return ["git's index was truncated and has been rebuilt"]
 
 
@@ -37,7 +41,7 @@ def _file(root: Path) -> Path | None:
 
 
 def _is_whole(content: bytes, name: str) -> bool:
-    """Return whether the last bytes are the digest of the others; git may write zeros (`index.skipHash`)."""
+    """Return whether the last bytes are the digest of the others, or zeros, as with `index.skipHash`."""
     size = hashlib.new(name).digest_size
     body, end = content[:-size], content[-size:]
     return end in (hashlib.new(name, body, usedforsecurity=False).digest(), bytes(size))

@@ -1,7 +1,7 @@
-"""Runs a command that ends with whoever started it: `python -m capas.core.guard COMMAND ...`.
+"""Run a command that ends when its starter ends: `python -m capas.core.guard COMMAND ...`.
 
-Standard input is a pipe that is never written to. It closes when the starter is gone, even by SIGKILL;
-then the command and all that it started get SIGINT, and after a while SIGKILL.
+Standard input is a pipe that is never written to. It closes when the starter has ended, even by SIGKILL. The
+command and all its child processes then get SIGINT, and after ten seconds SIGKILL.
 """
 
 import contextlib
@@ -15,7 +15,7 @@ _SECONDS_TO_END = 10.0
 
 
 def run(command: list[str], stdin: int) -> int:
-    """The command's exit code."""
+    """Run the command and return its exit code; end it when the pipe `stdin` closes."""
     child = subprocess.Popen(command, stdin=subprocess.DEVNULL, start_new_session=True)
     threading.Thread(target=_end_with_starter, args=(child, stdin), daemon=True).start()
     return child.wait()
@@ -32,8 +32,8 @@ def _end_with_starter(child: "subprocess.Popen[bytes]", stdin: int) -> None:
 
 
 if __name__ == "__main__":
-    # A signal to the whole group reaches the starter, too, and the starter decides: who died here would leave
-    # the command behind. Not SIG_IGN: the command would inherit it, and SIGINT could not end it.
+    # A signal to the whole group also reaches the starter, which decides: ending here would leave the command
+    # running. SIG_IGN is not used, because the command would inherit it and SIGINT could not end it.
     for number in (signal.SIGINT, signal.SIGTERM):
         signal.signal(number, lambda number, frame: None)
     sys.exit(run(sys.argv[1:], sys.stdin.fileno()))

@@ -1,4 +1,4 @@
-"""Files that stages read and no stage makes, and which of them git does not have."""
+"""Find the files that stages read and no stage makes, and those of them that git does not have."""
 
 from pathlib import Path
 
@@ -7,16 +7,19 @@ from capas.core.worktree import git
 
 
 def external(root: Path) -> list[str]:
-    """Files and folders that stages read and no stage makes."""
+    """Return the files and folders that stages read and no stage makes, sorted."""
     stages = StageSpec.read_all(root).values()
     made = {out for stage in stages for out in stage.outs}
     return sorted({dep for stage in stages for dep in stage.deps} - made)
 
 
 def ignored(root: Path, tree: str) -> list[str]:
-    """Those files of them that are not in the git tree: what lies in data/own.
+    """Return the external files that are not in the git tree, which are those in data/own.
 
-    What .dvcignore names is none, as for DVC: an editor's swap file is gone when the editor is.
+    Files in .dvcignore are left out, as DVC does, because an editor's swap file disappears with the editor.
+
+    Raises:
+        CapasError: git has no such tree.
     """
     from dvc.fs import localfs
     from dvc.ignore import DvcIgnoreFilter

@@ -1,7 +1,8 @@
-"""The report's words: one YAML file per language, numbers written as that language writes them.
+"""Write the report's texts, from one YAML file per language, with numbers in that language's format.
 
-A text may hold the run's own numbers, as Jinja expressions over the facts of the run:
-`Trained on {{ splits.train.num_records|num }} records.` Facts are escaped, texts are not: they are ours.
+A text may include the run's numbers as Jinja expressions over the facts of the run:
+`Trained on {{ splits.train.num_records|num }} records.` Facts are escaped; texts are not, because they are
+the project's own.
 """
 
 import json
@@ -18,28 +19,29 @@ from capas.core.dag import read_yaml
 from capas.core.errors import CapasError
 from capas.core.params import flatten
 
-NARROW_SPACE = "\u202f"  # does not break a line
+NARROW_SPACE = "\u202f"  # no-break
+# Per language: the separator of thousands, the decimal mark, and the space before %.
 _MARKS = {
     "en": (",", ".", ""),
     "es": (NARROW_SPACE, ",", NARROW_SPACE),
-}  # thousands, decimal, before %
+}
 
 
 @dataclass(frozen=True)
 class Numbers:
-    """Numbers as text: English 12,345.6 and 77.4%, Spanish 12 345,6 and 77,4 %."""
+    """The format of numbers in a language: English 12,345.6 and 77.4%, Spanish 12 345,6 and 77,4 %."""
 
     code: str
 
     def num(self, value: float | None) -> str:
-        """An integer with its thousands apart; Spanish leaves four digits together (RAE)."""
+        """Return an integer with separated thousands; Spanish does not separate four digits (RAE)."""
         if value is None:
             return "–"
         plain = self.code == "es" and abs(value) < 10_000
         return f"{value:.0f}" if plain else f"{value:,.0f}".replace(",", _MARKS[self.code][0])
 
     def dec(self, value: float | None, digits: int = 2) -> str:
-        """With a fixed number of decimals; scientific where these would show nothing but zeros."""
+        """Return a number with fixed decimals, or in scientific notation if these would all be zero."""
         if value is None:
             return "–"
         text = f"{value:.{digits}f}"
@@ -49,11 +51,11 @@ class Numbers:
         return text.replace(".", _MARKS[self.code][1]).replace("-", "−")
 
     def sig(self, value: float | None) -> str:
-        """Three significant digits: 267, 4.85, 0.200, 0.000211."""
+        """Return a number with three significant digits: 267, 4.85, 0.200, 0.000211."""
         return "–" if value is None else self._written(f"{value:#.3g}".rstrip("."))
 
     def general(self, value: float) -> str:
-        """As short as it can be written: 0.004, 1.5, 2e-05."""
+        """Return a number in its shortest form: 0.004, 1.5, 2e-05."""
         return self._written(f"{value:g}")
 
     def pct(self, fraction: float | None, digits: int = 1) -> str:
@@ -65,19 +67,19 @@ class Numbers:
         )
 
     def points(self, fraction: float, digits: int = 1) -> str:
-        """A difference of two shares, with its sign."""
+        """Return a difference of two fractions in percentage points, with its sign."""
         return ("+" if fraction > 0 else "") + self.dec(100 * fraction, digits)
 
     def score(self, value: float | None, is_share: bool) -> str:
-        """Of a metric: a percentage, or a plain number where it may lie beyond 0 and 1."""
+        """Return the score of a metric: a percentage, or a plain number if it is not a fraction."""
         return self.pct(value) if is_share else self.dec(value, 3)
 
     def gain(self, value: float, is_share: bool) -> str:
-        """A difference of two scores, with its sign."""
+        """Return a difference of two scores, with its sign."""
         return self.points(value) if is_share else ("+" if value > 0 else "") + self.dec(value, 3)
 
     def size(self, num_bytes: float) -> str:
-        """Bytes in powers of ten, as disks and downloads are sold."""
+        """Return a number of bytes in decimal units (1 kB = 1000 B), as on disks and downloads."""
         for unit, digits in (("B", 0), ("kB", 0), ("MB", 1)):
             if num_bytes < 1000:
                 return f"{self.dec(num_bytes, digits)}{NARROW_SPACE}{unit}"
@@ -114,7 +116,7 @@ class Language:
         return key in self._texts
 
     def say(self, key: str, **more: Any) -> Markup:
-        """The text under a dotted key, its expressions filled in.
+        """Return the text under a dotted key, with its expressions filled in.
 
         Raises:
             CapasError: the language's file has no such text.
@@ -124,16 +126,16 @@ class Language:
         return Markup(self._compiled(key).render(**more).strip())
 
     def _compiled(self, key: str) -> Template:
-        """Loops say the same text for many rows."""
+        """Return the compiled template of a text, cached because loops use one text for many rows."""
         if key not in self._templates:
             self._templates[key] = self._environment.from_string(self._texts[key])
         return self._templates[key]
 
     def metric(self, name: str) -> Markup:
-        """What a metric is called; a function of the user's own by its name."""
+        """Return the name of a metric in the language, or the plain name for the user's own function."""
         key = f"metrics.{name}.name"
         return self.say(key) if self.has(key) else escape(name)
 
     def render(self, template: str, **more: Any) -> str:
-        """A template of the folder."""
+        """Return a rendered template of the folder."""
         return self._environment.get_template(template).render(**more)

@@ -1,4 +1,4 @@
-"""Large files in a second place without a second copy of their bytes."""
+"""Place large files a second time without copying their bytes, if possible."""
 
 import errno
 import fcntl
@@ -18,12 +18,12 @@ _UNSUPPORTED = {
 
 
 def place(source: Path, target: Path, immutable: bool = False) -> str:
-    """Make `target` hold what `source` holds; returns how: reflink, hardlink or copy.
+    """Give `target` the content of `source`, and return the way: reflink, hardlink or copy.
 
     Args:
-        immutable: nobody writes to `source` in place, so a hard link is as good as a copy.
+        immutable: whether `source` is never written to in place, so that a hard link is as good as a copy.
     """
-    source = source.resolve()  # a hub's cache and DVC's may hold symbolic links
+    source = source.resolve()  # the caches of the Hub and of DVC may have symbolic links
     if _reflink(source, target):
         return "reflink"
     if immutable or not source.stat().st_mode & 0o222:

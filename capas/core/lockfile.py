@@ -1,6 +1,6 @@
-"""dvc.lock as text, one piece for each stage: pieces are kept or left out, and never mixed.
+"""Repair a truncated dvc.lock as text, one piece per stage; pieces are kept or left out, never mixed.
 
-DVC writes the file in place, so that SIGKILL can leave it empty or cut. A stage that is left out is no loss:
+DVC writes the file in place, so SIGKILL can leave it empty or truncated. Leaving out a stage loses nothing:
 `dvc repro` restores its outputs from the run cache, or runs it.
 """
 
@@ -16,11 +16,11 @@ _HEADER = "schema: '2.0'\nstages:\n"
 _STAGE = re.compile(r"^  (?=[^\s#])(?P<name>[^\n]+?):\n", re.MULTILINE)
 _TOP_LEVEL = re.compile(r"^(?=\S)", re.MULTILINE)
 _MD5 = re.compile(r"[0-9a-f]{32}(?P<folder>\.dir)?")
-Pieces = dict[str, str]  # stage -> its lines, the name's included
+Pieces = dict[str, str]  # {stage: its lines, including the line of its name}
 
 
 def split(text: str) -> Pieces:
-    """Return the pieces of a dvc.lock, whole or not."""
+    """Return the pieces of a dvc.lock, complete or not."""
     _, header, body = text.partition("stages:\n")
     body = _TOP_LEVEL.split(body, 1)[0]
     starts = list(_STAGE.finditer(body)) if header else []
@@ -34,7 +34,7 @@ def join(pieces: Pieces) -> str:
 
 
 def entry(piece: str) -> dict[str, Any] | None:
-    """Return the stage's entry; None where the piece is not YAML, or not a mapping."""
+    """Return the stage's entry in a piece, or None if the piece is not YAML or not a mapping."""
     try:
         (found,) = parse_yaml(piece, LOCK).values()
     except (CapasError, ValueError):
@@ -43,10 +43,10 @@ def entry(piece: str) -> dict[str, Any] | None:
 
 
 def flaw(piece: str, spec: StageSpec | None) -> str:
-    """Return why the piece is not whole; empty where it is.
+    """Return the reason why a piece is incomplete, or an empty text if it is complete.
 
     Args:
-        spec: as dvc.yaml declares the stage now; None: it declares no such stage.
+        spec: the stage as dvc.yaml declares it now, or None if it declares no such stage.
     """
     found = entry(piece)
     if found is None or not piece.endswith("\n"):
@@ -77,12 +77,12 @@ def _path(item: Any) -> str:
 
 
 def heal(text: str, committed: str, specs: Mapping[str, StageSpec]) -> tuple[str, list[str]]:
-    """Return a whole dvc.lock and what was wrong with `text`, an empty list where nothing was.
+    """Return a valid dvc.lock, and the list of problems of `text`, empty if there were none.
 
-    The text is empty where no stage is left.
+    The returned text is empty if no stage is left.
 
     Args:
-        committed: the last commit's dvc.lock, for the stages that are not whole; empty where it has none.
+        committed: the last commit's dvc.lock, which replaces incomplete stages; empty if there is none.
     """
     here, there = split(text), split(committed)
     flaws = {name: flaw(piece, specs.get(name)) for name, piece in here.items()}
@@ -95,7 +95,7 @@ def heal(text: str, committed: str, specs: Mapping[str, StageSpec]) -> tuple[str
         said.append(f"{LOCK}: the entries of {', '.join(lost)} are missing")
     if not here or join(here) != text:
         if not said and _is_lock(text):
-            return text, []  # in another layout than DVC's: nothing is known against it
+            return text, []  # a valid file in another layout than DVC's
         said = [f"{LOCK} was truncated or overwritten"]
     if not said:
         return text, []

@@ -1,4 +1,4 @@
-"""Locks between processes, which end with the process that holds them, however it ends."""
+"""Lock files between processes; a lock ends with the process that holds it, even if it is killed."""
 
 import fcntl
 import time
@@ -11,7 +11,7 @@ _SECONDS_BETWEEN_TRIES = 0.1
 
 
 class BusyError(Exception):
-    """Another process holds the lock; `text` is what it wrote into the file."""
+    """An error raised when another process holds the lock; `text` is that process's text in the file."""
 
     def __init__(self, file: Path, text: str) -> None:
         super().__init__(f"{file.name} is held by another process")
@@ -20,10 +20,10 @@ class BusyError(Exception):
 
 @contextmanager
 def exclusive(file: Path, seconds: float = float("inf")) -> Iterator[TextIO]:
-    """One process at a time in this block; gives the open file, empty, to write into.
+    """Allow one process at a time in this block; yield the open file, empty, to write into.
 
     Raises:
-        BusyError: another process holds it for longer than `seconds`.
+        BusyError: another process holds the lock for longer than `seconds`.
     """
     file.parent.mkdir(parents=True, exist_ok=True)
     deadline = time.monotonic() + seconds
@@ -38,7 +38,7 @@ def exclusive(file: Path, seconds: float = float("inf")) -> Iterator[TextIO]:
 
 
 def is_held(file: Path) -> bool:
-    """Whether a process holds it now."""
+    """Return whether a process holds the lock now."""
     try:
         with exclusive(file, seconds=0):
             return False

@@ -1,17 +1,17 @@
-"""A read-only view of the params that dvc.yaml declares for a stage."""
+"""Give a stage a read-only view of the params that dvc.yaml declares for it."""
 
 from collections.abc import Iterator, Mapping
 from typing import Any
 
 from capas.core.errors import CapasError
 
-ABSENT = object()  # no value, not even None
+ABSENT = object()  # stands for a missing value, unlike None
 
 
 class Params(Mapping[str, Any]):
-    """Nested values, by attribute or as a mapping: `params.lora.r`, `LoraConfig(**params.lora)`.
+    """Nested values, read as attributes or as a mapping: `params.lora.r`, `LoraConfig(**params.lora)`.
 
-    Asking for a key that was not declared is an error: a stage that used it would give another
+    Reading an undeclared key as an attribute raises CapasError: a stage that used it could give another
     result under the same DVC key.
     """
 
@@ -23,7 +23,7 @@ class Params(Mapping[str, Any]):
         return Params(value, f"{self._path}{key}.") if isinstance(value, dict) else value
 
     def __getattr__(self, key: str) -> Any:
-        if key.startswith("_"):  # pickle asks for __setstate__
+        if key.startswith("_"):  # pickle looks for __setstate__
             raise AttributeError(key)
         if key not in self._values:
             raise CapasError(
@@ -39,12 +39,12 @@ class Params(Mapping[str, Any]):
         return len(self._values)
 
     def without(self, *keys: str) -> dict[str, Any]:
-        """The values as a plain dict, less capas' own keys: what a third-party object is built from."""
+        """Return the values as a plain dict without `keys`, to build a third-party object from."""
         return {key: value for key, value in self._values.items() if key not in keys}
 
 
 def flatten(values: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
-    """{'lora': {'r': 16}} -> {'lora.r': 16}; an empty mapping stays a value."""
+    """Return {'lora.r': 16} for {'lora': {'r': 16}}; an empty mapping counts as a value."""
     flat: dict[str, Any] = {}
     for key, value in values.items():
         nested = isinstance(value, Mapping) and len(value) > 0
@@ -53,10 +53,10 @@ def flatten(values: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
 
 
 def select(values: Mapping[str, Any], keys: list[str], file: str = "params.yaml") -> dict[str, Any]:
-    """The part of `values` under dotted `keys`, nested as in the file.
+    """Return the part of `values` under dotted `keys`, nested as in the file.
 
     Raises:
-        CapasError: a key is declared in dvc.yaml that the file does not have.
+        CapasError: dvc.yaml declares a key that the file does not have.
     """
     chosen: dict[str, Any] = {}
     for dotted in keys:
@@ -75,7 +75,7 @@ def select(values: Mapping[str, Any], keys: list[str], file: str = "params.yaml"
 
 
 def lookup(values: Any, dotted: str) -> Any:
-    """Return the value under a dotted key; `ABSENT` where there is none."""
+    """Return the value under a dotted key, or `ABSENT` if there is none."""
     for part in dotted.split("."):
         if not isinstance(values, Mapping) or part not in values:
             return ABSENT

@@ -1,4 +1,4 @@
-"""A command whose lines are followed while it runs, and which ends with the process that follows it."""
+"""Run a command, follow its output, and end it when this process ends."""
 
 import re
 import subprocess
@@ -12,7 +12,7 @@ from typing import Any
 from capas.core.errors import CapasError
 
 _SECONDS_BETWEEN_LOOKS = 0.2
-_NUM_LAST = 12  # lines of its log that are shown where it fails
+_NUM_LAST = 12  # last lines of the log shown if the command fails
 
 
 def follow(
@@ -23,13 +23,15 @@ def follow(
     look: Callable[[], None],
     held: Sequence[int] = (),
 ) -> Iterator[str]:
-    """Run it in the folder `work`; its lines as they come, which go to `log` as well.
+    """Run a command in the folder `work`, and yield its lines as they come; they also go to `log`.
 
-    The locks whose file descriptors are in `held` stay until the command has ended, even where this process
-    is killed before.
+    Args:
+        look: a function that is called several times a second while the command runs.
+        held: file descriptors of locks. The locks stay until the command has ended, even if this process is
+            killed.
 
     Raises:
-        CapasError: it failed; with its last lines.
+        CapasError: the command failed; the message has its last lines.
     """
     with (
         log.open("w", encoding="utf-8") as out,
@@ -38,7 +40,7 @@ def follow(
     ):
         rest, ended = "", False
         while not ended:
-            ended = child.poll() is not None  # then all that it wrote is there to read
+            ended = child.poll() is not None  # all its output can be read then
             *lines, rest = re.split(r"[\r\n]+", rest + written.read())
             yield from (line.strip() for line in lines)
             if not ended:
@@ -52,7 +54,7 @@ def follow(
 def _guarded(
     command: list[str], work: Path, env: dict[str, str], out: Any, held: Sequence[int]
 ) -> "Iterator[subprocess.Popen[bytes]]":
-    """See `capas.core.guard`."""
+    """Start the command under `capas.core.guard`, and end it with the block."""
     guard = [sys.executable, "-m", "capas.core.guard", *command]
     child = subprocess.Popen(
         guard,

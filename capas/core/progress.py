@@ -1,4 +1,4 @@
-"""Periodic messages, so that no stage is silent for more than ten seconds."""
+"""Log periodic messages, so that no stage is silent for more than ten seconds."""
 
 import logging
 import threading
@@ -7,12 +7,12 @@ from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from typing import Protocol, TypeVar
 
-SECONDS_BETWEEN_WORDS = 9.0  # so that none is silent for ten
+SECONDS_BETWEEN_WORDS = 9.0  # less than ten, so that no stage is silent for ten
 log = logging.getLogger("capas")
 
 
 class Activity:
-    """What a stage is doing: `text`, and how much of it is `done`, of `total` where that is known."""
+    """An activity of a stage, described by `text`; `done` counts its steps, of `total` if that is known."""
 
     def __init__(self, text: str, total: int | None = None) -> None:
         self.text, self.total, self.done = text, total, 0
@@ -30,7 +30,7 @@ _activities: list[Activity] = []
 
 
 class Rows(Protocol):
-    """A table of pyarrow."""
+    """A protocol for pyarrow tables."""
 
     @property
     def num_rows(self) -> int: ...
@@ -41,7 +41,7 @@ T = TypeVar("T", bound=Rows)
 
 @contextmanager
 def doing(text: str, total: int | None = None) -> Iterator[Activity]:
-    """Name what is going on inside the block, for `heartbeat`; `step()` counts towards `total`."""
+    """Name the activity inside the block, for `heartbeat`; `step()` counts towards `total`."""
     activity = Activity(text, total)
     _activities.append(activity)
     try:
@@ -51,7 +51,7 @@ def doing(text: str, total: int | None = None) -> Iterator[Activity]:
 
 
 def counted(tables: Iterable[T], text: str) -> Iterator[T]:
-    """Yield the same tables; their records are counted as what `heartbeat` says is going on."""
+    """Yield the same tables, and count their records as an activity, for `heartbeat`."""
     with doing(text) as activity:
         for table in tables:
             yield table
@@ -59,7 +59,7 @@ def counted(tables: Iterable[T], text: str) -> Iterator[T]:
 
 
 class _LastWord(logging.Handler):
-    """Remembers when the last line was logged."""
+    """A log handler that remembers the time of the last line."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -71,7 +71,7 @@ class _LastWord(logging.Handler):
 
 @contextmanager
 def heartbeat(seconds: float = SECONDS_BETWEEN_WORDS) -> Iterator[None]:
-    """Log what is going on whenever nothing was logged for `seconds`, until the block ends."""
+    """Log the current activities whenever nothing was logged for `seconds`, until the block ends."""
     last, ended, started = _LastWord(), threading.Event(), time.monotonic()
 
     def beat() -> None:

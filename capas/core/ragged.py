@@ -1,4 +1,4 @@
-"""Rows of different lengths as one flat array, with whole-array operations instead of loops."""
+"""Store rows of different lengths as one flat array, for whole-array operations instead of loops."""
 
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
@@ -12,9 +12,9 @@ Array = np.ndarray[Any, Any]
 
 @dataclass(frozen=True)
 class Ragged:
-    """Row i is values[offsets[i] : offsets[i + 1]].
+    """Rows of different lengths: row i is values[offsets[i] : offsets[i + 1]].
 
-    values: [all items], offsets: [rows + 1] int64, from 0 to all items.
+    values: [all items]; offsets: [rows + 1] int64, from 0 to the number of all items.
     """
 
     values: Array
@@ -28,7 +28,7 @@ class Ragged:
 
     @classmethod
     def from_arrow(cls, column: pa.ListArray) -> "Ragged":
-        """A column of lists without nulls."""
+        """Return the rows of a column of lists without nulls."""
         offsets = from_arrow(column.offsets).astype(np.int64)
         return cls(from_arrow(column.flatten()), offsets - offsets[0])
 
@@ -50,25 +50,25 @@ class Ragged:
         return gather(self.values, self.starts[rows], self.lengths[rows])
 
     def to_arrow(self, kind: pa.DataType) -> pa.ListArray:
-        """A column of the list type `kind`."""
+        """Return the rows as a column of the list type `kind`."""
         values = to_arrow(self.values, kind.value_type)
         offsets = to_arrow(self.offsets, pa.int32())
         return pa.ListArray.from_arrays(offsets, values, type=kind)
 
 
 def from_arrow(values: pa.Array) -> Array:
-    """Numbers without nulls, without a copy; `to_numpy` imports pandas, which takes half a second."""
+    """Return numbers without nulls as an array, not copied; `to_numpy` would import pandas, half a second."""
     return np.from_dlpack(values)
 
 
 def to_arrow(values: Array, kind: pa.DataType) -> pa.Array:
-    """Numbers, without a copy where they are of that type; `pa.array` imports pandas as well."""
+    """Return numbers as an Arrow array, not copied if they have that type; `pa.array` would import pandas."""
     values = np.ascontiguousarray(values, str(kind))
     return pa.Array.from_buffers(kind, len(values), [None, pa.py_buffer(values)])
 
 
 def texts_to_arrow(texts: Sequence[str]) -> pa.StringArray:
-    """See `to_arrow`."""
+    """Return texts as an Arrow array, without importing pandas: see `to_arrow`."""
     encoded = [text.encode() for text in texts]
     offsets = offsets_of(np.fromiter(map(len, encoded), np.int64, len(encoded)))
     starts, content = offsets.astype(np.int32), b"".join(encoded)
@@ -76,31 +76,31 @@ def texts_to_arrow(texts: Sequence[str]) -> pa.StringArray:
 
 
 def gather(pool: Array, starts: Array, lengths: Array) -> Ragged:
-    """Row i of the result is pool[starts[i] : starts[i] + lengths[i]]."""
+    """Return ragged rows, of which row i is pool[starts[i] : starts[i] + lengths[i]]."""
     offsets = offsets_of(lengths)
     return Ragged(pool[ranges(starts, lengths)], offsets)
 
 
 def ranges(starts: Array, lengths: Array) -> Array:
-    """The indices starts[i] ... starts[i] + lengths[i] - 1 of all ranges, one after the other."""
+    """Return the indices starts[i] ... starts[i] + lengths[i] - 1 of all ranges, one after the other."""
     before = np.cumsum(lengths) - lengths
     return np.repeat(starts - before, lengths) + np.arange(int(lengths.sum()))
 
 
 def concatenate(parts: Iterable[Ragged]) -> Ragged:
-    """The rows of all parts, one part after the other; there is at least one."""
+    """Return the rows of all parts, one part after the other; there must be at least one part."""
     all_parts = list(parts)
     lengths = np.concatenate([part.lengths for part in all_parts])
     return Ragged(np.concatenate([part.values for part in all_parts]), offsets_of(lengths))
 
 
 def any_in_row(marks: Array, offsets: Array) -> Array:
-    """[rows] bool: whether one of the items offsets[i] : offsets[i + 1] is marked."""
+    """Return [rows] bool: whether any of the items offsets[i] : offsets[i + 1] is marked."""
     before = offsets_of(marks)
     found: Array = before[offsets[1:]] > before[offsets[:-1]]
     return found
 
 
 def offsets_of(lengths: Array) -> Array:
-    """Where rows of these lengths begin, and where the last one ends."""
+    """Return the start of each row with these lengths, and the end of the last: [rows + 1] int64."""
     return np.concatenate([np.zeros(1, np.int64), np.cumsum(lengths, dtype=np.int64)])

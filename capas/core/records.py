@@ -1,14 +1,15 @@
-"""The records of a split as parquet: fixed schemas, so that the same records are the same bytes.
+"""Read and write the records of a split as parquet; by fixed schemas, equal records give equal bytes.
 
 One record grows from stage to stage::
 
-    raw        id, messages [{role, content, extra, train}], tools, metadata        what fetch got
+    raw        id, messages [{role, content, extra, train}], tools, metadata        as fetched
     tokenized  id, messages [{role, content, extra, train, input_ids}], tools, metadata
     formatted  id, input_ids, labels, prompt_ids, reference, metadata
 
-`extra` (tool_calls, tool_call_id, ... of a message), `tools` and `metadata` are JSON as text, "" where there
-are none: Arrow gives each row the keys of all. Calls and tools keep the order of their keys, which is
-trained on. `train: false` keeps an answer out of the loss. A plain text is one message of the role `text`.
+`extra` (tool_calls, tool_call_id, ... of a message), `tools` and `metadata` are JSON as text, because Arrow
+would give each row the keys of all rows; `extra` and `tools` are "" if there are none. Calls and tools keep
+the order of their keys, because the model is trained on it. `train: false` keeps an answer out of the loss. A
+plain text is one message with the role `text`.
 """
 
 from collections.abc import Iterable, Iterator, Sequence
@@ -22,11 +23,11 @@ import pyarrow.parquet as pq
 from capas.core.errors import CapasError
 
 SPLITS = ("train", "validation", "test")
-IGNORE_INDEX = -100  # the label of a token without loss, the default of torch.nn.CrossEntropyLoss
+IGNORE_INDEX = -100  # label of a token outside the loss, as in torch.nn.CrossEntropyLoss
 READ_BYTES = 2**20
-ROWS_PER_GROUP = 2000  # rows held in memory at once, whatever the size of the split
+ROWS_PER_GROUP = 2000  # rows in memory at once, whatever the size of the split
 
-# No dictionaries: token ids and texts are too many for one, without it files are smaller and written faster.
+# Token ids and texts are too many for dictionaries; without them files are smaller and written faster.
 _PARQUET = {"version": "2.6", "compression": "zstd", "use_dictionary": False}
 
 Record = dict[str, Any]
@@ -67,13 +68,16 @@ FORMATTED = pa.schema(
 
 
 def write_records(file: Path, schema: pa.Schema, records: Iterable[Record]) -> int:
-    """Write `records` as they come, in groups of rows of a fixed size; returns how many there were."""
+    """Write `records` as they come, in row groups of a fixed size, and return their number."""
     groups = (pa.Table.from_pylist(group, schema=schema) for group in _groups(records))
     return write_tables(file, schema, groups)
 
 
 def write_tables(file: Path, schema: pa.Schema, tables: Iterable[pa.Table]) -> int:
-    """As `write_records`, from tables of any length. One group is written while the next is made."""
+    """Write the records of tables of any length, in row groups of a fixed size, and return their number.
+
+    One group is written while the next is made.
+    """
     count = 0
     with (
         pq.ParquetWriter(file, schema, **_PARQUET) as writer,
@@ -91,19 +95,23 @@ def write_tables(file: Path, schema: pa.Schema, tables: Iterable[pa.Table]) -> i
 
 
 def read_records(file: Path, schema: pa.Schema) -> Iterator[Record]:
-    """The records of `file`, in order, few in memory at once; raises as `read_batches`."""
+    """Yield the records of `file`, in order, with `ROWS_PER_GROUP` in memory at once.
+
+    Raises:
+        CapasError: the file is not a complete parquet file, or has other columns than `schema`.
+    """
     for batch in read_batches(file, schema):
         yield from batch.to_pylist()
 
 
 def read_batches(file: Path, schema: pa.Schema) -> Iterator[pa.RecordBatch]:
-    """The records of `file`, in order, `ROWS_PER_GROUP` at once.
+    """Yield the records of `file`, in order, `ROWS_PER_GROUP` at once.
 
     Raises:
-        CapasError: the file is no parquet file, or has other columns than `schema`.
+        CapasError: the file is not a complete parquet file, or has other columns than `schema`.
     """
     try:
-        # pre_buffer would hold the whole file
+        # pre_buffer would keep the whole file in memory.
         with pq.ParquetFile(file, pre_buffer=False, buffer_size=READ_BYTES) as parquet:
             if not parquet.schema_arrow.equals(schema):
                 raise CapasError(_other_columns(file, parquet.schema_arrow, schema))
@@ -115,13 +123,13 @@ def read_batches(file: Path, schema: pa.Schema) -> Iterator[pa.RecordBatch]:
 
 
 def evenly_spaced(items: Sequence[T], count: int) -> list[T]:
-    """At most `count` of them from the whole range: kinds of records stand one after the other in a split."""
+    """Return at most `count` items, evenly spaced, because a split's records may be sorted by kind."""
     count = min(count, len(items))
     return [items[i * len(items) // count] for i in range(count)]
 
 
 def before_last_answer(messages: Sequence[Record]) -> list[Record]:
-    """Return what is asked before the last answer; of a plain text, which has none, all of it."""
+    """Return the messages before the last answer, or all if there is none, as in a plain text."""
     answers = [i for i, message in enumerate(messages) if message["role"] == "assistant"]
     return list(messages[: answers[-1]] if answers else messages)
 
@@ -137,7 +145,7 @@ def _other_columns(file: Path, found: pa.Schema, wanted: pa.Schema) -> str:
 
 
 def _regrouped(tables: Iterable[pa.Table]) -> Iterator[pa.Table]:
-    """The same rows in tables of ROWS_PER_GROUP, the last one shorter."""
+    """Yield the same rows in tables of ROWS_PER_GROUP rows; the last one may be shorter."""
     pending: list[pa.Table] = []
     for table in tables:
         pending.append(table)

@@ -1,12 +1,14 @@
-"""What every stage is run with. It never changes what a stage computes.
+"""Run a stage with the checks that all stages share; none of them changes a stage's results.
 
-- A stage sees the params that dvc.yaml declares for it and no others.
-- Outputs are written aside and moved into place at the end: a killed stage leaves nothing half-written.
-- One process per stage and workspace: a stage that outlived a killed `dvc` cannot race its successor.
-- DVC hashes deps and params after the command ran. A stage whose inputs were edited meanwhile fails,
-  so that DVC does not record the old result under the new inputs.
-- The installed packages must be those that environment.yaml records for the stage, and the code that of
-  code.yaml.
+- A stage sees only the params that dvc.yaml declares for it.
+- Outputs are written to temporary names and moved into place at the end, so a killed stage leaves nothing
+  half-written.
+- Only one process runs a stage in a workspace: a stage that outlived a killed `dvc` cannot race the next
+  one.
+- DVC hashes deps and params after the command ran. A stage whose inputs were edited meanwhile fails, so that
+  DVC does not record the old result under the new inputs.
+- The installed packages must be those that environment.yaml records for the stage, and the code must be that
+  of code.yaml.
 """
 
 import json
@@ -34,19 +36,18 @@ from capas.core.progress import heartbeat
 log = logging.getLogger("capas")
 PARAMS, ENVIRONMENT = "params.yaml", "environment.yaml"
 CHECKPOINTS, FINISHED = ".dvc/tmp/checkpoints", "finished"
-_HASHED_BYTES = (
-    2**20
-)  # larger inputs are compared by size and mtime: hashing 16 GB twice is not plumbing
+# Larger inputs are compared by size and mtime, because hashing 16 GB twice takes too long.
+_HASHED_BYTES = 2**20
 
 
 class Stage:
-    """The files of one run of a stage; paths are relative to `root`, the repository."""
+    """The files of one run of a stage; paths are relative to `root`, the repository's folder."""
 
     def __init__(self, spec: StageSpec, root: Path, aside: Path | None = None) -> None:
         self.spec, self.root, self.aside = spec, root, aside
         self._pending: dict[Path, Path] = {}
         self._checkpoints: Path | None = None
-        self.costs: dict[str, Any] = {}  # for reports/timings, beside seconds and peak memory
+        self.costs: dict[str, Any] = {}  # added to reports/timings, besides time and peak memory
 
     @property
     def name(self) -> str:
@@ -54,27 +55,30 @@ class Stage:
 
     @property
     def debug(self) -> bool:
-        """Whether outputs go aside, to where DVC does not look."""
+        """Return whether outputs are written elsewhere, to a folder that DVC does not track."""
         return self.aside is not None
 
     def dep(self, path: str) -> Path:
-        """The declared dependency `path`.
+        """Return the path of the declared dependency `path`.
 
         Raises:
-            CapasError: dvc.yaml does not declare it, or it is missing.
+            CapasError: dvc.yaml does not declare the dependency, or it is missing.
         """
         self._check_declared(path, self.spec.deps, "dep")
         found = self.root / path
         if self.aside and (self.aside / path).exists() and path.startswith("data/composed/"):
-            return self.aside / path  # what the overrides of a debug run compose to
+            return self.aside / path  # composed from the overrides of a debug run
         if not found.exists():
             raise CapasError(f"{path} is missing because its stage has not run. Run `dvc repro`")
         return found
 
     def out(self, path: str) -> Path:
-        """Where to write the declared output `path`; moved there when the stage succeeds.
+        """Return a temporary path for the declared output `path`; it is moved there when the stage succeeds.
 
-        The parent folder exists. The path itself does not.
+        The parent folder exists. The temporary path itself does not.
+
+        Raises:
+            CapasError: dvc.yaml does not declare the output.
         """
         self._check_declared(path, self.spec.outs, "output")
         final = (self.aside or self.root) / path
@@ -86,13 +90,14 @@ class Stage:
         return partial
 
     def key(self) -> str:
-        """Identity of this stage's inputs: see `capas.core.dag.input_key`."""
+        """Return the key of this stage's inputs: see `capas.core.dag.input_key`."""
         return input_key(self.spec, self.root)
 
     def checkpoints(self) -> Path:
-        """A folder outside DVC for exactly these inputs: an interrupted run resumes, a changed one cannot.
+        """Return the folder of checkpoints for exactly these inputs; DVC does not track it.
 
-        It goes once DVC has recorded the outputs, so that a run which dies before that loses nothing.
+        An interrupted run can resume from it, a run with other inputs cannot. It is deleted once DVC has
+        recorded the outputs, so that a run which fails before that loses nothing.
         """
         parent = self.aside / "checkpoints" if self.aside else self.root / CHECKPOINTS
         self._checkpoints = parent / f"{self.name}-{self.key()}"
@@ -129,9 +134,9 @@ def run(
 ) -> None:
     """Run `main` as the DVC stage `name` in the current folder; exit 1 with a message on a user's error.
 
-    Arguments on the command line are Hydra overrides (`trainer.max_steps=5`): the stage then runs for
-    debugging, on DVC's inputs, and writes to .dvc/tmp/debug/ and nowhere else. A script that has arguments of
-    its own passes the rest of them as `overrides`.
+    Arguments on the command line are Hydra overrides (`trainer.max_steps=5`). The stage then runs for
+    debugging, with DVC's inputs, and writes only to .dvc/tmp/debug/. A script with arguments of its own
+    passes the others as `overrides`.
     """
     logging.basicConfig(format=f"{name}: %(message)s", stream=sys.stderr)
     log.setLevel(logging.INFO)
@@ -176,9 +181,9 @@ def _run(name: str, main: Callable[[Params, Stage], None], overrides: list[str])
 def _overridden(
     spec: StageSpec, root: Path, overrides: list[str], aside: Path | None
 ) -> dict[str, Any]:
-    """The declared values of params.yaml, or those that conf/ composes to with Hydra overrides.
+    """Return the declared values of params.yaml, or those composed from conf/ with Hydra overrides.
 
-    The files that the overrides name, such as a chat template, are written below `aside`.
+    Files that the overrides name, such as a chat template, are written below `aside`.
     """
     keys = spec.keys
     if aside is None:
@@ -187,14 +192,18 @@ def _overridden(
     command = [*script, "--print", "--stage", spec.name, "--files", str(aside), *overrides]
     composed = subprocess.run(command, cwd=root, stdout=subprocess.PIPE, text=True, check=False)
     if composed.returncode:
-        sys.exit(composed.returncode)  # it has said why
+        sys.exit(composed.returncode)  # compose has printed the reason
     values = json.loads(composed.stdout)
     _check_read(values, read_yaml(root / PARAMS), keys)
     return select(values, keys)
 
 
 def _check_read(values: dict[str, Any], before: dict[str, Any], keys: list[str]) -> None:
-    """An override that the stage does not read has no effect: the inputs are those of the last repro."""
+    """Check that the stage reads at least one overridden value, and warn about those that it does not read.
+
+    Raises:
+        CapasError: the stage reads none, so the overrides would have no effect on the last repro's inputs.
+    """
     old, new = flatten(before), flatten(values)
     changed = [key for key in new if old.get(key) != new[key]]
     unread = [k for k in changed if not any(k == d or k.startswith(f"{d}.") for d in keys)]
@@ -223,7 +232,7 @@ def _only_one(name: str, root: Path) -> Iterator[None]:
 
 
 def _drop_recorded_checkpoints(root: Path) -> None:
-    """Those of finished runs that DVC has recorded since; a forced run of the same inputs starts afresh."""
+    """Delete checkpoints of finished runs that DVC has recorded; a forced rerun then starts from zero."""
     entries = recorded(root)
     for mark in (root / CHECKPOINTS).glob(f"*/{FINISHED}"):
         name, _, key = mark.parent.name.rpartition("-")
@@ -251,15 +260,14 @@ def _check_environment(spec: StageSpec, root: Path) -> None:
 
 def _installed(package: str) -> str | None:
     try:
-        return version(package).split("+")[
-            0
-        ]  # a local suffix (+cpu, +cu128) names a build, not a version
+        # A local suffix (+cpu, +cu128) names a build, not a version.
+        return version(package).split("+")[0]
     except PackageNotFoundError:
         return None
 
 
 def _state(spec: StageSpec, root: Path) -> dict[str, Any]:
-    """A cheap fingerprint of all that DVC hashes for this stage once it ran."""
+    """Return a cheap fingerprint of all inputs that DVC hashes for this stage after it ran."""
     state: dict[str, Any] = {
         f"the params in {f}": values for f, values in spec.values(root).items()
     }
@@ -291,9 +299,9 @@ def _check_unchanged(before: dict[str, Any], after: dict[str, Any]) -> None:
 
 
 def _write_timing(stage: Stage, seconds: float) -> None:
-    """Seconds and peak memory vary from run to run: they are no output of the stage.
+    """Write the run's time and peak memory, which differ between runs and so are not an output of the stage.
 
-    `key` says of which inputs: a stage that DVC restores for others did not cost this.
+    `key` identifies the inputs: if DVC restores the stage for other inputs, these costs do not apply.
     """
     folder = stage.root / "reports/timings"
     try:
@@ -301,7 +309,7 @@ def _write_timing(stage: Stage, seconds: float) -> None:
             "key": stage.key(),
             "ended": round(time.time(), 2),
             "seconds": round(seconds, 2),
-            "cpu_seconds": round(sum(os.times()[:4]), 2),  # of its processes, too
+            "cpu_seconds": round(sum(os.times()[:4]), 2),  # including child processes
             "peak_memory_bytes": peak_memory_bytes(),
             **stage.costs,
         }

@@ -1,7 +1,7 @@
-"""What each stage cost, as a table: `python -m capas.core.timings`.
+"""Print a table of the time and memory of each stage: `python -m capas.core.timings`.
 
-Seconds and memory differ from run to run, so they are no output of DVC: every stage leaves them in
-reports/timings/ when it really runs. A stage that DVC restored keeps those of its last run here.
+Time and memory differ between runs, so DVC does not track them: every stage writes them to reports/timings/
+when it really runs. A stage that DVC restored keeps those of its last run on this machine.
 """
 
 import json
@@ -13,7 +13,7 @@ from typing import Any
 from capas.core.dag import read_yaml, recorded_key
 
 FOLDER = Path("reports/timings")
-# What may be known of a stage; the last two only of train, the very last only on a GPU.
+# Measures of a stage; only train has the last two, and the very last only on a GPU.
 MEASURES = (
     *("seconds", "peak_memory_bytes"),
     *("estimated_memory_bytes", "peak_device_memory_bytes"),
@@ -21,16 +21,16 @@ MEASURES = (
 
 
 def read(root: Path) -> dict[str, dict[str, Any]]:
-    """stage -> {key, seconds, cpu_seconds, peak_memory_bytes, ...}, in the order of dvc.yaml."""
+    """Return {stage: {key, seconds, cpu_seconds, peak_memory_bytes, ...}}, in the order of dvc.yaml."""
     files = {file.stem: file for file in (root / FOLDER).glob("*.json")}
     stages = read_yaml(root / "dvc.yaml")["stages"]
     return {name: json.loads(files[name].read_text()) for name in stages if name in files}
 
 
 def matching(timings: Mapping[str, Any], lock: Mapping[str, Any]) -> dict[str, dict[str, Any]]:
-    """Return those of stages that ran here with what dvc.lock records.
+    """Return the timings of stages that ran here with the inputs in dvc.lock.
 
-    Where DVC restored a stage, its file is of other inputs.
+    If DVC restored a stage, its file may belong to other inputs.
     """
     return {
         name: cost
@@ -40,7 +40,7 @@ def matching(timings: Mapping[str, Any], lock: Mapping[str, Any]) -> dict[str, d
 
 
 def table(timings: dict[str, dict[str, Any]]) -> str:
-    """Aligned columns, a line for each stage and one for the whole."""
+    """Return a text table with aligned columns, one line for each stage and one for the total."""
     if not timings:
         return f"No stage has run here yet: {FOLDER} is empty."
     rows = [(name, t["seconds"], t["peak_memory_bytes"]) for name, t in timings.items()]
@@ -52,7 +52,7 @@ def table(timings: dict[str, dict[str, Any]]) -> str:
 
 
 def _estimates(timings: dict[str, dict[str, Any]]) -> Iterator[str]:
-    """What was foreseen beside what was measured; on a GPU its memory counts, not the process's."""
+    """Yield a line for each estimate of memory, compared with the measured peak (on a GPU, the device's)."""
     for name, cost in timings.items():
         if foreseen := cost.get("estimated_memory_bytes"):
             peak = cost.get("peak_device_memory_bytes", cost["peak_memory_bytes"])

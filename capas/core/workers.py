@@ -1,4 +1,4 @@
-"""Chunks of work done by every core, and their results in order."""
+"""Process chunks of work on several cores, and yield the results in order."""
 
 import itertools
 import multiprocessing
@@ -16,8 +16,8 @@ from typing import TypeVar
 from capas.core.cores import usable_cores
 from capas.core.errors import CapasError
 
-MAX_WORKERS = 8  # the process that reads and writes keeps no more of them busy
-CHUNKS_ALONE = 20  # done before any process is started: a small set needs none
+MAX_WORKERS = 8  # the process that reads and writes cannot keep more of them busy
+CHUNKS_ALONE = 20  # chunks done before processes are started: a small data set needs none
 _SECONDS_BETWEEN_LOOKS = 1.0
 Chunk = TypeVar("Chunk")
 Result = TypeVar("Result")
@@ -26,9 +26,12 @@ Result = TypeVar("Result")
 def in_order(
     work: Callable[[Chunk], Result], chunks: Iterable[Chunk], num_workers: int | None = None
 ) -> Iterator[Result]:
-    """work(chunk) of each chunk, whatever the number of processes: as many as cores where none is given.
+    """Yield work(chunk) for each chunk, in order; the results do not depend on the number of processes.
 
-    Few chunks wait at any time. What `work` raises, or `chunks`, comes after the results before it.
+    Few chunks wait at any time. An exception from `work` or `chunks` is raised after the results before it.
+
+    Args:
+        num_workers: the number of processes, None for one per usable core, at most MAX_WORKERS.
 
     Raises:
         CapasError: a process was killed.
@@ -43,7 +46,7 @@ def in_order(
 def _side_by_side(
     work: Callable[[Chunk], Result], chunks: Iterable[Chunk], number: int
 ) -> Iterator[Result]:
-    context = multiprocessing.get_context("spawn")  # a fork would take over locks of threads
+    context = multiprocessing.get_context("spawn")  # a fork would inherit locks held by threads
     executor = ProcessPoolExecutor(number, context, _begin, (os.getpid(),))
     waiting: deque[Future[Result]] = deque()
     try:
@@ -68,7 +71,7 @@ def _submitted(
     try:
         for chunk in chunks:
             yield executor.submit(_worked, work, chunk)
-    except Exception as error:  # noqa: BLE001  raised again in its turn
+    except Exception as error:  # noqa: BLE001  raised again after the earlier results
         failed: Future[Result] = Future()
         failed.set_exception(error)
         yield failed
@@ -79,18 +82,18 @@ def _worked(work: Callable[[Chunk], Result], chunk: Chunk) -> Result:
         return work(chunk)
     except CapasError:
         raise
-    except Exception:  # noqa: BLE001  not every exception can travel to another process
+    except Exception:  # noqa: BLE001  not every exception can be pickled
         raise RuntimeError(traceback.format_exc()) from None
 
 
 def _begin(parent: int) -> None:
-    """In a worker: Ctrl-C is for the parent, and without one there is nothing to do."""
+    """Prepare a worker process: it ignores Ctrl-C, which the parent handles, and ends with the parent."""
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     end_with(parent)
 
 
 def end_with(parent: int) -> None:
-    """From now on this process ends, at once, when `parent`, which started it, is gone."""
+    """End this process, from now on, as soon as `parent`, which started it, has ended."""
     threading.Thread(target=_watch, args=(parent,), daemon=True).start()
 
 

@@ -1,6 +1,6 @@
-"""The working tree as git sees it, with what is not committed, and other folders made of it.
+"""Capture the working tree as git sees it, with uncommitted changes, and create other folders from it.
 
-What git ignores is no part of it: DVC's outputs, and what lies in data/own.
+Files that git ignores are not part of it: DVC's outputs, and the files in data/own.
 """
 
 import os
@@ -16,38 +16,38 @@ from capas.core.errors import CapasError
 _IDENTITY = ("user.name", "user.email")
 _ELSEWHERE = ("GIT_DIR", "GIT_WORK_TREE", "GIT_INDEX_FILE", "GIT_PREFIX", "GIT_COMMON_DIR")
 
-_PATCH = (  # whatever the user's configuration says of diffs
+_PATCH = (  # options that override the user's configuration of diffs
     *("--binary", "--full-index", "--no-color", "--no-ext-diff", "--no-textconv", "--no-relative"),
     *("--src-prefix=a/", "--dst-prefix=b/", "--submodule=short"),
 )
 
 
 class Snapshot(NamedTuple):
-    """`commit` is HEAD; `tree`, a git tree, holds every file as it stands, untracked ones too."""
+    """A snapshot of the working tree: `commit` is HEAD, `tree` has all files, even untracked ones."""
 
     commit: str
     tree: str
 
 
 def git(root: Path, *arguments: str, check: bool = True, **env: str) -> str:
-    """What a git command in `root` prints; empty where it fails and `check` is false.
+    """Return the output of a git command in `root`; empty if the command fails and `check` is false.
 
-    The variables with which a git hook, or DVC, points to another repository are left out.
+    The environment variables with which a git hook or DVC points to another repository are removed.
 
     Raises:
-        CapasError: the command failed.
+        CapasError: the command failed, and `check` is true.
     """
     return git_bytes(root, *arguments, check=check, **env).decode().strip()
 
 
 def snapshot(root: Path, keep: Callable[[Path], bool] = lambda file: True) -> Snapshot:
-    """The working tree now; neither the files nor the user's index are touched.
+    """Return a snapshot of the working tree; neither the files nor the user's index are changed.
 
     Args:
-        keep: whether a file that the commit does not have is part of it.
+        keep: a function that returns whether a file that is not in the commit belongs to the snapshot.
 
     Raises:
-        CapasError: `root` is no git repository, or has no commit yet.
+        CapasError: `root` is not a git repository, or has no commit yet.
     """
     try:
         commit = git(root, "rev-parse", "HEAD")
@@ -57,7 +57,7 @@ def snapshot(root: Path, keep: Callable[[Path], bool] = lambda file: True) -> Sn
     with TemporaryDirectory(prefix="capas-") as folder:
         own = Path(folder) / "index"
         if index.exists():
-            shutil.copy2(index, own)  # its times and sizes spare git reading what did not change
+            shutil.copy2(index, own)  # with its times and sizes, git need not read unchanged files
         git(root, "add", "--all", GIT_INDEX_FILE=str(own))
         top = Path(git(root, "rev-parse", "--show-toplevel"))
         for name in _added(top, "--cached", "HEAD", GIT_INDEX_FILE=str(own)):
@@ -67,7 +67,7 @@ def snapshot(root: Path, keep: Callable[[Path], bool] = lambda file: True) -> Sn
 
 
 def added(root: Path, taken: Snapshot) -> list[str]:
-    """The files of the tree that the commit does not have, named from git's top folder."""
+    """Return the files of the tree that are not in the commit, relative to git's top folder."""
     return _added(Path(git(root, "rev-parse", "--show-toplevel")), taken.commit, taken.tree)
 
 
@@ -87,18 +87,18 @@ def _added(top: Path, *which: str, **env: str) -> list[str]:
 
 
 def difference(root: Path, taken: Snapshot) -> bytes:
-    """From the commit to the tree, as a patch for `git apply`; empty where all is committed."""
+    """Return the patch from the commit to the tree, for `git apply`; empty if all is committed."""
     return git_bytes(root, "diff", *_PATCH, taken.commit, taken.tree)
 
 
 def clone(home: Path, taken: Snapshot, target: Path) -> None:
-    """A clone of `home` in the new folder `target`: HEAD is the commit, files and index are the tree."""
+    """Clone `home` into the new folder `target`: HEAD is the commit, files and index are the tree's."""
     empty_clone(home, target)
     check_out(target, taken)
 
 
 def empty_clone(home: Path, target: Path) -> None:
-    """Without files. It borrows the objects of `home`; whoever commits there has his name of `home`."""
+    """Clone `home` without files; the clone borrows its objects, and commits there use `home`'s author."""
     target.parent.mkdir(parents=True, exist_ok=True)
     git(target.parent, "clone", "--quiet", "--shared", "--no-checkout", str(home), str(target))
     for name in _IDENTITY:
@@ -112,7 +112,11 @@ def check_out(target: Path, taken: Snapshot) -> None:
 
 
 def git_bytes(root: Path, *arguments: str, check: bool = True, **env: str) -> bytes:
-    """As `git`, byte for byte."""
+    """Return the output of a git command as bytes: see `git`.
+
+    Raises:
+        CapasError: the command failed, and `check` is true.
+    """
     inherited = {k: v for k, v in os.environ.items() if k not in _ELSEWHERE}
     done = subprocess.run(
         ["git", *arguments], cwd=root, env={**inherited, **env}, capture_output=True, check=False
