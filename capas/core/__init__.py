@@ -1,1 +1,1 @@
-"""What every other folder uses: errors, params, the DAG, the stage runner, locks, progress, files."""
+"""Foundations of all other folders: errors, params, the DAG, the stage runner, locks, progress, files."""

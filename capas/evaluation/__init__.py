@@ -1,1 +1,1 @@
-"""What a model answers and how good that is: generation, metrics, intervals, gate, prompts."""
+"""Answers of a model and their scores: generation, metrics, intervals, gate, prompts."""
