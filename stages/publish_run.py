@@ -10,9 +10,7 @@ and an empty database after `dvc pull`, end up the same as a run that was follow
     tag train_key 3f0c...   params lora.r=16 ...   metrics train/loss (a curve), score, tuned.loss ...
 """
 
-import json
 import tempfile
-import time
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -23,6 +21,7 @@ from capas.core.files import read_json
 from capas.core.params import Params
 from capas.core.stage import Stage, log, run
 from capas.tracking import lineage, run_content
+from capas.tracking.client import Point, Run, Split, reachable
 from capas.tracking.live_sender import run_name
 from capas.tracking.run_content import Times
 from capas.tracking.run_params import recorded_params
@@ -34,7 +33,6 @@ from capas.tracking.store import (
     USER,
     Store,
     locked,
-    reachable,
     tracking_uri,
 )
 from capas.tracking.ui import Pages
@@ -72,9 +70,9 @@ def main(params: Params, stage: Stage) -> None:
                 key, lambda: run_name(store, texts), times and times.started
             )
             publish(store, found, lock, costs, params, stage)
-            end(store, found.info.run_id, times)
+            end(store, found.id, times)
     pages = Pages(tracking_uri(stage.root), store.experiment_id)
-    log.info("the run in MLflow: %s%s", pages.run(found.info.run_id), pages.hint())
+    log.info("the run in MLflow: %s%s", pages.run(found.id), pages.hint())
     marker.write_text(f"{key}\n")
 
 
@@ -82,7 +80,7 @@ def end(store: Store, run_id: str, times: Times | None) -> None:
     """Say that the training has finished, at its own time: publishing may come much later."""
     if times is None or times.ended is not None:
         store.set_status(run_id, "FINISHED", times and times.ended)
-    elif store.client.get_run(run_id).info.status != "FINISHED":
+    elif store.client.get_run(run_id).status != "FINISHED":
         store.client.update_run(
             run_id, status="FINISHED"
         )  # without an end, and so without a duration
@@ -107,37 +105,38 @@ def train_key(stage: Stage, lock: Mapping[str, Any]) -> str:
 
 def publish(
     store: Store,
-    found: Any,
+    found: Run,
     lock: Mapping[str, Any],
     costs: run_content.Costs,
     params: Params,
     stage: Stage,
 ) -> None:
     """Whatever the run lacks or has with another value."""
-    run_id, have = found.info.run_id, found.data
-    store.send_params(run_id, have, recorded_params(lock))
+    store.send_params(found, recorded_params(lock))
     tags = {**run_content.machine(costs), **run_content.headline(stage)}
-    tags |= {} if USER in have.tags else lineage.author(stage, ran_here="train" in costs)
-    if experiment := lineage.experiment(stage, have.tags[TRAIN_KEY]):
+    tags |= {} if USER in found.tags else lineage.author(stage, ran_here="train" in costs)
+    if experiment := lineage.experiment(stage, found.tags[TRAIN_KEY]):
         tags[EXPERIMENT] = experiment
-        if experiment not in found.info.run_name:
-            tags["mlflow.runName"] = f"{found.info.run_name} ({experiment})"
+        if experiment not in found.name:
+            tags["mlflow.runName"] = f"{found.name} ({experiment})"
     if initial := initial_adapter(stage):
         tags[INITIAL_TAG] = initial["sha256"]
-    store.send_tags(run_id, have.tags, tags)
-    send_metrics(store, run_id, have, run_content.metrics(stage, costs))
-    store.log_points(run_id, run_content.curve(stage))
-    store.client.log_inputs(run_id, datasets=datasets(lock, stage))
+    store.send_tags(found, tags)
+    numbers = run_content.metrics(stage, costs)
+    changed = [Point(k, 0, v) for k, v in numbers.items() if found.metrics.get(k) != v]
+    store.client.send_points(found.id, changed)
+    store.log_points(found.id, run_content.curve(stage))
+    store.client.send_splits(found.id, splits(lock, stage))
     digest = run_content.artifacts_digest(lock)
-    is_new = have.tags.get(ARTIFACTS) != digest
+    is_new = found.tags.get(ARTIFACTS) != digest
     lineage.send(store, found, stage, is_new)
     if is_new:
-        send_artifacts(store, run_id, costs, stage)
-        store.client.set_tag(run_id, ARTIFACTS, digest)
+        send_artifacts(store, found.id, costs, stage)
+        store.client.set_tag(found.id, ARTIFACTS, digest)
     answering = f"{digest}-{mlflow_model.code_digest(stage)}"  # the code travels with the model
-    if have.tags.get(MODEL_TAG) != answering:
+    if found.tags.get(MODEL_TAG) != answering:
         send_model(store, found, run_content.values_of_training(lock), params, stage)
-        store.client.set_tag(run_id, MODEL_TAG, answering)
+        store.client.set_tag(found.id, MODEL_TAG, answering)
 
 
 def initial_adapter(stage: Stage) -> dict[str, Any] | None:
@@ -146,28 +145,14 @@ def initial_adapter(stage: Stage) -> dict[str, Any] | None:
     return found.get("initial_adapter")
 
 
-def send_metrics(store: Store, run_id: str, have: Any, wanted: Mapping[str, float]) -> None:
-    from mlflow.entities import Metric
-
-    now = time.time_ns() // 1_000_000
-    new = [Metric(k, v, now, 0) for k, v in wanted.items() if have.metrics.get(k) != v]
-    for start in range(0, len(new), 1000):
-        store.client.log_batch(run_id, metrics=new[start : start + 1000])
-
-
-def datasets(lock: Mapping[str, Any], stage: Stage) -> list[Any]:
-    """The splits that the model saw, with DVC's md5 of their folder as digest."""
-    from mlflow.entities import Dataset, DatasetInput, InputTag
-
+def splits(lock: Mapping[str, Any], stage: Stage) -> list[Split]:
+    """Return the splits that the model saw, with DVC's md5 of their folder as digest."""
     outs = {out["path"]: out["md5"] for entry in lock.values() for out in entry.get("outs", [])}
-    digest = outs["data/formatted"]
-    inputs = []
-    for split, facts in read_json(stage.dep("reports/format.json"))["splits"].items():
-        source = json.dumps({"uri": f"data/formatted/{split}.parquet"})
-        profile = json.dumps({"num_rows": facts["num_records"], "num_tokens": facts["num_tokens"]})
-        dataset = Dataset(f"data/formatted/{split}", digest, "local", source, profile=profile)
-        inputs.append(DatasetInput(dataset, [InputTag("mlflow.data.context", split)]))
-    return inputs
+    found = read_json(stage.dep("reports/format.json"))["splits"]
+    return [
+        Split(name, outs["data/formatted"], facts["num_records"], facts["num_tokens"])
+        for name, facts in found.items()
+    ]
 
 
 def send_artifacts(store: Store, run_id: str, costs: run_content.Costs, stage: Stage) -> None:
@@ -175,15 +160,15 @@ def send_artifacts(store: Store, run_id: str, costs: run_content.Costs, stage: S
         for file in files:
             store.client.log_artifact(run_id, str(stage.root / file), folder or None)
     store.client.log_dict(run_id, run_content.numbers(stage, costs), "numbers.json")
-    send_table(store, run_id, "predictions.json", run_content.predictions(stage))
-    send_table(store, run_id, "samples.json", run_content.samples(stage))
+    store.client.send_table(run_id, "predictions.json", run_content.predictions(stage))
+    store.client.send_table(run_id, "samples.json", run_content.samples(stage))
 
 
 def send_model(
-    store: Store, found: Any, of_training: Mapping[str, Any], params: Params, stage: Stage
+    store: Store, found: Run, of_training: Mapping[str, Any], params: Params, stage: Stage
 ) -> None:
     """The adapter with its card, for PEFT and servers; and as a model that MLflow loads."""
-    run_id, key = found.info.run_id, found.data.tags[TRAIN_KEY]
+    run_id, key = found.id, found.tags[TRAIN_KEY]
     facts = mlflow_model.served_facts(
         params.model,
         params.hardware,
@@ -208,17 +193,6 @@ def send_model(
         store.client.log_artifacts(run_id, str(data / "adapter"), "adapter")
         mlflow_model.save_model(model, data, key, found, stage, facts)
         store.client.log_artifacts(run_id, str(model), MODEL)
-
-
-def send_table(store: Store, run_id: str, name: str, rows: list[dict[str, Any]]) -> None:
-    """What `MlflowClient.log_table` writes, which would append to the table of an earlier publish."""
-    import pandas as pd
-    from mlflow.utils.mlflow_tags import MLFLOW_LOGGED_ARTIFACTS
-
-    store.client.log_text(run_id, pd.DataFrame(rows).to_json(orient="split", index=False), name)
-    tables = json.loads(store.client.get_run(run_id).data.tags.get(MLFLOW_LOGGED_ARTIFACTS, "[]"))
-    if (entry := {"path": name, "type": "table"}) not in tables:
-        store.client.set_tag(run_id, MLFLOW_LOGGED_ARTIFACTS, json.dumps([*tables, entry]))
 
 
 if __name__ == "__main__":

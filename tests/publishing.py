@@ -38,11 +38,11 @@ store = Store.open(root, "capas")
 lock = recorded(root)
 run = store.find_or_create(key, lambda: run_name(store, recorded_params(lock)))
 if experiment := lineage.experiment(stage, key):
-    store.client.set_tag(run.info.run_id, "dvc.experiment", experiment)
+    store.client.set_tag(run.id, "dvc.experiment", experiment)
 digest = artifacts_digest(recorded(root))
-lineage.send(store, run, stage, run.data.tags.get("capas.artifacts") != digest)
-store.client.set_tag(run.info.run_id, "capas.artifacts", digest)
-store.set_status(run.info.run_id, "FINISHED")
+lineage.send(store, run, stage, run.tags.get("capas.artifacts") != digest)
+store.client.set_tag(run.id, "capas.artifacts", digest)
+store.set_status(run.id, "FINISHED")
 Path("reports/.published").write_text(key)
 """
 # The adapter is a folder; what NOISE says is in it, as the rounding of another machine would be.

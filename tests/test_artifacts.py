@@ -8,7 +8,8 @@ from typing import Any
 import pytest
 
 from capas.core.errors import CapasError
-from capas.tracking.artifacts import GuardedClient, UnusableStoreError, check_artifacts, refusal
+from capas.tracking.artifacts import UnusableStoreError, check_artifacts, refusal
+from capas.tracking.client import Client, list_artifacts
 from capas.training import live_rows
 
 SERVER = "http://ana:hidden@mlflow.example.com:5000"
@@ -34,17 +35,17 @@ def test_a_place_that_cannot_be_written_is_told_with_what_to_do(
     for name in ("google.cloud", "azure"):
         monkeypatch.setitem(sys.modules, name, None)
     with pytest.raises(UnusableStoreError, match=reason) as told:
-        check_artifacts(location, SERVER)
+        check_artifacts(location, SERVER, list_artifacts)
     assert "hidden" not in str(told.value)
 
 
 def test_a_disk_that_is_here_too_will_do(tmp_path: Path) -> None:
-    check_artifacts(tmp_path.as_uri(), SERVER)  # mounted under the same path
-    check_artifacts(f"{tmp_path}/later/1", "http://localhost:5000")
-    check_artifacts((tmp_path / "later").as_uri(), f"sqlite:///{tmp_path}/mlflow.db")
+    check_artifacts(tmp_path.as_uri(), SERVER, list_artifacts)  # mounted under the same path
+    check_artifacts(f"{tmp_path}/later/1", "http://localhost:5000", list_artifacts)
+    check_artifacts((tmp_path / "later").as_uri(), f"sqlite:///{tmp_path}/x.db", list_artifacts)
     (tmp_path / "file").touch()
     with pytest.raises(UnusableStoreError, match=r"cannot be written: .*/file belongs to"):
-        check_artifacts(f"{tmp_path}/file/1", "http://localhost:5000")
+        check_artifacts(f"{tmp_path}/file/1", "http://localhost:5000", list_artifacts)
 
 
 def test_a_store_that_is_away_may_come_back() -> None:
@@ -54,23 +55,23 @@ def test_a_store_that_is_away_may_come_back() -> None:
 
 
 def test_whatever_an_artifact_store_raises_becomes_a_sentence() -> None:
-    class Client:
+    class Mlflow:
         def get_run(self, run_id: str) -> Any:
             return SimpleNamespace(info=SimpleNamespace(artifact_uri=f"s3://bucket/{run_id}"))
 
         def log_artifact(self, run_id: str, file: str) -> None:
             raise KeyError("whatever")
 
-        def search_runs(self) -> None:
+        def set_tag(self) -> None:
             raise KeyError("a defect of its own")
 
-    client = GuardedClient(Client())
+    client = Client(Mlflow())
     with pytest.raises(
         CapasError, match="go to s3://bucket/one, which refuses: KeyError: 'whatever'"
     ):
         client.log_artifact("one", "file")
     with pytest.raises(KeyError, match="a defect"):
-        client.search_runs()
+        client.set_tag()
 
 
 @pytest.fixture

@@ -236,7 +236,7 @@ def answer(swept: Workspace, rate: str) -> str:
     """The tuned model's first completion in that trial's table of samples."""
     client = existing(swept.root)
     (run,) = client.search_runs(["1"], f"attributes.run_name LIKE '%learning_rate={rate}-%'")
-    table = json.loads(Path(client.download_artifacts(run.info.run_id, "samples.json")).read_text())
+    table = json.loads(Path(client.download_artifacts(run.id, "samples.json")).read_text())
     rows = [dict(zip(table["columns"], row, strict=True)) for row in table["data"]]
     return next(str(row["completion"]) for row in rows if row["model"] == "tuned")
 

@@ -50,7 +50,7 @@ def test_a_training_goes_on_from_an_adapter(first: Workspace) -> None:
     assert facts["initial_adapter"]["sha256"] == kept
     assert facts["adapter_sha256"] != kept
     assert first.outputs()["data/models/base"] == base
-    assert newest(first).data.tags["initial_adapter.sha256"] == kept
+    assert newest(first).tags["initial_adapter.sha256"] == kept
     assert stages_run(first.repro()) == []
 
     first.run("cp", "-rL", "--remove-destination", "data/models/adapter/.", "kept")
@@ -75,7 +75,7 @@ def test_all_weights_are_trained(first: Workspace, tmp_path: Path) -> None:
     assert "preset: none" in first.read("params.yaml")
     model = sha256(first, "data/models/adapter/model.safetensors")
     assert json.loads(first.read("reports/certificate.json"))["model_sha256"] == model
-    assert newest(first).data.tags["adapter.sha256"] == model
+    assert newest(first).tags["adapter.sha256"] == model
     assert stages_run(first.repro()) == []
 
     asked = first.run("sh", "-c", "echo 'Set a timer for 5 minutes.' | capas chat")
@@ -86,7 +86,7 @@ def test_all_weights_are_trained(first: Workspace, tmp_path: Path) -> None:
         "import mlflow, pandas as pd, sys; m = mlflow.pyfunc.load_model(sys.argv[1]); "
         "print(list(m.predict(pd.DataFrame({'prompt': ['Hi']}))['completion']))"
     )
-    run_id = newest(first).info.run_id
+    run_id = newest(first).id
     assert "[" in first.run(
         "python", "-c", code, f"runs:/{run_id}/model", MLFLOW_TRACKING_URI=uri(first)
     )

@@ -68,7 +68,7 @@ def evaluate_anew(root: Path, md5: str = ZERO) -> None:
 def kept(root: Path) -> tuple[dict[str, str], lineage.State]:
     store, found = the_run(root)
     shown = ("git.", "adapter.", "dvc.", "mlflow.runName", "mlflow.source.", "mlflow.user")
-    tags = {name: value for name, value in found.data.tags.items() if name.startswith(shown)}
+    tags = {name: value for name, value in found.tags.items() if name.startswith(shown)}
     return tags, lineage.read_state(store.client, found)
 
 
@@ -85,7 +85,7 @@ def test_a_committed_state_needs_no_patch(root: Path) -> None:
     assert (tags["git.tree"], tags["git.dirty"]) == (git(root, "rev-parse", "HEAD^{tree}"), "false")
     assert len(tags["adapter.sha256"]) == 64
     store, found = the_run(root)
-    assert not store.client.list_artifacts(found.info.run_id, "source")
+    assert not store.client.list_artifacts(found.id, "source")
     assert state.patch == b"" and state.ignored == {}
 
 
@@ -177,7 +177,7 @@ def test_a_run_that_needs_a_file_which_stayed_says_so(root: Path) -> None:
     secret.write_text("a: 1")
     publish(root)
     store, found = the_run(root)
-    assert found.data.tags["git.left_out"] == "conf/secret.yaml"
+    assert found.tags["git.left_out"] == "conf/secret.yaml"
     with pytest.raises(CapasError, match=r"not saved with the run: conf/secret\.yaml"):
         lineage.read_state(store.client, found)
 
@@ -212,7 +212,7 @@ def test_a_publish_killed_between_files_and_tags_leaves_a_state_that_is_whole(
     (root / "code.py").write_text("print(3)\n")
     evaluate_anew(root)
 
-    def killed(_: Store, run_id: str, have: Any, tags: Mapping[str, str]) -> None:
+    def killed(_: Store, run: Any, tags: Mapping[str, str]) -> None:
         if lineage.TREE in tags:
             raise CapasError("killed")
 
@@ -310,8 +310,8 @@ def test_outside_git_it_says_so(
     publish(write_inputs(tmp_path))
     assert "cannot be rebuilt from MLflow" in caplog.text
     store, found = the_run(tmp_path)
-    assert found.info.status == "FINISHED"
-    assert found.data.tags["git.base"] == "unknown"
+    assert found.status == "FINISHED"
+    assert found.tags["git.base"] == "unknown"
     with pytest.raises(CapasError, match="outside a git repository"):
         lineage.read_state(store.client, found)
 
@@ -352,8 +352,8 @@ def test_a_patch_that_is_not_of_the_state_is_refused(root: Path, tmp_path: Path)
 def test_a_run_is_found_by_what_it_is_called(root: Path) -> None:
     publish(root)
     store, found = the_run(root)
-    for word in (found.info.run_id, found.info.run_id[:6], found.info.run_name):
-        assert runs.find(store.client, word, root).info.run_id == found.info.run_id
+    for word in (found.id, found.id[:6], found.name):
+        assert runs.find(store.client, word, root).id == found.id
     with pytest.raises(CapasError, match=r"no training run 'x'\. Training runs: 1, the newest"):
         runs.find(store.client, "x", root)
     store.client.create_run(store.experiment_id, tags={"train_key": "k"}, run_name="twin")

@@ -226,7 +226,7 @@ _RUNS = """
 import mlflow
 mlflow.set_tracking_uri("sqlite:///mlflow.db")
 runs = mlflow.search_runs(search_all_experiments=True, output_format="list")
-print([(run.info.status, "tuned.loss" in run.data.metrics) for run in runs])
+print([(run.status, "tuned.loss" in run.metrics) for run in runs])
 """
 
 
@@ -243,10 +243,10 @@ def test_a_publish_that_is_killed_is_completed_in_the_same_run(
         process.start()
         process.join()
     assert process.exitcode == -signal.SIGKILL
-    assert the_run(root)[1].info.status == "FAILED"
+    assert the_run(root)[1].status == "FAILED"
     publish(root)
-    assert the_run(root)[1].info.status == "FINISHED"
-    assert "tuned.loss" in the_run(root)[1].data.metrics
+    assert the_run(root)[1].status == "FINISHED"
+    assert "tuned.loss" in the_run(root)[1].metrics
 
 
 @pytest.fixture

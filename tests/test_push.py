@@ -83,9 +83,9 @@ def make(root: Path) -> Make:
         (adapter / "README.md").write_text(CARD)
         tags = {"train_key": key, "gate": gate, "adapter.sha256": f"sha of {key}"}
         made = store.client.create_run(store.experiment_id, tags=tags, run_name=f"run-{key}")
-        store.client.log_artifacts(made.info.run_id, str(folder), "model")
-        store.client.set_terminated(made.info.run_id)
-        return str(made.info.run_id)
+        store.client.log_artifacts(made.id, str(folder), "model")
+        store.client.set_terminated(made.id)
+        return str(made.id)
 
     return run
 
@@ -120,7 +120,7 @@ def test_the_adapter_its_base_and_its_card(hub: Hub, make: Make, capsys: Any) ->
 def test_a_whole_model_goes_without_base_and_peft(hub: Hub, root: Path, make: Make) -> None:
     made = Store.open(root, "capas").client
     run_id = make(whole=True)
-    assert made.get_run(run_id).data.tags["gate"] == "passed"
+    assert made.get_run(run_id).tags["gate"] == "passed"
     assert push() == 0
     found = files(hub)
     assert set(found) == {"README.md", "config.json", "model.safetensors"}

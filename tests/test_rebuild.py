@@ -37,7 +37,7 @@ def test_a_committed_run_is_trained_anew_to_the_same_bytes(
     repository: Publisher, capsys: pytest.CaptureFixture[str]
 ) -> None:
     before = repository.state()
-    assert repository.capas("rebuild", repository.the_run()[1].info.run_id[:8]) == 0
+    assert repository.capas("rebuild", repository.the_run()[1].id[:8]) == 0
     said = capsys.readouterr().out
     recorded, here = (line.split()[1] for line in said.splitlines()[:2])
     assert recorded == here and len(here) == 64
@@ -54,7 +54,7 @@ def test_what_was_not_committed_is_applied_whatever_the_workspace_is_now(
     (repository.root / "data/embedded/tokenizer.json").write_bytes(b"\xff\x00")
     repository.edit("fake.py", "import json,", "import  json,")
     repository.train(r=4)
-    name = repository.the_run()[1].info.run_name
+    name = repository.the_run()[1].name
     repository.run("git", "checkout", "-q", ".")
     repository.run("git", "clean", "-qfd")
     repository.forget()
@@ -66,7 +66,7 @@ def test_what_was_not_committed_is_applied_whatever_the_workspace_is_now(
 def test_another_result_is_told_with_the_stage_that_differs(
     repository: Publisher, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    run_id = repository.the_run()[1].info.run_id
+    run_id = repository.the_run()[1].id
     before = repository.state()
     assert repository.capas("rebuild", run_id, NOISE="default") == 1
     said = capsys.readouterr().out
@@ -81,7 +81,7 @@ def test_all_runs_what_follows_and_keep_leaves_the_folder(
     repository: Publisher, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     kept = tmp_path / "kept"
-    run_id = repository.the_run()[1].info.run_id
+    run_id = repository.the_run()[1].id
     assert repository.capas("rebuild", run_id, "--all", "--keep", str(kept)) == 0
     assert (repository.ran()["train"], repository.ran()["evaluate"]) == (1, 1)
     assert (kept / "reports/evaluation.json").exists() and not (kept / "mlflow.db").exists()
@@ -90,10 +90,10 @@ def test_all_runs_what_follows_and_keep_leaves_the_folder(
 
 
 def test_restore_trains_nothing(repository: Publisher, capsys: pytest.CaptureFixture[str]) -> None:
-    assert repository.capas("rebuild", repository.the_run()[1].info.run_id, "--restore") == 0
+    assert repository.capas("rebuild", repository.the_run()[1].id, "--restore") == 0
     assert repository.ran() == {}
     shutil.move(repository.root / ".dvc/cache", repository.root / ".dvc/gone")
-    assert repository.capas("rebuild", repository.the_run()[1].info.run_id, "--restore") == 2
+    assert repository.capas("rebuild", repository.the_run()[1].id, "--restore") == 2
     shutil.move(repository.root / ".dvc/gone", repository.root / ".dvc/cache")
     said = capsys.readouterr().err
     assert "no DVC remote is configured" in said and "omit --restore" in said
@@ -109,7 +109,7 @@ def test_a_remote_with_a_relative_path_is_found(
     repository.train(r=7)
     repository.run("dvc", "push")
     cache.rename(cache.with_name("gone"))
-    run_id = repository.the_run()[1].info.run_id
+    run_id = repository.the_run()[1].id
     assert repository.capas("rebuild", run_id, "--restore") == 0, capsys.readouterr().err
     assert "pulling data/models/adapter" in capsys.readouterr().err
     shutil.rmtree(cache)
@@ -132,14 +132,14 @@ def test_a_commit_that_is_gone_is_asked_for_and_told(
     repository.run("git", "branch", "-q", "-D", "side")
     repository.run("git", "reflog", "expire", "--expire=now", "--all")
     repository.run("git", "prune", "--expire=now")
-    assert repository.capas("rebuild", run.info.run_id) == 2
+    assert repository.capas("rebuild", run.id) == 2
     assert "there is no git remote" in capsys.readouterr().err
     repository.run("git", "remote", "add", "origin", str(origin))
     refs = git(repository.root, "for-each-ref")
-    assert repository.capas("rebuild", run.info.run_id) == 0
+    assert repository.capas("rebuild", run.id) == 0
     assert git(repository.root, "for-each-ref") == refs
     repository.run("git", "remote", "remove", "origin")
-    repository.the_run()[0].delete_run(run.info.run_id)  # no other test can restore it
+    repository.the_run()[0].delete_run(run.id)  # no other test can restore it
 
 
 @pytest.mark.parametrize("wrong", ["is missing", "has changed"])
@@ -149,7 +149,7 @@ def test_an_input_that_git_ignores_is_taken_from_the_workspace_or_missed(
     own = repository.root / "data/own/mine.csv"
     own.write_text("a,b\n")
     repository.repro()
-    run_id = repository.the_run()[1].info.run_id
+    run_id = repository.the_run()[1].id
     (repository.root / "data/own/later.csv").write_text("c\n")
     assert repository.capas("rebuild", run_id) == 0
     own.unlink() if wrong == "is missing" else own.write_text("x\n")
@@ -165,18 +165,18 @@ def test_a_patch_of_another_run_is_refused(
     repository.train(r=3)
     client, run = repository.the_run()
     name = "source/uncommitted.patch"
-    patch = Path(client.download_artifacts(run.info.run_id, name)).read_text()
+    patch = Path(client.download_artifacts(run.id, name)).read_text()
     assert "+r: 3" in patch
-    client.log_text(run.info.run_id, patch.replace("+r: 3", "+r: 5"), name)
-    assert repository.capas("rebuild", run.info.run_id) == 2
+    client.log_text(run.id, patch.replace("+r: 3", "+r: 5"), name)
+    assert repository.capas("rebuild", run.id) == 2
     assert "the patch belongs to another run" in capsys.readouterr().err
-    client.delete_run(run.info.run_id)
+    client.delete_run(run.id)
 
 
 def test_other_packages_are_told(repository: Publisher, capsys: pytest.CaptureFixture[str]) -> None:
     repository.edit("fake.py", "import json,", FAILS + "import json,")
     repository.train(r=5)
-    assert repository.capas("rebuild", repository.the_run()[1].info.run_id, NOISE="fail") == 2
+    assert repository.capas("rebuild", repository.the_run()[1].id, NOISE="fail") == 2
     said = capsys.readouterr().err
     assert "the pipeline failed" in said and "torch 9.9 is installed" in said
 
@@ -186,7 +186,7 @@ def test_a_rebuild_that_is_stopped_leaves_nothing(repository: Publisher, number:
     before = repository.state()
     repository.hold("train")
     process = subprocess.Popen(
-        [sys.executable, "-m", "capas", "rebuild", repository.the_run()[1].info.run_id],
+        [sys.executable, "-m", "capas", "rebuild", repository.the_run()[1].id],
         cwd=repository.root,
         env=repository._env(FAKE_HOME=str(repository.root)),
         stdout=subprocess.PIPE,
@@ -203,7 +203,7 @@ def test_a_rebuild_that_is_stopped_leaves_nothing(repository: Publisher, number:
 
 def test_what_a_killed_rebuild_left_goes_with_the_next(repository: Publisher) -> None:
     repository.hold("train")
-    run_id = repository.the_run()[1].info.run_id
+    run_id = repository.the_run()[1].id
     process = subprocess.Popen(
         [sys.executable, "-m", "capas", "rebuild", run_id],
         cwd=repository.root,

@@ -48,12 +48,12 @@ def make(store: Store, model: Path) -> Make:
     def run(gate: str | None = "passed", status: str = "FINISHED", files: bool = True) -> str:
         tags = {"train_key": "abc"} | ({"gate": gate} if gate else {})
         made = store.client.create_run(store.experiment_id, tags=tags)
-        store.client.log_param(made.info.run_id, "model.preset", "embedded")
+        store.client.log_param(made.id, "model.preset", "embedded")
         if files:
-            store.client.log_artifacts(made.info.run_id, str(model), "model")
+            store.client.log_artifacts(made.id, str(model), "model")
         if status != "RUNNING":
-            store.client.set_terminated(made.info.run_id, status)
-        return str(made.info.run_id)
+            store.client.set_terminated(made.id, status)
+        return str(made.id)
 
     return run
 

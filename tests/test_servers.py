@@ -106,7 +106,7 @@ def the_run(root: Path) -> tuple[Store, Any]:
 
 def steps(root: Path, name: str = "train/loss") -> list[int]:
     store, found = the_run(root)
-    return [m.step for m in store.client.get_metric_history(found.info.run_id, name)]
+    return [m.step for m in store.client.get_metric_history(found.id, name)]
 
 
 def train(root: Path, first: int, last: int, end: str = "ends") -> "subprocess.Popen[bytes]":
@@ -122,11 +122,11 @@ def wait_for(root: Path, status: str, seconds: float = 90) -> Any:
     while True:
         store = open_store(root)
         found = store.find(key_of(root))
-        if found is not None and found.info.status == status:
+        if found is not None and found.status == status:
             return found
         log = root / f".dvc/tmp/live/{key_of(root)}.log"
         said = log.read_text() if log.exists() else ""
-        assert time.monotonic() < deadline, (found and found.info.status, said)
+        assert time.monotonic() < deadline, (found and found.status, said)
         time.sleep(0.3)
 
 
@@ -169,29 +169,27 @@ def test_one_run_however_often_it_is_trained_published_and_registered(
     assert train(root, 10, 100).wait(timeout=60) == 0
     found = wait_for(root, "FINISHED")
     store = open_store(root)
-    live = store.client.get_metric_history(found.info.run_id, "train/loss")
+    live = store.client.get_metric_history(found.id, "train/loss")
     assert [m.step for m in live] == list(range(1, 101))
 
     publish(root)
     _, published = the_run(root)
     publish(root)
     assert the_run(root)[1].to_dictionary() == published.to_dictionary()
-    after = store.client.get_metric_history(found.info.run_id, "train/loss")
+    after = store.client.get_metric_history(found.id, "train/loss")
     assert [(m.step, m.timestamp) for m in after] == [(m.step, m.timestamp) for m in live]
-    assert published.info.artifact_uri.startswith("mlflow-artifacts:" if server else "file:")
+    assert published.artifact_uri.startswith("mlflow-artifacts:" if server else "file:")
 
-    check_artifacts(store, found.info.run_id, root)
+    check_artifacts(store, found.id, root)
     lock = (root / "dvc.lock").read_text()
     (root / "dvc.lock").write_text(lock.replace("apache-2.0", "mit"))
     edit(root / "reports/quantization.json", relative_error_mean=0.5)
     publish(root)
     _, again = the_run(root)
-    assert again.data.tags["now.dataset.licence"] == "mit"
-    assert again.data.metrics["quantization.relative_error_mean"] == 0.5
+    assert again.tags["now.dataset.licence"] == "mit"
+    assert again.metrics["quantization.relative_error_mean"] == 0.5
     name = f"model-of-{root.parent.name}"
-    first, second = (
-        register(root, found.info.run_id, name, "champion", force=False) for _ in range(2)
-    )
+    first, second = (register(root, found.id, name, "champion", force=False) for _ in range(2))
     assert (first.version, first.created, second.created) == ("1", True, False)
 
 
@@ -213,7 +211,7 @@ def test_an_empty_store_is_filled_by_publish_alone(
     if server is not None:
         monkeypatch.setenv("MLFLOW_TRACKING_URI", server.uri)
     publish(root)
-    assert the_run(root)[1].info.status == "FINISHED"
+    assert the_run(root)[1].status == "FINISHED"
     assert steps(root) == list(range(10, 101, 10))
 
 
@@ -229,7 +227,7 @@ def test_a_server_that_is_down_costs_a_training_nothing(
         publish(root)
     http.start()
     publish(root)
-    assert the_run(root)[1].info.status == "FINISHED"
+    assert the_run(root)[1].status == "FINISHED"
     assert len(steps(root)) == 10
 
 
@@ -246,7 +244,7 @@ def test_a_server_that_dies_in_the_middle_gets_the_rest_when_it_is_back(
     http.start()
     following.steps(61, 100)
     following.end("end")
-    assert the_run(root)[1].info.status == "FINISHED"
+    assert the_run(root)[1].status == "FINISHED"
     assert steps(root) == list(range(1, 101))
     publish(root)
     assert steps(root) == list(range(1, 101))
@@ -265,7 +263,7 @@ def test_a_run_whose_server_died_before_its_end_is_ended_when_it_is_back(
     assert following.thread.is_alive()
     http.start()
     following.thread.join(timeout=60)
-    assert the_run(root)[1].info.status == "FAILED"
+    assert the_run(root)[1].status == "FAILED"
 
 
 def test_a_publish_that_loses_its_server_is_completed_by_the_next(
@@ -284,11 +282,11 @@ def test_a_publish_that_loses_its_server_is_completed_by_the_next(
         patch.setattr(publish_run, "send_artifacts", kill_it)
         publish(root)
     http.start()
-    assert the_run(root)[1].info.status == "FAILED"
+    assert the_run(root)[1].status == "FAILED"
     publish(root)
     store, found = the_run(root)
-    assert found.info.status == "FINISHED"
-    check_artifacts(store, found.info.run_id, root)
+    assert found.status == "FINISHED"
+    check_artifacts(store, found.id, root)
 
 
 def test_a_slow_server_gets_one_run_with_everything_in_it(root: Path, proxy: Proxy) -> None:
@@ -296,7 +294,7 @@ def test_a_slow_server_gets_one_run_with_everything_in_it(root: Path, proxy: Pro
     assert train(root, 1, 100).wait(timeout=60) == 0
     wait_for(root, "FINISHED")
     publish(root)
-    assert the_run(root)[1].info.status == "FINISHED"
+    assert the_run(root)[1].status == "FINISHED"
     assert steps(root) == list(range(1, 101))
 
 
@@ -308,7 +306,7 @@ def test_an_answer_that_never_comes_makes_no_second_run(
     monkeypatch.setenv("MLFLOW_HTTP_REQUEST_TIMEOUT", "3")
     publish(root)
     assert proxy.swallow_times == 0
-    assert the_run(root)[1].info.status == "FINISHED"
+    assert the_run(root)[1].status == "FINISHED"
 
 
 def test_a_run_made_twice_without_any_answer_is_one_after_the_next_publish(
@@ -322,4 +320,4 @@ def test_a_run_made_twice_without_any_answer_is_one_after_the_next_publish(
     store = open_store(root)
     assert len(store.client.search_runs([store.experiment_id])) == 2
     publish(root)
-    assert the_run(root)[1].info.status == "FINISHED"
+    assert the_run(root)[1].status == "FINISHED"

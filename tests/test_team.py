@@ -73,7 +73,7 @@ def ben(ana: Publisher, tmp_path: Path) -> Publisher:
 
 def tags(publisher: Publisher) -> dict[str, str]:
     (run,) = publisher.the_run()[0].search_runs(["1"], max_results=10)
-    found: dict[str, str] = run.data.tags
+    found: dict[str, str] = run.tags
     return found
 
 
@@ -110,17 +110,17 @@ def test_a_rebuild_pulls_what_is_not_here(
 def test_an_experiment_is_pushed_pulled_adopted_and_rebuilt(ana: Publisher, ben: Publisher) -> None:
     ana.run("dvc", "exp", "run", "-n", "tried", "-S", "lora.r=2")
     hers = ana.the_run()[1]
-    assert hers.data.tags["dvc.experiment"] == "tried"
-    assert hers.info.run_name.endswith("(tried)")
+    assert hers.tags["dvc.experiment"] == "tried"
+    assert hers.name.endswith("(tried)")
     ana.run("dvc", "exp", "push", "origin", "tried")
     ana.run("git", "checkout", "-q", ".")
     ben.run("dvc", "pull")
     ben.run("dvc", "exp", "pull", "origin", "tried")
     ben.run("dvc", "exp", "apply", "tried")
     assert stages_run(ben.repro()) == ["publish"]
-    his = ben.the_run()[1].data.tags
-    assert his["train_key"] == hers.data.tags["train_key"]
-    assert his["adapter.sha256"] == hers.data.tags["adapter.sha256"]
+    his = ben.the_run()[1].tags
+    assert his["train_key"] == hers.tags["train_key"]
+    assert his["adapter.sha256"] == hers.tags["adapter.sha256"]
     ben.run("git", "checkout", "-q", ".")
     assert ben.capas("rebuild", "tried", FAKE_HOME=str(ben.root)) == 0
     assert ben.ran()["train"] == 1
@@ -145,9 +145,9 @@ def test_the_real_pipeline_in_a_second_clone(tmp_path: Path) -> None:
     assert stages_run(ben.repro()) == ["publish"]
     assert ben.run("git", "status", "--porcelain") == ""
     hers, his = the_only_run(ana), the_only_run(ben)
-    assert his.info.run_name == hers.info.run_name
-    assert his.data.tags["adapter.sha256"] == hers.data.tags["adapter.sha256"]
-    assert his.data.params == hers.data.params
+    assert his.name == hers.name
+    assert his.tags["adapter.sha256"] == hers.tags["adapter.sha256"]
+    assert his.params == hers.params
 
     (ben.root / "untracked.bin").write_bytes(bytes(range(256)))
     ben.edit("conf/lora/_base.yaml", "r: 16", "r: 4")
@@ -158,7 +158,7 @@ def test_the_real_pipeline_in_a_second_clone(tmp_path: Path) -> None:
     ben.run("git", "clean", "-qfd")
     client = Store.open(ben.root, "capas").client
     run = client.search_runs(["1"])[0]
-    assert run.data.params["lora.r"] == "4"
-    said = ben.run("python", "-m", "capas", "rebuild", run.info.run_id)
+    assert run.params["lora.r"] == "4"
+    said = ben.run("python", "-m", "capas", "rebuild", run.id)
     assert "The adapter is identical, byte for byte" in said
     assert ben.run("git", "status", "--porcelain") == ""

@@ -17,7 +17,8 @@ import pytest
 from capas.core.errors import CapasError
 from capas.tracking import live_sender
 from capas.tracking import store as stores
-from capas.tracking.store import TRAIN_KEY, Point, Store, locked, reachable, tracking_uri
+from capas.tracking.client import Point, reachable
+from capas.tracking.store import TRAIN_KEY, Store, locked, tracking_uri
 
 Write = Callable[..., Path]
 REPOSITORY = Path(__file__).parents[1]
@@ -69,16 +70,16 @@ def follow(root: Path, key: str, rows: Path) -> str:
 def steps_of(root: Path, key: str) -> list[int]:
     store = Store.open(root, "tests")
     run = store.find(key)
-    return [m.step for m in store.client.get_metric_history(run.info.run_id, "train/loss")]
+    return [m.step for m in store.client.get_metric_history(run.id, "train/loss")]
 
 
 def test_a_finished_training_is_one_finished_run(root: Path, write: Write) -> None:
     assert follow(root, "done", write(1, 2, 3, event="end")) == "FINISHED"
     run = Store.open(root, "tests").find("done")
-    assert run.info.status == "FINISHED"
-    assert run.data.metrics["train/loss"] == pytest.approx(1 / 3)
-    assert run.data.params == {"lora.r": "8", "model.preset": "tiny"}
-    assert run.info.run_name == "tiny r8"
+    assert run.status == "FINISHED"
+    assert run.metrics["train/loss"] == pytest.approx(1 / 3)
+    assert run.params == {"lora.r": "8", "model.preset": "tiny"}
+    assert run.name == "tiny r8"
     assert steps_of(root, "done") == [1, 2, 3]
 
 
@@ -87,7 +88,7 @@ def test_a_training_that_died_is_not_left_running(
     root: Path, write: Write, event: str | None, status: str
 ) -> None:
     assert follow(root, status, write(1, 2, event=event)) == status
-    assert Store.open(root, "tests").find(status).info.status == status
+    assert Store.open(root, "tests").find(status).status == status
 
 
 def test_a_resumed_training_goes_on_in_its_run(root: Path, write: Write) -> None:
@@ -96,7 +97,7 @@ def test_a_resumed_training_goes_on_in_its_run(root: Path, write: Write) -> None
     assert steps_of(root, "resumed") == [1, 2, 3, 4]
     store = Store.open(root, "tests")
     found = store.client.search_runs([store.experiment_id], "tags.train_key = 'resumed'")
-    assert [run.info.status for run in found] == ["FINISHED"]
+    assert [run.status for run in found] == ["FINISHED"]
 
 
 def test_a_line_is_read_when_it_is_complete(root: Path, tmp_path: Path) -> None:
@@ -122,28 +123,27 @@ def test_a_server_that_is_gone_costs_a_warning(
 
 def test_points_that_the_run_has_are_not_logged_again(root: Path) -> None:
     store = Store.open(root, "tests")
-    run_id = store.find_or_create("points", lambda: "points").info.run_id
+    run_id = store.find_or_create("points", lambda: "points").id
     points = [Point("a", step, float(step)) for step in range(1500)]
     assert store.log_points(run_id, points) == 1500
     assert store.log_points(run_id, [*points, Point("a", 1500, 0.0)]) == 1
 
 
 def test_a_new_run_counts_as_failed_until_it_is_ended(root: Path) -> None:
-    assert Store.open(root, "tests").find_or_create("new", lambda: "new").info.status == "FAILED"
+    assert Store.open(root, "tests").find_or_create("new", lambda: "new").status == "FAILED"
 
 
 def test_a_run_whose_machine_lost_its_power_is_ended_by_the_next(root: Path, write: Write) -> None:
     store = Store.open(root, "tests")
     runs = {
-        key: store.only(TRAIN_KEY, key, lambda: "a name").info.run_id
-        for key in ("dead", "alive", "far")
+        key: store.only(TRAIN_KEY, key, lambda: "a name").id for key in ("dead", "alive", "far")
     }
-    assert {store.client.get_run(run_id).info.status for run_id in runs.values()} == {"RUNNING"}
+    assert {store.client.get_run(run_id).status for run_id in runs.values()} == {"RUNNING"}
     with locked(root, "dead", seconds=0):
         pass  # its process was here; of `far` nothing is known on this machine
     with locked(root, "alive", seconds=0):
         follow(root, "next", write(1, event="end"))
-    found = {key: store.client.get_run(run_id).info.status for key, run_id in runs.items()}
+    found = {key: store.client.get_run(run_id).status for key, run_id in runs.items()}
     assert found == {"dead": "FAILED", "alive": "RUNNING", "far": "RUNNING"}
 
 
@@ -151,11 +151,11 @@ def test_of_several_runs_the_one_that_holds_something_stays(root: Path) -> None:
     store = Store.open(root, "tests")
     tags = {stores.TRAIN_KEY: "several"}
     empty, filled, late = (store.client.create_run(store.experiment_id, tags=tags) for _ in "123")
-    store.client.log_metric(filled.info.run_id, "train/loss", 1.0)
+    store.client.log_metric(filled.id, "train/loss", 1.0)
     run = store.find_or_create("several", lambda: "several")
-    assert (run.info.run_id, run.info.status) == (filled.info.run_id, "FAILED")
+    assert (run.id, run.status) == (filled.id, "FAILED")
     for gone in (empty, late):
-        assert store.client.get_run(gone.info.run_id).info.lifecycle_stage == "deleted"
+        assert store.client.get_run(gone.id).is_deleted
 
 
 @pytest.mark.parametrize(
@@ -192,12 +192,12 @@ def test_a_store_is_in_its_repository_whatever_that_is_called(
     store = Store.open(root, "tests")
     store.check_artifacts()
     run = store.client.create_run(store.experiment_id)
-    store.client.log_text(run.info.run_id, "here", "note.txt")
+    store.client.log_text(run.id, "here", "note.txt")
     assert stores.sqlite_file(tracking_uri(root)) == root / "mlflow.db"
     assert stores.sqlite_file(stores.sqlite_uri(root / "a.db")) == root / "a.db"
     assert [file.name for file in tmp_path.iterdir()] == [name]
     assert list(root.glob("mlartifacts/*/artifacts/note.txt"))
-    assert stores.existing(root).get_run(run.info.run_id).info.run_id == run.info.run_id
+    assert stores.existing(root).get_run(run.id).id == run.id
 
 
 @pytest.mark.parametrize(
@@ -275,7 +275,7 @@ def test_the_follower_outlives_the_training_and_ends_its_run(
     env = {**os.environ, "PYTHONPATH": str(REPOSITORY)}
     subprocess.run([sys.executable, "-c", TRAINING, end, end], cwd=root, env=env, check=False)
     deadline = time.monotonic() + 60
-    while (run := Store.open(root, "tests").find(end)) is None or run.info.status != status:
+    while (run := Store.open(root, "tests").find(end)) is None or run.status != status:
         assert time.monotonic() < deadline, (root / f".dvc/tmp/live/{end}.log").read_text()
         time.sleep(0.5)
     assert steps_of(root, end) == [1, 2]
@@ -328,12 +328,12 @@ def test_the_machine_is_watched_while_the_training_runs(
     deadline = time.monotonic() + 30
     while (
         "system/cpu_utilization_percentage"
-        not in (data := Store.open(root, "tests").find("watched").data).metrics
+        not in (found := Store.open(root, "tests").find("watched")).metrics
     ):
         assert time.monotonic() < deadline
         follower.send("RUNNING")
         time.sleep(0.2)
-    assert data.metrics["system/system_memory_usage_percentage"] > 0
+    assert found.metrics["system/system_memory_usage_percentage"] > 0
     follower.send("FINISHED", now=True)
     assert not [t for t in threading.enumerate() if t.name == "SystemMetricsMonitor"]
 

@@ -21,8 +21,9 @@ from capas.core.errors import CapasError
 from capas.core.files import read_json
 from capas.core.worktree import git
 from capas.tracking import runs
+from capas.tracking.client import reachable
 from capas.tracking.run_content import artifacts_digest
-from capas.tracking.store import ARTIFACTS, EXPERIMENT, TRAIN_KEY, existing, reachable, tracking_uri
+from capas.tracking.store import ARTIFACTS, EXPERIMENT, TRAIN_KEY, existing, tracking_uri
 from capas.tracking.ui import Pages
 from capas.use.tuned_model import ran_with, say
 
@@ -262,25 +263,25 @@ class Repository:
         client = existing(self.root)
         with reachable(tracking_uri(self.root)):
             run = runs.find(client, word, self.root)
-            there = {file.path for file in client.list_artifacts(run.info.run_id)}
+            there = {file.path for file in client.list_artifacts(run.id)}
             if missing := sorted({*PUBLISHED} - there):
                 raise CapasError(
-                    f"run {run.info.run_name} has no result: {', '.join(missing)} is missing, so its "
+                    f"run {run.name} has no result: {', '.join(missing)} is missing, so its "
                     "publish has not finished. Check its state out and run `dvc repro publish`"
                 )
-            folder = self._downloads / run.info.run_id
+            folder = self._downloads / run.id
             folder.mkdir(exist_ok=True)
             for name in {*PUBLISHED, TABLE} & there:
-                client.download_artifacts(run.info.run_id, name, str(folder))
-        tags = run.data.tags
+                client.download_artifacts(run.id, name, str(folder))
+        tags = run.tags
         told = Tracked(
-            run_id=run.info.run_id,
-            name=run.info.run_name,
+            run_id=run.id,
+            name=run.name,
             train_key=tags[TRAIN_KEY],
-            time=run.info.start_time / 1000,
-            metrics=run.data.metrics,
+            time=run.start_time / 1000,
+            metrics=run.metrics,
             texts=tags,
-            experiment_id=run.info.experiment_id,
+            experiment_id=run.experiment_id,
         )
         return self._from_artifacts(told, folder)
 

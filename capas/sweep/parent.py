@@ -21,7 +21,8 @@ from capas.core.errors import CapasError, without_secrets
 from capas.core.files import write_whole
 from capas.sweep.plan import Plan
 from capas.sweep.state import CACHED, State, read_states
-from capas.tracking.store import Store, locked, reachable, sqlite_file, tracking_uri
+from capas.tracking.client import reachable
+from capas.tracking.store import Store, locked, sqlite_file, tracking_uri
 from capas.tracking.ui import DEFAULT_PARAMS, VIEW_TAG, Pages, shared_view
 
 log = logging.getLogger("capas")
@@ -85,8 +86,8 @@ class Parent:
                 _PARENT: self._run_id,
                 f"sweep.{self.plan.key}": " ".join(self.plan.words)[:500],
             }
-            store.send_tags(found.info.run_id, found.data.tags, tags)
-            self.adopted[train_key] = found.info.run_id
+            store.send_tags(found, tags)
+            self.adopted[train_key] = found.id
 
     def end(self, result: dict[str, Any] | None, states: list[State]) -> None:
         """End the run with its result; None means that the sweep was stopped."""
@@ -144,7 +145,7 @@ def _find_or_create(store: Store, plan: Plan) -> str:
         "mlflow.source.git.commit": plan.commit,
         "sweep.overrides": words[:500],
     }
-    return str(store.only(KEY, plan.key, lambda: f"sweep {words}"[:100], tags).info.run_id)
+    return str(store.only(KEY, plan.key, lambda: f"sweep {words}"[:100], tags).id)
 
 
 def follow(plan: Plan, stdin: int) -> None:

@@ -1,8 +1,8 @@
 """Check, before a training, where a run's artifacts go and whether they can be written from here."""
 
 import os
+from collections.abc import Callable
 from pathlib import Path
-from typing import Any
 from urllib.parse import unquote, urlsplit
 
 from capas.core.errors import CapasError, without_secrets
@@ -31,12 +31,13 @@ class UnusableStoreError(CapasError):
     """The configured MLflow store cannot work here; waiting and retrying do not help."""
 
 
-def check_artifacts(location: str, uri: str) -> None:
+def check_artifacts(location: str, uri: str, list_artifacts: Callable[[str, str], None]) -> None:
     """Check that the artifact store of an experiment can be used.
 
     Args:
         location: `artifact_location` of the experiment, e.g. s3://bucket/1.
         uri: the tracking server or database.
+        list_artifacts: lists a store with its client library, and raises what that raises.
 
     Raises:
         UnusableStoreError: its package or credentials are missing, or it is on the server's own disk.
@@ -45,10 +46,8 @@ def check_artifacts(location: str, uri: str) -> None:
     scheme = urlsplit(location).scheme
     if scheme in ("", "file"):
         return _check_disk(location, uri)
-    from mlflow.store.artifact.artifact_repository_registry import get_artifact_repository
-
     try:
-        get_artifact_repository(location, tracking_uri=uri).list_artifacts(None)
+        list_artifacts(location, uri)
     except Exception as error:  # noqa: BLE001  client libraries raise errors of any class
         raise refusal(error, location) from None
 
@@ -101,35 +100,3 @@ def _check_disk(location: str, uri: str) -> None:
             f"the artifacts of MLflow's runs go to {path}, which cannot be written: {there} belongs "
             f"to another user or is not a folder. Change its owner, or {_OTHERWISE}"
         )
-
-
-class GuardedClient:
-    """A wrapper of MlflowClient that turns errors of artifact stores, of any class, into CapasError.
-
-    Errors of MLflow itself, requests and SQLAlchemy pass through: see `capas.tracking.store.reachable`.
-    """
-
-    def __init__(self, client: Any) -> None:
-        self._client = client
-
-    def __getattr__(self, name: str) -> Any:
-        found = getattr(self._client, name)
-        if not callable(found):
-            return found
-
-        def call(*args: Any, **kwargs: Any) -> Any:
-            from mlflow.exceptions import MlflowException
-            from requests import RequestException
-            from sqlalchemy.exc import SQLAlchemyError
-
-            try:
-                return found(*args, **kwargs)
-            except (MlflowException, RequestException, SQLAlchemyError, CapasError):
-                raise
-            except Exception as error:
-                if "artifact" not in name and name not in ("log_text", "load_table", "log_table"):
-                    raise
-                run = self._client.get_run(args[0] if args else kwargs["run_id"])
-                raise refusal(error, run.info.artifact_uri) from error
-
-        return call

@@ -27,6 +27,7 @@ from capas.core.stage import Stage, log
 from capas.core.worktree import Snapshot, added, difference, git, snapshot
 from capas.models import tuned_weights
 from capas.tracking import live_sender, runs
+from capas.tracking.client import Client, Run
 from capas.tracking.store import USER, Store
 
 BASE, TREE, DIRTY, FOLDER, IGNORED = (
@@ -179,18 +180,18 @@ def _needed(root: Path, stayed: list[Path]) -> str:
     return ", ".join(os.path.relpath(file, root) for file in needed)
 
 
-def send(store: Store, run: Any, stage: Stage, is_new: bool) -> None:
+def send(store: Store, run: Run, stage: Stage, is_new: bool) -> None:
     """Send the present state with the artifacts, if the run has none or `is_new`.
 
     A state that leads back to the training is not replaced by one that does not.
     """
-    have, run_id = run.data.tags, run.info.run_id
+    have, run_id = run.tags, run.id
     tags = {ADAPTER: tuned_weights.sha256(stage.dep(tuned_weights.FOLDER))}
     is_known = have.get(BASE, UNKNOWN) != UNKNOWN
     if is_new or not is_known:
         tags |= _send_state(store, run_id, have, stage, is_known)
     wanted = {name: value for name, value in tags.items() if value or name in have}
-    store.send_tags(run_id, have, wanted)  # one call, so that all tags describe one state
+    store.send_tags(run, wanted)  # one call, so that all tags describe one state
 
 
 def _send_state(
@@ -264,14 +265,14 @@ def _is_as_it_ran(spec: StageSpec, root: Path, lock: Mapping[str, Any]) -> bool:
         return False
 
 
-def read_state(client: Any, run: Any) -> State:
+def read_state(client: Client, run: Run) -> State:
     """Return the state of a published run.
 
     Raises:
         CapasError: it has none, or its state cannot be restored.
     """
-    tags = run.data.tags
-    called = f"run {run.info.run_name} ({run.info.run_id[:8]})"
+    tags = run.tags
+    called = f"run {run.name} ({run.id[:8]})"
     if BASE not in tags:
         raise CapasError(
             f"{called} has no tag {BASE}: publishing never finished. Run `dvc repro publish` in the "
@@ -286,32 +287,22 @@ def read_state(client: Any, run: Any) -> State:
     taken, dirty = Snapshot(tags[BASE], tags[TREE]), tags[DIRTY] == "true"
     patch = b""
     if dirty:
-        taken, patch = _read_patch(client, run.info.run_id, called)
+        taken, patch = _read_patch(client, run.id, called)
     ignored: dict[str, str] = {}
     if tags.get(IGNORED):
-        facts = json.loads(_artifact(client, run.info.run_id, IGNORED_FILES, called))
+        facts = json.loads(client.read_artifact(run.id, IGNORED_FILES, called))
         ignored = facts["md5"]
     return State(taken, dirty, tags.get(FOLDER, ""), patch, ignored)
 
 
-def _read_patch(client: Any, run_id: str, called: str) -> tuple[Snapshot, bytes]:
+def _read_patch(client: Client, run_id: str, called: str) -> tuple[Snapshot, bytes]:
     """Return the patch with its commit and tree.
 
     These are known even if the publish was killed before it wrote the tags.
     """
-    content = _artifact(client, run_id, PATCH, called)
+    content = client.read_artifact(run_id, PATCH, called)
     header = _HEADER.match(content)
     if header is None:
         raise CapasError(f"{PATCH} of {called} is damaged: the commit and tree are missing")
     taken = Snapshot(header["commit"].decode(), header["tree"].decode())
     return taken, content[header.end() :]
-
-
-def _artifact(client: Any, run_id: str, name: str, called: str) -> bytes:
-    from mlflow.exceptions import MlflowException
-
-    with TemporaryDirectory(prefix="capas-") as folder:
-        try:
-            return Path(client.download_artifacts(run_id, name, folder)).read_bytes()
-        except (OSError, MlflowException) as error:
-            raise CapasError(f"the artifact {name} of {called} cannot be read: {error}") from None

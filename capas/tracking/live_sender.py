@@ -24,8 +24,9 @@ from capas.core.dag import read_yaml
 from capas.core.errors import CapasError, without_secrets
 from capas.core.worktree import git
 from capas.tracking.artifacts import UnusableStoreError
+from capas.tracking.client import Point, reachable, start_system_metrics
 from capas.tracking.run_params import current_params, distinct_name, name_of
-from capas.tracking.store import USER, Point, Store, locked, reachable, tracking_uri
+from capas.tracking.store import USER, Store, locked, tracking_uri
 from capas.training.live_rows import AWAY, UNUSABLE
 
 log = logging.getLogger("capas")
@@ -113,10 +114,10 @@ class Follower:
             self.reached = True
             params, store = current_params(self.root), self._store
             run = store.find_or_create(self.key, lambda: run_name(store, params))
-            self._run_id = run.info.run_id
-            if not run.data.params:
-                store.send_params(self._run_id, run.data, params)
-                store.send_tags(self._run_id, run.data.tags, author(self.root))
+            self._run_id = run.id
+            if not run.params:
+                store.send_params(run, params)
+                store.send_tags(run, author(self.root))
             self._store.set_status(self._run_id, "RUNNING")
             if status == "RUNNING":
                 self._monitor = start_monitor(self._run_id, tracking_uri(self.root))
@@ -137,16 +138,10 @@ class Follower:
 def start_monitor(run_id: str, uri: str) -> Any:
     """Log CPU, memory, disk, network and GPU of this machine as system/... metrics; None if that fails."""
     try:
-        from mlflow.system_metrics.system_metrics_monitor import SystemMetricsMonitor
-
-        monitor = SystemMetricsMonitor(
-            run_id, sampling_interval=_SAMPLE_SECONDS, resume_logging=True, tracking_uri=uri
-        )
-        monitor.start()
+        return start_system_metrics(run_id, uri, _SAMPLE_SECONDS)
     except Exception as error:  # noqa: BLE001  drivers raise anything; the curve matters more
         log.warning("no system metrics: %s", error)
         return None
-    return monitor
 
 
 def follow(root: Path, key: str, rows: Path, stdin: int) -> str:
@@ -181,8 +176,8 @@ def end_late(root: Path, key: str, experiment_name: str, status: str) -> None:
             with locked(root, key, seconds=0), reachable(tracking_uri(root)):
                 store = Store.open(root, experiment_name)
                 run = store.find(key)
-                if run is not None and run.info.status == "RUNNING":
-                    store.set_status(run.info.run_id, status)
+                if run is not None and run.status == "RUNNING":
+                    store.set_status(run.id, status)
             return
         except (CapasError, OSError) as error:
             log.info("the run could not be marked as ended: %s", error)

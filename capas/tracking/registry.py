@@ -16,7 +16,8 @@ from typing import Any, NamedTuple
 
 from capas.core.errors import CapasError
 from capas.tracking import runs
-from capas.tracking.store import GATE, MODEL, TRAIN_KEY, existing, locked, reachable, tracking_uri
+from capas.tracking.client import reachable
+from capas.tracking.store import GATE, MODEL, TRAIN_KEY, existing, locked, tracking_uri
 from capas.tracking.ui import Pages
 
 FORCED = "forced"
@@ -100,11 +101,11 @@ def register(root: Path, wanted: str, name: str | None, alias: str, force: bool)
         name = check_name(name or default_name(client, run))
         forced = admit(client, run, force)
         version, created = find_or_create(client, name, run)
-        tags = {key: run.data.tags[key] for key in _COPIED if key in run.data.tags}
+        tags = {key: run.tags[key] for key in _COPIED if key in run.tags}
         send_tags(client, version, tags | ({FORCED: forced} if forced else {}))
         moved_from = move_alias(client, name, alias, version.version)
     done = name, str(version.version), alias, created, moved_from
-    return Registered(*done, run.info.experiment_id, run.info.run_id)
+    return Registered(*done, run.experiment_id, run.id)
 
 
 def admit(client: Any, run: Any, force: bool) -> str | None:
@@ -114,15 +115,15 @@ def admit(client: Any, run: Any, force: bool) -> str | None:
         RefusedError: the run is refused; it has all reasons.
     """
     reasons = []
-    if run.info.status != "FINISHED":
-        reasons.append(f"the run is {run.info.status}: finish it with `dvc repro`")
-    files = {file.path for file in client.list_artifacts(run.info.run_id, MODEL)}
+    if run.status != "FINISHED":
+        reasons.append(f"the run is {run.status}: finish it with `dvc repro`")
+    files = {file.path for file in client.list_artifacts(run.id, MODEL)}
     if f"{MODEL}/MLmodel" not in files:
         reasons.append(
             f"the run has no model (artifact {MODEL}/MLmodel): publish it with `dvc repro -s -f "
             "publish`"
         )
-    found: str | None = run.data.tags.get(GATE)
+    found: str | None = run.tags.get(GATE)
     verdict = (
         f"gate {found}"
         if found
@@ -137,12 +138,12 @@ def admit(client: Any, run: Any, force: bool) -> str | None:
 
 
 def default_name(client: Any, run: Any) -> str:
-    preset = run.data.params.get("model.preset")
+    preset = run.params.get("model.preset")
     if preset is None:
         raise CapasError(
-            f"run {run.info.run_id} has no param 'model.preset' to derive the name from. Set --name"
+            f"run {run.id} has no param 'model.preset' to derive the name from. Set --name"
         )
-    experiment = client.get_experiment(run.info.experiment_id).name
+    experiment = client.get_experiment(run.experiment_id).name
     return _NO_NAME.sub("-", f"{experiment}-{preset}")
 
 
@@ -164,12 +165,12 @@ def find_or_create(client: Any, name: str, run: Any) -> tuple[Any, bool]:
     names = [found.name for found in client.search_registered_models(f"name='{name}'")]
     if name not in names:
         client.create_registered_model(name)
-    query = f"name='{name}' and run_id='{run.info.run_id}'"
+    query = f"name='{name}' and run_id='{run.id}'"
     for version in client.search_model_versions(query):
         if version.status == "READY":
             return version, False
-    source = f"{run.info.artifact_uri}/{MODEL}"
-    return client.create_model_version(name, source, run.info.run_id), True
+    source = f"{run.artifact_uri}/{MODEL}"
+    return client.create_model_version(name, source, run.id), True
 
 
 def send_tags(client: Any, version: Any, tags: dict[str, str]) -> None:

@@ -15,9 +15,10 @@ from capas.core.stage import PARAMS, Stage
 from capas.core.worktree import git
 from capas.evaluation import gate
 from capas.evaluation.names import headline as headline_of
+from capas.tracking.client import Point
 from capas.tracking.live_sender import CURVES
 from capas.tracking.run_params import metric_name
-from capas.tracking.store import GATE, Point
+from capas.tracking.store import GATE
 
 Costs = Mapping[str, Mapping[str, Any]]  # stage -> its costs, see `timings.read`
 

@@ -1,16 +1,16 @@
 """Find a run in MLflow by any of its names."""
 
-from collections.abc import Iterator
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 from capas.core.dag import parse_yaml, recorded_key
 from capas.core.errors import CapasError
 from capas.core.worktree import git
+from capas.tracking.client import Client, Run
 from capas.tracking.store import EXPERIMENT, TRAIN_KEY
 
 
-def find(client: Any, word: str, root: Path) -> Any:
+def find(client: Client, word: str, root: Path) -> Run:
     """Return a training run by id, name, DVC experiment or train_key.
 
     The beginning of an id or of a train_key is enough.
@@ -18,25 +18,25 @@ def find(client: Any, word: str, root: Path) -> Any:
     Raises:
         CapasError: there is none, or more than one.
     """
-    runs = list(_all(client))
+    runs = _all(client)
     keys = {word, *_experiment_keys(word, root)}
     ways = (
-        [run for run in runs if run.info.run_id == word],
-        [run for run in runs if run.info.run_name == word],
-        [run for run in runs if run.data.tags[TRAIN_KEY] in keys],
-        [run for run in runs if run.data.tags.get(EXPERIMENT) == word],
-        [run for run in runs if run.info.run_id.startswith(word)],
-        [run for run in runs if run.data.tags[TRAIN_KEY].startswith(word)],
+        [run for run in runs if run.id == word],
+        [run for run in runs if run.name == word],
+        [run for run in runs if run.tags[TRAIN_KEY] in keys],
+        [run for run in runs if run.tags.get(EXPERIMENT) == word],
+        [run for run in runs if run.id.startswith(word)],
+        [run for run in runs if run.tags[TRAIN_KEY].startswith(word)],
     )
     found = next(filter(None, ways), [])
     if not found:
-        there = ", ".join(f"{run.info.run_name} ({run.info.run_id[:8]})" for run in runs[:5])
+        there = ", ".join(f"{run.name} ({run.id[:8]})" for run in runs[:5])
         raise CapasError(
             f"MLflow has no training run {word!r}. Training runs: {len(runs)}"
             + (f", the newest: {there}" if runs else "")
         )
     if len(found) > 1:
-        several = ", ".join(f"{run.info.run_id} ({run.info.run_name})" for run in found[:5])
+        several = ", ".join(f"{run.id} ({run.name})" for run in found[:5])
         raise CapasError(
             f"{word!r} matches {len(found)} runs: {several}. Use the run id, or more characters of "
             "it"
@@ -44,16 +44,10 @@ def find(client: Any, word: str, root: Path) -> Any:
     return found[0]
 
 
-def _all(client: Any) -> Iterator[Any]:
-    """Yield the training runs, newest first."""
+def _all(client: Client) -> list[Run]:
+    """Return the training runs, newest first."""
     experiments = [experiment.experiment_id for experiment in client.search_experiments()]
-    token = None
-    while experiments:
-        page = client.search_runs(experiments, page_token=token)
-        yield from (run for run in page if TRAIN_KEY in run.data.tags)
-        token = page.token
-        if not token:
-            return
+    return [run for run in client.search_runs(experiments) if TRAIN_KEY in run.tags]
 
 
 class Experiment(NamedTuple):

@@ -5,22 +5,20 @@ only in this module. mlflow is always imported inside functions, because the imp
 """
 
 import importlib.util
-import logging
 import os
 import re
 import socket
-import time
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import ExitStack, contextmanager
 from functools import partial
 from pathlib import Path
-from typing import Any, NamedTuple
 from urllib.parse import quote, unquote, urlsplit
 
 from capas.core.errors import CapasError, without_secrets
 from capas.core.locks import BusyError, exclusive, is_held
 from capas.tracking import ui
-from capas.tracking.artifacts import GuardedClient, UnusableStoreError, check_artifacts
+from capas.tracking.artifacts import UnusableStoreError, check_artifacts
+from capas.tracking.client import RETRY, Client, Point, Run, connect, list_artifacts, reachable
 
 TRAIN_KEY, GATE = "train_key", "gate"  # tags of a run
 # also a tag: `run_content.artifacts_digest` of the published outputs
@@ -28,14 +26,7 @@ ARTIFACTS = "capas.artifacts"
 USER, EXPERIMENT = "mlflow.user", "dvc.experiment"
 MODEL = "model"  # the folder in a run's artifacts that MLflow loads
 HOME = "CAPAS_HOME"  # set by a sweep; DVC sets DVC_ROOT if it works in another folder itself
-_SETTINGS = {  # defaults that the user's own settings override
-    "MLFLOW_DISABLE_TELEMETRY": "true",
-    "MLFLOW_ENABLE_ARTIFACTS_PROGRESS_BAR": "false",
-    "MLFLOW_HTTP_REQUEST_MAX_RETRIES": "1",  # the default, 7, tries for minutes
-    "MLFLOW_HTTP_REQUEST_TIMEOUT": "20",
-}
 _KIND = {"mlflow.experimentKind": "custom_model_development"}  # the UI opens its training view
-_MAX_BATCH = 1000  # metrics in one call, a limit of MLflow
 _CONNECT_SECONDS = 5.0
 _RELATIVE = re.compile(  # sqlite:///FILE, file:FOLDER or FOLDER, but not the names of services
     r"(?P<kind>sqlite(\+\w+)?:///(?!file:)|file:|(?!databricks|uc$)(?![\w+.-]+:))(?P<path>[^/:].*)"
@@ -50,15 +41,6 @@ _DRIVERS = {  # module that SQLAlchemy imports -> package that contains it
     "MySQLdb": "mysqlclient",
     "mysql": "mysql-connector-python",
 }
-RETRY = "Once it is reachable, retry with the same command or dvc repro publish"
-
-
-class Point(NamedTuple):
-    """A single value of a curve."""
-
-    name: str
-    step: int
-    value: float
 
 
 def home(root: Path) -> Path:
@@ -121,7 +103,7 @@ def locked(root: Path, name: str, seconds: float) -> Iterator[None]:
 class Store:
     """An open MLflow experiment. Under the lock of a run no other process writes to it: see `locked`."""
 
-    def __init__(self, client: Any, experiment_id: str, root: Path) -> None:
+    def __init__(self, client: Client, experiment_id: str, root: Path) -> None:
         self.client, self.experiment_id, self.root = client, experiment_id, root
         self._steps: dict[tuple[str, str], set[int]] = {}  # (run id, curve) -> steps already logged
 
@@ -136,7 +118,7 @@ class Store:
         _check_uri(uri)
         # Two processes that create the tables at the same time would break each other's work.
         with reachable(uri), locked(root, "store", seconds=60):
-            client = _client(uri)
+            client = connect(uri)
             return cls(client, _experiment_id(client, experiment_name, uri, root), root)
 
     def check_artifacts(self) -> None:
@@ -146,15 +128,15 @@ class Store:
             CapasError: they cannot; see `artifacts.check_artifacts`.
         """
         location = self.client.get_experiment(self.experiment_id).artifact_location
-        check_artifacts(location, tracking_uri(self.root))
+        check_artifacts(location, tracking_uri(self.root), list_artifacts)
 
-    def find(self, train_key: str) -> Any | None:
+    def find(self, train_key: str) -> Run | None:
         """Return the run of this training; among several, the oldest that is not empty."""
         return next(iter(self._all(TRAIN_KEY, train_key)), None)
 
     def find_or_create(
         self, train_key: str, name: Callable[[], str], started: int | None = None
-    ) -> Any:
+    ) -> Run:
         """Return the run of this training; call it while holding the training's lock.
 
         Under the lock no other process works on the run, so a run with the status RUNNING is set to FAILED.
@@ -166,9 +148,9 @@ class Store:
         """
         self.end_abandoned(TRAIN_KEY, partial(lock_file, self.root))
         run = self.only(TRAIN_KEY, train_key, name, started=started)
-        if run.info.status == "RUNNING":
-            self.set_status(run.info.run_id, "FAILED")
-        return self.client.get_run(run.info.run_id)
+        if run.status == "RUNNING":
+            self.set_status(run.id, "FAILED")
+        return self.client.get_run(run.id)
 
     def only(
         self,
@@ -177,7 +159,7 @@ class Store:
         name: Callable[[], str],
         more_tags: Mapping[str, str] | None = None,
         started: int | None = None,
-    ) -> Any:
+    ) -> Run:
         """Return the run with this value of this tag, or create it; call it while holding its lock.
 
         A slow server, or a lost answer, can create a run twice, because MLflow's client asks again. Empty
@@ -187,8 +169,8 @@ class Store:
             tags = {tag: value, **(more_tags or {})}
             self.client.create_run(self.experiment_id, started, tags, name())
         run, *others = self._all(tag, value)
-        for other in filter(_is_empty, others):
-            self.client.delete_run(other.info.run_id)
+        for other in (run for run in others if run.is_empty):
+            self.client.delete_run(other.id)
         return run
 
     def end_abandoned(self, tag: str, lock: Callable[[str], Path]) -> None:
@@ -199,18 +181,18 @@ class Store:
             lock: returns, for this value, the lock file that the process held.
         """
         for run in self.client.search_runs([self.experiment_id], "attributes.status = 'RUNNING'"):
-            value = run.data.tags.get(tag)
+            value = run.tags.get(tag)
             if value and lock(value).exists() and not is_held(lock(value)):
-                self.set_status(run.info.run_id, "FAILED")
+                self.set_status(run.id, "FAILED")
 
-    def _all(self, tag: str, value: str) -> list[Any]:
+    def _all(self, tag: str, value: str) -> list[Run]:
         query, order = f"tags.{tag} = '{value}'", ["attributes.start_time ASC"]
         runs = self.client.search_runs([self.experiment_id], query, order_by=order)
-        return sorted(runs, key=_is_empty)  # stable
+        return sorted(runs, key=lambda run: run.is_empty)  # stable
 
     def set_status(self, run_id: str, status: str, ended: int | None = None) -> None:
         """Set the status if it differs; `ended` in milliseconds since 1970, None: now."""
-        if self.client.get_run(run_id).info.status == status:
+        if self.client.get_run(run_id).status == status:
             return  # setting it again would change the end time
         if status == "RUNNING":
             self.client.update_run(run_id, status=status)
@@ -224,51 +206,37 @@ class Store:
         runs = self.client.search_runs([self.experiment_id], query, order_by=order)
         found: dict[str, dict[str, str]] = {}
         for run in runs:
-            found.setdefault(run.info.run_name, run.data.params)
+            found.setdefault(run.name, run.params)
         return found
 
-    def send_params(self, run_id: str, have: Any, params: Mapping[str, str]) -> None:
+    def send_params(self, run: Run, params: Mapping[str, str]) -> None:
         """Send missing params; MLflow cannot change a param, so a tag `now.KEY` records a changed value."""
-        from mlflow.entities import Param
+        changed = {f"now.{k}": v for k, v in params.items() if run.params.get(k, v) != v}
+        for tag in [tag for tag in run.tags if tag.startswith("now.") and tag not in changed]:
+            self.client.delete_tag(run.id, tag)
+        self.send_tags(run, changed)
+        new = {key: value for key, value in params.items() if key not in run.params}
+        self.client.send_params(run.id, new)
 
-        changed = {
-            f"now.{k}": v for k, v in params.items() if k in have.params and have.params[k] != v
-        }
-        for tag in [tag for tag in have.tags if tag.startswith("now.") and tag not in changed]:
-            self.client.delete_tag(run_id, tag)
-        self.send_tags(run_id, have.tags, changed)
-        new = [Param(key, value) for key, value in params.items() if key not in have.params]
-        for start in range(0, len(new), 100):  # a limit of MLflow
-            self.client.log_batch(run_id, params=new[start : start + 100])
-
-    def send_tags(self, run_id: str, have: Mapping[str, str], tags: Mapping[str, str]) -> None:
-        """Set the tags that are missing or differ, in atomic batches of 100."""
-        from mlflow.entities import RunTag
-
-        new = [RunTag(name, value) for name, value in tags.items() if have.get(name) != value]
-        for start in range(0, len(new), 100):  # a limit of MLflow
-            self.client.log_batch(run_id, tags=new[start : start + 100])
+    def send_tags(self, run: Run, tags: Mapping[str, str]) -> None:
+        """Set the tags that are missing or differ."""
+        new = {name: value for name, value in tags.items() if run.tags.get(name) != value}
+        self.client.send_tags(run.id, new)
 
     def log_points(self, run_id: str, points: Iterable[Point]) -> int:
         """Log the points that the run lacks, and return how many; a resumed training repeats some steps."""
-        from mlflow.entities import Metric
-
         wanted = {(point.name, point.step): point for point in points}
         for name in {name for name, _ in wanted if (run_id, name) not in self._steps}:
             history = self.client.get_metric_history(run_id, name)
             self._steps[run_id, name] = {metric.step for metric in history}
-        now = time.time_ns() // 1_000_000
         new = [p for (name, step), p in wanted.items() if step not in self._steps[run_id, name]]
-        for start in range(0, len(new), _MAX_BATCH):
-            batch = new[start : start + _MAX_BATCH]
-            metrics = [Metric(p.name, p.value, now, p.step) for p in batch]
-            self.client.log_batch(run_id, metrics=metrics)
-            for point in batch:
-                self._steps[run_id, point.name].add(point.step)
+        self.client.send_points(run_id, new)
+        for point in new:
+            self._steps[run_id, point.name].add(point.step)
         return len(new)
 
 
-def existing(root: Path) -> Any:
+def existing(root: Path) -> Client:
     """Return a client of MLflow that reads an existing store; nothing is created.
 
     Raises:
@@ -283,41 +251,7 @@ def existing(root: Path) -> Any:
         )
     _check_uri(uri)
     with reachable(uri):
-        return _client(uri)
-
-
-def _client(uri: str) -> Any:
-    for name, value in _SETTINGS.items():
-        os.environ.setdefault(name, value)
-    for noisy in ("alembic", "mlflow.store.db.utils"):
-        logging.getLogger(noisy).setLevel(logging.WARNING)
-    from mlflow import MlflowClient
-
-    return GuardedClient(MlflowClient(tracking_uri=uri))
-
-
-def _is_empty(run: Any) -> bool:
-    return not run.data.metrics and not run.data.params
-
-
-@contextmanager
-def reachable(uri: str) -> Iterator[None]:
-    """Turn MLflow's own errors into one that says what to do.
-
-    Raises:
-        CapasError: a call in the block failed.
-    """
-    from mlflow.exceptions import MlflowException
-    from requests import RequestException
-    from sqlalchemy.exc import SQLAlchemyError
-
-    try:
-        yield
-    except (MlflowException, RequestException, SQLAlchemyError) as error:
-        reason = str(error).strip().splitlines()[0][:300] if str(error).strip() else repr(error)
-        raise CapasError(
-            f"MLflow at {without_secrets(uri)} cannot be used: {without_secrets(reason)}\n{RETRY}"
-        ) from error
+        return connect(uri)
 
 
 def _check_uri(uri: str) -> None:
@@ -418,7 +352,7 @@ def _check_database(uri: str) -> None:
         ) from None
 
 
-def _experiment_id(client: Any, name: str, uri: str, root: Path) -> str:
+def _experiment_id(client: Client, name: str, uri: str, root: Path) -> str:
     found, view = client.get_experiment_by_name(name), ui.default_view()
     if found is None:
         # With SQLite and no server, artifacts would go to ./mlruns of the process that comes first.

@@ -124,7 +124,8 @@ def command(options: argparse.Namespace) -> int:
     Raises:
         CapasError: the port is invalid or in use, or the store cannot be reached.
     """
-    from capas.tracking.store import Store, reachable, tracking_uri
+    from capas.tracking.client import reachable
+    from capas.tracking.store import Store, tracking_uri
 
     root = Path.cwd()
     uri, name = tracking_uri(root), read_yaml(root / "params.yaml")["tracking"]["experiment_name"]
@@ -136,11 +137,11 @@ def command(options: argparse.Namespace) -> int:
     with reachable(uri):
         store = Store.open(root, name)
         newest = store.client.search_runs(
-            [store.experiment_id], order_by=["attributes.start_time DESC"], max_results=1
+            [store.experiment_id], order_by=["attributes.start_time DESC"], limit=1
         )
     pages = Pages(uri, store.experiment_id, options.port)
     lines = [f"runs     {pages.runs()}", f"charts   {pages.runs(charts=True)}"]
-    lines += [f"newest   {pages.run(run.info.run_id)}" for run in newest]
+    lines += [f"newest   {pages.run(run.id)}" for run in newest]
     if not newest:
         lines.append(
             "No run yet. `dvc repro` publishes the first one to "

@@ -94,7 +94,7 @@ def save_model(
     from mlflow.models import Model
 
     logging.getLogger("mlflow.pyfunc").setLevel(logging.WARNING)
-    written = datetime.datetime.fromtimestamp(run.info.start_time / 1000, datetime.UTC)
+    written = datetime.datetime.fromtimestamp(run.start_time / 1000, datetime.UTC)
     code = folder.with_name("code")
     copy_code(code, stage)
     mlflow.pyfunc.save_model(
@@ -104,7 +104,7 @@ def save_model(
         code_paths=[str(code / "capas")],
         mlflow_model=Model(
             artifact_path="model",
-            run_id=run.info.run_id,
+            run_id=run.id,
             utc_time_created=written.strftime("%Y-%m-%d %H:%M:%S.%f"),
             model_uuid=hashlib.sha256(key.encode()).hexdigest()[:32],
         ),

@@ -25,9 +25,10 @@ from capas.core.errors import CapasError
 from capas.core.files import read_json
 from capas.models import tuned_weights
 from capas.tracking import runs
+from capas.tracking.client import reachable
 from capas.tracking.lineage import ADAPTER
 from capas.tracking.registry import RefusedError, admit
-from capas.tracking.store import MODEL, existing, reachable, tracking_uri
+from capas.tracking.store import MODEL, existing, tracking_uri
 from capas.use import card
 from capas.use.tuned_model import SERVED
 
@@ -79,9 +80,9 @@ def command(options: argparse.Namespace) -> int:
             try:
                 admit(client, run, options.force)
             except RefusedError as error:
-                sys.stderr.write(error.told(f"{run.info.run_name} is not pushed"))
+                sys.stderr.write(error.told(f"{run.name} is not pushed"))
                 return 1
-            client.download_artifacts(run.info.run_id, MODEL, temporary)
+            client.download_artifacts(run.id, MODEL, temporary)
         data = Path(temporary, SERVED)
         whole = not tuned_weights.is_adapter(data / "adapter")
         if whole and options.merged:
@@ -128,10 +129,10 @@ def of_merged(folder: Path, run: Any) -> dict[str, Path]:
     Raises:
         CapasError: the folder is not from `capas merge`, or was merged from another adapter than the run's.
     """
-    merged, own = read_json(folder / "merge.json")["adapter_sha256"], run.data.tags.get(ADAPTER)
+    merged, own = read_json(folder / "merge.json")["adapter_sha256"], run.tags.get(ADAPTER)
     if merged != own:
         raise CapasError(
-            f"{folder} was merged from the adapter {merged[:12]}..., and run {run.info.run_name} "
+            f"{folder} was merged from the adapter {merged[:12]}..., and run {run.name} "
             f"has {str(own)[:12]}.... Choose its run with --run, or merge again"
         )
     own = ("README.md", ".gitignore")
@@ -152,7 +153,7 @@ def send(
 
     sent = [CommitOperationAdd(path, str(file)) for path, file in sorted(files.items())]
     sent.append(CommitOperationAdd("README.md", shown.encode()))
-    message = f"capas: run {run.info.run_name}"
+    message = f"capas: run {run.name}"
     try:
         api = HfApi()
         api.create_repo(name, private=private or None, exist_ok=True)

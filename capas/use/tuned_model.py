@@ -19,7 +19,8 @@ from capas.core.records import FORMATTED, RAW, read_records
 from capas.core.stage import Stage
 from capas.evaluation.prompts import held_out_prompts
 from capas.tracking import runs
-from capas.tracking.store import MODEL, existing, reachable, tracking_uri
+from capas.tracking.client import reachable
+from capas.tracking.store import MODEL, existing, tracking_uri
 from capas.use import mlflow_model
 from capas.use.served_model import messages_of
 
@@ -152,19 +153,19 @@ def _of_run(root: Path, word: str, folder: Path) -> Tuned:
     client = existing(root)
     with reachable(tracking_uri(root)):
         run = runs.find(client, word, root)
-        there = {file.path for file in client.list_artifacts(run.info.run_id)}
+        there = {file.path for file in client.list_artifacts(run.id)}
         if MODEL not in there:
             raise CapasError(
-                f"run {run.info.run_name} has no model because publishing did not finish. Check out "
+                f"run {run.name} has no model because publishing did not finish. Check out "
                 "its commit and run `dvc repro publish`"
             )
         for name in (MODEL, "params.yaml"):
-            client.download_artifacts(run.info.run_id, name, str(folder))
+            client.download_artifacts(run.id, name, str(folder))
     data = folder / SERVED
     facts, example = read_json(data / "served.json"), folder / MODEL / "input_example.json"
     rows = json.loads(example.read_text(encoding="utf-8"))
     asked = [dict(zip(rows["columns"], row, strict=True)) for row in rows["data"]]
     prompts = [messages_of(row, facts["system"], facts["role"]) for row in asked]
     params = Params(read_yaml(folder / "params.yaml"))
-    name, run_id = run.info.run_name, run.info.run_id
+    name, run_id = run.name, run.id
     return Tuned(f"run {name} ({run_id})", data, params, prompts, run_id)

@@ -32,8 +32,9 @@ from capas.core.process import follow
 from capas.core.worktree import check_out, empty_clone, git
 from capas.models import tuned_weights
 from capas.tracking import runs
+from capas.tracking.client import reachable
 from capas.tracking.lineage import ADAPTER, CHANGED, State, read_state
-from capas.tracking.store import TRAIN_KEY, existing, reachable, sqlite_uri, tracking_uri
+from capas.tracking.store import TRAIN_KEY, existing, sqlite_uri, tracking_uri
 from capas.workspace.clone import bring, cache_of, environment, share_cache, stored
 from capas.workspace.reproduced import differences
 
@@ -69,11 +70,11 @@ def command(options: argparse.Namespace) -> int:
             run = runs.find(client, options.run, root)
             state = read_state(client, run)
         _say(
-            f"run {run.info.run_name} ({run.info.run_id}), commit "
+            f"run {run.name} ({run.id}), commit "
             f"{state.taken.commit[:10]}{' with uncommitted changes' if state.dirty else ''}"
         )
-        if run.data.tags.get(CHANGED):
-            _say(f"edited between the run and its publishing: {run.data.tags[CHANGED]}")
+        if run.tags.get(CHANGED):
+            _say(f"edited between the run and its publishing: {run.tags[CHANGED]}")
         with _folder(root, keep) as work:
             rebuilt = Rebuilt(root, work, state, run)
             return rebuilt.restored() if options.restore else rebuilt.trained(options.all)
@@ -97,7 +98,7 @@ class Rebuilt:
         self.lock = recorded(self.work)
         if "train" not in self.lock:
             raise CapasError("the dvc.lock published with this run has no training")
-        if recorded_key(self.lock["train"]) != run.data.tags[TRAIN_KEY]:
+        if recorded_key(self.lock["train"]) != run.tags[TRAIN_KEY]:
             _say(
                 "the run's training was accepted with `dvc commit` under other inputs; these "
                 "inputs are used"
@@ -108,7 +109,7 @@ class Rebuilt:
             _copy_ignored(home, self.work, state.ignored)
         for value in flatten(read_yaml(self.work / "params.yaml")).values():
             bring(home, self.work, value)
-        self._log = home / FOLDER / f"{run.info.run_id}.log"
+        self._log = home / FOLDER / f"{run.id}.log"
         self._log.parent.mkdir(parents=True, exist_ok=True)
 
     def restored(self) -> int:
@@ -182,7 +183,7 @@ class Rebuilt:
             _say(" ".join([f"{allowed}.", *reasons]))
 
     def _compared(self, how: str, everything: bool = False) -> int:
-        expected = self._run.data.tags[ADAPTER]
+        expected = self._run.tags[ADAPTER]
         found = tuned_weights.sha256(self.work / tuned_weights.FOLDER)
         sys.stdout.write(f"recorded  {expected}\nhere      {found}\n")
         differing = differences(self.lock, recorded(self.work))
@@ -200,7 +201,7 @@ class Rebuilt:
 
     def _machine(self) -> list[str]:
         """Return how this machine differs from the one that trained, as far as the run and the cache tell."""
-        then, now = self._run.data.tags, timings.read(self.work).get("train", {})
+        then, now = self._run.tags, timings.read(self.work).get("train", {})
         here = flatten({key: now[key] for key in ("cpu", "kernels") if key in now})
         differing = [(k, here[k], then[k]) for k in here if then.get(k, here[k]) != here[k]]
         md5 = {out["path"]: out["md5"] for out in self.lock["train"]["outs"]}.get(FACTS, "")

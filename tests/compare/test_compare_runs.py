@@ -58,7 +58,7 @@ def publish(results: Results, store: Store, name: str, score: float, seconds: fl
         "capas.artifacts": artifacts_digest(lock),
     }
     run = store.client.create_run(store.experiment_id, run_name=name, tags=tags)
-    run_id = run.info.run_id
+    run_id = run.id
     numbers = {
         "tuned.exact_match": score,
         "tuned.loss": 0.5,

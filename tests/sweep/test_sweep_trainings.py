@@ -40,7 +40,7 @@ def wait_for_status(sweeper: Sweeper, training: str, parent: str, seconds: float
     """What outlives a sweep to say in MLflow that it is no more has said so."""
 
     def found() -> set[str]:
-        return {run.info.status for run in tracked(sweeper)}
+        return {run.status for run in tracked(sweeper)}
 
     wait(lambda: found() == {training, parent}, seconds, found)
 
@@ -77,24 +77,24 @@ def test_it_ends_in_the_bytes_of_one_that_nobody_disturbed(sweeper: Sweeper) -> 
 
 def test_mlflow_has_the_sweep_and_each_training_once(sweeper: Sweeper) -> None:
     runs = tracked(sweeper)
-    trainings = [run for run in runs if TRAIN_KEY in run.data.tags]
-    (parent,) = [run for run in runs if TRAIN_KEY not in run.data.tags]
-    assert {run.info.status for run in runs} == {"FINISHED"}
-    assert {run.data.tags[PARENT] for run in trainings} == {parent.info.run_id}
-    assert Counter(run.data.params["trainer.learning_rate"] for run in trainings) == {
+    trainings = [run for run in runs if TRAIN_KEY in run.tags]
+    (parent,) = [run for run in runs if TRAIN_KEY not in run.tags]
+    assert {run.status for run in runs} == {"FINISHED"}
+    assert {run.tags[PARENT] for run in trainings} == {parent.id}
+    assert Counter(run.params["trainer.learning_rate"] for run in trainings) == {
         "0.001": 1,
         "0.004": 1,
     }
     store = Store.open(sweeper.root, "capas")
     for run in trainings:
-        assert "tuned.exact_match" in run.data.metrics
-        points = store.client.get_metric_history(run.info.run_id, "train/loss")
+        assert "tuned.exact_match" in run.metrics
+        points = store.client.get_metric_history(run.id, "train/loss")
         assert [p.step for p in points] == sorted({p.step for p in points})
         assert points[-1].step == LAST_STEP
 
 
 def test_the_same_sweep_again_changes_nothing(sweeper: Sweeper) -> None:
-    before = {run.info.run_id: run.info.end_time for run in tracked(sweeper)}
+    before = {run.id: run.end_time for run in tracked(sweeper)}
     said = sweeper.sweep(*WORDS)
     assert said.count("(had it)") == 2
-    assert {run.info.run_id: run.info.end_time for run in tracked(sweeper)} == before
+    assert {run.id: run.end_time for run in tracked(sweeper)} == before
