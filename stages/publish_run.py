@@ -169,14 +169,7 @@ def send_model(
 ) -> None:
     """The adapter with its card, for PEFT and servers; and as a model that MLflow loads."""
     run_id, key = found.id, found.tags[TRAIN_KEY]
-    facts = mlflow_model.served_facts(
-        params.model,
-        params.hardware,
-        params.quantization,
-        params.evaluation,
-        params.generation,
-        stage,
-    )
+    facts = mlflow_model.served_facts(params, stage.root, stage.dep)
     card = write_card(
         run_id,
         key,

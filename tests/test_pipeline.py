@@ -226,7 +226,7 @@ _RUNS = """
 import mlflow
 mlflow.set_tracking_uri("sqlite:///mlflow.db")
 runs = mlflow.search_runs(search_all_experiments=True, output_format="list")
-print([(run.status, "tuned.loss" in run.metrics) for run in runs])
+print([(run.info.status, "tuned.loss" in run.data.metrics) for run in runs])
 """
 
 

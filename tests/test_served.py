@@ -32,8 +32,7 @@ def publish_stage(root: Path) -> tuple[Stage, Params]:
 
 def facts_of(root: Path) -> tuple[Stage, dict[str, Any]]:
     stage, params = publish_stage(root)
-    groups = (params.model, params.hardware, params.quantization)
-    return stage, mlflow_model.served_facts(*groups, params.evaluation, params.generation, stage)
+    return stage, mlflow_model.served_facts(params, root, stage.dep)
 
 
 @pytest.fixture(scope="module")

@@ -8,7 +8,7 @@ import datetime
 import hashlib
 import logging
 import shutil
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from importlib.metadata import version
 from itertools import chain
 from pathlib import Path
@@ -34,6 +34,11 @@ _PINNED = (
     *("accelerate", "bitsandbytes", "jinja2", "numpy", "peft", "pyarrow"),
     *("safetensors", "tokenizers", "torch", "transformers"),
 )
+_OF_MODEL = ("attn_implementation", "dtype", "trust_remote_code")  # keys that loading reads
+_OF_HARDWARE = (
+    *("allow_tf32", "cudnn_benchmark", "cudnn_deterministic"),
+    *("device", "instruction_set", "num_threads"),
+)
 _OTHERS = ("huggingface-hub", "mlflow", "orjson", "pandas", "pyyaml")
 
 
@@ -48,21 +53,20 @@ def write_data(folder: Path, card: str, facts: Mapping[str, Any], stage: Stage) 
     write_json(folder / "served.json", facts)
 
 
-def served_facts(
-    model: Params,
-    hardware: Params,
-    quantization: Params,
-    evaluation: Params,
-    generation: Params,
-    stage: Stage,
-) -> dict[str, Any]:
-    """Return how the model was evaluated, and the system message and tools for a bare prompt."""
-    records = read_records(stage.dep("data/raw") / "test.parquet", RAW)
-    record, system = next(records), generation.system
-    measured = read_json(stage.dep("reports/evaluation.json"))["tuned"]
-    packed = num_bytes(stage.dep(QUANTIZED)) <= MAX_PACKED_BYTES
-    asked = quantization.without("preset")
-    own = read_json(stage.dep("reports/quantization.json"))
+def served_facts(params: Params, root: Path, find: Callable[[str], Path]) -> dict[str, Any]:
+    """Return how the model was evaluated, and the system message and tools for a bare prompt.
+
+    Args:
+        params: those of params.yaml, or the part of them that publish declares.
+        root: the repository.
+        find: return where an output of a stage lies: `Stage.dep`, which checks that it is declared.
+    """
+    records = read_records(find("data/raw") / "test.parquet", RAW)
+    record, system = next(records), params.generation.system
+    measured = read_json(find("reports/evaluation.json"))["tuned"]
+    packed = num_bytes(find(QUANTIZED)) <= MAX_PACKED_BYTES
+    model, asked = params.model, params.quantization.without("preset")
+    own = read_json(find("reports/quantization.json"))
     quantized_here = own["method"] != "none" and not own["came_quantized"]
     name = model.model_name_or_path
     return {
@@ -71,14 +75,14 @@ def served_facts(
             "model_name_or_path": name,
             "revision": model.revision,
             "licence": model.licence,
-            "hub": find_source(name, stage.root) is Source.HUB,
+            "hub": find_source(name, root) is Source.HUB,
             "trust_remote_code": model.trust_remote_code,
             "quantization": asked if quantized_here and not packed else None,
         },
-        "model": model.without("licence", "model_name_or_path", "revision"),
-        "hardware": hardware.without("preset"),
+        "model": {key: model[key] for key in _OF_MODEL},
+        "hardware": {key: params.hardware[key] for key in _OF_HARDWARE},
         "max_new_tokens": measured["max_new_tokens"] or DEFAULT_NEW_TOKENS,
-        "batch_size": evaluation.batch_size,
+        "batch_size": params.evaluation.batch_size,
         "system": first_system_message(record) if system is None else system,
         "tools": conversation(record)[1],
         "multi_turn": any(map(_has_turns, chain([record], records))),

@@ -11,12 +11,11 @@ from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any
 
-from capas.core.dag import StageSpec, ancestors, read_yaml, recorded
+from capas.core.dag import ancestors, read_yaml, recorded
 from capas.core.errors import CapasError
 from capas.core.files import read_json, write_json
-from capas.core.params import Params, select
+from capas.core.params import Params
 from capas.core.records import FORMATTED, RAW, read_records
-from capas.core.stage import Stage
 from capas.evaluation.prompts import held_out_prompts
 from capas.tracking import runs
 from capas.tracking.client import reachable
@@ -106,10 +105,7 @@ def _of_workspace(root: Path, folder: Path) -> Tuned:
         if not (root / path).exists():
             raise CapasError(f"{path} is missing. Restore it with `dvc checkout` or `dvc repro`")
     values = recorded_values(root, lock)
-    stage = Stage(StageSpec.read("publish", root), root)
-    params = Params(select(values, stage.spec.keys))
-    groups = (params.model, params.hardware, params.quantization)
-    facts = mlflow_model.served_facts(*groups, params.evaluation, params.generation, stage)
+    facts = mlflow_model.served_facts(Params(values), root, root.joinpath)
     # the base's weights are here, whatever their size
     facts["base"] |= {"packed": True, "quantization": None}
     write_json(folder / "served.json", facts)
