@@ -51,7 +51,7 @@ from capas.config.resolved_files import resolved_files
 from capas.config.schema import GROUPS
 from capas.config.validation import validate
 from capas.core import code
-from capas.core.errors import CapasError, sweep_instead, told
+from capas.core.errors import CapasError, exit_on_user_error, sweep_instead
 from capas.core.files import file_sha256, write_whole
 from capas.core.progress import heartbeat
 from capas.hub import embedded
@@ -251,5 +251,5 @@ def parse_options() -> argparse.Namespace:
 if __name__ == "__main__":
     logging.basicConfig(format="compose: %(message)s", level=logging.WARNING)
     log.setLevel(logging.INFO)
-    with told("compose"):
+    with exit_on_user_error("compose"):
         main(parse_options())

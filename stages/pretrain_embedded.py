@@ -24,7 +24,7 @@ from importlib.metadata import version
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from capas.core.errors import CapasError, told
+from capas.core.errors import CapasError, exit_on_user_error
 from capas.core.files import read_json
 from capas.core.params import Params
 from capas.dataset.task.corpus import generate_corpus
@@ -204,5 +204,5 @@ def replace(built: Path, shipped: Path) -> None:
 
 if __name__ == "__main__":
     logging.basicConfig(level=logging.INFO, format="%(message)s")
-    with told("pretrain_embedded"):
+    with exit_on_user_error("pretrain_embedded"):
         sys.exit(main())

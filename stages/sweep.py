@@ -28,7 +28,7 @@ import sys
 from pathlib import Path
 from typing import Any
 
-from capas.core.errors import told
+from capas.core.errors import exit_on_user_error
 
 
 def main() -> int:
@@ -74,7 +74,7 @@ if __name__ == "__main__":
     # What Hydra's plugins say of a failed point is told better below the point.
     logging.getLogger("hydra_plugins").setLevel(logging.CRITICAL)
     command = shlex.join(["stages/sweep.py", *sys.argv[1:]])
-    with told("sweep"):
+    with exit_on_user_error("sweep"):
         try:
             sys.exit(main())
         except KeyboardInterrupt:

@@ -15,7 +15,7 @@ from workspace import REPOSITORY, Workspace, make_workspace, stages_run
 
 from capas.config.composition import NOTHING_OVERRIDDEN, composer, dump
 from capas.config.requirements import num_gpus
-from capas.core.errors import told
+from capas.core.errors import exit_on_user_error
 from capas.hub.sources import folder_revision
 from stages.compose_params import main, parse_options
 
@@ -30,7 +30,7 @@ class Composing(Workspace):
     def compose(self, *options: str, **env: str) -> str:
         """What `python stages/compose_params.py` logs; SystemExit with its message where it refuses."""
         self.caplog.clear()
-        with pytest.MonkeyPatch.context() as patch, told("compose"):
+        with pytest.MonkeyPatch.context() as patch, exit_on_user_error("compose"):
             patch.chdir(self.root)
             patch.setattr(sys, "argv", ["compose_params.py", *options])
             patch.delenv("DVC_EXP_NAME", raising=False)

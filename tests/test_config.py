@@ -258,7 +258,7 @@ def test_all_problems_are_reported_at_once(compose: Callable[[list[str]], Any]) 
                 "lora.r=0",
                 "trainer.bf16=yes",
                 "dataset.overflow=cut",
-                "~lora.bias",
+                "~lora.use_dora",
                 "quantization.load_in_8bit=true",
             ]
         )
@@ -268,7 +268,7 @@ def test_all_problems_are_reported_at_once(compose: Callable[[list[str]], Any]) 
     assert "lora.r=0: input should be greater than 0" in text
     assert "trainer.bf16='yes'" in text
     assert "dataset.overflow='cut': input should be 'error', 'drop' or 'truncate'" in text
-    assert "lora.bias: is missing" in text
+    assert "lora.use_dora: is missing" in text
     assert (
         "load_in_4bit=True, quantization.load_in_8bit=True: expected at most one of the two" in text
     )
@@ -323,7 +323,7 @@ def test_all_problems_are_reported_at_once(compose: Callable[[list[str]], Any]) 
         (["dataset=own_csv", "dataset.leaks=keep"], "a budget of 0.0 where leaks are not dropped"),
         (["dataset.flaw_budget_fraction=0.1"], "a budget of 0.0 where no flaw is dropped"),
         (["dataset=own_csv", "dataset.flaws.malformed=keep"], "dataset.flaws.malformed='keep'"),
-        (["lora.bias=all"], "would no longer be the base"),
+        (["+lora.bias=all"], "the model without its adapter would no longer be the base"),
         (["lora.use_dora=true", "quantization=int8"], "DoRA cannot go through int8 layers"),
         (["lora.init_lora_weights=orthogonal"], "here integers"),
         (["lora.init_lora_weights=orthogonal", "quantization=none", "lora.r=3"], "an even lora.r"),

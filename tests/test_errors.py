@@ -4,7 +4,7 @@ import logging
 
 import pytest
 
-from capas.core.errors import CapasError, told, without_secrets
+from capas.core.errors import CapasError, exit_on_user_error, without_secrets
 
 
 @pytest.mark.parametrize(
@@ -33,7 +33,7 @@ def test_what_is_secret_is_hidden_and_nothing_else(text: str, shown: str) -> Non
 def test_a_secret_is_hidden_in_errors_and_in_the_log(caplog: pytest.LogCaptureFixture) -> None:
     with (
         pytest.raises(SystemExit, match=r"train: no answer from http://\*\*\*@host"),
-        told("train"),
+        exit_on_user_error("train"),
     ):
         raise CapasError("no answer from http://ana:hidden@host")
     logging.getLogger("capas").warning("%s is away", "http://ana:hidden@host")

@@ -18,7 +18,7 @@ from capas.core.errors import CapasError
 from capas.core.params import Params
 from capas.core.stage import Stage
 from capas.models.loading import load_model
-from capas.training import activations, capacity, malloc_heap, memory
+from capas.training import activations, capacity, malloc_heap, memory, optimizers
 from capas.training.activations import Alive, Batch, Phase
 from capas.training.memory import Estimate, Workload
 from stages import train_lora
@@ -93,7 +93,7 @@ def test_optimizers_keep_what_the_table_says(optim: str, tmp_path: Path) -> None
     state = [v for s in optimizer.state.values() for v in s.values() if torch.is_tensor(v)]
     kept = sum(v.nbytes for v in state if v.numel() not in (1, 256) or v.shape == (64,))
     shapes = [tuple(p.shape) for p in layer.parameters()]
-    assert memory.optimizer_bytes(optim, shapes) == kept
+    assert optimizers.state_bytes(optim, shapes) == kept
 
 
 @pytest.mark.parametrize("optim", ["adamw_torch", "adafactor", "adamw_8bit", "rmsprop"])

@@ -29,7 +29,7 @@ stages:
 @pytest.fixture
 def root(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     (tmp_path / "dvc.yaml").write_text(DVC_YAML.replace(", 'environment.yaml': [pyyaml]", ""))
-    (tmp_path / "params.yaml").write_text("lora: {r: 4, bias: none}\nseed: 1\n")
+    (tmp_path / "params.yaml").write_text("lora: {r: 4, alpha: 8}\nseed: 1\n")
     (tmp_path / "in.txt").write_text("hello")
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr(sys, "argv", ["copy.py"])
@@ -66,7 +66,7 @@ def test_a_stage_that_fails_leaves_the_old_outputs(root: Path) -> None:
 
 
 def test_an_undeclared_param_cannot_be_read(root: Path) -> None:
-    assert "'lora.bias' is not declared" in failure(lambda p, s: p.lora.bias)
+    assert "'lora.alpha' is not declared" in failure(lambda p, s: p.lora.alpha)
     assert "'seed' is not declared" in failure(lambda p, s: p.seed)
 
 
@@ -167,7 +167,7 @@ def test_checkpoints_go_once_dvc_has_recorded_the_outputs(root: Path) -> None:
     (root / "dvc.lock").write_text(yaml.safe_dump({"stages": {"copy": entry}}))
     run("copy", copy)
     assert not folders[0].exists()
-    failure(lambda params, stage: stage.checkpoints() and params.lora.bias)
+    failure(lambda params, stage: stage.checkpoints() and params.lora.alpha)
     run("copy", copy)
     assert folders[
         0

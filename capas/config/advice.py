@@ -6,8 +6,9 @@ from typing import Any
 from capas.config.schedules import show
 from capas.core.params import lookup
 from capas.training import steps
+from capas.training.optimizers import OPTIMIZERS
 
-PORTABLE_OPTIMIZERS = ("adamw_torch_fused", "sgd")  # they call no vector function of oneMKL
+PORTABLE_OPTIMIZERS = tuple(name for name, found in OPTIMIZERS.items() if found.is_portable)
 
 
 def advice(values: dict[str, Any]) -> list[str]:

@@ -15,7 +15,7 @@ from typing import Any
 
 from capas.config.preflight import config_folder, of_training
 from capas.core.dag import read_yaml
-from capas.core.errors import CapasError, told
+from capas.core.errors import CapasError, exit_on_user_error
 from capas.core.params import Params
 from capas.dataset.generated import EMBEDDED
 from capas.dataset.preview import preview
@@ -200,7 +200,7 @@ def _size(num_bytes: int) -> str:
 
 def main() -> None:
     """Print what params.yaml costs; exit with code 1 and a message if it cannot be estimated."""
-    with told("cost"):
+    with exit_on_user_error("cost"):
         root = Path.cwd()
         params = Params(read_yaml(root / "params.yaml"))
         for line in lines(params, root, split_counts(params.dataset, root)):

@@ -77,7 +77,6 @@ KEYS = {
     **dict.fromkeys(("rank", "lora_r", "lora_rank"), "lora.r"),
     "alpha": "lora.lora_alpha",
     "dropout": "lora.lora_dropout",
-    "lora_bias": "lora.bias",
     **dict.fromkeys(
         ("lora_target", "lora_target_modules", "lora_target_linear"), "lora.target_modules"
     ),
@@ -131,6 +130,11 @@ ANSWERS = {
             "do_sample": "true",
         }.items()
     },
+    **dict.fromkeys(
+        ("bias", "lora_bias"),
+        "biases are not trained: the model without its adapter would no longer be the base that it is "
+        "compared with",
+    ),
     "num_beams": "there is no beam search; generation.settings sample, or decode greedily",
     "group_by_length": "write trainer.train_sampling_strategy=group_by_length",
     **dict.fromkeys(("finetuning_type", "full_finetuning", "adapter", "use_peft"), _WHOLE),

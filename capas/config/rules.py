@@ -250,11 +250,9 @@ RULES = (
         "4-bit layers and mixed precision",
     ),
     Rule(
-        ("trainer.fused_lora", "lora.lora_dropout", "lora.use_dora", "lora.bias"),
-        lambda fused, dropout, dora, bias: (
-            not fused or (not dropout and not dora and bias == "none")
-        ),
-        "without lora_dropout, use_dora and trained biases, or trainer.fused_lora=false",
+        ("trainer.fused_lora", "lora.lora_dropout", "lora.use_dora"),
+        lambda fused, dropout, dora: not fused or (not dropout and not dora),
+        "without lora_dropout and use_dora, or trainer.fused_lora=false",
     ),
     *_of_unsloth(),
     Rule(
@@ -350,12 +348,6 @@ RULES = (
         "null: the embedded base ships with the repository and has no other revision",
     ),
     *_of_dataset(),
-    Rule(
-        ("lora.bias",),
-        lambda bias: bias == "none",
-        "none: the model without its adapter would no longer be the base, which the tuned one is compared "
-        "with",
-    ),
     Rule(
         ("lora.target_modules",),
         lambda modules: modules not in ("all_linear", "all", "linear"),

@@ -188,7 +188,6 @@ class Lora(Group):
     lora_alpha: Annotated[float, Field(gt=0)] | Count | None
     lora_dropout: Annotated[float, Field(ge=0, lt=1)] | None
     target_modules: str | Annotated[list[str], Field(min_length=1)] | None
-    bias: Literal["none", "all", "lora_only"]
     use_rslora: bool
     use_dora: bool
     init_lora_weights: Literal[True] | Literal["gaussian", "orthogonal"]

@@ -72,7 +72,7 @@ def sweep_instead(overrides: list[str]) -> str:
 
 
 @contextmanager
-def told(name: str) -> Iterator[None]:
+def exit_on_user_error(name: str) -> Iterator[None]:
     """End the script with exit code 1 and one message if the user or the machine's disk caused the error.
 
     Any other exception is a defect of the program and keeps its traceback.

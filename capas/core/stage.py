@@ -26,7 +26,7 @@ from typing import Any
 
 from capas.core.code import CODE, CodeReader, check_code, check_loaded, script_of
 from capas.core.dag import StageSpec, input_key, read_yaml, recorded, recorded_key
-from capas.core.errors import CapasError, sweep_instead, told
+from capas.core.errors import CapasError, exit_on_user_error, sweep_instead
 from capas.core.files import file_sha256
 from capas.core.locks import BusyError, exclusive
 from capas.core.params import Params, flatten, select
@@ -144,7 +144,7 @@ def run(
     if {"-h", "--help"} & set(overrides):
         sys.stdout.write(f"{sys.modules['__main__'].__doc__}\n{run.__doc__}\n")
         return
-    with told(name):
+    with exit_on_user_error(name):
         if {"-m", "--multirun"} & set(overrides):
             raise CapasError(sweep_instead(overrides))
         _run(name, main, overrides)

@@ -19,7 +19,7 @@ from typing import Any
 from capas.compare.outputs import Outputs
 from capas.config.problems import Problem
 from capas.core import dag, links
-from capas.core.errors import CapasError, told
+from capas.core.errors import CapasError, exit_on_user_error
 from capas.core.files import read_json, write_json, write_whole
 from capas.core.params import Params
 from capas.core.records import FORMATTED, Record, evenly_spaced, read_records
@@ -214,5 +214,5 @@ def metric_of(row: Row, plan: Plan) -> str:
 if __name__ == "__main__":
     logging.basicConfig(format="sweep: %(message)s", stream=sys.stderr)
     log.setLevel(logging.INFO)  # other loggers stay quiet during generation
-    with told("sweep"):
+    with exit_on_user_error("sweep"):
         compute(Plan.read(Path(sys.argv[1])))

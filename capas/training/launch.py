@@ -31,7 +31,7 @@ from typing import Any
 from capas.core import stage as stages
 from capas.core.cores import usable_cores
 from capas.core.dag import StageSpec
-from capas.core.errors import CapasError, told
+from capas.core.errors import CapasError, exit_on_user_error
 from capas.core.files import read_json
 from capas.core.params import Params
 from capas.core.peak_memory import peak_memory_bytes
@@ -175,7 +175,7 @@ def _work(name: str, main: Main, folder: Path) -> None:
     given, root = read_json(folder / GIVEN), Path.cwd()
     aside = given["aside"] and Path(given["aside"])
     stage = Stage(StageSpec.read(name, root), root, aside)
-    with told(name), _first_to_fail(folder):
+    with exit_on_user_error(name), _first_to_fail(folder):
         main(Params(given["params"]), stage)
         if is_main():
             costs = {"peak_memory_bytes": peak_memory_bytes(), **stage.costs}

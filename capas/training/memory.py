@@ -22,7 +22,6 @@ import logging
 import math
 import os
 import re
-from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -31,6 +30,7 @@ from capas.core.errors import CapasError
 from capas.core.files import read_json
 from capas.core.params import Params
 from capas.models.architecture import check_supported, stored_quantization
+from capas.training.optimizers import state_bytes
 
 if TYPE_CHECKING:
     from capas.training.activations import Batch, Phase
@@ -39,7 +39,6 @@ log = logging.getLogger("capas")
 CHECK = "CAPAS_MEMORY_CHECK"  # warn: the estimate refuses nothing. No result depends on it
 WARN_FRACTION = 0.9
 _BLOCK, _SCALES_BLOCK = 64, 256  # weights of a 4-bit block, scales that share a scale
-_OPTIMIZER_BLOCK, _OPTIMIZER_SMALLEST = 256, 4096  # of 8-bit AdamW; smaller tensors stay in float32
 _FLOAT32 = 4
 _NUMBERED = re.compile(r".*?\.\d+\.")  # of a parameter's name: its layer
 
@@ -47,8 +46,6 @@ _NUMBERED = re.compile(r".*?\.\d+\.")  # of a parameter's name: its layer
 _ANY_REASON = (
     *(RuntimeError, ValueError, TypeError, LookupError, AttributeError, ImportError, re.error),
 )
-
-Shape = tuple[int, ...]
 
 
 class EstimateError(CapasError):
@@ -176,7 +173,7 @@ def _of_lora(built: Any, quantized: dict[str, Any] | None, trainer: Params) -> d
         "quantization_state": sum(_state_bytes(p, quantized) for p in frozen),
         "adapter": num_adapter_bytes,
         "gradients": num_adapter_bytes,
-        "optimizer": optimizer_bytes(trainer.optim, adapter),
+        "optimizer": state_bytes(trainer.optim, adapter),
     }
 
 
@@ -184,7 +181,7 @@ def _of_all(built: Any, optim: str) -> dict[str, int]:
     """Gradients have the type of their weights."""
     weights = list(built.parameters())
     num_bytes = sum(p.numel() * p.element_size() for p in weights)
-    states = (optimizer_bytes(optim, [tuple(p.shape)], p.element_size()) for p in weights)
+    states = (state_bytes(optim, [tuple(p.shape)], p.element_size()) for p in weights)
     return {
         **{"weights": num_bytes, "quantization_state": 0, "adapter": 0},
         **{"gradients": num_bytes, "optimizer": sum(states)},
@@ -248,52 +245,6 @@ def _state_bytes(parameter: Any, quantization: dict[str, Any] | None) -> int:
     if not quantization["bnb_4bit_use_double_quant"]:
         return _FLOAT32 * blocks
     return blocks + _FLOAT32 * -(-blocks // _SCALES_BLOCK)
-
-
-def optimizer_bytes(optim: str, shapes: Iterable[Shape], element_size: int = _FLOAT32) -> int:
-    """What an optimizer of `trainer.optim` keeps from step to step for parameters of these shapes.
-
-    Args:
-        element_size: bytes of a parameter's number; torch's own optimizers keep theirs in the same type.
-
-    Raises:
-        KeyError: an optimizer that is not in the schema.
-    """
-    keep = _OPTIMIZERS[optim]
-    kept: int = sum(keep(shape) for shape in shapes)
-    return kept * element_size // _FLOAT32 if optim in _AS_WEIGHTS else kept
-
-
-def _eight_bit(shape: Shape) -> int:
-    """Two moments of a byte each and their scales (Dettmers et al. 2021, block-wise quantization)."""
-    number = math.prod(shape)
-    if number < _OPTIMIZER_SMALLEST:
-        return 2 * _FLOAT32 * number
-    return 2 * (number + _FLOAT32 * -(-number // _OPTIMIZER_BLOCK))
-
-
-def _factored(shape: Shape) -> int:
-    """Adafactor: of a matrix the second moment's rows and columns (Shazeer and Stern 2018)."""
-    if len(shape) < 2:
-        return _FLOAT32 * math.prod(shape)
-    return _FLOAT32 * (math.prod(shape[:-1]) + math.prod(shape[:-2]) * shape[-1])
-
-
-def _floats(number: int) -> Any:
-    return lambda shape: _FLOAT32 * number * math.prod(shape)
-
-
-_AS_WEIGHTS = ("adamw_torch", "adamw_torch_fused", "adagrad", "rmsprop")
-_OPTIMIZERS: dict[str, Any] = {
-    "adamw_torch": _floats(2),
-    "adamw_torch_fused": _floats(2),
-    "paged_adamw_32bit": _floats(2),
-    "adagrad": _floats(1),
-    "rmsprop": _floats(1),
-    "sgd": _floats(0),  # no momentum: Trainer gives it none
-    "adafactor": _factored,
-    **dict.fromkeys(("adamw_8bit", "adamw_bnb_8bit", "paged_adamw_8bit"), _eight_bit),
-}
 
 
 def check(found: Estimate, used_bytes: int, free_bytes: int, ways: list[str]) -> None:

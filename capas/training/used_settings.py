@@ -13,22 +13,10 @@ from capas.models import hardware
 from capas.models.loading import quantization_method, quantized_linears
 from capas.training import unsloth
 from capas.training.fused import is_fused
+from capas.training.optimizers import OPTIMIZERS
 
 _KERNELS = {"Linear4bit": "bitsandbytes.matmul_4bit", "Linear8bitLt": "bitsandbytes.matmul"}
 _LINEAR = "torch.nn.functional.linear"
-_BITSANDBYTES = "bitsandbytes.optim.adamw.AdamW"
-_OPTIMIZERS = {
-    "adamw_torch": "torch.optim.adamw.AdamW",
-    "adamw_torch_fused": "torch.optim.adamw.AdamW",
-    "sgd": "torch.optim.sgd.SGD",
-    "adagrad": "torch.optim.adagrad.Adagrad",
-    "rmsprop": "torch.optim.rmsprop.RMSprop",
-    "adafactor": "transformers.optimization.Adafactor",
-    "adamw_8bit": _BITSANDBYTES,
-    "adamw_bnb_8bit": _BITSANDBYTES,
-    "paged_adamw_8bit": _BITSANDBYTES,
-    "paged_adamw_32bit": _BITSANDBYTES,
-}
 
 
 def describe(trainer: transformers.Trainer) -> dict[str, Any]:
@@ -102,7 +90,7 @@ def check(used: dict[str, Any], params: Params) -> None:
         "num_threads": hardware.num_threads(machine, machine.num_processes),
         "deterministic_algorithms": machine.cudnn_deterministic or settings.full_determinism,
         "attn_implementation": params.model.attn_implementation,
-        "optimizer": _OPTIMIZERS[settings.optim],
+        "optimizer": OPTIMIZERS[settings.optim].class_name,
         "optimizer_fused": settings.optim.endswith("_fused"),
         "optimizer_paged": settings.optim.startswith("paged_"),
         "optimizer_bits": 8 if "8bit" in settings.optim else 32,
