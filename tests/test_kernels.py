@@ -222,7 +222,7 @@ def test_the_kernels_of_avx2_do_not(vendors: dict[bool, Path]) -> None:
 
 # oneMKL computes these from an approximation of the CPU (rsqrtps and the like), which AMD and Intel
 # round differently, even in its COMPATIBLE branch. No stage calls them with portable kernels:
-# capas.config.schema.PORTABLE_OPTIMIZERS.
+# capas.training.optimizers.
 BY_VENDOR = {"acos", "asin", "atan", "log", "sqrt", "tan"}
 
 

@@ -76,7 +76,7 @@ def test_bits_and_scales_are_those_that_bitsandbytes_keeps(
     assert found.parts["quantization_state"] > 0
 
 
-@pytest.mark.parametrize("optim", sorted(memory._OPTIMIZERS))
+@pytest.mark.parametrize("optim", sorted(optimizers.OPTIMIZERS))
 def test_optimizers_keep_what_the_table_says(optim: str, tmp_path: Path) -> None:
     paged = optim.startswith("paged_")
     if paged and not torch.cuda.is_available():
@@ -135,7 +135,7 @@ def test_every_optimizer_of_the_schema_is_in_the_table() -> None:
 
     from capas.config.schema import Trainer as Schema
 
-    assert set(get_args(Schema.model_fields["optim"].annotation)) == set(memory._OPTIMIZERS)
+    assert set(get_args(Schema.model_fields["optim"].annotation)) == set(optimizers.OPTIMIZERS)
 
 
 def activations_of(layers: int, batch: Batch, *overrides: str, **config: Any) -> int:
