@@ -2,7 +2,7 @@
 
 Reads   every stage's reports, a few records and the tokenizer, the base model's embedding
 Writes  reports/index.html, reports/index.es.html: self-contained, the same bytes every time
-Params  all of the run, to show them
+Params  all of them, because the page shows them
 
 The travelling record ends here, side by side:
 
@@ -29,7 +29,7 @@ from capas.report.tables import label_cells
 
 TEXTS = Path(findings.__file__).parent  # words, style and template
 LANGUAGES = {"en": "reports/index.html", "es": "reports/index.es.html"}
-# What is said in a conversation that every family's template writes.
+# The messages of a conversation that is shown in every family's template.
 CONTENTS = {
     "en": ("Be brief.", "Hi", "Hello.", "Two and two?", "Four."),
     "es": ("Sé breve.", "Hola", "Hola.", "¿Dos más dos?", "Cuatro."),
@@ -51,7 +51,7 @@ def main(params: Params, stage: Stage) -> None:
 
 
 def gather(params: Params, stage: Stage) -> dict[str, Any]:
-    """All that the page tells, by the names that its texts use."""
+    """Return all facts that the page shows, under the names that its texts use."""
     versions = stage.spec.values(stage.root)["environment.yaml"]
     data, models = of_data(params, stage), of_models(params, stage)
     return {
@@ -75,7 +75,7 @@ def gather(params: Params, stage: Stage) -> dict[str, Any]:
 
 
 def of_language(code: str, facts: dict[str, Any], params: Params, stage: Stage) -> dict[str, Any]:
-    """What each language shows with words of its own: a sentence in tokens, a conversation in templates."""
+    """Return the facts that differ by language: a sentence in tokens, a conversation in every template."""
     return {
         "sentence": facts["sentences"][code],
         "families": families.render_all(
@@ -158,7 +158,7 @@ def of_results(stage: Stage) -> dict[str, Any]:
 
 
 def draw(facts: dict[str, Any], specs: dict[str, StageSpec], language: Language) -> dict[str, str]:
-    """Name -> SVG. A plot that has nothing to show is not there; the page says why in words."""
+    """Return {name: SVG}. A plot without data is left out, and the page says why."""
     words: Callable[[str], str] = lambda key: str(language.say(f"plots.{key}"))  # noqa: E731
     number, percent = language.numbers.general, language.numbers.percent
     scores = facts["scores"]

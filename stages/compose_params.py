@@ -1,18 +1,18 @@
 """Compose conf/ into params.yaml, the only configuration that stages read, and validate every value.
 
 Reads   conf/, requirements.lock, the code of all stages; data/own, for functions of evaluation.metrics and
-        tasks of evaluation.harness; params.yaml, for values that came in from outside conf/
-Writes  params.yaml, code.yaml, environment.yaml, data/composed/; conf/overrides.yaml where such values came
-        in, conf/revisions.yaml where a branch on the Hub, or a folder, is used for the first time
+        tasks of evaluation.harness; params.yaml, for values that were set outside conf/
+Writes  params.yaml, code.yaml, environment.yaml, data/composed/; conf/overrides.yaml if values were set
+        outside conf/, conf/revisions.yaml if a branch on the Hub, or a folder, is used for the first time
 
 `dvc repro` runs it after every edit of conf/. By hand:
 
-    python stages/compose_params.py --check          what a compose would change; changes nothing
+    python stages/compose_params.py --check          show what would change; changes nothing
     python stages/compose_params.py --print lora.r=8 the values with Hydra overrides, as JSON
     python stages/compose_params.py --reset          empty conf/overrides.yaml first
     python stages/compose_params.py --force          conf/ is right: drop edits of params.yaml
     python stages/compose_params.py --keep           params.yaml is right: record it as overrides
-    python stages/compose_params.py --update-revisions   what branches and folders stand for today
+    python stages/compose_params.py --update-revisions   pin branches and folders to their current content
 
 A leaf before and after: `trainer: {seed: ${seed}}` in conf/trainer/_base.yaml, `trainer: {seed: 0}` here.
 """
@@ -60,7 +60,7 @@ from capas.workspace import unfinished
 log = logging.getLogger("capas")
 CODE = (Path("capas"), Path("stages"))
 SCHEMAS = Path(".vscode/schema")
-COST = "CAPAS_COST"  # off: nothing is measured. No result depends on it
+COST = "CAPAS_COST"  # off: no cost is estimated. No result depends on it
 COSTLY = (
     "model",
     "dataset",
@@ -127,10 +127,10 @@ def main(options: argparse.Namespace) -> None:
 
 
 def check_finished() -> None:
-    """Check that no experiment was killed here, whose values would be taken for the user's.
+    """Check that no experiment was killed here, because its values would be taken for the user's.
 
     Raises:
-        CapasError: one was.
+        CapasError: one was killed.
     """
     left = None if "DVC_EXP_NAME" in os.environ else unfinished.killed(Path())
     if left:
@@ -142,7 +142,7 @@ def check_finished() -> None:
 
 
 def is_costly(old: Values, new: Values) -> bool:
-    """Return whether to measure what a run costs: not for the default, nor where nothing has changed."""
+    """Return whether to estimate the cost of a run: not for the embedded base, nor if nothing has changed."""
     if new["model"]["model_name_or_path"] == embedded.FOLDER or "DVC_EXP_NAME" in os.environ:
         return False
     if os.environ.get(COST) == "off":
@@ -174,7 +174,7 @@ def ensure_overrides(reset: bool) -> None:
 
 
 def inputs() -> dict[str, str]:
-    """Return digests of what compose reads and DVC hashes afterwards, less what compose writes itself."""
+    """Return digests of the files that compose reads and DVC hashes afterwards, except its own outputs."""
     own = (OVERRIDES, REVISIONS)
     files = [path for path in CONF.rglob("*") if path.is_file() and path not in own]
     files += [path for folder in CODE for path in folder.rglob("*.py")]
@@ -202,7 +202,7 @@ def write_all(files: dict[Path, str]) -> None:
 
 
 def write(path: Path, text: str) -> None:
-    """Write a file; leave an unchanged one alone."""
+    """Write a file, unless it has this text already."""
     if path.exists() and not path.is_symlink() and path.read_text(encoding="utf-8") == text:
         return
     write_whole(path, text)

@@ -4,8 +4,8 @@
     python stages/evaluate_model.py tuned    with the adapter, and the difference to the base
 
 Reads   data/formatted (test), data/models/quantized, data/models/tokenizer, data/composed/metrics.json;
-        base: data/models/base, data/raw and data/formatted (train) for the answers that could be copied;
-        tuned: data/models/adapter, data/general, data/composed/harness.json and what base wrote
+        base: data/models/base, data/raw and data/formatted (train), for the answers to copy;
+        tuned: data/models/adapter, data/general, data/composed/harness.json and the outputs of base
 Writes  base: reports/evaluation_base.json, reports/predictions_{base,nearest}.parquet
         tuned: reports/evaluation.json, reports/predictions.parquet, reports/before_after.csv
 Params  evaluation (base: the keys that score one model), hardware, model.attn_implementation,
@@ -57,12 +57,12 @@ NEAREST = "reports/predictions_nearest.parquet"
 
 @dataclass(frozen=True)
 class Scored:
-    """One model's rows, and what they come to. `copies` are the answers of the nearest training records."""
+    """One model's rows and their summary. `copies` are the answers of the nearest training records."""
 
     rows: list[Row]
     copies: list[Row]
     facts: dict[str, Any]
-    names: list[str]  # of the metrics
+    names: list[str]  # names of the metrics
     distances: dict[str, str]  # {id: twin, near or far}
 
 
@@ -91,8 +91,8 @@ def read_test_records(params: Params, scorer: Scorer, stage: Stage) -> list[Row]
     """Read the formatted test split, at most evaluation.max_records of it, and check it.
 
     Raises:
-        CapasError: the model has no row for a token, a prompt is not the beginning of its record, or a metric
-            cannot score the records.
+        CapasError: the model has no embedding row for a token, a prompt is not the beginning of its record,
+            or a metric cannot score the records.
     """
     records = list(read_records(stage.dep(DATA) / "test.parquet", FORMATTED))
     if params.evaluation.max_records is not None:
@@ -106,7 +106,7 @@ def read_test_records(params: Params, scorer: Scorer, stage: Stage) -> list[Row]
 def evaluate(
     which: str, model: Any, records: list[Row], scorer: Scorer, params: Params, stage: Stage
 ) -> Scored:
-    """Score a model's loss and its greedy answers, beside the copied answers."""
+    """Score a model's loss and greedy answers, and add the copied answers."""
     chat, batch_size = read_chat(stage.dep(DATA)), params.evaluation.batch_size
     rows = score(model, records, chat, batch_size)
     limit = answer_limit(records, params.evaluation.max_new_tokens) if scorer.names else None
@@ -127,7 +127,7 @@ def evaluate(
 def score_unquantized(
     records: list[Row], params: Params, device: "torch.device", stage: Stage
 ) -> dict[str, Any] | None:
-    """Return the loss of the base in full precision; None where it came quantized."""
+    """Return the loss of the base in full precision, None if the base came quantized."""
     from capas.models.loading import load_model, quantization_method
 
     model = load_model(stage.dep(BASE), params.model, device)
@@ -138,7 +138,7 @@ def score_unquantized(
 
 
 def report_base(scored: Scored, full: dict[str, Any] | None, stage: Stage) -> None:
-    """Write what the base scores, and what copying the nearest training answer would score."""
+    """Write the scores of the base, and those of copying the nearest training answer."""
     names = scored.names
     facts = {
         **scored.facts,
@@ -146,7 +146,7 @@ def report_base(scored: Scored, full: dict[str, Any] | None, stage: Stage) -> No
         "full_precision": full and {name: full[name] for name in ("loss", "perplexity")},
     }
     write_json(stage.out("reports/evaluation_base.json"), facts)
-    # In a name of their own, so that `dvc exp show` calls the tuned model's `loss` and not FILE:loss.
+    # Under a key of their own, so that `dvc exp show` calls the tuned model's `loss` and not FILE:loss.
     write_json(stage.out("reports/metrics/base.json"), {"base": side_by_side(facts, names)})
     schema = predictions_schema(names)
     write_records(stage.out("reports/predictions_base.parquet"), schema, scored.rows)
@@ -154,7 +154,7 @@ def report_base(scored: Scored, full: dict[str, Any] | None, stage: Stage) -> No
 
 
 def report_difference(tuned: "TunedModel", scored: Scored, params: Params, stage: Stage) -> None:
-    """Write what the tuned model gained over the base, what it forgot, and whether it passes the gate."""
+    """Write what the tuned model gained over the base, what it forgot, and the verdict of the gate."""
     rows, facts, names = scored.rows, scored.facts, scored.names
     before = read_base(stage.dep("reports/predictions_base.parquet"), names)
     base = read_json(stage.dep("reports/evaluation_base.json"))
@@ -178,7 +178,7 @@ def report_difference(tuned: "TunedModel", scored: Scored, params: Params, stage
 
 
 def log_report(report: dict[str, Any]) -> None:
-    """Log each difference with its interval, and the gate's verdict."""
+    """Log each difference with its interval, and the verdict of the gate."""
     changes = {**report["difference"], "loss on general questions": report["general"]["difference"]}
     for name, change in report["difference_to_nearest"].items():
         changes[f"{name} over copying the nearest training answer"] = change
@@ -188,7 +188,7 @@ def log_report(report: dict[str, Any]) -> None:
 
 
 def ask_generally(tuned: "TunedModel", params: Params, stage: Stage) -> dict[str, Any]:
-    """Return the loss of base and tuned model on general questions: what the model forgot."""
+    """Return the losses of base and tuned model on general questions, which show what the model forgot."""
     chat_format = recorded_format(stage.dep(DATA), stage.dep(TOKENIZER))
     records = format_questions(stage.dep("data/general/records.jsonl"), chat_format)
     chat, batch_size = read_chat(stage.dep(DATA)), params.evaluation.batch_size
@@ -205,7 +205,7 @@ def ask_generally(tuned: "TunedModel", params: Params, stage: Stage) -> dict[str
 
 
 def ask_harness(tuned: "TunedModel", params: Params, stage: Stage) -> dict[str, Any]:
-    """Run tasks of the lm-evaluation-harness on base and tuned model."""
+    """Run tasks of the lm-evaluation-harness on base and tuned model, and log their scores."""
     from transformers import AutoTokenizer
 
     tokenizer = AutoTokenizer.from_pretrained(stage.dep(TOKENIZER))

@@ -1,10 +1,10 @@
 """Get the records and split them into train, validation and test.
 
-Reads   data/own, URLs or the Hub, whatever dataset.path names; the embedded task is generated from a seed
-Writes  data/raw: one parquet file per split, and source.json: where they come from, what was dropped and why
+Reads   data/own, URLs or the Hub, as dataset.path says; the embedded task is generated from a seed
+Writes  data/raw: one parquet file per split, and source.json: the origin, what was dropped and why
 Params  dataset
 
-The travelling record is born here::
+The travelling record starts here::
 
     {"id": "train-00000", "metadata": {"kind": "seen", "language": "en", ...}, "messages": [
       {"role": "system", "content": "Turn the request into one function call in JSON."},
@@ -60,7 +60,7 @@ def main(params: Params, stage: Stage) -> None:
 def describe(
     sources: list[Source], flaws: Flaws, selection: Selection, splits: dict[str, Any]
 ) -> dict[str, Any]:
-    """The facts of source.json; the first source's stand at the top as well."""
+    """Return the facts of source.json; those of the first source are also at the top level."""
     first = sources[0]
     flawed = {
         kind: {"count": count, "examples": flaws.examples[kind]}
@@ -88,7 +88,7 @@ def describe(
 
 
 def remarks(facts: dict[str, Any], dataset: Params) -> Iterator[str]:
-    """What a user should know of the splits: near-duplicates, and what so few test records can show."""
+    """Yield what a user should know of the splits: near-duplicates, and which differences they can show."""
     found = facts["near_duplicates"]
     if found and found["num_records"]:
         yield (

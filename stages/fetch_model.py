@@ -1,12 +1,12 @@
 """Get the base model's weights, and the adapter that the training starts from, if it starts from one.
 
-Reads   data/embedded (where the model is the embedded one); else a local folder or a revision on the Hub
+Reads   data/embedded for the embedded model; otherwise a local folder or a revision on the Hub
 Writes  data/models/base: config.json, generation_config.json, model*.safetensors
         data/models/initial_adapter: origin.json; adapter_config.json, adapter_model.safetensors
 Params  lora.adapter_name_or_path, lora.adapter_revision,
         model.model_name_or_path, model.revision, model.trust_remote_code
 
-The tokenizer is fetched apart (fetch_tokenizer): looking at a mask needs no weights.
+The tokenizer is fetched separately (fetch_tokenizer), because looking at a mask needs no weights.
 """
 
 from collections.abc import Callable
@@ -49,7 +49,9 @@ def main(params: Params, stage: Stage) -> None:
         found = matching(stage.root / name, patterns)
         refuse_pickles(name, found, lambda: [file.name for file in (stage.root / name).iterdir()])
     else:
-        check_config(snapshot(name, revision, ("config.json",)), name)  # before gigabytes come
+        check_config(
+            snapshot(name, revision, ("config.json",)), name
+        )  # before downloading gigabytes
         found = matching(snapshot(name, revision, patterns), patterns)
         refuse_pickles(name, found, lambda: file_names(name, revision))
     check_files(found, name)
@@ -58,16 +60,18 @@ def main(params: Params, stage: Stage) -> None:
 
     folder = stage.out("data/models/base")
     folder.mkdir()
-    immutable = source is Source.HUB  # its cache is addressed by content: nobody edits a file in it
+    immutable = (
+        source is Source.HUB
+    )  # its cache is addressed by content, so its files are never edited
     ways = {place(file, folder / file.name, immutable) for file in found}
     log.info("%s: %d files (%s)", name, len(found), ", ".join(sorted(ways)))
 
 
 def fetch_adapter(lora: Params, stage: Stage) -> None:
-    """The adapter, or the note that there is none.
+    """Get the adapter, or write a note that there is none.
 
     Raises:
-        CapasError: it is none of LoRA in PEFT's format, or none that a training can go on with.
+        CapasError: it is not a LoRA adapter in PEFT's format, or a training cannot start from it.
     """
     folder, name = stage.out(adapter.FOLDER), lora.adapter_name_or_path
     folder.mkdir()
@@ -80,7 +84,7 @@ def fetch_adapter(lora: Params, stage: Stage) -> None:
         there = stage.root / name
         return there if is_folder else snapshot(name, lora.adapter_revision, patterns, ADAPTER)
 
-    check_adapter(get(adapter.CONFIG), name)  # before the weights come
+    check_adapter(get(adapter.CONFIG), name)  # before downloading the weights
     found = get(*ADAPTER_FILES)
     if not (found / adapter.WEIGHTS).is_file():
         raise CapasError(
@@ -96,7 +100,11 @@ def fetch_adapter(lora: Params, stage: Stage) -> None:
 
 
 def check_adapter(folder: Path, name: str) -> None:
-    """Raises CapasError: as `adapter.check_kind`, or there is no adapter_config.json."""
+    """Check that a folder has an adapter that a training can start from.
+
+    Raises:
+        CapasError: there is no adapter_config.json, or see `adapter.check_kind`.
+    """
     if not (folder / adapter.CONFIG).is_file():
         raise CapasError(
             f"lora.adapter_name_or_path={name} has no {adapter.CONFIG}, so it is not an adapter in "
@@ -106,7 +114,14 @@ def check_adapter(folder: Path, name: str) -> None:
 
 
 def refuse_pickles(name: str, found: list[Path], all_names: Callable[[], list[str]]) -> None:
-    """Raises CapasError: no safetensors were found, out of all the names that there are."""
+    """Check that weights were found as safetensors.
+
+    Args:
+        all_names: returns the names of all files of the model, for the message.
+
+    Raises:
+        CapasError: there are no safetensors.
+    """
     if any(file.suffix == ".safetensors" for file in found):
         return
     pickles = sorted(other for other in all_names() if Path(other).suffix in PICKLES)
@@ -122,7 +137,11 @@ def refuse_pickles(name: str, found: list[Path], all_names: Callable[[], list[st
 
 
 def check_config(folder: Path, name: str) -> None:
-    """Raises CapasError: no config.json, not a causal model, or quantized in a way that cannot be trained."""
+    """Check, by its config.json, that capas can train the model.
+
+    Raises:
+        CapasError: there is no config.json, the model is not causal, or its quantization cannot be trained.
+    """
     if not (folder / "config.json").is_file():
         raise CapasError(f"{name} has no config.json")
     config = read_json(folder / "config.json")
@@ -131,7 +150,11 @@ def check_config(folder: Path, name: str) -> None:
 
 
 def check_files(found: list[Path], name: str) -> None:
-    """Raises CapasError: as `check_config`, or a shard is missing."""
+    """Check config.json and that no shard of the weights is missing.
+
+    Raises:
+        CapasError: a shard is missing, or see `check_config`.
+    """
     files = {file.name: file for file in found}
     check_config(found[0].parent, name)
     if index := files.get("model.safetensors.index.json"):

@@ -1,7 +1,7 @@
 """Get the tokenizer alone, so that looking at a mask never needs model weights.
 
-Reads   what model.model_name_or_path names: data/embedded, a local folder, or the Hub at a commit
-Writes  data/models/tokenizer: tokenizer.json, tokenizer_config.json and, where the model brings them, its
+Reads   data/embedded, a local folder, or the Hub at a commit, as model.model_name_or_path says
+Writes  data/models/tokenizer: tokenizer.json, tokenizer_config.json and, if the model has them, its
         special_tokens_map.json and chat_template.jinja
 Params  model
 """
@@ -42,7 +42,7 @@ def main(params: Params, stage: Stage) -> None:
 
 
 def warn_of_tokens_without_row(folder: Path, name: str) -> None:
-    """Say which tokens the model has no embedding of; whether they are used is seen before it is asked."""
+    """Log which tokens have no row in the embedding; later stages check whether they are used."""
     rows = num_rows(folder) if (folder / MODEL_CONFIG).is_file() else None
     if rows is None:
         return
@@ -56,7 +56,7 @@ def warn_of_tokens_without_row(folder: Path, name: str) -> None:
 
 
 def copy_files(folder: Path, target: Path) -> list[str]:
-    """Copies the tokenizer's files and nothing else, then reads them.
+    """Copy the tokenizer's files and nothing else, then load them; return their names.
 
     Raises:
         CapasError: the folder has no fast tokenizer, or a damaged one.

@@ -2,8 +2,8 @@
 
 Reads   data/tokenized, data/models/tokenizer, data/composed/chat_template.jinja
 Writes  data/formatted: ids and labels per record, chat.json (end token, ...) and the template;
-        reports/format.json, reports/lengths.csv; reports/mask.html and mask.es.html, to see token by token
-        what is trained
+        reports/format.json, reports/lengths.csv; reports/mask.html and mask.es.html, which show token by
+        token what is trained
 Params  chat_template, dataset, model.pad_token
 
 The travelling record becomes ids; only the answer and its end token keep their label::
@@ -71,7 +71,7 @@ def main(params: Params, stage: Stage) -> None:
 
 
 def headline(facts: dict[str, Any]) -> dict[str, Any]:
-    """What `dvc metrics show` shows: the training split, and what was lost in any."""
+    """Return the facts that `dvc metrics show` shows: the training split, and what any split lost."""
     splits = facts["splits"]
     return {
         "num_train_tokens": splits["train"]["num_tokens"],
@@ -115,7 +115,7 @@ def sampled(batches: Iterable[Formatted], sampler: Sampler) -> Iterator[pa.Table
 
 
 def write_chat(folder: Path, chat: ChatFormat, params: Params, stage: Stage) -> None:
-    """What later stages need to know of the format, and the template itself."""
+    """Write the facts on the format that later stages need, and the template itself."""
     template, options = chat.template_text.encode(), params.chat_template
     (folder / "chat_template.jinja").write_bytes(template)
     facts = {
@@ -134,7 +134,7 @@ def write_chat(folder: Path, chat: ChatFormat, params: Params, stage: Stage) -> 
 
 
 def pad_token_id(chat: ChatFormat, pad_token: str | None) -> int:
-    """The id of `model.pad_token`; where it is null, of the tokenizer's own, else of its end token.
+    """Return the id of `model.pad_token`; if it is null, of the tokenizer's own, or else of its end token.
 
     Raises:
         CapasError: the tokenizer has no such token.

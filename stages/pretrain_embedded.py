@@ -1,7 +1,7 @@
 """Make the embedded base: corpus, tokenizer, pretraining. Not a stage of the DAG: `make embedded` runs it.
 
-Reads nothing but code; writes data/embedded/. The files are built aside and compared with the shipped
-ones by sha256; only `--replace` puts different ones in their place. A document of the corpus::
+Reads nothing but code; writes data/embedded/. The files are built in a temporary folder and compared with the
+shipped ones by SHA-256; only `--replace` replaces files that differ. A document of the corpus::
 
     <|im_start|>user
     Wake me up at 7:30 on Monday.<|im_end|>
@@ -36,7 +36,7 @@ if TYPE_CHECKING:
     from capas.dataset.task.pretraining import Recipe
 
 FOLDER = Path(__file__).resolve().parents[1] / "data" / "embedded"
-# Fixed here, not read from conf/: the shipped bytes must not depend on anybody's configuration.
+# Fixed here, not read from conf/: the shipped bytes must not depend on a user's configuration.
 HARDWARE = {
     "preset": "cpu",
     "device": "cpu",
@@ -48,14 +48,14 @@ HARDWARE = {
 }
 PACKAGES = ("numpy", "safetensors", "tokenizers", "torch", "transformers")
 TOKENIZER_DOCUMENTS = 30_000
-CURVE_STEPS = 25  # one point of the curve is the mean of so many steps
+CURVE_STEPS = 25  # a point of the curve is the mean of this many steps
 MANIFEST = "manifest.json"
 
 log = logging.getLogger("capas")
 
 
 def main(arguments: list[str] | None = None) -> int:
-    """Build, compare, replace; 1 where files differ and `--replace` is not given."""
+    """Build, compare and replace; return 1 if files differ and `--replace` is not given."""
     parser = argparse.ArgumentParser(description="Rebuild the embedded base model.")
     parser.add_argument(
         "--replace", action="store_true", help="replace files in data/embedded that differ"
@@ -104,14 +104,14 @@ def build(folder: Path, recipe: "Recipe") -> None:
 
 
 def note(step: int, loss: float, losses: list[float]) -> None:
-    """Keep the loss of a step and show a line now and then."""
+    """Append the loss of a step, and log a line every 100 steps."""
     losses.append(loss)
     if (step + 1) % 100 == 0:
         log.info("step %d: loss %.3f", step + 1, sum(losses[-100:]) / len(losses[-100:]))
 
 
 def save_tokenizer(tokenizer: "Tokenizer", folder: Path, max_length: int) -> None:
-    """tokenizer.json and tokenizer_config.json, with ChatML as the template of the base."""
+    """Write tokenizer.json and tokenizer_config.json, with ChatML as the template of the base."""
     from transformers import PreTrainedTokenizerFast
 
     from capas.dataset.task.pretraining import BOS, CHAT_TEMPLATE, EOS, PAD
@@ -134,7 +134,7 @@ def save_tokenizer(tokenizer: "Tokenizer", folder: Path, max_length: int) -> Non
 
 
 def write_curve(path: Path, losses: list[float], tokens_per_step: int) -> None:
-    """The pretraining loss, one row for every `CURVE_STEPS` steps."""
+    """Write the pretraining loss, one row for every `CURVE_STEPS` steps."""
     with path.open("w", newline="") as file:
         writer = csv.writer(file, lineterminator="\n")
         writer.writerow(["step", "num_tokens", "loss"])
@@ -144,7 +144,7 @@ def write_curve(path: Path, losses: list[float], tokens_per_step: int) -> None:
 
 
 def write_manifest(folder: Path, recipe: "Recipe", facts: dict[str, object]) -> None:
-    """What the files are, how they came about, and their sha256."""
+    """Write what the files are, how they were made, and their SHA-256."""
     files = {
         path.name: {"bytes": path.stat().st_size, "sha256": hash_file(path)}
         for path in sorted(folder.iterdir())
@@ -172,7 +172,7 @@ def hash_file(path: Path) -> str:
 
 
 def list_files(folder: Path) -> dict[str, str]:
-    """Name -> sha256 of the files that a rebuild must repeat (the manifest tells the seconds)."""
+    """Return {name: SHA-256} of the files that a rebuild must repeat (the manifest records seconds)."""
     try:
         names = read_json(folder / MANIFEST)["files"]
     except (CapasError, KeyError) as error:
@@ -182,7 +182,7 @@ def list_files(folder: Path) -> dict[str, str]:
 
 
 def compare(built: Path, shipped: Path) -> list[str]:
-    """The names of the files that differ, each file reported."""
+    """Return the names of the files that differ, and log the state of every file."""
     new, old = list_files(built), list_files(shipped)
     different = [name for name in sorted({*new, *old}) if new.get(name) != old.get(name)]
     for name in sorted({*new, *old}):

@@ -1,10 +1,10 @@
-"""Bring the recorded result into MLflow: one run for each distinct training.
+"""Publish the recorded result to MLflow: one run for each distinct training.
 
-Reads   what train, evaluate, sample and report left, dvc.lock; reports/timings where they are
+Reads   what train, evaluate, sample and report wrote, dvc.lock; reports/timings if they exist
 Writes  the MLflow run whose tag train_key is this training's; reports/.published, a marker for DVC
-Params  tracking; evaluation, generation.system, hardware, model, quantization: for whoever loads the model
+Params  tracking; evaluation, generation.system, hardware, model, quantization: for users who load the model
 
-It may run any number of times: what the run has already is left alone, so a result that DVC restored,
+It may run any number of times, because what the run has already is left alone. A result that DVC restored,
 and an empty database after `dvc pull`, end up the same as a run that was followed live.
 
     tag train_key 3f0c...   params lora.r=16 ...   metrics train/loss (a curve), score, tuned.loss ...
@@ -60,7 +60,7 @@ def main(params: Params, stage: Stage) -> None:
         return
     lock = recorded(stage.root)
     key = train_key(stage, lock)
-    with locked(stage.root, key, seconds=60):  # the live tracker may still be at its last rows
+    with locked(stage.root, key, seconds=60):  # the live tracker may still be sending its last rows
         store = Store.open(stage.root, params.tracking.experiment_name)
         with reachable(tracking_uri(stage.root)):
             store.check_artifacts()
@@ -77,17 +77,16 @@ def main(params: Params, stage: Stage) -> None:
 
 
 def end(store: Store, run_id: str, times: Times | None) -> None:
-    """Say that the training has finished, at its own time: publishing may come much later."""
+    """Mark the run as finished, at the time when the training ended: publishing may come much later."""
     if times is None or times.ended is not None:
         store.set_status(run_id, "FINISHED", times and times.ended)
     elif store.client.get_run(run_id).status != "FINISHED":
-        store.client.update_run(
-            run_id, status="FINISHED"
-        )  # without an end, and so without a duration
+        # without an end, and so without a duration
+        store.client.update_run(run_id, status="FINISHED")
 
 
 def train_key(stage: Stage, lock: Mapping[str, Any]) -> str:
-    """That with which the adapter was trained; `dvc commit` may have accepted it under another since.
+    """Return the key under which the adapter was trained; a later `dvc commit` may have recorded another.
 
     Raises:
         CapasError: dvc.lock records no training.
@@ -111,7 +110,7 @@ def publish(
     params: Params,
     stage: Stage,
 ) -> None:
-    """Whatever the run lacks or has with another value."""
+    """Send everything that the run lacks or has with another value."""
     store.send_params(found, recorded_params(lock))
     tags = {**run_content.machine(costs), **run_content.headline(stage)}
     tags |= {} if USER in found.tags else lineage.author(stage, ran_here="train" in costs)
@@ -140,7 +139,7 @@ def publish(
 
 
 def initial_adapter(stage: Stage) -> dict[str, Any] | None:
-    """Name, revision and sha256 of the adapter that the training started from."""
+    """Return name, revision and SHA-256 of the adapter that the training started from, if any."""
     found: dict[str, Any] = read_json(stage.dep("reports/certificate.json"))
     return found.get("initial_adapter")
 
@@ -167,7 +166,7 @@ def send_artifacts(store: Store, run_id: str, costs: run_content.Costs, stage: S
 def send_model(
     store: Store, found: Run, of_training: Mapping[str, Any], params: Params, stage: Stage
 ) -> None:
-    """The adapter with its card, for PEFT and servers; and as a model that MLflow loads."""
+    """Send the adapter with its card, for PEFT and servers, and as a model that MLflow loads."""
     run_id, key = found.id, found.tags[TRAIN_KEY]
     facts = mlflow_model.served_facts(params, stage.root, stage.dep)
     card = write_card(

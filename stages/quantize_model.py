@@ -1,18 +1,18 @@
-"""Quantize the base model and measure what every layer lost.
+"""Quantize the base model and measure the error of every layer.
 
 Reads   data/models/base
 Writes  data/models/quantized, reports/quantization.json, reports/quantization_error.csv
 Params  hardware, model.dtype, model.trust_remote_code, quantization
 
 Embeddings, norms and the head (lm_head, tied to the embeddings or not) stay as they are; every other linear
-layer keeps 4 or 8 bits a weight:
+layer keeps 4 or 8 bits per weight:
 
     before  model.layers.0.mlp.up_proj.weight  float32 [320, 128]  -0.0213 0.0874 ...
     after   the same weight, NF4: one of 16 levels each, times the largest of its block of 64 weights
 
-Weights are read one at a time from mapped files, whose pages the system may take back: beside what is
-quantized there is never a whole model in full precision (benchmarks/quantize_memory.py). A model that came
-quantized by bitsandbytes is passed on as it is.
+Weights are read one at a time from mapped files, whose pages the system may reclaim, so that no whole model
+in full precision is in memory beside the quantized one (benchmarks/quantize_memory.py). A model already
+quantized with bitsandbytes is passed on as it is.
 """
 
 from collections.abc import Iterator
@@ -69,11 +69,11 @@ def main(params: Params, stage: Stage) -> None:
 
 
 def save(model: "PreTrainedModel", base: Path, folder: Path, as_it_is: bool) -> None:
-    """As safetensors. A base that is neither quantized here nor converted is not written a second time."""
+    """Save the model as safetensors; files of a base that is neither quantized nor converted are reused."""
     from capas.models.loading import save_model
 
     config = read_json(base / "config.json")
-    stored = config.get("dtype") or config.get("torch_dtype")  # the older name
+    stored = config.get("dtype") or config.get("torch_dtype")  # its older name
     quantized = getattr(model, "quantization_method", None) is not None
     if as_it_is or (not quantized and f"torch.{stored}" == str(model.dtype)):
         folder.mkdir()
@@ -84,7 +84,10 @@ def save(model: "PreTrainedModel", base: Path, folder: Path, as_it_is: bool) -> 
 
 
 def layer_errors(model: "PreTrainedModel", base: Path, params: Params) -> list[dict[str, Any]]:
-    """Per layer: Frobenius norm of quantized - original over that of the original; bits a weight takes."""
+    """Return a row for each layer: its relative error, and the bits that a weight takes.
+
+    The error is the Frobenius norm of quantized - original, divided by that of the original.
+    """
     from capas.models.loading import dequantize, quantized_linears
 
     layers, state, found = dict(quantized_linears(model)), model.state_dict(), {}
@@ -105,7 +108,7 @@ def layer_errors(model: "PreTrainedModel", base: Path, params: Params) -> list[d
 def originals(
     layers: dict[str, Any], base: Path, params: Params
 ) -> Iterator[tuple[str, "torch.Tensor"]]:
-    """(name, weight before) of every layer; where one has another name on disk, the model is loaded."""
+    """Yield (name, original weight) of every layer; load the model for names that differ on disk."""
     import torch
 
     from capas.models.loading import load_model
@@ -121,7 +124,7 @@ def originals(
 
 
 def original_weight(weight: "torch.Tensor", layer: Any) -> "torch.Tensor":
-    """[out, in]; GPT-2's Conv1D keeps its weight the other way round."""
+    """Return the weight as [out, in]; GPT-2's Conv1D stores it transposed."""
     return weight.T if layer.source_cls.__name__ == "Conv1D" else weight
 
 
@@ -141,13 +144,13 @@ def sizes(model: "PreTrainedModel", base: Path, folder: Path) -> dict[str, int]:
 
 
 def spread(errors: list[float]) -> dict[str, float]:
-    """Zero where nothing was quantized."""
+    """Return mean and maximum of the errors, zero if nothing was quantized."""
     mean = sum(errors) / len(errors) if errors else 0.0
     return {"relative_error_mean": mean, "relative_error_max": max(errors, default=0.0)}
 
 
 def full_precision(model: "PreTrainedModel") -> dict[str, Any]:
-    """What keeps its precision: linear layers by name, and whether head and embeddings are one weight."""
+    """Return what keeps its precision: linear layers by name, embeddings and head, tied or not."""
     from torch import nn
 
     from capas.models.loading import quantized_linears

@@ -88,7 +88,7 @@ def main(params: Params, stage: Stage) -> None:
 
 
 def compare_attention(model: Any, sequences: list[list[int]], stage: Stage) -> None:
-    """Write how far the tuned model's logits differ between eager attention and sdpa; report the seconds."""
+    """Write how far the tuned model's logits differ between eager attention and sdpa, and log the seconds."""
     from capas.evaluation import attention
 
     found = attention.compare(model, sequences)
@@ -104,7 +104,7 @@ def compare_attention(model: Any, sequences: list[list[int]], stage: Stage) -> N
 
 
 def choose_prompts(generation: Params, stage: Stage) -> list[Prompt]:
-    """The user's own requests where there are some, else records of the test split."""
+    """Return the user's own requests if there are some, otherwise records of the test split."""
     requests = read_json(stage.dep(f"{COMPOSED}/prompts.json"))["prompts"]
     raw = read_records(stage.dep("data/raw") / "test.parquet", RAW)
     if requests:
@@ -119,7 +119,7 @@ def choose_prompts(generation: Params, stage: Stage) -> list[Prompt]:
 def ask_in_wrong_template(
     models: Models, prompts: list[Prompt], params: Params, stage: Stage
 ) -> Iterator[Row]:
-    """Yield the answers under the first setting in generation.wrong_chat_template, where one is named."""
+    """Yield the answers under the first setting in generation.wrong_chat_template, if one is named."""
     name, file = params.generation.wrong_chat_template, f"{COMPOSED}/wrong_chat_template.jinja"
     if name is None:
         return
@@ -130,7 +130,7 @@ def ask_in_wrong_template(
 
 
 def record_of(prompt: Prompt, stage: Stage) -> Row | None:
-    """Return the formatted test record of a prompt; a request of the user's own has none."""
+    """Return the formatted test record of a prompt, None for a request of the user's own."""
     return next((r for r in test_records(stage) if r["id"] == prompt.prompt_id), None)
 
 

@@ -63,7 +63,7 @@ def parse_options() -> argparse.Namespace:
 
 
 def stop(number: int, frame: Any) -> None:
-    """End as Ctrl-C does: a scheduler that takes the machine back sends SIGTERM."""
+    """Raise KeyboardInterrupt, as Ctrl-C does: a scheduler that takes the machine back sends SIGTERM."""
     raise KeyboardInterrupt
 
 
@@ -71,7 +71,7 @@ if __name__ == "__main__":
     signal.signal(signal.SIGTERM, stop)
     logging.basicConfig(format="sweep: %(message)s")
     logging.getLogger("capas").setLevel(logging.INFO)
-    # What Hydra's plugins say of a failed point is told better below the point.
+    # The sweep itself reports failed trials better than Hydra's plugins do.
     logging.getLogger("hydra_plugins").setLevel(logging.CRITICAL)
     command = shlex.join(["stages/sweep.py", *sys.argv[1:]])
     with exit_on_user_error("sweep"):

@@ -1,8 +1,8 @@
-"""Encode every message's content as plain text, once, whatever template comes around it later.
+"""Encode every message's content as plain text, once, for any template that is put around it later.
 
 Reads   data/raw, data/models/tokenizer
-Writes  data/tokenized: the same records; each message also has the ids of its content
-Params  chat_template.allowed_tokens; nothing else of a template, so another one does not tokenize again
+Writes  data/tokenized: the same records; each message also has the token ids of its content
+Params  chat_template.allowed_tokens; nothing else of a template, so a new template does not rerun the stage
 
 The travelling record, after::
 
@@ -23,7 +23,7 @@ from capas.core.progress import counted
 from capas.core.records import RAW, SPLITS, TOKENIZED, read_batches, write_tables
 from capas.core.stage import Stage, log, run
 
-BYTES_AT_ONCE = 2**21  # in memory a few times as much, whatever the size of a split
+BYTES_AT_ONCE = 2**21  # memory use is a few times this, for splits of any size
 _MESSAGES = TOKENIZED.field("messages").type
 _MESSAGE = _MESSAGES.value_type
 
@@ -42,7 +42,7 @@ def main(params: Params, stage: Stage) -> None:
 
 
 def together(batches: Iterable[pa.RecordBatch]) -> Iterator[pa.RecordBatch]:
-    """The same records in few large batches: a call of the tokenizer costs something, whatever it gets."""
+    """Yield the same records in few large batches, because each call of the tokenizer has a cost."""
     pending: list[pa.RecordBatch] = []
     for batch in batches:
         pending.append(batch)
@@ -54,7 +54,7 @@ def together(batches: Iterable[pa.RecordBatch]) -> Iterator[pa.RecordBatch]:
 
 
 def tokenize(batch: pa.RecordBatch, encoder: PlainEncoder) -> pa.Table:
-    """The records with input_ids in every message."""
+    """Return the records with input_ids in every message."""
     messages = batch.column("messages")
     told = messages.flatten()
     ids = encoder.encode(told.field("content").to_pylist())

@@ -1,10 +1,10 @@
 """Train LoRA layers on the frozen, quantized base; or, with lora=none, all weights of one in full precision.
 
 Reads   data/formatted (train, validation), data/models/quantized, data/models/tokenizer;
-        data/models/initial_adapter, whose weights are the first ones where it holds an adapter
-Writes  data/models/adapter (a whole model, where all weights are trained), reports/train.json,
+        data/models/initial_adapter, from which the training starts if it holds an adapter
+Writes  data/models/adapter (a whole model if all weights are trained), reports/train.json,
         reports/history.csv, reports/validation.csv,
-        reports/certificate.json (what was checked of the result, and what it was made from)
+        reports/certificate.json (the checks of the result, and what it was made from)
 Params  hardware, lora, model, trainer
 
 The travelling record is a row of ids; only labels other than -100 carry loss:
@@ -12,7 +12,8 @@ The travelling record is a row of ids; only labels other than -100 carry loss:
     input_ids  <|im_start|> assistant \\n   {"name": "set_timer", "arguments": ...} <|im_end|> \\n
     labels             -100      -100 -100  {"name": "set_timer", "arguments": ...} <|im_end|> -100
 
-Before, the model goes on as in pretraining ("Okay, 99 minutes from now."); afterwards, with the call.
+Before the training, the model continues as in pretraining ("Okay, 99 minutes from now."); afterwards, with
+the call.
 """
 
 from dataclasses import dataclass
@@ -44,7 +45,7 @@ FORMATTED, QUANTIZED, TOKENIZER = "data/formatted", "data/models/quantized", "da
 
 @dataclass(frozen=True)
 class Data:
-    """Examples of both splits. `rows` are what batches are made of: packed, or the training examples."""
+    """The examples of both splits. `rows` make the batches: packed rows, or the training examples."""
 
     chat: dict[str, Any]
     train: "list[Example]"
@@ -54,7 +55,7 @@ class Data:
 
 
 def main(params: Params, stage: Stage) -> None:
-    # before torch, and Unsloth before transformers, is imported
+    # hardware is prepared before torch is imported, and Unsloth imported before transformers
     device = hardware.prepare(params.hardware, params.hardware.num_processes)
     if params.trainer.backend == "unsloth":
         unsloth.prepare(stage.root)
@@ -80,7 +81,7 @@ def main(params: Params, stage: Stage) -> None:
 
 
 def read_data(params: Params, stage: Stage) -> Data:
-    """Read data/formatted, and pack the training examples where trainer.packing_length asks for it."""
+    """Read data/formatted, and pack the training examples if trainer.packing_length is set."""
     from capas.training.batches import Collator, read_examples
     from capas.training.packing import pack
 
@@ -96,11 +97,11 @@ def read_data(params: Params, stage: Stage) -> Data:
 def make_model(
     params: Params, data: Data, initial: Path | None, device: "torch.device", stage: Stage
 ) -> Any:
-    """Load the base for these records, once they are known to fit, and make its trained weights trainable.
+    """Load the base, once the records are known to fit, and make the weights to be trained trainable.
 
     Raises:
-        CapasError: the training needs more memory than there is, a record is longer than the model's context,
-            a token has no row in the embedding, or the lora group does not fit the base.
+        CapasError: the training needs more memory than is available, a record is longer than the model's
+            context, a token has no row in the embedding, or the lora group does not fit the base.
     """
     from capas.training import lora
     from capas.training.base_model import load_base, unfreeze
@@ -115,7 +116,7 @@ def make_model(
 
 
 def prove(model: Any, data: Data, params: Params) -> dict[str, Any]:
-    """Prove on real records, before the first step, that packing and evaluation change nothing.
+    """Check on real records, before the first step, that packing and evaluation change nothing.
 
     Returns:
         The facts, for reports/train.json.
@@ -132,7 +133,7 @@ def prove(model: Any, data: Data, params: Params) -> dict[str, Any]:
 
 
 def make_trainer(model: Any, args: "TrainingArguments", data: Data, params: Params) -> "Trainer":
-    """Return a trainer that checks at its first step that it computes with what `params` asks for."""
+    """Return a trainer that checks, at its first step, that it computes with the requested settings."""
     from capas.training import schedule, used_settings
     from capas.training.early_stopping import EarlyStopping
     from capas.training.trainer import Trainer, score_batch, summarize
@@ -169,7 +170,7 @@ def make_trainer(model: Any, args: "TrainingArguments", data: Data, params: Para
 
 
 def train(trainer: "Trainer", stage: Stage, follows: bool) -> None:
-    """Train, from the last complete checkpoint of these inputs where there is one.
+    """Train, and resume from the last complete checkpoint of these inputs if there is one.
 
     Args:
         follows: send the rows of the log to the tracker meanwhile.
@@ -177,7 +178,7 @@ def train(trainer: "Trainer", stage: Stage, follows: bool) -> None:
     from capas.training.callbacks import LiveRows
     from capas.training.checkpoints import last_checkpoint
 
-    with trainer.args.main_process_first(local=False):  # which removes what is half-written
+    with trainer.args.main_process_first(local=False):  # it removes half-written checkpoints
         checkpoint = last_checkpoint(Path(trainer.args.output_dir), resume=not stage.debug)
     trainer.args.eval_on_start = checkpoint is None  # the curve begins with the base
     with live_rows.tracker(stage.root, stage.key(), enabled=follows) as log_rows:
@@ -188,7 +189,10 @@ def train(trainer: "Trainer", stage: Stage, follows: bool) -> None:
 def save(
     trainer: "Trainer", proofs: dict[str, Any], data: Data, params: Params, stage: Stage
 ) -> Path:
-    """Write the reports and the trained model; return the model's folder. Collective."""
+    """Write the reports and the trained model; return the model's folder.
+
+    Collective: every process must call it.
+    """
     from capas.training import lora, used_settings
 
     weights = None if lora.trains_all(params.lora) else lora.whole_weights(trainer.model)
@@ -211,7 +215,7 @@ def check_saved(
     params: Params,
     device: "torch.device",
 ) -> dict[str, Any]:
-    """Compare what was saved with the model that was trained; return the facts for the certificate."""
+    """Check the saved model against the trained one; return the facts for the certificate."""
     from capas.training import certificate, lora
     from capas.training.base_model import load_plain, release
     from capas.training.batches import tails

@@ -1,4 +1,4 @@
-"""Values in params.yaml that conf/ does not compose to: which side counts, and how they are kept."""
+"""Adopt values of params.yaml that conf/ does not compose to: decide which side counts, and keep them."""
 
 import argparse
 import logging
@@ -18,9 +18,9 @@ log = logging.getLogger("capas")
 
 
 def came_from_outside(target: Values, pins: Pins, options: argparse.Namespace) -> bool:
-    """Return whether params.yaml holds values that conf/ does not compose to and that must not be lost.
+    """Return whether params.yaml has values that conf/ does not compose to and that must not be lost.
 
-    DVC writes revisions as conf/ has them, and capas as they are pinned: that is no difference.
+    DVC writes revisions as in conf/, and capas writes them as pinned: this is no difference.
 
     Raises:
         CapasError: both params.yaml and conf/ changed, so that only the user knows which is meant.
@@ -32,7 +32,7 @@ def came_from_outside(target: Values, pins: Pins, options: argparse.Namespace) -
     if not difference(old, target) and not difference(target, old):
         return False
     if stamp == digest(found):
-        return False  # as capas wrote it: conf/ was edited
+        return False  # params.yaml is as capas wrote it, so conf/ was edited
     written_by_dvc = stamp is None and "DVC_EXP_NAME" in os.environ
     conf_unchanged = stamp == digest(target)
     if written_by_dvc or conf_unchanged or options.keep:
@@ -50,10 +50,10 @@ def came_from_outside(target: Values, pins: Pins, options: argparse.Namespace) -
 
 
 def adopt(values: Values, pins: Pins, keep: bool) -> Values:
-    """Move values to conf/overrides.yaml, once they are valid; return what conf/ composes to then.
+    """Move values to conf/overrides.yaml if they are valid; return what conf/ then composes to.
 
     Raises:
-        CapasError: a value is wrong; conf/overrides.yaml is as it was.
+        CapasError: a value is wrong; conf/overrides.yaml is unchanged.
     """
     validate(values, word_given())
     check_choices(values)
@@ -68,10 +68,10 @@ def adopt(values: Values, pins: Pins, keep: bool) -> Values:
 
 
 def check_choices(values: Values) -> None:
-    """Check that the option of every group is there, as `preset` names it.
+    """Check that the option of every group exists, as `preset` names it.
 
     Raises:
-        CapasError: one is not; `dvc exp run --temp` takes the files along that git knows.
+        CapasError: an option is missing; `dvc exp run --temp` copies only files that git tracks.
     """
     for group, preset in ((g, values[g]["preset"]) for g in GROUPS):
         if preset not in (there := options_of(CONF, group)):

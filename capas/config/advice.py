@@ -1,4 +1,4 @@
-"""Advice on valid values that are rarely meant."""
+"""Give advice on valid values that are rarely meant."""
 
 from collections.abc import Iterator
 from typing import Any
@@ -12,7 +12,7 @@ PORTABLE_OPTIMIZERS = tuple(name for name, found in OPTIMIZERS.items() if found.
 
 
 def advice(values: dict[str, Any]) -> list[str]:
-    """Return a line for each choice that is allowed and hardly ever meant. The values are valid."""
+    """Return a line for each choice that is allowed but rarely meant; the values must be valid."""
     lines = [*_untrained_system(values), *steps.advice(values)]
     if values["hardware"]["device"] != "cpu":
         return lines
@@ -35,14 +35,14 @@ def advice(values: dict[str, Any]) -> list[str]:
     return lines
 
 
-# Shapes of records that have no place for a system prompt of their own.
+# Shapes of records without a place for a system prompt of their own.
 _WITHOUT_SYSTEM = ("question_answer", "text")
 
 
 def _untrained_system(values: dict[str, Any]) -> Iterator[str]:
-    """A line where questions are asked under a system prompt that no record is trained under."""
+    """Yield a line if questions are asked under a system prompt under which no record is trained."""
     asked, dataset = values["generation"]["system"], values["dataset"]
-    if asked is None:  # that of a test record
+    if asked is None:  # the system prompt of a test record is used
         return
     trained = {source["system"] for source in (dataset, *dataset["mix"])}
     if asked in trained or any(map(_brings_system, (dataset, *dataset["mix"]))):
@@ -55,7 +55,7 @@ def _untrained_system(values: dict[str, Any]) -> Iterator[str]:
 
 
 def _brings_system(source: dict[str, Any]) -> bool:
-    """Whether records may hold a system prompt of their own, which compose cannot see."""
+    """Return whether records may contain system prompts of their own, which compose cannot see."""
     if source["path"] == "embedded" or source["shape"] in _WITHOUT_SYSTEM:
         return False
     columns = source["columns"] or {}

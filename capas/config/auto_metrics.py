@@ -1,4 +1,4 @@
-"""`evaluation.metrics: auto`: the metrics that suit the answers of the data."""
+"""Replace `evaluation.metrics: auto` by the metrics that suit the answers of the data."""
 
 import json
 import logging
@@ -19,7 +19,7 @@ log = logging.getLogger("capas")
 def with_metrics(values: Values) -> Values:
     """Replace `evaluation.metrics: auto` by the metrics that suit the answers of the data.
 
-    Values that are not valid stay as they are: `validate` tells all problems at once.
+    Values that are not valid stay as they are: `validate` reports all problems at once.
     """
     evaluation = values.get("evaluation")
     if not isinstance(evaluation, dict) or evaluation.get("metrics") != AUTO:
@@ -34,7 +34,7 @@ def with_metrics(values: Values) -> Values:
 
 @cache
 def chosen(dataset: str) -> Choice:
-    """Choose once a run, and say so. `dataset` is the group as JSON."""
+    """Choose the metrics and log the choice, once per run of compose. `dataset` is the group as JSON."""
     params = Params(json.loads(dataset))
     choice = choose_metrics(read_references(params, Path()))
     names = ", ".join(choice.metrics) or "[]"

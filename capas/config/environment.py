@@ -1,4 +1,4 @@
-"""environment.yaml: the locked versions of the packages that decide a stage's bytes."""
+"""Compose environment.yaml: the locked versions of the packages that decide a stage's bytes."""
 
 import re
 from pathlib import Path
@@ -6,7 +6,7 @@ from pathlib import Path
 from capas.core.errors import CapasError
 
 ENVIRONMENT, LOCK = Path("environment.yaml"), Path("requirements.lock")
-# The packages whose version decides a stage's bytes; stages declare those that they use.
+# The packages whose versions decide a stage's bytes; stages declare those that they use.
 PACKAGES = (
     "accelerate", "bitsandbytes", "datasets", "datasketch", "jinja2", "matplotlib", "numpy", "peft",
     "pyarrow", "rouge-score", "sacrebleu", "safetensors", "scikit-learn", "tokenizers", "torch",
@@ -18,7 +18,7 @@ def environment() -> str:
     """Return environment.yaml as text: the locked version of each package that decides bytes.
 
     Raises:
-        CapasError: requirements.lock does not pin one.
+        CapasError: requirements.lock does not pin a package.
     """
     pins = dict(
         re.findall(r"^([\w.-]+)==([^\s;+]+)", LOCK.read_text(encoding="utf-8"), re.MULTILINE)

@@ -1,4 +1,4 @@
-"""The schema as JSON Schema, for completion in editors, and as a tree of keys."""
+"""Convert the schema to JSON Schema, for completion in editors, and search its tree of keys."""
 
 from collections.abc import Iterator, Mapping
 from types import UnionType
@@ -12,9 +12,9 @@ from capas.config.schema import GROUPS, Group
 def leaves_schema(
     key: str, groups: Mapping[str, type[Group]] = GROUPS
 ) -> tuple[str, str, list[str]] | None:
-    """Return where a dotted key leaves the schema: the path so far, the name, the names that there are.
+    """Return where a dotted key leaves the schema: the path so far, the next name, and the existing names.
 
-    None where the schema has the key, or takes any name there.
+    None if the schema has the key, or takes any name there.
     """
     parts = key.split(".")
     children: list[tuple[str | None, Any]] = [*groups.items(), ("seed", int)]
@@ -27,7 +27,7 @@ def leaves_schema(
 
 
 def _children(annotation: Any) -> Iterator[tuple[str | None, Any]]:
-    """Yield name and type of every key below a value; the name None stands for any."""
+    """Yield name and type of every key below a value; the name None stands for any name."""
     arguments = get_args(annotation)
     match get_origin(annotation):
         case kind if kind is Annotated:
@@ -46,9 +46,9 @@ def _children(annotation: Any) -> Iterator[tuple[str | None, Any]]:
 
 
 def group_schema(name: str) -> dict[str, Any]:
-    """JSON Schema of a file in conf/<name>/, for completion in editors.
+    """Return the JSON Schema of a file in conf/<name>/, for completion in editors.
 
-    Nothing is required in it: a file may leave keys to the `_base` of its group.
+    It requires no key: a file may leave keys to the `_base` of its group.
     """
     schema = GROUPS[name].model_json_schema()
     schema.pop("required", None)

@@ -1,4 +1,4 @@
-"""The files that the configuration names, as data/composed has them for the stages."""
+"""Read the files that the configuration names, for the copies in data/composed that stages use."""
 
 import json
 from pathlib import Path
@@ -14,7 +14,11 @@ COMPOSED = Path("data/composed")
 
 
 def resolved_files(values: Values) -> dict[Path, str]:
-    """Return {path: text} of copies of the named files, so that stages depend on exactly the chosen ones."""
+    """Return {path: text} of copies of the named files, so that stages depend on exactly the chosen ones.
+
+    Raises:
+        CapasError: a file is missing, lies where compose does not notice edits, or cannot be used.
+    """
     wrong, path = values["generation"]["wrong_chat_template"], values["chat_template"]["path"]
     sources = read_sources(values["evaluation"]["metrics"], Path())
     harness = values["evaluation"]["harness"]
@@ -40,7 +44,14 @@ def as_json(value: Any) -> str:
 
 
 def in_conf(key: str, name: str, value: str | None = None) -> str:
-    """Return the text of a file in conf/, where compose sees every edit of it; `value` is what names it."""
+    """Return the text of a file in conf/, where compose notices every edit.
+
+    Args:
+        value: the value of `key`, if it is not the file's name.
+
+    Raises:
+        CapasError: the file is missing, or lies elsewhere.
+    """
     path, given = Path(name), f"{key}={value or name!r}"
     if not path.resolve().is_relative_to(CONF.resolve()):
         raise CapasError(f"{given}: move the file into conf/, so that edits rerun the stages")

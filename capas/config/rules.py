@@ -1,4 +1,4 @@
-"""The rules between keys of params.yaml: combinations that no stage can run."""
+"""Define the rules between keys of params.yaml, which exclude combinations that no stage can run."""
 
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
@@ -11,7 +11,7 @@ from capas.hub import embedded
 
 @dataclass(frozen=True)
 class Rule:
-    """A condition between keys, tried once each of its keys is valid by itself."""
+    """A condition between keys, checked if each of its keys is valid by itself."""
 
     keys: tuple[str, ...]
     holds: Callable[..., bool]
@@ -19,7 +19,11 @@ class Rule:
 
 
 def _every(names: tuple[str, ...], holds: Callable[[dict[str, Any]], bool]) -> Callable[..., bool]:
-    """Whether a rule holds for the source of `dataset`, whose values are given, and for all of its mix."""
+    """Return a condition on the values of `names` and of dataset.mix.
+
+    It holds if `holds` is true for the source of `dataset`, which has these values, and for every source of
+    mix.
+    """
     return lambda *values: all(map(holds, [dict(zip(names, values, strict=False)), *values[-1]]))
 
 
@@ -40,8 +44,9 @@ def _columns_fit(source: dict[str, Any]) -> bool:
     )
 
 
-_GENERATED = ("name", "revision", "split", "data_files", "columns", "roles", "system")  # all null
-# Of every source: (its keys, what must hold of them, what is expected where it does not).
+# Keys that must all be null for the embedded records.
+_GENERATED = ("name", "revision", "split", "data_files", "columns", "roles", "system")
+# For every source: (its keys, their condition, what is expected if the condition fails).
 _SOURCE_RULES: tuple[tuple[tuple[str, ...], Callable[[dict[str, Any]], bool], str], ...] = (
     (
         ("path", *_GENERATED),
@@ -116,7 +121,7 @@ def _of_dataset() -> Iterator[Rule]:
     )
 
 
-# What trainer.backend=unsloth leaves out: of a key the one value that goes with it, and why.
+# What trainer.backend=unsloth excludes: {key: (the only value that works with it, the reason)}.
 _WITH_UNSLOTH: dict[str, tuple[Any, str]] = {
     "hardware.device": ("cuda", "hardware=gpu: Unsloth's kernels are written for an NVIDIA GPU"),
     "hardware.num_processes": (1, "one process with Unsloth"),

@@ -1,4 +1,4 @@
-"""The arguments of each learning rate schedule: trainer.lr_scheduler_kwargs."""
+"""Check the arguments of each learning rate schedule: trainer.lr_scheduler_kwargs."""
 
 import math
 from collections.abc import Callable, Iterator
@@ -8,7 +8,7 @@ from typing import Any
 
 @dataclass(frozen=True)
 class Argument:
-    """An argument of a learning rate schedule: whether a value is one, and what is expected."""
+    """An argument of a learning rate schedule: a check of its value, and the text of what is expected."""
 
     holds: Callable[[Any], bool]
     expected: str
@@ -33,7 +33,7 @@ _RATIO = Argument(
     "a fraction of trainer.learning_rate, at least 0 and below 1",
 )
 _RAMP = Argument(lambda v: v in ("linear", "cosine", "1-sqrt"), "linear, cosine or 1-sqrt")
-# The arguments of each schedule in transformers.optimization, those that Trainer gives it left out.
+# The arguments of each schedule in transformers.optimization, without those that Trainer sets.
 SCHEDULES: dict[str, dict[str, Argument]] = {
     "linear": {},
     "constant": {},
@@ -55,7 +55,7 @@ SCHEDULES: dict[str, dict[str, Argument]] = {
 
 
 def schedule_problems(kind: str, kwargs: dict[str, Any], learning_rate: float) -> Iterator[str]:
-    """A sentence for each argument in trainer.lr_scheduler_kwargs that the schedule cannot take."""
+    """Yield a sentence for each argument in trainer.lr_scheduler_kwargs that the schedule cannot take."""
     for name, value in kwargs.items():
         key, argument = f"trainer.lr_scheduler_kwargs.{name}", SCHEDULES[kind].get(name)
         if argument is None:

@@ -1,8 +1,8 @@
-"""The schema of params.yaml: every key, its type and range. `rules` has what must hold between keys.
+"""Define the schema of params.yaml: every key, its type and range; `rules` has the conditions between keys.
 
-Imported by compose alone, so that a new key reruns no stage but those that declare it. There are no
-defaults here: values live in conf/ only. One class per group; the class, the folder in conf/ and the
-key in params.yaml have the same name.
+Among the stages only compose imports it, so a new key reruns no stage but those that declare it. It has no
+defaults: values live in conf/ only. There is one class per group; the class, the folder in conf/ and the key
+in params.yaml have the same name.
 """
 
 from typing import Annotated, Literal
@@ -19,7 +19,7 @@ InstructionSet = Literal["portable", "native", "avx2", "avx512"]
 
 
 class Group(BaseModel):
-    """A group of conf/. `preset` is the stem of the chosen file, so that a choice can be read back."""
+    """A group of conf/. `preset` is the stem of the chosen file, so that the choice can be read back."""
 
     model_config = ConfigDict(extra="forbid", strict=True, protected_namespaces=())
 
@@ -27,9 +27,10 @@ class Group(BaseModel):
 
 
 class Hardware(Group):
-    """num_processes and num_machines are those of `accelerate launch`; model.dtype is dtype by default.
+    """The device, its threads and the processes.
 
-    num_threads=None: as many as there are physical cores.
+    num_processes and num_machines are those of `accelerate launch`; dtype is the default of model.dtype.
+    num_threads: null takes as many threads as there are physical cores.
     """
 
     device: Literal["cpu", "cuda"]
@@ -45,7 +46,7 @@ class Hardware(Group):
 
 
 class Model(Group):
-    """`AutoModelForCausalLM.from_pretrained`; pad_token, licence and cpu_* are capas' own."""
+    """Arguments of `AutoModelForCausalLM.from_pretrained`; pad_token, licence and cpu_* are capas' own."""
 
     model_name_or_path: Annotated[str, Field(min_length=1)]
     revision: str | None
@@ -59,7 +60,7 @@ class Model(Group):
 
 
 class Flaws(BaseModel):
-    """What is done about each kind of flaw of a record; null is what is done about `malformed`."""
+    """The policy for each kind of flaw of a record; null stands for the policy of `malformed`."""
 
     model_config = ConfigDict(extra="forbid", strict=True)
 
@@ -81,7 +82,7 @@ class Flaws(BaseModel):
 
 
 class Reading(BaseModel):
-    """How files are read; null where it is found."""
+    """The format of files; encoding, separator, quote, escape and records are detected if null."""
 
     model_config = ConfigDict(extra="forbid", strict=True)
 
@@ -100,7 +101,7 @@ Column = str | Annotated[list[str], Field(min_length=1)]
 
 
 class Source(BaseModel):
-    """Where records come from, and their shape. A path with a / is a data set on the Hub."""
+    """A source of records, and their shape. A path with a / is a data set on the Hub."""
 
     model_config = ConfigDict(extra="forbid", strict=True)
 
@@ -134,7 +135,7 @@ class Source(BaseModel):
 
 
 class Dataset(Group, Source):
-    """`datasets.load_dataset`; the rest says how records are made, measured and refused."""
+    """Arguments of `datasets.load_dataset`, and how records are made, split, measured and refused."""
 
     mix: list[Source]
     reading: Reading
@@ -169,7 +170,7 @@ class ChatTemplate(Group):
 
 
 class Quantization(Group):
-    """`transformers.BitsAndBytesConfig`."""
+    """Arguments of `transformers.BitsAndBytesConfig`."""
 
     load_in_4bit: bool
     load_in_8bit: bool
@@ -179,9 +180,9 @@ class Quantization(Group):
 
 
 class Lora(Group):
-    """`peft.LoraConfig`; the adapter that a training starts from is capas' own.
+    """Arguments of `peft.LoraConfig`; adapter_name_or_path and adapter_revision are capas' own.
 
-    The first four are null where all weights are trained.
+    The first four are null if all weights are trained. The adapter is the one that a training starts from.
     """
 
     r: Count | None
@@ -196,7 +197,10 @@ class Lora(Group):
 
 
 class Trainer(Group):
-    """`transformers.TrainingArguments`; backend and those from packing_length on are capas' own."""
+    """Arguments of `transformers.TrainingArguments`.
+
+    backend and the keys from packing_length on are capas' own.
+    """
 
     backend: Literal["transformers", "unsloth"]
     learning_rate: Annotated[float, Field(gt=0, lt=1)]
@@ -228,9 +232,8 @@ class Trainer(Group):
     logging_steps: Count
     eval_steps: Count
     save_steps: Count
-    save_total_limit: Annotated[
-        int, Field(ge=2)
-    ]  # the last may be half-written when a run is killed
+    # the last checkpoint may be half-written when a run is killed
+    save_total_limit: Annotated[int, Field(ge=2)]
     load_best_model_at_end: bool
     metric_for_best_model: Literal["loss", "token_accuracy"]
     seed: Seed
@@ -245,7 +248,7 @@ class Trainer(Group):
 
 
 class Gate(BaseModel):
-    """Limits of `capas.evaluation.gate`; None switches a check off."""
+    """Limits of `capas.evaluation.gate`; null turns a check off."""
 
     model_config = ConfigDict(extra="forbid", strict=True)
 
@@ -283,7 +286,7 @@ class Evaluation(Group):
 
 
 class Decoding(BaseModel):
-    """Keys of `transformers.GenerationConfig`, all but the first optional: null stands for not given."""
+    """Keys of `transformers.GenerationConfig`, all but the first optional: null means not given."""
 
     model_config = ConfigDict(extra="forbid", strict=True)
 
@@ -321,11 +324,11 @@ class Tracking(Group):
 
 
 class Experiment(Group):
-    """An overlay over several groups; it has no values of its own."""
+    """An overlay over several groups, without values of its own."""
 
 
 class Config(BaseModel):
-    """params.yaml as a whole."""
+    """The whole content of params.yaml."""
 
     model_config = ConfigDict(extra="forbid", strict=True)
 

@@ -1,4 +1,4 @@
-"""Check values against the schema and the rules; all problems at once, each with the way out."""
+"""Check values against the schema and the rules, and report all problems at once, each with a remedy."""
 
 import difflib
 from collections.abc import Callable, Iterator, Mapping
@@ -20,11 +20,11 @@ Word = Callable[[str, Any], str | None]
 
 
 def validate(values: dict[str, Any], word: Word = lambda key, value: None) -> None:
-    """Check everything that conf/ composed to.
+    """Check all values to which conf/ composes.
 
     Args:
-        word: the text that stands for a value of a key in conf/ or on the command line, where it is known:
-            YAML and Hydra read 12e4567 as a number.
+        word: returns the text that was written for a key's value in conf/ or on the command line, if it is
+            known: YAML and Hydra read 12e4567 as a number.
 
     Raises:
         CapasError: all problems at once, one a line: dotted key, value, what is expected, nearest key.
@@ -36,10 +36,12 @@ def validate(values: dict[str, Any], word: Word = lambda key, value: None) -> No
 def find_problems(
     values: dict[str, Any], word: Word, is_doubtful: Callable[[str], bool] = lambda key: False
 ) -> list[Problem]:
-    """Return every problem of the values, see `validate`.
+    """Return every problem of the values.
 
     Args:
-        is_doubtful: whether a key may not have the value that the user meant: no rule that reads it is tried.
+        word: see `validate`.
+        is_doubtful: returns whether a key may lack its intended value; rules that read such a key are
+            skipped.
     """
     problems: dict[str, Problem] = {}
     for problem, part in _field_problems(values, word):
@@ -48,7 +50,7 @@ def find_problems(
         problems[problem.key] = problem
 
     def valid(keys: tuple[str, ...]) -> list[Any] | None:
-        """The values of `keys`; None where one of them is missing, wrong by itself or doubtful."""
+        """Return the values of `keys`, None if one of them is missing, wrong by itself or doubtful."""
         wrong = any(p == key or p.startswith(f"{key}.") for p in of_fields for key in keys)
         wrong = wrong or any(map(is_doubtful, keys))
         found = [lookup(values, key) for key in keys]
@@ -76,11 +78,11 @@ _OF_SCHEDULE = (
     "trainer.lr_scheduler_kwargs",
     "trainer.learning_rate",
 )
-_FREE_TEXT = ("system", "prompts")  # what is said to a model may look like anything
+_FREE_TEXT = ("system", "prompts")  # texts for a model may look like anything
 
 
 def _secrets(values: Any, path: str = "") -> Iterator[tuple[str, str]]:
-    """(dotted key, sentence) of every text with a password or a token in it."""
+    """Yield (dotted key, sentence) for every text that contains a password or a token."""
     if isinstance(values, dict | list):
         items = values.items() if isinstance(values, dict) else enumerate(values)
         for key, value in items:
@@ -96,7 +98,7 @@ def _secrets(values: Any, path: str = "") -> Iterator[tuple[str, str]]:
 
 
 def _field_problems(values: dict[str, Any], word: Word) -> Iterator[tuple[Problem, str]]:
-    """The problem, and pydantic's part of its sentence; a union yields one for each of its members."""
+    """Yield each problem with pydantic's part of its sentence; a union yields one for each of its members."""
     try:
         Config.model_validate(values)
     except ValidationError as error:
@@ -115,7 +117,7 @@ def _field_problems(values: dict[str, Any], word: Word) -> Iterator[tuple[Proble
 
 
 def _quoting(key: str, given: str, value: Any) -> str:
-    """How to write a text that YAML and Hydra read as a number or a truth value."""
+    """Return a sentence on how to write a text that YAML and Hydra read as a number or as true or false."""
     kind = "true or false" if isinstance(value, bool) else "a number"
     leaf = key.rpartition(".")[2]
     return (
@@ -133,7 +135,7 @@ def _in_words(item: Any) -> str:
 
 
 def _dotted(location: tuple[int | str, ...], values: dict[str, Any]) -> str:
-    """The key in params.yaml; pydantic adds the names of union members to a location."""
+    """Return the key in params.yaml; pydantic adds the names of union members to a location."""
     parts: list[str] = []
     node: Any = values
     for part in location:
@@ -159,7 +161,7 @@ def explain(
 
 
 def nearest(key: str, groups: Mapping[str, type[Group]] = GROUPS) -> str:
-    """Return the key that was meant, or the keys that there are, to follow `no such key`."""
+    """Return the key that was probably meant, or the existing keys, as the end of `no such key`."""
     if (left := leaves_schema(key, groups)) is None:
         return ""
     path, name, known = left
@@ -178,11 +180,11 @@ def nearest(key: str, groups: Mapping[str, type[Group]] = GROUPS) -> str:
     return f"; did you mean {path}.{close[0]}?" if close else there
 
 
-_GENERAL = ("name", "path")  # names of keys that say nothing without their group
+_GENERAL = ("name", "path")  # names of keys that mean nothing without their group
 
 
 def _nearest_group(key: str, groups: Mapping[str, type[Group]]) -> list[str]:
-    """Return the groups or keys that were meant by a key whose first part is no group."""
+    """Return the groups or keys that were probably meant by a key whose first part is no group."""
     if "." in key:
         close = difflib.get_close_matches(key, known_keys(), n=1, cutoff=0.6)
         return close or _keys_called(key.rpartition(".")[2])
@@ -199,6 +201,6 @@ def _keys_called(leaf: str) -> list[str]:
 
 
 def known_keys() -> list[str]:
-    """All dotted keys of the schema, groups' leaves included."""
+    """Return the dotted keys of all groups, and `seed`."""
     leaves = {name: dict.fromkeys(group.model_fields) for name, group in GROUPS.items()}
     return [*flatten(leaves), "seed"]

@@ -1,15 +1,16 @@
-"""Answers against the reference: the same text, the same data, or how many of its fields."""
+"""Compare answers with the reference: as text, as JSON, or by the fields that they share."""
 
 import json
 from typing import Any
 
-_Way = tuple[str | int, ...]  # keys and positions, from the outside in
+_Way = tuple[str | int, ...]  # the path to a value: keys and positions, the outermost first
 
 
 def exact_match(completion: str, reference: str) -> bool:
-    """Equal as JSON where the reference is JSON (spaces and the order of keys do not count), else as text.
+    """Return whether the completion equals the reference: as JSON if the reference is JSON, else as text.
 
-    Text is compared without surrounding white space. 1 and 1.0 and true are three values.
+    In JSON, spaces and the order of keys do not count; 1, 1.0 and true are three values. Text is compared
+    without surrounding white space.
     """
     try:
         expected = _parse(reference)
@@ -22,7 +23,7 @@ def exact_match(completion: str, reference: str) -> bool:
 
 
 def valid_json(completion: str) -> bool:
-    """A JSON object or array, whole: a bare number or word is no structured answer."""
+    """Return whether the completion is a JSON object or array; a bare number or word does not count."""
     try:
         return isinstance(_parse(completion), dict | list)
     except (ValueError, RecursionError):
@@ -30,13 +31,14 @@ def valid_json(completion: str) -> bool:
 
 
 def json_fields(completion: str, reference: str) -> float:
-    """F1 of the completion's leaf fields: 1 where they are those of the reference, 0 where none is.
+    """Return the F1 of the completion's leaf fields: 1 if they are those of the reference, 0 if none is.
 
-    A leaf is a value with the way to it: `{"a": {"b": [5]}}` has one, a -> b -> item 0 = 5. Recall is the
-    share of the reference's leaves that the completion has with the same value, precision the share of the
-    completion's that are right, F1 their harmonic mean, 2 x right / (leaves of one + leaves of the other),
-    so that inventing a field costs as much as leaving one out. Elements of a list are told by their position.
-    A completion that is no JSON scores 0. A reference that is none is one field, compared by `exact_match`.
+    A leaf is a value with the path to it: `{"a": {"b": [5]}}` has one, a -> b -> item 0 = 5. Recall is the
+    share of the reference's leaves that the completion has with the same value. Precision is the share of the
+    completion's leaves that are right. F1 is their harmonic mean, 2 x right / (leaves of one + leaves of the
+    other), so that inventing a field costs as much as omitting one. Elements of a list are identified by
+    their position. A completion that is not JSON scores 0. A reference that is not JSON counts as one field,
+    compared by `exact_match`.
     """
     try:
         expected = _parse(reference)
@@ -51,7 +53,7 @@ def json_fields(completion: str, reference: str) -> float:
 
 
 def _leaves(value: Any) -> set[tuple[_Way, str]]:
-    """(way, value as JSON) of everything that holds nothing; an empty object or list is a leaf."""
+    """Return (path, value as JSON) of every value that contains no other; empty objects and lists count."""
     leaves: set[tuple[_Way, str]] = set()
     todo: list[tuple[_Way, Any]] = [((), value)]
     while todo:

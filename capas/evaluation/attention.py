@@ -1,6 +1,6 @@
 """Compare eager attention, which writes out the matrix of weights, with sdpa, PyTorch's fused kernels.
 
-Both compute the same function, and round differently.
+Both compute the same function but round differently.
 """
 
 import time
@@ -14,27 +14,30 @@ import torch
 from capas.core.errors import CapasError
 
 IMPLEMENTATIONS = ("eager", "sdpa")
-MAX_SEQUENCES, MAX_TOKENS = 4, 256  # eager attention needs memory for the square of the tokens
+MAX_SEQUENCES, MAX_TOKENS = (
+    4,
+    256,
+)  # the memory of eager attention grows with the square of the tokens
 
 
 class UnsupportedAttentionError(CapasError):
-    """A model lacks an implementation of attention; the reports say why."""
+    """An error for a model that lacks an implementation of attention; the reports show its message."""
 
 
 @dataclass(frozen=True)
 class Comparison:
-    """The facts are the same in every run on the same kernels; the seconds are not."""
+    """The facts, which are the same in every run on the same kernels, and the seconds, which are not."""
 
     facts: dict[str, Any]
-    seconds: dict[str, float]  # of the second forward pass over all sequences, by implementation
+    seconds: dict[str, float]  # {implementation: duration of a second pass over all sequences}
 
 
 def compare(model: Any, sequences: Sequence[list[int]]) -> Comparison:
-    """Compute the logits of the first sequences with both implementations; the model is left as it was.
+    """Compare the logits of the first sequences under both implementations; the model is left as it was.
 
     Args:
-        model: of transformers, or PEFT's around one.
-        sequences: token ids, of which the first MAX_TOKENS are taken.
+        model: a model of transformers, or PEFT's wrapper of one.
+        sequences: token ids; the first MAX_TOKENS of each are used.
     """
     inner = model.get_base_model() if hasattr(model, "get_base_model") else model
     inputs = [torch.tensor([ids[:MAX_TOKENS]]) for ids in sequences[:MAX_SEQUENCES]]
@@ -66,7 +69,7 @@ def compare(model: Any, sequences: Sequence[list[int]]) -> Comparison:
 def _computed_by(
     name: str, model: Any, inner: Any, inputs: list[torch.Tensor]
 ) -> tuple[list[torch.Tensor], float]:
-    """Return the logits of each sequence, float32 on the CPU, and the seconds of a repetition."""
+    """Return the logits of each sequence, float32 on the CPU, and the seconds of a second pass."""
     with switched(inner, name), torch.inference_mode():
         logits = [model(ids.to(inner.device)).logits[0].float().cpu() for ids in inputs]
         begin = time.perf_counter()
@@ -77,10 +80,10 @@ def _computed_by(
 
 @contextmanager
 def switched(inner: Any, name: str) -> Iterator[None]:
-    """Let the model compute with this implementation meanwhile.
+    """Make the model use this implementation in the block.
 
     Raises:
-        UnsupportedAttentionError: the model has no such implementation, or another function with it.
+        UnsupportedAttentionError: the model lacks it, or computes another function with it.
     """
     kind, config = type(inner).__name__, inner.config
     if name == "sdpa" and getattr(config.get_text_config(), "attn_logit_softcapping", None):

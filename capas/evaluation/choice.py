@@ -15,22 +15,22 @@ MAX_LABELS, MAX_SHORT_WORDS = 20, 5
 
 @dataclass(frozen=True)
 class Choice:
-    """The metrics, the headline first, and why: a clause about the answers."""
+    """The chosen metrics, the headline first, and the reason: a clause about the answers."""
 
     metrics: list[str]
     why: str
 
 
 def choose_metrics(references: Sequence[str]) -> Choice:
-    """Choose by the form that all references share.
+    """Choose the metrics by the form that all references share.
 
     - all are JSON objects or lists: exact match, valid JSON, JSON fields;
     - at most 20 distinct ones, each seen at least twice (labels): exact match;
     - all end in a number after `####` (GSM8K's form): that number;
-    - at most five words in the median: exact match;
+    - at most five words in the median: exact match and chrF;
     - anything else is free text: chrF and ROUGE-L.
 
-    Without any reference (plain text) nothing is generated: the loss is what can be compared.
+    Without any reference (plain text) nothing is generated, and only the loss is compared.
     """
     if not references:
         return Choice([], "no record has an answer to compare with")

@@ -1,4 +1,4 @@
-"""What the scores of two models on the same records say about the difference. Pure."""
+"""Compute what the scores of two models on the same records show about their difference. Pure."""
 
 import math
 import sys
@@ -8,13 +8,13 @@ import numpy as np
 
 from capas.evaluation.power import POWER_FRACTION, quantiles
 
-_DRAWS = 2**22  # indices in memory at once
+_DRAWS = 2**22  # record indices in memory at once
 
 
 def perplexity(loss: float) -> float | None:
-    """exp of the mean loss in nats a token: the number of tokens that the model wavers between.
+    """Return exp of the mean loss in nats per token: the number of tokens among which the model wavers.
 
-    None where that is larger than a float can be.
+    None if it is larger than a float can be.
     """
     return math.exp(loss) if loss < math.log(sys.float_info.max) else None
 
@@ -28,13 +28,13 @@ def paired_difference(
     confidence_fraction: float,
     seed: int,
 ) -> dict[str, float]:
-    """Mean of after - before over records, with its percentile bootstrap interval (Efron 1979).
+    """Return the mean of after - before over records, with its percentile bootstrap interval (Efron 1979).
 
-    Records are drawn in pairs, so that how hard a record is cancels out.
+    Records are drawn in pairs, so that the difficulty of a record cancels out.
 
     Args:
         before, after: [records], scores of the same records in the same order.
-        weights: [records], 1 each, or the tokens of each record where scores are means over tokens.
+        weights: [records], 1 each, or the number of tokens in each record if scores are means over tokens.
 
     Returns:
         mean, low, high.
@@ -49,7 +49,11 @@ def paired_difference(
 
 
 def verdict(interval: Mapping[str, float], higher_is_better: bool = True) -> str:
-    """`better`, `worse`, or `no difference seen` where the interval of `paired_difference` holds zero."""
+    """Return `better` or `worse`, or `no difference seen` if the interval contains zero.
+
+    Args:
+        interval: low and high of `paired_difference`.
+    """
     low, high = sorted(interval[end] * (1 if higher_is_better else -1) for end in ("low", "high"))
     return "better" if low > 0 else "worse" if high < 0 else "no difference seen"
 
@@ -62,14 +66,14 @@ def records_needed(
     confidence_fraction: float,
     power_fraction: float = POWER_FRACTION,
 ) -> int | None:
-    """How many records would show a difference of the observed size, in `power_fraction` of the cases.
+    """Return how many records show a difference of the observed size with probability `power_fraction`.
 
     ((z_c + z_p) x sd / |mean|)^2, rounded up, where sd is the standard deviation of the paired differences,
     z_c the normal quantile of (1 + confidence) / 2 and z_p that of the power. With weights the mean is a
     ratio of sums, and sd is that of its linearised residuals w (d - mean) / mean(w).
 
     Returns:
-        At least 2; None where the mean is 0, or where one record alone has no sd.
+        At least 2; None if the mean is 0, or if there is only one record, which has no sd.
 
     Source: J. Cohen, "Statistical Power Analysis for the Behavioral Sciences", 1988, for paired means; for
     evaluations of language models E. Miller, "Adding Error Bars to Evals", 2024, arXiv:2411.00640. Linearised
@@ -89,7 +93,7 @@ def records_needed(
 def _resampled_means(
     weighted: np.ndarray, weight: np.ndarray, resamples: int, seed: int
 ) -> Iterator[np.ndarray]:
-    """Weighted means of `resamples` draws with replacement, some thousands at a time."""
+    """Yield the weighted means of `resamples` draws with replacement, in chunks."""
     rng = np.random.default_rng(seed)
     num_records = len(weight)
     rows = max(1, _DRAWS // num_records)

@@ -1,4 +1,4 @@
-"""Whether an answer repeats the values of its prompt: numbers, names and quoted strings.
+"""Check whether an answer repeats the values of its prompt: numbers, names and quoted strings.
 
 "I was charged 41 EUR" is answered by "We refund your 41 EUR". An answer that says 3 EUR may still share
 most of its words with the reference, so that ROUGE and chrF hardly notice.
@@ -12,14 +12,14 @@ _QUOTED = re.compile(
     r'"([^"\n]{1,80})"|“([^”\n]{1,80})”|«([^»\n]{1,80})»|„([^“\n]{1,80})“|`([^`\n]{1,80})`'
 )
 _WORD = re.compile(r"[^\W\d_]+(?:['’-][^\W\d_]+)*")
-_ENDS = '.!?¿¡:;\n"“”«»(['  # a capital behind one of them may be that of a sentence
+_ENDS = '.!?¿¡:;\n"“”«»(['  # a capital after one of these may begin a sentence
 
 
 def copied_values(completion: str, reference: str, prompt: str) -> bool | None:
     """Return whether the completion has every value that the reference repeats from the prompt.
 
     Values are numbers, strings in quotation marks, and words that the prompt capitalises within a
-    sentence. None where the reference repeats none.
+    sentence. None if the reference repeats none.
     """
     completion, reference, prompt = (
         unicodedata.normalize("NFKC", text) for text in (completion, reference, prompt)
@@ -36,7 +36,7 @@ def _candidates(reference: str, prompt: str) -> set[str]:
 
 
 def _names(text: str) -> set[str]:
-    """Words with a capital that does not begin a sentence."""
+    """Return the words with a capital that do not begin a sentence."""
     found = set()
     for match in _WORD.finditer(text):
         before = text[: match.start()].rstrip(" ")
@@ -46,7 +46,7 @@ def _names(text: str) -> set[str]:
 
 
 def _holds(text: str, value: str) -> bool:
-    """Whether the text has the value as a whole: 41 does not stand in 410, nor in 4.41."""
+    """Return whether the text contains the value as a whole: 410 and 4.41 do not contain 41."""
     pattern = rf"(?<!\w){re.escape(value)}(?!\w)"
     if value[0].isdigit():
         pattern = rf"(?<![\w])(?<!\d[.,:/-]){re.escape(value)}(?!\w)(?![.,:/-]\d)"

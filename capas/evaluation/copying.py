@@ -1,4 +1,4 @@
-"""The third bar beside base and tuned model: copying the answer of the most similar training record."""
+"""Copy the answer of the most similar training record, as a baseline beside base and tuned model."""
 
 from collections.abc import Iterator
 from pathlib import Path
@@ -19,7 +19,7 @@ def copy_nearest(records: list[Row], scorer: Scorer, formatted: Path, raw: Path)
         formatted, raw: the folders data/formatted and data/raw.
 
     Returns:
-        No row, where no metric is chosen and nothing is generated.
+        Rows of predictions_nearest.parquet; no row if no metric is chosen, because nothing is generated then.
     """
     if not scorer.names:
         return []

@@ -1,4 +1,4 @@
-"""Base and tuned model asked the same prompts, and looked at token by token."""
+"""Ask base and tuned model the same prompts, and compare them token by token."""
 
 import hashlib
 import json
@@ -18,12 +18,12 @@ if TYPE_CHECKING:
     import torch
 
 MODELS = ("base", "tuned")
-NUM_TOKENS = 8  # of a next-token distribution
+NUM_TOKENS = 8  # tokens shown of a next-token distribution
 
 
 @dataclass(frozen=True)
 class Models:
-    """The tuned model with its base, and the settings under which they are asked."""
+    """The tuned model with its base, and the settings under which both answer."""
 
     tuned: Any
     chat: dict[str, Any]
@@ -32,7 +32,10 @@ class Models:
     max_new_tokens: int
 
     def ask(self, which: str, prompt: Prompt, ids: list[int], setting: str) -> Row:
-        """Return completions under one setting. The seed is the prompt's own: no other prompt moves them."""
+        """Return a model's completions under one setting.
+
+        The seed belongs to the prompt and the setting, so that other prompts do not change the completions.
+        """
         import torch
 
         settings = self.generation.settings[setting].without()
@@ -52,7 +55,7 @@ class Models:
         }
 
     def look_inside(self, prompt: Prompt, ids: list[int]) -> tuple[Row, list[Row]]:
-        """Find where the tuned model's greedy answer wavers most, and what it may write there.
+        """Find where the tuned model's greedy answer is least certain, and the tokens that are likely there.
 
         Returns:
             The place (reports/samples.json), and the rows of reports/next_token.csv: the most probable tokens
@@ -60,7 +63,7 @@ class Models:
         """
         answer = self._complete("tuned", ids)[0]
         own = self._logits("tuned", ids, answer).log_softmax(dim=-1)
-        position = int((-(own.exp() * own).sum(dim=-1)).argmax())  # entropy
+        position = int((-(own.exp() * own).sum(dim=-1)).argmax())  # the highest entropy
         rows = [
             {"model": which} | row
             for which in MODELS
@@ -80,7 +83,7 @@ class Models:
         """Return the loss of each token of a record's last trained answer under both models, in nats.
 
         Args:
-            record: of data/formatted.
+            record: a record of data/formatted.
         """
         import torch
 
@@ -105,7 +108,7 @@ class Models:
             return [completion.input_ids for completion in complete(model, [ids], config, 1)[0]]
 
     def _logits(self, which: str, ids: list[int], answer: list[int]) -> "torch.Tensor":
-        """Return logits [answer + 1, vocabulary] for each token of the answer, and after it."""
+        """Return logits [answer + 1, vocabulary], for each token of the answer and the token after it."""
         import torch
 
         inputs = torch.tensor([ids + answer], device=self.tuned.model.device)
@@ -137,13 +140,13 @@ class Models:
 
 
 def last_trained(labels: list[int]) -> tuple[int, int]:
-    """Return the first position of the last run of trained tokens, and the position after it."""
+    """Return where the last sequence of trained tokens starts, and the position after its end."""
     end = max(i for i, label in enumerate(labels) if label != IGNORE_INDEX) + 1
     before = (i for i in range(end - 1, -1, -1) if labels[i] == IGNORE_INDEX)
     return next(before, -1) + 1, end
 
 
 def seed_of(seed: int, prompt: Prompt, setting: str) -> int:
-    """Return a number of 63 bits for every seed, prompt and setting."""
+    """Return a 63-bit number for each seed, prompt and setting."""
     text = json.dumps([seed, prompt.messages, setting], ensure_ascii=False)
     return int.from_bytes(hashlib.sha256(text.encode()).digest()[:8], "big") >> 1

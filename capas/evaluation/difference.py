@@ -1,4 +1,4 @@
-"""What a tuned model gained over its base on the same records, with intervals."""
+"""Compare the scores of a tuned model with those of its base on the same records, with intervals."""
 
 from typing import Any
 
@@ -12,9 +12,9 @@ from capas.evaluation.predictions import Row
 def compare(
     before: list[Row], after: list[Row], tuned: dict[str, Any], names: list[str], params: Params
 ) -> dict[str, Any]:
-    """Return the tuned model's scores, and its gains: interval, verdict, records that would show as much.
+    """Return the tuned model's scores and gains; a gain has an interval, a verdict and the records needed.
 
-    `shares` are the metrics whose scores all lie between 0 and 1; those of an own function may not.
+    `shares` lists the metrics whose scores all lie between 0 and 1.
 
     Raises:
         CapasError: base and tuned model were not scored on the same records.
@@ -37,7 +37,7 @@ def compare(
 
 
 def difference(before: list[Row], after: list[Row], column: str, params: Params) -> dict[str, Any]:
-    """Return a column's paired difference: token-weighted for the loss (lower is better), else per record."""
+    """Return a column's paired difference, per token for the loss (lower is better), otherwise per record."""
     is_loss = column == "loss"
     weights = [row["num_supervised_tokens"] if is_loss else 1 for row in after]
     scores = [[float(row[column]) for row in rows] for rows in (before, after)]
@@ -58,7 +58,10 @@ def difference(before: list[Row], after: list[Row], column: str, params: Params)
 
 
 def in_words(name: str, found: dict[str, Any]) -> str:
-    """Return 'exact_match +0.25 (0.1 to 0.4): better; 12 records would show it'."""
+    """Return a difference as text.
+
+    Example: exact_match +0.25 (0.1 to 0.4): better; 12 records would show a difference of that size
+    """
     needed = found["num_records_needed"]
     seen = f"{name} {found['mean']:+.4g} ({found['low']:+.4g} to {found['high']:+.4g})"
     shown = "" if needed is None else f"; {needed} records would show a difference of that size"
@@ -66,7 +69,7 @@ def in_words(name: str, found: dict[str, Any]) -> str:
 
 
 def gains(report: dict[str, Any]) -> dict[str, float]:
-    """Return the interval of the first metric's difference, flat."""
+    """Return the difference of the first metric with its interval, as a flat mapping."""
     return {
         f"{name}_gain{suffix}": report["difference"][name][end]
         for name in report["metrics"][:1]

@@ -1,4 +1,4 @@
-"""Ask a trained model the same questions in one chat format or another, and score its answers."""
+"""Ask a trained model the same questions in several chat formats, and score its answers."""
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -14,8 +14,8 @@ class Format:
     """The questions in a chat format.
 
     Args:
-        prompts: [records][tokens], ids that ask for the answer.
-        stop_token_ids: those that end an answer in this format.
+        prompts: [records][tokens], ids of the prompts.
+        stop_token_ids: the tokens that end an answer in this format.
     """
 
     prompts: list[list[int]]
@@ -24,7 +24,7 @@ class Format:
 
 @dataclass(frozen=True)
 class Answers:
-    """One answer for each record, their mean score, and the share of those that ended by themselves."""
+    """One answer for each record, their mean score, and the share of answers that ended by themselves."""
 
     completions: list[str]
     score: float
@@ -43,13 +43,13 @@ def ask(
 ) -> Answers:
     """Return the greedy answers to all records, scored by the first metric of `scorer`.
 
-    An answer ends at an end token of the format that the model was trained in or of the one that it is asked
-    in, whichever comes first: what it says counts, not how it would be cut off.
+    An answer ends at an end token of the training's format or of the format in which the model is asked,
+    whichever comes first. So an answer is scored by its text, not by where it would be cut off.
 
     Args:
-        records: in the order of the prompts of `asked`.
+        records: the records, in the order of the prompts of `asked`.
         chat: data/formatted/chat.json of the training.
-        tokenizer: of the package `tokenizers`.
+        tokenizer: a tokenizer of the package `tokenizers`.
     """
     from capas.evaluation.generation import complete, generation_config
 

@@ -1,23 +1,23 @@
-"""Whether a tuned model may be passed on: a few checks, each with its value and its limit. Pure."""
+"""Check a tuned model before it can be registered: a few checks, each with its value and limit. Pure."""
 
 from collections.abc import Mapping
 from typing import Any
 
 from capas.evaluation.names import headline
 
-NEAREST = "_over_nearest"  # behind the name of the gain over copied answers
+NEAREST = "_over_nearest"  # the suffix of the gain over copied answers
 NEAREST_IN_WORDS = "copying the nearest training answer"
 
 
 def judge(
     base: Mapping[str, Any], evaluation: Mapping[str, Any], limits: Mapping[str, float | None]
 ) -> dict[str, Any]:
-    """The checks, and in words those that failed.
+    """Return the checks, and the reasons of those that failed.
 
     Args:
         base: reports/evaluation_base.json.
         evaluation: `tuned`, `difference`, `difference_to_nearest` and `metrics` of reports/evaluation.json.
-        limits: `evaluation.gate`; None switches a check off.
+        limits: `evaluation.gate`; None turns a check off.
 
     Returns:
         passed, checks, reasons. A check that is off, or whose value was not measured, has `passed` None.
@@ -38,18 +38,18 @@ def judge(
 
 
 def verdict(gate: Mapping[str, Any]) -> str:
-    """In one line, as the tag `gate` of an MLflow run has it."""
+    """Return the verdict as one line, as in the tag `gate` of an MLflow run."""
     return "passed" if gate["passed"] else f"failed: {'; '.join(gate['reasons'])}"
 
 
 def quantization_loss(base: Mapping[str, Any]) -> float | None:
-    """What quantization adds to the base's loss, in nats a token; None where it came quantized."""
+    """Return what quantization adds to the base's loss, in nats per token; None if it came quantized."""
     whole = base["full_precision"]
     return None if whole is None else float(base["loss"] - whole["loss"])
 
 
 def _gain(name: str, found: Mapping[str, float], over: str = "") -> dict[str, Any]:
-    """Check that a gain is proven: an interval that includes zero, or lies on its wrong side, proves none."""
+    """Check that a gain is proven: its interval must lie wholly on the better side of zero."""
     sign = -1 if name == "loss" else 1
     low, high = sorted(found[end] * sign for end in ("low", "high"))
     value = {"name": f"{name}_gain{over}", "value": low, "high": high, "limit": 0.0}

@@ -1,4 +1,4 @@
-"""General questions, with which a model shows what it forgot while it learned a task.
+"""Read general questions, which show what a model forgot while it learned a task.
 
 {"id": "general-en-01", "messages": [{"role": "user", "content": "What is the capital of Portugal?"},
                                      {"role": "assistant", "content": "The capital of Portugal is Lisbon."}]}
@@ -13,13 +13,13 @@ from capas.core.errors import CapasError
 
 
 def format_questions(file: Path, chat: ChatFormat) -> list[dict[str, Any]]:
-    """The conversations of a JSONL file as formatted records: answers with their end token are scored.
+    """Return the conversations of a JSONL file as formatted records; answers with their end token are scored.
 
     Returns:
         [records], each with id, metadata ("{}"), reference, input_ids and labels.
 
     Raises:
-        CapasError: a line is none, the template refuses it, or there is no line.
+        CapasError: a line is not a conversation, the template refuses it, or the file is empty.
     """
     lines = file.read_text(encoding="utf-8").splitlines()
     records = [_formatted(f"{file}, line {i}", line, chat) for i, line in enumerate(lines, 1)]

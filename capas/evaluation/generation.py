@@ -1,4 +1,4 @@
-"""Completions of many prompts at once, equal to those of each prompt alone."""
+"""Generate completions of many prompts at once, equal to those of each prompt alone."""
 
 import logging
 import time
@@ -21,11 +21,8 @@ from capas.core.errors import CapasError
 from capas.core.progress import doing
 
 log = logging.getLogger("capas")
-_NEUTRAL = {
-    "temperature": 1.0,
-    "top_k": 0,
-    "top_p": 1.0,
-}  # transformers' own defaults hold a top_k of 50
+# transformers' own defaults include a top_k of 50
+_NEUTRAL = {"temperature": 1.0, "top_k": 0, "top_p": 1.0}
 
 _WARPERS = (
     ("repetition_penalty", 1.0, RepetitionPenaltyLogitsProcessor),
@@ -39,7 +36,7 @@ _WARPERS = (
 
 @dataclass(frozen=True)
 class Completion:
-    """What the model wrote: ids up to, not including, the stop token; `stopped`: it wrote one."""
+    """A completion: its ids without the end token, and whether an end token stopped it."""
 
     input_ids: list[int]
     stopped: bool
@@ -48,11 +45,11 @@ class Completion:
 def generation_config(
     chat: dict[str, Any], max_new_tokens: int, **settings: Any
 ) -> GenerationConfig:
-    """The decoding settings with the template's tokens; nothing comes from a model's own defaults.
+    """Return the decoding settings with the template's tokens, and without the model's own defaults.
 
     Args:
         chat: data/formatted/chat.json.
-        settings: keys of GenerationConfig. Not given, or None, means not applied: no sampling, no cut-off.
+        settings: keys of GenerationConfig. A missing key, or None, is not applied: no sampling, no cut-off.
     """
     settings = {name: value for name, value in settings.items() if value is not None}
     neutral = _NEUTRAL if settings.get("do_sample") else {"do_sample": False}
@@ -68,17 +65,17 @@ def generation_config(
 def complete(
     model: PreTrainedModel, prompts: list[list[int]], config: GenerationConfig, batch_size: int
 ) -> list[list[Completion]]:
-    """`config.num_return_sequences` completions of every prompt, in the prompts' order.
+    """Return `config.num_return_sequences` completions of every prompt, in the order of the prompts.
 
     Prompts of similar length share a batch. They are padded on the left, so that all of them end where the
-    model goes on; padding is masked by position. The longest come first: what does not fit into memory fails
-    at once, and the time that is told after the first batch is rather too long than too short.
+    model continues; padding is masked by position. The longest come first: a batch that does not fit into
+    memory fails at once, and the time that is logged after the first batch is rather too long than too short.
 
     Args:
         prompts: [prompts][tokens], ids.
 
     Raises:
-        CapasError: as `check_positions`.
+        CapasError: see `check_positions`.
     """
     check_positions(model, prompts, config.max_new_tokens)
     _forget_defaults(model)
@@ -98,12 +95,12 @@ def complete(
 
 
 def check_positions(model: PreTrainedModel, prompts: list[list[int]], max_new_tokens: int) -> None:
-    """Compare the longest prompt and its answer with the positions that the model was made for.
+    """Check that the longest prompt and its answer fit into the positions that the model was made for.
 
-    Beyond them a table of positions has no row, and rotary ones give nonsense.
+    Beyond them a table of positions has no row, and rotary positions give nonsense.
 
     Raises:
-        CapasError: with the largest max_new_tokens that fits.
+        CapasError: they do not fit; the message gives the largest max_new_tokens that does.
     """
     limit = getattr(model.config.get_text_config(), "max_position_embeddings", None)
     longest = max(map(len, prompts), default=0)
@@ -122,7 +119,7 @@ def check_positions(model: PreTrainedModel, prompts: list[list[int]], max_new_to
 
 
 def _tell_ahead(seconds: float, num_prompts: int) -> None:
-    """A batch takes about as long whatever the number of its prompts: the first one may be small."""
+    """Log the expected time. A batch takes about as long with few prompts, so the first one may be small."""
     whole = f"{seconds:.0f} seconds" if seconds < 120 else f"{seconds / 60:.0f} minutes"
     log.info("%.3g seconds per record: about %s for %d", seconds / num_prompts, whole, num_prompts)
 
@@ -130,12 +127,12 @@ def _tell_ahead(seconds: float, num_prompts: int) -> None:
 def next_token_probabilities(
     logits: torch.Tensor, input_ids: list[int], settings: dict[str, Any]
 ) -> torch.Tensor:
-    """What a sampling setting makes of the model's distribution, in the order in which `generate` does it.
+    """Return the model's distribution under a sampling setting, applied in the order of `generate`.
 
     Args:
         logits: [vocabulary].
-        input_ids: all tokens so far, prompt included: repetition_penalty lowers theirs.
-        settings: keys of `_WARPERS`; each may be left out or None.
+        input_ids: all tokens so far, prompt included; repetition_penalty lowers their probabilities.
+        settings: keys of `_WARPERS`; each may be missing or None.
 
     Returns:
         [vocabulary], sums to 1.
@@ -148,7 +145,7 @@ def next_token_probabilities(
 
 
 def pad_left(prompts: list[list[int]], pad_token_id: int) -> tuple[torch.Tensor, torch.Tensor]:
-    """input_ids and attention_mask, both [prompts, longest]."""
+    """Return input_ids and attention_mask, both [prompts, longest], padded on the left."""
     longest = max(len(prompt) for prompt in prompts)
     ids = [[pad_token_id] * (longest - len(prompt)) + prompt for prompt in prompts]
     mask = [[0] * (longest - len(prompt)) + [1] * len(prompt) for prompt in prompts]
@@ -156,7 +153,7 @@ def pad_left(prompts: list[list[int]], pad_token_id: int) -> tuple[torch.Tensor,
 
 
 def _forget_defaults(model: PreTrainedModel) -> None:
-    """`generate` fills what is not given from the model's own generation_config.json: a top_k of 20."""
+    """Drop the model's generation_config.json: `generate` takes missing keys from it, e.g. a top_k of 20."""
     for owner in {model, getattr(model, "get_base_model", lambda: model)()}:
         owner.generation_config = GenerationConfig()
 

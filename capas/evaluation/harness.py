@@ -1,11 +1,11 @@
-"""Tasks of EleutherAI's lm-evaluation-harness, on the base and on the tuned model.
+"""Run tasks of EleutherAI's lm-evaluation-harness on the base and on the tuned model.
 
-    evaluation.harness.tasks: [arc_easy]     a task of the harness; its data must lie in the Hub's cache
-    evaluation.harness.include_path: data/own/tasks, with tasks: [mine]     a folder of tasks of one's own
+    evaluation.harness.tasks: [arc_easy]     a task of the harness; its data must be in the Hub's cache
+    evaluation.harness.include_path: data/own/tasks, with tasks: [mine]     a folder of the user's own tasks
 
-Compose copies the files of that folder for the stage, with the harness's version, so that an edit of either
-reruns the evaluation. The stage lays them out again and works from there: `data_files` of a task names
-files of the folder. (What a task fetches from the Hub, DVC does not see.)
+Compose copies the files of that folder for the stage, with the harness's version, so that a change of either
+reruns the evaluation. The stage writes them into a temporary folder and works there: `data_files` of a task
+names files of this folder. (DVC does not see what a task fetches from the Hub.)
 """
 
 import contextlib
@@ -29,10 +29,11 @@ KEY = "evaluation.harness"
 
 
 def read_tasks(tasks: list[str], include_path: str | None, root: Path) -> dict[str, Any]:
-    """What compose hands on: the harness's version, and {name: text} of the folder's files.
+    """Return the harness's version, and {name: text} of the folder's files, for compose.
 
     Raises:
-        CapasError: the harness is not installed, or the folder is missing, lies elsewhere or holds no text.
+        CapasError: the harness is not installed, or the folder is missing, lies elsewhere, has no task or has
+            a file that is not text.
     """
     if not tasks:
         return {"version": None, "files": {}}
@@ -76,19 +77,19 @@ def evaluate(
     batch_size: int,
     seed: int,
 ) -> dict[str, Any]:
-    """Scores of every task, of base and tuned model.
+    """Return the scores of every task, for base and tuned model.
 
     Args:
-        models: both.
+        models: the tuned model with its base.
         settings: evaluation.harness.
         composed: data/composed/harness.json.
 
     Returns:
         {version, tasks: {task: {version, num_records, num_fewshot, metrics: {metric: {base, base_stderr,
-        tuned, tuned_stderr}}}}}; a standard error is None where the harness has none.
+        tuned, tuned_stderr}}}}}; a standard error is None if the harness has none.
 
     Raises:
-        CapasError: a task is not known, or its data is not there.
+        CapasError: a task is not known, or its data is missing.
     """
     from lm_eval.models.huggingface import HFLM
 
@@ -109,7 +110,7 @@ def evaluate(
 
 @contextlib.contextmanager
 def _laid_out(files: Mapping[str, str]) -> Iterator[Path]:
-    """A folder with the files, which is the current one inside the block."""
+    """Write the files into a temporary folder, which is the current folder in the block."""
     with TemporaryDirectory(prefix="capas-harness-") as name:
         folder = Path(name)
         for file, text in files.items():
@@ -120,7 +121,11 @@ def _laid_out(files: Mapping[str, str]) -> Iterator[Path]:
 
 
 def _known(names: list[str], folder: Path) -> Any:
-    """The tasks of the harness and of the folder."""
+    """Return the tasks of the harness and of the folder.
+
+    Raises:
+        CapasError: the harness knows no task of this name.
+    """
     from lm_eval.tasks import TaskManager
 
     logging.getLogger("lm_eval").setLevel(logging.ERROR)
@@ -161,7 +166,7 @@ def _side_by_side(task: str, base: Mapping[str, Any], tuned: Mapping[str, Any]) 
     scores = {"base": base["results"][task], "tuned": tuned["results"][task]}
     metrics: dict[str, dict[str, float | None]] = {}
     for key in scores["tuned"]:
-        metric, _, chosen = key.partition(",")  # "acc,none": the name of a filter of answers
+        metric, _, chosen = key.partition(",")  # "acc,none": the metric, and a filter of answers
         if not chosen or metric.endswith("_stderr"):
             continue
         name = metric if chosen == "none" else f"{metric} {chosen}"
@@ -179,4 +184,6 @@ def _side_by_side(task: str, base: Mapping[str, Any], tuned: Mapping[str, Any]) 
 
 
 def _number(value: Any) -> float | None:
-    return float(value) if isinstance(value, int | float) else None  # "N/A" where there is none
+    return (
+        float(value) if isinstance(value, int | float) else None
+    )  # the harness has "N/A" for none

@@ -1,6 +1,6 @@
-"""What `evaluation.metrics` may name: the metrics of capas, and functions of the user's own.
+"""Define the names that `evaluation.metrics` may choose: capas' metrics, and functions of the user's own.
 
-In all of them more is better. The first one chosen is the headline.
+For all of them higher is better. The first one chosen is the headline.
 """
 
 from collections.abc import Sequence
@@ -10,10 +10,10 @@ BuiltIn = Literal[
     "exact_match", "valid_json", "final_number", "json_fields", "rouge1", "rouge2", "rougeL", "chrf",
 ]  # fmt: skip
 BUILT_IN: tuple[str, ...] = get_args(BuiltIn)
-BINARY = ("exact_match", "valid_json", "final_number")  # right or wrong; the others lie in between
-AUTO = "auto"  # compose chooses by the references: capas.evaluation.choice
+BINARY = ("exact_match", "valid_json", "final_number")  # right or wrong; the others are graded
+AUTO = "auto"  # compose chooses by the references, see capas.evaluation.choice
 OWN_FUNCTION = r"^[\w./-]+\.py:[A-Za-z_]\w*$"  # file.py:function
-# Columns and keys of the reports: a function of one's own cannot be called so.
+# Columns and keys of the reports, which are no names for a function of the user's own.
 RESERVED = frozenset(
     (
         *BUILT_IN,
@@ -36,17 +36,17 @@ RESERVED = frozenset(
 
 
 def name_of(metric: str) -> str:
-    """Its name in columns and reports: 'data/own/scores.py:politeness' -> 'politeness'."""
+    """Return a metric's name in columns and reports: 'data/own/scores.py:politeness' -> 'politeness'."""
     return metric.rpartition(":")[2]
 
 
 def names_clash(metrics: Sequence[str]) -> bool:
-    """Whether two metrics have one name, or a function of one's own has that of something else."""
+    """Return whether two metrics share a name, or a function of the user's own has a reserved name."""
     names = [name_of(metric) for metric in metrics]
     own = {name_of(metric) for metric in metrics if metric not in BUILT_IN}
     return len(set(names)) < len(names) or not RESERVED.isdisjoint(own)
 
 
 def headline(names: Sequence[str]) -> str:
-    """The name that stands for the result: the first metric, or the loss where there is none."""
+    """Return the metric that stands for the result: the first one, or the loss if there is none."""
     return names[0] if names else "loss"

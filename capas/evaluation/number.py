@@ -1,13 +1,13 @@
-"""The final number of a worked answer, as data sets of arithmetic are scored.
+"""Extract the final number of a worked answer, as data sets of arithmetic are scored.
 
-"He pays 3 x $24 = $72. #### 72"                      72, what stands after ####
-"So the three of them cost $1,172.00 in total."       1172, the last one
+"He pays 3 x $24 = $72. #### 72"                      72, the number after ####
+"So the three of them cost $1,172.00 in total."       1172, the last number
 """
 
 import re
 from decimal import Decimal
 
-_SPACES = "\u00a0\u2009\u202f"  # that keep the groups of a number together
+_SPACES = "\u00a0\u2009\u202f"  # they keep the groups of a number together
 _RUN = rf"\d+(?:[.,{_SPACES}]\d+)*|(?<![\w.])\.\d+"
 # A minus after a word, a number or a bracket is a hyphen or a subtraction: 10-5 ends with 5.
 _NUMBER = re.compile(
@@ -15,7 +15,7 @@ _NUMBER = re.compile(
     rf"(?P<run>{_RUN})(?P<power>[eE][-+]?\d{{1,3}}(?!\w))?"
 )
 _ANSWER = re.compile(r"####\s*(?=[-\u2212$€£¥.\d])")
-_WRITTEN = tuple(  # as it is written, what stands between groups, decimal marks
+_WRITTEN = tuple(  # the form of a number, separators of groups, decimal marks
     (re.compile(pattern), separators, decimal)
     for pattern, separators, decimal in (
         (r"\d{1,3}(?:,\d{3})+(?:\.\d+)?", ",", "."),  # 1,234.5
@@ -28,15 +28,15 @@ _WRITTEN = tuple(  # as it is written, what stands between groups, decimal marks
 
 
 def final_number(completion: str, reference: str) -> bool:
-    """Whether the completion ends with the number that the reference ends with.
+    """Return whether the completion ends with the same number as the reference.
 
     The number after the last `####` is the final one (the format of GSM8K, Cobbe et al. 2021, "Training
-    Verifiers to Solve Math Word Problems", arXiv:2110.14168); where there is no `####`, the last number of
-    the text (`flexible-extract` of the task gsm8k in EleutherAI's lm-evaluation-harness). Numbers are
-    compared by value: 18, 18.0 and $18.00 are one.
+    Verifiers to Solve Math Word Problems", arXiv:2110.14168). Without `####` it is the last number of the
+    text (`flexible-extract` of the task gsm8k in EleutherAI's lm-evaluation-harness). Numbers are compared by
+    value: 18, 18.0 and $18.00 are equal.
 
     Raises:
-        ValueError: the reference holds no number.
+        ValueError: the reference has no number.
     """
     expected = last_number(reference)
     if expected is None:
@@ -45,12 +45,13 @@ def final_number(completion: str, reference: str) -> bool:
 
 
 def last_number(text: str) -> Decimal | None:
-    """The final number of a text, None where it has none.
+    """Return the final number of a text, None if it has none.
 
     Signs count; currency and per cent signs do not (50% is 50). Groups of three digits are thousands after a
-    comma (1,234), after several points (1.234.567) and after a non-breaking space; where points and commas
-    both occur, the last is the decimal mark. A lone point is a decimal mark (1.234), as is a comma that no
-    group of three follows (3,5). Of what is no number so, such as 1.2.3, the last part counts.
+    comma (1,234), after several points (1.234.567) and after a non-breaking space. If points and commas both
+    occur, the last one is the decimal mark. A single point is a decimal mark (1.234), and so is a comma
+    without a group of three after it (3,5). If these rules give no number, as for 1.2.3, the last part
+    counts.
     """
     marks = [mark.end() for mark in _ANSWER.finditer(text)]
     numbers = list(_NUMBER.finditer(text, *marks[-1:]))
@@ -66,7 +67,7 @@ def _value(found: re.Match[str]) -> Decimal:
 
 
 def _plain(run: str) -> str | None:
-    """Digits with at most one point; None where the groups are those of no number."""
+    """Return the digits with at most one point; None if the groups do not form a number."""
     for pattern, separators, decimal in _WRITTEN:
         if pattern.fullmatch(run):
             kept = (character for character in run if character not in separators)

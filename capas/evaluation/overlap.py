@@ -1,4 +1,4 @@
-"""How much of the reference's wording a completion has, by the usual libraries, from 0 to 1."""
+"""Measure how much of the reference's wording a completion has, with the usual libraries, from 0 to 1."""
 
 import re
 import unicodedata
@@ -9,11 +9,12 @@ _WORD = re.compile(r"[^\W_]+")
 
 
 def rouge(kind: str, completion: str, reference: str) -> float:
-    """F1 of `rouge_score`: words in common (rouge1), pairs of words (rouge2), longest common subsequence.
+    """Return the F1 of `rouge_score`: common words (rouge1), pairs of words (rouge2), longest subsequence.
 
-    Words are runs of letters and digits, lower-cased and not stemmed: on ASCII text those of the library's
-    own tokenizer, which loses every other letter ("canción" would be "canci" and "n"). A language that is
-    written without spaces has no such words: use chrf.
+    Words are runs of letters and digits, lower-cased and not stemmed. On ASCII text they equal those of the
+    library's own tokenizer, which loses every other letter ("canción" would be "canci" and "n"). A language
+    that
+    is written without spaces has no such words: use chrf.
 
     Args:
         kind: rouge1, rouge2 or rougeL (over the whole text).
@@ -25,9 +26,10 @@ def rouge(kind: str, completion: str, reference: str) -> float:
 
 
 def chrf(completion: str, reference: str) -> float:
-    """chrF2 of `sacrebleu`, its 0 to 100 divided by 100: F-score of runs of 1 to 6 characters, recall twice.
+    """Return chrF2 of `sacrebleu`, its 0 to 100 divided by 100.
 
-    Of each record by itself: their mean is not the chrF of a corpus, which adds up counts over all records.
+    It is the F-score of runs of 1 to 6 characters, in which recall counts twice. It is computed per record:
+    the mean is not the chrF of a corpus, which adds up counts over all records.
 
     Source: M. Popović, "chrF: character n-gram F-score for automatic MT evaluation", WMT 2015.
     """
@@ -36,7 +38,7 @@ def chrf(completion: str, reference: str) -> float:
 
 
 class Words:
-    """`tokenize` as `rouge_score` asks a tokenizer."""
+    """A tokenizer for `rouge_score`, which calls `tokenize`."""
 
     def tokenize(self, text: str) -> list[str]:
         return _WORD.findall(unicodedata.normalize("NFC", text).lower())

@@ -1,4 +1,4 @@
-"""The tables of predictions: one row for each test record."""
+"""Define and read the tables of predictions, which have one row for each test record."""
 
 from pathlib import Path
 from typing import Any
@@ -19,7 +19,7 @@ RATES = {  # columns of predictions -> keys of the reports
 
 
 def predictions_schema(names: list[str]) -> pa.Schema:
-    """Return the schema of predictions: a row for each record.
+    """Return the schema of predictions.
 
     Without metrics nothing is generated, and prompt and completion are null.
     """
@@ -35,7 +35,7 @@ def predictions_schema(names: list[str]) -> pa.Schema:
 
 
 def copies_schema(names: list[str]) -> pa.Schema:
-    """Return the schema of copied answers: that of the most similar training record as the completion."""
+    """Return the schema of copied answers: as completion, the answer of the most similar training record."""
     texts = ("id", "metadata", "prompt", "reference", "completion", "nearest_id")
     fields = [*((name, pa.string()) for name in texts), ("similarity", pa.float64())]
     return pa.schema([*fields, *_score_fields(names)])
@@ -47,10 +47,10 @@ def _score_fields(names: list[str]) -> list[tuple[str, pa.DataType]]:
 
 
 def read_base(file: Path, names: list[str]) -> list[Row]:
-    """Read reports/predictions_base.parquet: what the base scored.
+    """Read reports/predictions_base.parquet, the base's scores.
 
     Raises:
-        CapasError: it was scored by other metrics than `names`.
+        CapasError: the base was scored by other metrics than `names`.
     """
     schema = predictions_schema(names)
     found = pq.read_schema(file).names

@@ -1,4 +1,4 @@
-"""What the sample stage asks: the user's own requests, or records of the test split."""
+"""Choose the prompts of the sample stage: the user's own requests, or records of the test split."""
 
 from collections.abc import Iterable, Set
 from dataclasses import dataclass
@@ -8,13 +8,13 @@ from capas.chat.messages import TEXT, Message, Tools, conversation, spoken
 from capas.core.errors import CapasError
 from capas.core.records import RAW, Record, before_last_answer, evenly_spaced, read_records
 
-DEFAULT_NEW_TOKENS = 512  # of an answer, where neither a setting nor a reference says more
-TEXT_PROMPT_WORDS = 16  # of a plain text, which the model goes on from
+DEFAULT_NEW_TOKENS = 512  # length limit of an answer if neither a setting nor a reference gives one
+TEXT_PROMPT_WORDS = 16  # words of a plain text from which the model continues
 
 
 @dataclass(frozen=True)
 class Prompt:
-    """A conversation that ends with the user, or the beginning of a text; `reference` is what came after."""
+    """A conversation that ends with the user, or the beginning of a text; `reference` is what follows."""
 
     prompt_id: str
     messages: list[Message]
@@ -23,7 +23,10 @@ class Prompt:
 
 
 def own_prompts(requests: list[str], system: str | None, role: str = "user") -> list[Prompt]:
-    """Each request after the system message, if there is one; with the role text as beginnings of texts."""
+    """Return a prompt for each request, after the system message if there is one.
+
+    With the role text a request is the beginning of a text, which has no system message.
+    """
     before = [] if system is None or role == TEXT else [{"role": "system", "content": system}]
     return [
         Prompt(f"own-{i}", [*before, {"role": role, "content": request}], None)
@@ -32,11 +35,14 @@ def own_prompts(requests: list[str], system: str | None, role: str = "user") -> 
 
 
 def held_out_prompts(raw: Iterable[Record], ids: list[str], count: int) -> list[Prompt]:
-    """`count` of the test records named in `ids`, evenly spaced.
+    """Return prompts from `count` of the test records named in `ids`, evenly spaced.
 
     Args:
         raw: records of data/raw/test.parquet.
-        ids: those that the format stage kept.
+        ids: ids of the records that the format stage kept.
+
+    Raises:
+        CapasError: a record has no user message before its only answer.
     """
     chosen = evenly_spaced(ids, count)
     wanted = set(chosen)
@@ -45,12 +51,12 @@ def held_out_prompts(raw: Iterable[Record], ids: list[str], count: int) -> list[
 
 
 def answer_limit(records: Iterable[Record], max_new_tokens: int | None) -> int:
-    """Return how many tokens an answer may have: `max_new_tokens`, or what the references suggest.
+    """Return how many tokens an answer may have: `max_new_tokens`, or a limit from the references.
 
-    That is the longest reference, its end token included, and a quarter more.
+    The limit is the longest reference, its end token included, and a quarter more.
 
     Args:
-        records: formatted ones.
+        records: formatted records.
     """
     if max_new_tokens is not None:
         return max_new_tokens
@@ -58,12 +64,12 @@ def answer_limit(records: Iterable[Record], max_new_tokens: int | None) -> int:
 
 
 def with_room(longest: int) -> int:
-    """Return how many tokens an answer may have where the longest reference has `longest`."""
+    """Return how many tokens an answer may have if the longest reference has `longest`."""
     return longest + max(8, longest // 4)
 
 
 def read_questions(file: Path, ids: Set[str]) -> dict[str, str]:
-    """Return {id: what is said before the last answer, without the system message} of raw records."""
+    """Return {id: text before the last answer, without the system message} of raw records."""
     records = (record for record in read_records(file, RAW) if record["id"] in ids)
     asked = {record["id"]: before_last_answer(record["messages"]) for record in records}
     return {
@@ -73,13 +79,13 @@ def read_questions(file: Path, ids: Set[str]) -> dict[str, str]:
 
 
 def first_system_message(record: Record) -> str | None:
-    """The system message of a record; None where it has none."""
+    """Return the system message of a record, None if it has none."""
     first = record["messages"][0]
     return first["content"] if first["role"] == "system" else None
 
 
 def _prompt(record: Record) -> Prompt:
-    """Everything before the last answer, and that answer."""
+    """Return the messages before the last answer as a prompt, and that answer as its reference."""
     told, tools = conversation(record)
     messages = [spoken(message) for message in told]
     if messages[0]["role"] == TEXT:
@@ -94,7 +100,7 @@ def _prompt(record: Record) -> Prompt:
 
 
 def _beginning(identity: str, text: str) -> Prompt:
-    """Cut at a blank, which begins the rest: tokenizers make one token of a blank and the word after it."""
+    """Cut a text before a blank, because tokenizers make one token of a blank and the word after it."""
     blanks = [i for i, character in enumerate(text) if character == " " and i]
     cut = blanks[min(TEXT_PROMPT_WORDS, len(blanks)) - 1] if blanks else len(text)
     return Prompt(identity, [{"role": TEXT, "content": text[:cut]}], text[cut:])

@@ -1,4 +1,4 @@
-"""What the sampled completions come to: scores by setting, and tables in Markdown."""
+"""Summarize the sampled completions: scores by setting, and tables in Markdown."""
 
 import re
 from collections.abc import Mapping
@@ -18,10 +18,12 @@ def summarize(
     scorer: Scorer,
     questions: Mapping[str, str],
 ) -> Row:
-    """Return how often answers differ (1 / num_return_sequences: never), and how good they are.
+    """Return scores by setting and model, and the rate of distinct completions.
+
+    The rate is 1 / num_return_sequences if all completions are equal.
 
     Args:
-        questions: {prompt_id: what is asked}, for a metric of the user's own.
+        questions: {prompt_id: question}, for a metric of the user's own.
     """
     count, metric = generation.num_return_sequences, next(iter(scorer.names), None)
 
@@ -56,7 +58,7 @@ def summarize(
 
 
 def to_markdown(prompts: list[Prompt], rows: list[Row]) -> str:
-    """Return a table for each prompt: a line for each setting, base beside tuned."""
+    """Return a table for each prompt: a row for each setting, base beside tuned."""
     parts = ["# Samples\n"]
     for prompt in prompts:
         parts.append(f"## {prompt.prompt_id}\n")
@@ -86,8 +88,8 @@ def as_cell(completions: list[str]) -> str:
 
 
 def as_code(text: str) -> str:
-    """Return text as inline code that stays inside its cell, whatever a model wrote."""
+    """Return text as inline code that stays inside its table cell, whatever a model wrote."""
     fence = "``" if "`" in text else "`"
     inner = text.replace("|", "\\|").replace("\r", "␍").replace("\n", "⏎")
-    inner = re.sub("`(?=`)", "` ", inner)  # two in a row would close it
+    inner = re.sub("`(?=`)", "` ", inner)  # two in a row would close the code
     return f"{fence} {inner} {fence}" if inner.strip() else "(empty)"

@@ -1,4 +1,4 @@
-"""The chosen metrics of an evaluation, as one object: their names, and what a completion scores."""
+"""Score completions with the metrics that an evaluation chooses."""
 
 import json
 from collections.abc import Callable, Iterable, Mapping, Sequence
@@ -27,26 +27,27 @@ RULES: dict[str, Callable[[str, str], Score]] = {
 
 
 class Scorer:
-    """What `evaluation.metrics` asks for; `names` are those of columns and reports, in its order."""
+    """The metrics of `evaluation.metrics`; `names` are their names in columns and reports, in order."""
 
     def __init__(self, metrics: Sequence[str], composed: Path) -> None:
-        """
+        """Load the metrics.
+
         Args:
+            metrics: names of capas' metrics, or FILE.py:FUNCTION for the user's own.
             composed: data/composed/metrics.json, with the sources of the user's own functions.
 
         Raises:
-            CapasError: such a function cannot be loaded.
+            CapasError: a function cannot be loaded.
         """
         own = load_functions(metrics, read_json(composed)["sources"])
         self.names = [name_of(metric) for metric in metrics]
         self._own = {name_of(metric): function for metric, function in own.items()}
 
     def check(self, rows: Sequence[Row]) -> None:
-        """What can be known before anything is generated; own functions are tried on the first reference.
+        """Check the records before anything is generated; own functions are tried on the first reference.
 
         Raises:
-            CapasError: a reference without a number where final_number is asked for; an own function that
-                fails.
+            CapasError: final_number is chosen and a reference has no number, or an own function fails.
         """
         if "final_number" in self.names:
             _check_numbers(rows)
@@ -55,10 +56,10 @@ class Scorer:
                 function(row["reference"], row["reference"], _record(row))
 
     def score(self, completion: str, row: Row) -> dict[str, Score]:
-        """{name: score} of one completion.
+        """Return {name: score} of one completion.
 
         Raises:
-            CapasError: an own function fails, or returns what is no finite number.
+            CapasError: an own function fails, or does not return a number from 0 to 1.
         """
         found: dict[str, Score] = {}
         for name in self.names:
@@ -70,7 +71,7 @@ class Scorer:
 
 
 def _record(row: Row) -> dict[str, Any]:
-    """As a function of the user's own gets it: another object each time."""
+    """Return the record that a function of the user's own gets, a new object each time."""
     return {
         "id": row["id"],
         "prompt": row["prompt"],

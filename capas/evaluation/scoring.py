@@ -17,13 +17,13 @@ if TYPE_CHECKING:
 def score(
     model: "nn.Module", records: list[Row], chat: Mapping[str, Any], batch_size: int
 ) -> list[Row]:
-    """Return each record's loss in nats per supervised token, and the share of tokens it would choose.
+    """Return each record's loss in nats per supervised token, and the share of tokens that it predicts.
 
     Args:
         chat: chat.json of data/formatted.
 
     Raises:
-        CapasError: a loss is no number.
+        CapasError: a loss is not finite.
     """
     from capas.training.batches import Collator, make_example, score_examples
 
@@ -45,7 +45,7 @@ def score(
 
 
 def ask(records: list[Row], scorer: Scorer, tokenizer: "Tokenizer") -> list[Row]:
-    """Return the records with their prompt as text; what would stop the scoring stops it here.
+    """Return the records with their prompt as text, once they are known to be fit for scoring.
 
     Raises:
         CapasError: a prompt is not what training would see before the same answer, or a metric cannot score
@@ -60,13 +60,13 @@ def ask(records: list[Row], scorer: Scorer, tokenizer: "Tokenizer") -> list[Row]
 
 
 def check_prompts(records: list[Row]) -> None:
-    """Check that the model is asked as it was trained.
+    """Check that the model is prompted in the format in which it was trained.
 
     Raises:
         CapasError: a prompt is not the beginning of its record.
     """
     for record in records:
-        # The tokenizer may merge the last token with the answer's first.
+        # The tokenizer may merge the last token of the prompt with the first one of the answer.
         sure = record["prompt_ids"][:-1]
         if record["input_ids"][: len(sure)] != sure:
             raise CapasError(
@@ -111,6 +111,6 @@ def answer(
 
 
 def control_ids(chat: Mapping[str, Any], tokenizer: "Tokenizer") -> set[int]:
-    """Return the control tokens that no answer should hold: all but `chat_template.allowed_tokens`."""
+    """Return the control tokens that no answer should contain: all but `chat_template.allowed_tokens`."""
     added = tokenizer.get_added_tokens_decoder().items()
     return {i for i, t in added if t.special and t.content not in chat["allowed_tokens"]}

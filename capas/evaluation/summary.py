@@ -1,4 +1,4 @@
-"""Scores of many records as one: means, and means by kind, language, function and distance."""
+"""Summarize the scores of many records: means, and means by kind, language, function and distance."""
 
 import json
 from collections.abc import Mapping
@@ -7,16 +7,16 @@ from typing import Any
 from capas.evaluation.comparison import perplexity
 from capas.evaluation.predictions import RATES, Row
 
-GROUPS = ("kind", "language", "function", "turns")  # keys of metadata that scores are given by
-DISTANCES = ("twin", "near", "far")  # of a test prompt to the most similar training prompt
+GROUPS = ("kind", "language", "function", "turns")  # keys of metadata by which scores are grouped
+DISTANCES = ("twin", "near", "far")  # from a test prompt to the most similar training prompt
 
 
 def summarize(
     rows: list[Row], names: list[str], distances: Mapping[str, str] | None = None
 ) -> dict[str, Any]:
-    """Summarize rows: loss and token accuracy are means over tokens, the rest over records.
+    """Summarize rows: loss and token accuracy are means over tokens, all other scores over records.
 
-    A score is None where nothing was generated.
+    A score is None if nothing was generated.
 
     Args:
         distances: {id: twin, near or far}.
@@ -41,7 +41,7 @@ def summarize(
 def summarize_copies(
     rows: list[Row], names: list[str], distances: Mapping[str, str]
 ) -> dict[str, Any] | None:
-    """Summarize copied answers, and how similar the prompts are; None where nothing was copied."""
+    """Summarize copied answers, and how similar their prompts are; None if nothing was copied."""
     if not rows:
         return None
     return {
@@ -54,7 +54,7 @@ def summarize_copies(
 
 
 def copied(rows: list[Row]) -> dict[str, Any]:
-    """Return the share of answers that repeat every value of the prompt which their reference repeats."""
+    """Return the share of answers with every prompt value that their reference repeats, and their number."""
     having = [row for row in rows if row.get("copied_values") is not None]
     rate = mean(having, "copied_values") if having else None
     return {"copied_value_rate": rate, "num_copied": len(having)}
@@ -67,12 +67,12 @@ def mean(rows: list[Row], column: str) -> float | None:
 
 
 def groups(rows: list[Row], names: list[str], distances: Mapping[str, str]) -> dict[str, Any]:
-    """Return scores by each key of metadata that all records have, and by distance to the training split."""
+    """Return scores by each metadata key that all records have, and by distance to the training split."""
     found: dict[str, dict[str, list[Row]]] = {}
     for group in GROUPS:
         if all(group in metadata(row) for row in rows):
             found[group] = {}
-            for row in rows:  # in the order in which the values come
+            for row in rows:  # in the order in which the values first occur
                 found[group].setdefault(str(metadata(row)[group]), []).append(row)
     if distances:
         far = {d: [row for row in rows if distances[row["id"]] == d] for d in DISTANCES}
@@ -87,9 +87,9 @@ def groups(rows: list[Row], names: list[str], distances: Mapping[str, str]) -> d
 
 
 def side_by_side(facts: dict[str, Any], names: list[str]) -> dict[str, Any]:
-    """Return what `dvc metrics show` puts side by side for base and tuned model.
+    """Return the facts that `dvc metrics show` shows side by side for base and tuned model.
 
-    `exact_match` stands there even where it was not asked for: it is what a sweep shows beside its objective.
+    `exact_match` is included even if it was not chosen, because a sweep shows it beside its objective.
     """
     asked = names if "exact_match" in names else ["exact_match", *names]
     wanted = ("loss", "perplexity", "token_accuracy", *asked, "stop_rate")
@@ -97,7 +97,7 @@ def side_by_side(facts: dict[str, Any], names: list[str]) -> dict[str, Any]:
 
 
 def before_after(facts: dict[str, dict[str, Any]], metric: str) -> list[Row]:
-    """Return a row for all records and for each kind that has such a score, base first, tuned last."""
+    """Return a row per model for all records and for each kind with such a score, in the order of `facts`."""
     scores = {
         model: {"all": found, **found["by"].get("kind", {})} for model, found in facts.items()
     }

@@ -1,11 +1,11 @@
-"""Metrics of the user's own: functions in a Python file, which compose copies for the stages.
+"""Load metrics of the user's own: functions in a Python file, which compose copies for the stages.
 
 `evaluation.metrics: [data/own/scores.py:politeness]` names the function
 
     def politeness(completion: str, reference: str, record: dict) -> float | bool
 
-where `record` holds id, metadata (a dict) and prompt (the text that was asked). Whatever the file imports of
-the project's folder, or reads, DVC does not see: it should hold all that its functions need.
+where `record` has id, metadata (a dict) and prompt (as text). DVC does not see what the file reads, or
+imports from the project's folder: the file should contain all that its functions need.
 """
 
 import ast
@@ -24,14 +24,14 @@ from capas.evaluation.names import BUILT_IN
 
 _LAST_BITS = 1e-9
 Function = Callable[[str, str, dict[str, Any]], Any]
-FOLDERS = ("conf", "data/own")  # where compose sees an edit
+FOLDERS = ("conf", "data/own")  # folders in which compose notices an edit
 
 
 def read_sources(metrics: Sequence[str], root: Path) -> dict[str, str]:
-    """{file: its text} of the functions among `metrics`, sorted; nothing of it is executed.
+    """Return {file: text} for the user's own functions among `metrics`, sorted; nothing is executed.
 
     Raises:
-        CapasError: a file is missing, lies elsewhere, is no Python, or does not define its function.
+        CapasError: a file is missing, lies elsewhere, is not Python, or does not define its function.
     """
     own = sorted(metric for metric in metrics if metric not in BUILT_IN)
     sources = {}
@@ -84,17 +84,17 @@ def _check_defined(metric: str, name: str, module: ast.Module) -> None:
 
 
 class OwnMetric:
-    """A function of the user's own, its errors told with file, function and record."""
+    """A function of the user's own, whose errors name file, function and record."""
 
     def __init__(self, metric: str, function: Function) -> None:
         self.metric, self._function = metric, function
         self._file = metric.rpartition(":")[0]
 
     def __call__(self, completion: str, reference: str, record: Mapping[str, Any]) -> float:
-        """Its score as a float, True as 1.
+        """Return the function's score as a float, True as 1.
 
         Raises:
-            CapasError: it failed, or returned what is no number from 0 to 1.
+            CapasError: the function failed, or did not return a number from 0 to 1.
         """
         where = f"evaluation.metrics: {self.metric}, test record {record['id']}"
         try:
@@ -111,22 +111,22 @@ class OwnMetric:
 
 
 def _number(value: Any) -> float | None:
-    """The score as a float; None where it is none. Scalars of numpy and torch count as Python's."""
+    """Return the score as a float, None if it is no number from 0 to 1; scalars of numpy and torch count."""
     if getattr(value, "shape", None) == () and hasattr(value, "item"):
         value = value.item()
     try:
         score = float(value) if isinstance(value, Real) else math.nan
     except OverflowError:
         return None
-    rounded = min(max(score, 0.0), 1.0)  # a mean of ones may be a last bit above 1
+    rounded = min(max(score, 0.0), 1.0)  # by rounding, a mean of ones may be slightly above 1
     return rounded if abs(score - rounded) < _LAST_BITS else None
 
 
 def load_functions(metrics: Sequence[str], sources: Mapping[str, str]) -> dict[str, OwnMetric]:
-    """{metric: its function}, from the copies that compose made.
+    """Return {metric: function}, loaded from the copies that compose made.
 
     Raises:
-        CapasError: there is no copy, the file fails when it is executed, or has no such function.
+        CapasError: there is no copy, or the file fails when it is executed, or lacks the function.
     """
     modules: dict[str, ModuleType] = {}
     functions = {}
@@ -149,7 +149,7 @@ def load_functions(metrics: Sequence[str], sources: Mapping[str, str]) -> dict[s
 def _executed(metric: str, file: str, source: str) -> ModuleType:
     module = ModuleType("own_" + re.sub(r"\W", "_", file))
     module.__file__ = file
-    sys.modules[module.__name__] = module  # dataclasses look their module up
+    sys.modules[module.__name__] = module  # dataclasses look up their module
     try:
         exec(compile(source, file, "exec"), module.__dict__)
     except Exception as error:
@@ -158,7 +158,7 @@ def _executed(metric: str, file: str, source: str) -> ModuleType:
 
 
 def _told(error: Exception, file: str) -> str:
-    """'KeyError: 'tone' (data/own/scores.py, line 7)'."""
+    """Return an error as text with its place: 'KeyError: 'tone' (data/own/scores.py, line 7)'."""
     frames = [f for f in traceback.extract_tb(error.__traceback__) if f.filename == file]
     at = f" ({file}, line {frames[-1].lineno})" if frames else ""
     return f"{type(error).__name__}: {error}{at}"

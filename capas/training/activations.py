@@ -1,14 +1,14 @@
-"""What a training step and an evaluation keep in memory beside weights and optimizer, found without either.
+"""Estimate the memory that a training step or an evaluation takes beside weights and optimizer states.
 
-The model of config.json is built without weights, and a forward and a backward pass run through it on fake
-tensors (`torch._subclasses.FakeTensorMode`), which have a shape and a type and no content. All that comes to
-life is counted, and the most that lives at once is the answer. So it holds for any architecture and whatever
-transformers and PEFT really do: what autograd saves, casts to float32, copies of keys and values, the logits
-and their float32 copies for the cross entropy. For a dense layer it gives what the formulas of the field give
-(Korthikanti et al. 2022, "Reducing Activation Recomputation in Large Transformer Models"), less what frozen
-weights need not save; tests/test_memory.py has the sum by hand.
+The model of config.json is built without weights. A forward and a backward pass run through it on fake
+tensors (`torch._subclasses.FakeTensorMode`), which have a shape and a dtype but no content. All tensors that
+are created are counted, and the result is the most bytes alive at once. The estimate therefore holds for any
+architecture and for what transformers and PEFT really do: tensors saved by autograd, casts to float32, copies
+of keys and values, the logits and their float32 copies for the cross entropy. For a dense layer the result
+equals the formulas of the field (Korthikanti et al. 2022, "Reducing Activation Recomputation in Large
+Transformer Models"), less what frozen weights need not save; tests/test_memory.py has the sum by hand.
 
-Passes through the first layers are enough: every further layer adds the same.
+Tracing the first layers is enough: each further layer adds the same amount.
 """
 
 from collections.abc import Callable
@@ -26,21 +26,22 @@ from torch.utils._pytree import tree_leaves
 from capas.core.params import Params
 from capas.training import malloc_heap
 
-_FEW, _MORE = 2, 6  # layers that are traced; a model of more is extrapolated from both
+_FEW, _MORE = 2, 6  # numbers of layers to trace; a model with more layers is extrapolated from both
 
 
 @dataclass(frozen=True)
 class Batch:
-    """Records in a batch, and tokens of the longest: all are padded to it."""
+    """The size of a batch: its records, and the tokens of the longest one, to which all are padded."""
 
     num_records: int
     num_tokens: int
 
 
 class Phase(NamedTuple):
-    """A part of the stage. What comes before the Trainer is neither checkpointed nor of mixed precision.
+    """A part of the stage whose memory is measured.
 
-    A fused loss is Liger's: of a few tokens at a time, without the logits of all.
+    Before the Trainer exists there is neither gradient checkpointing nor mixed precision. The fused loss is
+    Liger's, which handles a few tokens at a time and never holds the logits of all of them.
     """
 
     name: str
@@ -54,15 +55,16 @@ class Phase(NamedTuple):
 def measure(
     model: nn.Module, phases: list[Phase], of_heap: bool
 ) -> tuple[dict[str, int], int | None]:
-    """Most bytes alive at once in each phase, less weights, adapter, gradients and optimizer.
+    """Return the most bytes alive at once in each phase, without weights, adapter, gradients and optimizer.
 
     Args:
-        model: as it is trained, on the meta device (`build`).
-        phases: in the order in which they come.
-        of_heap: whether tensors come from malloc, as they do on a CPU.
+        model: the model as it is trained, on the meta device (`build`).
+        phases: the phases in the order in which they run.
+        of_heap: True if tensors come from malloc, as on a CPU.
 
     Returns:
-        The bytes by the phase's name, and what malloc holds for all of them; None where it does not tell.
+        {name of the phase: bytes}, and the most bytes that malloc holds in all phases; None without
+        `of_heap`, or if malloc does not report it.
     """
     with_heap = of_heap and malloc_heap.is_known()
 
@@ -85,11 +87,11 @@ def _step(model: Any, phase: Phase, malloc: malloc_heap.Heap | None) -> int:
     number, length = phase.batch.num_records, phase.batch.num_tokens
     with FakeTensorMode(), _Faked(model), torch.set_grad_enabled(phase.backward):
         for parameter in model.parameters():
-            if parameter.requires_grad:  # gradients are there from the micro-batch before
+            if parameter.requires_grad:  # the micro-batch before has left gradients
                 parameter.grad = torch.zeros_like(parameter)
         ids = torch.zeros(number, length, dtype=torch.long)
         with Alive(malloc) as alive:
-            # A batch of one has no padding: transformers then needs no mask.
+            # A batch of one record has no padding, so transformers needs no mask.
             mask = {"attention_mask": torch.ones_like(ids)} if number > 1 else {}
             if phase.fused_loss:
                 _fused_loss(model, phase, ids, mask)
@@ -103,7 +105,7 @@ def _step(model: Any, phase: Phase, malloc: malloc_heap.Heap | None) -> int:
 
 
 def _forward(model: Any, phase: Phase) -> Any:
-    """As accelerate calls it: under mixed precision, and its outputs in float32."""
+    """Return the model's forward; for mixed precision as accelerate wraps it, with outputs in float32."""
     if not phase.mixed_precision:
         return model
     from accelerate.utils.operations import convert_outputs_to_fp32
@@ -112,8 +114,9 @@ def _forward(model: Any, phase: Phase) -> Any:
 
 
 def _fused_loss(model: Any, phase: Phase, ids: torch.Tensor, mask: dict[str, Any]) -> None:
-    """What Liger's loss (Hsu et al. 2024, section 3.2) keeps: the gradient of the hidden states, and the
-    logits of one chunk of tokens.
+    """Run a backward pass with the tensors that Liger's loss keeps (Hsu et al. 2024, section 3.2).
+
+    They are the gradient of the hidden states, and the logits of one chunk of tokens.
     """
     base = getattr(model, "get_base_model", lambda: model)()
     with torch.autocast("cpu", torch.bfloat16, enabled=phase.mixed_precision):
@@ -128,7 +131,7 @@ def _fused_loss(model: Any, phase: Phase, ids: torch.Tensor, mask: dict[str, Any
 
 
 def _extrapolated(model: nn.Module, measured: Callable[[], list[int]]) -> list[int]:
-    """The numbers of the whole model, from those of its first layers."""
+    """Return the bytes of the whole model, extrapolated from its first layers if it has many."""
     owner, name, layers = _decoder(model)
     if owner is None or len(layers) <= _MORE:
         return measured()
@@ -144,7 +147,7 @@ def _extrapolated(model: nn.Module, measured: Callable[[], list[int]]) -> list[i
 
 
 def _decoder(model: nn.Module) -> tuple[nn.Module | None, str, Any]:
-    """Where the list of the decoder's layers hangs."""
+    """Return the decoder's list of layers, after the module that owns it and its name in that module."""
     number = model.config.get_text_config().num_hidden_layers  # type: ignore[union-attr, operator]
     for owner in model.modules():
         for name, child in owner.named_children():
@@ -154,10 +157,10 @@ def _decoder(model: nn.Module) -> tuple[nn.Module | None, str, Any]:
 
 
 class Alive(TorchDispatchMode):
-    """Bytes of the tensors that were made inside the block and still live; `most` at any time.
+    """A mode that counts the bytes of tensors created in its block that are still alive, now and at most.
 
     Args:
-        malloc: takes and gives back a block for each of them.
+        malloc: a heap that allocates a block for each tensor, and frees it with the tensor.
     """
 
     def __init__(self, malloc: malloc_heap.Heap | None = None) -> None:
@@ -198,7 +201,7 @@ def _is_tensor(value: Any) -> bool:
 
 
 class _Faked:
-    """Fake tensors in the place of a meta model's own, for the time of the block."""
+    """A context manager that replaces the tensors of a meta model by fake tensors in its block."""
 
     def __init__(self, model: nn.Module) -> None:
         self._model = model
@@ -228,7 +231,7 @@ def _fake(tensor: torch.Tensor) -> torch.Tensor:
 
 
 def unquantized_config(folder: Path, trust_remote_code: bool) -> Any:
-    """Return the configuration of the model in a folder as it is in full precision, for `from_config`."""
+    """Return the configuration of the model in `folder` without its quantization, for `from_config`."""
     from transformers import AutoConfig
 
     config = AutoConfig.from_pretrained(folder, trust_remote_code=trust_remote_code)
@@ -240,16 +243,17 @@ def unquantized_config(folder: Path, trust_remote_code: bool) -> Any:
 def build(
     config: Any, model: Params, lora: Params, quantization: dict[str, Any] | None
 ) -> nn.Module:
-    """The model as it is trained, on the meta device, its linear layers behaving as bitsandbytes' do.
+    """Build the model as it is trained, on the meta device, with linear layers like those of bitsandbytes.
 
     Args:
-        config: `transformers.PretrainedConfig`.
+        config: a `transformers.PretrainedConfig`.
         model: the params group; dtype, attn_implementation and trust_remote_code matter.
-        quantization: the group's keys, load_in_4bit and the like; None: full precision.
+        lora: the params group.
+        quantization: keys of the quantization group, such as load_in_4bit; None for full precision.
 
     Raises:
-        CapasError: as `lora.check_target_modules`.
-        ValueError: transformers or PEFT refuses.
+        CapasError: see `lora.check_target_modules`.
+        ValueError: transformers or PEFT rejects the configuration.
     """
     from peft import get_peft_model
     from transformers import AutoModelForCausalLM
@@ -257,7 +261,7 @@ def build(
     from capas.training.lora import check_target_modules, make_config, trains_all
 
     dtype = getattr(torch, model.dtype)
-    flash = model.attn_implementation == "flash_attention_2"  # keeps what sdpa keeps
+    flash = model.attn_implementation == "flash_attention_2"  # keeps the same tensors as sdpa
     with torch.device("meta"):
         base = AutoModelForCausalLM.from_config(
             config,
@@ -274,7 +278,7 @@ def build(
 
 
 def _quantize(base: Any, quantization: dict[str, Any]) -> None:
-    """As loading and `stages.train_lora` leave it: of a float16 base what is not quantized is float32."""
+    """Mark linear layers as quantized; make other float16 weights float32, as `lora.add_with_peft` does."""
     four = bool(quantization["load_in_4bit"])
     base.is_loaded_in_4bit, base.is_loaded_in_8bit = four, not four
     for layer in quantizable(base):
@@ -285,7 +289,7 @@ def _quantize(base: Any, quantization: dict[str, Any]) -> None:
 
 
 def quantizable(base: Any) -> list[Any]:
-    """The linear layers that bitsandbytes takes: all but the head."""
+    """Return the linear layers that bitsandbytes quantizes: all but the head."""
     from transformers.pytorch_utils import Conv1D
 
     head = base.get_output_embeddings()
@@ -293,7 +297,7 @@ def quantizable(base: Any) -> list[Any]:
 
 
 def _disguise(layer: Any, four: dict[str, Any] | None) -> None:
-    """PEFT takes the layer for bitsandbytes', and it allocates what that one does."""
+    """Make PEFT treat the layer as one of bitsandbytes, and let it allocate what such a layer allocates."""
     weight = layer.weight
     weight.requires_grad = False
     weight.of_bitsandbytes = True
@@ -310,7 +314,7 @@ def _disguise(layer: Any, four: dict[str, Any] | None) -> None:
 
 @dataclass
 class _State:
-    """What PEFT copies of a Linear8bitLt's."""
+    """The fields of a Linear8bitLt's state that PEFT copies."""
 
     has_fp16_weights: bool = False
     threshold: float = 6.0
@@ -338,7 +342,10 @@ def _eight_bit() -> type:
 
 
 class _Dequantized(torch.autograd.Function):
-    """bitsandbytes' MatMul4Bit and MatMul8bitFp: the weight in the input's dtype for a moment, both ways."""
+    """A product like bitsandbytes' MatMul4Bit and MatMul8bitFp.
+
+    Forward and backward each hold the whole weight in the input's dtype for a moment.
+    """
 
     @staticmethod
     def forward(ctx: Any, x: torch.Tensor, weight: torch.Tensor, keeps_input: bool) -> torch.Tensor:

@@ -1,4 +1,4 @@
-"""The trainer group as arguments of `transformers.Trainer`."""
+"""Turn the trainer group into arguments of `transformers.Trainer`."""
 
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -9,7 +9,7 @@ from capas.core.params import Params
 
 if TYPE_CHECKING:
     from transformers import TrainingArguments
-OWN = (  # no arguments of transformers.Trainer
+OWN = (  # keys that are no arguments of transformers.Trainer
     "backend",
     *("packing_length", "fused_lora", "loraplus_lr_ratio", "save_total_limit"),
     *("early_stopping_patience", "early_stopping_threshold", "divergence_factor"),
@@ -17,10 +17,14 @@ OWN = (  # no arguments of transformers.Trainer
 
 
 def training_arguments(params: Params, folder: Path) -> "TrainingArguments":
-    """The trainer group as it is, and what follows from the stage.
+    """Return the arguments in the trainer group, with those that the stage decides.
+
+    Args:
+        folder: the folder of the checkpoints.
 
     Raises:
-        CapasError: what transformers refuses, e.g. bf16 on a GPU that has none.
+        CapasError: transformers rejects the trainer group, e.g. bf16 on a GPU that lacks it; or Liger's
+            kernels are not installed.
     """
     from transformers import TrainingArguments
 
@@ -28,7 +32,7 @@ def training_arguments(params: Params, folder: Path) -> "TrainingArguments":
     if params.trainer.use_liger_kernel:
         extras.require("gpu", "trainer.use_liger_kernel=true")
     if params.trainer.backend == "unsloth":
-        given["gradient_checkpointing"] = False  # the model has Unsloth's own
+        given["gradient_checkpointing"] = False  # the model uses Unsloth's own
     divided = params.hardware.distributed_type == "fsdp2"
     try:
         return TrainingArguments(
@@ -43,7 +47,8 @@ def training_arguments(params: Params, folder: Path) -> "TrainingArguments":
             gradient_checkpointing_kwargs={"use_reentrant": False},
             remove_unused_columns=False,
             dataloader_pin_memory=not on_cpu,
-            # DDP then keeps its buckets: sums of three and more depend on them, also after a resumption.
+            # DDP then keeps its buckets. Sums over three or more processes depend on the buckets, and a
+            # resumed training must repeat them.
             ddp_find_unused_parameters=True,
             report_to="none",  # see capas/training/live_rows.py
             disable_tqdm=True,  # see capas.training.callbacks.Progress

@@ -1,4 +1,4 @@
-"""The base as a training takes it, and gives it back."""
+"""Load the base for a training, make its weights trainable, and release it afterwards."""
 
 import logging
 from pathlib import Path
@@ -20,17 +20,21 @@ log = logging.getLogger("capas")
 def load_base(
     folder: Path, tokenizer: Path, params: Params, max_length: int, device: "torch.device"
 ) -> "PreTrainedModel":
-    """Load the base in `folder` as trainer.backend does, for records of up to `max_length` tokens."""
+    """Load the base in `folder` with trainer.backend, for records of up to `max_length` tokens.
+
+    Raises:
+        CapasError: see `load_plain` and `unsloth.load_base`.
+    """
     if params.trainer.backend == "unsloth":
         return unsloth.load_base(folder, tokenizer, params.model, max_length, device)
     return load_plain(folder, params, device)
 
 
 def load_plain(folder: Path, params: Params, device: "torch.device") -> "PreTrainedModel":
-    """Of a model that will be divided, the parts go to the GPUs later, one by one.
+    """Load the base with transformers; on the CPU if FSDP2 will shard it, which moves the shards later.
 
     Raises:
-        CapasError: it comes quantized, and should be divided.
+        CapasError: the base is quantized and cannot be sharded, or see `load_model`.
     """
     import torch
 
@@ -48,7 +52,7 @@ def load_plain(folder: Path, params: Params, device: "torch.device") -> "PreTrai
 
 
 def unfreeze(base: "PreTrainedModel") -> "PreTrainedModel":
-    """The base, all of whose weights are trained."""
+    """Make all weights of the base trainable; warn if they are bfloat16."""
     import torch
 
     base.requires_grad_(True)
@@ -61,7 +65,7 @@ def unfreeze(base: "PreTrainedModel") -> "PreTrainedModel":
 
 
 def release(trainer: "Trainer") -> Any:
-    """The trained model outside of mixed precision; gradients and optimizer go: their memory is needed."""
+    """Return the trained model without mixed precision, and free the memory of gradients and optimizer."""
     trainer.optimizer = trainer.lr_scheduler = None
     trainer.accelerator.free_memory()
     model = trainer.accelerator.unwrap_model(trainer.model, keep_fp32_wrapper=False)

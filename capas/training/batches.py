@@ -1,4 +1,4 @@
-"""Formatted records as batches, and what a model's logits say about their supervised tokens."""
+"""Make batches of formatted records, and score the supervised tokens by a model's logits."""
 
 import random
 from collections.abc import Iterator
@@ -17,7 +17,7 @@ Example = dict[str, Any]  # input_ids [tokens], labels [tokens], id of the recor
 
 
 def read_examples(file: Path) -> list[Example]:
-    """The records of data/formatted/{split}.parquet as tensors."""
+    """Return the records of data/formatted/{split}.parquet as tensors."""
     return [make_example(record) for record in read_records(file, FORMATTED)]
 
 
@@ -26,38 +26,44 @@ def make_example(record: dict[str, Any]) -> Example:
     return {**tensors, "id": record["id"]}
 
 
-NUM_PROBED = 128  # tokens of a record that are enough to look at what a model computes
+NUM_PROBED = 128  # tokens of a record that suffice to check what a model computes
 
 
 def tails(examples: list[Example]) -> list[Example]:
-    """The last tokens of each, some with loss among them: whole records would take memory for nothing."""
+    """Return up to NUM_PROBED tokens from the end of each record, with supervised ones among them.
+
+    Whole records would only take more memory.
+    """
     return [_tail(example) for example in examples]
 
 
 def _tail(example: Example) -> Example:
     last, end = int((example["labels"] != IGNORE_INDEX).nonzero().max()), len(example["labels"])
-    if last <= end - NUM_PROBED:  # the first token of a tail is predicted from nothing
+    if last <= end - NUM_PROBED:  # nothing predicts the first token of a tail
         end = last + 1
     start = max(0, end - NUM_PROBED)
     return {**example, **{name: example[name][start:end] for name in ("input_ids", "labels")}}
 
 
 class Collator:
-    """Pads a batch on the right. Padding is masked by position, so the pad token may be the end token.
+    """A collator that pads batches on the right.
 
-    Rows of several records (`packing`) have no mask: transformers sees by their positions where a
-    record begins, and padding is one more record.
+    Padding is masked by position, so the pad token may be the end token. Packed rows (`packing`) have no
+    mask: transformers sees by the positions where a record begins, and padding counts as one more record.
 
     Args:
-        pad_token_id: what stands in the padding; nothing depends on it.
-        flatten: put packed rows behind each other into one, as flash attention takes them.
+        pad_token_id: the id of padding tokens; no result depends on it.
+        flatten: join packed rows into a single one, as flash attention expects.
     """
 
     def __init__(self, pad_token_id: int, flatten: bool = False) -> None:
         self.pad_token_id, self.flatten = pad_token_id, flatten
 
     def __call__(self, examples: list[Example]) -> dict[str, torch.Tensor]:
-        """Returns input_ids, labels, and attention_mask or position_ids: all [batch, longest]."""
+        """Return input_ids, labels, and attention_mask or position_ids.
+
+        All are [batch, longest]; flattened rows are [1, tokens of all].
+        """
         packed = "position_ids" in examples[0]
         names = ("input_ids", "labels", *(["position_ids"] if packed else []))
         if packed and self.flatten:
@@ -79,10 +85,10 @@ class Collator:
 
 
 class LengthGroupedSampler(Sampler[int]):
-    """Records of similar length stand in one batch, batches in random order.
+    """A sampler that puts records of similar length into one batch, and the batches into random order.
 
-    The order is a function of seed and epoch alone. That of `transformers.LengthGroupedSampler` depends on
-    torch's global generator, so that a resumed epoch sees other batches than the interrupted one.
+    The order depends on seed and epoch alone. In `transformers.LengthGroupedSampler` it depends on torch's
+    global generator, so that a resumed epoch would see other batches than the interrupted one.
     """
 
     def __init__(self, lengths: list[int], batch_size: int, seed: int) -> None:
@@ -98,9 +104,8 @@ class LengthGroupedSampler(Sampler[int]):
     def __iter__(self) -> Iterator[int]:
         rng = random.Random(f"{self.seed}/{self.epoch}")
         order = rng.sample(range(len(self.lengths)), len(self.lengths))
-        pool = (
-            self.batch_size * 16
-        )  # a batch's lengths are alike, its records still drawn at random
+        # lengths in a batch are similar, but its records are still drawn at random
+        pool = self.batch_size * 16
         batches = []
         for start in range(0, len(order), pool):
             alike = sorted(order[start : start + pool], key=lambda i: -self.lengths[i])
@@ -113,13 +118,13 @@ class LengthGroupedSampler(Sampler[int]):
 
 
 class Filled(Sampler[int]):
-    """The records of another sampler, and at the end as often `filler` as makes all processes' batches full.
+    """A sampler that repeats `filler` after the records of another sampler, until all batches are full.
 
-    accelerate would repeat the first records there, which would count twice.
+    accelerate would repeat the first records instead, which would then count twice.
 
     Args:
-        order: the records of an epoch.
-        multiple: records of a batch, of all processes together.
+        order: the sampler of an epoch's records.
+        multiple: number of records in a batch of all processes together.
         filler: index of `make_filler` in the data set.
     """
 
@@ -139,18 +144,18 @@ class Filled(Sampler[int]):
 
 
 def make_filler(example: Example) -> Example:
-    """A row of one token, without loss, that is no record."""
+    """Return a row of one token without loss that belongs to no record."""
     row = {name: e[:1] for name, e in example.items() if torch.is_tensor(e)}
     return {**row, "labels": torch.full((1,), IGNORE_INDEX), "ids": []}
 
 
 def whole(tensor: torch.Tensor) -> torch.Tensor:
-    """All of it, also where each process has a part (FSDP); then all must ask."""
+    """Return the whole tensor, gathered (a collective call) if each process holds a shard of it (FSDP)."""
     return tensor.full_tensor() if isinstance(tensor, DTensor) else tensor
 
 
 def compute_logits(model: Any, batch: dict[str, torch.Tensor]) -> torch.Tensor:
-    """[batch, tokens, vocabulary] of a batch, as in an evaluation; the model keeps its mode."""
+    """Return the logits [batch, tokens, vocabulary] in eval mode; the model's mode is restored."""
     inputs = {name: value.to(model.device) for name, value in batch.items() if name != "labels"}
     was_training = model.training
     model.eval()
@@ -161,15 +166,15 @@ def compute_logits(model: Any, batch: dict[str, torch.Tensor]) -> torch.Tensor:
 
 
 def score_tokens(logits: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
-    """What each record's supervised tokens cost, without a second copy of the logits.
+    """Score the supervised tokens of each record, without a second copy of the logits.
 
     Args:
         logits: [batch, tokens, vocabulary]; position i predicts token i + 1.
-        labels: [batch, tokens]; IGNORE_INDEX where a token carries no loss.
+        labels: [batch, tokens]; IGNORE_INDEX for a token without loss.
 
     Returns:
-        [batch, 3], float64: sum of -log p in nats, number of tokens that are the most probable one, number
-        of supervised tokens.
+        [batch, 3], float64: the sum of -log p in nats, the number of tokens that are the most probable one,
+        and the number of supervised tokens.
     """
     rows, positions = (labels[:, 1:] != IGNORE_INDEX).nonzero(as_tuple=True)
     targets = labels[rows, positions + 1]
@@ -184,11 +189,15 @@ def score_tokens(logits: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
     )
 
 
-_MOST_LOGITS = 2**29 // 4  # of a scored batch, in float32
+_MOST_LOGITS = 2**29 // 4  # logits of a scored batch: half a gibibyte in float32
 
 
 def batches_by_length(lengths: list[int], batch_size: int, most_tokens: int) -> Iterator[list[int]]:
-    """Indices of records, the shortest first; a batch has one, or up to `most_tokens` with padding."""
+    """Yield batches of record indices, the shortest records first.
+
+    A batch has up to `batch_size` records and up to `most_tokens` tokens with padding, but at least one
+    record.
+    """
     chosen: list[int] = []
     for index in sorted(range(len(lengths)), key=lambda i: lengths[i]):
         if chosen and (
@@ -204,10 +213,10 @@ def batches_by_length(lengths: list[int], batch_size: int, most_tokens: int) -> 
 def score_examples(
     model: PreTrainedModel, examples: list[Example], collator: Collator, batch_size: int
 ) -> torch.Tensor:
-    """`score_tokens` of every record, [records, 3]; records of similar length share a batch.
+    """Return `score_tokens` of every record, [records, 3]; records of similar length share a batch.
 
     Args:
-        batch_size: records in a batch; fewer where their logits would take more than half a gibibyte.
+        batch_size: records in a batch; fewer if their logits would take more than half a gibibyte.
     """
     lengths = [len(example["input_ids"]) for example in examples]
     most = _MOST_LOGITS // model.config.get_text_config().vocab_size

@@ -1,4 +1,4 @@
-"""What is seen of a training while it runs: its log rows for a tracker, and a line of progress."""
+"""Show a training while it runs: its log rows for a tracker, and its progress for the user."""
 
 import logging
 import math
@@ -17,7 +17,7 @@ log = logging.getLogger("capas")
 
 
 class LiveRows(TrainerCallback):
-    """Hands every row of the log on, e.g. to `capas.training.live_rows`."""
+    """A callback that passes every row of the log on, e.g. to `capas.training.live_rows`."""
 
     def __init__(self, append: Callable[[dict[str, Any]], None]) -> None:
         self.append = append
@@ -30,7 +30,7 @@ class LiveRows(TrainerCallback):
             state.global_step,
             _last(state, "num_tokens", 0),
         )
-        for row in state.log_history:  # of the run that this one resumes
+        for row in state.log_history:  # rows of the training that this one resumes
             self.append(row)
 
     def on_log(
@@ -47,7 +47,7 @@ class LiveRows(TrainerCallback):
 
 
 class Progress(TrainerCallback):
-    """A bar in a terminal; elsewhere a line every few seconds."""
+    """A callback that shows a bar in a terminal, and elsewhere logs a line every few seconds."""
 
     def __init__(self, seconds: float = 5.0) -> None:
         self.seconds = seconds
@@ -75,7 +75,7 @@ class Progress(TrainerCallback):
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
     ) -> None:
         if state.global_step == self._first_step:
-            return  # the base's validation loss: nothing was trained yet
+            return  # this is the base's validation loss: nothing is trained yet
         now = time.monotonic()
         facts = self._facts(state, max(now - self._started, 1e-9))
         if self._bar is not None:

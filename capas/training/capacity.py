@@ -1,4 +1,4 @@
-"""How much memory there is for a training on this machine, and how much this process holds."""
+"""Measure the memory that this machine has for a training, and that this process uses."""
 
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -13,9 +13,9 @@ if TYPE_CHECKING:
 
 
 def free_bytes(device: "torch.device") -> int:
-    """What the process can still get: on a GPU, or in the machine and in its container or job.
+    """Return the bytes that this process can still get: on a GPU, or in the machine and its container or job.
 
-    Swap does not count: a training that swaps does not end.
+    Swap does not count: a training that swaps never finishes.
     """
     if device.type == "cuda":
         import torch
@@ -25,14 +25,14 @@ def free_bytes(device: "torch.device") -> int:
 
 
 def num_sharing(hardware: Params) -> int:
-    """Processes of a training that share the memory of a machine; on a GPU each is alone."""
+    """Return how many processes of a training share a machine's memory; on a GPU each process is alone."""
     if hardware.device != "cpu":
         return 1
     return int(hardware.num_processes // hardware.num_machines)
 
 
 def used_bytes(device: "torch.device") -> int:
-    """What the process holds there now, of the machine or of the GPU."""
+    """Return the bytes that this process uses now, on the GPU or in the machine."""
     if device.type == "cuda":
         import torch
 
@@ -41,7 +41,10 @@ def used_bytes(device: "torch.device") -> int:
 
 
 def device_costs(device: "torch.device") -> dict[str, int]:
-    """For reports/timings: most bytes of tensors on the GPU at once. Of a CPU the process's peak is there."""
+    """Return the peak of tensor memory on the GPU for reports/timings; {} for a CPU.
+
+    The peak of the process, which is that of a CPU, is recorded anyway.
+    """
     if device.type != "cuda":
         return {}
     import torch
@@ -50,15 +53,15 @@ def device_costs(device: "torch.device") -> dict[str, int]:
 
 
 def cgroup_free_bytes(root: Path = cgroups.ROOT, own: Path = cgroups.OWN) -> list[int]:
-    """Return limit less use of every control group around the process that has a limit.
+    """Return limit less usage of every control group around the process that has a limit.
 
-    Pages of files that nobody used for long are no use: the kernel takes them back first.
+    File pages that were not used for long do not count as usage: the kernel reclaims them first.
     """
     found = (_free(group) for group in cgroups.around("memory", root, own))
     return [free for free in found if free is not None]
 
 
-_NAMES = (  # limit, use, and the key of memory.stat: of version 2, of version 1
+_NAMES = (  # files of limit and usage, and a key of memory.stat: for cgroup v2, for cgroup v1
     ("memory.max", "memory.current", "inactive_file"),
     ("memory.limit_in_bytes", "memory.usage_in_bytes", "total_inactive_file"),
 )

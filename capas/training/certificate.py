@@ -1,4 +1,4 @@
-"""What is certain of a trained model: checks that are made when it has been saved."""
+"""Check the saved model against the trained one; the results are the certificate."""
 
 import hashlib
 from collections.abc import Callable
@@ -15,15 +15,16 @@ from capas.training import lora
 from capas.training.batches import compute_logits, whole
 
 WEIGHTS = "adapter_model.safetensors"
-_MAX_DIFFERENCE = 1e-5  # of the largest logit
+_MAX_DIFFERENCE = 1e-5  # as a fraction of the largest logit or weight
 
 
 def fingerprint(model: torch.nn.Module) -> str:
-    """sha256 of all weights but those of LoRA, quantized ones as they are stored; tied ones count twice.
+    """Return the SHA-256 of all weights except LoRA's.
 
-    Of a model that is divided all processes ask for it.
+    Quantized weights count as they are stored, tied weights count twice. Floats count by their value:
+    bitsandbytes casts the biases of 4-bit layers in their first forward pass.
 
-    Floats count by their value: bitsandbytes casts the biases of 4-bit layers in their first forward pass.
+    Collective for a sharded model: every process must call it.
     """
     digest = hashlib.sha256()
     for name, value in sorted(model.state_dict().items()):
@@ -42,21 +43,21 @@ def check_adapter(
     base: str,
     initial: Path | None = None,
 ) -> dict[str, Any]:
-    """Check what was just saved against the model that was trained.
+    """Check the adapter that was just saved against the model that was trained.
 
     Args:
         model: the `PeftModel` after its last step.
-        folder: where it was saved.
+        folder: the folder of the saved adapter.
         batch: records whose logits are compared.
-        base: `fingerprint` from before the training.
-        initial: folder of the adapter that the training started from.
+        base: `fingerprint` of the model before the training.
+        initial: the folder of the adapter that the training started from, if any.
 
     Returns:
         The facts, for the certificate.
 
     Raises:
-        CapasError: a weight is no number, nothing was learned, the base was changed, or the saved adapter
-            gives other logits than the trained one (of a model that is divided: has other weights).
+        CapasError: a weight is not finite, nothing was learned, the base was changed, or the saved adapter
+            gives other logits than the trained one (for a sharded model: has other weights).
     """
     weights = load_file(folder / WEIGHTS)
     check_finite("the adapter", weights)
@@ -97,15 +98,20 @@ def check_whole(
     base: str,
     load: Callable[[], torch.nn.Module],
 ) -> dict[str, Any]:
-    """As `check_adapter`, where all weights were trained.
+    """Check the saved model against the trained one, if all weights were trained.
 
     Args:
-        model: after its last step, as it computes outside of mixed precision.
-        load: loads what is in `folder`, a second model beside this one.
+        model: the model after its last step, without mixed precision.
+        folder: the folder of the saved model.
+        batch, base: see `check_adapter`.
+        load: loads the model in `folder`, as a second one beside `model`.
+
+    Returns:
+        The facts, for the certificate.
 
     Raises:
-        CapasError: a weight is no number, none was changed, or the saved model gives other logits than the
-            trained one.
+        CapasError: a weight is not finite, no weight was changed, or the saved model gives other logits than
+            the trained one.
     """
     num_weights = 0
     for file in sorted(folder.glob("*.safetensors")):
@@ -131,7 +137,7 @@ def check_whole(
 
 
 def _check_difference(saved: str, what: str, difference: float) -> None:
-    if not difference <= _MAX_DIFFERENCE:  # nor NaN
+    if not difference <= _MAX_DIFFERENCE:  # true for NaN, too
         raise CapasError(
             f"the saved {saved} does not reproduce the {what}s of the trained model: the largest "
             f"difference is {difference:.3g} of the largest {what}"
@@ -143,7 +149,10 @@ def _are_equal(weights: dict[str, torch.Tensor], others: dict[str, torch.Tensor]
 
 
 def _of_weights(model: Any, saved: dict[str, torch.Tensor]) -> float:
-    """As `_of_logits`, of a model that is divided: it takes no second adapter."""
+    """Return the largest difference of weights, as a fraction of the largest weight.
+
+    It replaces `_of_logits` for a sharded model, which cannot load a second adapter.
+    """
     from peft import get_peft_model_state_dict
 
     named = {name: weight.cpu() for name, weight in lora.whole_weights(model).items()}
@@ -155,7 +164,7 @@ def _of_weights(model: Any, saved: dict[str, torch.Tensor]) -> float:
 
 
 def _of_logits(model: Any, folder: Path, batch: dict[str, torch.Tensor]) -> float:
-    """Of the logits, as a part of the largest one, once the adapter is loaded beside itself."""
+    """Return the largest difference of logits, as a fraction of the largest one, with the saved adapter."""
     trained = compute_logits(model, batch)
     model.load_adapter(str(folder), "saved")
     model.set_adapter("saved")
@@ -166,5 +175,5 @@ def _of_logits(model: Any, folder: Path, batch: dict[str, torch.Tensor]) -> floa
 
 
 def _difference(trained: torch.Tensor, saved: torch.Tensor) -> float:
-    """The largest, as a part of the largest logit."""
+    """Return the largest difference, as a fraction of the largest logit."""
     return float((trained.float() - saved.float()).abs().max() / trained.float().abs().max())

@@ -1,4 +1,4 @@
-"""Checkpoints from which a training resumes to the bytes of an undisturbed one."""
+"""Save checkpoints from which a resumed training gives the same bytes as an uninterrupted one."""
 
 import json
 import logging
@@ -16,15 +16,15 @@ if TYPE_CHECKING:
     from capas.training.trainer import Trainer
 
 log = logging.getLogger("capas")
-_OPEN_ROWS = "open_rows.json"  # of each process
-_MARK = "complete.json"  # written last into a checkpoint: what was saved, file by file
+_OPEN_ROWS = "open_rows.json"  # the open row of each process
+_MARK = "complete.json"  # written last into a checkpoint: the digests of its files
 
 
 class Checkpoints(TrainerCallback):
-    """Makes a resumed training equal to an undisturbed one, and a half-written checkpoint recognisable.
+    """A callback that makes a resumed training equal to an uninterrupted one, and marks complete checkpoints.
 
-    Once `terminated` the step is finished and saved, and the training stops. Trainer itself would remove the
-    last complete checkpoint while the next one is not yet marked as such.
+    After `stop` the current step is finished and saved, then the training ends. Old checkpoints are removed
+    here: Trainer itself would remove the last complete one before the next one is marked as complete.
     """
 
     def __init__(self, trainer: "Trainer", total_limit: int | None = None) -> None:
@@ -32,7 +32,7 @@ class Checkpoints(TrainerCallback):
         self.signal = "a signal to another process"
 
     def stop(self, signal: str) -> None:
-        """Ask for a checkpoint after this step, and for the end of the training."""
+        """Request a checkpoint after this step, and the end of the training."""
         self.signal, self.terminated = signal, True
 
     def on_train_begin(
@@ -50,9 +50,11 @@ class Checkpoints(TrainerCallback):
     def on_step_end(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
     ) -> None:
-        """No checkpoint after the last step: a Trainer resumed there takes one step too many.
+        """Decide what is saved and logged after this step, and whether the training stops.
 
-        Where the validation split is scored, the log has the loss up to there, too, also of the last steps.
+        The last step gets no checkpoint: a Trainer resumed there would take one step too many. A step at
+        which the validation split is scored is also logged, so that the log has the loss of the last steps,
+        too.
         """
         self.terminated = self._trainer.anywhere(self.terminated)
         control.should_save |= self.terminated
@@ -63,7 +65,11 @@ class Checkpoints(TrainerCallback):
     def on_save(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
     ) -> None:
-        """Each process wrote files of its own before it hands out its row, and none ends before the mark."""
+        """Write the open rows and the mark.
+
+        Each process hands out its row after writing its own files, and none continues before the mark is
+        written.
+        """
         folder = _folder(args, state)
         rows = gather_object([self._trainer.open_row()])
         if state.is_world_process_zero:
@@ -76,14 +82,17 @@ class Checkpoints(TrainerCallback):
 
 
 def last_checkpoint(folder: Path, resume: bool) -> Path | None:
-    """The newest complete checkpoint. Half-written ones, or all where not `resume`, are removed."""
+    """Return the newest complete checkpoint in `folder`, or None; remove newer, incomplete ones.
+
+    Without `resume` all checkpoints are removed.
+    """
     found = sorted(folder.glob("checkpoint-*"), key=lambda path: int(path.name.split("-")[1]))
     while found:
         newest = found.pop()
         if resume and _is_complete(newest):
             log.info("resuming from %s", newest.name)
             return newest
-        log.info("%s is ignored: it is incomplete, or this is a debug run", newest.name)
+        log.info("%s is removed: it is incomplete, or this is a debug run", newest.name)
         shutil.rmtree(newest)
     return None
 

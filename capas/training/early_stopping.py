@@ -9,11 +9,11 @@ log = logging.getLogger("capas")
 
 
 class EarlyStopping(TrainerCallback):
-    """Stops where so many evaluations in a row brought no better score.
+    """A callback that stops the training after `patience` evaluations in a row without a better score.
 
-    It is a function of the log alone. `transformers.EarlyStoppingCallback` counts in an attribute of its own,
-    which a resumed training does not have. The step where it stops has no checkpoint, as the last one has
-    none: a Trainer resumed there would go on.
+    It depends on the log alone. `transformers.EarlyStoppingCallback` counts in an attribute of its own, which
+    a resumed training does not have. The step at which it stops has no checkpoint, like the last step: a
+    Trainer resumed there would continue.
     """
 
     def __init__(self, metric: str, patience: int, threshold: float) -> None:
@@ -33,7 +33,7 @@ class EarlyStopping(TrainerCallback):
 
 
 def waited(scores: list[float], greater_is_better: bool, threshold: float = 0.0) -> int:
-    """How many scores came after the last that was better, by more than `threshold`, than all before."""
+    """Return the number of scores after the last that exceeded all before it by more than `threshold`."""
     best, since = None, 0
     for score in scores:
         gain = 0.0 if best is None else (score - best if greater_is_better else best - score)
@@ -45,5 +45,5 @@ def waited(scores: list[float], greater_is_better: bool, threshold: float = 0.0)
 
 
 def evaluations(history: list[dict[str, Any]]) -> list[dict[str, Any]]:
-    """The rows of the validation split, less that of the base."""
+    """Return the rows of the log for the validation split, without that of the base."""
     return [row for row in history if "eval_loss" in row and row["step"] > 0]

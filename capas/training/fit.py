@@ -1,4 +1,4 @@
-"""Checks before a training loads any weight: memory, context length, tokens with a row in the embedding."""
+"""Check that a training fits, before any weight is loaded: memory, context length, embedding rows."""
 
 import logging
 from pathlib import Path
@@ -20,13 +20,15 @@ log = logging.getLogger("capas")
 def check_memory(
     train: list[int], validation: list[int], params: Params, device: "torch.device", stage: Stage
 ) -> None:
-    """Check, before any weight is read, that the training fits; log the estimate beside the measured peak.
+    """Check that the training fits into memory, before any weight is read.
+
+    The estimate is logged, and recorded beside the measured peak. If there is none, a warning is logged.
 
     Args:
-        train, validation: tokens of the rows that batches are made of.
+        train, validation: number of tokens in each row that batches are made of.
 
     Raises:
-        CapasError: the training needs more memory than there is.
+        CapasError: the training needs more memory than is available.
     """
     from capas.training import capacity, memory
 
@@ -51,8 +53,11 @@ def check_memory(
 def check_lengths(folder: Path, lengths: list[int], trust_remote_code: bool) -> None:
     """Check that no record is longer than the context of the model in `folder`.
 
+    Args:
+        lengths: number of tokens in each record.
+
     Raises:
-        CapasError: one is.
+        CapasError: a record is longer.
     """
     from transformers import AutoConfig
 
@@ -68,14 +73,14 @@ def check_lengths(folder: Path, lengths: list[int], trust_remote_code: bool) -> 
 def check_tokens(
     examples: list["Example"], chat: dict[str, Any], model: Path, tokenizer: Path
 ) -> None:
-    """Check that the model has a row for each token of the records, for padding and for each end token.
+    """Check that the model has an embedding row for each token of the records, padding and end tokens.
 
     Args:
         chat: chat.json of data/formatted.
-        model, tokenizer: their folders.
+        model, tokenizer: the folders of both.
 
     Raises:
-        CapasError: it has not.
+        CapasError: tokens have no row.
     """
     ids = (example["input_ids"] for example in examples)
     others = (chat["pad_token_id"], *chat["stop_token_ids"])

@@ -1,13 +1,13 @@
-"""LoRA on 4-bit layers with fewer passes over memory than PEFT's own forward takes: the same products.
+"""Compute LoRA on 4-bit layers with fewer passes over memory than PEFT's own forward: the same products.
 
-PEFT computes `clone(x W) + (x A) B * scaling`: five passes over a tensor of the layer's outputs beside the
-products. Here the product with B adds to x W where that lies, and backward does the same to the gradient.
+PEFT computes `clone(x W) + (x A) B * scaling`: beside the products, five passes over a tensor of the layer's
+output size. Here the product with B is added to x W in place, and backward does the same for the gradient.
 
-In a checkpointed block the base's product of its last layer (down_proj) is not computed a second time: what
-backward needs of that layer is saved before it, and torch stops a recomputation at the last saved tensor.
-That is a quarter of a recomputation.
+In a checkpointed block the base's product of the last layer (down_proj) is not recomputed. The tensors that
+the backward pass of that layer needs are saved before the product, and torch stops a recomputation at the
+last saved tensor. That saves a quarter of a recomputation.
 
-Weights, gradients and optimizer are untouched, and so is every pass without gradients.
+Weights, gradients and optimizer are unchanged, and so is every pass without gradients.
 """
 
 from types import MethodType
@@ -23,10 +23,11 @@ _PLAIN = (torch.bfloat16, torch.float16)
 
 
 def fuse(model: torch.nn.Module) -> None:
-    """Give the LoRA layers of a `PeftModel` this forward.
+    """Give the LoRA layers of a `PeftModel` the fused forward.
 
     Raises:
-        CapasError: one has dropout, DoRA or no 4-bit weight: the sum above is another one.
+        CapasError: a layer has dropout, DoRA, a bias of LoRA, or no 4-bit weight, for which the sum above is
+            wrong.
     """
     for name, layer in _lora_layers(model):
         if not _is_plain(layer):
@@ -34,11 +35,11 @@ def fuse(model: torch.nn.Module) -> None:
                 f"trainer.fused_lora=true, but {name} is not a plain LoRA layer on a 4-bit weight. "
                 "Set trainer.fused_lora=false"
             )
-        layer.forward = MethodType(_forward, layer)  # this instance's; the class keeps PEFT's
+        layer.forward = MethodType(_forward, layer)  # on the instance; the class keeps PEFT's
 
 
 def is_fused(model: torch.nn.Module) -> bool:
-    """Whether all LoRA layers, of which there is one at least, have this forward."""
+    """Return whether there are LoRA layers and all of them have the fused forward."""
     own = [getattr(m.forward, "__func__", None) is _forward for _, m in _lora_layers(model)]
     return bool(own) and all(own)
 
@@ -66,7 +67,7 @@ def _forward(self: Any, x: torch.Tensor, *args: Any, **kwargs: Any) -> Any:
         return type(self).forward(self, x, *args, **kwargs)
     a, b = (self.lora_A["default"].weight, self.lora_B["default"].weight)
     base = self.base_layer
-    is_last = base.out_features < base.in_features  # of a block
+    is_last = base.out_features < base.in_features  # down_proj, the last layer of a block
     compute = _last if is_last else _Linear.apply
     return compute(x.to(dtype), a, b, base.weight, base.bias, self.scaling["default"])
 
@@ -74,7 +75,7 @@ def _forward(self: Any, x: torch.Tensor, *args: Any, **kwargs: Any) -> Any:
 def _last(
     x: torch.Tensor, a: torch.Tensor, b: torch.Tensor, weight: Any, bias: Any, scaling: float
 ) -> Any:
-    """LoRA first: what it saves is all that backward needs."""
+    """Compute the last layer of a block, LoRA first: what LoRA saves is all that backward needs."""
     adapted = linear(linear(x, a), b)
     return _Frozen.apply(x, adapted, weight, bias, scaling)
 
@@ -84,7 +85,7 @@ def _product(x: torch.Tensor, weight: Any, bias: torch.Tensor | None) -> torch.T
 
 
 def _dequantized(weight: Any, dtype: torch.dtype) -> torch.Tensor:
-    """[out, in]."""
+    """Return the weight [out, in] in `dtype`."""
     import bitsandbytes as bnb
 
     found: torch.Tensor = bnb.functional.dequantize_4bit(weight.data, weight.quant_state)
@@ -92,7 +93,7 @@ def _dequantized(weight: Any, dtype: torch.dtype) -> torch.Tensor:
 
 
 class _Frozen(torch.autograd.Function):
-    """x W + scaling times what LoRA gives, [..., out]; saves no tensor."""
+    """The sum x W + scaling * adapted, [..., out], where `adapted` is LoRA's product; it saves no tensor."""
 
     @staticmethod
     def forward(
@@ -108,7 +109,10 @@ class _Frozen(torch.autograd.Function):
 
 
 class _Linear(torch.autograd.Function):
-    """x W + scaling (x A) B, of x [..., in], A [r, in] and B [out, r] in float32; W and bias are frozen."""
+    """The sum x W + scaling (x A) B, where W and bias are frozen.
+
+    Shapes: x [..., in], A [r, in] and B [out, r] in float32.
+    """
 
     @staticmethod
     def forward(

@@ -1,17 +1,17 @@
-"""Several processes that train one model, started by `accelerate launch` on one machine or on several.
+"""Train one model in several processes, started by `accelerate launch` on one machine or on several.
 
-    hardware.num_processes   on all machines together, each on a GPU of its own or with num_threads of the CPU
-    hardware.num_machines    more than one: the nodes of a job of SLURM that all see the repository, as in
+    hardware.num_processes   on all machines together, each with its own GPU, or with num_threads of the CPU
+    hardware.num_machines    more than one: the nodes of a SLURM job that all see the repository, as in
                              sbatch --nodes=2 --ntasks-per-node=1 --gpus-per-node=4 --wrap='dvc repro'
 
-The stage's own process computes nothing. As for any stage it holds the lock, looks after inputs and moves
-outputs into place; for the rest it starts an agent on each machine, which starts the processes there:
+The stage's own process computes nothing. As in any stage it holds the lock, checks the inputs and moves the
+outputs into place. It starts an agent on each machine, which starts the processes there:
 
     stages/train_lora.py -> python -m capas.training.local_agent -> stages/train_lora.py, LOCAL_RANK 0
                                                                  -> stages/train_lora.py, LOCAL_RANK 1
 
-What all of them need stands in a folder whose name they find in the environment. SIGTERM and Ctrl-C go down
-that line, one message and the exit code come up.
+All of them read their input from a folder that an environment variable names. SIGTERM and Ctrl-C travel down
+this chain; one message and the exit code travel up.
 """
 
 import json
@@ -43,13 +43,15 @@ FOLDER = "CAPAS_LAUNCH"
 GIVEN, _COSTS, _FAILED = "given.json", "costs.json", "failed"
 SIGNALS = (signal.SIGTERM, signal.SIGINT)
 _SECONDS_BETWEEN_LOOKS = 0.5
-_SECONDS_OF_GRACE = 3.0  # who lost a fellow lets its agent see that first
+_SECONDS_OF_GRACE = (
+    3.0  # a process that fails because another was killed lets the agent report that first
+)
 _FIRST_PORT, _NUM_PORTS = 20_000, 20_000
 Main = Callable[[Params, Stage], None]
 
 
 def run(name: str, main: Main) -> None:
-    """As `capas.core.stage.run`, in as many processes as hardware.num_processes says."""
+    """Run a stage like `capas.core.stage.run`, but in hardware.num_processes processes."""
     if FOLDER in os.environ:
         _work(name, main, Path(os.environ[FOLDER]))
     else:
@@ -57,7 +59,7 @@ def run(name: str, main: Main) -> None:
 
 
 def is_main() -> bool:
-    """Whether this process writes: it is alone, or the first of all machines."""
+    """Return whether this process writes outputs: it is the only one, or the first on all machines."""
     return FOLDER not in os.environ or os.environ["RANK"] == "0"
 
 
@@ -75,7 +77,7 @@ def _in_processes(main: Main, params: Params, stage: Stage) -> None:
         aside = str(stage.aside) if stage.aside else None
         given = {"name": stage.name, "params": params.without(), "aside": aside}
         Path(folder, GIVEN).write_text(json.dumps(given))
-        # DDP would advise against `find_unused_parameters` (stages/train_lora.py) in every run.
+        # DDP would advise against `find_unused_parameters` (capas/training/arguments.py) in every run.
         told_less = {"TORCH_CPP_LOG_LEVEL": "ERROR"}
         if code := _follow(command, {**told_less, **os.environ, FOLDER: folder}):
             sys.exit(code)
@@ -83,19 +85,19 @@ def _in_processes(main: Main, params: Params, stage: Stage) -> None:
 
 
 def agents(hardware: Params, script: Path, environ: Mapping[str, str]) -> list[str]:
-    """The command that starts an agent on each machine; `accelerate launch` takes the end of it.
+    """Return the command that starts an agent on each machine; its end is for `accelerate launch`.
 
     Raises:
-        CapasError: several machines, and no job of SLURM that has them.
+        CapasError: there are several machines, but no SLURM job that has them.
     """
     options = {
         "num_processes": hardware.num_processes,
         "num_machines": hardware.num_machines,
         "num_cpu_threads_per_process": num_threads(hardware, _here(hardware)),
         "gpu_ids": "all",
-        "mixed_precision": "no",  # the trainer group decides
+        "mixed_precision": "no",  # the trainer group sets it
         "dynamo_backend": "no",
-        "main_process_port": 0,  # any that is free
+        "main_process_port": 0,  # any free port
     }
     before: list[str] = []
     if hardware.num_machines > 1:
@@ -103,7 +105,7 @@ def agents(hardware: Params, script: Path, environ: Mapping[str, str]) -> list[s
         options |= {"main_process_ip": _first_host(environ["SLURM_JOB_NODELIST"])}
         options |= {"main_process_port": _FIRST_PORT + int(environ["SLURM_JOB_ID"]) % _NUM_PORTS}
     words = [word for name, value in options.items() for word in (f"--{name}", str(value))]
-    # On CPUs, too: `--cpu` would leave the start of processes to MPI.
+    # --multi_gpu on CPUs, too: `--cpu` would leave starting the processes to MPI.
     return [
         *before,
         sys.executable,
@@ -124,7 +126,7 @@ def _srun(num_machines: int, environ: Mapping[str, str]) -> list[str]:
             f"pipeline: sbatch --nodes={num_machines} --ntasks-per-node=1 --gpus-per-node=... "
             "--wrap='dvc repro'; or set hardware.num_machines=1"
         )
-    cores = environ.get("SLURM_CPUS_PER_TASK")  # srun does not take it over
+    cores = environ.get("SLURM_CPUS_PER_TASK")  # srun does not inherit it
     return [
         *("srun", f"--nodes={num_machines}", f"--ntasks={num_machines}", "--ntasks-per-node=1"),
         *([f"--cpus-per-task={cores}"] if cores else []),
@@ -132,7 +134,7 @@ def _srun(num_machines: int, environ: Mapping[str, str]) -> list[str]:
 
 
 def _first_host(nodes: str) -> str:
-    """`gpu[3-4]`: gpu3."""
+    """Return the first host of a SLURM node list: gpu3 for `gpu[3-4]`."""
     command = ["scontrol", "show", "hostnames", nodes]
     return subprocess.run(command, capture_output=True, text=True, check=True).stdout.split()[0]
 
@@ -155,7 +157,10 @@ def _here(hardware: Params) -> int:
 
 
 def _follow(command: list[str], env: dict[str, str]) -> int:
-    """Run it to its end; SIGTERM and Ctrl-C reach its processes once, and it decides what follows."""
+    """Run the command and return its exit code.
+
+    SIGTERM and Ctrl-C reach its processes once, and the command decides what follows.
+    """
     held = {number: signal.getsignal(number) for number in SIGNALS}
     child = subprocess.Popen(command, env=env, start_new_session=True)
     try:
@@ -168,7 +173,7 @@ def _follow(command: list[str], env: dict[str, str]) -> int:
 
 
 def _work(name: str, main: Main, folder: Path) -> None:
-    """One of the processes."""
+    """Run `main` as one of the processes."""
     logging.basicConfig(format=f"{name}: %(message)s", stream=sys.stderr)
     log.setLevel(logging.INFO if is_main() else logging.ERROR)
     threading.Thread(target=_watch, args=(os.getppid(), folder / _FAILED), daemon=True).start()
@@ -183,16 +188,19 @@ def _work(name: str, main: Main, folder: Path) -> None:
 
 
 def _watch(parent: int, failed: Path) -> None:
-    """A process that waits for one that is gone would wait for ever, deaf to signals."""
+    """End this process when its parent is gone or another process failed.
+
+    Otherwise it would wait for the lost process for ever, and ignore signals.
+    """
     while os.getppid() == parent and not failed.exists():
         time.sleep(_SECONDS_BETWEEN_LOOKS)
-    time.sleep(2 * _SECONDS_BETWEEN_LOOKS)  # the one that failed says why
+    time.sleep(2 * _SECONDS_BETWEEN_LOOKS)  # the process that failed prints its reason meanwhile
     os._exit(1)
 
 
 @contextmanager
 def _first_to_fail(folder: Path) -> Iterator[None]:
-    """It says why; the others fail because of it, and are silent."""
+    """Let only the first failing process print its reason; the others fail because of it."""
     try:
         yield
     except BaseException as error:
@@ -206,16 +214,16 @@ def _first_to_fail(folder: Path) -> Iterator[None]:
 
 
 def is_first(folder: Path) -> bool:
-    """Whether nobody has failed yet; from now on somebody has."""
+    """Return whether no failure was recorded before, and record one."""
     try:
         (folder / _FAILED).touch(exist_ok=False)
-    except OSError:  # it is there, or the training has ended with its folder
+    except OSError:  # the file exists, or the training has ended and its folder is gone
         return False
     return True
 
 
 def broadcast_from_main(value: Any) -> Any:
-    """Broadcast `value` from rank 0 once it has come so far; collective, every process must call it."""
+    """Return the `value` of rank 0 in every process. Collective: every process must call it."""
     from accelerate.utils import broadcast_object_list
 
     return broadcast_object_list([value])[0]

@@ -1,8 +1,8 @@
-"""Hands the rows of a running training to a process of its own that sends them to a tracker.
+"""Pass the log rows of a running training to a separate process, which sends them to a tracker.
 
-Importing a tracker takes seconds and its server may be slow or gone: the training appends lines to a file
-and waits for nobody. The follower reads the file; its standard input is a pipe that is never written to,
-so that it sees the training's end even where that was killed.
+Importing a tracker takes seconds, and its server may be slow or unreachable. The training therefore only
+appends lines to a file and never waits. The follower reads the file. Its standard input is a pipe that is
+never written to, so that it notices the end of the training even if that was killed.
 """
 
 import json
@@ -19,12 +19,12 @@ from capas.core.errors import CapasError
 
 log = logging.getLogger("capas")
 _FOLLOWER = "capas.tracking.live_sender"
-UNUSABLE, AWAY = 2, 3  # exit codes of its check; any other but 0 is a defect of its own
+UNUSABLE, AWAY = 2, 3  # exit codes of the check; any other except 0 is a defect of the check
 _CHECK_SECONDS = 60.0
 
 
 class Rows:
-    """Appends rows to a file, one JSON object a line; without a file it forgets them."""
+    """A file to which rows are appended, one JSON object a line; without a file the rows are discarded."""
 
     def __init__(self, lines: TextIO | None) -> None:
         self._lines = lines
@@ -36,11 +36,11 @@ class Rows:
 
 
 def start_check(root: Path, enabled: bool) -> Callable[[], None]:
-    """Look in a process of its own whether the result can be published; the training loads meanwhile.
+    """Start a process that checks whether the result can be published, while the training loads.
 
     Returns:
-        What is called before the first step. It raises CapasError where no later `publish` could help: a
-        package, credentials or a place are missing. A tracker that is away costs a warning.
+        A function to call before the first step. It raises CapasError if no later `publish` could succeed: a
+        package, credentials or a location are missing. If the tracker is unreachable, it only logs a warning.
     """
     if not enabled or not read_yaml(root / "params.yaml")["tracking"]["enabled"]:
         return lambda: None
@@ -69,9 +69,11 @@ def start_check(root: Path, enabled: bool) -> Callable[[], None]:
 
 @contextmanager
 def tracker(root: Path, key: str, enabled: bool) -> Iterator[Rows]:
-    """A detached follower of the training `key` in the repository `root`, for as long as the block lasts.
+    """Run a detached follower of the training `key` in the repository `root` while the block lasts.
 
-    The file ends with {"event": "end"} where the block succeeded and {"event": "failed"} where it raised.
+    Yields:
+        The rows of the training. Their file ends with {"event": "end"} if the block succeeded and with
+        {"event": "failed"} if it raised.
     """
     if not enabled:
         yield Rows(None)

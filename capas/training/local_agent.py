@@ -1,7 +1,7 @@
-"""`accelerate launch` on one machine: `python -m capas.training.local_agent OPTION ... SCRIPT`.
+"""Run `accelerate launch` on one machine: `python -m capas.training.local_agent OPTION ... SCRIPT`.
 
-accelerate's own way with SIGTERM is to kill after 30 seconds whoever has not ended, its way with an error a
-page of text. Here signals go on to the processes, which end when they have saved.
+On SIGTERM accelerate itself kills all processes that have not ended after 30 seconds, and on an error it
+prints a page of text. This agent passes signals on to the processes, which end once they have saved.
 """
 
 import logging
@@ -22,7 +22,7 @@ _SECONDS_BETWEEN_LOOKS = 0.2
 
 
 def main(argv: list[str]) -> int:
-    """The exit code of the process that failed first."""
+    """Launch the processes; return the exit code of the first that failed, or 0."""
     logging.disable(logging.ERROR)
     end_with(os.getppid())
     outcome: list[list[Any]] = []
@@ -32,7 +32,7 @@ def main(argv: list[str]) -> int:
     thread.start()
     while thread.is_alive():
         thread.join(_SECONDS_BETWEEN_LOOKS)
-    if not outcome:  # accelerate itself failed, and said so
+    if not outcome:  # accelerate itself failed and printed why
         return 1
     if not (failures := outcome[0]):
         return 0
@@ -44,9 +44,9 @@ def main(argv: list[str]) -> int:
 
 
 def _launch(argv: list[str], outcome: list[list[Any]]) -> None:
-    """Adds a list of the processes that failed, the first one first.
+    """Run accelerate, then add a list of the processes that failed to `outcome`, the first failure first.
 
-    In a thread of its own accelerate leaves signals alone.
+    In a thread other than the main one accelerate leaves signals alone.
     """
     from accelerate.commands.launch import launch_command, launch_command_parser
     from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
@@ -63,7 +63,7 @@ def _pass_on(number: int, frame: Any) -> None:
     children = psutil.Process().children()
     for child in children:
         child.send_signal(number)
-    if not children:  # not yet
+    if not children:  # not started yet
         os._exit(1)
 
 

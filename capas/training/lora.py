@@ -1,4 +1,4 @@
-"""LoRA layers as the lora group describes them, and the adapter whose weights they may begin with."""
+"""Add LoRA layers as the lora group describes them, and load the weights of an initial adapter."""
 
 import logging
 import re
@@ -15,11 +15,12 @@ if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
 log = logging.getLogger("capas")
-OWN = ("preset", "adapter_name_or_path", "adapter_revision")  # no arguments of peft.LoraConfig
+# keys that are no arguments of peft.LoraConfig
+OWN = ("preset", "adapter_name_or_path", "adapter_revision")
 
 
 def trains_all(lora: Params) -> bool:
-    """Whether there is no LoRA (lora=none): all weights are trained."""
+    """Return whether all weights are trained, without LoRA (lora=none)."""
     return lora.r is None
 
 
@@ -30,13 +31,13 @@ def make_config(lora: Params) -> "LoraConfig":
 
 
 def check_target_modules(base: Any, target_modules: list[str] | str) -> None:
-    """Compare the names, or the regular expression, in lora.target_modules with the layers of the base.
+    """Check that lora.target_modules, names or a regular expression, matches linear layers of the base.
 
-    PEFT passes over a name that no layer has, as long as another one fits, and prints the whole model where a
-    regular expression fits more than its linear layers.
+    PEFT ignores a name that matches no layer if another name matches one. It prints the whole model if a
+    regular expression matches more than linear layers.
 
     Raises:
-        CapasError: a name fits no linear layer, or a module that is none; with the names that there are.
+        CapasError: a name matches no linear layer, or another module; the message lists the linear layers.
     """
     from torch import nn
     from transformers.pytorch_utils import Conv1D  # the linear layer of GPT-2
@@ -71,7 +72,11 @@ def check_target_modules(base: Any, target_modules: list[str] | str) -> None:
 
 
 def _fullmatches(pattern: str, names: list[str]) -> list[str]:
-    """Raises CapasError: it is no regular expression."""
+    """Return the names that the pattern matches as a whole.
+
+    Raises:
+        CapasError: the pattern is not a regular expression.
+    """
     try:
         return [name for name in names if re.fullmatch(pattern, name)]
     except re.error as error:
@@ -83,9 +88,12 @@ def _fullmatches(pattern: str, names: list[str]) -> list[str]:
 
 
 def check_untied(model: Any) -> None:
-    """Raises CapasError: a layer of a `PeftModel` with LoRA has its weights from the embedding.
+    """Check that no LoRA layer of a `PeftModel` shares its weight with the embedding.
 
-    A head that is tied to it cannot be merged: the sum would be the embedding, too.
+    A head that is tied to the embedding cannot be merged: the sum would change the embedding, too.
+
+    Raises:
+        CapasError: a layer shares it.
     """
     from peft.tuners.lora import LoraLayer
 
@@ -101,7 +109,7 @@ def check_untied(model: Any) -> None:
 
 
 def whole_weights(model: Any) -> dict[str, Any]:
-    """Those of the LoRA layers of a `PeftModel`, whole in every process (`batches.whole`)."""
+    """Return {name: weight} of the LoRA layers of a `PeftModel`, whole in every process (`batches.whole`)."""
     from capas.training.batches import whole
 
     named = model.named_parameters()
@@ -109,13 +117,13 @@ def whole_weights(model: Any) -> dict[str, Any]:
 
 
 def load_initial(model: Any, folder: Path, base_name: str) -> None:
-    """Give the LoRA layers of a `PeftModel` the weights of the adapter in `folder`.
+    """Load the adapter in `folder` into the LoRA layers of a `PeftModel`.
 
     Args:
-        base_name: of the base, to be compared with the one that the adapter names.
+        base_name: the name of the base, compared with the one that the adapter names.
 
     Raises:
-        CapasError: they are not those of this base and this lora group, or are no numbers.
+        CapasError: the weights are damaged or not finite, or do not fit this base and this lora group.
     """
     from peft import get_peft_model_state_dict, set_peft_model_state_dict
     from safetensors import SafetensorError
@@ -181,7 +189,7 @@ def _layers(names: Any) -> set[str]:
 
 
 def _shortest(found: set[str], there: set[str]) -> set[str]:
-    """Their last names, where no other layer has one of them."""
+    """Return the last parts of the layers' names if no other layer has them, otherwise the whole names."""
     last = {layer.rpartition(".")[2] for layer in found}
     return last if {n for n in there if n.rpartition(".")[2] in last} == found else found
 
@@ -191,13 +199,17 @@ def _show(modules: Any) -> str:
 
 
 def add_lora(base: "PreTrainedModel", params: Params, initial: Path | None = None) -> Any:
-    """Freeze the base and add LoRA layers: B is zero, so that at first they change nothing.
+    """Freeze the base and add LoRA layers; their B is zero, so they change nothing at first.
 
-    Its norms, embeddings and head keep their type, which is what the tuned model will be used with; PEFT's
-    `prepare_model_for_kbit_training` makes them float32. float16 has too small a range for that.
+    Norms, embeddings and head keep their dtype, in which the tuned model will be used. PEFT's
+    `prepare_model_for_kbit_training`, which makes them float32, is for float16 alone, whose range is too
+    small.
 
     Args:
-        initial: the folder of an adapter whose weights they begin with instead.
+        initial: the folder of an adapter whose weights the layers start with instead.
+
+    Raises:
+        CapasError: the lora group or the initial adapter does not fit the base.
     """
     from capas.training import unsloth
 
@@ -224,7 +236,7 @@ def add_with_peft(base: "PreTrainedModel", params: Params) -> Any:
 
     if quantization_method(base) != "none" and base.dtype == torch.float16:
         base = prepare_model_for_kbit_training(base, use_gradient_checkpointing=False)
-    set_seed(params.trainer.seed)  # A is drawn at random
+    set_seed(params.trainer.seed)  # A is random
     try:
         return get_peft_model(base, make_config(params.lora))
     except ValueError as error:

@@ -1,10 +1,10 @@
-"""What glibc's malloc holds for blocks of given sizes and lifetimes: more than their sum.
+"""Measure what glibc's malloc holds for blocks of given sizes and lifetimes: more than their sum.
 
-A freed block leaves a hole in the heap, and the next tensor often does not fit into it: on a CPU a training
-step takes up to twice the bytes that its small tensors need (measured; blocks of 32 MiB and more are mapped
-by themselves and go back at once). No formula tells how much, so malloc itself is asked: it hands out blocks
-as for the tensors, and nobody writes to them, which costs addresses and no memory. This happens in a child
-process: the heap of the caller stays as it is.
+A freed block leaves a hole in the heap, and the next tensor often does not fit into it. On a CPU a training
+step therefore takes up to twice the bytes that its small tensors need (measured; blocks of 32 MiB or more are
+mapped separately and returned at once). No formula gives this amount, so malloc itself is measured: it
+allocates blocks as for the tensors, but nothing is written to them, which takes addresses and no memory. This
+happens in a child process, so that the caller's heap stays as it is.
 """
 
 import ctypes
@@ -14,15 +14,15 @@ import warnings
 from collections.abc import Callable
 from typing import Any, TypeVar
 
-_MAPPED = 32 * 2**20  # M_MMAP_THRESHOLD's ceiling
-_LONGEST_SECONDS = 300.0  # that the child may take
-_ALIGNMENT = 64  # of c10's allocator for the CPU
+_MAPPED = 32 * 2**20  # the upper limit of M_MMAP_THRESHOLD
+_LONGEST_SECONDS = 300.0  # time limit of the child
+_ALIGNMENT = 64  # as in c10's allocator for the CPU
 
 Answer = TypeVar("Answer")
 
 
 class _Info(ctypes.Structure):
-    """`struct mallinfo2` of malloc.h."""
+    """The `struct mallinfo2` of malloc.h."""
 
     _fields_ = [
         (name, ctypes.c_size_t)
@@ -34,7 +34,7 @@ class _Info(ctypes.Structure):
 
 
 class Heap:
-    """malloc of this process. `most` is what it held at most since this object was made."""
+    """The heap of this process. `most` is the most bytes that malloc held beyond those at the beginning."""
 
     def __init__(self) -> None:
         self._libc = _libc()
@@ -42,7 +42,7 @@ class Heap:
         self._before = self._held()
 
     def take(self, num_bytes: int) -> Callable[[], None]:
-        """A block; what is returned gives it back."""
+        """Allocate a block and return a function that frees it."""
         if num_bytes >= _MAPPED:
             self._mapped += num_bytes
             give_back = self._unmap(num_bytes)
@@ -60,7 +60,7 @@ class Heap:
     def _block(self, num_bytes: int) -> Callable[[], None]:
         block, free = ctypes.c_void_p(), self._libc.free
         if self._libc.posix_memalign(ctypes.byref(block), _ALIGNMENT, max(1, num_bytes)):
-            return self._unmap(0)  # no addresses left: it is not counted
+            return self._unmap(0)  # no addresses left: the block is not counted
         return lambda: free(block)
 
     def _held(self) -> int:
@@ -69,15 +69,15 @@ class Heap:
 
 
 def is_known() -> bool:
-    """Whether malloc is glibc's and tells what it holds: Linux, but not Alpine."""
+    """Return whether malloc is glibc's and reports what it holds: on Linux, but not on Alpine."""
     return sys.platform == "linux" and hasattr(ctypes.CDLL(None), "mallinfo2")
 
 
 def in_child(work: Callable[[], Answer]) -> Answer:
-    """`work()` in a fork of this process; its answer is pickled.
+    """Return the result of `work()`, which runs in a fork of this process and is pickled.
 
     Raises:
-        RuntimeError: it raised, or its process ended.
+        RuntimeError: `work` raised, or its process ended or did not answer in time.
     """
     context = multiprocessing.get_context("fork")
     receiver, sender = context.Pipe(duplex=False)
@@ -90,7 +90,7 @@ def in_child(work: Callable[[], Answer]) -> Answer:
 
     process = context.Process(target=run)
     with warnings.catch_warnings():
-        # Python 3.12 warns of a fork beside threads; the child takes none of their locks.
+        # Python 3.12 warns about forking a process with threads; the child takes none of their locks.
         warnings.simplefilter("ignore", DeprecationWarning)
         process.start()
     sender.close()

@@ -1,21 +1,22 @@
-"""What a training needs in memory, estimated before it starts, and whether the machine has it.
+"""Estimate the memory that a training needs before it starts, and check that the machine has it.
 
-    weights              of the base; quantized ones 4 or 8 bits a weight, the others model.dtype
-                         (where all of them are trained there is no adapter, and what follows is theirs)
+    weights              of the base; quantized ones 4 or 8 bits per weight, the others model.dtype
+                         (if all of them are trained there is no adapter, and the rows below are theirs)
     quantization_state   the scales of 4-bit blocks (Dettmers et al. 2023, section 3) or of int8 rows
     adapter              float32, as PEFT keeps it
     gradients            of the adapter alone, float32
-    gradient_buckets     the same once more, where several processes average them (DDP)
-    gathered_weights     of two layers, where each process has a part of all others (FSDP2)
-    optimizer            per parameter of the adapter: 8 bytes of AdamW, 2 and the scales of 8-bit AdamW, ...
-    activations          what a step, or an evaluation, keeps at most: `capas.training.activations`
-    update               where all weights are trained: what the optimizer's step needs beyond that
+    gradient_buckets     the gradients once more, if several processes average them (DDP)
+    gathered_weights     of two layers, if each process holds a shard of all others (FSDP2)
+    optimizer            per parameter of the adapter: 8 bytes for AdamW, 2 and the scales for 8-bit AdamW,
+    ...
+    activations          the most that a step or an evaluation keeps: `capas.training.activations`
+    update               if all weights are trained: what the optimizer's step needs beyond that
     allocator            on a CPU, the holes in malloc's heap between them: `capas.training.malloc_heap`
 
-All but the last follow from configuration, data and the installed packages alone. What Python and its
-libraries take is measured where the training runs. Kernels that keep less are not followed: of Liger's and
-fused LoRA 9.5 GiB of 10.8 are used on an H200, 41 of 64 without checkpoints
-(benchmarks/results/train_gpu.json); Unsloth's keep less, too.
+All but the last follow from configuration, data and the installed packages alone. The memory of Python and
+its libraries is measured where the training runs. Kernels that keep less are not modelled: with Liger's and
+fused LoRA, 9.5 GiB of an estimated 10.8 are used on an H200, 41 of 64 without gradient checkpointing
+(benchmarks/results/train_gpu.json). Unsloth's keep less, too.
 """
 
 import logging
@@ -36,32 +37,32 @@ if TYPE_CHECKING:
     from capas.training.activations import Batch, Phase
 
 log = logging.getLogger("capas")
-CHECK = "CAPAS_MEMORY_CHECK"  # warn: the estimate refuses nothing. No result depends on it
+CHECK = "CAPAS_MEMORY_CHECK"  # warn: the estimate stops nothing. No result depends on it
 WARN_FRACTION = 0.9
 _BLOCK, _SCALES_BLOCK = 64, 256  # weights of a 4-bit block, scales that share a scale
 _FLOAT32 = 4
-_NUMBERED = re.compile(r".*?\.\d+\.")  # of a parameter's name: its layer
+_NUMBERED = re.compile(r".*?\.\d+\.")  # the layer in a parameter's name
 
-# Whatever a model's code raises where it meets tensors without numbers, or PEFT where nothing fits.
+# What a model's code may raise for tensors without content, or PEFT if no layer matches.
 _ANY_REASON = (
     *(RuntimeError, ValueError, TypeError, LookupError, AttributeError, ImportError, re.error),
 )
 
 
 class EstimateError(CapasError):
-    """The training step of this model cannot be followed without real tensors."""
+    """An error for a model whose training step cannot be traced without real tensors."""
 
 
 @dataclass(frozen=True)
 class Workload:
     """The largest batches of a training, and where it computes.
 
-    `divided`: each of the processes has a part of the model (FSDP2).
+    `divided` is True if each process holds a shard of the model (FSDP2).
     """
 
     training: "Batch"
     evaluation: "Batch"
-    gradient_check: "Batch"  # of `usage.check_gradients`
+    gradient_check: "Batch"  # for `used_settings.check_gradients`
     on_cpu: bool
     num_processes: int = 1
     divided: bool = False
@@ -74,11 +75,11 @@ class Workload:
         train: list[int],
         validation: list[int],
     ) -> "Workload":
-        """Each batch full of the longest records; of one process, where several train together.
+        """Return the workload with each batch full of the longest records; for one process if several train.
 
         Args:
             trainer, hardware: params groups.
-            train, validation: tokens of the records; neither is empty.
+            train, validation: number of tokens in each record; neither is empty.
         """
         from capas.training.activations import Batch
         from capas.training.batches import NUM_PROBED
@@ -96,7 +97,10 @@ class Workload:
 
 @dataclass(frozen=True)
 class Estimate:
-    """Bytes by part; `phase` is when the activations are most: training, evaluation, gradient check."""
+    """The estimated bytes of each part.
+
+    `phase` is the one with the largest activations: training, evaluation or gradient check.
+    """
 
     parts: dict[str, int]
     phase: str
@@ -114,17 +118,17 @@ def estimate(
     workload: Workload,
     quantization: dict[str, Any] | None = None,
 ) -> Estimate:
-    """What the training of a model needs; its weights are not read and need not be there.
+    """Estimate the memory that the training of a model needs; its weights are not read and need not exist.
 
     Args:
-        folder: with the model's config.json, which may say how its weights are quantized.
+        folder: a folder with the model's config.json, which may say how its weights are quantized.
         model, lora, trainer: params groups, or the part of them that a stage declares.
         workload: the largest batches.
-        quantization: the params group's keys, of a base that is not quantized yet.
+        quantization: keys of the params group, for a base that is not quantized yet.
 
     Raises:
         EstimateError: the model cannot be traced.
-        CapasError: config.json is none of a causal language model.
+        CapasError: config.json does not describe a causal language model.
     """
     from capas.training import activations
     from capas.training.lora import trains_all
@@ -158,7 +162,7 @@ def estimate(
 
 
 def _quantized(config: dict[str, Any] | None, model: Params) -> dict[str, Any] | None:
-    """How the weights are quantized; None: they are not."""
+    """Return how the weights are quantized, None if they are not."""
     if not config or not (config["load_in_4bit"] or config["load_in_8bit"]):
         return None
     return {"bnb_4bit_compute_dtype": model.dtype, **config}
@@ -178,7 +182,7 @@ def _of_lora(built: Any, quantized: dict[str, Any] | None, trainer: Params) -> d
 
 
 def _of_all(built: Any, optim: str) -> dict[str, int]:
-    """Gradients have the type of their weights."""
+    """Return the bytes of each part if all weights are trained; gradients have the dtype of their weights."""
     weights = list(built.parameters())
     num_bytes = sum(p.numel() * p.element_size() for p in weights)
     states = (state_bytes(optim, [tuple(p.shape)], p.element_size()) for p in weights)
@@ -189,13 +193,19 @@ def _of_all(built: Any, optim: str) -> dict[str, int]:
 
 
 def _update_bytes(built: Any, on_cpu: bool) -> int:
-    """torch steps weight by weight on a CPU, on a GPU over all at once, with a copy of a moment."""
+    """Return the temporary bytes of an optimizer step.
+
+    On a CPU torch updates one weight at a time. On a GPU it updates all at once, with a copy of a moment.
+    """
     sizes = [p.numel() * p.element_size() for p in built.parameters()]
     return 2 * max(sizes) if on_cpu else sum(sizes)
 
 
 def _divided(parts: dict[str, int], built: Any, num_processes: int) -> dict[str, int]:
-    """FSDP2: a part of what lasts; a layer is whole while it computes and the next one on its way."""
+    """Return the parts under FSDP2, where each process holds a shard of all that lasts.
+
+    Two layers are whole: one computes while the next one is gathered.
+    """
     lasting = ("weights", "adapter", "gradients", "optimizer")
     layers: dict[str, int] = {}
     for name, parameter in built.named_parameters():
@@ -207,7 +217,10 @@ def _divided(parts: dict[str, int], built: Any, num_processes: int) -> dict[str,
 
 
 def _phases(workload: Workload, trainer: Params, quantized: bool) -> "list[Phase]":
-    """In the order of the stage. The gradients are checked on a CPU alone, and before there is a Trainer."""
+    """Return the phases in the order of the stage.
+
+    Gradients are checked on a CPU alone, before the Trainer exists.
+    """
     from capas.training.activations import Phase
 
     mixed = bool(trainer.bf16 or trainer.fp16)
@@ -236,7 +249,7 @@ def _weight_bytes(parameter: Any, quantization: dict[str, Any] | None) -> int:
 
 
 def _state_bytes(parameter: Any, quantization: dict[str, Any] | None) -> int:
-    """Beside the 4 or 8 bits of a weight, [out, in]."""
+    """Return the bytes kept beside the 4 or 8 bits of each element of a weight [out, in]."""
     if not _is_quantized(parameter) or quantization is None:
         return 0
     if not quantization["load_in_4bit"]:
@@ -248,15 +261,15 @@ def _state_bytes(parameter: Any, quantization: dict[str, Any] | None) -> int:
 
 
 def check(found: Estimate, used_bytes: int, free_bytes: int, ways: list[str]) -> None:
-    """Compare with what there is; warns above nine tenths of it.
+    """Check that the estimate fits into the available memory; warn above nine tenths of it.
 
     Args:
-        used_bytes: what the process holds already, which is not in the estimate (`capacity`).
-        free_bytes: what it can still get.
-        ways: of `ways_out`.
+        used_bytes: what the process uses already, which the estimate does not contain (`capacity`).
+        free_bytes: what the process can still get.
+        ways: the advice of `ways_out`.
 
     Raises:
-        CapasError: more is needed than there is, and CAPAS_MEMORY_CHECK is not warn.
+        CapasError: more is needed than available, and CAPAS_MEMORY_CHECK is not warn.
     """
     there, needed = used_bytes + free_bytes, used_bytes + found.total
     if needed <= WARN_FRACTION * there:
@@ -268,7 +281,7 @@ def check(found: Estimate, used_bytes: int, free_bytes: int, ways: list[str]) ->
 
 
 def summary(found: Estimate, used_bytes: int, free_bytes: int) -> str:
-    """One line: what is needed, by part, the largest first, and what there is."""
+    """Return a line with what is needed, by part, the largest first, and what is available."""
     parts = {**found.parts, "Python and its libraries": used_bytes}
     listed = sorted(parts.items(), key=lambda item: -item[1])
     text = ", ".join(f"{_named(name, found)} {show(n)}" for name, n in listed if n)
@@ -281,13 +294,16 @@ def _named(part: str, found: Estimate) -> str:
 
 
 def costs(found: Estimate, used_bytes: int) -> dict[str, Any]:
-    """For reports/timings: to be compared with peak_memory_bytes, on a GPU with peak_device_memory_bytes."""
+    """Return the estimate for reports/timings.
+
+    It is to be compared with peak_memory_bytes, on a GPU with peak_device_memory_bytes.
+    """
     parts = {**found.parts, "process": used_bytes}
     return {"estimated_memory_bytes": used_bytes + found.total, "estimated_memory_parts": parts}
 
 
 def ways_out(found: Estimate, workload: Workload, trainer: Params) -> list[str]:
-    """The keys to turn, those that help most first."""
+    """Return advice on the keys to change, the most effective ones first."""
     ways = []
     of_evaluation = found.phase == "evaluation"
     size = "per_device_eval_batch_size" if of_evaluation else "per_device_train_batch_size"
@@ -312,7 +328,7 @@ def ways_out(found: Estimate, workload: Workload, trainer: Params) -> list[str]:
 
 
 def show(num_bytes: int) -> str:
-    """In MiB, or from 10 GiB on in GiB."""
+    """Return bytes as MiB, or as GiB from 10 GiB on."""
     if num_bytes < 10 * 2**30:
         return f"{num_bytes / 2**20:,.0f} MiB"
     return f"{num_bytes / 2**30:,.1f} GiB"

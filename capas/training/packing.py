@@ -1,4 +1,4 @@
-"""Several records in one row: batches with next to no padding, in which no record sees another."""
+"""Pack several records into one row: batches have almost no padding, and no record sees another."""
 
 import bisect
 import logging
@@ -13,13 +13,15 @@ from capas.models.loading import quantization_method, quantized_linears
 from capas.training.batches import Collator, Example, compute_logits
 
 log = logging.getLogger("capas")
-# Largest difference of logits, as a part of the largest one: what rounding alone may do.
+# The largest difference of logits, as a fraction of the largest logit, that rounding alone may cause.
 _ROUNDING = {"float32": 1e-4, "tf32": 1e-2, "float16": 1e-2, "bfloat16": 5e-2}
-_INT8_ROUNDING = 5e-2  # int8 layers choose the columns that they do not round by the whole batch
+_INT8_ROUNDING = 5e-2  # int8 layers choose by the whole batch which columns they do not round
 
 
 def best_fit_decreasing(lengths: list[int], capacity: int) -> list[list[int]]:
-    """Rows of at most `capacity` tokens: the longest record first, each where least is left (Johnson 1974).
+    """Return rows of at most `capacity` tokens, packed by best fit decreasing (Johnson 1974).
+
+    The longest record comes first; each goes into the row where it leaves the least space.
 
     Returns:
         Indices of `lengths`, ascending in each row; rows in the order of their first record.
@@ -33,7 +35,7 @@ def best_fit_decreasing(lengths: list[int], capacity: int) -> list[list[int]]:
             f"trainer.packing_length={capacity}, but the longest training record has {lengths[longest]} "
             f"tokens: set at least that, or dataset.max_length={capacity}"
         )
-    rows: dict[int, list[list[int]]] = {}  # by what is left in them
+    rows: dict[int, list[list[int]]] = {}  # by the space left in them
     left: list[int] = []  # the keys of `rows`, ascending
     for index in sorted(range(len(lengths)), key=lambda i: -lengths[i]):
         at = bisect.bisect_left(left, lengths[index])
@@ -53,10 +55,15 @@ def best_fit_decreasing(lengths: list[int], capacity: int) -> list[list[int]]:
 
 
 def pack(examples: list[Example], capacity: int) -> list[Example]:
-    """The same records in rows: positions start anew with each, and none predicts the next one's first token.
+    """Pack records into rows.
+
+    Positions restart at each record, and no record predicts the first token of the next one.
 
     Returns:
-        input_ids, labels, position_ids [tokens of the row] and `ids` of the records.
+        Rows with input_ids, labels, position_ids [tokens of the row] and the `ids` of the records.
+
+    Raises:
+        CapasError: see `best_fit_decreasing`.
     """
     lengths = [len(example["input_ids"]) for example in examples]
     return [
@@ -65,7 +72,7 @@ def pack(examples: list[Example], capacity: int) -> list[Example]:
 
 
 def join(examples: list[Example]) -> Example:
-    """One row of several records."""
+    """Join several records into one row."""
     first = torch.full((1,), IGNORE_INDEX)
     parts = {
         "input_ids": [example["input_ids"] for example in examples],
@@ -79,18 +86,18 @@ def join(examples: list[Example]) -> Example:
 def check_isolation(
     model: Any, examples: list[Example], rows: list[Example], collator: Collator, num_rows: int = 2
 ) -> float:
-    """Prove on real records that a packed one gets the logits that it gets alone.
+    """Check on real records that a packed record gets the same logits as it gets alone.
 
     Args:
         examples: the records.
-        rows: the same, packed; those with the most records are tried.
-        num_rows: how many go into one batch.
+        rows: the same records, packed; the rows with the most records are tried.
+        num_rows: number of rows in the batch that is tried.
 
     Returns:
-        The largest difference, as a part of the largest logit.
+        The largest difference, as a fraction of the largest logit.
 
     Raises:
-        CapasError: it is more than rounding: the model attends over the ends of the records.
+        CapasError: the difference is more than rounding: the model attends across records.
     """
     fullest = sorted(rows, key=lambda row: -len(row["ids"]))[:num_rows]
     known = {example["id"]: example for example in examples}
@@ -101,7 +108,7 @@ def check_isolation(
         difference = max(difference, float((packed.float() - alone).abs().max()))
         largest = max(largest, float(alone.abs().max()))
     part, allowed = difference / largest, _allowed(model)
-    if not part <= allowed:  # nor NaN
+    if not part <= allowed:  # true for NaN, too
         raise CapasError(
             "packed records attend to each other: logits differ from the unpacked record by "
             f"{part:.3g} of the largest logit; rounding explains at most {allowed:g}. A "
@@ -113,7 +120,7 @@ def check_isolation(
 
 
 def _each_record(rows: list[Example], logits: torch.Tensor, flat: bool) -> Any:
-    """(id of the record, its logits [tokens, vocabulary]), as they stand in a batch of rows."""
+    """Yield (id, logits [tokens, vocabulary]) of each record in a batch of rows."""
     before = 0
     for index, row in enumerate(rows):
         positions = row["position_ids"]
@@ -125,11 +132,11 @@ def _each_record(rows: list[Example], logits: torch.Tensor, flat: bool) -> Any:
 
 
 def _allowed(model: Any) -> float:
-    """By the coarsest type that the model computes in; 4-bit layers have one of their own."""
+    """Return the rounding of the coarsest dtype in which the model computes; 4-bit layers have their own."""
     layers = [getattr(layer, "compute_dtype", None) for _, layer in quantized_linears(model)]
     dtypes = {str(d).removeprefix("torch.") for d in {model.dtype, *filter(None, layers)}}
     if model.device.type == "cuda" and torch.backends.cuda.matmul.allow_tf32:
-        dtypes.add("tf32")  # 10 bits, as float16 has
+        dtypes.add("tf32")  # 10 bits of precision, like float16
     rounding = max(_ROUNDING[dtype] for dtype in dtypes)
     return max(rounding, _INT8_ROUNDING) if quantization_method(model) == "int8" else rounding
 
@@ -141,10 +148,10 @@ def prove_packing(
     collator: Collator,
     trainer: Params,
 ) -> dict[str, Any] | None:
-    """Prove that packed records do not see each other; return the facts, None where nothing is packed.
+    """Check that packed records do not see each other; return the facts, None if nothing is packed.
 
     Raises:
-        CapasError: packed records would see each other.
+        CapasError: packed records see each other.
     """
     if trainer.packing_length is None:
         return None

@@ -1,4 +1,4 @@
-"""What a training leaves in reports/: its facts, its headline, its curves."""
+"""Write the reports of a training: its facts, its headline, its curves."""
 
 from typing import TYPE_CHECKING, Any
 
@@ -21,7 +21,7 @@ def write_reports(trainer: "Trainer", step: Step, checked: dict[str, Any], stage
 
 
 def summary(trainer: "Trainer", step: Step) -> dict[str, Any]:
-    """reports/train.json, without seconds: they differ from run to run."""
+    """Return the facts of reports/train.json, without seconds, which differ from run to run."""
     state, history = trainer.state, trainer.state.log_history
     num_trainable, num_parameters = count_parameters(trainer.model)
     rows = [row for row in history if "eval_loss" in row]
@@ -31,7 +31,7 @@ def summary(trainer: "Trainer", step: Step) -> dict[str, Any]:
     return {
         "num_steps": state.global_step,
         "global_batch_size": step.num_rows,
-        "kept_step": kept,  # whose weights the adapter has
+        "kept_step": kept,  # the step whose weights are saved
         "num_epochs": state.epoch,
         "num_train_tokens": last["num_tokens"],
         "num_supervised_tokens": last["num_supervised_tokens"],
@@ -45,7 +45,7 @@ def summary(trainer: "Trainer", step: Step) -> dict[str, Any]:
 
 
 def count_parameters(model: Any) -> tuple[int, int]:
-    """Those that are trained, and all; tied ones count once."""
+    """Return the number of trainable parameters, and of all; tied ones count once."""
     if hasattr(model, "get_nb_trainable_parameters"):
         found: tuple[int, int] = model.get_nb_trainable_parameters()
         return found
@@ -53,7 +53,7 @@ def count_parameters(model: Any) -> tuple[int, int]:
 
 
 def mean_loss(history: list[dict[str, Any]]) -> float:
-    """Over all steps; a row's loss is the mean since the row before."""
+    """Return the mean loss over all steps; a row's loss is the mean since the row before."""
     rows = [row for row in history if "loss" in row]
     steps = [
         row["step"] - before

@@ -1,4 +1,4 @@
-"""The trained model as a folder that PEFT, transformers and servers load, and its certificate."""
+"""Save the trained model as a folder that PEFT, transformers and servers load, and write its certificate."""
 
 import json
 import re
@@ -26,10 +26,11 @@ def save_tuned(
     chat: dict[str, Any],
     stage: Stage,
 ) -> None:
-    """A folder that PEFT, transformers and servers load: weights, tokenizer, template, end tokens.
+    """Save the trained model with tokenizer, chat template and end tokens.
 
     Args:
-        weights: of `lora.whole_weights`; None: all weights were trained.
+        weights: the result of `lora.whole_weights`; None if all weights were trained.
+        chat: chat.json of data/formatted.
     """
     from transformers import GenerationConfig
 
@@ -60,7 +61,7 @@ def save_adapter(
 
 
 def save_whole(model: Any, folder: Path, stage: Stage) -> None:
-    """config.json is the base's: a training changes nothing in it."""
+    """Save the model with the config.json of the base, in which a training changes nothing."""
     from capas.models.loading import save_model
 
     save_model(model, folder)
@@ -69,7 +70,7 @@ def save_whole(model: Any, folder: Path, stage: Stage) -> None:
 
 
 def write_certificate(folder: Path, checks: dict[str, Any], params: Params, stage: Stage) -> None:
-    """The weights' sha256, what was checked, DVC's md5 of its inputs, and the values in effect."""
+    """Write the SHA-256 of the weights, the checks, DVC's md5 of the inputs, and the values in effect."""
     outs = [out for entry in recorded(stage.root).values() for out in entry.get("outs", [])]
     inputs = {out["path"]: out["md5"] for out in outs if out["path"] in stage.spec.deps}
     facts = {
@@ -92,12 +93,15 @@ def write_certificate(folder: Path, checks: dict[str, Any], params: Params, stag
 
 
 def commit_of(revision: str | None) -> str | None:
-    """A commit on the Hub. What pins a local folder means nothing to whoever loads the adapter."""
+    """Return the revision if it is a commit on the Hub, otherwise None.
+
+    The digest that pins a local folder means nothing to those who load the adapter.
+    """
     return revision if re.fullmatch(r"[0-9a-f]{40}", revision or "") else None
 
 
 def sort_target_modules(file: Path) -> None:
-    """PEFT writes a set: its order follows PYTHONHASHSEED."""
+    """Sort target_modules in a file: PEFT writes a set, whose order depends on PYTHONHASHSEED."""
     config = read_json(file)
     ordered = {
         k: sorted(v) if k == "target_modules" and isinstance(v, list) else v

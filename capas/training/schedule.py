@@ -1,4 +1,4 @@
-"""The learning rates of a whole training, looked at before its first step."""
+"""Check the learning rates of a whole training before its first step."""
 
 import logging
 from collections.abc import Callable
@@ -9,18 +9,17 @@ from capas.core.errors import CapasError
 log = logging.getLogger("capas")
 CONSTANT = ("constant", "constant_with_warmup")
 _ROUNDING = 1e-6
-_HARDLY_LOWER = 0.99  # of the peak: such a last rate is no decay
+_HARDLY_LOWER = 0.99  # as a fraction of the peak: a last rate above it is no decay
 
 
 def check_schedule(trainer: Any) -> None:
-    """Look at all rates of a `transformers.Trainer` whose scheduler exists.
+    """Check all rates of a `transformers.Trainer` whose scheduler exists, and log a warning for unusual ones.
 
     Raises:
-        CapasError: as `check_rates`.
+        CapasError: see `check_rates`.
     """
-    scheduler = getattr(
-        trainer.lr_scheduler, "scheduler", trainer.lr_scheduler
-    )  # accelerate's is around it
+    # accelerate wraps the scheduler
+    scheduler = getattr(trainer.lr_scheduler, "scheduler", trainer.lr_scheduler)
     args, num_steps = trainer.args, trainer.state.max_steps
     warmup = args.get_warmup_steps(num_steps)
     for line in check_rates(scheduler.lr_lambdas[0], num_steps, warmup, args):
@@ -30,17 +29,18 @@ def check_schedule(trainer: Any) -> None:
 def check_rates(
     factor: Callable[[int], float], num_steps: int, num_warmup: int, args: Any
 ) -> list[str]:
-    """Look at every rate of a training.
+    """Check every learning rate of a training.
 
     Args:
-        factor: gives the rate of a step, counted from 0, as a fraction of learning_rate.
-        args: learning_rate, lr_scheduler_type and lr_scheduler_kwargs, as TrainingArguments has them.
+        factor: returns the rate of a step, counted from 0, as a fraction of learning_rate.
+        args: TrainingArguments; learning_rate, lr_scheduler_type and lr_scheduler_kwargs matter.
 
     Returns:
-        A sentence for each property that is allowed and hardly ever meant.
+        A sentence for each property that is allowed but rarely meant.
 
     Raises:
-        CapasError: nothing would be learned for most of the steps, or a rate is negative or above the peak.
+        CapasError: the rate is 0 for most of the steps, cannot decay after the warm-up, is negative or is
+            above the peak.
     """
     kind = getattr(args.lr_scheduler_type, "value", args.lr_scheduler_type)
     given = f"trainer.lr_scheduler_type={kind}"
@@ -48,7 +48,7 @@ def check_rates(
         given += f", trainer.lr_scheduler_kwargs={dict(args.lr_scheduler_kwargs)}"
     about = f"{given}, {num_warmup} warm-up steps of {num_steps} (trainer.warmup_steps)"
     try:
-        rates = [factor(step) for step in range(num_steps + 1)][:-1]  # Trainer asks for one more
+        rates = [factor(step) for step in range(num_steps + 1)][:-1]  # Trainer computes one more
     except ArithmeticError:
         raise CapasError(
             f"{about}: the warm-up takes all steps, so the learning rate cannot decay. Set a "

@@ -1,4 +1,4 @@
-"""SIGTERM and Ctrl-C during a training: save a checkpoint, then stop."""
+"""Handle SIGTERM and Ctrl-C during a training: save a checkpoint, then stop."""
 
 import os
 import signal
@@ -12,10 +12,10 @@ _SAVING = b"train: saving a checkpoint after this step; Ctrl-C again stops at on
 
 @contextmanager
 def on_signals(act: Callable[[str], None]) -> Iterator[None]:
-    """Call act(name) inside the block on SIGTERM, and on the first Ctrl-C; the second one interrupts.
+    """Call act(name) in the block on SIGTERM and on the first Ctrl-C; the second Ctrl-C interrupts.
 
-    Only the main thread may set handlers. Where SIGINT is ignored (`nohup`, a shell's background job) it
-    stays ignored.
+    Only the main thread may set handlers. If SIGINT is ignored (`nohup`, a shell's background job), it stays
+    ignored.
     """
     if threading.current_thread() is not threading.main_thread():
         yield
@@ -24,7 +24,7 @@ def on_signals(act: Callable[[str], None]) -> Iterator[None]:
     def interrupted(*_: Any) -> None:
         signal.signal(signal.SIGINT, signal.default_int_handler)
         act("Ctrl-C")
-        os.write(2, _SAVING)  # a log record could wait for the lock of the one that was interrupted
+        os.write(2, _SAVING)  # log.info could wait for the lock of an interrupted log call
 
     before = {signal.SIGTERM: signal.signal(signal.SIGTERM, lambda *_: act("SIGTERM"))}
     if signal.getsignal(signal.SIGINT) is not signal.SIG_IGN:

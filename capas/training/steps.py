@@ -1,4 +1,4 @@
-"""How many rows a step of the optimizer takes: the batches of all processes, and all that are accumulated.
+"""Compute the number of rows in a step of the optimizer: all processes, all accumulated batches.
 
 As in `transformers.Trainer`, per_device_train_batch_size is that of one process: more processes make larger
 steps, and fewer of them in an epoch. A row is a record, or several packed ones (trainer.packing_length).
@@ -11,7 +11,7 @@ from typing import Any
 
 @dataclass(frozen=True)
 class Step:
-    """The three factors of the global batch."""
+    """The three factors of the global batch size."""
 
     num_processes: int
     batch_size: int
@@ -19,7 +19,7 @@ class Step:
 
     @classmethod
     def of(cls, trainer: Any, hardware: Any) -> "Step":
-        """Read the groups `trainer` and `hardware`."""
+        """Return the step that the groups `trainer` and `hardware` describe."""
         return cls(
             hardware["num_processes"],
             trainer["per_device_train_batch_size"],
@@ -31,7 +31,7 @@ class Step:
         return self.num_processes * self.batch_size * self.accumulation
 
     def num_in_epoch(self, num_rows: int) -> int:
-        """Return the steps of an epoch; the last one may have fewer rows."""
+        """Return the number of steps in an epoch; the last one may have fewer rows."""
         return -(-num_rows // self.num_rows)
 
     def __str__(self) -> str:
@@ -41,7 +41,7 @@ class Step:
 
 
 def advice(values: Mapping[str, Any]) -> Iterator[str]:
-    """Yield a line where several processes make steps larger than the group trainer alone says."""
+    """Yield a line if several processes make steps larger than the trainer group alone suggests."""
     step = Step.of(values["trainer"], values["hardware"])
     n = step.num_processes
     if n == 1:

@@ -1,4 +1,4 @@
-"""A `transformers.Trainer` that resumes exactly and stops at a loss that runs away."""
+"""Extend `transformers.Trainer`: it resumes exactly, and stops if the loss diverges."""
 
 import logging
 import math
@@ -33,17 +33,17 @@ _CUBLAS_WORKSPACE = "CUBLAS_WORKSPACE_CONFIG"
 
 
 class Trainer(transformers.Trainer):
-    """Counts its tokens, stops at a loss that runs away, and draws batches so that it can resume.
+    """A Trainer that counts its tokens, stops if the loss diverges, and draws batches so that it can resume.
 
-    In several processes (`launch`) a step has the records, and the loss, that it would have in one.
+    In several processes (`launch`) a step has the same records, and the same loss, as in one process.
 
     Args:
-        save_total_limit: checkpoints that are kept, the best one among them; older ones go once the newest is
-            complete.
-        divergence_factor: a mean loss between two rows of the log that is larger than so many times the first
-            one stops the training; None: only a loss that is no number does.
-        loraplus_lr_ratio: learning rate of LoRA's B over that of A; None: the same.
-        kwargs: of transformers.Trainer.
+        save_total_limit: number of checkpoints to keep, the best one among them; older ones are removed once
+            the newest is complete.
+        divergence_factor: stop if the mean loss between two rows of the log exceeds this multiple of the
+            first one; None stops only for a loss that is not finite.
+        loraplus_lr_ratio: learning rate of LoRA's B divided by that of A; None for the same rate.
+        kwargs: arguments of transformers.Trainer.
     """
 
     def __init__(
@@ -61,7 +61,9 @@ class Trainer(transformers.Trainer):
                 make_filler(kwargs["train_dataset"][0]),
             ]
         super().__init__(data_collator=self._named, **kwargs)
-        if workspace is not None:  # full_determinism sets the smaller of the two that repeat
+        if (
+            workspace is not None
+        ):  # full_determinism replaced it by the smaller deterministic workspace
             os.environ[_CUBLAS_WORKSPACE] = workspace
         self._divergence_factor, self._loraplus_lr_ratio = divergence_factor, loraplus_lr_ratio
         self._record_ids: list[str] = []
@@ -76,10 +78,10 @@ class Trainer(transformers.Trainer):
             self.add_callback(Progress())
 
     def train(self, *args: Any, **kwargs: Any) -> Any:
-        """Finish the step and save a checkpoint on SIGTERM (a preempted job) and on Ctrl-C.
+        """Train; on SIGTERM (a preempted job) or Ctrl-C finish the step, save a checkpoint and stop.
 
         Raises:
-            CapasError: the signal came before the end.
+            CapasError: a signal came before the end, the loss is not finite, or the training diverges.
             KeyboardInterrupt: Ctrl-C came a second time.
         """
         checkpoints = self._checkpoints
@@ -98,7 +100,7 @@ class Trainer(transformers.Trainer):
         return any(isinstance(c, EarlyStopping) and c.stopped for c in callbacks)
 
     def _named(self, examples: list[Example]) -> dict[str, Any]:
-        """The batch with its records' ids, and its number of tokens without padding."""
+        """Return the batch with the ids of its records, and with its number of tokens without padding."""
         ids = [name for e in examples for name in (e["ids"] if "ids" in e else [e["id"]])]
         num_tokens = sum(len(e["input_ids"]) for e in examples if e.get("ids") != [])
         return {**self._collate(examples), "record_ids": ids, "num_tokens": num_tokens}
@@ -136,7 +138,7 @@ class Trainer(transformers.Trainer):
             )
 
     def create_optimizer(self, model: Any = None) -> torch.optim.Optimizer:
-        """With a learning rate of its own for B, as LoRA+ has it (Hayou et al. 2024)."""
+        """Create the optimizer, with a separate learning rate for B if LoRA+ is on (Hayou et al. 2024)."""
         if getattr(self, "optimizer", None) is None and self._loraplus_lr_ratio is not None:
             trained = self.model if model is None else model
             optimizer_cls, kwargs = self.get_optimizer_cls_and_kwargs(self.args, trained)
@@ -151,11 +153,11 @@ class Trainer(transformers.Trainer):
         return optimizer
 
     def floating_point_ops(self, inputs: dict[str, Any]) -> int:
-        """Not counted: Trainer walks over all modules for it, at every step."""
+        """Return 0: to count them, Trainer would walk over all modules at every step."""
         return 0
 
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
-        """Adds the tokens trained on so far: checkpoints hold the log, and with it the counts.
+        """Log a row with the number of tokens so far; checkpoints hold the log, and so these counts.
 
         Raises:
             CapasError: the training diverges.
@@ -171,12 +173,12 @@ class Trainer(transformers.Trainer):
             self._check_divergence(logs["loss"])
 
     def _load_best_model(self) -> None:
-        """The last step has no checkpoint: where it is the best one, its weights are in memory."""
+        """Load the best checkpoint; if the last step is the best, its weights are in memory already."""
         if self.state.best_global_step != self.state.global_step:
             super()._load_best_model()
 
     def open_row(self) -> dict[str, Any]:
-        """What the next row of the log will be made of here: the loss and the tokens since the last one."""
+        """Return this process's part of the next row of the log: loss and tokens since the last row."""
         return {
             "loss": self._tr_loss.item(),
             "last_logged": self._globalstep_last_logged,
@@ -184,17 +186,17 @@ class Trainer(transformers.Trainer):
         }
 
     def reopen_row(self, row: dict[str, Any]) -> None:
-        """As it was when a checkpoint was written."""
+        """Restore the open row that was saved with a checkpoint."""
         self._tr_loss.fill_(row["loss"])
         self._globalstep_last_logged = row["last_logged"]
         self._seen.copy_(torch.tensor(row["seen"]))
 
     def check_at_start(self, check: Callable[[], None]) -> None:
-        """Run `check` when the optimizer and accelerate's state exist and no step is done yet."""
+        """Call `check` when the optimizer and accelerate's state exist, before the first step."""
         self.add_callback(_AtStart(check))
 
     def anywhere(self, told: bool) -> bool:
-        """Whether `told` is true in any of the processes, which all ask this at the same step."""
+        """Return whether `told` is True in any process; collective: all call it at the same step."""
         if self.args.world_size == 1:
             return told
         return bool(
@@ -211,19 +213,19 @@ class Trainer(transformers.Trainer):
         return self._filled
 
     def begin_epoch(self, epoch: int) -> None:
-        """accelerate tells an epoch that is resumed in several processes that it is the first one."""
+        """Set the sampler's epoch: in several processes accelerate takes a resumed one for the first."""
         if self._filled is not None:
             self._filled.set_epoch(epoch)
 
     def _records_in_order(self, dataset: Any, batch_size: int) -> Any:
-        """Of an epoch, whatever the number of processes that share a batch."""
+        """Return a sampler with the same order for any number of processes that share a batch."""
         if self.args.train_sampling_strategy == "group_by_length":
             lengths = [len(example["input_ids"]) for example in dataset]
             of_step = batch_size * self.args.gradient_accumulation_steps
             return LengthGroupedSampler(lengths, of_step, self.args.data_seed)
         if self.args.train_sampling_strategy == "sequential":
             return SequentialSampler(dataset)
-        # What accelerate makes of RandomSampler, but where another sampler contains that.
+        # accelerate replaces RandomSampler by this one, but not inside another sampler.
         return SeedableRandomSampler(dataset, data_seed=self.args.data_seed)
 
 
@@ -238,17 +240,18 @@ class _AtStart(TrainerCallback):
 
 
 def score_batch(logits: Any, labels: torch.Tensor) -> torch.Tensor:
-    """`preprocess_logits_for_metrics`: three numbers a record instead of its logits."""
+    """Return three numbers per record instead of its logits, for `preprocess_logits_for_metrics`."""
     return score_tokens(logits[0] if isinstance(logits, tuple) else logits, labels)
 
 
 def summarize(prediction: EvalPrediction) -> dict[str, float]:
-    """`compute_metrics`: the mean over all supervised tokens.
+    """Return the means over all supervised tokens, for `compute_metrics`.
 
-    It replaces Trainer's own eval_loss, a mean over batches, where short answers count as much as long ones.
+    They replace Trainer's own eval_loss, a mean over batches, in which short answers count as much as long
+    ones.
 
     Raises:
-        CapasError: the loss is no number.
+        CapasError: the loss is not finite.
     """
     loss, hits, count = prediction.predictions.sum(axis=0)
     if not math.isfinite(loss):

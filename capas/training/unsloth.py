@@ -1,12 +1,12 @@
-"""Unsloth in place of transformers and PEFT where a training makes its model (trainer.backend=unsloth).
+"""Load a model and add LoRA with Unsloth instead of transformers and PEFT (trainer.backend=unsloth).
 
-It replaces forward and backward of the layers by kernels of its own for NVIDIA GPUs. Records, batches,
-Trainer, optimizer and the adapter's format stay what they are, and all other stages compute without it: what
-comes out is judged by the model that users will load.
+Unsloth replaces forward and backward of the layers by its own kernels for NVIDIA GPUs. Records, batches,
+Trainer, optimizer and the adapter's format stay the same. All other stages compute without it: the result is
+judged with the model that users will load.
 
-Of what it does beside that, capas switches off: counting its downloads, computing on a CPU after all, moving
-embeddings to the CPU, and writing compiled code into the current folder. Its attention and what it compiles
-give other last bits from run to run, so that deterministic algorithms cannot be asked for.
+capas turns off other things that Unsloth does: it counts its downloads, falls back to the CPU, moves
+embeddings to the CPU, and writes compiled code into the current folder. Its attention and its compiled code
+give other last bits from run to run, so deterministic algorithms cannot be requested with it.
 """
 
 import os
@@ -31,13 +31,14 @@ _REFUSALS = (ValueError, RuntimeError, NotImplementedError, ImportError, TypeErr
 
 
 def prepare(root: Path) -> None:
-    """Import Unsloth; from then on transformers and PEFT are what it makes of them, in the whole process.
+    """Import Unsloth, which replaces parts of transformers and PEFT in the whole process.
 
     Args:
-        root: of the repository; what Unsloth compiles is kept in its .dvc/tmp.
+        root: the repository; Unsloth's compiled code is kept in its .dvc/tmp.
 
     Raises:
-        CapasError: it is not installed or refuses this machine, or what it patches was imported before.
+        CapasError: Unsloth is not installed or does not support this machine, or a library that it patches
+            was imported before.
     """
     extras.require("unsloth", "trainer.backend=unsloth")
     if early := [name for name in _PATCHED if name in sys.modules]:
@@ -46,7 +47,7 @@ def prepare(root: Path) -> None:
     os.environ |= {
         "UNSLOTH_DISABLE_STATISTICS": "1",
         "UNSLOTH_COMPILE_LOCATION": str(root / _COMPILED),
-        "TORCHDYNAMO_DISABLE": "0",  # capas.models.hardware sets it; Unsloth compiles its loss and its layers
+        "TORCHDYNAMO_DISABLE": "0",  # capas.models.hardware sets 1; Unsloth compiles its loss and layers
     }
     try:
         import unsloth  # noqa: F401
@@ -57,15 +58,17 @@ def prepare(root: Path) -> None:
 def load_base(
     folder: Path, tokenizer: Path, model: Params, max_length: int, device: "torch.device"
 ) -> "PreTrainedModel":
-    """The base as Unsloth loads it, with the weights that `folder` holds.
+    """Load the base in `folder` with Unsloth, and check that it has the stored weights.
 
     Args:
-        folder, tokenizer: what quantize and fetch_tokenizer left.
+        folder, tokenizer: the outputs of quantize and fetch_tokenizer.
         model: the params group.
-        max_length: tokens of the longest row; Unsloth would stretch the positions of a model that has fewer.
+        max_length: number of tokens in the longest row; if the model has fewer positions, Unsloth stretches
+            them.
 
     Raises:
-        CapasError: no causal language model, one that Unsloth refuses, or one that it does not load as asked.
+        CapasError: the model is not a causal language model, Unsloth refuses it, or it is not loaded as
+            requested.
     """
     import torch
     from unsloth import FastLanguageModel
@@ -98,7 +101,7 @@ def load_base(
 
 
 def add_lora(base: "PreTrainedModel", params: Params) -> Any:
-    """As `peft.get_peft_model`; A is drawn at random from trainer.seed, as PEFT draws it.
+    """Add LoRA layers like `peft.get_peft_model`; A is drawn at random from trainer.seed, as in PEFT.
 
     Raises:
         CapasError: Unsloth or PEFT refuses the lora group.
@@ -119,14 +122,14 @@ def add_lora(base: "PreTrainedModel", params: Params) -> Any:
         raise
     except _REFUSALS as error:
         raise CapasError(f"Unsloth refuses the lora group: {error}") from None
-    model.peft_config["default"].auto_mapping = None  # what Unsloth notes for its own loader
+    model.peft_config["default"].auto_mapping = None  # Unsloth sets it for its own loader
     return model
 
 
 def describe(base: Any) -> dict[str, Any] | None:
-    """What it computes of a model; None: the forward is transformers' own.
+    """Return what Unsloth computes of a model; None if the forward is that of transformers.
 
-    `fused` counts the layers whose LoRA is part of a kernel; there are none of a projection with a bias.
+    `fused` counts the layers whose LoRA is part of a kernel; a projection with a bias is never one of them.
     """
     if not _module(base.forward).startswith("unsloth"):
         return None
@@ -139,16 +142,16 @@ def describe(base: Any) -> dict[str, Any] | None:
 
 
 def _module(function: Any) -> str:
-    """Where a function, a method or a part of one was written."""
+    """Return the module in which a function, a method or a partial function was defined."""
     inner = getattr(function, "func", function)  # functools.partial
     return getattr(getattr(inner, "__func__", inner), "__module__", None) or ""
 
 
 def _restore_embedding(model: "PreTrainedModel", folder: Path) -> None:
-    """Unsloth sets the row of the pad token to zero where it is a row of its own.
+    """Restore the embedding's stored weights: Unsloth sets the pad token's row to zero if it has its own.
 
     Raises:
-        CapasError: it has another number of rows than before.
+        CapasError: the embedding has another number of rows than before.
     """
     import torch
 

@@ -1,4 +1,4 @@
-"""What a training really computed with, and that it is what was asked for."""
+"""Describe what a training really computed with, and check that it is what was requested."""
 
 from importlib.metadata import version
 from typing import Any
@@ -20,7 +20,7 @@ _LINEAR = "torch.nn.functional.linear"
 
 
 def describe(trainer: transformers.Trainer) -> dict[str, Any]:
-    """The facts, read off the live objects. Nothing in it varies between machines that compute the same."""
+    """Return the facts, read off the live objects. They are equal on machines that compute the same."""
     model, accelerator = trainer.model, trainer.accelerator
     trained = next(p for p in model.parameters() if p.requires_grad)
     is_whole = not isinstance(model, PeftModel)
@@ -53,17 +53,23 @@ def describe(trainer: transformers.Trainer) -> dict[str, Any]:
 
 
 def check_trainer(trainer: transformers.Trainer, params: Params) -> None:
-    """As `check`; the number of threads is compared, too, and not recorded: no byte depends on it.
+    """Check a trainer as `check` does, and the number of threads.
+
+    The threads are not recorded: no byte depends on them.
 
     Raises:
-        CapasError: as `check`; or the optimizer does not have all weights where all are trained.
+        CapasError: see `check` and `check_trained`.
     """
     check_trained(trainer, all_weights=params.lora.r is None)
     check({**describe(trainer), "num_threads": torch.get_num_threads()}, params)
 
 
 def check_trained(trainer: transformers.Trainer, all_weights: bool) -> None:
-    """Raises CapasError: the optimizer has other weights than those that are to be trained."""
+    """Check that the optimizer has exactly the weights that are to be trained.
+
+    Raises:
+        CapasError: it lacks some, or has others.
+    """
     groups = trainer.optimizer.param_groups
     found = {id(weight) for group in groups for weight in group["params"]}
     wanted = {
@@ -78,10 +84,10 @@ def check_trained(trainer: transformers.Trainer, all_weights: bool) -> None:
 
 
 def check(used: dict[str, Any], params: Params) -> None:
-    """Compare with what was asked for.
+    """Compare the used settings with the requested ones.
 
     Raises:
-        CapasError: naming each fact that differs.
+        CapasError: settings differ; the message names each.
     """
     settings, machine = params.trainer, params.hardware
     mixed = [name for name in ("bf16", "fp16") if settings[name]]
@@ -122,7 +128,7 @@ def check(used: dict[str, Any], params: Params) -> None:
 
 
 def _distributed_type(machine: Params) -> str:
-    """What accelerate calls it."""
+    """Return accelerate's name of the distributed type."""
     if machine.num_processes == 1:
         return "NO"
     if machine.distributed_type == "fsdp2":
@@ -131,14 +137,14 @@ def _distributed_type(machine: Params) -> str:
 
 
 def check_gradients(model: Any, batch: dict[str, torch.Tensor]) -> dict[str, float] | None:
-    """Prove that an evaluation leaves the gradients as they are (`models.loading` says why it may not).
+    """Check that an evaluation leaves the gradients unchanged (`models.kernels` explains why it might not).
 
     Returns:
-        Norm of all gradients on `batch`, before and after an eval-mode forward. None where
-        nothing can go wrong, on a GPU or without quantized layers.
+        The norm of all gradients on `batch`, before and after a forward in eval mode. None if nothing can go
+        wrong: on a GPU, or without quantized layers.
 
     Raises:
-        CapasError: they differ.
+        CapasError: the norms differ.
     """
     if model.device.type != "cpu" or not any(quantized_linears(model)):
         return None
@@ -158,9 +164,8 @@ def check_gradients(model: Any, batch: dict[str, torch.Tensor]) -> dict[str, flo
 
 def _gradient_norm(model: Any, batch: dict[str, torch.Tensor]) -> float:
     model.train()
-    with (
-        torch.random.fork_rng()
-    ):  # dropout draws the same numbers both times, and none of the training's
+    # dropout draws the same numbers both times, and none from the training's generator
+    with torch.random.fork_rng():
         torch.manual_seed(0)
         model(**batch).loss.backward()
     gradients = [p.grad for p in model.parameters() if p.grad is not None]
@@ -186,7 +191,7 @@ def _describe_optimizer(optimizer: Any) -> dict[str, Any]:
 
 
 def _liger_kernel(base: Any) -> str | None:
-    """The version of what replaced the model's own forward."""
+    """Return Liger's version if it replaced the model's own forward, otherwise None."""
     replaced = getattr(base.forward, "__func__", base.forward).__module__.partition(".")[0]
     return version("liger-kernel") if replaced == "liger_kernel" else None
 
