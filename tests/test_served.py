@@ -114,7 +114,7 @@ def test_the_card_says_from_what_with_which_scores_and_how_to_load(root: Path) -
     assert "dataset.seed" not in card
     assert "Trained on from" not in card
     whole = write_card("42", "a1b2", {**values, "lora.r": None}, facts, source, *reports)
-    assert "library_name: transformers" in whole and "tags: [capas]" in whole
+    assert "library_name: transformers" in whole and "tags:\n- capas\n" in whole
     assert "# All weights trained of data/embedded, training a1b2" in whole
     assert "PEFT" not in whole and "AutoModelForCausalLM.from_pretrained(FOLDER)" in whole
     start = {"adapter_name_or_path": "a/b", "adapter_revision": "01", "sha256": "ff"}

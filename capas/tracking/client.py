@@ -66,7 +66,7 @@ class Run:
 
     @property
     def is_empty(self) -> bool:
-        """Whether nothing was logged to it."""
+        """Return whether nothing was logged to the run."""
         return not self.metrics and not self.params
 
 

@@ -1,14 +1,14 @@
 """Write the model card of an adapter or a whole model: its origin, its scores, how it is loaded."""
 
 import json
-from collections.abc import Mapping
-from pathlib import PurePosixPath
+from collections.abc import Iterator, Mapping
+from pathlib import Path, PurePosixPath
 from typing import Any
 
 from capas.evaluation import gate
 
-LOADING = "## How to load it"
-_WHOLE = "All of its weights were trained on; it is not needed to use the model."
+TEMPLATE = Path(__file__).with_name("card.md.jinja")
+LOADING = "## How to load it"  # a heading of the template
 _GROUPS = ("lora", "quantization", "trainer")
 _SCORES = ("loss", "perplexity", "token_accuracy", "stop_rate")  # after the chosen metrics
 
@@ -34,112 +34,53 @@ def write_card(
         base, evaluation: the two reports of scores.
         initial: the adapter that the training started from, as recorded in the certificate.
     """
-    whole = values["lora.r"] is None
-    kind = "All weights trained of" if whole else "LoRA adapter of"
-    parts = [
-        _header(served["base"], source, whole),
-        f"# {kind} {served['base']['model_name_or_path']}, training {key}",
-        _made_from(served["base"], source, initial, whole),
-        "## Scores on the test split",
-        _scores(base, evaluation),
-        "## Template",
-        _template(values),
-        LOADING,
-        _loading(run_id, served["base"], whole),
-        "## How to rebuild it",
-        f"`capas rebuild {run_id}` in the repository that it comes from lays out the files as they were, "
-        "trains again and compares the bytes.",
-        "## Params of the training",
-        _params(values),
-    ]
-    return "\n\n".join(parts) + "\n"
+    from huggingface_hub import ModelCard, ModelCardData
+
+    base_model, whole = served["base"], values["lora.r"] is None
+    data = ModelCardData(
+        library_name="transformers" if whole else "peft",
+        pipeline_tag="text-generation",
+        license=base_model["licence"],
+        base_model=base_model["model_name_or_path"] if base_model["hub"] else None,
+        datasets=[source["path"]] if "/" in source["path"] else None,
+        tags=["capas"] if whole else ["lora", "capas"],
+    )
+    card = ModelCard.from_template(
+        data,
+        template_path=str(TEMPLATE),
+        at=lambda revision: f" at `{revision}`" if revision else "",
+        base=base_model,
+        confidence=f"{evaluation['confidence_fraction']:.0%}",
+        gate=gate.verdict(evaluation["gate"]),
+        initial=initial,
+        key=key,
+        num_records=evaluation["tuned"]["num_records"],
+        params=_of_training(values),
+        run_id=run_id,
+        scores=list(_scores(base, evaluation)),
+        source=source,
+        template=PurePosixPath(values["chat_template.path"]).stem,
+        whole=whole,
+    )
+    return f"{str(card).rstrip()}\n"
 
 
-def _header(base: Mapping[str, Any], source: Mapping[str, Any], whole: bool) -> str:
-    library = "transformers" if whole else "peft"
-    lines = ["---", f"library_name: {library}", "pipeline_tag: text-generation"]
-    if base["licence"]:
-        lines.append(f"license: {base['licence']}")
-    if base["hub"]:
-        lines.append(f"base_model: {base['model_name_or_path']}")
-    if "/" in source["path"]:
-        lines.append(f"datasets: [{json.dumps(source['path'])}]")
-    return "\n".join([*lines, f"tags: [{'' if whole else 'lora, '}capas]", "---"])
-
-
-def _made_from(
-    base: Mapping[str, Any],
-    source: Mapping[str, Any],
-    initial: Mapping[str, Any] | None,
-    whole: bool,
-) -> str:
-    revision = f" at `{base['revision']}`" if base["revision"] else ""
-    lines = [
-        f"- Base model: `{base['model_name_or_path']}`{revision}, licence {base['licence']}. "
-        + (_WHOLE if whole else _base_weights(base))
-    ]
-    if initial is not None:
-        lines.append(
-            f"- Trained on from the adapter `{initial['adapter_name_or_path']}` at "
-            f"`{initial['adapter_revision']}`, sha256 `{initial['sha256']}`."
-        )
-    for origin in source["sources"]:
-        at = f" at `{origin['revision']}`" if origin["revision"] else ""
-        lines.append(
-            f"- Dataset: `{origin['path']}`{at}, licence {origin['licence']}, "
-            f"{origin['num_records']:,} records"
-        )
-    splits = ", ".join(f"{name} {s['num_records']:,}" for name, s in source["splits"].items())
-    lines.append(f"- Records by split: {splits}")
-    return "\n".join(lines)
-
-
-def _base_weights(base: Mapping[str, Any]) -> str:
-    if base["packed"]:
-        return "Its weights, as they were trained on, are in `data/base` of the MLflow model."
-    if base["hub"]:
-        return "Its weights are not in here: they come from the Hub, or from its cache."
-    return "Its weights are not in here: `CAPAS_BASE` must name a folder with them."
-
-
-def _scores(base: Mapping[str, Any], evaluation: Mapping[str, Any]) -> str:
+def _scores(base: Mapping[str, Any], evaluation: Mapping[str, Any]) -> Iterator[dict[str, str]]:
+    """Yield a row for each score that both models have."""
     tuned, difference = evaluation["tuned"], evaluation["difference"]
-    confidence = f"{evaluation['confidence_fraction']:.0%} interval"
-    rows = ["| score | base | tuned | difference, " + confidence + " |", "|---|---|---|---|"]
     for name in (*evaluation["metrics"], *_SCORES):
         if base.get(name) is None or tuned.get(name) is None:
             continue
         gain = difference.get(name)
         shown = f"{gain['mean']:+.4g} ({gain['low']:+.4g} to {gain['high']:+.4g})" if gain else ""
-        rows.append(f"| {name} | {base[name]:.4g} | {tuned[name]:.4g} | {shown} |")
-    judged = f"The gate: {gate.verdict(evaluation['gate'])}."
-    return "\n".join([f"{tuned['num_records']:,} records. {judged}", "", *rows])
+        numbers = {"base": f"{base[name]:.4g}", "tuned": f"{tuned[name]:.4g}"}
+        yield {"name": name, **numbers, "difference": shown}
 
 
-def _loading(run_id: str, base: Mapping[str, Any], whole: bool) -> str:
-    before = "" if whole or base["packed"] or base["hub"] else "Set `CAPAS_BASE` first.\n\n"
-    alone = (
-        "With transformers alone: `AutoModelForCausalLM.from_pretrained(FOLDER)`"
-        if whole
-        else "With PEFT alone: `PeftModel.from_pretrained(base, FOLDER)`"
-    )
-    return (
-        f"{before}With MLflow, greedy completions in the template of the training:\n\n"
-        "```python\nimport mlflow, pandas as pd\n\n"
-        f'model = mlflow.pyfunc.load_model("runs:/{run_id}/model")\n'
-        'model.predict(pd.DataFrame({"prompt": ["..."]}))["completion"]\n```\n\n'
-        "`messages`, a list of role and content (or that as JSON), instead of `prompt`, is a whole "
-        f"conversation. {alone} on the folder `adapter`, whose tokenizer brings the chat template."
-    )
-
-
-def _template(values: Mapping[str, Any]) -> str:
-    name = PurePosixPath(values["chat_template.path"]).stem
-    return (
-        f"`{name}` (`chat_template.jinja` beside the weights), which "
-        "`tokenizer.apply_chat_template` uses. The end token was trained, and `generation_config.json` "
-        "stops there."
-    )
+def _of_training(values: Mapping[str, Any]) -> dict[str, str]:
+    """Return the params that describe the training, as JSON, sorted by key."""
+    chosen = {key: v for key, v in values.items() if key.split(".")[0] in _GROUPS}
+    return {key: json.dumps(chosen[key]) for key in sorted(chosen)}
 
 
 def for_hub(
@@ -213,9 +154,3 @@ def _adapter_code(name: str, base: Mapping[str, Any]) -> str:
             f'tokenizer = AutoTokenizer.from_pretrained("{name}")',
         ]
     )
-
-
-def _params(values: Mapping[str, Any]) -> str:
-    chosen = {key: v for key, v in values.items() if key.split(".")[0] in _GROUPS}
-    lines = [f"| `{key}` | {json.dumps(chosen[key])} |" for key in sorted(chosen)]
-    return "\n".join(["| param | value |", "|---|---|", *lines])
