@@ -18,14 +18,13 @@ from collections.abc import Iterator
 from functools import partial
 from typing import Any
 
-from capas.chat.messages import TEXT
 from capas.chat.recorded import load_tokenizer, read_chat, recorded_format
 from capas.chat.template import Template
 from capas.chat.tokenizer import TokenizerFiles
 from capas.core.files import read_json, write_csv, write_json
 from capas.core.params import Params
 from capas.core.progress import doing
-from capas.core.records import FORMATTED, RAW, read_records
+from capas.core.records import FORMATTED, RAW, TEXT, read_records
 from capas.core.stage import Stage, log, run
 from capas.evaluation.decoding import MODELS, Models
 from capas.evaluation.predictions import Row

@@ -15,10 +15,11 @@ import numpy as np
 
 from capas.chat.batch import Formatted, Key
 from capas.chat.format import ChatFormat, Encoded, first_difference
-from capas.chat.messages import TEXT, Message, Tools, has_own_scaffold
+from capas.chat.messages import Message, Tools, has_own_scaffold
 from capas.chat.template import RecordRefusal
 from capas.core.errors import CapasError
 from capas.core.ragged import Array, any_in_row, gather
+from capas.core.records import TEXT
 
 CHECKED_FIRST, CHECKED_EVERY = 200, 250  # the sample: a split's first 200 records, then every 250th
 NUM_SAMPLED = 20  # records per split that are kept to be compared with transformers

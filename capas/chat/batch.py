@@ -10,8 +10,9 @@ import numpy as np
 import pyarrow as pa
 
 from capas.chat.format import Encoded
-from capas.chat.messages import TEXT, THOUGHT_END, Message, Tools
+from capas.chat.messages import THOUGHT_END, Message, Tools
 from capas.core.ragged import Array, Ragged, concatenate, from_arrow
+from capas.core.records import TEXT
 
 Key = tuple[Any, ...]
 

@@ -20,7 +20,6 @@ from typing import Any
 from tokenizers import Tokenizer
 
 from capas.chat.messages import (
-    TEXT,
     THOUGHT_END,
     THOUGHT_START,
     Message,
@@ -37,7 +36,7 @@ from capas.chat.segments import Owned, SegmentEncoder
 from capas.chat.template import RecordRefusal, Template, TemplateRefusal, place_system
 from capas.chat.tokenizer import DEFAULT, SHAPE, TokenizerFiles, encode_plain
 from capas.core.errors import CapasError
-from capas.core.records import IGNORE_INDEX
+from capas.core.records import IGNORE_INDEX, TEXT
 
 _QUESTION = {"role": "user", "content": "-"}
 _PROBES = (

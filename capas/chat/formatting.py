@@ -13,12 +13,12 @@ from capas.chat.audit import Audit, Sampled
 from capas.chat.batch import Batch, Columns, Formatted, Single, merge
 from capas.chat.columns import ColumnEncoder
 from capas.chat.format import ChatFormat, Encoded
-from capas.chat.messages import TEXT, Message, conversation
+from capas.chat.messages import Message, conversation
 from capas.chat.overflow import Overflow
 from capas.chat.template import RecordRefusal
 from capas.core.errors import CapasError
 from capas.core.ragged import Array, Ragged, any_in_row, texts_to_arrow, to_arrow
-from capas.core.records import FORMATTED, IGNORE_INDEX, Record
+from capas.core.records import FORMATTED, IGNORE_INDEX, TEXT, Record
 
 NUM_EXAMPLES = 20  # dropped records that the report shows
 MAX_BINS = 40

@@ -9,7 +9,6 @@ from capas.core.records import Record
 Message = dict[str, Any]
 Messages = Sequence[Mapping[str, Any]]
 Tools = Sequence[Any] | None
-TEXT = "text"  # the role of a plain text: no template, every token trained
 THOUGHT_START, THOUGHT_END = "<think>", "</think>"
 TEMPLATE_KEYS = ("role", "content", "reasoning_content", "tool_calls", "tool_call_id", "name")
 STRUCTURED = TEMPLATE_KEYS[2:]

@@ -123,20 +123,20 @@ def _here(repository: Repository, options: argparse.Namespace) -> Iterator[Any]:
     else:
         is_head = _is_same(head, workspace) or not workspace.has_result
         rows = [head, *([] if same or is_head else [workspace]), *experiments]
-    rows += repository.untold(rows)
+    rows += repository.unlisted_runs(rows)
     if not rows:
         raise CapasError(
             "there is no result yet: run `dvc repro`. Its result is the baseline for later ones"
         )
     if rows[0] is not head or not workspace.has_result or _is_same(head, workspace):
         yield from _alone(rows[0], workspace, options)
-        is_told = 1
+        num_shown = 1
     else:
         yield from _pair(head, workspace, repository, options)
-        is_told = 2
+        num_shown = 2
     shown = rows[: options.rows + 1]
     hidden = len(rows) - len(shown) + len(recent) - len(read)
-    if len(rows) > is_told or hidden:
+    if len(rows) > num_shown or hidden:
         yield from _table(shown, repository, options, hidden)
 
 

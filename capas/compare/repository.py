@@ -327,7 +327,7 @@ class Repository:
         pages = Pages(tracking_uri(self.root), experiments.pop())
         return pages.comparison(ids), pages.hint()
 
-    def untold(self, sides: Sequence[Side]) -> list[Side]:
+    def unlisted_runs(self, sides: Sequence[Side]) -> list[Side]:
         """Return the runs of the local MLflow database not listed yet, newest first.
 
         Runs of `sides` and of DVC experiments are left out. If the artifacts of a run are elsewhere, only its

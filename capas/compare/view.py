@@ -309,7 +309,7 @@ def _titles(compared: Compared) -> dict[str, str]:
 
 def _is_right_or_wrong(compared: Compared) -> bool:
     name = compared.metric
-    return name is not None and all(row[name] in (0, 1) for pair in compared.pairs for row in pair)
+    return all(row[name] in (0, 1) for pair in compared.pairs for row in pair)
 
 
 def _without_interval(found: Score | None) -> Score | None:

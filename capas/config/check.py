@@ -289,7 +289,7 @@ def in_words(check: Check) -> Iterator[str]:
             yield from _of_texts(source, check.dataset["reading"])
     if isinstance(columns := check.dataset.get("columns"), Mapping):
         yield f"{'':12}{', '.join(f'{role} = {_joined(names)}' for role, names in columns.items())}"
-    yield f"{'records':12}{found.num_right} of {found.num_read} can be used"
+    yield f"{'records':12}{found.num_valid} of {found.num_read} can be used"
     if found.lengths:
         lengths = found.lengths
         yield (

@@ -5,6 +5,7 @@ import os
 from pathlib import Path
 
 from capas.core import cgroups
+from capas.core.errors import CapasError
 
 MAX_THREADS = "CAPAS_MAX_THREADS"  # a sweep divides the cores among the trials that run at once
 TOPOLOGY = Path("/sys/devices/system/cpu")
@@ -33,8 +34,15 @@ def quota(root: Path = cgroups.ROOT, own: Path = cgroups.OWN) -> int:
 
 
 def at_most(num_threads: int) -> int:
-    """Return `num_threads`, or CAPAS_MAX_THREADS if that is lower. No result depends on it."""
-    return min(num_threads, int(os.environ.get(MAX_THREADS, num_threads)))
+    """Return `num_threads`, or CAPAS_MAX_THREADS if that is lower. No result depends on it.
+
+    Raises:
+        CapasError: CAPAS_MAX_THREADS is not a whole number from 1 on.
+    """
+    text = os.environ.get(MAX_THREADS, str(num_threads))
+    if not text.isdecimal() or int(text) < 1:
+        raise CapasError(f"{MAX_THREADS}={text}: expected a whole number, at least 1")
+    return min(num_threads, int(text))
 
 
 def _allowed() -> list[int]:

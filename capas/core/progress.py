@@ -7,7 +7,7 @@ from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from typing import Protocol, TypeVar
 
-SECONDS_BETWEEN_WORDS = 9.0  # less than ten, so that no stage is silent for ten
+SECONDS_BETWEEN_MESSAGES = 9.0  # less than ten, so that no stage is silent for ten
 log = logging.getLogger("capas")
 
 
@@ -58,7 +58,7 @@ def counted(tables: Iterable[T], text: str) -> Iterator[T]:
             activity.step(table.num_rows)
 
 
-class _LastWord(logging.Handler):
+class _LastMessage(logging.Handler):
     """A log handler that remembers the time of the last line."""
 
     def __init__(self) -> None:
@@ -70,9 +70,9 @@ class _LastWord(logging.Handler):
 
 
 @contextmanager
-def heartbeat(seconds: float = SECONDS_BETWEEN_WORDS) -> Iterator[None]:
+def heartbeat(seconds: float = SECONDS_BETWEEN_MESSAGES) -> Iterator[None]:
     """Log the current activities whenever nothing was logged for `seconds`, until the block ends."""
-    last, ended, started = _LastWord(), threading.Event(), time.monotonic()
+    last, ended, started = _LastMessage(), threading.Event(), time.monotonic()
 
     def beat() -> None:
         while not ended.wait(max(0.01, last.time + seconds - time.monotonic())):

@@ -23,6 +23,7 @@ import pyarrow.parquet as pq
 from capas.core.errors import CapasError
 
 SPLITS = ("train", "validation", "test")
+TEXT = "text"  # the role of a plain text: no template, every token trained
 IGNORE_INDEX = -100  # label of a token outside the loss, as in torch.nn.CrossEntropyLoss
 READ_BYTES = 2**20
 ROWS_PER_GROUP = 2000  # rows in memory at once, whatever the size of the split

@@ -4,13 +4,13 @@ Time and memory differ between runs, so DVC does not track them: every stage wri
 when it really runs. A stage that DVC restored keeps those of its last run on this machine.
 """
 
-import json
 import sys
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
 from capas.core.dag import read_yaml, recorded_key
+from capas.core.files import read_json
 
 FOLDER = Path("reports/timings")
 # Measures of a stage; only train has the last two, and the very last only on a GPU.
@@ -21,10 +21,14 @@ MEASURES = (
 
 
 def read(root: Path) -> dict[str, dict[str, Any]]:
-    """Return {stage: {key, seconds, cpu_seconds, peak_memory_bytes, ...}}, in the order of dvc.yaml."""
+    """Return {stage: {key, seconds, cpu_seconds, peak_memory_bytes, ...}}, in the order of dvc.yaml.
+
+    Raises:
+        CapasError: a file of reports/timings is damaged.
+    """
     files = {file.stem: file for file in (root / FOLDER).glob("*.json")}
     stages = read_yaml(root / "dvc.yaml")["stages"]
-    return {name: json.loads(files[name].read_text()) for name in stages if name in files}
+    return {name: read_json(files[name]) for name in stages if name in files}
 
 
 def matching(timings: Mapping[str, Any], lock: Mapping[str, Any]) -> dict[str, dict[str, Any]]:

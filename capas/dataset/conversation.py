@@ -3,7 +3,7 @@
 from collections.abc import Mapping
 from typing import Any
 
-from capas.core.records import Record
+from capas.core.records import TEXT, Record
 from capas.dataset.calls import check_tools
 from capas.dataset.flaws import (
     ASSISTANT_FIRST,
@@ -21,7 +21,7 @@ from capas.dataset.flaws import (
     Flaw,
     Flaws,
 )
-from capas.dataset.message import TEXT, Message, OfColumn, check_message, clean, json_text, only_key
+from capas.dataset.message import Message, OfColumn, check_message, clean, json_text, only_key
 from capas.dataset.names import (
     CALLS,
     PARTLY_TRAINED,

@@ -122,7 +122,7 @@ class Flaws:
             shown = self.examples.setdefault(kind, [])
             shown += found[: NUM_EXAMPLES - len(shown)]
 
-    def tell(self) -> None:
+    def log_dropped(self) -> None:
         """Log the counts of dropped and repaired records and of unused keys."""
         if self.dropped:
             counts = ", ".join(f"{kind} {count}" for kind, count in sorted(self.dropped.items()))

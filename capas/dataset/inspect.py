@@ -86,12 +86,12 @@ class Lengths:
 class Inspection:
     """The inspection of a data set.
 
-    `num_right` counts the valid records, `duplicates` all copies; `copies` has the first of these.
+    `num_valid` counts the valid records, `duplicates` all copies; `copies` has the first of these.
     """
 
     sources: list[Found]
     num_read: int
-    num_right: int
+    num_valid: int
     flaws: dict[str, FlawsOfKind]
     repaired: dict[str, int]
     left_out: dict[str, int]
@@ -140,7 +140,7 @@ def summarise(found: list[Found], flaws: Flaws, numbers: Numbers) -> Inspection:
     return Inspection(
         sources=found,
         num_read=flaws.num_read,
-        num_right=len(numbers),
+        num_valid=len(numbers),
         flaws={
             kind: FlawsOfKind(counts[kind], flaws.policy(kind), flaws.examples[kind])
             for kind in sorted(counts)

@@ -11,6 +11,7 @@ import re
 from collections.abc import Mapping
 from typing import Any
 
+from capas.core.records import TEXT
 from capas.dataset.calls import check_calls
 from capas.dataset.flaws import (
     EMPTY_ANSWER,
@@ -27,7 +28,6 @@ from capas.dataset.flaws import (
 )
 from capas.dataset.names import CALLS, ROLES, THOUGHTS, TRAINED, UNCLEAR, UNTRAINED, role_of
 
-TEXT = "text"  # the only role of a plain-text record, trained as a whole
 _BY_ROLE = {"assistant": ("reasoning_content", "tool_calls"), "tool": ("name", "tool_call_id")}
 _TRAINING = (*TRAINED, *UNTRAINED, *UNCLEAR)
 _READ = ("role", "content", "parts", *_TRAINING, *THOUGHTS, *CALLS)

@@ -20,11 +20,10 @@ from numpy.typing import NDArray
 
 from capas.core.errors import CapasError
 from capas.core.progress import doing
-from capas.core.records import RAW, Record, read_batches, write_tables
+from capas.core.records import RAW, TEXT, Record, read_batches, write_tables
 from capas.core.workers import in_order
 from capas.dataset.conversation import check_record
 from capas.dataset.flaws import MALFORMED, Flaw, Flaws, location, show
-from capas.dataset.message import TEXT
 from capas.dataset.rows import Row
 from capas.dataset.shapes import Columns, convert
 from capas.dataset.splits import Digests, content_digest, digest, ordinals, prompt_digests
@@ -167,7 +166,7 @@ class Pool:
         """
         self.read(parts)
         log.info("%d records read, %d valid", self._flaws.num_read, len(self))
-        self._flaws.tell()
+        self._flaws.log_dropped()
         self._flaws.check()
         if not len(self):
             raise CapasError("the dataset's sources contain no records")

@@ -18,6 +18,7 @@ from collections.abc import Iterable, Mapping
 from typing import Any
 
 from capas.core.errors import CapasError
+from capas.core.records import TEXT
 from capas.dataset.conversation import READ, Unused
 from capas.dataset.flaws import (
     BAD_CALL,
@@ -28,7 +29,7 @@ from capas.dataset.flaws import (
     UNKNOWN_ROLE,
     Flaw,
 )
-from capas.dataset.message import TEXT, OfColumn
+from capas.dataset.message import OfColumn
 from capas.dataset.names import FUNCTION_CALL, ROLES, SYSTEM_PROMPTS, THOUGHTS, role_of
 
 Found = dict[str, Any]

@@ -4,9 +4,9 @@ from collections.abc import Iterable, Set
 from dataclasses import dataclass
 from pathlib import Path
 
-from capas.chat.messages import TEXT, Message, Tools, conversation, spoken
+from capas.chat.messages import Message, Tools, conversation, spoken
 from capas.core.errors import CapasError
-from capas.core.records import RAW, Record, before_last_answer, evenly_spaced, read_records
+from capas.core.records import RAW, TEXT, Record, before_last_answer, evenly_spaced, read_records
 
 DEFAULT_NEW_TOKENS = 512  # length limit of an answer if neither a setting nor a reference gives one
 TEXT_PROMPT_WORDS = 16  # words of a plain text from which the model continues

@@ -3,10 +3,10 @@
 import logging
 from collections.abc import Iterator
 
-from capas.chat.messages import TEXT
 from capas.chat.template import Template, TemplateRefusal, place_system
 from capas.chat.tokenizer import TokenizerFiles
 from capas.core.errors import CapasError
+from capas.core.records import TEXT
 from capas.evaluation.decoding import MODELS, Models
 from capas.evaluation.predictions import Row
 from capas.evaluation.prompts import Prompt

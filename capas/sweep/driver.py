@@ -215,7 +215,7 @@ def _launch(plan: Plan, words: list[str], multirun: bool) -> tuple[str, int]:
 def show(home: Path) -> None:
     """Print the sweeps, their trials and the disk space that they take."""
     console, table = stdout(), Table(box=None)
-    for heading in ("sweep", "points", "workspaces", "command"):
+    for heading in ("sweep", "trials", "workspaces", "command"):
         table.add_column(heading, overflow="fold")
     plans = list(_plans(home))
     for plan in plans:

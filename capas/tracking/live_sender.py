@@ -202,7 +202,9 @@ def check(root: Path) -> int:
 
 def main(arguments: list[str]) -> None:
     parser = argparse.ArgumentParser(
-        prog="python -m capas.tracking.live_sender", description=__doc__
+        prog="python -m capas.tracking.live_sender",
+        description=__doc__,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     commands = parser.add_subparsers(required=True, dest="command")
     commands.add_parser("check")

@@ -28,9 +28,9 @@ from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
 
-from capas.chat.messages import TEXT
 from capas.core.errors import CapasError
 from capas.core.params import Params
+from capas.core.records import TEXT
 from capas.evaluation.prompts import DEFAULT_NEW_TOKENS
 from capas.use import tuned_model
 from capas.use.tuned_model import Tuned

@@ -14,12 +14,12 @@ from itertools import chain
 from pathlib import Path
 from typing import Any
 
-from capas.chat.messages import TEXT, conversation
+from capas.chat.messages import conversation
 from capas.core.code import CodeReader
 from capas.core.dag import read_yaml
 from capas.core.files import read_json, write_json
 from capas.core.params import Params
-from capas.core.records import RAW, read_records
+from capas.core.records import RAW, TEXT, read_records
 from capas.core.stage import Stage
 from capas.evaluation.prompts import DEFAULT_NEW_TOKENS, first_system_message
 from capas.hub.sources import Source, find_source

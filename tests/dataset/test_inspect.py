@@ -45,7 +45,7 @@ def test_shapes_columns_flaws_copies_and_lengths_are_told(side: DataSide) -> Non
     assert source.why.startswith("13 records have the columns question, answer of question_answer;")
     assert source.columns == {"question": 13, "answer": 13, "topic": 10, "text": 1}
     assert (source.splits, source.files[0]["file"]) == ({"train": 14}, name)
-    assert (found.num_read, found.num_right, found.left_out) == (14, 12, {"topic": 10})
+    assert (found.num_read, found.num_valid, found.left_out) == (14, 12, {"topic": 10})
     kinds = {kind: (flaw.count, flaw.policy) for kind, flaw in found.flaws.items()}
     assert kinds == {"empty_answer": (1, "error"), "not_text": (1, "drop")}
     assert found.flaws["empty_answer"].examples[0]["at"] == "line 12"
@@ -60,7 +60,7 @@ def test_the_form_of_a_file_is_told(side: DataSide) -> None:
     stated = ["dataset.path=csv", "dataset.data_files=data/own/x.csv", "dataset.shape=columns"]
     found = inspected(side, *stated, "dataset.columns={user: q, assistant: a}")
     facts = found.sources[0].files[0]
-    assert (facts["encoding"], facts["separator"], found.num_right) == ("cp1252", ";", 1)
+    assert (facts["encoding"], facts["separator"], found.num_valid) == ("cp1252", ";", 1)
     assert found.sources[0].why == "dataset.shape states columns"
 
 
@@ -75,5 +75,5 @@ def test_a_source_without_a_right_record_has_no_lengths(side: DataSide) -> None:
 def test_the_embedded_records_are_inspected(side: DataSide) -> None:
     small = ("num_train=24", "num_validation=4", "num_test_per_kind=2")
     found = inspected(side, "dataset=embedded", *(f"dataset.{key}" for key in small))
-    assert (found.num_right, found.flaws) == (38, {})
+    assert (found.num_valid, found.flaws) == (38, {})
     assert found.sources[0].splits == {"train": 24, "validation": 4, "test": 10}

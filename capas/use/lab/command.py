@@ -24,10 +24,17 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     counts = tuned_model.bounded(int, 1, sys.maxsize)
     parser.add_argument("lab", choices=LABS, metavar="LAB", help=", ".join(LABS))
     parser.add_argument(
-        "--records", type=counts, default=100, metavar="N", help="of the test split (default: 100)"
+        "--records",
+        type=counts,
+        default=100,
+        metavar="N",
+        help="N records of the test split (default: 100)",
     )
     parser.add_argument(
-        "--language", choices=("en", "es"), default="en", help="of the output (default: en)"
+        "--language",
+        choices=("en", "es"),
+        default="en",
+        help="language of the output (default: en)",
     )
 
 
