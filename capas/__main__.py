@@ -5,7 +5,7 @@ import sys
 import traceback
 
 from capas.compare import command as compare
-from capas.config import check, preflight
+from capas.config import check_data, preflight
 from capas.core.errors import CapasError, reason_of
 from capas.tracking import registry, ui
 from capas.use import chat, merge, push
@@ -14,7 +14,7 @@ from capas.workspace import rebuild, restore
 
 COMMANDS = {
     "chat": chat,
-    "check": check,
+    "check": check_data,
     "compare": compare,
     "lab": lab,
     "memory": preflight,

@@ -29,7 +29,6 @@ from tempfile import TemporaryFile
 from capas.config.adoption import adopt, came_from_outside
 from capas.config.advice import advice
 from capas.config.auto_metrics import chosen, with_metrics
-from capas.config.checking import check
 from capas.config.composition import (
     CONF,
     NOTHING_OVERRIDDEN,
@@ -42,8 +41,9 @@ from capas.config.composition import (
     word_given,
 )  # fmt: skip
 from capas.config.environment import ENVIRONMENT, LOCK, environment
+from capas.config.hydra_overrides import check
 from capas.config.json_schema import group_schema
-from capas.config.overrides import difference, in_force
+from capas.config.kept_overrides import difference, in_force
 from capas.config.pins import REVISIONS, Pins
 from capas.config.problems import refused
 from capas.config.requirements import read_by

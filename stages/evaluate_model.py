@@ -39,8 +39,8 @@ from capas.evaluation.predictions import (
     read_copies,
 )
 from capas.evaluation.prompts import answer_limit
+from capas.evaluation.score_model import answer, ask, score
 from capas.evaluation.scorer import Scorer
-from capas.evaluation.scoring import answer, ask, score
 from capas.evaluation.summary import before_after, side_by_side, summarize, summarize_copies
 from capas.models import hardware
 from capas.models.vocabulary import check_ids

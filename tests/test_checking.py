@@ -9,8 +9,8 @@ import pytest
 from shipped import CONF
 from workspace import REPOSITORY
 
-from capas.config import elsewhere, requirements
-from capas.config.checking import MAX_COMBINATIONS, Composer, check, check_points
+from capas.config import foreign_names, requirements
+from capas.config.hydra_overrides import MAX_COMBINATIONS, Composer, check, check_points
 from capas.config.requirements import lacking, read_by
 from capas.config.validation import known_keys, nearest
 from capas.core import extras
@@ -119,16 +119,16 @@ def test_each_kind_of_problem_has_its_sentence(
 
 
 def test_what_is_answered_to_names_of_other_libraries_exists(composer: Composer) -> None:
-    sentences = {**elsewhere.ANSWERS, **elsewhere.OPTIONS}
-    sentences |= {key: " ".join(answers.values()) for key, answers in elsewhere.VALUES.items()}
+    sentences = {**foreign_names.ANSWERS, **foreign_names.OPTIONS}
+    sentences |= {key: " ".join(answers.values()) for key, answers in foreign_names.VALUES.items()}
     written = set(re.findall(r"[a-z_]+(?:\.\w+)*=[\w.]+", " ".join(sentences.values())))
     assert {"hardware=gpu_fsdp2", "trainer.optim=adamw_8bit"} < written
     for override in sorted(written):
         for problem in check_points([override], CONF, composer=composer).problems:
             assert "expected" in problem.message, problem  # of rules, which other overrides satisfy
-    assert set(elsewhere.KEYS.values()) < set(known_keys())
-    for name in elsewhere.KEYS | elsewhere.ANSWERS:
-        answer = elsewhere.answer_to_key(name)
+    assert set(foreign_names.KEYS.values()) < set(known_keys())
+    for name in foreign_names.KEYS | foreign_names.ANSWERS:
+        answer = foreign_names.answer_to_key(name)
         assert answer and nearest(name) == nearest(f"trainer.{name}") == answer
 
 

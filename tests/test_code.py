@@ -302,7 +302,7 @@ def test_code_yaml_is_of_this_code() -> None:
         ("capas/training/trainer.py", {"train"}),
         ("capas/dataset/splits.py", {"fetch"}),
         ("capas/chat/audit.py", {"format"}),
-        ("capas/evaluation/overlap.py", {"evaluate_base", "evaluate", "sample"}),
+        ("capas/evaluation/overlap_metrics.py", {"evaluate_base", "evaluate", "sample"}),
         ("capas/report/plots.py", {"report"}),
         ("capas/report/style.css", {"report"}),
         ("capas/report/mask/es.yaml", {"format", "report"}),

@@ -18,7 +18,7 @@ from safetensors.torch import load_file
 from tiny import REPOSITORY, read_json, run_stage, write_lock
 
 from capas.config.composition import composer
-from capas.config.overrides import absorb
+from capas.config.kept_overrides import absorb
 from capas.config.validation import validate
 from capas.core.params import Params
 from capas.training import memory

@@ -17,7 +17,7 @@ from sweeping import Sweeper, wait
 from workspace import REPOSITORY, Workspace, make_workspace, stages_run
 
 from capas.workspace import unfinished
-from capas.workspace.experiment import REPLACED
+from capas.workspace.experiment_recovery import REPLACED
 
 WORSE, OTHER = (
     "trainer.learning_rate=0.9",

@@ -6,8 +6,8 @@ import os
 
 from capas.config.auto_metrics import with_metrics
 from capas.config.composition import CONF, PARAMS, Values, composer, digest, read, word_given
+from capas.config.kept_overrides import absorb, difference
 from capas.config.options import OWN, options_of
-from capas.config.overrides import absorb, difference
 from capas.config.pins import Pins
 from capas.config.resolved_files import resolved_files
 from capas.config.schema import GROUPS

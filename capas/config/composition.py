@@ -13,7 +13,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-from capas.config import elsewhere, options
+from capas.config import foreign_names, options
 from capas.core.dag import parse_yaml, read_yaml
 from capas.core.errors import CapasError
 
@@ -241,7 +241,7 @@ def _no_such_option(error: BaseException) -> str:
 
 def meant(option: str, there: list[str], group: str) -> str:
     """Return a suggestion of the intended option, or a list of options, to follow `no such option`."""
-    if answer := elsewhere.OPTIONS.get((group, option)):
+    if answer := foreign_names.OPTIONS.get((group, option)):
         return f"; write {answer}"
     close = difflib.get_close_matches(option, there, n=1, cutoff=0.5)
     return f"; did you mean {close[0]}?" if close else f"; {group} has {', '.join(there)}"

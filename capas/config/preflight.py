@@ -66,7 +66,7 @@ def composed_here(overrides: list[str]) -> tuple[Path, Values]:
     Raises:
         CapasError: there is no conf/, or it does not compose to valid values.
     """
-    from capas.config.checking import check
+    from capas.config.hydra_overrides import check
     from capas.config.problems import refused
 
     root = Path.cwd()

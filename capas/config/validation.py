@@ -6,7 +6,7 @@ from typing import Any
 
 from pydantic import ValidationError
 
-from capas.config.elsewhere import answer_to_key, answer_to_value
+from capas.config.foreign_names import answer_to_key, answer_to_value
 from capas.config.json_schema import leaves_schema
 from capas.config.problems import Problem, refused
 from capas.config.rules import RULES

@@ -7,8 +7,8 @@ from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from capas.evaluation.answers import valid_json
-from capas.evaluation.number import last_number
+from capas.evaluation.match_metrics import valid_json
+from capas.evaluation.number_metric import last_number
 
 MAX_LABELS, MAX_SHORT_WORDS = 20, 5
 

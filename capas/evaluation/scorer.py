@@ -8,10 +8,10 @@ from typing import Any
 
 from capas.core.errors import CapasError
 from capas.core.files import read_json
-from capas.evaluation.answers import exact_match, json_fields, valid_json
+from capas.evaluation.match_metrics import exact_match, json_fields, valid_json
 from capas.evaluation.names import name_of
-from capas.evaluation.number import final_number, last_number
-from capas.evaluation.overlap import chrf, rouge
+from capas.evaluation.number_metric import final_number, last_number
+from capas.evaluation.overlap_metrics import chrf, rouge
 from capas.evaluation.user_metrics import load_functions
 
 Score = float | bool

@@ -16,8 +16,8 @@ from typing import Any
 from rich.table import Table
 
 from capas.config import options
-from capas.config.checking import Point
 from capas.config.composition import CONF
+from capas.config.hydra_overrides import Point
 from capas.config.problems import refused
 from capas.config.requirements import lacking, read_by
 from capas.core.errors import CapasError
@@ -25,12 +25,12 @@ from capas.core.locks import BusyError, exclusive, is_held
 from capas.core.worktree import git
 from capas.sweep import crossing, parent
 from capas.sweep.crosstable import CSV, LANGUAGES, TEXT, CrossTable
+from capas.sweep.display import Screen, print_ranking, stdout, verdict
 from capas.sweep.lesson import lesson
 from capas.sweep.outlook import cached, earlier, in_words, seconds_of_all
 from capas.sweep.plan import AT_ONCE, DRIVER, FOLDER, VARIABLE, Plan, check_home
 from capas.sweep.point import num_workers
 from capas.sweep.ranking import Row, rank
-from capas.sweep.screen import Screen, print_ranking, stdout, verdict
 from capas.sweep.state import ENDED, FAILED, State, read_states
 from capas.sweep.task import NAME, Task, prepare, runs_here
 from capas.workspace.clone import cache_of

@@ -7,7 +7,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from capas.config.checking import Point
+from capas.config.hydra_overrides import Point
 from capas.core import timings
 from capas.core.dag import StageSpec
 from capas.core.worktree import git

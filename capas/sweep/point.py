@@ -24,8 +24,8 @@ from capas.core.locks import BusyError, exclusive
 from capas.core.process import follow
 from capas.core.workers import end_with
 from capas.core.worktree import git
+from capas.sweep.display import without_group
 from capas.sweep.plan import AT_ONCE, DRIVER, Plan, digest
-from capas.sweep.screen import without_group
 from capas.sweep.shared import SharedStages
 from capas.sweep.slots import place
 from capas.sweep.state import CACHED, DONE, FAILED, RUNNING, WAITING, State

@@ -9,8 +9,8 @@ from typing import Annotated, Any, Literal
 from pydantic import Field, ValidationError
 
 from capas.config import options
-from capas.config.checking import Composer, Point, check_points, choices_of
 from capas.config.composition import CONF, failures, is_group, reasons, to_values, with_new_keys
+from capas.config.hydra_overrides import Composer, Point, check_points, choices_of
 from capas.config.problems import Problem, refused
 from capas.config.schema import GROUPS, Group
 from capas.config.validation import explain, nearest

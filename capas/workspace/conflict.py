@@ -19,7 +19,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from capas.config.composition import edited_values
-from capas.config.overrides import difference, parse, render
+from capas.config.kept_overrides import difference, parse, render
 from capas.config.pins import Pins
 from capas.core import lockfile
 from capas.core.code import digests

@@ -106,7 +106,7 @@ def restore(
         )
     said += [*_heal_params(root), *_heal_lock(root)]
     if guess and not said:
-        from capas.workspace.experiment import stash_on_head
+        from capas.workspace.experiment_recovery import stash_on_head
 
         said = stash_on_head(root)
     return said, 0
@@ -117,7 +117,7 @@ def running(root: Path) -> str:
     if unfinished.is_running(root):
         return "`dvc exp run`"
     for holder in _holders(root):
-        from capas.workspace.experiment import is_alive
+        from capas.workspace.experiment_recovery import is_alive
 
         if is_alive(holder):
             return f"`{holder['cmd']}` (process {holder['pid']})"
@@ -187,10 +187,10 @@ def _git_locks(root: Path) -> list[Path]:
 
 def _end_experiment(root: Path, keep: bool, guess: bool) -> list[str]:
     """Restore the workspace after an experiment that was killed."""
-    from capas.workspace import experiment
+    from capas.workspace import experiment_recovery
 
-    before = unfinished.read(root) or experiment.left_in_stash(root, guess)
-    return experiment.put_back(root, before, keep) if before else []
+    before = unfinished.read(root) or experiment_recovery.left_in_stash(root, guess)
+    return experiment_recovery.put_back(root, before, keep) if before else []
 
 
 def is_conflicted(root: Path) -> bool:
@@ -210,7 +210,7 @@ def _heal_params(root: Path) -> list[str]:
         return []
     except CapasError as error:
         from capas.workspace.conflict import compose
-        from capas.workspace.experiment import move_aside
+        from capas.workspace.experiment_recovery import move_aside
 
         kept = move_aside(root, [PARAMS])
         compose(root, "--force")

@@ -17,7 +17,7 @@ from tokenizers import Tokenizer
 from capas.chat.recorded import read_chat, recorded_format
 from capas.core.errors import CapasError
 from capas.core.records import evenly_spaced
-from capas.evaluation import gate, scoring
+from capas.evaluation import gate, score_model
 from capas.evaluation.difference import in_words
 from capas.evaluation.general import format_questions
 from capas.evaluation.predictions import read_base
@@ -103,7 +103,7 @@ def losses(root: Path, name: str, adapted: bool) -> list[dict[str, Any]]:
     chat = recorded_format(root / "data/formatted", root / "data/models/tokenizer")
     records = format_questions(root / "data/general/records.jsonl", chat)
     batch_size = params.evaluation.batch_size
-    return scoring.score(model, records, read_chat(root / "data/formatted"), batch_size)
+    return score_model.score(model, records, read_chat(root / "data/formatted"), batch_size)
 
 
 OWN = """
@@ -219,7 +219,7 @@ def test_an_answer_may_be_as_long_as_the_references_suggest(tmp_path: Path) -> N
 def test_a_control_token_in_an_answer_is_counted_and_fails_the_gate(evaluated: Path) -> None:
     tokenizer = Tokenizer.from_file(str(evaluated / "data/models/tokenizer/tokenizer.json"))
     ids = {token: tokenizer.token_to_id(token) for token in ("<|im_start|>", "<|eot_id|>")}
-    found = scoring.control_ids({"allowed_tokens": ["<|eot_id|>"]}, tokenizer)
+    found = score_model.control_ids({"allowed_tokens": ["<|eot_id|>"]}, tokenizer)
     assert ids["<|im_start|>"] in found and ids["<|eot_id|>"] not in found
     report = read_json(evaluated / "reports/evaluation.json")
     report["tuned"]["control_token_rate"] = 0.1
@@ -231,7 +231,7 @@ def test_a_control_token_in_an_answer_is_counted_and_fails_the_gate(evaluated: P
 def test_prompt_of_another_format_is_refused(evaluated: Path) -> None:
     record = {"id": "test-0", "prompt_ids": [1, 2, 5], "input_ids": [1, 3, 5, 4]}
     with pytest.raises(CapasError, match=r"test-0: prompt_ids is not a prefix of input_ids"):
-        scoring.check_prompts([record])
+        score_model.check_prompts([record])
 
 
 def test_chosen_records_are_spread_over_the_split() -> None:

@@ -8,11 +8,11 @@ from decimal import Decimal
 import pytest
 from rouge_score.rouge_scorer import RougeScorer
 
-from capas.evaluation.answers import exact_match, json_fields, valid_json
 from capas.evaluation.comparison import paired_difference, perplexity, records_needed, verdict
+from capas.evaluation.match_metrics import exact_match, json_fields, valid_json
 from capas.evaluation.names import BINARY, BUILT_IN
-from capas.evaluation.number import final_number, last_number
-from capas.evaluation.overlap import chrf, rouge
+from capas.evaluation.number_metric import final_number, last_number
+from capas.evaluation.overlap_metrics import chrf, rouge
 from capas.evaluation.scorer import RULES
 
 CALL = '{"name": "set_timer", "arguments": {"minutes": 99}}'

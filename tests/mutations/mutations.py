@@ -283,7 +283,7 @@ MUTATIONS = (
     ),
     Mutation(
         name="stashed_edits_forgotten",
-        file="capas/workspace/experiment.py",
+        file="capas/workspace/experiment_recovery.py",
         old="*(_reset_by_dvc(root, before, then) if before.phase == PREPARING else [])",
         new="*[]",
         harm="Edits in conf/ that DVC had stashed when it was killed are gone.",

@@ -24,13 +24,13 @@ from capas.core.errors import CapasError
 from capas.core.locks import BusyError, exclusive
 from capas.core.process import follow
 from capas.sweep import driver
+from capas.sweep.display import verdict
 from capas.sweep.lesson import lesson
 from capas.sweep.outlook import in_words, seconds_of_all
 from capas.sweep.plan import AT_ONCE, Plan
 from capas.sweep.point import Point, name_of, num_workers
 from capas.sweep.produced import keys_of, not_produced
 from capas.sweep.ranking import Row, rank
-from capas.sweep.screen import verdict
 from capas.sweep.shared import stage_keys
 from capas.sweep.slots import place, some_of, visible_gpus
 from capas.sweep.state import DONE, FAILED, RUNNING, State, read_states

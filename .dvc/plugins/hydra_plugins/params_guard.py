@@ -17,13 +17,13 @@ from hydra._internal.hydra import Hydra
 from hydra.core.config_search_path import ConfigSearchPath
 from hydra.plugins.search_path_plugin import SearchPathPlugin
 
-from capas.config.checking import check, check_points
 from capas.config.composition import CONF, PARAMS, edited_by_hand, with_new_keys
+from capas.config.hydra_overrides import check, check_points
 from capas.config.problems import Problem, refused
 from capas.config.requirements import lacking, read_by
 from capas.config.searchpath import extend
 from capas.core.errors import CapasError, without_secrets
-from capas.workspace import experiment, unfinished
+from capas.workspace import experiment_recovery, unfinished
 
 
 class ParamsGuard(SearchPathPlugin):
@@ -85,8 +85,8 @@ def _checked_config(self: Hydra, config_name: Any, overrides: Any, *rest: Any, *
             waits=bool(asked.get("queue")),
             runs=bool(asked) and not asked["kwargs"].get("dry"),
         )
-        experiment.begin(root, sys.argv)
-    atexit.register(experiment.at_exit, root)
+        experiment_recovery.begin(root, sys.argv)
+    atexit.register(experiment_recovery.at_exit, root)
     _guard_experiments()
     known = with_new_keys(list(overrides), root / CONF)
     return _compose_config(self, config_name, known, *rest, **more)
@@ -137,7 +137,7 @@ def _check_command(
 
 
 def _guard_experiments() -> None:
-    """Tell `capas.workspace.experiment` how far an experiment has come."""
+    """Tell `capas.workspace.experiment_recovery` how far an experiment has come."""
     from dvc.repo.experiments.queue.tempdir import TempDirQueue
     from dvc.repo.experiments.queue.workspace import WorkspaceQueue
 
@@ -155,7 +155,7 @@ def _guard_experiments() -> None:
 
     @wraps(in_folder)
     def elsewhere(queue: Any, *args: Any, **kwargs: Any) -> Any:
-        experiment.end_elsewhere(Path(queue.repo.root_dir))
+        experiment_recovery.end_elsewhere(Path(queue.repo.root_dir))
         return in_folder(queue, *args, **kwargs)
 
     WorkspaceQueue._reproduce_entry, TempDirQueue._reproduce_entry = guarded, elsewhere

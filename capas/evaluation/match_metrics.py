@@ -1,4 +1,4 @@
-"""Compare answers with the reference: as text, as JSON, or by the fields that they share."""
+"""Metrics of matching answers: exact match, valid JSON, JSON fields shared with the reference."""
 
 import json
 from typing import Any
