@@ -1,5 +1,6 @@
 """dvc.lock that was cut where DVC was killed: no entry is believed that is not whole."""
 
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -73,6 +74,7 @@ def test_an_output_that_dvc_yaml_declares_is_missed() -> None:
     short = piece[: piece.index("    - path: reports/train.csv")]
     assert flaw(short, SPECS["train"]) == "reports/train.csv missing"
     assert flaw(short.replace("train.py", "other.py"), SPECS["train"]) == ""
+    assert flaw(short, SPECS["train"], is_last=False) == "", "of a version without that output"
 
 
 def test_entries_of_this_run_stay_and_the_others_come_from_the_commit() -> None:
@@ -81,6 +83,11 @@ def test_entries_of_this_run_stay_and_the_others_come_from_the_commit() -> None:
     healed, said = heal(cut, older, SPECS)
     assert said == ["dvc.lock: the entry of train is incomplete: truncated"]
     assert split(healed) == {"fetch": split(TEXT)["fetch"], "train": split(older)["train"]}
+
+
+def test_a_lock_of_a_version_with_fewer_outputs_is_left_to_dvc() -> None:
+    specs = {**SPECS, "fetch": replace(SPECS["fetch"], outs=("data/raw", "reports/new.json"))}
+    assert heal(TEXT, TEXT, specs) == (TEXT, [])
 
 
 def test_a_stage_that_dvc_yaml_no_longer_has_is_not_brought_back() -> None:

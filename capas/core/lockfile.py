@@ -42,11 +42,13 @@ def entry(piece: str) -> dict[str, Any] | None:
     return found if isinstance(found, dict) else None
 
 
-def flaw(piece: str, spec: StageSpec | None) -> str:
+def flaw(piece: str, spec: StageSpec | None, is_last: bool = True) -> str:
     """Return the reason why a piece is incomplete, or an empty text if it is complete.
 
     Args:
         spec: the stage as dvc.yaml declares it now, or None if it declares no such stage.
+        is_last: whether the file ends with this piece. In the middle of a file a stage without one of its
+            outputs was not truncated: it ran before dvc.yaml declared that output, so DVC runs it again.
     """
     found = entry(piece)
     if found is None or not piece.endswith("\n"):
@@ -57,7 +59,7 @@ def flaw(piece: str, spec: StageSpec | None) -> str:
         for item in found.get(kind) or []:
             if not _is_whole(item):
                 return f"{_path(item)} has no md5 or size"
-    if spec is None or spec.cmd != found["cmd"]:
+    if spec is None or spec.cmd != found["cmd"] or not is_last:
         return ""
     recorded = {item["path"] for item in found.get("outs") or []}
     missing = [path for path in spec.outs if path not in recorded]
@@ -85,7 +87,8 @@ def heal(text: str, committed: str, specs: Mapping[str, StageSpec]) -> tuple[str
         committed: the last commit's dvc.lock, which replaces incomplete stages; empty if there is none.
     """
     here, there = split(text), split(committed)
-    flaws = {name: flaw(piece, specs.get(name)) for name, piece in here.items()}
+    last = next(reversed(here), None)
+    flaws = {n: flaw(piece, specs.get(n), n == last) for n, piece in here.items()}
     whole = {name: piece for name, piece in here.items() if not flaws[name]}
     lost = [name for name in there if name in specs and name not in here]
     said = [
