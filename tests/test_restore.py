@@ -186,8 +186,8 @@ def test_what_a_killed_experiment_left_can_be_kept(edited: Experimenter) -> None
 def begin(made: Workspace, phase: str) -> None:
     """The record of an experiment whose process is gone, and HEAD as DVC detaches it."""
     code = (
-        "import sys; from pathlib import Path; from capas.workspace import experiment, unfinished\n"
-        "experiment.begin(Path(), ['dvc', 'exp', 'run', '-S', 'lora.r=8'])\n"
+        "import sys; from pathlib import Path; from capas.workspace import experiment_recovery, unfinished\n"
+        "experiment_recovery.begin(Path(), ['dvc', 'exp', 'run', '-S', 'lora.r=8'])\n"
         f"if {phase!r} == unfinished.RUNNING: unfinished.mark_running(Path())"
     )
     head = made.run("git", "rev-parse", "HEAD").strip()

@@ -146,9 +146,9 @@ def test_the_run_of_an_experiment_is_no_row_of_its_own(published: Results) -> No
         named = replace(first, name="r64 (wide)", texts={**first.texts, "dvc.experiment": "wide"})
         repository.tracked = [named]
         assert [one.name for one in repository.experiments] == ["wide"]
-        assert repository.untold([]) == []
+        assert repository.unlisted_runs([]) == []
         repository.tracked = [first]
-        assert [side.name for side in repository.untold([])] == ["train-first"]
+        assert [side.name for side in repository.unlisted_runs([])] == ["train-first"]
 
 
 def test_a_run_without_artifacts_here_is_listed_with_its_scores(
