@@ -23,6 +23,7 @@ from capas.core.stage import Stage, log, run
 from capas.tracking import lineage, run_content
 from capas.tracking.client import Point, Run, Split, reachable
 from capas.tracking.live_sender import run_name
+from capas.tracking.pages import Pages
 from capas.tracking.run_content import Times
 from capas.tracking.run_params import recorded_params
 from capas.tracking.store import (
@@ -35,7 +36,6 @@ from capas.tracking.store import (
     locked,
     tracking_uri,
 )
-from capas.tracking.ui import Pages
 from capas.use import mlflow_model
 from capas.use.card import write_card
 

@@ -26,9 +26,9 @@ from capas.core.params import Params
 from capas.core.stage import Stage, log
 from capas.models import adapter, hardware
 from capas.training import launch, live_rows, unsloth
+from capas.training.adapted_model import add_lora
 from capas.training.arguments import training_arguments
 from capas.training.fit import check_lengths, check_memory, check_tokens, num_tokens
-from capas.training.lora import add_lora
 from capas.training.results import write_reports
 from capas.training.saving import save_tuned, write_certificate
 from capas.training.steps import Step

@@ -8,9 +8,9 @@ from urllib.parse import parse_qs
 import pytest
 
 from capas import __main__ as cli
-from capas.tracking import run_params, ui
+from capas.tracking import pages, run_params
+from capas.tracking.pages import Pages
 from capas.tracking.store import Store
-from capas.tracking.ui import Pages
 
 PARAMS = {
     **{"dataset.preset": "own_csv", "model.preset": "qwen2.5_0.5b_instruct"},
@@ -64,7 +64,7 @@ def test_every_experiment_has_the_view_also_one_that_was_there(
 ) -> None:
     monkeypatch.delenv("MLFLOW_TRACKING_URI", raising=False)
     monkeypatch.delenv("DVC_ROOT", raising=False)
-    store, tag = Store.open(tmp_path, "new"), ui.VIEW_TAG + ui.VIEW
+    store, tag = Store.open(tmp_path, "new"), pages.VIEW_TAG + pages.VIEW
     for _ in range(2):
         view = json.loads(store.client.get_experiment(store.experiment_id).tags[tag])
         assert view["columnOrder"][:3] == [

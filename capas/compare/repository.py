@@ -22,9 +22,9 @@ from capas.core.files import read_json
 from capas.core.worktree import git
 from capas.tracking import runs
 from capas.tracking.client import reachable
+from capas.tracking.pages import Pages
 from capas.tracking.run_content import artifacts_digest
 from capas.tracking.store import ARTIFACTS, EXPERIMENT, TRAIN_KEY, existing, tracking_uri
-from capas.tracking.ui import Pages
 from capas.use.tuned_model import ran_with, say
 
 _NUM_NAMES = 5

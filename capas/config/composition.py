@@ -82,6 +82,8 @@ def composer(conf: Path) -> Iterator[Compose]:
     from hydra import compose
     from omegaconf import OmegaConf
 
+    from capas.config.searchpath import initialize
+
     def run(overrides: list[str]) -> Values:
         with hydra_errors():
             config = compose("config", overrides=with_new_keys(overrides, conf))
@@ -90,7 +92,7 @@ def composer(conf: Path) -> Iterator[Compose]:
                 raise CapasError(f"conf/ leaves mandatory values unset: {', '.join(missing)}")
             return to_values(config)
 
-    with options.initialize(conf):
+    with initialize(conf):
         yield run
 
 

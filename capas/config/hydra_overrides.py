@@ -31,7 +31,7 @@ from capas.config.composition import (
     word_given,
 )  # fmt: skip
 from capas.config.json_schema import leaves_schema
-from capas.config.options import options_of, register
+from capas.config.options import options_of
 from capas.config.problems import Problem
 from capas.config.requirements import lacking
 from capas.config.schema import GROUPS, Group
@@ -375,6 +375,8 @@ class Composer:
         from hydra import version
         from hydra._internal.config_loader_impl import ConfigLoaderImpl
         from hydra._internal.utils import create_config_search_path
+
+        from capas.config.searchpath import register
 
         register()
         version.setbase("1.3")

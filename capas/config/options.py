@@ -12,7 +12,6 @@ import difflib
 import re
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
 
 from capas.core.dag import parse_yaml
 from capas.core.errors import CapasError
@@ -24,27 +23,6 @@ _WORDS = ("null", "none", "true", "false", "yes", "no", "on", "off", "y", "n", "
 _SHADOWING = (".yaml", ".jinja")  # suffixes of files that are found by name alone
 _GLOBAL = re.compile(r"^#\s*@package\s+_global_\s*$", re.MULTILINE)
 _CLOSE = 0.8
-
-
-def initialize(conf: Path) -> Any:
-    """Return Hydra's context manager for composing `conf`, including its own options.
-
-    Raises:
-        CapasError: see `check`.
-    """
-    from hydra import initialize_config_dir
-
-    register()
-    return initialize_config_dir(str(conf.resolve()), version_base="1.3")
-
-
-def register() -> None:
-    """Make every search path of Hydra in this process include the own options."""
-    from hydra.core.plugins import Plugins
-
-    from capas.config.searchpath import OwnOptions
-
-    Plugins.instance().register(OwnOptions)
 
 
 def files(conf: Path, group: str) -> list[Path]:

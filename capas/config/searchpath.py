@@ -1,6 +1,7 @@
-"""Add conf/own to Hydra's search path, after conf/. `capas.config.options.register` registers the plugin."""
+"""Add conf/own to Hydra's search path, after conf/. `register` registers the plugin."""
 
 from pathlib import Path
+from typing import Any
 
 from hydra.core.config_search_path import ConfigSearchPath
 from hydra.plugins.search_path_plugin import SearchPathPlugin
@@ -31,3 +32,22 @@ class OwnOptions(SearchPathPlugin):
 
     def manipulate_search_path(self, search_path: ConfigSearchPath) -> None:
         extend(search_path)
+
+
+def initialize(conf: Path) -> Any:
+    """Return Hydra's context manager for composing `conf`, including its own options.
+
+    Raises:
+        CapasError: see `options.check`.
+    """
+    from hydra import initialize_config_dir
+
+    register()
+    return initialize_config_dir(str(conf.resolve()), version_base="1.3")
+
+
+def register() -> None:
+    """Make every search path of Hydra in this process include the own options."""
+    from hydra.core.plugins import Plugins
+
+    Plugins.instance().register(OwnOptions)

@@ -83,9 +83,9 @@ class CodeReader:
         """Return the modules that `script` may import, including those in DECIDES_NO_BYTE."""
         return self._closure(script, frozenset())
 
-    def imports(self, script: str, module: str) -> bool:
-        """Return whether `script` itself imports `module`."""
-        return module in self._imported(script)
+    def imported(self, file: str) -> set[str]:
+        """Return the files that a file itself imports, with the `__init__.py` of each package on the way."""
+        return set(self._imported(file))
 
     def _closure(self, script: str, without: frozenset[str]) -> set[str]:
         found: set[str] = set()
@@ -171,7 +171,7 @@ def digests(root: Path) -> dict[str, str]:
     return {
         Path(script).stem: digest_of(reader.files(script))
         for script in scripts
-        if reader.imports(script, _RUNNER)
+        if _RUNNER in reader.imported(script)
     }
 
 

@@ -15,11 +15,11 @@ from typing import Any
 
 from rich.table import Table
 
-from capas.config import options
 from capas.config.composition import CONF
 from capas.config.hydra_overrides import Point
 from capas.config.problems import refused
 from capas.config.requirements import lacking, read_by
+from capas.config.searchpath import register
 from capas.core.errors import CapasError
 from capas.core.locks import BusyError, exclusive, is_held
 from capas.core.worktree import git
@@ -201,7 +201,7 @@ def _launch(plan: Plan, words: list[str], multirun: bool) -> tuple[str, int]:
 
     from capas.sweep.point import point
 
-    options.register()
+    register()
     conf, said = str(plan.folder / CONF), io.StringIO()
     sys.argv = [sys.argv[0], *(["-m"] if multirun else []), *words]
     try:

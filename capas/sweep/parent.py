@@ -22,8 +22,8 @@ from capas.core.files import write_whole
 from capas.sweep.plan import Plan
 from capas.sweep.state import CACHED, State, read_states
 from capas.tracking.client import reachable
+from capas.tracking.pages import DEFAULT_PARAMS, VIEW_TAG, Pages, shared_view
 from capas.tracking.store import Store, locked, sqlite_file, tracking_uri
-from capas.tracking.ui import DEFAULT_PARAMS, VIEW_TAG, Pages, shared_view
 
 log = logging.getLogger("capas")
 KEY = "sweep_key"

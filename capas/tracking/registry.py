@@ -17,8 +17,8 @@ from typing import Any, NamedTuple
 from capas.core.errors import CapasError
 from capas.tracking import runs
 from capas.tracking.client import reachable
+from capas.tracking.pages import Pages
 from capas.tracking.store import GATE, MODEL, TRAIN_KEY, existing, locked, tracking_uri
-from capas.tracking.ui import Pages
 
 FORCED = "forced"
 _COPIED = (TRAIN_KEY, GATE, "mlflow.source.git.commit")  # tags copied from run to version

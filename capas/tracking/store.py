@@ -16,7 +16,7 @@ from urllib.parse import quote, unquote, urlsplit
 
 from capas.core.errors import CapasError, without_secrets
 from capas.core.locks import BusyError, exclusive, is_held
-from capas.tracking import ui
+from capas.tracking import pages
 from capas.tracking.artifacts import UnusableStoreError, check_artifacts
 from capas.tracking.client import RETRY, Client, Point, Run, connect, list_artifacts, reachable
 
@@ -353,11 +353,11 @@ def _check_database(uri: str) -> None:
 
 
 def _experiment_id(client: Client, name: str, uri: str, root: Path) -> str:
-    found, view = client.get_experiment_by_name(name), ui.default_view()
+    found, view = client.get_experiment_by_name(name), pages.default_view()
     if found is None:
         # With SQLite and no server, artifacts would go to ./mlruns of the process that comes first.
         local = (home(root) / "mlartifacts").as_uri() if uri.startswith("sqlite") else None
-        tags = {**_KIND, ui.VIEW_TAG + ui.VIEW: view}
+        tags = {**_KIND, pages.VIEW_TAG + pages.VIEW: view}
         return str(client.create_experiment(name, artifact_location=local, tags=tags))
     if found.lifecycle_stage == "deleted":
         raise CapasError(
@@ -365,6 +365,6 @@ def _experiment_id(client: Client, name: str, uri: str, root: Path) -> str:
             f"restore -x {found.experiment_id}` (MLFLOW_TRACKING_URI={without_secrets(uri)}), or "
             "set tracking.experiment_name to another name"
         )
-    if found.tags.get(ui.VIEW_TAG + ui.VIEW) != view:
-        client.set_experiment_tag(found.experiment_id, ui.VIEW_TAG + ui.VIEW, view)
+    if found.tags.get(pages.VIEW_TAG + pages.VIEW) != view:
+        client.set_experiment_tag(found.experiment_id, pages.VIEW_TAG + pages.VIEW, view)
     return str(found.experiment_id)
