@@ -35,7 +35,7 @@ class DataSide:
 
     def run(self, *names: str, overrides: tuple[str, ...] = ()) -> "DataSide":
         """Run stages (all of them where none is named) with Hydra overrides."""
-        local = f"model.revision={folder_revision(self.root / 'tokenizer')}"
+        local = f"model.revision='{folder_revision(self.root / 'tokenizer')}'"
         values = composed([*SHRUNK, "model.model_name_or_path=tokenizer", local, *overrides])
         template = self.root / "data/composed/chat_template.jinja"
         template.parent.mkdir(parents=True, exist_ok=True)

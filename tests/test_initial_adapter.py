@@ -41,7 +41,9 @@ def initial(folder: Path, root: Path, *overrides: str, **options: Any) -> Path:
     """A workspace whose training starts from the adapter in `folder`, with that adapter fetched."""
     root.mkdir(parents=True, exist_ok=True)
     shutil.copytree(folder, root / "first")
-    named = f"lora.adapter_name_or_path=first lora.adapter_revision={adapter_revision(folder)}"
+    # quoted: a digest of digits and one e is a number to Hydra
+    revision = f"lora.adapter_revision='{adapter_revision(folder)}'"
+    named = f"lora.adapter_name_or_path=first {revision}"
     write_workspace(root, ["quantization=nf4", *named.split(), *overrides], **options)
     fetch(root)
     run_stage("quantize", quantize_model.main, root)

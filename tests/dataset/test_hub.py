@@ -338,7 +338,7 @@ def test_of_parquet_only_the_needed_columns_are_read(
             "dataset=gsm8k",
             "dataset.path=org/wide",
             "dataset.name=null",
-            f"dataset.revision={commit}",
+            f"dataset.revision='{commit}'",
         )
     )
     [source] = sources_of(Params({**needed["dataset"], "split": "train"}), Path())
