@@ -314,10 +314,10 @@ def in_words(check: Check) -> Iterator[str]:
         yield f"{'dropped':12}{reason} {count}"
     near = check.preview.near_duplicates
     if near and near["num_records"]:
+        groups = f"{near['num_groups']} group{'' if near['num_groups'] == 1 else 's'}"
         yield (
-            f"{'alike':12}{near['num_records']} records are near-duplicates, in "
-            f"{near['num_groups']} groups; {near['num_test_records_like_train']} test records have "
-            "one in train"
+            f"{'alike':12}{near['num_records']} records are near-duplicates, in {groups}; "
+            f"{near['num_test_records_like_train']} test records have one in train"
         )
         for e in near["examples"][:1]:
             yield f"{'':12}  {e['file']}, {e['at']}: {e['value']}: {e['why']}"
