@@ -175,7 +175,7 @@ def test_one_run_however_often_it_is_trained_published_and_registered(
     publish(root)
     _, published = the_run(root)
     publish(root)
-    assert the_run(root)[1].to_dictionary() == published.to_dictionary()
+    assert the_run(root)[1] == published
     after = store.client.get_metric_history(found.id, "train/loss")
     assert [(m.step, m.timestamp) for m in after] == [(m.step, m.timestamp) for m in live]
     assert published.artifact_uri.startswith("mlflow-artifacts:" if server else "file:")
