@@ -72,7 +72,7 @@ def ben(ana: Publisher, tmp_path: Path) -> Publisher:
 
 
 def tags(publisher: Publisher) -> dict[str, str]:
-    (run,) = publisher.the_run()[0].search_runs(["1"], max_results=10)
+    (run,) = publisher.the_run()[0].search_runs(["1"])
     found: dict[str, str] = run.tags
     return found
 
