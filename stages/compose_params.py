@@ -51,6 +51,7 @@ from capas.config.resolved_files import resolved_files
 from capas.config.schema import GROUPS
 from capas.config.validation import validate
 from capas.core import code
+from capas.core.dag import md5
 from capas.core.errors import CapasError, exit_on_user_error, sweep_instead
 from capas.core.files import file_sha256, write_whole
 from capas.core.progress import heartbeat
@@ -58,7 +59,6 @@ from capas.hub import embedded
 from capas.workspace import unfinished
 
 log = logging.getLogger("capas")
-CODE = (Path("capas"), Path("stages"))
 SCHEMAS = Path(".vscode/schema")
 COST = "CAPAS_COST"  # off: no cost is estimated. No result depends on it
 COSTLY = (
@@ -177,9 +177,9 @@ def inputs() -> dict[str, str]:
     """Return digests of the files that compose reads and DVC hashes afterwards, except its own outputs."""
     own = (OVERRIDES, REVISIONS)
     files = [path for path in CONF.rglob("*") if path.is_file() and path not in own]
-    files += [path for folder in CODE for path in folder.rglob("*.py")]
     files += [path for path in (PARAMS, LOCK) if path.exists()]
-    return {str(path): file_sha256(path) for path in files}
+    its_code = {folder: md5(Path(folder)) for folder in (code.PACKAGE, code.STAGES)}
+    return {str(path): file_sha256(path) for path in files} | its_code
 
 
 def show_changes(target: Values, pins: Pins, options: argparse.Namespace) -> None:

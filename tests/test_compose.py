@@ -14,9 +14,11 @@ from hub import Hub, go_offline, use
 from workspace import REPOSITORY, Workspace, make_workspace, stages_run
 
 from capas.config.composition import NOTHING_OVERRIDDEN, composer, dump
+from capas.config.environment import environment
 from capas.config.requirements import num_gpus
 from capas.core.errors import exit_on_user_error
 from capas.hub.sources import folder_revision
+from stages import compose_params
 from stages.compose_params import main, parse_options
 
 
@@ -209,6 +211,27 @@ def test_a_model_that_was_tried_brings_its_template_and_pins_none(workspace: Com
     other = "chat_template=chatml"
     workspace.experiment(model, commit, other)
     assert "override /chat_template: chatml" in workspace.read("conf/overrides.yaml")
+
+
+@pytest.mark.parametrize(
+    "edited", ["conf/config.yaml", "capas/report/style.css", "stages/fetch_dataset.py"]
+)
+def test_a_file_that_is_edited_meanwhile_is_noticed(
+    workspace: Composing, monkeypatch: pytest.MonkeyPatch, edited: str
+) -> None:
+    file, before = workspace.root / edited, workspace.read("params.yaml")
+    content = file.read_bytes()
+
+    def edit() -> str:
+        file.write_bytes(content + b"\n")
+        return environment()
+
+    monkeypatch.setattr(compose_params, "environment", edit)
+    try:
+        assert "was edited while it was composed" in workspace.refusal()
+    finally:
+        file.write_bytes(content)
+    assert workspace.read("params.yaml") == before
 
 
 def test_exp_run_refuses_to_drop_a_hand_edit(workspace: Composing) -> None:
