@@ -11,7 +11,6 @@ shipped ones by SHA-256; only `--replace` replaces files that differ. A document
 
 import argparse
 import csv
-import hashlib
 import json
 import logging
 import platform
@@ -25,7 +24,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from capas.core.errors import CapasError, exit_on_user_error
-from capas.core.files import read_json
+from capas.core.files import file_sha256, read_json
 from capas.core.params import Params
 from capas.dataset.task.corpus import generate_corpus
 from capas.models import hardware
@@ -146,7 +145,7 @@ def write_curve(path: Path, losses: list[float], tokens_per_step: int) -> None:
 def write_manifest(folder: Path, recipe: "Recipe", facts: dict[str, object]) -> None:
     """Write what the files are, how they were made, and their SHA-256."""
     files = {
-        path.name: {"bytes": path.stat().st_size, "sha256": hash_file(path)}
+        path.name: {"bytes": path.stat().st_size, "sha256": file_sha256(path)}
         for path in sorted(folder.iterdir())
         if path.name != MANIFEST
     }
@@ -167,10 +166,6 @@ def write_manifest(folder: Path, recipe: "Recipe", facts: dict[str, object]) -> 
     (folder / MANIFEST).write_text(json.dumps(manifest, indent=2, ensure_ascii=False) + "\n")
 
 
-def hash_file(path: Path) -> str:
-    return hashlib.sha256(path.read_bytes()).hexdigest()
-
-
 def list_files(folder: Path) -> dict[str, str]:
     """Return {name: SHA-256} of the files that a rebuild must repeat (the manifest records seconds)."""
     try:
@@ -178,7 +173,7 @@ def list_files(folder: Path) -> dict[str, str]:
     except (CapasError, KeyError) as error:
         log.info("%s tells nothing: %s", folder / MANIFEST, error)
         return {}
-    return {name: hash_file(folder / name) for name in names if (folder / name).exists()}
+    return {name: file_sha256(folder / name) for name in names if (folder / name).exists()}
 
 
 def compare(built: Path, shipped: Path) -> list[str]:

@@ -62,7 +62,7 @@ def main(params: Params, stage: Stage) -> None:
     initial = adapter.find_initial(stage.dep(adapter.FOLDER), params.lora)
     follows = launch.is_main() and not stage.debug
     check_tracker = live_rows.start_check(stage.root, enabled=follows)
-    from capas.training import certificate
+    from capas.training import capacity, certificate
 
     data = read_data(params, stage)
     model = make_model(params, data, initial, device, stage)
@@ -75,8 +75,6 @@ def main(params: Params, stage: Stage) -> None:
     checks = check_saved(trainer, folder, base_sha256, initial, data, params, device)
     if launch.is_main():
         write_certificate(folder, checks, params, stage)
-        from capas.training import capacity
-
         stage.costs |= capacity.device_costs(device) | hardware.machine()
 
 

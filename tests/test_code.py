@@ -209,9 +209,34 @@ def test_an_edit_changes_the_digests_of_those_that_import_it(
     assert digests(project) == after
 
 
+def test_only_an_edited_file_is_parsed_again(
+    project: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    parsed: list[str] = []
+    parse = ast.parse
+
+    def count(content: bytes, name: str = "", *more: str) -> ast.AST:
+        parsed.append(name)
+        return parse(content, name, *more)
+
+    def read() -> list[str]:
+        parsed.clear()
+        with monkeypatch.context() as patch:
+            patch.setattr(ast, "parse", count)
+            digests(project)
+            CodeReader(project).covered("stages/first.py")
+        return list(parsed)
+
+    assert len(read()) > 2
+    for edited in ("capas/lazy.py", "capas/report/three.py"):
+        (project / edited).write_text("x = 'another'\n")
+        assert read() == [edited]
+        assert read() == []
+
+
 def test_a_damaged_cache_is_made_again(project: Path) -> None:
     before = digests(project)
-    for text in ('{"version": 1, "files": {"a": []}}', "{", "[]", '{"version": 0, "files": {}}'):
+    for text in ('{"version": 2, "files": {"a": []}}', "{", "[]", '{"version": 0, "files": {}}'):
         (project / ".dvc/tmp/code.json").write_text(text)
         assert digests(project) == before
 

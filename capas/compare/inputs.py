@@ -6,13 +6,13 @@ from pathlib import Path
 from typing import Any
 
 from capas.compare.sides import ADAPTER_FOLDER, Side
-from capas.core.code import CODE
+from capas.core.code import CODE, PACKAGE, STAGES, differing
 from capas.core.codediff import between_digests
 from capas.core.dag import ancestors
+from capas.core.generated import ENVIRONMENT
 
-ENVIRONMENT = "environment.yaml"
 RAW = "data/raw"
-_CODE_FOLDERS = ("capas/", "stages/")
+_CODE_FOLDERS = (f"{PACKAGE}/", f"{STAGES}/")
 
 
 @dataclass(frozen=True)
@@ -40,9 +40,9 @@ class Inputs:
 
 def differing_inputs(a: Side, b: Side, root: Path) -> Inputs:
     """Compare the inputs of two results of the repository `root`, as their dvc.lock files record them."""
-    files = _differing(_files(a.lock), _files(b.lock))
+    files = differing(_files(a.lock), _files(b.lock))
     one, other = _packages(a.lock), _packages(b.lock)
-    packages = {name: (one.get(name, "–"), other.get(name, "–")) for name in _differing(one, other)}
+    packages = {name: (one.get(name, "–"), other.get(name, "–")) for name in differing(one, other)}
     data = [side.outputs.digest(f"{RAW}/train.parquet") for side in (a, b)]
     if None in data:
         data = [side.outputs.md5.get(RAW) for side in (a, b)]
@@ -65,7 +65,7 @@ def _same_adapter(a: Side, b: Side) -> bool:
 def _differing_code(a: Side, b: Side, root: Path) -> list[str]:
     """Return the code files that differ, or only the scripts if git does not have both states."""
     one, other = _code(a.lock), _code(b.lock)
-    scripts = _differing(one, other)
+    scripts = differing(one, other)
     if not scripts:
         return []
     if not one or not other:
@@ -108,7 +108,3 @@ def _packages(lock: Mapping[str, Any]) -> dict[str, str]:
     for name in ancestors("evaluate", lock) if "evaluate" in lock else ():
         found |= lock[name].get("params", {}).get(ENVIRONMENT, {})
     return {name: str(version) for name, version in sorted(found.items())}
-
-
-def _differing(one: Mapping[str, str], other: Mapping[str, str]) -> list[str]:
-    return [name for name in sorted({*one, *other}) if one.get(name) != other.get(name)]

@@ -17,7 +17,7 @@ from capas.compare.tracked import PUBLISHED, TABLE, Tracked, database, read_runs
 from capas.config.composition import CONF
 from capas.core import timings
 from capas.core.dag import md5, parse_yaml, read_yaml, recorded, recorded_key
-from capas.core.errors import CapasError
+from capas.core.errors import CapasError, listed
 from capas.core.files import read_json
 from capas.core.worktree import git
 from capas.tracking import runs
@@ -350,10 +350,10 @@ class Repository:
         """Return the error message for a name that nothing has."""
         named = [e.name for e in self.experiments]
         form = "--format=%(refname:short)"
-        listed = git(self.root, "for-each-ref", form, "refs/heads", "refs/tags", check=False)
+        refs = git(self.root, "for-each-ref", form, "refs/heads", "refs/tags", check=False)
         places = {
             "experiments": named,
-            "branches and tags": listed.split(),
+            "branches and tags": refs.split(),
             "MLflow runs": [run.name or run.run_id[:8] for run in self.tracked],
         }
         always = [WORKSPACE, HEAD] if self.has_git else [WORKSPACE]
@@ -366,9 +366,8 @@ class Repository:
             lines.append(f"  {self.root} is no git repository with a commit")
         for place, names in places.items():
             unique = list(dict.fromkeys(names))
-            more = f" and {len(unique) - _NUM_NAMES} more" if len(unique) > _NUM_NAMES else ""
             if unique:
-                lines.append(f"  {place}: {', '.join(unique[:_NUM_NAMES])}{more}")
+                lines.append(f"  {place}: {listed(unique, _NUM_NAMES)}")
         lines.append(
             "  an experiment of another clone: dvc exp pull REMOTE NAME; a commit: git fetch"
         )

@@ -10,6 +10,7 @@ from capas.compare.layout import one_line, printable, shortened, width_of
 from capas.compare.scores import LOSS, Compared, Score, Settings, headline, is_share, score
 from capas.compare.sides import Row, Side
 from capas.compare.why import A, Near, Training
+from capas.core.errors import listed
 
 ABSENT = "–"
 MAX_CHANGES = 20  # rows of parameters
@@ -228,9 +229,8 @@ def _inputs(inputs: Inputs, width: int) -> Iterator[str]:
 
 def _listed(label: str, names: Sequence[str], width: int) -> Iterator[str]:
     """Yield the first names and how many more there are."""
-    more = f" and {len(names) - _NUM_FILES} more" if len(names) > _NUM_FILES else ""
     if names:
-        yield from _hanging(label, ", ".join(names[:_NUM_FILES]) + more, width)
+        yield from _hanging(label, listed(names, _NUM_FILES), width)
 
 
 def _scores(pair: Pair) -> list[tuple[str, ...]]:

@@ -18,7 +18,7 @@ from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path, PurePosixPath
 
-from capas.core.dag import LEFT_BY_EDITORS, StageSpec
+from capas.core.dag import StageSpec, is_left_over
 from capas.core.errors import CapasError
 from capas.core.files import write_whole
 
@@ -39,7 +39,7 @@ DECIDES_NO_BYTE = {
     "capas/core/progress.py": "logs progress",
 }
 _CACHE = Path(".dvc/tmp/code.json")
-_VERSION = 1  # version of the serialization; a new one empties the cache
+_VERSION = 2  # of the cache and of the serialization; a new one empties the cache
 _NO_VALUE = ("ctx", "kind", "type_comment", "type_ignores")  # fields of nodes that change no result
 _LOGGERS = ("log", "logger")
 _WITH_DOCSTRING = (ast.Module, ast.ClassDef, ast.FunctionDef, ast.AsyncFunctionDef)
@@ -47,8 +47,9 @@ _WITH_DOCSTRING = (ast.Module, ast.ClassDef, ast.FunctionDef, ast.AsyncFunctionD
 
 @dataclass(frozen=True)
 class _Source:
-    """A Python file: the digest of its syntax tree, and the dotted names that it may import."""
+    """A Python file: digests of its content and of its syntax tree, and the names that it may import."""
 
+    content: str
     digest: str
     imports: tuple[str, ...]
 
@@ -73,10 +74,9 @@ class CodeReader:
         own = {name for name in modules if name != script and not name.endswith("/__init__.py")}
         for folder in {str(PurePosixPath(name).parent) for name in own}:
             for file in sorted((self._root / folder).iterdir()):
-                if file.is_file() and file.suffix != ".py" and not _is_left_over(file):
+                if file.is_file() and file.suffix != ".py" and not is_left_over(file.name):
                     content = file.read_bytes()
                     found[file.relative_to(self._root).as_posix()] = _sha256(content)
-        self._write_cache()
         return dict(sorted(found.items()))
 
     def covered(self, script: str) -> set[str]:
@@ -85,7 +85,9 @@ class CodeReader:
 
     def imported(self, file: str) -> set[str]:
         """Return the files that a file itself imports, with the `__init__.py` of each package on the way."""
-        return set(self._imported(file))
+        found = set(self._imported(file))
+        self._write_cache()
+        return found
 
     def _closure(self, script: str, without: frozenset[str]) -> set[str]:
         found: set[str] = set()
@@ -95,6 +97,7 @@ class CodeReader:
             if name not in found and name not in without:
                 found.add(name)
                 waiting += self._imported(name)
+        self._write_cache()
         return found
 
     def _imported(self, name: str) -> Iterator[str]:
@@ -118,18 +121,19 @@ class CodeReader:
         except FileNotFoundError:
             raise CapasError(f"{name} is missing") from None
         key = _sha256(content)
-        if key not in self._cache:
-            try:
-                tree = ast.parse(content, name)
-            except SyntaxError as error:
-                raise CapasError(
-                    f"{name}, line {error.lineno} is not valid Python: {error.msg}"
-                ) from None
-            self._cache[key] = _Source(
-                _sha256(serialize(tree).encode()), tuple(sorted({*_imports(tree, name)}))
-            )
-            self._added = True
-        return self._cache[key]
+        cached = self._cache.get(name)
+        if cached and cached.content == key:
+            return cached
+        try:
+            tree = ast.parse(content, name)
+        except SyntaxError as error:
+            raise CapasError(
+                f"{name}, line {error.lineno} is not valid Python: {error.msg}"
+            ) from None
+        imports = tuple(sorted({*_imports(tree, name)}))
+        self._cache[name] = _Source(key, _sha256(serialize(tree).encode()), imports)
+        self._added = True
+        return self._cache[name]
 
     def _read_cache(self) -> dict[str, _Source]:
         try:
@@ -137,7 +141,8 @@ class CodeReader:
             if found["version"] != _VERSION:
                 return {}
             return {
-                key: _Source(entry[0], tuple(entry[1])) for key, entry in found["files"].items()
+                name: _Source(content, digest, tuple(imports))
+                for name, (content, digest, imports) in found["files"].items()
             }
         except (OSError, ValueError, LookupError, TypeError):
             return {}  # another version, or half-written: the cache is rebuilt
@@ -145,9 +150,7 @@ class CodeReader:
     def _write_cache(self) -> None:
         if not self._added:
             return
-        used = {source.digest for source in self._known.values()}
-        files = {k: [s.digest, s.imports] for k, s in self._cache.items() if s.digest in used}
-        (self._root / _CACHE).parent.mkdir(parents=True, exist_ok=True)
+        files = {name: [s.content, s.digest, s.imports] for name, s in self._cache.items()}
         write_whole(self._root / _CACHE, json.dumps({"version": _VERSION, "files": files}))
         self._added = False
 
@@ -277,7 +280,7 @@ def _shown(node: ast.AST, name: str) -> object:
         return [statement for inner in value for statement in _counting(inner)]
     if isinstance(node, ast.JoinedStr):  # Python 3.12 adds empty strings to some f-strings
         return [i for i in node.values if not (isinstance(i, ast.Constant) and i.value == "")]
-    if isinstance(node, ast.Raise) and _calls(node.exc, ("CapasError",)):
+    if isinstance(node, ast.Raise) and _calls(node.exc, "CapasError"):
         return "CapasError" if name == "exc" else None  # without its message and its cause
     if isinstance(node, ast.Call) and name == "args" and _is_log(node.func):
         return [inner for inner in node.args if not _is_text(inner)]
@@ -312,8 +315,8 @@ def _is_log(function: ast.expr) -> bool:
     )
 
 
-def _calls(node: ast.AST | None, names: tuple[str, ...]) -> bool:
-    return isinstance(node, ast.Call) and isinstance(node.func, ast.Name) and node.func.id in names
+def _calls(node: ast.AST | None, name: str) -> bool:
+    return isinstance(node, ast.Call) and isinstance(node.func, ast.Name) and node.func.id == name
 
 
 def _imports(tree: ast.AST, file: str) -> Iterator[str]:
@@ -339,10 +342,6 @@ def _absolute(node: ast.ImportFrom, file: str) -> str:
     folders = PurePosixPath(file).parent.parts
     base = folders[: len(folders) - node.level + 1]
     return ".".join([*base, *([node.module] if node.module else [])])
-
-
-def _is_left_over(file: Path) -> bool:
-    return any(file.match(pattern) for pattern in LEFT_BY_EDITORS)
 
 
 def _sha256(content: bytes) -> str:

@@ -1,9 +1,11 @@
 """Name the code files that differ between two states of the repository, to explain digests in code.yaml."""
 
 import tarfile
-from collections.abc import Iterator, Mapping, Sequence
+from collections import defaultdict
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from io import BytesIO
+from itertools import chain
 from pathlib import Path
 from tempfile import TemporaryDirectory
 
@@ -13,21 +15,20 @@ from capas.core.errors import CapasError
 from capas.core.worktree import git, git_bytes
 
 _MOST_REVISIONS = 50  # revisions of code.yaml that are searched for a digest
+State = tuple[str, str]  # a script's name in code.yaml, and a digest of its code
 
 
-def edited_since(root: Path, script: str, recorded: str) -> list[str]:
-    """Return the files of a script's code that were edited since its digest was `recorded`.
-
-    Args:
-        script: the script's name in code.yaml.
-
-    Returns:
-        The files, or none if git has no commit with that digest.
-    """
-    if not (revision := _revision_of(root, script, recorded)):
-        return []
-    with exported(root, revision) as before:
-        return between(before, root, [script])
+def edited_since(root: Path, states: Collection[State]) -> dict[State, list[str]]:
+    """Return {state: files of the script's code that were edited since}, without states that git lacks."""
+    revisions = _revisions_of(root, states) if states else {}
+    scripts: dict[str, list[str]] = defaultdict(list)
+    for (script, _), revision in revisions.items():
+        scripts[revision].append(script)
+    edited = {}
+    for revision, its_scripts in scripts.items():
+        with exported(root, revision) as before:
+            edited[revision] = between(before, root, its_scripts)
+    return {state: edited[revision][state[0]] for state, revision in revisions.items()}
 
 
 def between_digests(
@@ -49,7 +50,7 @@ def between_digests(
             if found is None:
                 return []
             trees.append(found)
-        return between(trees[0], trees[1], list(pairs))
+        return sorted({*chain(*between(trees[0], trees[1], pairs).values())})
 
 
 def _tree_of(
@@ -61,8 +62,8 @@ def _tree_of(
     """
     if _has(root, recorded):
         return root
-    script, digest = next(iter(recorded.items()))
-    for revision in filter(None, (commit, _revision_of(root, script, digest))):
+    state = next(iter(recorded.items()))
+    for revision in filter(None, (commit, _revisions_of(root, [state]).get(state))):
         try:
             tree = stack.enter_context(exported(root, revision))
         except CapasError:  # a commit without this code, for example of another project
@@ -74,28 +75,30 @@ def _tree_of(
 
 def _has(root: Path, recorded: Mapping[str, str]) -> bool:
     """Return whether the code in a folder has these digests."""
-    return all(digest_of(_files(root, script)) == digest for script, digest in recorded.items())
+    reader = CodeReader(root)
+    return all(digest_of(_files(reader, script)) == digest for script, digest in recorded.items())
 
 
-def between(one: Path, other: Path, scripts: list[str]) -> list[str]:
-    """Return the files of these scripts' code that were edited between two folders, sorted.
+def between(one: Path, other: Path, scripts: Collection[str]) -> dict[str, list[str]]:
+    """Return {script: files of its code that were edited between two folders, sorted}.
 
     A file that a script imports only in one of the folders is named only if no edit explains the difference.
     A script that is missing in a folder, or cannot be parsed there, counts as without files.
     """
-    found: set[str] = set()
+    readers = CodeReader(one), CodeReader(other)
+    found = {}
     for script in scripts:
-        files = [_files(root, script) for root in (one, other)]
+        files = [_files(reader, script) for reader in readers]
         names = differing(*files)
         edited = [name for name in names if all(name in known for known in files)]
         edited += [n for n in names if not all((root / n).exists() for root in (one, other))]
-        found |= {*(edited or names)}
-    return sorted(found)
+        found[script] = sorted(edited or names)
+    return found
 
 
-def _files(root: Path, script: str) -> dict[str, str]:
+def _files(reader: CodeReader, script: str) -> dict[str, str]:
     try:
-        return CodeReader(root).files(f"{STAGES}/{script}.py")
+        return reader.files(f"{STAGES}/{script}.py")
     except CapasError:
         return {}
 
@@ -116,12 +119,13 @@ def exported(root: Path, revision: str) -> Iterator[Path]:
         yield Path(folder)
 
 
-def _revision_of(root: Path, script: str, recorded: str) -> str | None:
-    """Return the newest commit whose code.yaml has this digest of the script, or None."""
+def _revisions_of(root: Path, states: Collection[State]) -> dict[State, str]:
+    """Return {state: newest commit whose code.yaml records it}, without states that no commit has."""
     count = f"--max-count={_MOST_REVISIONS}"
     revisions = git(root, "log", count, "--format=%H", "--", CODE, check=False).split()
+    found: dict[State, str] = {}
     for revision in revisions:
-        text = git(root, "show", f"{revision}:./{CODE}", check=False)
-        if parse_yaml(text, CODE).get(script) == recorded:
-            return revision
-    return None
+        if missing := [state for state in states if state not in found]:
+            known = parse_yaml(git(root, "show", f"{revision}:./{CODE}", check=False), CODE)
+            found |= {state: revision for state in missing if known.get(state[0]) == state[1]}
+    return found

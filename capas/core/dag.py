@@ -13,7 +13,7 @@ from typing import Any
 import yaml
 
 from capas.core.errors import CapasError
-from capas.core.params import select
+from capas.core.params import lookup, select
 
 LEFT_BY_EDITORS = (".DS_Store", "*.swp", "*~", ".*.partial")  # also in .dvcignore
 COMPILED = "__pycache__"  # also in .dvcignore
@@ -182,13 +182,7 @@ def recorded_key(entry: dict[str, Any]) -> str:
 
 def _leaves(values: dict[str, Any], keys: list[str]) -> dict[str, Any]:
     """Return the values by dotted key, {'trainer.seed': 0}, as in dvc.lock."""
-    leaves = {} if keys else dict(values)
-    for dotted in keys:
-        node: Any = values
-        for part in dotted.split("."):
-            node = node[part]
-        leaves[dotted] = node
-    return leaves
+    return {key: lookup(values, key) for key in keys} if keys else values
 
 
 def md5(path: Path, made: Collection[str] = ()) -> str:
@@ -220,8 +214,13 @@ def _files_below(folder: Path) -> list[str]:
         for parent, _, names in os.walk(folder)
         if Path(parent).name != COMPILED
         for name in names
-        if not any(fnmatch(name, pattern) for pattern in LEFT_BY_EDITORS)
+        if not is_left_over(name)
     ]
+
+
+def is_left_over(name: str) -> bool:
+    """Return whether an editor left a file of this name, which DVC ignores."""
+    return any(fnmatch(name, pattern) for pattern in LEFT_BY_EDITORS)
 
 
 def digest(*parts: Any) -> str:

@@ -4,7 +4,7 @@ import errno
 import logging
 import re
 import sys
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 
 _OF_THE_MACHINE = (errno.ENOSPC, errno.EDQUOT, errno.EACCES, errno.EPERM, errno.EROFS)
@@ -104,7 +104,7 @@ def reason_of(error: Exception) -> str | None:
     return None
 
 
-def listed(names: list[str], most: int = 8) -> str:
+def listed(names: Sequence[str], most: int = 8) -> str:
     """Return the first `most` names as text, and the number of the others."""
     more = f" and {len(names) - most} more" if len(names) > most else ""
     return ", ".join(names[:most]) + more

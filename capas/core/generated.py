@@ -8,14 +8,17 @@ both sides, so git does merge them and leaves conflict markers if it cannot.
 from fnmatch import fnmatch
 from pathlib import Path
 
+from capas.core.code import CODE
 from capas.core.dag import read_yaml
 
 LOCK, PARAMS = "dvc.lock", "params.yaml"
-CODE, ENVIRONMENT = "code.yaml", "environment.yaml"  # compose writes both and reads neither
+ENVIRONMENT = "environment.yaml"
+COMPOSED = (PARAMS, CODE, ENVIRONMENT)  # outputs of compose, which reads only the first
 OVERRIDES, REVISIONS = "conf/overrides.yaml", "conf/revisions.yaml"
 BY_KEY = (OVERRIDES, REVISIONS)
 SCHEMAS = ".vscode/schema/*.json"
-PATTERNS = (LOCK, PARAMS, CODE, ENVIRONMENT, *BY_KEY, "reports/*", SCHEMAS)
+READ_BY_COMMANDS = (LOCK, *COMPOSED, *BY_KEY)
+PATTERNS = (*READ_BY_COMMANDS, "reports/*", SCHEMAS)
 
 
 def is_generated(path: str) -> bool:

@@ -159,7 +159,7 @@ def _run(name: str, main: Callable[[Params, Stage], None], overrides: list[str])
         reader = CodeReader(root)
         if not overrides:
             check_code(spec, root, reader)
-        before = _state(spec, root)
+        before = _state(spec, root, reader)
         aside = root / ".dvc/tmp/debug" / name if overrides else None
         stage = Stage(spec, root, aside)
         started = time.perf_counter()
@@ -167,7 +167,7 @@ def _run(name: str, main: Callable[[Params, Stage], None], overrides: list[str])
             main(Params(_overridden(spec, root, overrides, aside)), stage)
         seconds = time.perf_counter() - started
         check_loaded(spec, root, reader)
-        _check_unchanged(before, _state(spec, root))
+        _check_unchanged(before, _state(spec, root, CodeReader(root)))
         if not aside:
             _write_timing(stage, seconds)
         stage.finish()
@@ -266,7 +266,7 @@ def _installed(package: str) -> str | None:
         return None
 
 
-def _state(spec: StageSpec, root: Path) -> dict[str, Any]:
+def _state(spec: StageSpec, root: Path, reader: CodeReader) -> dict[str, Any]:
     """Return a cheap fingerprint of all inputs that DVC hashes for this stage after it ran."""
     state: dict[str, Any] = {
         f"the params in {f}": values for f, values in spec.values(root).items()
@@ -277,7 +277,7 @@ def _state(spec: StageSpec, root: Path) -> dict[str, Any]:
             if file.is_file():
                 state[str(file.relative_to(root))] = _fingerprint(file)
     if CODE in spec.params:
-        state |= CodeReader(root).files(script_of(spec))
+        state |= reader.files(script_of(spec))
     return state
 
 

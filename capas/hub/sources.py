@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Literal
 
 from capas.core.errors import CapasError
+from capas.core.files import file_sha256
 from capas.hub import embedded
 from capas.hub.repository import Repository, is_commit
 
@@ -117,10 +118,7 @@ _PARTS = {"tokenizer": (0, TOKENIZER_FILES), "model": (1, (*MODEL_FILES, *CODE_F
 def _digest(files: Sequence[Path]) -> str:
     digest = hashlib.sha256()
     for file in files:
-        with file.open("rb") as content:
-            digest.update(
-                f"{file.name} {hashlib.file_digest(content, 'sha256').hexdigest()}\n".encode()
-            )
+        digest.update(f"{file.name} {file_sha256(file)}\n".encode())
     return digest.hexdigest()[:16]
 
 

@@ -6,7 +6,7 @@ from typing import Any
 
 from tokenizers import Tokenizer
 
-from capas.core.errors import CapasError
+from capas.core.errors import CapasError, listed
 from capas.core.files import read_json
 
 SHOWN = 3  # tokens named in a message
@@ -26,8 +26,7 @@ def tokens_without_row(tokenizer: Tokenizer, rows: int) -> list[int]:
 
 def in_words(ids: Sequence[int], tokenizer: Tokenizer) -> str:
     """Return a list of tokens as text: '<|im_end|>' (id 1024), '<pad>' (id 1025) and 2 more."""
-    shown = ", ".join(f"{tokenizer.id_to_token(i)!r} (id {i})" for i in ids[:SHOWN])
-    return shown + (f" and {len(ids) - SHOWN} more" if len(ids) > SHOWN else "")
+    return listed([f"{tokenizer.id_to_token(i)!r} (id {i})" for i in ids], SHOWN)
 
 
 def check_ids(records: Iterable[Any], others: Sequence[int], folder: Path, tokenizer: Path) -> None:

@@ -17,6 +17,7 @@ from tempfile import TemporaryDirectory
 from typing import Any
 
 from capas.compare.outputs import Outputs
+from capas.config.duration import LOADING
 from capas.config.problems import Problem
 from capas.core import dag, links
 from capas.core.errors import CapasError, exit_on_user_error
@@ -152,8 +153,7 @@ class Model:
         device = hardware.prepare(self.params.hardware)  # before torch is imported
         from capas.models.loading import TunedModel, load_model
 
-        keys = ("attn_implementation", "dtype", "trust_remote_code")
-        group = Params({key: self.params.model[key] for key in keys})
+        group = Params({key: self.params.model[key] for key in LOADING})
         load_base = partial(load_model, self.folder / QUANTIZED, group, device)
         return TunedModel(self.folder / ADAPTER, group, device, load_base).model
 

@@ -178,7 +178,7 @@ class Client:
         from mlflow.utils.mlflow_tags import MLFLOW_LOGGED_ARTIFACTS
 
         table = pd.DataFrame(list(rows)).to_json(orient="split", index=False)
-        self._guarded("log_text", self._client.log_text)(run_id, table, name)
+        self.log_text(run_id, table, name)
         tables = json.loads(self.get_run(run_id).tags.get(MLFLOW_LOGGED_ARTIFACTS, "[]"))
         if (entry := {"path": name, "type": "table"}) not in tables:
             self._client.set_tag(run_id, MLFLOW_LOGGED_ARTIFACTS, json.dumps([*tables, entry]))

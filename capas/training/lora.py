@@ -5,7 +5,7 @@ import re
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from capas.core.errors import CapasError
+from capas.core.errors import CapasError, listed
 from capas.core.files import read_json
 from capas.core.params import Params
 from capas.models import adapter
@@ -60,8 +60,6 @@ def check_target_modules(base: Any, target_modules: list[str] | str) -> None:
         raise CapasError(f"lora.target_modules: {unknown}; {there}")
     others = [n for found in fitting.values() for n in found if n not in linear]
     if others:
-        from capas.core.errors import listed
-
         kinds = {f"{n.rpartition('.')[2]} ({type(modules[n]).__name__})": None for n in others}
         raise CapasError(
             f"lora.target_modules={_show(target_modules)} matches {len(others)} modules that are "
@@ -128,7 +126,6 @@ def load_initial(model: Any, folder: Path, base_name: str) -> None:
     from safetensors import SafetensorError
     from safetensors.torch import load_file
 
-    from capas.core.errors import listed
     from capas.models.weights import check_finite
 
     name = read_json(folder / adapter.ORIGIN)["adapter_name_or_path"]
@@ -157,8 +154,6 @@ def load_initial(model: Any, folder: Path, base_name: str) -> None:
 
 
 def _check_layers(name: str, weights: dict[str, Any], expected: dict[str, Any], model: Any) -> None:
-    from capas.core.errors import listed
-
     others = sorted(key for key in weights if ".lora_" not in key)
     if others:
         raise CapasError(

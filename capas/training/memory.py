@@ -31,7 +31,7 @@ from capas.core.errors import CapasError
 from capas.core.files import read_json
 from capas.core.params import Params
 from capas.models.architecture import check_supported, stored_quantization
-from capas.training.optimizers import state_bytes
+from capas.training.optimizers import FLOAT32_BYTES, state_bytes
 
 if TYPE_CHECKING:
     from capas.training.activations import Batch, Phase
@@ -40,7 +40,6 @@ log = logging.getLogger("capas")
 CHECK = "CAPAS_MEMORY_CHECK"  # warn: the estimate stops nothing. No result depends on it
 WARN_FRACTION = 0.9
 _BLOCK, _SCALES_BLOCK = 64, 256  # weights of a 4-bit block, scales that share a scale
-_FLOAT32 = 4
 _NUMBERED = re.compile(r".*?\.\d+\.")  # the layer in a parameter's name
 
 # What a model's code may raise for tensors without content, or PEFT if no layer matches.
@@ -171,7 +170,7 @@ def _quantized(config: dict[str, Any] | None, model: Params) -> dict[str, Any] |
 def _of_lora(built: Any, quantized: dict[str, Any] | None, trainer: Params) -> dict[str, int]:
     adapter = [tuple(p.shape) for p in built.parameters() if p.requires_grad]
     frozen = [p for p in built.parameters() if not p.requires_grad]
-    num_adapter_bytes = _FLOAT32 * sum(map(math.prod, adapter))
+    num_adapter_bytes = FLOAT32_BYTES * sum(map(math.prod, adapter))
     return {
         "weights": sum(_weight_bytes(p, quantized) for p in frozen),
         "quantization_state": sum(_state_bytes(p, quantized) for p in frozen),
@@ -253,11 +252,11 @@ def _state_bytes(parameter: Any, quantization: dict[str, Any] | None) -> int:
     if not _is_quantized(parameter) or quantization is None:
         return 0
     if not quantization["load_in_4bit"]:
-        return _FLOAT32 * int(parameter.shape[0])
+        return FLOAT32_BYTES * int(parameter.shape[0])
     blocks = -(-int(parameter.numel()) // _BLOCK)
     if not quantization["bnb_4bit_use_double_quant"]:
-        return _FLOAT32 * blocks
-    return blocks + _FLOAT32 * -(-blocks // _SCALES_BLOCK)
+        return FLOAT32_BYTES * blocks
+    return blocks + FLOAT32_BYTES * -(-blocks // _SCALES_BLOCK)
 
 
 def check(found: Estimate, used_bytes: int, free_bytes: int, ways: list[str]) -> None:

@@ -11,6 +11,7 @@ from capas.core.params import Params
 from capas.core.records import IGNORE_INDEX
 from capas.models.loading import quantization_method, quantized_linears
 from capas.training.batches import Collator, Example, compute_logits
+from capas.training.fit import num_tokens
 
 log = logging.getLogger("capas")
 # The largest difference of logits, as a fraction of the largest logit, that rounding alone may cause.
@@ -65,10 +66,8 @@ def pack(examples: list[Example], capacity: int) -> list[Example]:
     Raises:
         CapasError: see `best_fit_decreasing`.
     """
-    lengths = [len(example["input_ids"]) for example in examples]
-    return [
-        join([examples[i] for i in chosen]) for chosen in best_fit_decreasing(lengths, capacity)
-    ]
+    chosen = best_fit_decreasing(num_tokens(examples), capacity)
+    return [join([examples[i] for i in of_row]) for of_row in chosen]
 
 
 def join(examples: list[Example]) -> Example:
@@ -157,10 +156,9 @@ def prove_packing(
         return None
     log.info("%d records in %d rows of %d tokens", len(train), len(rows), trainer.packing_length)
     num_rows = min(2, trainer.per_device_train_batch_size)
-    num_tokens = sum(len(example["input_ids"]) for example in train)
     return {
         "num_records": len(train),
         "num_rows": len(rows),
-        "filled_fraction": num_tokens / (len(rows) * trainer.packing_length),
+        "filled_fraction": sum(num_tokens(train)) / (len(rows) * trainer.packing_length),
         "isolation_difference": check_isolation(model, train, rows, collator, num_rows),
     }

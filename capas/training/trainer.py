@@ -1,6 +1,5 @@
 """Extend `transformers.Trainer`: it resumes exactly, and stops if the loss diverges."""
 
-import logging
 import math
 import os
 from collections.abc import Callable
@@ -26,9 +25,9 @@ from capas.training.batches import Example, Filled, LengthGroupedSampler, make_f
 from capas.training.callbacks import Progress
 from capas.training.checkpoints import Checkpoints
 from capas.training.early_stopping import EarlyStopping
+from capas.training.fit import num_tokens
 from capas.training.signals import on_signals
 
-log = logging.getLogger("capas")
 _CUBLAS_WORKSPACE = "CUBLAS_WORKSPACE_CONFIG"
 
 
@@ -220,7 +219,7 @@ class Trainer(transformers.Trainer):
     def _records_in_order(self, dataset: Any, batch_size: int) -> Any:
         """Return a sampler with the same order for any number of processes that share a batch."""
         if self.args.train_sampling_strategy == "group_by_length":
-            lengths = [len(example["input_ids"]) for example in dataset]
+            lengths = num_tokens(dataset)
             of_step = batch_size * self.args.gradient_accumulation_steps
             return LengthGroupedSampler(lengths, of_step, self.args.data_seed)
         if self.args.train_sampling_strategy == "sequential":

@@ -141,7 +141,8 @@ def ran_with(values: Mapping[str, Any], lock: Mapping[str, Any]) -> dict[str, An
     for group, now in values.items():
         if isinstance(now, Mapping) and _PRESET in now:
             as_now = {**found[group], _PRESET: now[_PRESET]}
-            found[group] = as_now if as_now == now else found[group]
+            if as_now == now:
+                found[group] = as_now
     return found
 
 

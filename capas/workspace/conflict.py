@@ -28,11 +28,11 @@ from capas.core.errors import CapasError
 from capas.core.files import write_whole
 from capas.core.generated import (
     BY_KEY,
-    CODE,
-    ENVIRONMENT,
+    COMPOSED,
     LOCK,
     OVERRIDES,
     PARAMS,
+    READ_BY_COMMANDS,
     REVISIONS,
     SCHEMAS,
     is_generated,
@@ -76,7 +76,7 @@ def find(root: Path) -> dict[str, Sides]:
         _, found, number = facts.split()
         objects.setdefault(path, {})[number] = found
     sides = {path: Sides(*(_blob(root, of.get(n)) for n in "123")) for path, of in objects.items()}
-    for path in (LOCK, PARAMS, CODE, ENVIRONMENT, *BY_KEY):
+    for path in READ_BY_COMMANDS:
         if path not in sides and (marked := _marked_sides(root / path)):
             sides[path] = marked
     return sides
@@ -142,7 +142,7 @@ def resolve(root: Path, found: Mapping[str, Sides], prefer: str | None) -> list[
     reports = _reports(root, lock, found)
     for path, content in reports.items():
         _write(root / path, content)
-    _mark_resolved(root, [*found, *reports, PARAMS, CODE, ENVIRONMENT, LOCK])
+    _mark_resolved(root, [*found, *reports, *COMPOSED, LOCK])
     return [f"resolved: {', '.join(sorted(found))}", *said]
 
 
@@ -323,7 +323,7 @@ def _reports(root: Path, lock: str, found: Mapping[str, Sides]) -> dict[str, byt
     """Return {path: content} of the tracked outputs that differ from the lock; None removes the file."""
     entries = [lockfile.entry(piece) or {} for piece in lockfile.split(lock).values()]
     wanted = {out["path"]: out["md5"] for entry in entries for out in entry.get("outs") or []}
-    declared = set(uncached(root)) - {PARAMS, CODE, ENVIRONMENT}
+    declared = set(uncached(root)) - {*COMPOSED}
     written: dict[str, bytes | None] = {}
     for path in sorted({p for p in found if p.startswith("reports/")} | declared):
         here = (root / path).read_bytes() if (root / path).is_file() else None

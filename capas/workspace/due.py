@@ -11,16 +11,15 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from capas.core.code import CODE, digests, name_of
+from capas.core.code import CODE, PACKAGE, STAGES, digests, name_of
 from capas.core.codediff import edited_since
 from capas.core.dag import StageSpec, md5, read_yaml, recorded
-from capas.core.errors import CapasError
-from capas.core.params import flatten
+from capas.core.errors import CapasError, listed
+from capas.core.params import ABSENT, flatten, lookup
 
 _MOST = 4  # reasons shown for a stage
-_ABSENT = "absent"
 COMPOSE, ITS_CODE = "compose", "its code"
-_CODE_DEPS = {"capas", "stages"}  # dependencies of compose
+_CODE_DEPS = {PACKAGE, STAGES}  # dependencies of compose
 
 
 @dataclass(frozen=True)
@@ -29,7 +28,7 @@ class Inputs:
 
     cmd: str
     params: dict[str, dict[str, Any]]
-    deps: dict[str, str]
+    deps: dict[str, Any]
 
     @classmethod
     def read(
@@ -43,7 +42,7 @@ class Inputs:
         """
         params = {file: _values(root / file, keys) for file, keys in spec.params.items()}
         if CODE in params:
-            params[CODE] = {name_of(spec): code.get(name_of(spec), _ABSENT)}
+            params[CODE] = {name_of(spec): code.get(name_of(spec), ABSENT)}
         deps = {dep: made[dep] if dep in made else _md5(root / dep) for dep in spec.deps}
         return cls(spec.cmd, params, deps)
 
@@ -55,7 +54,7 @@ class Inputs:
             before = (entry.get("params") or {}).get(file, {})
             old, new = flatten(before), flatten(values)
             for key in dict.fromkeys([*new, *old]):
-                was, becomes = old.get(key, _ABSENT), new.get(key, _ABSENT)
+                was, becomes = old.get(key, ABSENT), new.get(key, ABSENT)
                 if was != becomes and file == CODE:
                     yield ITS_CODE
                 elif was != becomes:
@@ -68,26 +67,18 @@ class Inputs:
 def _values(file: Path, keys: list[str]) -> dict[str, Any]:
     """Return {dotted key: value}, or the whole file if no key is named."""
     values = read_yaml(file) if file.exists() else {}
-    if not keys:
-        return values
-    found: dict[str, Any] = {}
-    for dotted in keys:
-        node: Any = values
-        for part in dotted.split("."):
-            node = node.get(part, _ABSENT) if isinstance(node, Mapping) else _ABSENT
-        found[dotted] = node
-    return found
+    return {key: lookup(values, key) for key in keys} if keys else values
 
 
-def _md5(path: Path) -> str:
+def _md5(path: Path) -> Any:
     try:
         return md5(path)
     except CapasError:
-        return _ABSENT
+        return ABSENT
 
 
 def _short(value: Any) -> str:
-    text = str(value)
+    text = "absent" if value is ABSENT else str(value)
     return text if len(text) <= 40 else f"{text[:37]}..."
 
 
@@ -116,6 +107,7 @@ def _read(spec: StageSpec) -> list[str]:
 def due(root: Path) -> dict[str, list[str]]:
     """Return {stage: reasons} of the stages that are due, in the order in which they run."""
     lock, specs, code = recorded(root), StageSpec.read_all(root), digests(root)
+    edited = _edited_files(specs, lock, code, root)
     made = {out["path"]: out["md5"] for e in lock.values() for out in e.get("outs") or []}
     makers = {out: spec.name for spec in specs.values() for out in spec.outs}
     reasons: dict[str, list[str]] = {}
@@ -126,11 +118,11 @@ def due(root: Path) -> dict[str, list[str]]:
             found = list(now.differences(lock[spec.name]))
             if ITS_CODE in found:
                 found.remove(ITS_CODE)
-                found += _edited_files(name_of(spec), lock[spec.name], root) or [ITS_CODE]
+                found += edited.get(spec.name) or [ITS_CODE]
         if gone := [out for out in spec.outs if not (root / out).exists()]:
             found.append(f"{gone[0]} is missing")
         before = {makers[dep] for dep in spec.deps if dep in makers} & reasons.keys()
-        if only_code(reasons.get(COMPOSE, [])):
+        if _is_only_code(reasons.get(COMPOSE, [])):
             before -= {COMPOSE}  # it writes the same values again
         found += [f"after {name}" for name in reasons if name in before]
         if found:
@@ -138,15 +130,23 @@ def due(root: Path) -> dict[str, list[str]]:
     return reasons
 
 
-def only_code(reasons: list[str]) -> bool:
+def _is_only_code(reasons: list[str]) -> bool:
     """Return whether compose is due only because code was edited, or not at all."""
     return {*reasons} <= _CODE_DEPS
 
 
-def _edited_files(script: str, entry: Mapping[str, Any], root: Path) -> list[str]:
-    """Return the edited files of a script's code; none if git lacks the recorded versions."""
-    recorded_digest = (entry.get("params") or {}).get(CODE, {}).get(script)
-    return edited_since(root, script, recorded_digest) if recorded_digest else []
+def _edited_files(
+    specs: Mapping[str, StageSpec], lock: Mapping[str, Any], code: Mapping[str, str], root: Path
+) -> dict[str, list[str]]:
+    """Return {stage: edited files of its code}, without stages whose recorded code git lacks."""
+    states = {}
+    for name, entry in lock.items():
+        script = name_of(specs[name]) if name in specs else ""
+        digest = (entry.get("params") or {}).get(CODE, {}).get(script)
+        if digest and digest != code.get(script):
+            states[name] = (script, digest)
+    files = edited_since(root, {*states.values()})
+    return {name: files[state] for name, state in states.items() if state in files}
 
 
 def describe(root: Path) -> str:
@@ -154,13 +154,8 @@ def describe(root: Path) -> str:
     found = due(root)
     if not found:
         return "No stage is due: all results are recorded in dvc.lock."
-    lines = [f"  {name:16} {_listed(reasons)}" for name, reasons in found.items()]
+    lines = [f"  {name:16} {listed(reasons, _MOST)}" for name, reasons in found.items()]
     return "\n".join(["These stages will run again or be restored from the run cache:", *lines])
-
-
-def _listed(reasons: list[str]) -> str:
-    more = f" and {len(reasons) - _MOST} more" if len(reasons) > _MOST else ""
-    return ", ".join(reasons[:_MOST]) + more
 
 
 if __name__ == "__main__":

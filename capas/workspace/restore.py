@@ -20,7 +20,7 @@ from capas.core import gitindex, lockfile
 from capas.core.dag import StageSpec, read_yaml
 from capas.core.errors import CapasError
 from capas.core.files import write_whole
-from capas.core.generated import BY_KEY, CODE, ENVIRONMENT, LOCK, PARAMS
+from capas.core.generated import LOCK, PARAMS, READ_BY_COMMANDS
 from capas.core.locks import is_held
 from capas.core.worktree import git
 from capas.workspace import unfinished
@@ -197,7 +197,7 @@ def is_conflicted(root: Path) -> bool:
     """Return whether git has unmerged files, or a file that commands read has conflict markers."""
     if git(root, "ls-files", "--unmerged", check=False):
         return True
-    files = (root / name for name in (LOCK, PARAMS, CODE, ENVIRONMENT, *BY_KEY))
+    files = (root / name for name in READ_BY_COMMANDS)
     return any(b"<<<<<<< " in file.read_bytes() for file in files if file.exists())
 
 

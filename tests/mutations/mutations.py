@@ -98,7 +98,7 @@ MUTATIONS = (
     Mutation(
         name="edited_inputs_not_noticed",
         file="capas/core/stage.py",
-        old="        _check_unchanged(before, _state(spec, root))\n",
+        old="        _check_unchanged(before, _state(spec, root, CodeReader(root)))\n",
         new="",
         harm="DVC records an old result under inputs that were edited while the stage ran.",
         tests=("tests/test_stage.py",),

@@ -71,7 +71,7 @@ _compose_config = Hydra.compose_config
 
 @wraps(_compose_config)
 def _checked_config(self: Hydra, config_name: Any, overrides: Any, *rest: Any, **more: Any) -> Any:
-    """As Hydra's own, once all values of the command are valid; nothing was written before."""
+    """Compose as Hydra does, once all values of the command are valid; nothing was written before."""
     root = _root()
     if root is None:
         return _compose_config(self, config_name, overrides, *rest, **more)

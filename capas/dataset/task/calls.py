@@ -41,7 +41,6 @@ from capas.dataset.task.requests import (
 from capas.dataset.task.values import draw_value
 
 KINDS = ("seen", "values", "phrasings", "combinations", "both")
-TURNS = ("single", "ask", "fix")
 COMBINATION_SORTS = ("opening", "currencies", "dialog")
 MULTI_TURN_SHARE = 0.3
 
