@@ -3,7 +3,7 @@
     python .ci/plots_page.py
 
 DVC's own page loads Vega from the network. This one holds the same versions of the same scripts, from npm.
-Run it again after an upgrade of DVC that changes them (tests/test_plots_page.py notices).
+Run it again after an upgrade of DVC that changes them (tests/repository/test_plots_page.py notices).
 """
 
 import re

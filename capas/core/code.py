@@ -26,7 +26,7 @@ CODE = "code.yaml"
 PACKAGE, STAGES = "capas", "stages"
 _RUNNER = "capas/core/stage.py"  # a script that imports it is the script of a stage
 # Modules that stages import although they decide no byte of the outputs, with their purpose;
-# tests/test_code_neutral.py trains with each of them replaced.
+# tests/core/test_code_neutral.py trains with each of them replaced.
 DECIDES_NO_BYTE = {
     "capas/training/activations.py": "estimates the memory of activations",
     "capas/training/capacity.py": "measures free memory",

@@ -21,7 +21,7 @@ from capas.models.kernels import keep_weights_unpacked
 from capas.models.tuned_weights import is_adapter
 
 transformers_logging.disable_progress_bar()
-keep_weights_unpacked()  # here, because all code that loads a model imports this: tests/test_kernels.py
+keep_weights_unpacked()  # because all code that loads a model imports this: test_kernels.py
 log = logging.getLogger("capas")
 MAX_SHARD_SIZE = "2GB"  # a shard is copied before it is written
 

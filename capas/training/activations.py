@@ -6,7 +6,7 @@ are created are counted, and the result is the most bytes alive at once. The est
 architecture and for what transformers and PEFT really do: tensors saved by autograd, casts to float32, copies
 of keys and values, the logits and their float32 copies for the cross entropy. For a dense layer the result
 equals the formulas of the field (Korthikanti et al. 2022, "Reducing Activation Recomputation in Large
-Transformer Models"), less what frozen weights need not save; tests/test_memory.py has the sum by hand.
+Transformer Models"), less what frozen weights need not save; test_memory.py has the sum by hand.
 
 Tracing the first layers is enough: each further layer adds the same amount.
 """

@@ -37,7 +37,7 @@ if TYPE_CHECKING:
 
 DTYPES = ("float32", "bfloat16", "float16")
 # How far logits may move when every weight is rounded to this precision, as a fraction of the largest
-# logit (measured: tests/test_merge.py).
+# logit (measured: tests/use/test_merge.py).
 TOLERANCE = {"float32": 1e-3, "float16": 2e-2, "bfloat16": 1e-1}
 INT8_TOLERANCE = 1e-1  # int8 layers also round their activations; a merged layer does not
 NUM_NEW_TOKENS = 32  # length of each compared answer

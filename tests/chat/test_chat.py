@@ -15,7 +15,7 @@ from capas.core.errors import CapasError
 from capas.core.records import IGNORE_INDEX
 
 PRESETS = ("chatml", "llama3", "mistral", "gemma", "qwen")
-GOLDEN = sorted((REPOSITORY / "tests" / "golden").iterdir())
+GOLDEN = sorted((REPOSITORY / "tests" / "chat" / "golden").iterdir())
 LOOP = "{% for m in messages %}<|im_start|>{{ m.role }}\n{{ m.content }}<|im_end|>\n{% endfor %}"
 ASK = "{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}"
 ALPHABET = [

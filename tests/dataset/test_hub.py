@@ -15,9 +15,9 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 from hub import Fault, Hub, go_offline, use
+from published import publish
 from report_inputs import write_inputs
 from shipped import composed
-from test_publish import publish
 from tiny import REPOSITORY, run_stage
 from workspace import make_workspace
 

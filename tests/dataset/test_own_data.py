@@ -115,7 +115,7 @@ def repro(workspace: Workspace, *targets: str) -> str:
 def test_up_to_the_mask(
     own: tuple[Workspace, dict[str, str]], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """The stages as DVC orders them (tests/test_dag.py), in this process; in the slow tier DVC runs them."""
+    """The stages as DVC orders them (test_dag.py), in this process; in the slow tier DVC runs them."""
     workspace, recipe = own
     workspace.run("python", "stages/compose_params.py", HF_HUB_OFFLINE="0")
     monkeypatch.chdir(workspace.root)

@@ -53,7 +53,9 @@ MUTATIONS = (
         old='batch["attention_mask"][row, :length] = 1',
         new='batch["attention_mask"][row, :length] = (example["input_ids"] != self.pad_token_id).long()',
         harm="Where the pad token is the end token, the ends of earlier turns are hidden in the training.",
-        tests=("tests/test_train.py::test_padding_carries_no_loss_and_is_masked_by_position",),
+        tests=(
+            "tests/training/test_train.py::test_padding_carries_no_loss_and_is_masked_by_position",
+        ),
     ),
     Mutation(
         name="record_dropped_without_being_counted",
@@ -93,7 +95,7 @@ MUTATIONS = (
         old="return select(read_yaml(root / PARAMS), keys) if keys else {}",
         new="return read_yaml(root / PARAMS)",
         harm="A stage computes with a value whose change does not rerun it.",
-        tests=("tests/test_stage.py",),
+        tests=("tests/core/test_stage.py",),
     ),
     Mutation(
         name="edited_inputs_not_noticed",
@@ -101,7 +103,7 @@ MUTATIONS = (
         old="        _check_unchanged(before, _state(spec, root, CodeReader(root)))\n",
         new="",
         harm="DVC records an old result under inputs that were edited while the stage ran.",
-        tests=("tests/test_stage.py",),
+        tests=("tests/core/test_stage.py",),
     ),
     Mutation(
         name="half_written_output_in_place",
@@ -109,7 +111,7 @@ MUTATIONS = (
         old='partial = final.with_name(f".{final.name}.partial")',
         new="partial = final",
         harm="A stage that fails leaves half of an output where the old one was.",
-        tests=("tests/test_stage.py",),
+        tests=("tests/core/test_stage.py",),
     ),
     Mutation(
         name="checkpoint_of_other_inputs_resumed",
@@ -117,7 +119,7 @@ MUTATIONS = (
         old='parent / f"{self.name}-{self.key()}"',
         new='parent / f"{self.name}-last"',
         harm="A training on new data goes on from a checkpoint of the old data.",
-        tests=("tests/test_stage.py",),
+        tests=("tests/core/test_stage.py",),
     ),
     Mutation(
         name="half_written_checkpoint_resumed",
@@ -125,7 +127,7 @@ MUTATIONS = (
         old="return mark.exists() and json.loads(mark.read_text()) == _digests(checkpoint)",
         new="return mark.exists()",
         harm="A training goes on from a checkpoint that a kill or a full disk cut short.",
-        tests=("tests/test_train.py::test_half_written_checkpoint_is_passed_over",),
+        tests=("tests/training/test_train.py::test_half_written_checkpoint_is_passed_over",),
     ),
     Mutation(
         name="loss_not_weighted_by_tokens",
@@ -133,7 +135,9 @@ MUTATIONS = (
         old='return {"loss": float(loss / count),',
         new='rows = prediction.predictions\n    return {"loss": float((rows[:, 0] / rows[:, 2]).mean()),',
         harm="Short answers count as much as long ones, and another checkpoint is the best one.",
-        tests=("tests/test_train.py::test_validation_loss_is_the_mean_over_supervised_tokens",),
+        tests=(
+            "tests/training/test_train.py::test_validation_loss_is_the_mean_over_supervised_tokens",
+        ),
     ),
     Mutation(
         name="interval_too_narrow",
@@ -141,7 +145,7 @@ MUTATIONS = (
         old="tail = (1 - confidence_fraction) / 2",
         new="tail = 1 - confidence_fraction",
         harm="An interval of 95% holds 90%, and chance passes for a gain.",
-        tests=("tests/metrics/test_metrics.py",),
+        tests=("tests/evaluation/test_metrics.py",),
     ),
     Mutation(
         name="gate_passes_without_gain",
@@ -149,7 +153,7 @@ MUTATIONS = (
         old='"passed": low > 0}',
         new='"passed": high > 0}',
         harm="A model that is not shown to be better than its base is registered.",
-        tests=("tests/metrics/test_gate.py",),
+        tests=("tests/evaluation/test_gate.py",),
     ),
     Mutation(
         name="merged_model_not_compared",
@@ -157,7 +161,7 @@ MUTATIONS = (
         old='if not facts["difference"] <= facts["tolerance"]:',
         new='if facts["difference"] > facts["tolerance"] * float("inf"):',
         harm="A merged model that answers otherwise than the tuned one is handed on.",
-        tests=("tests/test_merge.py::test_a_model_that_differs_is_not_written",),
+        tests=("tests/use/test_merge.py::test_a_model_that_differs_is_not_written",),
     ),
     Mutation(
         name="base_weights_trained",
@@ -165,7 +169,7 @@ MUTATIONS = (
         old="    lora.check_untied(model)\n",
         new="    lora.check_untied(model)\n    model.get_input_embeddings().weight.requires_grad_(True)\n",
         harm="The adapter fits a base that nobody has: its weights moved in the training and are lost.",
-        tests=("tests/test_train.py::test_training_leaves_the_base_bit_identical",),
+        tests=("tests/training/test_train.py::test_training_leaves_the_base_bit_identical",),
     ),
     Mutation(
         name="seed_not_used",
@@ -173,7 +177,7 @@ MUTATIONS = (
         old="set_seed(params.trainer.seed)",
         new="set_seed(0)",
         harm="Replicates with other seeds begin with the same adapter, and their spread is too small.",
-        tests=("tests/test_lora.py",),
+        tests=("tests/training/test_lora.py",),
     ),
     Mutation(
         name="lora_b_not_zero",
@@ -181,7 +185,7 @@ MUTATIONS = (
         old='LoraConfig(task_type="CAUSAL_LM", **lora.without(*OWN))',
         new='LoraConfig(task_type="CAUSAL_LM", **{**lora.without(*OWN), "init_lora_weights": False})',
         harm="The training begins with a damaged model instead of the base.",
-        tests=("tests/test_lora.py",),
+        tests=("tests/training/test_lora.py",),
     ),
     Mutation(
         name="quantization_silently_none",
@@ -189,7 +193,7 @@ MUTATIONS = (
         old='quantize = not stored and (asked["load_in_4bit"] or asked["load_in_8bit"])',
         new="quantize = False",
         harm="quantization=nf4 trains and evaluates a base in full precision.",
-        tests=("tests/test_quantize.py::test_method_and_sizes_are_measured",),
+        tests=("tests/models/test_quantize.py::test_method_and_sizes_are_measured",),
     ),
     Mutation(
         name="sweep_point_run_twice",
@@ -205,7 +209,7 @@ MUTATIONS = (
         old="found = store.find_or_create(\n                key,",
         new='found = store.find_or_create(\n                f"{key}-{time.time_ns()}",',
         harm="Every `dvc repro` leaves one more run of the same training in MLflow.",
-        tests=("tests/test_publish.py::test_a_second_publish_changes_nothing",),
+        tests=("tests/tracking/test_publish.py::test_a_second_publish_changes_nothing",),
     ),
     Mutation(
         name="hand_edit_of_params_lost",
@@ -213,7 +217,9 @@ MUTATIONS = (
         old="    if written_by_dvc or conf_unchanged or options.keep:\n        return True\n",
         new="    if written_by_dvc or conf_unchanged or options.keep:\n        return False\n",
         harm="A value edited in params.yaml is overwritten without a word.",
-        tests=("tests/test_compose.py::test_an_adopted_key_is_named_when_its_file_is_edited",),
+        tests=(
+            "tests/config/test_compose.py::test_an_adopted_key_is_named_when_its_file_is_edited",
+        ),
     ),
     Mutation(
         name="near_duplicates_split",
@@ -229,7 +235,7 @@ MUTATIONS = (
         old='    if name in evaluation["difference_to_nearest"]:\n',
         new="    if False:\n",
         harm="A model that is no better than copying training answers is registered.",
-        tests=("tests/metrics/test_gate.py",),
+        tests=("tests/evaluation/test_gate.py",),
     ),
     Mutation(
         name="copies_another_answer",
@@ -237,7 +243,7 @@ MUTATIONS = (
         old="best = similarities.argmax(axis=1)",
         new="best = similarities.argmin(axis=1)",
         harm="The baseline copies the least similar answer, and every model beats it.",
-        tests=("tests/metrics/test_nearest.py",),
+        tests=("tests/evaluation/test_nearest.py",),
     ),
     Mutation(
         name="a_value_inside_a_number",
@@ -245,7 +251,7 @@ MUTATIONS = (
         old="    return re.search(pattern, text) is not None\n",
         new="    return value in text\n",
         harm="410 EUR counts as the 41 EUR that were asked about.",
-        tests=("tests/metrics/test_nearest.py",),
+        tests=("tests/evaluation/test_nearest.py",),
     ),
     Mutation(
         name="answers_cut_at_the_longest_reference",
@@ -253,7 +259,7 @@ MUTATIONS = (
         old="    return longest + max(8, longest // 4)\n",
         new="    return longest // 2\n",
         harm="Right answers are cut off, and the model looks worse than it is.",
-        tests=("tests/metrics/test_evaluate.py",),
+        tests=("tests/evaluation/test_evaluate.py",),
     ),
     Mutation(
         name="results_paired_by_id_alone",
@@ -279,7 +285,7 @@ MUTATIONS = (
         old="    return md5 is not None and all(isinstance(item.get(count), int) for count in counts)",
         new="    return all(isinstance(item.get(count), int) for count in counts)",
         harm="DVC takes a result for recorded whose digest was cut when it was killed.",
-        tests=("tests/test_lockfile.py",),
+        tests=("tests/core/test_lockfile.py",),
     ),
     Mutation(
         name="stashed_edits_forgotten",
@@ -287,7 +293,7 @@ MUTATIONS = (
         old="*(_reset_by_dvc(root, before, then) if before.phase == PREPARING else [])",
         new="*[]",
         harm="Edits in conf/ that DVC had stashed when it was killed are gone.",
-        tests=("tests/test_restore.py::test_edits_that_dvc_holds_in_a_stash_come_back",),
+        tests=("tests/workspace/test_restore.py::test_edits_that_dvc_holds_in_a_stash_come_back",),
     ),
     Mutation(
         name="lock_of_the_other_side_ignored",
@@ -295,6 +301,8 @@ MUTATIONS = (
         old="chosen[spec.name] = (fits or candidates)[0]",
         new="chosen[spec.name] = candidates[0]",
         harm="After a merge every stage runs again, though the other side has its result.",
-        tests=("tests/test_conflict.py::test_both_values_are_there_and_one_stage_runs_again",),
+        tests=(
+            "tests/workspace/test_conflict.py::test_both_values_are_there_and_one_stage_runs_again",
+        ),
     ),
 )

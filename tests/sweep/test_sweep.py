@@ -1,6 +1,6 @@
 """Sweeps: isolation, one run of what is shared, kills, failures, ranking; on a pipeline of fakes.
 
-The fakes run in DVC where DVC's part is meant, below a stand-in (tests/dvc_standin.py) in the other tests.
+The fakes run in DVC where DVC's part is meant, below a stand-in (dvc_standin.py) in the other tests.
 """
 
 import json
