@@ -88,7 +88,8 @@ def layer_errors(model: "PreTrainedModel", base: Path, params: Params) -> list[d
 
     The error is the Frobenius norm of quantized - original, divided by that of the original.
     """
-    from capas.models.loading import dequantize, quantized_linears
+    from capas.models.coverage import quantized_linears
+    from capas.models.loading import dequantize
 
     layers, state, found = dict(quantized_linears(model)), model.state_dict(), {}
     for name, original in originals(layers, base, params):
@@ -129,7 +130,7 @@ def original_weight(weight: "torch.Tensor", layer: Any) -> "torch.Tensor":
 
 
 def sizes(model: "PreTrainedModel", base: Path, folder: Path) -> dict[str, int]:
-    from capas.models.loading import quantized_linears
+    from capas.models.coverage import quantized_linears
 
     return {
         "num_parameters": model.num_parameters(),
@@ -153,7 +154,7 @@ def full_precision(model: "PreTrainedModel") -> dict[str, Any]:
     """Return what keeps its precision: linear layers by name, embeddings and head, tied or not."""
     from torch import nn
 
-    from capas.models.loading import quantized_linears
+    from capas.models.coverage import quantized_linears
 
     quantized = {name for name, _ in quantized_linears(model)}
     linears = [n for n, m in model.named_modules() if isinstance(m, nn.Linear)]

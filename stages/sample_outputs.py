@@ -55,7 +55,7 @@ def main(params: Params, stage: Stage) -> None:
     right = recorded_format(stage.dep(DATA), stage.dep(TOKENIZER))
     prompts = choose_prompts(params.generation, stage)
     quantized = stage.dep("data/models/quantized")
-    prompt_ids = [right.prompt_ids(prompt.messages, prompt.tools) for prompt in prompts]
+    prompt_ids = [p.input_ids or right.prompt_ids(p.messages, p.tools) for p in prompts]
     check_ids(prompt_ids, (chat["pad_token_id"],), quantized, stage.dep(TOKENIZER))
     load_base = partial(load_model, quantized, params.model, device)
     tuned = TunedModel(stage.dep("data/models/adapter"), params.model, device, load_base)
@@ -63,11 +63,11 @@ def main(params: Params, stage: Stage) -> None:
     models = Models(tuned, chat, load_tokenizer(stage.dep(TOKENIZER)), params.generation, limit)
 
     settings, rows = list(params.generation.settings), []
-    with doing("prompts and settings", len(prompts) * len(settings) * len(MODELS)) as asked:
-        asking = zip(prompts, prompt_ids, strict=True)
-        for (prompt, ids), setting, which in itertools.product(asking, settings, MODELS):
+    with doing("prompts and settings", len(prompts) * len(settings) * len(MODELS)) as answered:
+        pairs = zip(prompts, prompt_ids, strict=True)
+        for (prompt, ids), setting, which in itertools.product(pairs, settings, MODELS):
             rows.append(models.ask(which, prompt, ids, setting))
-            asked.step()
+            answered.step()
     wrong_rows = list(ask_in_wrong_template(models, prompts, params, stage))
     place, probabilities = models.look_inside(prompts[0], prompt_ids[0])
     losses = models.losses(record) if (record := record_of(prompts[0], stage)) else []
@@ -111,8 +111,7 @@ def choose_prompts(generation: Params, stage: Stage) -> list[Prompt]:
         system = first_system_message(first) if generation.system is None else generation.system
         is_text = first["messages"][0]["role"] == TEXT
         return own_prompts(requests, system, TEXT if is_text else "user")
-    ids = [record["id"] for record in test_records(stage)]
-    return held_out_prompts(raw, ids, generation.num_prompts)
+    return held_out_prompts(raw, test_records(stage), generation.num_prompts)
 
 
 def ask_in_wrong_template(

@@ -38,6 +38,7 @@ if TYPE_CHECKING:
     from transformers import TrainingArguments
 
     from capas.training.batches import Collator, Example
+    from capas.training.objective import Objective
     from capas.training.trainer import Trainer
 
 FORMATTED, QUANTIZED, TOKENIZER = "data/formatted", "data/models/quantized", "data/models/tokenizer"
@@ -45,8 +46,12 @@ FORMATTED, QUANTIZED, TOKENIZER = "data/formatted", "data/models/quantized", "da
 
 @dataclass(frozen=True)
 class Data:
-    """The examples of both splits. `rows` make the batches: packed rows, or the training examples."""
+    """What the training minimises, and the examples of both splits.
 
+    `rows` make the batches: packed rows, or the training examples.
+    """
+
+    objective: "Objective"
     chat: dict[str, Any]
     train: "list[Example]"
     rows: "list[Example]"
@@ -63,8 +68,9 @@ def main(params: Params, stage: Stage) -> None:
     follows = launch.is_main() and not stage.debug
     check_tracker = live_rows.start_check(stage.root, enabled=follows)
     from capas.training import capacity, certificate
+    from capas.training.objective import AnswerTokens
 
-    data = read_data(params, stage)
+    data = read_data(AnswerTokens(), params, stage)
     model = make_model(params, data, initial, device, stage)
     base_sha256 = certificate.fingerprint(model)
     proofs = prove(model, data, params)
@@ -78,18 +84,18 @@ def main(params: Params, stage: Stage) -> None:
         stage.costs |= capacity.device_costs(device) | hardware.machine()
 
 
-def read_data(params: Params, stage: Stage) -> Data:
+def read_data(objective: "Objective", params: Params, stage: Stage) -> Data:
     """Read data/formatted, and pack the training examples if trainer.packing_length is set."""
-    from capas.training.batches import Collator, read_examples
     from capas.training.packing import pack
 
     chat = read_json(stage.dep(FORMATTED) / "chat.json")
-    train = read_examples(stage.dep(FORMATTED) / "train.parquet")
-    validation = read_examples(stage.dep(FORMATTED) / "validation.parquet")
+    train = objective.read(stage.dep(FORMATTED) / "train.parquet")
+    validation = objective.read(stage.dep(FORMATTED) / "validation.parquet")
     flatten = params.model.attn_implementation == "flash_attention_2"
     packed = params.trainer.packing_length
     rows = train if packed is None else pack(train, packed)
-    return Data(chat, train, rows, validation, Collator(chat["pad_token_id"], flatten))
+    collator = objective.collator(chat, flatten)
+    return Data(objective, chat, train, rows, validation, collator)
 
 
 def make_model(
@@ -134,7 +140,7 @@ def make_trainer(model: Any, args: "TrainingArguments", data: Data, params: Para
     """Return a trainer that checks, at its first step, that it computes with the requested settings."""
     from capas.training import schedule, used_settings
     from capas.training.early_stopping import EarlyStopping
-    from capas.training.trainer import Trainer, score_batch, summarize
+    from capas.training.trainer import Trainer
 
     trainer = Trainer(
         save_total_limit=params.trainer.save_total_limit,
@@ -145,8 +151,9 @@ def make_trainer(model: Any, args: "TrainingArguments", data: Data, params: Para
         train_dataset=data.rows,
         eval_dataset=data.validation,
         data_collator=data.collator,
-        preprocess_logits_for_metrics=score_batch,
-        compute_metrics=summarize,
+        compute_loss_func=data.objective.loss,
+        preprocess_logits_for_metrics=data.objective.score,
+        compute_metrics=data.objective.summarize,
     )
     if params.trainer.early_stopping_patience:
         metric, patience = (
@@ -197,7 +204,8 @@ def save(
     if launch.is_main():
         facts = {"packing": proofs["packing"], "used": used_settings.describe(trainer)}
         facts["gradient_check"] = proofs["gradient_check"]
-        write_reports(trainer, Step.of(params.trainer, params.hardware), facts, stage)
+        curve = data.objective.curve
+        write_reports(trainer, Step.of(params.trainer, params.hardware), facts, curve, stage)
         save_tuned(trainer.model, weights, params, data.chat, stage)
     folder = launch.is_main() and stage.out("data/models/adapter")
     found: Path = launch.broadcast_from_main(folder)

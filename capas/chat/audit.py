@@ -14,6 +14,7 @@ from typing import Any
 import numpy as np
 
 from capas.chat.batch import Formatted, Key
+from capas.chat.expected import reference_ids
 from capas.chat.format import ChatFormat, Encoded, first_difference
 from capas.chat.messages import Message, Tools, has_own_scaffold
 from capas.chat.template import RecordRefusal
@@ -32,7 +33,7 @@ class Sampled:
     """A sampled record with the ids that `apply_chat_template` should give for it.
 
     `ids` and `prompt_ids` are None where the two differ on purpose, because an answer begins with a token of
-    its own (see `ChatFormat.reference_ids`). `prompt_ids` is also None if the last answer has no prompt.
+    its own (see `reference_ids`). `prompt_ids` is also None if the last answer has no prompt.
     """
 
     identity: str
@@ -83,8 +84,11 @@ class Audit:
         ended = np.isin(ids, chat.stop_token_ids) | np.isin(following, unwritten)
         prompts = columns.prompts
         common = np.minimum(prompts.lengths, columns.ids.lengths)
-        found, asked = gather(ids, starts, common), gather(prompts.values, prompts.starts, common)
-        differs = any_in_row(found.values != asked.values, asked.offsets)
+        found, expected = (
+            gather(ids, starts, common),
+            gather(prompts.values, prompts.starts, common),
+        )
+        differs = any_in_row(found.values != expected.values, expected.offsets)
         after = trained[np.minimum(starts + common, last)]
         problems = {
             "no token of the record is trained": ~np.logical_or.reduceat(trained, starts),
@@ -127,20 +131,20 @@ class Audit:
             and formatted.messages(place)[0]["role"] != TEXT
         ]
         self._seen += len(formatted.columns.rows)
-        told = [(formatted.messages(place), formatted.tools(place)) for place in places]
-        texts = [self._chat.render(messages, False, tools) for messages, tools in told]
+        conversations = [(formatted.messages(place), formatted.tools(place)) for place in places]
+        texts = [self._chat.render(messages, False, tools) for messages, tools in conversations]
         encoded = self._chat.encode_rendered(texts)
-        for place, expected, (messages, tools) in zip(places, encoded, told, strict=True):
-            whose, asked = f"{split} record {formatted.identity(place)!r}", _asked(messages)
+        for place, expected, (messages, tools) in zip(places, encoded, conversations, strict=True):
+            whose, prompted = f"{split} record {formatted.identity(place)!r}", _prompted(messages)
             found = formatted.columns.ids.row(place).tolist()
             prompt = formatted.columns.prompts.row(place).tolist()
             alike = self._compare(whose, "its ids", found, expected, messages, False, tools)
-            if asked:
-                text = self._chat.render(asked, True, tools)
+            if prompted:
+                text = self._chat.render(prompted, True, tools)
                 ids = self._chat.encode_rendered([text])[0]
-                same = self._compare(whose, "its prompt's ids", prompt, ids, asked, True, tools)
+                same = self._compare(whose, "its prompt's ids", prompt, ids, prompted, True, tools)
             if len(self.sample) < NUM_SAMPLED:
-                kept = found if alike else None, prompt if asked and same else None
+                kept = found if alike else None, prompt if prompted and same else None
                 self.sample.append(Sampled(formatted.identity(place), messages, tools, *kept))
         self._check_trained_texts(split, formatted, places)
         self.num_checked += len(places)
@@ -150,17 +154,17 @@ class Audit:
     ) -> bool:
         """Return whether the ids equal those of the rendered text, encoded whole.
 
-        If they do not, they must equal `ChatFormat.reference_ids`.
+        If they do not, they must equal `reference_ids`.
 
         Args:
-            shown: arguments of `ChatFormat.reference_ids`.
+            shown: arguments of `reference_ids`.
 
         Raises:
             CapasError: the ids equal neither.
         """
         if found == expected:
             return True
-        expected = self._chat.reference_ids(*shown)
+        expected = reference_ids(self._chat, *shown)
         if found != expected:
             raise CapasError(f"{record}: {_difference(found, expected, self._chat, called)}")
         return False
@@ -213,14 +217,14 @@ class Audit:
 
     def _find_leads(self) -> set[str]:
         """Return the texts that the model writes before an answer, found in a conversation of two answers."""
-        told: list[Message] = [
+        messages: list[Message] = [
             {"role": role, "content": content}
             for role, content in zip(
                 ("user", "assistant") * 2, ("a", "bcd", "e", "fgh"), strict=True
             )
         ]
         # Some families allow one turn only, or treat the last one differently.
-        for shown in (told, told[:2]):
+        for shown in (messages, messages[:2]):
             with suppress(RecordRefusal):
                 return self._leads_of(self._chat.encode(shown))
         return {""}
@@ -247,7 +251,7 @@ def _last_is_trained(formatted: Formatted) -> Array:
     return trained
 
 
-def _asked(messages: list[Message]) -> list[Message]:
+def _prompted(messages: list[Message]) -> list[Message]:
     """Return the messages before the last answer.
 
     Return no messages if another answer comes right before it: both may be one turn.

@@ -10,7 +10,7 @@ conversation. The labels are known by construction::
 
 import hashlib
 import json
-from collections.abc import Collection, Iterator, Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
 from functools import cached_property
@@ -19,6 +19,7 @@ from typing import Any
 
 from tokenizers import Tokenizer
 
+from capas.chat.controls import Controls
 from capas.chat.messages import (
     THOUGHT_END,
     THOUGHT_START,
@@ -31,7 +32,8 @@ from capas.chat.messages import (
 )
 from capas.chat.placeholders import Placeholders, PlaceholderSource
 from capas.chat.plan import Plan
-from capas.chat.scaffold import Planner, control_pattern
+from capas.chat.policy import find_policy
+from capas.chat.scaffold import Planner
 from capas.chat.segments import Owned, SegmentEncoder
 from capas.chat.template import RecordRefusal, Template, TemplateRefusal, place_system
 from capas.chat.tokenizer import DEFAULT, SHAPE, TokenizerFiles, encode_plain
@@ -73,20 +75,21 @@ class ChatFormat:
         written = self._written_tokens()
         self._check_known(written)
         controls = {t.content: t for t in files.added.values() if t.special or t.content in written}
-        self._control_pattern = control_pattern(controls)
+        self._controls = Controls(controls)
         self._control_starts = "".join(sorted({text[0] for text in controls}))
         self.segments = SegmentEncoder(files, controls)
         self._placeholders = PlaceholderSource(controls, template.text)
-        self._planner = Planner(self._render_placed, controls, self._placeholders.usual)
+        policy = find_policy(self._render_placed, self._controls, self._placeholders.usual)
+        self._planner = Planner(self._render_placed, self._controls, policy)
         self._plans: dict[Any, Plan] = {}
         control_ids = self.segments.control_ids
-        self.end_token, self.end_tokens = self._planner.end_token, self._planner.end_tokens
+        self.end_token, self.end_tokens = policy.end_token, policy.end_tokens
         self.end_token_ids = [control_ids[token] for token in self.end_tokens]
         self.end_token_id = self.end_token_ids[0]
         self.bos_token_id = files.id_of("bos_token")
         ids = (files.id_of("pad_token"), files.id_of("eos_token"), self.end_token_id)
         self.pad_token_id: int = next(i for i in ids if i is not None)
-        stops = [ids[2], ids[1], *(control_ids[token] for token in self._planner.stop_tokens)]
+        stops = [ids[2], ids[1], *(control_ids[token] for token in policy.stop_tokens)]
         self.stop_token_ids = list(dict.fromkeys(i for i in stops if i is not None))
 
     @classmethod
@@ -206,42 +209,17 @@ class ChatFormat:
             "untrained"
         )
 
-    def reference_ids(
-        self, messages: Messages, add_generation_prompt: bool = False, tools: Tools = None
-    ) -> list[int]:
-        """Return the ids of the rendered text, encoded whole with control tokens parsed.
-
-        They are those of `apply_chat_template`, with one intended difference: if the last token of a prompt
-        would include the beginning of the answer (two line breaks in one token, say), the answer begins with
-        a token of its own.
-        """
-        text = self.render(messages, add_generation_prompt, tools)
-        ids: list[int] = []
-        done = 0
-        for end in self._prompt_ends(messages, text, tools):
-            asked, rest = self._files.encode_parsing([text[done:end], text[done:]], done > 0)
-            if rest[: len(asked)] != asked:
-                answer = self._files.encode_parsing([text[end:]], True)[0]
-                if self.decode([*asked, *answer]) == self.decode(rest):
-                    ids, done = [*ids, *asked], end
-        return [*ids, *self._files.encode_parsing([text[done:]], done > 0)[0]]
-
-    def _prompt_ends(self, messages: Messages, text: str, tools: Tools) -> Iterator[int]:
-        """Yield the positions in a rendered conversation at which an answer's prompt ends."""
-        for index, message in enumerate(messages):
-            if message["role"] == "assistant":
-                with suppress(TemplateRefusal):
-                    prompt = self.render(messages[:index], True, tools)
-                    if text.startswith(prompt):
-                        yield len(prompt)
-
     def shown(self, messages: Messages) -> list[Message]:
         """Return a conversation as the template sees it."""
         return [spoken(message) for message in place_system(messages, self._system)]
 
-    def encode_rendered(self, texts: Sequence[str]) -> list[list[int]]:
-        """Return the ids of rendered texts, each encoded whole with control tokens parsed."""
-        return self._files.encode_parsing(texts)
+    def encode_rendered(self, texts: Sequence[str], inside: bool = False) -> list[list[int]]:
+        """Return the ids of rendered texts, each encoded whole with control tokens parsed.
+
+        Args:
+            inside: true for texts that do not begin the conversation.
+        """
+        return self._files.encode_parsing(texts, inside)
 
     def as_decoded(self, texts: Sequence[str]) -> list[str]:
         """Return texts as they are decoded from their ids; some tokenizers normalize."""
@@ -273,13 +251,13 @@ class ChatFormat:
 
     def count_control_tokens(self, text: str) -> int:
         """Return how often control tokens occur in a text."""
-        return sum(1 for _ in self._control_pattern.finditer(text))
+        return sum(1 for _ in self._controls.pattern.finditer(text))
 
     def holds_control(self, text: str) -> bool:
         """Return whether a text contains the text of a control token."""
         for character in self._control_starts:  # most texts contain none of these
             if character in text:
-                return self._control_pattern.search(text) is not None
+                return self._controls.pattern.search(text) is not None
         return False
 
     @property
@@ -297,7 +275,7 @@ class ChatFormat:
         """Return a digest of the ids of a few fixed conversations; it identifies the format."""
         probes = [{"role": role, "content": content} for role, content in _PROBES]
         system = {"role": "system", "content": "Answer in JSON."}
-        ids = [self._try_probe(told) for told in (probes[:2], probes, [system, *probes])]
+        ids = [self._try_probe(messages) for messages in (probes[:2], probes, [system, *probes])]
         return hashlib.sha256(json.dumps(ids).encode()).hexdigest()
 
     def example(self) -> Encoded:
@@ -305,15 +283,15 @@ class ChatFormat:
 
         It has a system message, several turns, or a thought, as far as the template supports them.
         """
-        told: list[Message] = [{"role": role, "content": content} for role, content in _EXAMPLE]
+        messages: list[Message] = [{"role": role, "content": c} for role, c in _EXAMPLE]
         thinking = {
             "role": "assistant",
             "content": f"<think>\nEasy.\n</think>\n\n{_EXAMPLE[-1][1]}",
         }
-        for shown in (told, told[1:], told[1:3]):
+        for shown in (messages, messages[1:], messages[1:3]):
             with suppress(RecordRefusal):
                 return self.encode(shown)
-        return self.encode([told[3], thinking])
+        return self.encode([messages[3], thinking])
 
     def _try_probe(self, messages: Messages) -> list[int] | None:
         try:
@@ -405,12 +383,12 @@ class ChatFormat:
         thinking = [(i, mark) for i, (_, marks) in enumerate(marked) for mark in marks]
         if not thinking:
             return 0
-        told = [message for message, _ in marked]
-        text = self._render_placed(told, False, tools)
+        copies = [message for message, _ in marked]
+        text = self._render_placed(copies, False, tools)
         dropped = [(index, mark) for index, mark in thinking if mark not in text]
         for index, mark in dropped:
             with suppress(TemplateRefusal):  # a conversation may not end there
-                if mark not in self._render_placed(told[: index + 1], False, tools):
+                if mark not in self._render_placed(copies[: index + 1], False, tools):
                     raise RecordRefusal(
                         "the chat template drops the thought (reasoning_content) of message "
                         f"{index}: this model family does not support thoughts. Choose a model "
@@ -462,8 +440,8 @@ class ChatFormat:
 
         If bos_token is an end token as well (GPT-2), a plain text gets one at both ends.
         """
-        found = self._planner.find_controls(self._render_placed([_QUESTION], True))
-        later = [self.segments.control_ids[name] for _, name in found][1:]
+        written = self._controls.names(self._render_placed([_QUESTION], True))
+        later = [self.segments.control_ids[name] for name in written[1:]]
         ends = (self._files.id_of("eos_token"), *self.end_token_ids)
         return self.bos_token_id in later and self.bos_token_id not in ends
 
@@ -472,16 +450,16 @@ def _mark_thoughts(
     message: Mapping[str, Any], stand_ins: Placeholders, index: int, count: int
 ) -> tuple[Message, list[str]]:
     """Return the message with marks in place of its thoughts, and these marks."""
-    told, marks = dict(message), []
+    copy, marks = dict(message), []
     if message["role"] == "assistant" and (message.get("reasoning_content") or "").strip():
         marks.append(stand_ins.mark(index))
-        told["reasoning_content"] = marks[-1]
+        copy["reasoning_content"] = marks[-1]
     thought, answer = split_thought(message)
-    said = thought.strip().removesuffix(THOUGHT_END).removeprefix(THOUGHT_START)
-    if said.strip():
+    text = thought.strip().removesuffix(THOUGHT_END).removeprefix(THOUGHT_START)
+    if text.strip():
         marks.append(stand_ins.mark(index + count))
-        told["content"] = thought.replace(said.strip(), marks[-1], 1) + answer
-    return told, marks
+        copy["content"] = thought.replace(text.strip(), marks[-1], 1) + answer
+    return copy, marks
 
 
 def trained_messages(messages: Messages, train_on: str) -> set[int]:

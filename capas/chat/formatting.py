@@ -169,9 +169,9 @@ class SplitFormatter:
         self.num_supervised_tokens += int(columns.trained.values.sum())
         self.contents_trimmed += int(columns.trimmed.sum())
         for place in np.flatnonzero(formatted.held).tolist():
-            told = formatted.messages(place)
+            messages = formatted.messages(place)
             self.control_tokens_in_content += sum(
-                self.chat.count_control_tokens(message["content"]) for message in told
+                self.chat.count_control_tokens(message["content"]) for message in messages
             )
         after_last = source.first[1:] - 1 - np.array(source.last_answers)
         self.trailing_messages_cut += int(after_last[columns.rows].sum())

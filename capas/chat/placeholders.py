@@ -118,6 +118,34 @@ class PlaceholderSource:
         return Placeholders(self._texts, characters)
 
 
+def mark_contents(
+    messages: Messages, placeholders: Placeholders, padding: str = ""
+) -> list[Message]:
+    """Return the conversation with marks for contents, and one in an answer's first tool call.
+
+    Blank contents stay, because templates test whether a content is empty. So do the results of tools, which
+    templates rewrite.
+    """
+    marked = []
+    for index, message in enumerate(messages):
+        copy = dict(message)
+        thought = message.get("thought", "")
+        if message["role"] != "tool" and message["content"].removeprefix(thought).strip():
+            copy["content"] = f"{thought}{padding}{placeholders.mark(index)}{padding}"
+        if message.get("tool_calls"):
+            mark = placeholders.mark(index + len(messages))
+            copy["tool_calls"] = _mark_calls(message["tool_calls"], mark)
+        marked.append(copy)
+    return marked
+
+
+def _mark_calls(calls: Sequence[Any], mark: str) -> list[Any]:
+    first, *others = calls
+    function = first.get("function", first)
+    named = {**function, "name": mark + function["name"]}
+    return [{**first, "function": named} if "function" in first else named, *others]
+
+
 def _alphabet(texts: Iterable[str]) -> list[str]:
     return sorted(set(chain.from_iterable(texts)))
 

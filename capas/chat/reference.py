@@ -23,7 +23,7 @@ from capas.core.errors import CapasError
 
 log = logging.getLogger("capas")
 _ROOT = Path(__file__).parents[2]
-_Asked = dict[str, Any]  # messages, tools, add_generation_prompt
+_Request = dict[str, Any]  # messages, tools, add_generation_prompt
 
 
 def compare(chat: ChatFormat, samples: Mapping[str, Sequence[Sampled]]) -> int:
@@ -34,15 +34,15 @@ def compare(chat: ChatFormat, samples: Mapping[str, Sequence[Sampled]]) -> int:
             transformers failed.
     """
     pairs = [(split, sampled) for split, of_split in samples.items() for sampled in of_split]
-    asked, expected, whose = [], [], []
+    requests, expected, whose = [], [], []
     for split, sampled in pairs:
         for ids, count, prompts in ((sampled.ids, None, False), (sampled.prompt_ids, -1, True)):
             if ids is not None:
                 messages = chat.shown(sampled.messages[:count])
-                asked.append(_asked(messages, sampled.tools, prompts))
+                requests.append(_request(messages, sampled.tools, prompts))
                 expected.append(ids)
                 whose.append((split, sampled.identity, "prompt" if prompts else "conversation"))
-    found = _ask(chat, asked)
+    found = _answers_of_transformers(chat, requests)
     if isinstance(found, str):
         log.warning(
             "the check against transformers was skipped: it cannot load this tokenizer: %s", found
@@ -56,7 +56,7 @@ def compare(chat: ChatFormat, samples: Mapping[str, Sequence[Sampled]]) -> int:
     return len(pairs)
 
 
-def _asked(messages: list[Any], tools: Any, add_generation_prompt: bool) -> _Asked:
+def _request(messages: list[Any], tools: Any, add_generation_prompt: bool) -> _Request:
     return {
         "conversation": messages,
         "tools": tools,
@@ -65,7 +65,7 @@ def _asked(messages: list[Any], tools: Any, add_generation_prompt: bool) -> _Ask
 
 
 def _difference(ours: list[int], theirs: list[int] | str, chat: ChatFormat) -> str:
-    told = (
+    advice = (
         "Users of the tuned model would prompt it in another format than it was trained in. If the "
         "tokenizer's files disagree, save them again with "
         "AutoTokenizer.from_pretrained(FOLDER).save_pretrained(OTHER) and set "
@@ -73,7 +73,7 @@ def _difference(ours: list[int], theirs: list[int] | str, chat: ChatFormat) -> s
     )
     if isinstance(theirs, str):
         return (
-            f"transformers' apply_chat_template fails on the tokenizer's folder: {theirs}. {told}"
+            f"transformers' apply_chat_template fails on the tokenizer's folder: {theirs}. {advice}"
         )
     at = first_difference(ours, theirs)
 
@@ -86,11 +86,13 @@ def _difference(ours: list[int], theirs: list[int] | str, chat: ChatFormat) -> s
 
     return (
         f"its ids differ from those of transformers' apply_chat_template, first at token {at}: "
-        f"{show(ours)} here, {show(theirs)} in transformers. {told}"
+        f"{show(ours)} here, {show(theirs)} in transformers. {advice}"
     )
 
 
-def _ask(chat: ChatFormat, asked: Sequence[_Asked]) -> list[list[int] | str] | str:
+def _answers_of_transformers(
+    chat: ChatFormat, requests: Sequence[_Request]
+) -> list[list[int] | str] | str:
     """Return the result of `_answers`, from a separate process unless this one has imported transformers."""
     with TemporaryDirectory(prefix="capas-tokenizer-") as name:
         folder = Path(name)
@@ -98,8 +100,8 @@ def _ask(chat: ChatFormat, asked: Sequence[_Asked]) -> list[list[int] | str] | s
             shutil.copyfile(file, folder / file.name)
         (folder / "chat_template.jinja").write_text(chat.template_text, encoding="utf-8")
         if "transformers" in sys.modules:
-            return _answers(folder, chat.date_string, asked)
-        given = json.dumps([str(folder), chat.date_string, asked])
+            return _answers(folder, chat.date_string, requests)
+        given = json.dumps([str(folder), chat.date_string, requests])
         path = os.pathsep.join(filter(None, (str(_ROOT), os.environ.get("PYTHONPATH"))))
         done = subprocess.run(
             [sys.executable, "-m", "capas.chat.reference"],
@@ -118,7 +120,7 @@ def _ask(chat: ChatFormat, asked: Sequence[_Asked]) -> list[list[int] | str] | s
 
 
 def _answers(
-    folder: Path, date_string: str, asked: Iterable[_Asked]
+    folder: Path, date_string: str, requests: Iterable[_Request]
 ) -> list[list[int] | str] | str:
     """Return each conversation's ids, or the reason why transformers refuses it.
 
@@ -132,10 +134,10 @@ def _answers(
         return f"{type(error).__name__}: {error}"
     clock = {"date_string": date_string, "strftime_now": fixed_clock(date_string)}
     found: list[list[int] | str] = []
-    for one in asked:
+    for request in requests:
         try:
             found.append(
-                tokenizer.apply_chat_template(**one, **clock, tokenize=True, return_dict=False)
+                tokenizer.apply_chat_template(**request, **clock, tokenize=True, return_dict=False)
             )
         except Exception as error:  # noqa: BLE001  as above
             found.append(f"{type(error).__name__}: {error}")
@@ -145,5 +147,5 @@ def _answers(
 if __name__ == "__main__":
     # Tokenizers do not need torch, which takes seconds to import.
     sys.modules["torch"] = None  # type: ignore[assignment]
-    given_folder, given_date, given_asked = json.load(sys.stdin)
-    sys.stdout.write(json.dumps(_answers(Path(given_folder), given_date, given_asked)))
+    given_folder, given_date, given_requests = json.load(sys.stdin)
+    sys.stdout.write(json.dumps(_answers(Path(given_folder), given_date, given_requests)))

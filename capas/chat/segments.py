@@ -10,10 +10,10 @@ import pyarrow as pa
 import pyarrow.compute as pc
 from tokenizers import AddedToken, Tokenizer
 
+from capas.chat.controls import control_pattern
 from capas.chat.edges import Edges
 from capas.chat.messages import Messages
 from capas.chat.plan import Control, Piece, Plan, Segment, scaffold_before
-from capas.chat.scaffold import control_pattern
 from capas.chat.tokenizer import TokenizerFiles
 from capas.core.errors import CapasError
 from capas.core.ragged import Array, from_arrow

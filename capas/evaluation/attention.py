@@ -14,10 +14,8 @@ import torch
 from capas.core.errors import CapasError
 
 IMPLEMENTATIONS = ("eager", "sdpa")
-MAX_SEQUENCES, MAX_TOKENS = (
-    4,
-    256,
-)  # the memory of eager attention grows with the square of the tokens
+# The memory of eager attention grows with the square of the tokens.
+MAX_SEQUENCES, MAX_TOKENS = 4, 256
 
 
 class UnsupportedAttentionError(CapasError):
@@ -39,7 +37,7 @@ def compare(model: Any, sequences: Sequence[list[int]]) -> Comparison:
         model: a model of transformers, or PEFT's wrapper of one.
         sequences: token ids; the first MAX_TOKENS of each are used.
     """
-    inner = model.get_base_model() if hasattr(model, "get_base_model") else model
+    inner = unwrapped(model)
     inputs = [torch.tensor([ids[:MAX_TOKENS]]) for ids in sequences[:MAX_SEQUENCES]]
     facts = {
         "used": inner.config._attn_implementation,
@@ -64,6 +62,11 @@ def compare(model: Any, sequences: Sequence[list[int]]) -> Comparison:
         "num_same_next_token": sum(int((a.argmax(-1) == b.argmax(-1)).sum()) for a, b in pairs),
     }
     return Comparison(facts, {"eager": eager_seconds, "sdpa": sdpa_seconds})
+
+
+def unwrapped(model: Any) -> Any:
+    """Return the model of transformers in PEFT's wrapper."""
+    return model.get_base_model() if hasattr(model, "get_base_model") else model
 
 
 def _computed_by(

@@ -1,4 +1,7 @@
-"""Generate completions of many prompts at once, equal to those of each prompt alone."""
+"""Generate completions of many prompts at once, equal to those of each prompt alone.
+
+`complete` is the only way in which stages and served models generate, so that another engine has one place.
+"""
 
 import logging
 import time

@@ -9,7 +9,6 @@ from capas.core.errors import CapasError
 from capas.core.records import RAW, TEXT, Record, before_last_answer, evenly_spaced, read_records
 
 DEFAULT_NEW_TOKENS = 512  # length limit of an answer if neither a setting nor a reference gives one
-TEXT_PROMPT_WORDS = 16  # words of a plain text from which the model continues
 
 
 @dataclass(frozen=True)
@@ -20,6 +19,7 @@ class Prompt:
     messages: list[Message]
     reference: str | None
     tools: Tools = None
+    input_ids: list[int] | None = None  # of a text: encoded again, its last token could be another
 
 
 def own_prompts(requests: list[str], system: str | None, role: str = "user") -> list[Prompt]:
@@ -34,19 +34,24 @@ def own_prompts(requests: list[str], system: str | None, role: str = "user") -> 
     ]
 
 
-def held_out_prompts(raw: Iterable[Record], ids: list[str], count: int) -> list[Prompt]:
-    """Return prompts from `count` of the test records named in `ids`, evenly spaced.
+def held_out_prompts(
+    raw: Iterable[Record], formatted: Iterable[Record], count: int
+) -> list[Prompt]:
+    """Return prompts from `count` of the formatted test records, evenly spaced.
 
     Args:
         raw: records of data/raw/test.parquet.
-        ids: ids of the records that the format stage kept.
+        formatted: records of data/formatted/test.parquet.
 
     Raises:
         CapasError: a record has no user message before its only answer.
     """
-    chosen = evenly_spaced(ids, count)
-    wanted = set(chosen)
-    found = {record["id"]: _prompt(record) for record in raw if record["id"] in wanted}
+    chosen = {record["id"]: record for record in evenly_spaced(list(formatted), count)}
+    found = {
+        record["id"]: _prompt(record, chosen[record["id"]])
+        for record in raw
+        if record["id"] in chosen
+    }
     return [found[name] for name in chosen]
 
 
@@ -84,12 +89,12 @@ def first_system_message(record: Record) -> str | None:
     return first["content"] if first["role"] == "system" else None
 
 
-def _prompt(record: Record) -> Prompt:
+def _prompt(record: Record, formatted: Record) -> Prompt:
     """Return the messages before the last answer as a prompt, and that answer as its reference."""
-    told, tools = conversation(record)
-    messages = [spoken(message) for message in told]
+    stored, tools = conversation(record)
+    messages = [spoken(message) for message in stored]
     if messages[0]["role"] == TEXT:
-        return _beginning(record["id"], messages[0]["content"])
+        return _beginning(messages[0]["content"], formatted)
     last = max(i for i, message in enumerate(messages) if message["role"] == "assistant")
     if last == 0:
         raise CapasError(
@@ -99,8 +104,11 @@ def _prompt(record: Record) -> Prompt:
     return Prompt(record["id"], messages[:last], messages[last]["content"], tools)
 
 
-def _beginning(identity: str, text: str) -> Prompt:
-    """Cut a text before a blank, because tokenizers make one token of a blank and the word after it."""
-    blanks = [i for i, character in enumerate(text) if character == " " and i]
-    cut = blanks[min(TEXT_PROMPT_WORDS, len(blanks)) - 1] if blanks else len(text)
-    return Prompt(identity, [{"role": TEXT, "content": text[:cut]}], text[cut:])
+def _beginning(text: str, formatted: Record) -> Prompt:
+    """Return the beginning of a text, where the evaluation cuts it, too."""
+    reference = formatted["reference"]
+    place = text.find(reference)  # a text may have been truncated after it
+    if place < 0:  # the tokenizer normalizes: nearly there
+        place = max(0, len(text) - len(reference))
+    shown = {"role": TEXT, "content": text[:place] if reference else text}
+    return Prompt(formatted["id"], [shown], reference, None, formatted["prompt_ids"])

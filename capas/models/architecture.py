@@ -19,8 +19,6 @@ _REFUSED = {
 }
 # num_experts, num_local_experts, n_routed_experts, moe_num_experts; not shared experts, not experts per token
 _NUM_EXPERTS = re.compile(r"(\w+_)?(num|n)_((?!shared)\w+_)?experts")
-# The class names of modules that route tokens to experts, in transformers and in remote code.
-_ROUTED = re.compile(r"(Experts|MoE|Moe|(MoE|Moe|MOE)(Block|Layer))$")
 _4BIT = ("bnb_4bit_quant_type", "bnb_4bit_compute_dtype", "bnb_4bit_use_double_quant")
 
 
@@ -77,24 +75,12 @@ def check_dense(config: dict[str, Any], name: str) -> None:
     """
     for key, number in _num_experts(config):
         if number > 1:
-            raise _mixture_of_experts(
+            raise mixture_of_experts(
                 name, config.get("architectures"), f"its config.json says {key}={number}"
             )
 
 
-def check_modules_dense(model: Any, name: str) -> None:
-    """Check that no module belongs to a mixture of experts, whatever config.json says.
-
-    Raises:
-        CapasError: a module does.
-    """
-    for path, module in model.named_modules():
-        kind = type(module).__name__
-        if _ROUTED.search(kind) or path.rpartition(".")[2] == "experts":
-            raise _mixture_of_experts(name, [type(model).__name__], f"layer {path} is a {kind}")
-
-
-def _mixture_of_experts(name: str, architectures: list[str] | None, sign: str) -> CapasError:
+def mixture_of_experts(name: str, architectures: list[str] | None, sign: str) -> CapasError:
     return CapasError(
         f"{name} is a mixture of experts ({', '.join(architectures or ['unnamed'])}: {sign}). Neither LoRA "
         "nor bitsandbytes reaches its experts, which hold most of its weights, so capas does not train it. "

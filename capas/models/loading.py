@@ -16,7 +16,8 @@ from capas.core.errors import CapasError
 from capas.core.files import read_json
 from capas.core.params import Params
 from capas.core.progress import doing
-from capas.models.architecture import check_modules_dense, check_supported, stored_quantization
+from capas.models.architecture import check_supported, stored_quantization
+from capas.models.coverage import check_modules_dense, quantized_linears
 from capas.models.kernels import keep_weights_unpacked
 from capas.models.tuned_weights import is_adapter
 
@@ -137,15 +138,6 @@ def attach_adapter(model: PreTrainedModel, folder: Path) -> nn.Module:
             f"{folder} does not fit the base model: {', '.join(odd[:4])} ({len(odd)} in all)"
         )
     return tuned.eval()
-
-
-def quantized_linears(model: nn.Module) -> Iterator[tuple[str, Any]]:
-    """Yield (name, module) of every bitsandbytes layer."""
-    for name, module in model.named_modules():
-        if type(module).__name__ in ("Linear4bit", "Linear8bitLt") and not hasattr(
-            module, "base_layer"
-        ):
-            yield name, module
 
 
 def quantization_method(model: nn.Module) -> str:

@@ -21,9 +21,9 @@ from capas.core.records import before_last_answer
 from capas.evaluation.names import headline
 from capas.evaluation.nearest import distance_group
 from capas.models import tuned_weights
+from capas.models.stored_tensors import read_header
 from capas.models.weights import weight_bytes
 from capas.report.intervals import mean_interval
-from capas.report.neighbours import read_header
 
 Row = dict[str, Any]
 NUM_WRONG = 6  # answers shown

@@ -11,7 +11,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from capas.report.neighbours import Tensor, tensors
+from capas.models.stored_tensors import Tensor, tensors
 
 _STATE = ".quant_state.bitsandbytes__"
 _MAX_WEIGHTS = 2**20  # a million weights show their distribution

@@ -24,6 +24,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 from capas.core.params import Params
+from capas.models.coverage import quantizable
 from capas.training import malloc_heap
 
 _FEW, _MORE = 2, 6  # numbers of layers to trace; a model with more layers is extrapolated from both
@@ -286,14 +287,6 @@ def _quantize(base: Any, quantization: dict[str, Any]) -> None:
     for parameter in base.parameters():
         if parameter.dtype == torch.float16 and not getattr(parameter, "of_bitsandbytes", False):
             parameter.data = parameter.data.to(torch.float32)
-
-
-def quantizable(base: Any) -> list[Any]:
-    """Return the linear layers that bitsandbytes quantizes: all but the head."""
-    from transformers.pytorch_utils import Conv1D
-
-    head = base.get_output_embeddings()
-    return [m for m in base.modules() if isinstance(m, nn.Linear | Conv1D) and m is not head]
 
 
 def _disguise(layer: Any, four: dict[str, Any] | None) -> None:

@@ -9,6 +9,7 @@ from capas.core.errors import CapasError, listed
 from capas.core.files import read_json
 from capas.core.params import Params
 from capas.models import adapter
+from capas.models.coverage import linear_layers
 
 if TYPE_CHECKING:
     from peft import LoraConfig
@@ -38,13 +39,10 @@ def check_target_modules(base: Any, target_modules: list[str] | str) -> None:
     Raises:
         CapasError: a name matches no linear layer, or another module; the message lists the linear layers.
     """
-    from torch import nn
-    from transformers.pytorch_utils import Conv1D  # the linear layer of GPT-2
-
     if isinstance(target_modules, str) and target_modules.lower() == "all-linear":
         return
     modules = {name: module for name, module in base.named_modules() if name}
-    linear = [name for name, module in modules.items() if isinstance(module, nn.Linear | Conv1D)]
+    linear = list(linear_layers(base))
     there = f"there are: {', '.join(dict.fromkeys(name.rpartition('.')[2] for name in linear))}"
     if isinstance(target_modules, str):
         fitting = {target_modules: _fullmatches(target_modules, list(modules))}
@@ -161,17 +159,17 @@ def _check_layers(name: str, weights: dict[str, Any], expected: dict[str, Any], 
             f"{listed(others)}. Merge it into its base and name that model in "
             "model.model_name_or_path"
         )
-    found, asked = _layers(weights), _layers(expected)
+    found, wanted = _layers(weights), _layers(expected)
     there = {layer for layer, _ in model.named_modules()}
     if strange := sorted(found - there):
         raise CapasError(
             f"{name} is an adapter of another base: this one has no layer called {listed(strange)}"
         )
-    if found != asked:
+    if found != wanted:
         raise CapasError(
             f"the lora group contradicts the initial adapter {name}: "
             f"lora.target_modules={_show(model.peft_config['default'].target_modules)} adapts "
-            f"{len(asked)} layers, and the adapter {len(found)}. Set "
+            f"{len(wanted)} layers, and the adapter {len(found)}. Set "
             f"lora.target_modules={_show(_shortest(found, there))}"
         )
     if odd := sorted(weights.keys() ^ expected.keys()):

@@ -9,7 +9,8 @@ import torch
 from capas.core.errors import CapasError
 from capas.core.params import Params
 from capas.core.records import IGNORE_INDEX
-from capas.models.loading import quantization_method, quantized_linears
+from capas.models.coverage import quantized_linears
+from capas.models.loading import quantization_method
 from capas.training.batches import Collator, Example, compute_logits
 from capas.training.fit import num_tokens
 

@@ -10,14 +10,19 @@ if TYPE_CHECKING:
     from capas.training.trainer import Trainer
 HISTORY = ("step", "epoch", "loss", "learning_rate", "grad_norm")
 HEADLINE = ("num_steps", "train_loss", "validation_loss", "validation_token_accuracy")
-VALIDATION = ("step", "epoch", "loss", "token_accuracy")
 
 
-def write_reports(trainer: "Trainer", step: Step, checked: dict[str, Any], stage: Stage) -> None:
+def write_reports(
+    trainer: "Trainer",
+    step: Step,
+    checked: dict[str, Any],
+    curve: tuple[str, ...],
+    stage: Stage,
+) -> None:
     facts = {"train_key": stage.key(), **summary(trainer, step), **checked}
     write_json(stage.out("reports/train.json"), facts)
     write_json(stage.out("reports/metrics/train.json"), {name: facts[name] for name in HEADLINE})
-    write_curves(trainer.state.log_history, stage)
+    write_curves(trainer.state.log_history, curve, stage)
 
 
 def summary(trainer: "Trainer", step: Step) -> dict[str, Any]:
@@ -62,16 +67,21 @@ def mean_loss(history: list[dict[str, Any]]) -> float:
     return sum(row["loss"] * n for row, n in zip(rows, steps, strict=True)) / sum(steps)
 
 
-def write_curves(history: list[dict[str, Any]], stage: Stage) -> None:
+def write_curves(history: list[dict[str, Any]], curve: tuple[str, ...], stage: Stage) -> None:
+    """Write the curves of training and validation.
+
+    Args:
+        history: the log of the Trainer.
+        curve: the columns of reports/validation.csv after step and epoch.
+    """
     write_csv(stage.out("reports/history.csv"), HISTORY, [row for row in history if "loss" in row])
     validation = [
         {
-            "step": r["step"],
-            "epoch": r["epoch"],
-            "loss": r["eval_loss"],
-            "token_accuracy": r["eval_token_accuracy"],
+            "step": row["step"],
+            "epoch": row["epoch"],
+            **{name: row[f"eval_{name}"] for name in curve},
         }
-        for r in history
-        if "eval_loss" in r
+        for row in history
+        if "eval_loss" in row
     ]
-    write_csv(stage.out("reports/validation.csv"), VALIDATION, validation)
+    write_csv(stage.out("reports/validation.csv"), ("step", "epoch", *curve), validation)

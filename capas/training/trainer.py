@@ -1,6 +1,5 @@
 """Extend `transformers.Trainer`: it resumes exactly, and stops if the loss diverges."""
 
-import math
 import os
 from collections.abc import Callable
 from typing import Any
@@ -11,7 +10,6 @@ from accelerate.data_loader import SeedableRandomSampler
 from peft.optimizers import create_loraplus_optimizer
 from torch.utils.data import SequentialSampler
 from transformers import (
-    EvalPrediction,
     TrainerCallback,
     TrainerControl,
     TrainerState,
@@ -21,7 +19,7 @@ from transformers.trainer_callback import PrinterCallback, ProgressCallback
 
 from capas.core.errors import CapasError, listed
 from capas.core.records import IGNORE_INDEX
-from capas.training.batches import Example, Filled, LengthGroupedSampler, make_filler, score_tokens
+from capas.training.batches import Example, Filled, LengthGroupedSampler, make_filler
 from capas.training.callbacks import Progress
 from capas.training.checkpoints import Checkpoints
 from capas.training.early_stopping import EarlyStopping
@@ -60,9 +58,7 @@ class Trainer(transformers.Trainer):
                 make_filler(kwargs["train_dataset"][0]),
             ]
         super().__init__(data_collator=self._named, **kwargs)
-        if (
-            workspace is not None
-        ):  # full_determinism replaced it by the smaller deterministic workspace
+        if workspace is not None:  # full_determinism replaced it by a smaller one
             os.environ[_CUBLAS_WORKSPACE] = workspace
         self._divergence_factor, self._loraplus_lr_ratio = divergence_factor, loraplus_lr_ratio
         self._record_ids: list[str] = []
@@ -194,12 +190,12 @@ class Trainer(transformers.Trainer):
         """Call `check` when the optimizer and accelerate's state exist, before the first step."""
         self.add_callback(_AtStart(check))
 
-    def anywhere(self, told: bool) -> bool:
-        """Return whether `told` is True in any process; collective: all call it at the same step."""
+    def anywhere(self, flag: bool) -> bool:
+        """Return whether `flag` is True in any process; collective: all call it at the same step."""
         if self.args.world_size == 1:
-            return told
+            return flag
         return bool(
-            self.accelerator.reduce(torch.tensor(told, device=self.args.device).int(), "sum")
+            self.accelerator.reduce(torch.tensor(flag, device=self.args.device).int(), "sum")
         )
 
     def _get_train_sampler(self, train_dataset: Any = None) -> Any:
@@ -236,25 +232,3 @@ class _AtStart(TrainerCallback):
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
     ) -> None:
         self.act()
-
-
-def score_batch(logits: Any, labels: torch.Tensor) -> torch.Tensor:
-    """Return three numbers per record instead of its logits, for `preprocess_logits_for_metrics`."""
-    return score_tokens(logits[0] if isinstance(logits, tuple) else logits, labels)
-
-
-def summarize(prediction: EvalPrediction) -> dict[str, float]:
-    """Return the means over all supervised tokens, for `compute_metrics`.
-
-    They replace Trainer's own eval_loss, a mean over batches, in which short answers count as much as long
-    ones.
-
-    Raises:
-        CapasError: the loss is not finite.
-    """
-    loss, hits, count = prediction.predictions.sum(axis=0)
-    if not math.isfinite(loss):
-        raise CapasError(
-            f"the validation loss is {loss}: the training diverged. Try a smaller trainer.learning_rate"
-        )
-    return {"loss": float(loss / count), "token_accuracy": float(hits / count)}

@@ -10,7 +10,8 @@ from peft import PeftModel
 from capas.core.errors import CapasError
 from capas.core.params import Params
 from capas.models import hardware
-from capas.models.loading import quantization_method, quantized_linears
+from capas.models.coverage import quantized_linears
+from capas.models.loading import quantization_method
 from capas.training import unsloth
 from capas.training.fused import is_fused
 from capas.training.optimizers import OPTIMIZERS

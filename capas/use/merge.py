@@ -191,7 +191,7 @@ def merged(model: Any, dtype: "torch.dtype", trusted: bool) -> "PreTrainedModel"
     from torch import nn
     from transformers import AutoModelForCausalLM
 
-    from capas.models.loading import quantized_linears
+    from capas.models.coverage import quantized_linears
 
     adapter, base = model.peft_config["default"], model.get_base_model()
     for name in [name for name, m in base.named_modules() if isinstance(m, LoraLayer)]:

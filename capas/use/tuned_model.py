@@ -114,7 +114,7 @@ def _of_workspace(root: Path, folder: Path) -> Tuned:
     (folder / "chat.json").symlink_to(root / "data/formatted/chat.json")
     formatted = read_records(root / "data/formatted/test.parquet", FORMATTED)
     raw = read_records(root / "data/raw/test.parquet", RAW)
-    prompts = held_out_prompts(raw, [record["id"] for record in formatted], NUM_PROMPTS)
+    prompts = held_out_prompts(raw, formatted, NUM_PROMPTS)
     return Tuned("the workspace", folder, Params(values), [prompt.messages for prompt in prompts])
 
 

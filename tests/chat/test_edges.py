@@ -10,6 +10,7 @@ from conftest import CONTROL_TOKENS, NAMED, TEXTS, say, template_text
 from tokenizers import AddedToken, Tokenizer, models, normalizers, pre_tokenizers, trainers
 
 from capas.chat.edges import Edges
+from capas.chat.expected import reference_ids
 from capas.chat.format import ChatFormat
 from capas.chat.tokenizer import TokenizerFiles
 
@@ -135,7 +136,7 @@ def test_ids_are_those_of_the_rendered_text(preset: str, folder: Path) -> None:
             random_text(rng), random_text(rng) + "x", random_text(rng), "y" + random_text(rng)
         )
         messages = say(system=random_text(rng)) + messages if seed % 3 == 0 else messages
-        assert chat.encode(messages).input_ids == chat.reference_ids(messages)
+        assert chat.encode(messages).input_ids == reference_ids(chat, messages)
 
 
 def test_a_border_that_is_called_safe_is_safe(folder: Path) -> None:
@@ -169,4 +170,4 @@ def test_control_tokens_that_swallow_blanks(flag: str, tmp_path: Path) -> None:
     chat = ChatFormat.load(text + ask, folder, "")
     for contents in (("Hi", "Hello"), ("a b", "c\nd", "e", "f")):
         messages = say(*contents)
-        assert chat.encode(messages).input_ids == chat.reference_ids(messages)
+        assert chat.encode(messages).input_ids == reference_ids(chat, messages)

@@ -151,7 +151,7 @@ def test_harmony_ends_earlier_answers_with_another_token(tmp_path: Path) -> None
         _, (record,) = split(chat, [say("a", "b", "c", "d")])
         assert trained(chat, record) == [first, f"{final}d<|return|>"]
         assert [chat.decode([i]) for i in chat.stop_token_ids] == stops
-        assert chat.end_tokens == ["<|return|>", "<|end|>"]
+        assert chat.end_tokens == ("<|return|>", "<|end|>")
 
 
 def test_a_thought_reaches_a_template_that_calls_it_otherwise(tmp_path: Path) -> None:

@@ -7,6 +7,7 @@ from typing import Any
 import pytest
 from conftest import say, template_text
 
+from capas.chat.expected import reference_ids
 from capas.chat.format import ChatFormat
 from capas.chat.messages import conversation, split_thought
 from capas.chat.template import RecordRefusal
@@ -75,7 +76,9 @@ def test_ids_with_tools_are_those_of_the_rendered_text(preset: str, tiny_tools_d
     tools = [{"type": "function", "function": {**SCHEMA, "description": "Weather."}}]
     messages = told(call("Paris"), call("Roma", "abcdefghj"))
     messages += [*say("And now?"), *told(call("Oslo"))[1:]]
-    assert chat.encode(messages, tools=tools).input_ids == chat.reference_ids(messages, tools=tools)
+    assert chat.encode(messages, tools=tools).input_ids == reference_ids(
+        chat, messages, tools=tools
+    )
 
 
 @pytest.mark.parametrize("preset", ["qwen", "mistral"])
@@ -140,7 +143,7 @@ def test_thoughts_that_a_template_moves_or_drops(tiny_tools_dir: Path) -> None:
     assert trained(chat, messages) == ["b<|im_end|>", "<think>\ntwo\n</think>\n\nd<|im_end|>"]
     assert chat.encode(messages).num_thoughts_dropped == 1
     assert trained(chat, say("a", "b")) == ["<think>\n\n</think>\n\nb<|im_end|>"]
-    assert chat.encode(messages).input_ids == chat.reference_ids(messages)
+    assert chat.encode(messages).input_ids == reference_ids(chat, messages)
 
 
 def test_an_answer_that_only_thinks_is_refused(tiny_tools_dir: Path) -> None:

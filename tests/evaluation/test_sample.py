@@ -154,18 +154,30 @@ def test_held_out_prompts_are_spread_and_end_with_the_user() -> None:
         {"role": r, "content": r} for r in ("system", "user", "assistant", "user", "assistant")
     ]
     raw = [stored({"id": str(i), "messages": turns}) for i in range(9)]
-    found = held_out_prompts(raw, [str(i) for i in range(9)], 3)
+    found = held_out_prompts(raw, ({"id": str(i)} for i in range(9)), 3)
     assert [prompt.prompt_id for prompt in found] == ["0", "3", "6"]
     assert found[0] == Prompt("0", turns[:4], "assistant")
     assert first_system_message(raw[0]) == "system"
 
 
-def test_a_plain_text_is_asked_to_go_on() -> None:
-    text = " ".join(f"word{i}" for i in range(40))
+@pytest.mark.parametrize(
+    ("reference", "shown"),
+    [
+        ("word4 word5", "word0 word1 word2 word3 "),
+        ("word4", "word0 word1 word2 word3 "),  # truncated after it
+        ("WORD4 word5", "word0 word1 word2 word3 "),  # as a tokenizer that normalizes decodes it
+        ("", "word0 word1 word2 word3 word4 word5"),
+    ],
+)
+def test_a_plain_text_is_cut_where_the_evaluation_cuts_it(reference: str, shown: str) -> None:
+    text = " ".join(f"word{i}" for i in range(6))
     raw = [stored({"id": "a", "messages": [{"role": "text", "content": text}]})]
-    (prompt,) = held_out_prompts(raw, ["a"], 1)
-    assert prompt.messages[0]["content"] + (prompt.reference or "") == text
-    assert prompt.messages[0]["content"].endswith("word15")
+    formatted = {"id": "a", "prompt_ids": [1, 5, 7], "reference": reference}
+    (prompt,) = held_out_prompts(raw, [formatted], 1)
+    assert prompt == Prompt("a", [{"role": "text", "content": shown}], reference, None, [1, 5, 7])
+
+
+def test_a_request_of_ones_own_is_the_beginning_of_a_text() -> None:
     assert own_prompts(["Once"], "system", "text")[0].messages == [
         {"role": "text", "content": "Once"}
     ]

@@ -14,7 +14,8 @@ from transformers.models.auto.configuration_auto import model_type_to_module_nam
 from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
 
 from capas.core.errors import CapasError
-from capas.models.architecture import check_dense, check_modules_dense
+from capas.models.architecture import check_dense
+from capas.models.coverage import check_modules_dense
 
 # Families whose default configuration is dense, and what makes experts of it.
 DENSE_BY_DEFAULT: dict[str, dict[str, Any]] = {

@@ -13,7 +13,8 @@ from transformers import BertConfig, BertForMaskedLM, BitsAndBytesConfig
 from capas.core.errors import CapasError
 from capas.core.params import Params
 from capas.models.architecture import check_causal
-from capas.models.loading import dequantize, load_model, quantization_method, quantized_linears
+from capas.models.coverage import quantized_linears
+from capas.models.loading import dequantize, load_model, quantization_method
 from capas.training.batches import Collator
 from capas.training.used_settings import check_gradients
 from stages.train_lora import add_lora

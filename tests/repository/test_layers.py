@@ -95,3 +95,15 @@ def test_the_walks_in_contributing_name_files_that_exist() -> None:
     assert len(files) > 20
     roots = (REPOSITORY, CAPAS)
     assert [f for f in files if not any((root / f).exists() for root in roots)] == []
+
+
+def test_completions_are_generated_in_one_place() -> None:
+    """The others measure how long a token takes, and stream to a terminal."""
+    files = [*CAPAS.rglob("*.py"), *(REPOSITORY / "stages").glob("*.py")]
+    generating = {
+        str(file.relative_to(CAPAS))
+        for file in files
+        for node in ast.walk(ast.parse(file.read_text(encoding="utf-8")))
+        if isinstance(node, ast.Attribute) and node.attr == "generate"
+    }
+    assert generating == {"evaluation/generation.py", "config/duration.py", "use/chat.py"}

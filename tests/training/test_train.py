@@ -51,7 +51,7 @@ from capas.training.checkpoints import Checkpoints, last_checkpoint
 from capas.training.early_stopping import EarlyStopping, waited
 from capas.training.fit import check_lengths
 from capas.training.lora import check_target_modules, check_untied
-from capas.training.trainer import summarize
+from capas.training.objective import AnswerTokens
 from stages import train_lora
 
 pytestmark = pytest.mark.usefixtures("without_estimate")
@@ -119,6 +119,32 @@ def test_curves_begin_with_the_base_and_end_with_the_last_step(trained: Path) ->
     assert facts["train_loss"] == pytest.approx(
         sum(row["loss"] for row in history(trained)) / 3, rel=1e-5
     )
+
+
+def test_an_objective_of_another_kind_has_its_loss_and_its_curve(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The loop takes loss, scores and columns from the objective alone."""
+
+    losses = []
+
+    class SmallLogits(AnswerTokens):
+        curve = ("loss", "records")
+
+        @staticmethod
+        def loss(outputs: Any, labels: Any, **_: Any) -> torch.Tensor:
+            losses.append(outputs.logits.pow(2).mean())
+            return losses[-1]
+
+        def summarize(self, prediction: EvalPrediction) -> dict[str, float]:
+            means = super().summarize(prediction)
+            return {**means, "records": float(len(prediction.predictions))}
+
+    monkeypatch.setattr("capas.training.objective.AnswerTokens", SmallLogits)
+    root = train(tmp_path, "trainer.max_steps=2", "trainer.logging_steps=1")
+    assert history(root)[0]["loss"] in [pytest.approx(loss.item()) for loss in losses]
+    assert history(root)[0]["loss"] < 1 < history(root, "validation")[0]["loss"]
+    assert history(root, "validation")[0]["records"] > 1
 
 
 def test_validation_loss_is_the_mean_over_supervised_tokens(trained: Path) -> None:
@@ -364,7 +390,7 @@ def test_tf32_is_compared_on_a_gpu() -> None:
 
 def test_a_validation_loss_that_is_no_number_stops_the_training() -> None:
     with pytest.raises(CapasError, match="the validation loss is nan"):
-        summarize(EvalPrediction(np.array([[np.nan, 0.0, 3.0]]), np.zeros(1)))
+        AnswerTokens().summarize(EvalPrediction(np.array([[np.nan, 0.0, 3.0]]), np.zeros(1)))
 
 
 def test_names_of_optimizers_and_schedules_go_through(tmp_path: Path) -> None:

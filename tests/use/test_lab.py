@@ -24,6 +24,7 @@ from capas.core.files import read_json
 from capas.core.language import Language
 from capas.core.params import Params, flatten
 from capas.core.records import FORMATTED, IGNORE_INDEX, read_records, write_records
+from capas.evaluation.attention import IMPLEMENTATIONS
 from capas.evaluation.formats import Answers, Format
 from capas.evaluation.prompts import Prompt
 from capas.use.lab import attention, end_token, template
@@ -148,7 +149,7 @@ def test_logits_of_both_implementations_are_compared_token_by_token(tiny_model_d
     params = Params({"evaluation": {"batch_size": 2}})
     some: Any = SimpleNamespace(records=records, params=params)
     found = []
-    for way in attention.WAYS:
+    for way in IMPLEMENTATIONS:
         model = AutoModelForCausalLM.from_pretrained(tiny_model_dir, attn_implementation=way)
         served = SimpleNamespace(model=model.eval(), chat={"pad_token_id": 0})
         found.append(attention.logits_of(served, some))

@@ -11,7 +11,8 @@ from peft import LoraConfig, get_peft_model
 from transformers import AutoModelForCausalLM, BitsAndBytesConfig, GPT2Config, GPT2LMHeadModel
 
 from capas.core.errors import CapasError
-from capas.models.loading import dequantize, quantized_linears
+from capas.models.coverage import quantized_linears
+from capas.models.loading import dequantize
 from capas.use import merge, tuned_model
 from capas.use.merge import INT8_TOLERANCE, TOLERANCE, compare, difference, logits, merged
 

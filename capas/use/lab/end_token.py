@@ -23,7 +23,7 @@ ASKED, IGNORED, IN_LOSS, NOT_IN_LOSS = "asked", "ignored", "in_loss", "not_in_lo
 
 def run(root: Path, count: int, language: Language) -> Iterator[str]:
     """Yield a row for each way in which an end token is kept or lost, and what it shows."""
-    with questions(root, count) as asked:
+    with questions(root, count) as test:
         known = read_json(root / DATA / "chat.json")
         unknown, unknown_id = unused_token(root, known)
         without = {"stop_token_ids": [unknown_id]}
@@ -34,11 +34,11 @@ def run(root: Path, count: int, language: Language) -> Iterator[str]:
             IN_LOSS: train(root, unknown_id, in_loss=True),
             NOT_IN_LOSS: train(root, unknown_id, in_loss=False),
         }
-        found = {ASKED: answers_of(asked), IGNORED: answers_of(asked, chat=without)}
+        found = {ASKED: answers_of(test), IGNORED: answers_of(test, chat=without)}
         for case, adapter in adapters.items():
-            found[case] = answers_of(asked, adapter=adapter, chat=without)
+            found[case] = answers_of(test, adapter=adapter, chat=without)
     yield ""
-    yield str(language.say("end_token.head", metric=asked.metric))
+    yield str(language.say("end_token.head", metric=test.metric))
     names = {case: language.say(f"end_token.{case}").unescape() for case in found}
     width = max(map(len, names.values()))
     numbers = language.numbers
@@ -54,10 +54,10 @@ def run(root: Path, count: int, language: Language) -> Iterator[str]:
 
 
 def answers_of(
-    asked: Questions, adapter: Path | None = None, chat: dict[str, list[int]] | None = None
+    test: Questions, adapter: Path | None = None, chat: dict[str, list[int]] | None = None
 ) -> Answers:
-    with asked.served(adapter=adapter, chat=chat) as served:
-        return asked.ask(served)
+    with test.served(adapter=adapter, chat=chat) as served:
+        return test.ask(served)
 
 
 def unused_token(root: Path, chat: dict[str, object]) -> tuple[str, int]:

@@ -38,14 +38,14 @@ class Questions:
     def metric(self) -> str:
         return self.scorer.names[0]
 
-    def ask(self, served: Any, asked: Format | None = None) -> Answers:
-        """Return the answers of a `Served`, in the format of its training unless `asked` is given."""
-        if asked is None:
-            asked = Format([record["prompt_ids"] for record in self.records], [])
+    def ask(self, served: Any, form: Format | None = None) -> Answers:
+        """Return the answers of a `Served`, in the format of its training unless `form` is given."""
+        if form is None:
+            form = Format([record["prompt_ids"] for record in self.records], [])
         limit = answer_limit(self.records, self.params.evaluation.max_new_tokens)
         size, tokenizer = self.params.evaluation.batch_size, served.format.tokenizer
         return ask(
-            served.model, self.records, asked, served.chat, self.scorer, tokenizer, limit, size
+            served.model, self.records, form, served.chat, self.scorer, tokenizer, limit, size
         )
 
     @contextmanager
@@ -53,14 +53,12 @@ class Questions:
         self,
         adapter: Path | None = None,
         chat: Mapping[str, Any] | None = None,
-        model: Mapping[str, Any] | None = None,
     ) -> Iterator[Any]:
         """Yield the tuned model as `capas.use.served_model.Served`, with parts of it replaced.
 
         Args:
             adapter: the folder of another training.
             chat: keys of chat.json, e.g. other stop tokens.
-            model: keys of the params group `model`, e.g. another attn_implementation.
         """
         from capas.use.served_model import Served
 
@@ -68,10 +66,7 @@ class Questions:
             folder = Path(name)
             (folder / "adapter").symlink_to((adapter or self.folder / "adapter").resolve())
             (folder / "base").symlink_to((self.folder / "base").resolve())
-            facts = read_json(self.folder / "served.json")
-            write_json(
-                folder / "served.json", {**facts, "model": {**facts["model"], **(model or {})}}
-            )
+            (folder / "served.json").symlink_to((self.folder / "served.json").resolve())
             write_json(
                 folder / "chat.json", {**read_json(self.folder / "chat.json"), **(chat or {})}
             )
@@ -95,7 +90,7 @@ def questions(root: Path, count: int) -> Iterator[Questions]:
         every = list(read_records(root / "data/formatted/test.parquet", FORMATTED))
         records = evenly_spaced(every, count)
         raw = read_records(root / "data/raw/test.parquet", RAW)
-        prompts = held_out_prompts(raw, [record["id"] for record in records], len(records))
+        prompts = held_out_prompts(raw, records, len(records))
         yield Questions(root, source.folder, source.params, records, prompts, scorer)
 
 

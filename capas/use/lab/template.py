@@ -17,25 +17,25 @@ GROUP = "chat_template"
 
 def run(root: Path, count: int, language: Language) -> Iterator[str]:
     """Yield a table with a row for each chat template, and what it shows."""
-    with questions(root, count) as asked, asked.served() as served:
-        own = [record["prompt_ids"] for record in asked.records]
-        found = {asked.params.chat_template.preset: asked.ask(served)}
-        yield str(language.say("template.head", count=len(own), metric=asked.metric))
+    with questions(root, count) as test, test.served() as served:
+        own = [record["prompt_ids"] for record in test.records]
+        found = {test.params.chat_template.preset: test.ask(served)}
+        yield str(language.say("template.head", count=len(own), metric=test.metric))
         trained = next(iter(found))
         yield row(trained, found[trained], language)
         same: list[str] = []
         for name, text, options in other_templates(root, trained):
             try:
-                form = format_of(asked, served.format.folder, text, options)
+                form = format_of(test, served.format.folder, text, options)
             except CapasError as error:
                 yield f"{name:<12} {language.say('template.refused', reason=error).unescape()}"
                 continue
             if form.prompts == own:
                 same.append(name)
-            found[name] = asked.ask(served, form)
+            found[name] = test.ask(served, form)
             yield row(name, found[name], language)
         yield ""
-        yield from example(asked, found, trained, language)
+        yield from example(test, found, trained, language)
         others = {
             name: answers.score for name, answers in found.items() if name not in [trained, *same]
         }
@@ -52,7 +52,7 @@ def other_templates(root: Path, trained: str) -> Iterator[tuple[str, str, dict[s
                 yield name, (root / options["path"]).read_text(encoding="utf-8"), options
 
 
-def format_of(asked: Questions, tokenizer: Path, text: str, options: Mapping[str, Any]) -> Format:
+def format_of(test: Questions, tokenizer: Path, text: str, options: Mapping[str, Any]) -> Format:
     """Return the questions in the format of another template.
 
     Raises:
@@ -60,7 +60,7 @@ def format_of(asked: Questions, tokenizer: Path, text: str, options: Mapping[str
     """
     given = (options["date_string"], options["system"], options["allowed_tokens"], options["path"])
     chat = ChatFormat.load(text, tokenizer, *given)
-    prompts = [chat.prompt_ids(prompt.messages, prompt.tools) for prompt in asked.prompts]
+    prompts = [chat.prompt_ids(prompt.messages, prompt.tools) for prompt in test.prompts]
     return Format(prompts, chat.stop_token_ids)
 
 
@@ -70,7 +70,7 @@ def row(name: str, answers: Answers, language: Language) -> str:
 
 
 def example(
-    asked: Questions, found: Mapping[str, Answers], trained: str, language: Language
+    test: Questions, found: Mapping[str, Answers], trained: str, language: Language
 ) -> Iterator[str]:
     """Yield a question and its answers in all formats.
 
@@ -78,7 +78,7 @@ def example(
     """
     worst = min(found, key=lambda name: found[name].score)
     rights, wrongs = found[trained].completions, found[worst].completions
-    records = zip(asked.records, rights, wrongs, strict=True)
+    records = zip(test.records, rights, wrongs, strict=True)
     odd = [
         i
         for i, (record, right, wrong) in enumerate(records)
@@ -86,7 +86,7 @@ def example(
     ]
     if not odd:
         return
-    yield language.say("template.example", question=last_question(asked.prompts[odd[0]])).unescape()
+    yield language.say("template.example", question=last_question(test.prompts[odd[0]])).unescape()
     for name, answers in found.items():
         yield f"{name:<12} {shorten(answers.completions[odd[0]])}"
     yield ""
