@@ -50,7 +50,7 @@ def main(argv: list[str] | None = None) -> int:
     except KeyboardInterrupt:
         sys.stderr.write("capas: stopped\n")
         return 130
-    except Exception as error:  # noqa: BLE001  told with its traceback, so that it can be reported
+    except Exception as error:  # noqa: BLE001  printed with its traceback, so that it can be reported
         if reason := reason_of(error):
             sys.stderr.write(f"capas: {reason}\n")
             return 2

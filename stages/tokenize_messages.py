@@ -56,9 +56,9 @@ def together(batches: Iterable[pa.RecordBatch]) -> Iterator[pa.RecordBatch]:
 def tokenize(batch: pa.RecordBatch, encoder: PlainEncoder) -> pa.Table:
     """Return the records with input_ids in every message."""
     messages = batch.column("messages")
-    told = messages.flatten()
-    ids = encoder.encode(told.field("content").to_pylist())
-    columns = {name: told.field(name) for name in ("role", "content", "extra", "train")}
+    flat = messages.flatten()
+    ids = encoder.encode(flat.field("content").to_pylist())
+    columns = {name: flat.field(name) for name in ("role", "content", "extra", "train")}
     columns["input_ids"] = ids.to_arrow(_MESSAGE.field("input_ids").type)
     spoken = pa.StructArray.from_arrays(list(columns.values()), fields=list(_MESSAGE))
     offsets = pc.subtract(messages.offsets, messages.offsets[0])

@@ -17,7 +17,7 @@ from capas.models import kernels
 
 # What capas.models.hardware sets before torch is imported; tests import it before any stage does.
 os.environ |= {
-    **kernels.asked("portable"),
+    **kernels.environment("portable"),
     "OMP_WAIT_POLICY": "PASSIVE",
     "TORCHDYNAMO_DISABLE": "1",
     "CAPAS_COST": "off",  # compose measures no model

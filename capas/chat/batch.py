@@ -49,8 +49,8 @@ class Batch:
     def _find_patterns(self, extras: list[str]) -> list[Any]:
         """Return, for each message, its part of the conversation's pattern: usually its role."""
         found: list[Any] = list(self.roles)
-        told = zip(self.roles, self.contents, extras, self.trained, strict=True)
-        for m, (role, content, extra, trained) in enumerate(told):
+        messages = zip(self.roles, self.contents, extras, self.trained, strict=True)
+        for m, (role, content, extra, trained) in enumerate(messages):
             if extra or role == "tool" or role == TEXT or THOUGHT_END in content:
                 found[m] = None  # the scaffold depends on the content, too
             elif not trained or not content or content.isspace():

@@ -60,8 +60,8 @@ class ColumnEncoder:
             except CapasError:  # `ChatFormat.encode` raises it again for each record
                 self._layouts[key] = None
             else:
-                asked_for = layout.prompt and not trained & layout.plan.not_asked_for
-                self._layouts[key] = layout if asked_for else None
+                usable = layout.prompt and not trained & layout.plan.not_asked_for
+                self._layouts[key] = layout if usable else None
         return self._layouts[key]
 
     def _gather(self, parts: list["_Part"], pool: "_Pool") -> Columns:
@@ -191,11 +191,11 @@ class _Group:
             return np.full(len(self._rows), Way.WHOLE)
         trims = self._layout.plan.trims[message]
         left, right = (BLANKS if trim is None else trim for trim in trims)
-        told = self._batch.texts.take(to_arrow(self._first + message, pa.int64()))
-        trimmed = pc.utf8_rtrim(pc.utf8_ltrim(told, left), right)
-        less, all_ = (from_arrow(pc.binary_length(texts)) for texts in (trimmed, told))
+        contents = self._batch.texts.take(to_arrow(self._first + message, pa.int64()))
+        trimmed = pc.utf8_rtrim(pc.utf8_ltrim(contents, left), right)
+        less, all_ = (from_arrow(pc.binary_length(texts)) for texts in (trimmed, contents))
         self._trimmed += less < all_
-        ways = self._segments.ways(slot.scaffold, slot.one_owner, told)
+        ways = self._segments.ways(slot.scaffold, slot.one_owner, contents)
         return np.where(less < all_, Way.WHOLE, ways)
 
     def _slot(self, slot: Slot, ways: Array) -> tuple[Ranges, Ranges, Array]:
@@ -219,11 +219,11 @@ class _Group:
 
     def _whole(self, slot: Slot, place: int) -> tuple[int, int, bool]:
         first = int(self._first[place])
-        told = self._batch.contents[first : first + self._layout.last_answer + 1]
-        contents = self._layout.plan.trim(told)
+        originals = self._batch.contents[first : first + self._layout.last_answer + 1]
+        contents = self._layout.plan.trim(originals)
         if slot.message is None:  # otherwise `_ways` has counted it
             inside = [p.message for p in slot.segment.pieces if p.message is not None]
-            self._trimmed[place] += sum(len(contents[m]) < len(told[m]) for m in inside)
+            self._trimmed[place] += sum(len(contents[m]) < len(originals[m]) for m in inside)
         owned = self._segments.encode_whole(slot.segment, contents)
         owners = np.array([-1 if owner is None else owner for _, owner in owned], np.int64)
         ids = np.array([i for i, _ in owned], np.int32)

@@ -218,10 +218,10 @@ def _asks_for_tool(test: nodes.Node) -> bool:
     """
     if not isinstance(test, nodes.Compare) or len(test.ops) != 1 or test.ops[0].op != "eq":
         return False
-    told, asked = test.expr, test.ops[0].expr
-    of_role = isinstance(told, nodes.Getattr) and told.attr == "role"
-    of_role |= isinstance(told, nodes.Getitem) and getattr(told.arg, "value", None) == "role"
-    return of_role and isinstance(asked, nodes.Const) and asked.value == "tool"
+    left, right = test.expr, test.ops[0].expr
+    of_role = isinstance(left, nodes.Getattr) and left.attr == "role"
+    of_role |= isinstance(left, nodes.Getitem) and getattr(left.arg, "value", None) == "role"
+    return of_role and isinstance(right, nodes.Const) and right.value == "tool"
 
 
 def _only(kind: Kind, *allowed: Kind) -> Kind:

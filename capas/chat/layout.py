@@ -97,15 +97,15 @@ def _constant(owned: Sequence[tuple[int, int | None]]) -> Constant:
 
 def _find_prompt(plan: Plan, chat: ChatFormat, messages: Messages) -> Prompt | None:
     try:
-        asked = chat.plan(messages[:-1], add_generation_prompt=True)
+        prompt_plan = chat.plan(messages[:-1], add_generation_prompt=True)
     except TemplateRefusal:
         return None
-    count = len(asked.parts) - isinstance(asked.parts[-1], Segment)
-    if plan.parts[:count] != asked.parts[:count] or plan.trims[:-1] != asked.trims:
+    count = len(prompt_plan.parts) - isinstance(prompt_plan.parts[-1], Segment)
+    if plan.parts[:count] != prompt_plan.parts[:count] or plan.trims[:-1] != prompt_plan.trims:
         return None
-    if count == len(asked.parts):
+    if count == len(prompt_plan.parts):
         return Prompt(count, 0)
-    lead, goes_on = asked.parts[-1], plan.parts[count] if count < len(plan.parts) else None
+    lead, goes_on = prompt_plan.parts[-1], plan.parts[count] if count < len(plan.parts) else None
     if not isinstance(goes_on, Segment) or not isinstance(lead, Segment):
         return None
     unowned = tuple(piece for piece in goes_on.pieces if piece.owner is None)

@@ -17,19 +17,19 @@ THOUGHT_KEYS = ("reasoning_content", "thinking", "reasoning")  # names in differ
 
 def conversation(record: Record) -> tuple[list[Message], Tools]:
     """Return the messages and tools of a stored record, their JSON parsed."""
-    told = [
+    messages = [
         {**message, **json.loads(message["extra"])} if message["extra"] else message
         for message in record["messages"]
     ]
-    return told, json.loads(record["tools"]) if record["tools"] else None
+    return messages, json.loads(record["tools"]) if record["tools"] else None
 
 
 def spoken(message: Mapping[str, Any]) -> Message:
     """Return the part of a message that a template may read; a thought appears under each of THOUGHT_KEYS."""
-    told = {key: message[key] for key in TEMPLATE_KEYS if key in message}
-    if "reasoning_content" in told:
-        told |= dict.fromkeys(THOUGHT_KEYS, told["reasoning_content"])
-    return told
+    visible = {key: message[key] for key in TEMPLATE_KEYS if key in message}
+    if "reasoning_content" in visible:
+        visible |= dict.fromkeys(THOUGHT_KEYS, visible["reasoning_content"])
+    return visible
 
 
 def has_own_scaffold(messages: Messages, tools: Tools) -> bool:

@@ -127,10 +127,10 @@ class SegmentEncoder:
         pieces, first = segment.pieces, segment.first
         together = self._encode_together(pieces, contents, first)
         start = next((i for i, piece in enumerate(pieces) if piece.owner is not None), 0)
-        asked = self._encode_together(pieces[:start], contents, first) if start else []
-        if together[: len(asked)] == asked:
+        prompt = self._encode_together(pieces[:start], contents, first) if start else []
+        if together[: len(prompt)] == prompt:
             return together
-        apart = asked + self._encode_together(pieces[start:], contents, False)
+        apart = prompt + self._encode_together(pieces[start:], contents, False)
         # The texts differ if the tokenizer puts a space before a text.
         same = self._decode(apart) == self._decode(together)
         return apart if same else together

@@ -68,11 +68,11 @@ class Template:
             TemplateRefusal: the template refuses the conversation or fails; the message has the reason and
                 the template's line.
         """
-        told = [spoken(message) for message in messages]
+        visible = [spoken(message) for message in messages]
         self._environment.begin()
         try:
             return self._template.render(
-                messages=told,
+                messages=visible,
                 add_generation_prompt=add_generation_prompt,
                 tools=tools,
                 documents=None,
@@ -81,7 +81,7 @@ class Template:
         except CapasError:
             raise
         except Exception as error:  # noqa: BLE001  the template is somebody else's program
-            roles = ", ".join(m["role"] for m in told) or "none"
+            roles = ", ".join(m["role"] for m in visible) or "none"
             line = line_of(error)
             where = "" if line is None else f", line {line},"
             raise TemplateRefusal(
@@ -138,10 +138,10 @@ def place_system(messages: Messages, policy: str) -> list[dict[str, Any]]:
         RecordRefusal: with `error`, there is a system message; with `fold`, one comes later than at the
             start, or no user message follows.
     """
-    told = [dict(message) for message in messages]
-    positions = [i for i, m in enumerate(told) if m["role"] == "system"]
+    conversation = [dict(message) for message in messages]
+    positions = [i for i, m in enumerate(conversation) if m["role"] == "system"]
     if policy == "template" or not positions:
-        return told
+        return conversation
     if policy == "error":
         raise RecordRefusal(
             f"message {positions[0]} has the role system, and chat_template.system=error refuses "
@@ -153,13 +153,13 @@ def place_system(messages: Messages, policy: str) -> list[dict[str, Any]]:
             f"message {positions[-1]} has the role system in the middle of the conversation; "
             "chat_template.system=fold only folds system messages before the first user message"
         )
-    if leading == len(told) or told[leading]["role"] != "user":
+    if leading == len(conversation) or conversation[leading]["role"] != "user":
         raise RecordRefusal(
             "chat_template.system=fold needs a user message right after the system message"
         )
-    texts = [m["content"] for m in told[: leading + 1]]
+    texts = [m["content"] for m in conversation[: leading + 1]]
     folded = "\n\n".join([text for text in texts[:-1] if text.strip()] + texts[-1:])
-    return [{**told[leading], "content": folded}, *told[leading + 1 :]]
+    return [{**conversation[leading], "content": folded}, *conversation[leading + 1 :]]
 
 
 def _to_json(

@@ -69,17 +69,17 @@ class TokenizerFiles:
         there = self._chat_templates()
         if name in there:
             return there[name]
-        asked = MODEL_TEMPLATE if name == DEFAULT else f"{MODEL_TEMPLATE}:{name}"
+        requested = MODEL_TEMPLATE if name == DEFAULT else f"{MODEL_TEMPLATE}:{name}"
         if there:
             others = ", ".join(
                 MODEL_TEMPLATE if n == DEFAULT else f"{MODEL_TEMPLATE}:{n}" for n in sorted(there)
             )
             raise CapasError(
-                f"chat_template.path={asked}: the tokenizer in {self.folder} has no chat template "
+                f"chat_template.path={requested}: the tokenizer in {self.folder} has no chat template "
                 f"called {name}. Set chat_template.path={others}"
             )
         raise CapasError(
-            f"chat_template.path={asked}: the tokenizer in {self.folder} has no chat template (is "
+            f"chat_template.path={requested}: the tokenizer in {self.folder} has no chat template (is "
             "it a base model?). Choose chat_template=chatml, llama3, mistral, gemma or a file in "
             "conf/"
         )

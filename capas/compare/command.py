@@ -68,15 +68,15 @@ def command(options: argparse.Namespace) -> int:
     if not (root / "dvc.yaml").exists():
         raise CapasError(f"{root} has no dvc.yaml; start it in the repository's top folder")
     with open_repository(root) as repository:
-        said = _named(repository, options) if options.names else _here(repository, options)
+        parts = _named(repository, options) if options.names else _here(repository, options)
         if options.json:
             facts: dict[str, Any] = {}
-            for part in said:
+            for part in parts:
                 assert isinstance(part, dict)
                 facts |= part
             sys.stdout.write(json.dumps(facts, indent=2, ensure_ascii=False) + "\n")
         else:
-            sys.stdout.write("\n".join(map(str, said)).rstrip() + "\n")
+            sys.stdout.write("\n".join(map(str, parts)).rstrip() + "\n")
     return 0
 
 
@@ -157,18 +157,18 @@ def _alone(first: Side, workspace: Side, options: argparse.Namespace) -> Iterato
         return
     change = "Change a value (`dvc exp run -S lora.r=8`), and `capas compare` says what it changed."
     if first.name != HEAD:
-        said = (
+        text = (
             "This result is the first, the baseline: no commit here has one yet. Keep it: `git add -A && git "
             f"commit`. {change}"
         )
     elif workspace.has_result:
-        said = f"The workspace has the result of the last commit, the baseline. {change}"
+        text = f"The workspace has the result of the last commit, the baseline. {change}"
     else:
-        said = "The workspace has no result of its own yet: run `dvc repro`."
+        text = "The workspace has no result of its own yet: run `dvc repro`."
     width = layout.terminal_width()
     yield from view.baseline_lines(first, width)
     yield ""
-    yield from layout.wrapped(said, width)
+    yield from layout.wrapped(text, width)
     if workspace.pending:
         yield from layout.wrapped(f"Note: {workspace.pending}", width)
 
@@ -178,8 +178,8 @@ def _pair(a: Side, b: Side, repository: Repository, options: argparse.Namespace)
     changes = find_changes([a.texts, b.texts], repository.root / CONF)
     training = differing_training(a, b) if options.why else None
     won, lost = compared.changed()
-    asked = questions_of([*won, *lost] if won or lost else compared.pairs, b, a)
-    pair = Pair(a, b, changes, differing_inputs(a, b, repository.root), compared, asked)
+    questions = questions_of([*won, *lost] if won or lost else compared.pairs, b, a)
+    pair = Pair(a, b, changes, differing_inputs(a, b, repository.root), compared, questions)
     records = _records(pair, training, options.records) if training else []
     if options.json:
         yield _pair_facts(pair, training, records)

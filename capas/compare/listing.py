@@ -77,11 +77,11 @@ def _footnotes(
     if same := next((side for side in sides if side.same_as), None):
         yield f"* = {same.same_as}"
     if confidence := next((one.confidence for one in found if one), None):
-        said = (
+        footnote = (
             f"To the first: the difference on the test records that both answered, {100 * confidence:g} % "
             "interval. Seconds are those of the training."
         )
-        yield from layout.wrapped(said, width)
+        yield from layout.wrapped(footnote, width)
 
 
 def _room(fixed: Sequence[Sequence[str]], width: int) -> int:

@@ -114,8 +114,8 @@ class Repository:
             file: git(self.root, "show", f"{revision}:./{file}", check=False)
             for file in ("dvc.lock", "params.yaml", METRICS, "reports/metrics/base.json")
         }
-        told = git(self.root, "show", "--no-patch", "--format=%ct %s", revision)
-        time, _, subject = told.partition(" ")
+        line = git(self.root, "show", "--no-patch", "--format=%ct %s", revision)
+        time, _, subject = line.partition(" ")
         lock = parse_yaml(texts["dvc.lock"], f"{name}: dvc.lock").get("stages", {})
         values = parse_yaml(texts["params.yaml"], f"{name}: params.yaml")
         metrics = _parsed(texts[METRICS], f"{name}: {METRICS}")
@@ -274,7 +274,7 @@ class Repository:
             for name in {*PUBLISHED, TABLE} & there:
                 client.download_artifacts(run.id, name, str(folder))
         tags = run.tags
-        told = Tracked(
+        tracked = Tracked(
             run_id=run.id,
             name=run.name,
             train_key=tags[TRAIN_KEY],
@@ -283,7 +283,7 @@ class Repository:
             texts=tags,
             experiment_id=run.experiment_id,
         )
-        return self._from_artifacts(told, folder)
+        return self._from_artifacts(tracked, folder)
 
     def _from_artifacts(self, run: Tracked, folder: Path) -> Side:
         lock = read_yaml(folder / "dvc.lock").get("stages", {})

@@ -237,14 +237,14 @@ def _difference(
     weights = [float(b["num_supervised_tokens"]) if name == LOSS else 1.0 for _, b in pairs]
     interval = _bootstrap(before, after, weights, settings)
     needed = records_needed(before, after, weights, confidence_fraction=settings.confidence)
-    said: Any = verdict(interval, higher_is_better=name != LOSS)
+    outcome: Any = verdict(interval, higher_is_better=name != LOSS)
     return Difference(
         before=_weighted(before, weights),
         after=_weighted(after, weights),
         mean=interval["mean"],
         low=interval["low"],
         high=interval["high"],
-        verdict=said,
+        verdict=outcome,
         num_records=len(pairs),
         num_needed=needed,
     )

@@ -93,9 +93,9 @@ class Side:
             return Predictions(found.to_pylist(), names)
         if self.table is None:
             return None
-        told = read_json(self.table)
-        rows = [dict(zip(told["columns"], row, strict=True)) for row in told["data"]]
-        names = [name for name in self.metrics_named if name in told["columns"]]
+        table = read_json(self.table)
+        rows = [dict(zip(table["columns"], row, strict=True)) for row in table["data"]]
+        names = [name for name in self.metrics_named if name in table["columns"]]
         return Predictions([{**row, "completion": row["tuned"]} for row in rows], names)
 
     @property

@@ -39,8 +39,8 @@ def pair_lines(pair: Pair, width: int) -> Iterator[str]:
     """Yield the differences, the scores, and a sentence on which result is better."""
     yield from _legend(pair.letters, width)
     yield ""
-    said = words.verdict(pair.a, pair.b, pair.compared, pair.inputs, pair.changes)
-    yield from layout.wrapped(said, width)
+    verdict = words.verdict(pair.a, pair.b, pair.compared, pair.inputs, pair.changes)
+    yield from layout.wrapped(verdict, width)
     yield ""
     heads = ("", *(f"{letter} {one_line(side.name)}" for letter, side in pair.letters))
     changed, scored = _parameters(pair), _scores(pair)
@@ -259,9 +259,9 @@ def _loss(compared: Compared) -> str:
     change = compared.loss
     if change is None or compared.metric == LOSS or change.low == change.high == 0:
         return ""
-    said = "no difference is shown" if change.verdict == "no difference seen" else change.verdict
+    verdict = "no difference is shown" if change.verdict == "no difference seen" else change.verdict
     return (
-        f"Loss of B: {said}, {words.points(change.mean, False)}, {100 * compared.confidence:g} % interval "
+        f"Loss of B: {verdict}, {words.points(change.mean, False)}, {100 * compared.confidence:g} % interval "
         f"{words.bounds(change.low, change.high, False)}."
     )
 

@@ -58,8 +58,8 @@ class Training:
                 continue
             # Words are weighted by rarity. Adding the other side's texts gives both sides the same weights.
             beside = [record.question for record in evenly_spaced(others, _NUM_BESIDE)]
-            asked = [*questions, *beside]
-            neighbours = nearest_prompts(asked, [record.question for record in records])
+            queries = [*questions, *beside]
+            neighbours = nearest_prompts(queries, [record.question for record in records])
             for near, neighbour in zip(found, neighbours, strict=False):
                 record = records[neighbour.index]
                 near.append(Near(only, *record, neighbour.similarity))
@@ -112,9 +112,9 @@ def _trained(side: Side) -> Mapping[tuple[str, str], _Trained]:
             continue
         spoken = [(m["role"], m["content"], m["extra"], m["train"]) for m in record["messages"]]
         key = (json.dumps(spoken), record["tools"])
-        asked = before_last_answer(record["messages"])
-        question = "\n".join(m["content"] for m in asked if m["role"] != "system")
-        rest = record["messages"][len(asked) :]
+        prompt = before_last_answer(record["messages"])
+        question = "\n".join(m["content"] for m in prompt if m["role"] != "system")
+        rest = record["messages"][len(prompt) :]
         answer = rest[0]["content"] if rest else ""
         found[key] = _Trained(record["id"], question, answer)
     return found

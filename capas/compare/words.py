@@ -180,11 +180,11 @@ def _contradiction(letter: str, side: Side) -> Iterator[str]:
         return
     for name in side.predictions.metrics[:1]:
         values = [float(row[name]) for row in side.predictions.rows]
-        mean, said = sum(values) / len(values), side.metrics.get(name)
-        if said is not None and abs(mean - float(said)) > 1e-4 * max(1.0, abs(mean)):
+        mean, reported = sum(values) / len(values), side.metrics.get(name)
+        if reported is not None and abs(mean - float(reported)) > 1e-4 * max(1.0, abs(mean)):
             yield (
-                f"{letter}: reports/metrics/tuned.json says {name} {said:.4g}, the answers in dvc.lock score "
-                f"{mean:.4g}: they are of different runs. Run `dvc repro`"
+                f"{letter}: reports/metrics/tuned.json says {name} {reported:.4g}, the answers in dvc.lock "
+                f"score {mean:.4g}: they are of different runs. Run `dvc repro`"
             )
 
 

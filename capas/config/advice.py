@@ -41,15 +41,15 @@ _WITHOUT_SYSTEM = ("question_answer", "text")
 
 def _untrained_system(values: dict[str, Any]) -> Iterator[str]:
     """Yield a line if questions are asked under a system prompt under which no record is trained."""
-    asked, dataset = values["generation"]["system"], values["dataset"]
-    if asked is None:  # the system prompt of a test record is used
+    system, dataset = values["generation"]["system"], values["dataset"]
+    if system is None:  # the system prompt of a test record is used
         return
     trained = {source["system"] for source in (dataset, *dataset["mix"])}
-    if asked in trained or any(map(_brings_system, (dataset, *dataset["mix"]))):
+    if system in trained or any(map(_brings_system, (dataset, *dataset["mix"]))):
         return
     shown = " and ".join("none" if t is None else repr(t) for t in sorted(trained, key=str))
     yield (
-        f"generation.system={asked!r} is asked with, and no record is trained under it: dataset.system is "
+        f"generation.system={system!r} is asked with, and no record is trained under it: dataset.system is "
         f"{shown}. Set both to the same text, or generation.system=null, which takes the trained one"
     )
 

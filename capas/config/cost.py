@@ -102,8 +102,8 @@ def _disk(params: Params, folder: Path, root: Path) -> Iterator[str]:
     hub = find_source(params.model.model_name_or_path, root) is Source.HUB
     if hub:
         yield f"{'download':12}{_size(num_bytes)}, minus what is already in the Hub's cache"
-    asked = params.quantization
-    bits = 4.5 if asked.load_in_4bit else 8.1 if asked.load_in_8bit else 0
+    quantization = params.quantization
+    bits = 4.5 if quantization.load_in_4bit else 8.1 if quantization.load_in_8bit else 0
     total = int(num_bytes * (1 + hub) + num_bytes * bits / 16)
     free = shutil.disk_usage(root).free
     yield f"{'disk':12}about {_size(total)}; {_size(free)} are free{'' if total < free else ': too little'}"
@@ -137,7 +137,7 @@ def load_of(params: Params, root: Path, splits: dict[str, int]) -> Any:
     num_test = splits["test"]
     if evaluation.max_records is not None:
         num_test = min(num_test, evaluation.max_records)
-    asked = params.quantization
+    quantization = params.quantization
     return Load(
         num_train=splits["train"],
         num_validation=splits["validation"],
@@ -154,7 +154,7 @@ def load_of(params: Params, root: Path, splits: dict[str, int]) -> Any:
         eval_steps=trainer.eval_steps,
         score_batch=evaluation.batch_size,
         generates=bool(evaluation.metrics),
-        quantizes=asked.load_in_4bit or asked.load_in_8bit,
+        quantizes=quantization.load_in_4bit or quantization.load_in_8bit,
         num_completions=generation.num_prompts * len(settings),
         num_sequences=max(1, round(statistics.fmean(sequences))),
     )

@@ -127,8 +127,8 @@ class Option:
             elif key in wanted and (
                 merged := _merged(key, values.get(key), wanted[key])
             ) != values.get(key):
-                said = f"{key}: {values[key]}" if key in values else f"no {key}"
-                changes.append(f"{self.file} says {said}, now {merged}")
+                before = f"{key}: {values[key]}" if key in values else f"no {key}"
+                changes.append(f"{self.file} says {before}, now {merged}")
                 values[key] = merged
         stream = StringIO()
         yaml.dump(values, stream)

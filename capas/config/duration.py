@@ -168,11 +168,14 @@ def _small(config: Any, layers: int, params: Params) -> Iterator[tuple[Path, dic
     text.num_hidden_layers = layers
     if getattr(text, "layer_types", None):
         text.layer_types = text.layer_types[:layers]
-    asked = params.quantization.without("preset")
-    quantizes = asked["load_in_4bit"] or asked["load_in_8bit"]
+    quantization = params.quantization.without("preset")
+    quantizes = quantization["load_in_4bit"] or quantization["load_in_8bit"]
     with TemporaryDirectory(prefix="capas-duration-") as name:
         AutoModelForCausalLM.from_config(small).save_pretrained(name)
-        yield Path(name), {"quantization_config": BitsAndBytesConfig(**asked)} if quantizes else {}
+        yield (
+            Path(name),
+            {"quantization_config": BitsAndBytesConfig(**quantization)} if quantizes else {},
+        )
 
 
 def _timed(model: Any, params: Params, load: Load, trains_all: bool) -> dict[str, float]:

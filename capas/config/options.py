@@ -136,8 +136,8 @@ def _problems_of_option(file: Path, group: str, here: str) -> Iterator[str]:
     if found != file.stem:
         wanted = f"preset: {file.stem}"
         wanted = f"{group}: {{{wanted}}}" if node is not tree else wanted
-        said = "says no preset" if found is None else f"says preset: {found}"
+        problem = "says no preset" if found is None else f"says preset: {found}"
         yield (
-            f"{here}: {said}; it must say {wanted}, because params.yaml records the choice by its "
+            f"{here}: {problem}; it must say {wanted}, because params.yaml records the choice by its "
             "preset"
         )

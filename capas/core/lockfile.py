@@ -91,21 +91,21 @@ def heal(text: str, committed: str, specs: Mapping[str, StageSpec]) -> tuple[str
     flaws = {n: flaw(piece, specs.get(n), n == last) for n, piece in here.items()}
     whole = {name: piece for name, piece in here.items() if not flaws[name]}
     lost = [name for name in there if name in specs and name not in here]
-    said = [
+    problems = [
         f"{LOCK}: the entry of {n} is incomplete: {reason}" for n, reason in flaws.items() if reason
     ]
     if lost:
-        said.append(f"{LOCK}: the entries of {', '.join(lost)} are missing")
+        problems.append(f"{LOCK}: the entries of {', '.join(lost)} are missing")
     if not here or join(here) != text:
-        if not said and _is_lock(text):
+        if not problems and _is_lock(text):
             return text, []  # a valid file in another layout than DVC's
-        said = [f"{LOCK} was truncated or overwritten"]
-    if not said:
+        problems = [f"{LOCK} was truncated or overwritten"]
+    if not problems:
         return text, []
     for name, piece in there.items():
         if name in specs and name not in whole and not flaw(piece, specs[name]):
             whole[name] = piece
-    return join(whole), said
+    return join(whole), problems
 
 
 def _is_lock(text: str) -> bool:

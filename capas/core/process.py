@@ -75,7 +75,7 @@ def _guarded(
 
 def _why(log: Path) -> str:
     lines = re.split(r"[\r\n]+", log.read_text(encoding="utf-8", errors="replace"))
-    said = [line for line in lines if line.strip()]
+    nonblank = [line for line in lines if line.strip()]
     return "\n".join(
-        ["the pipeline failed; the last lines of its log:", *said[-_NUM_LAST:], f"log: {log}"]
+        ["the pipeline failed; the last lines of its log:", *nonblank[-_NUM_LAST:], f"log: {log}"]
     )

@@ -185,8 +185,8 @@ def _begun(messages: list[Message], flaws: Flaws) -> list[Message]:
         return messages
     advice = "the conversation begins with an assistant message, without a prompt"
     flaws.allows(Flaw(ASSISTANT_FIRST, f"messages[{start}].role", "assistant", advice), SKIP)
-    asked = next((i for i, m in enumerate(messages) if m["role"] == "user"), len(messages))
-    return messages[:start] + messages[asked:]
+    first_user = next((i for i, m in enumerate(messages) if m["role"] == "user"), len(messages))
+    return messages[:start] + messages[first_user:]
 
 
 def _alternating(messages: list[Message], flaws: Flaws) -> list[Message]:
@@ -197,10 +197,10 @@ def _alternating(messages: list[Message], flaws: Flaws) -> list[Message]:
     Raises:
         Flaw: there are such neighbours, and the policy is neither merge nor keep.
     """
-    told: list[Message] = []
+    result: list[Message] = []
     for i, message in enumerate(messages):
-        if not told or told[-1]["role"] != message["role"] or message["role"] == "tool":
-            told.append(message)
+        if not result or result[-1]["role"] != message["role"] or message["role"] == "tool":
+            result.append(message)
             continue
         flaw = Flaw(
             CONSECUTIVE,
@@ -210,10 +210,10 @@ def _alternating(messages: list[Message], flaws: Flaws) -> list[Message]:
         )
         flaws.allows(flaw, MERGE, KEEP)
         if flaws.policy(CONSECUTIVE) == KEEP:
-            told.append(message)
+            result.append(message)
         else:
-            told[-1] = _merged(told[-1], message, i)
-    return told
+            result[-1] = _merged(result[-1], message, i)
+    return result
 
 
 def _merged(first: Message, second: Message, number: int) -> Message:
@@ -231,8 +231,8 @@ def _check_order(number: int, message: Message, messages: list[Message], flaws: 
         advice = "a system message must come first; models only see system messages at the start"
         flaws.allows(Flaw(SYSTEM, f"messages[{number}].role", "system", advice), KEEP)
     if message["role"] == "tool":
-        asked = next((m for m in reversed(before) if m["role"] != "tool"), None)
-        if asked is None or '"tool_calls"' not in asked["extra"]:
+        previous = next((m for m in reversed(before) if m["role"] != "tool"), None)
+        if previous is None or '"tool_calls"' not in previous["extra"]:
             advice = "a tool message must follow an assistant message with tool_calls"
             raise Flaw(BAD_CALL, f"messages[{number}].role", "tool", advice)
     if message["role"] == TEXT:

@@ -192,7 +192,7 @@ def _trained(role: str, message: Mapping[str, Any], at: str) -> bool:
     Raises:
         Flaw: the keys are ambiguous or contradictory, or mark a message that is never trained.
     """
-    told: dict[str, bool] = {}
+    trained: dict[str, bool] = {}
     for key in [key for key in _TRAINING if message.get(key) is not None]:
         value, where = message[key], place_of(message, key, at)
         if key in UNCLEAR:
@@ -201,15 +201,15 @@ def _trained(role: str, message: Mapping[str, Any], at: str) -> bool:
         if not isinstance(value, bool | int | float) or value not in (0, 1):
             advice = "give true or false (1 or 0): an answer is trained as a whole or not at all"
             raise Flaw(UNCLEAR_TRAINING, where, value, advice)
-        told[key] = bool(value) != (key in UNTRAINED)
-        if told[key] and role not in ("assistant", TEXT):
+        trained[key] = bool(value) != (key in UNTRAINED)
+        if trained[key] and role not in ("assistant", TEXT):
             advice = f"{role} messages are never trained; remove the key or set it to false"
             raise Flaw(UNCLEAR_TRAINING, where, value, advice)
-    if len(set(told.values())) > 1:
-        key = next(key for key in told if told[key])
-        advice = f"{' and '.join(told)} contradict each other; keep one of them"
+    if len(set(trained.values())) > 1:
+        key = next(key for key in trained if trained[key])
+        advice = f"{' and '.join(trained)} contradict each other; keep one of them"
         raise Flaw(UNCLEAR_TRAINING, place_of(message, key, at), message[key], advice)
-    return role not in ("assistant", TEXT) or all(told.values())
+    return role not in ("assistant", TEXT) or all(trained.values())
 
 
 def clean(text: str, field: str, flaws: Flaws) -> str:

@@ -191,10 +191,15 @@ class Pool:
         for batch in self._batches() if whys else ():
             for index in sorted(i for i in whys if start <= i < start + len(batch)):
                 record = batch.slice(index - start, 1).to_pylist()[0]
-                asked = next(
+                question = next(
                     (m["content"] for m in record["messages"] if m["role"] != "system"), ""
                 )
-                about = {"id": record["id"], "field": "", "value": show(asked), "why": whys[index]}
+                about = {
+                    "id": record["id"],
+                    "field": "",
+                    "value": show(question),
+                    "why": whys[index],
+                }
                 shown.append({**self.numbers.where(index), **about})
             start += len(batch)
         return shown
@@ -206,9 +211,9 @@ class Pool:
         """
         for batch in self._batches():
             for messages in batch.column("messages").to_pylist():
-                asked = itertools.takewhile(lambda m: m["role"] != "assistant", messages)
-                told = "\n".join(m["content"] for m in asked if m["role"] != "system")
-                yield told[:MAX_QUESTION]
+                prompt = itertools.takewhile(lambda m: m["role"] != "assistant", messages)
+                question = "\n".join(m["content"] for m in prompt if m["role"] != "system")
+                yield question[:MAX_QUESTION]
 
     def write_split(
         self, file: Path, stays: NDArray[np.bool_], ids: "Identities"

@@ -143,11 +143,11 @@ def convert(
     row = dict(value)
     if shape in ("messages", "sharegpt"):
         [column] = SIGNS[shape]
-        return _told(_listed(row.pop(column), column, roles or {}), row)
+        return _with_messages(_listed(row.pop(column), column, roles or {}), row)
     return _CONVERTERS[shape](row)
 
 
-def _told(messages: list[Any], rest: Found) -> Found:
+def _with_messages(messages: list[Any], rest: Found) -> Found:
     return {**rest, "messages": messages}
 
 
@@ -199,10 +199,10 @@ def _json_calls(text: Any, at: str) -> list[Any]:
 
 
 def _alpaca(row: Found) -> Found:
-    asked = _joined([row.pop("instruction"), row.pop("input", "")])
+    prompt = _joined([row.pop("instruction"), row.pop("input", "")])
     answer = OfColumn("assistant", row.pop("output"), "output")
     history = _history(row.pop("history", None))
-    return _told([*history, OfColumn("user", asked, "instruction"), answer], row)
+    return _with_messages([*history, OfColumn("user", prompt, "instruction"), answer], row)
 
 
 def _history(history: Any) -> list[Found]:
@@ -226,19 +226,19 @@ def _history(history: Any) -> list[Found]:
 
 def _prompt_completion(row: Found) -> Found:
     if isinstance(row["prompt"], list) and isinstance(row["completion"], list):
-        return _told([*row.pop("prompt"), *row.pop("completion")], row)
-    return _told(_pair(row, "prompt", "completion"), row)
+        return _with_messages([*row.pop("prompt"), *row.pop("completion")], row)
+    return _with_messages(_pair(row, "prompt", "completion"), row)
 
 
 def _question_answer(row: Found) -> Found:
-    return _told(_pair(row, "question", "answer"), row)
+    return _with_messages(_pair(row, "question", "answer"), row)
 
 
 def _plain(row: Found) -> Found:
     """Return a plain text, all of it trained; columns with a system prompt or a thought are left out."""
     text = row.pop("text")
     rest = {k: Unused(v) if k in (*SYSTEM_PROMPTS, *THOUGHTS) else v for k, v in row.items()}
-    return _told([OfColumn(TEXT, text, "text")], rest)
+    return _with_messages([OfColumn(TEXT, text, "text")], rest)
 
 
 def _oasst(row: Found) -> Found:
@@ -254,9 +254,9 @@ _CONVERTERS = {
 }
 
 
-def _pair(row: Found, asked: str, answered: str) -> list[Found]:
-    told = (("user", asked), ("assistant", answered))
-    return [OfColumn(role, row.pop(column), column) for role, column in told]
+def _pair(row: Found, prompt: str, answer: str) -> list[Found]:
+    columns = (("user", prompt), ("assistant", answer))
+    return [OfColumn(role, row.pop(column), column) for role, column in columns]
 
 
 def _joined(parts: list[Any]) -> Any:
@@ -284,7 +284,7 @@ def _mapped(row: Mapping[str, Any], columns: Columns, roles: Mapping[str, str]) 
     for role in ("user", TEXT, "assistant"):
         if role in columns:
             messages.append(OfColumn(role, _joined(cells[role]), named[role]))
-    return _told(messages, found)
+    return _with_messages(messages, found)
 
 
 def _unmapped(row: Mapping[str, Any], used: set[str]) -> Found:

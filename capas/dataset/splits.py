@@ -50,12 +50,12 @@ def digest(*texts: str) -> int:
 
 def content_digest(record: Mapping[str, Any]) -> int:
     """Return a digest of a record's exact messages and tools; id and metadata do not count."""
-    told = (
+    parts = (
         part
         for m in record["messages"]
         for part in (m["role"], m["content"], m["extra"], "" if m["train"] else "untrained")
     )
-    return digest(record["tools"], *told)
+    return digest(record["tools"], *parts)
 
 
 def prompt_digests(messages: Sequence[Mapping[str, Any]]) -> tuple[int, int]:

@@ -43,16 +43,16 @@ def _no_message(value: Any) -> Flaw:
 
 
 def _best_thread(root: Mapping[str, Any], children: Mapping[Any, Any]) -> list[dict[str, Any]]:
-    told, current = [], root
+    thread, current = [], root
     while True:
         role = "user" if current.get("role") == "prompter" else current.get("role")
-        told.append({"role": role, "content": current.get("text")})
+        thread.append({"role": role, "content": current.get("text")})
         replies = [value for _, value in children.get(str(current["message_id"]), [])]
         if not replies:
             break
         current = min(replies, key=_rank)
-    answers = [i for i, message in enumerate(told) if message["role"] == "assistant"]
-    return told[: answers[-1] + 1] if answers else told
+    answers = [i for i, message in enumerate(thread) if message["role"] == "assistant"]
+    return thread[: answers[-1] + 1] if answers else thread
 
 
 def _rank(reply: Mapping[str, Any]) -> tuple[bool, float]:

@@ -25,8 +25,8 @@ def copy_nearest(records: list[Row], scorer: Scorer, formatted: Path, raw: Path)
         return []
     train = list(read_answers(formatted / "train.parquet"))
     known = read_questions(raw / "train.parquet", {row["id"] for row in train})
-    asked = read_questions(raw / "test.parquet", {row["id"] for row in records})
-    found = nearest_prompts([asked[r["id"]] for r in records], [known[r["id"]] for r in train])
+    questions = read_questions(raw / "test.parquet", {row["id"] for row in records})
+    found = nearest_prompts([questions[r["id"]] for r in records], [known[r["id"]] for r in train])
     rows = []
     for record, neighbour in zip(records, found, strict=True):
         copied = train[neighbour.index]

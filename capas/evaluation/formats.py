@@ -34,7 +34,7 @@ class Answers:
 def ask(
     model: Any,
     records: Sequence[Record],
-    asked: Format,
+    prompt_format: Format,
     chat: Mapping[str, Any],
     scorer: Scorer,
     tokenizer: Any,
@@ -47,18 +47,18 @@ def ask(
     whichever comes first. So an answer is scored by its text, not by where it would be cut off.
 
     Args:
-        records: the records, in the order of the prompts of `asked`.
+        records: the records, in the order of the prompts of `prompt_format`.
         chat: data/formatted/chat.json of the training.
         tokenizer: a tokenizer of the package `tokenizers`.
     """
     from capas.evaluation.generation import complete, generation_config
 
-    stops = list(dict.fromkeys([*chat["stop_token_ids"], *asked.stop_token_ids]))
+    stops = list(dict.fromkeys([*chat["stop_token_ids"], *prompt_format.stop_token_ids]))
     config = generation_config({**chat, "stop_token_ids": stops}, max_new_tokens)
-    found = [group[0] for group in complete(model, asked.prompts, config, batch_size)]
+    found = [group[0] for group in complete(model, prompt_format.prompts, config, batch_size)]
     ids = [completion.input_ids for completion in found]
     completions = tokenizer.decode_batch(ids, skip_special_tokens=False)
-    questions = tokenizer.decode_batch(asked.prompts, skip_special_tokens=False)
+    questions = tokenizer.decode_batch(prompt_format.prompts, skip_special_tokens=False)
     metric, scores = scorer.names[0], []
     for record, question, completion in zip(records, questions, completions, strict=True):
         row = {name: record[name] for name in ("id", "reference", "metadata")}

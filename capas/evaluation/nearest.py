@@ -43,10 +43,10 @@ def nearest_prompts(prompts: Sequence[str], train_prompts: Sequence[str]) -> lis
     vectors = vectorizer.fit_transform(
         [f"{text} ." for text in texts]
     )  # no text is left without a word
-    known, asked = vectors[: len(searched)].T.tocsc(), vectors[len(searched) :]
+    known, queries = vectors[: len(searched)].T.tocsc(), vectors[len(searched) :]
     found: list[Neighbour] = []
     for start in range(0, len(prompts), _ROWS):
-        similarities = np.round((asked[start : start + _ROWS] @ known).toarray(), _DIGITS)
+        similarities = np.round((queries[start : start + _ROWS] @ known).toarray(), _DIGITS)
         best = similarities.argmax(axis=1)
         values = similarities[np.arange(len(best)), best]
         found += [

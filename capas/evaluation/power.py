@@ -32,9 +32,9 @@ def records_for(difference: float) -> int:
 def power_in_words(num_records: int) -> str:
     """Return a sentence: which difference cannot be shown, and how many records would show 5 points."""
     points = 100 * smallest_difference(num_records)
-    said = (
+    sentence = (
         f"{num_records} test records: a difference below about {points:.0f} points cannot be shown"
     )
     needed = records_for(TARGET)
     more = f"; about {needed} would show one of {100 * TARGET:.0f}" if num_records < needed else ""
-    return said + more
+    return sentence + more

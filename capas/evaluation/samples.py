@@ -33,9 +33,9 @@ def summarize(
             if metric is None or row["reference"] is None:
                 continue
             name = row["prompt_id"]
-            asked = {"id": name, "prompt": questions[name], "reference": row["reference"]}
-            asked["metadata"] = ""
-            found += [scorer.score(text, asked)[metric] for text in row["completions"]]
+            record = {"id": name, "prompt": questions[name], "reference": row["reference"]}
+            record["metadata"] = ""
+            found += [scorer.score(text, record)[metric] for text in row["completions"]]
         return {
             "distinct_completion_rate": sum(row["num_distinct"] / count for row in chosen)
             / len(chosen),

@@ -54,9 +54,11 @@ def ask(records: list[Row], scorer: Scorer, tokenizer: "Tokenizer") -> list[Row]
     check_prompts(records)
     prompts = [record["prompt_ids"] for record in records]
     questions = tokenizer.decode_batch(prompts, skip_special_tokens=False)
-    asked = [{**r, "prompt": question} for r, question in zip(records, questions, strict=True)]
-    scorer.check(asked)
-    return asked
+    with_prompts = [
+        {**r, "prompt": question} for r, question in zip(records, questions, strict=True)
+    ]
+    scorer.check(with_prompts)
+    return with_prompts
 
 
 def check_prompts(records: list[Row]) -> None:
@@ -95,7 +97,7 @@ def answer(
     ids = [completion.input_ids for completion in found]
     texts = tokenizer.decode_batch(ids, skip_special_tokens=False)
     controls = control_ids(chat, tokenizer)
-    asked = [{**row, "prompt": r["prompt"]} for row, r in zip(rows, records, strict=True)]
+    with_prompts = [{**row, "prompt": r["prompt"]} for row, r in zip(rows, records, strict=True)]
     return [
         {
             **row,
@@ -106,7 +108,7 @@ def answer(
             "empty": not text.strip(),
             "control_token": not controls.isdisjoint(completion.input_ids),
         }
-        for row, text, completion in zip(asked, texts, found, strict=True)
+        for row, text, completion in zip(with_prompts, texts, found, strict=True)
     ]
 
 

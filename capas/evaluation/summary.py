@@ -91,8 +91,8 @@ def side_by_side(facts: dict[str, Any], names: list[str]) -> dict[str, Any]:
 
     `exact_match` is included even if it was not chosen, because a sweep shows it beside its objective.
     """
-    asked = names if "exact_match" in names else ["exact_match", *names]
-    wanted = ("loss", "perplexity", "token_accuracy", *asked, "stop_rate")
+    metrics = names if "exact_match" in names else ["exact_match", *names]
+    wanted = ("loss", "perplexity", "token_accuracy", *metrics, "stop_rate")
     return {name: facts.get(name) for name in wanted}
 
 

@@ -100,7 +100,7 @@ class OwnMetric:
         try:
             value = self._function(completion, reference, dict(record))
         except Exception as error:
-            raise CapasError(f"{where}: {_told(error, self._file)}") from error
+            raise CapasError(f"{where}: {_describe(error, self._file)}") from error
         score = _number(value)
         if score is None:
             raise CapasError(
@@ -153,11 +153,11 @@ def _executed(metric: str, file: str, source: str) -> ModuleType:
     try:
         exec(compile(source, file, "exec"), module.__dict__)
     except Exception as error:
-        raise CapasError(f"evaluation.metrics: {metric}: {_told(error, file)}") from error
+        raise CapasError(f"evaluation.metrics: {metric}: {_describe(error, file)}") from error
     return module
 
 
-def _told(error: Exception, file: str) -> str:
+def _describe(error: Exception, file: str) -> str:
     """Return an error as text with its place: 'KeyError: 'tone' (data/own/scores.py, line 7)'."""
     frames = [f for f in traceback.extract_tb(error.__traceback__) if f.filename == file]
     at = f" ({file}, line {frames[-1].lineno})" if frames else ""

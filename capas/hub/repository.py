@@ -60,7 +60,7 @@ class Repository:
         def ask() -> Any:
             return HfApi().repo_info(self.name, repo_type=self.kind, revision=revision)
 
-        return str(self._asked(revision, ask).sha)
+        return str(self._with_retries(revision, ask).sha)
 
     def file_names(self, commit: str) -> list[str]:
         """Return all file names of a commit, whether downloaded or not.
@@ -70,7 +70,7 @@ class Repository:
         """
         from huggingface_hub import list_repo_files
 
-        return self._asked(
+        return self._with_retries(
             commit, lambda: list_repo_files(self.name, repo_type=self.kind, revision=commit)
         )
 
@@ -85,7 +85,7 @@ class Repository:
         from huggingface_hub import snapshot_download
 
         folder = Path(
-            self._asked(
+            self._with_retries(
                 commit,
                 lambda: snapshot_download(
                     self.name, repo_type=self.kind, revision=commit, allow_patterns=list(patterns)
@@ -113,7 +113,7 @@ class Repository:
                     f"hash on the Hub. Delete it and run again: rm {file.resolve()}"
                 )
 
-    def _asked(self, revision: str, ask: Callable[[], Answer]) -> Answer:
+    def _with_retries(self, revision: str, ask: Callable[[], Answer]) -> Answer:
         """Return the answer of `ask`; retry while the Hub is busy, and explain its errors in words."""
         waits = iter(WAITS_SECONDS)
         while True:
@@ -185,7 +185,7 @@ def _refusals() -> tuple[type[Exception], ...]:
 
 
 def _wait(error: Any, seconds: float) -> None:
-    seconds = min(_wait_asked_for(error) or seconds, LONGEST_WAIT_SECONDS)
+    seconds = min(_requested_wait(error) or seconds, LONGEST_WAIT_SECONDS)
     log.info("the Hub is busy (HTTP %s): retrying in %.0f s", _status(error), seconds)
     time.sleep(seconds)
 
@@ -201,7 +201,7 @@ def _who(error: Any) -> str:
     )
 
 
-def _wait_asked_for(error: Any) -> float | None:
+def _requested_wait(error: Any) -> float | None:
     """Return the seconds to wait, from the headers `Retry-After` or `RateLimit` of an answer."""
     from huggingface_hub.utils import parse_ratelimit_headers
 

@@ -51,9 +51,9 @@ def check_kind(config: Mapping[str, Any], name: str) -> None:
     if config.get("init_lora_weights", True) not in _KEPT_BASE:
         odd["init_lora_weights"] = config["init_lora_weights"]
     if odd:
-        told = ", ".join(f"{key}={value}" for key, value in sorted(odd.items()))
+        listed = ", ".join(f"{key}={value}" for key, value in sorted(odd.items()))
         raise CapasError(
-            f"training cannot start from {name}: its {CONFIG} says {told}, which capas does not "
+            f"training cannot start from {name}: its {CONFIG} says {listed}, which capas does not "
             "support. Merge it into its base (PEFT's merge_and_unload) and name that model in "
             "model.model_name_or_path"
         )
@@ -73,10 +73,12 @@ def check_agreement(config: Mapping[str, Any], lora: Mapping[str, Any], name: st
     own = {key: config.get(key, default) for key, default in COMPARED.items()}
     wrong = [key for key, value in own.items() if lora[key] != value]
     if wrong:
-        told = ", ".join(f"lora.{key}={lora[key]}, the adapter has {own[key]}" for key in wrong)
+        differences = ", ".join(
+            f"lora.{key}={lora[key]}, the adapter has {own[key]}" for key in wrong
+        )
         ways = " ".join(f"lora.{key}={str(own[key]).lower()}" for key in wrong)
         raise CapasError(
-            f"the lora group contradicts the initial adapter {name}: {told}. Set {ways}"
+            f"the lora group contradicts the initial adapter {name}: {differences}. Set {ways}"
         )
 
 

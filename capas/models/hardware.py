@@ -90,7 +90,7 @@ def environment(hardware: Params, num_processes: int = 1) -> dict[str, str]:
         variables["CUDA_VISIBLE_DEVICES"] = _visible_devices(hardware.device)
     if hardware.device == "cpu" and num_processes > 1:
         variables["ACCELERATE_TORCH_DEVICE"] = "cpu"  # torch.load does not accept cpu:0
-    return variables | kernels.asked(hardware.instruction_set)
+    return variables | kernels.environment(hardware.instruction_set)
 
 
 def num_threads(hardware: Params, num_processes: int = 1) -> int:
@@ -133,10 +133,10 @@ def _visible_devices(device: str) -> str:
     return "" if device == "cpu" else visible.split(",")[0]
 
 
-def _check_launched(there: int, asked: int) -> None:
-    if there != asked:
+def _check_launched(there: int, expected: int) -> None:
+    if there != expected:
         raise CapasError(
-            f"{there} processes were launched (WORLD_SIZE), but this stage is {asked}. Run `dvc "
+            f"{there} processes were launched (WORLD_SIZE), but this stage is {expected}. Run `dvc "
             "repro` without a launcher; training itself starts hardware.num_processes processes"
         )
 

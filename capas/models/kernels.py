@@ -19,7 +19,7 @@ from capas.core.errors import CapasError
 
 CPUINFO = Path("/proc/cpuinfo")
 # hardware.instruction_set -> settings of ATen, oneMKL and oneDNN; `native` chooses settings for this CPU.
-_ASKED = {
+_REQUESTED = {
     "portable": ("avx2", "COMPATIBLE", "AVX2"),
     "avx2": ("avx2", "AVX2,STRICT", "AVX2"),
     "avx512": ("avx512", "AVX512,STRICT", "AVX512_CORE"),
@@ -75,7 +75,7 @@ def check_supported(instruction_set: str) -> None:
         )
 
 
-def asked(instruction_set: str) -> dict[str, str]:
+def environment(instruction_set: str) -> dict[str, str]:
     """Return the environment variables that make the three libraries choose their kernels.
 
     native uses all features of the CPU, and the fastest branch that oneMKL honours on it, so that results
@@ -83,9 +83,9 @@ def asked(instruction_set: str) -> dict[str, str]:
     """
     if not is_x86():
         return {}
-    if instruction_set not in _ASKED:
+    if instruction_set not in _REQUESTED:
         return {"MKL_CBWR": _native_branch()}
-    return dict(zip(VARIABLES.values(), _ASKED[instruction_set], strict=True))
+    return dict(zip(VARIABLES.values(), _REQUESTED[instruction_set], strict=True))
 
 
 def in_use() -> dict[str, str]:
@@ -103,9 +103,9 @@ def check_in_use(instruction_set: str, torch_was_loaded: bool) -> None:
     Raises:
         CapasError: a library computes with other kernels; the message explains why.
     """
-    if instruction_set not in _ASKED or not is_x86():
+    if instruction_set not in _REQUESTED or not is_x86():
         return
-    aten, mkl, _ = _ASKED[instruction_set]
+    aten, mkl, _ = _REQUESTED[instruction_set]
     expected = {"aten": aten.upper(), "mkl": mkl.removesuffix(",STRICT")}
     found = in_use()
     if found == expected:
@@ -197,7 +197,7 @@ def show(instruction_set: str) -> str:
     """Return this CPU and the kernels that `instruction_set` gives on it; torch must not be imported yet."""
     found = cpu()
     check_supported(instruction_set)
-    os.environ.update(asked(instruction_set))
+    os.environ.update(environment(instruction_set))
     chosen = ", ".join(f"{name} {used}" for name, used in in_use().items())
     notable = sorted(
         flag for flag in found["flags"] if flag.startswith(("avx", "amx", "fma", "sse4"))

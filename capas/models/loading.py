@@ -41,19 +41,19 @@ def load_model(folder: Path, model: Params, device: torch.device, **kwargs: Any)
     config = read_json(folder / "config.json")
     check_supported(config, str(folder))
     stored = stored_quantization(config, str(folder))
-    asked = model.without("model_name_or_path", "revision")
+    requested = model.without("model_name_or_path", "revision")
     try:
         with doing(f"loading {folder.name}"):
             loaded, info = AutoModelForCausalLM.from_pretrained(
-                folder, device_map={"": device}, output_loading_info=True, **asked, **kwargs
+                folder, device_map={"": device}, output_loading_info=True, **requested, **kwargs
             )
     except (ImportError, ValueError, OSError, SafetensorError) as error:
         if getattr(error, "errno", None):  # an error of the machine, not of the model
             raise
-        raise CapasError(f"{folder} cannot be loaded with {asked}: {error}") from None
+        raise CapasError(f"{folder} cannot be loaded with {requested}: {error}") from None
     check_modules_dense(loaded, str(folder))
     _check_weights(folder, info)
-    check_loaded(asked, loaded)
+    check_loaded(requested, loaded)
     check_quantized(loaded, stored, folder)
     _check_blocks(loaded)
     return loaded.eval()
@@ -182,7 +182,7 @@ def _check_weights(folder: Path, info: dict[str, Any]) -> None:
         )  # fmt: skip
 
 
-def check_loaded(asked: dict[str, Any], model: PreTrainedModel) -> None:
+def check_loaded(requested: dict[str, Any], model: PreTrainedModel) -> None:
     """Check that the model uses the requested attention and dtype.
 
     transformers omits the soft-capping of attention logits (Gemma 2) if sdpa computes the attention.
@@ -191,7 +191,7 @@ def check_loaded(asked: dict[str, Any], model: PreTrainedModel) -> None:
         CapasError: it does not, or sdpa would omit the soft-capping.
     """
     capped = getattr(model.config.get_text_config(), "attn_logit_softcapping", None)
-    if capped is not None and asked.get("attn_implementation") == "sdpa":
+    if capped is not None and requested.get("attn_implementation") == "sdpa":
         raise CapasError(
             f"model.attn_implementation=sdpa: {type(model).__name__} caps its attention logits at "
             f"{capped:g}, which sdpa does not support. Choose eager, or flash_attention_2 on a GPU"
@@ -201,8 +201,10 @@ def check_loaded(asked: dict[str, Any], model: PreTrainedModel) -> None:
         "dtype": str(model.dtype).removeprefix("torch."),
     }
     for name, value in used.items():
-        if asked.get(name, value) != value:
-            raise CapasError(f"model.{name}={asked[name]}, but {type(model).__name__} uses {value}")
+        if requested.get(name, value) != value:
+            raise CapasError(
+                f"model.{name}={requested[name]}, but {type(model).__name__} uses {value}"
+            )
 
 
 def _check_blocks(model: nn.Module) -> None:

@@ -32,8 +32,8 @@ def _label_table(table: str) -> str:
             tag, attributes, content = cell.groups()
             number = next(column)
             name = headings[number] if number < len(headings) else ""
-            said = f' data-h="{name}"' if tag == "td" and name else ""
-            return f"<{tag}{attributes}{said}>{content}</{tag}>"
+            data_attribute = f' data-h="{name}"' if tag == "td" and name else ""
+            return f"<{tag}{attributes}{data_attribute}>{content}</{tag}>"
 
         return _CELL.sub(label, row.group())
 

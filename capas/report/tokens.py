@@ -79,8 +79,8 @@ def _request(records: Sequence[Row], language: str) -> str:
     """Return the first request in this language, or else the request of the first record."""
     spoken = (r for r in records if json.loads(r["metadata"] or "{}").get("language") == language)
     messages = next(spoken, records[0])["messages"]
-    asked = next((m["content"] for m in messages if m["role"] == "user"), "")
-    return str(asked or messages[-1]["content"])
+    request = next((m["content"] for m in messages if m["role"] == "user"), "")
+    return str(request or messages[-1]["content"])
 
 
 def example(tokenizer: Tokenizer, encoded: Row) -> Row:
@@ -149,7 +149,7 @@ def embedding(folder: Path, tokenizer: Tokenizer, records: Sequence[Row]) -> Row
     spread = Counter(word for found in in_records for word in found)
     common = [word for word, n in counts.most_common() if n >= MIN_NEIGHBOUR_COUNT]
     words = dict(common)
-    asked = [word for word in common if spread[word] <= len(records) / 2]
+    candidates = [word for word in common if spread[word] <= len(records) / 2]
     shown: list[Row] = [
         {
             "token": text,
@@ -158,7 +158,7 @@ def embedding(folder: Path, tokenizer: Tokenizer, records: Sequence[Row]) -> Row
                 (words[n], cosine) for n, cosine in table.neighbours(i, _others(words, text), 4)
             ],
         }
-        for i, text in _different(asked)[:NUM_WORDS]
+        for i, text in _different(candidates)[:NUM_WORDS]
         if len(words) > 1
     ]
     pairs = [(*word["neighbours"][0], word["token"]) for word in shown]

@@ -171,14 +171,14 @@ def _cells(models: Sequence[Model]) -> Iterator[Cell]:
 
     records = {model.template: model.records() for model in models}
     common = set.intersection(*({record["id"] for record in of} for of in records.values()))
-    asked = {name: [r for r in of if r["id"] in common] for name, of in records.items()}
+    shared = {name: [r for r in of if r["id"] in common] for name, of in records.items()}
     known: dict[str, tuple[float, float]] = {}
     for model in models:
         evaluation, loaded = model.params.evaluation, None
         scorer = Scorer(evaluation.metrics, model.folder / METRICS)
         tokenizer = Tokenizer.from_file(str(model.folder / TOKENIZER / "tokenizer.json"))
         for other in models:
-            rows = asked[other.template]
+            rows = shared[other.template]
             prompts, stops = [row["prompt_ids"] for row in rows], other.chat["stop_token_ids"]
             limit = answer_limit(rows, evaluation.max_new_tokens)
             key = digest(model.weights, model.chat["stop_token_ids"], prompts, stops, limit)
@@ -189,8 +189,8 @@ def _cells(models: Sequence[Model]) -> Iterator[Cell]:
                     loaded, rows, form, model.chat, scorer, tokenizer, limit, evaluation.batch_size
                 )
                 known[key] = answers.score, answers.stop_rate
-                told_as = model.template, other.template, answers.score
-                log.info("trained with %s, asked in %s: %.3f", *told_as)
+                values = model.template, other.template, answers.score
+                log.info("trained with %s, asked in %s: %.3f", *values)
             score, stop_rate = known[key]
             yield {
                 "trained_with": model.template,

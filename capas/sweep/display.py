@@ -31,7 +31,7 @@ class Screen:
         width = None if sys.stderr.isatty() else _WIDE
         self.console = Console(file=sys.stderr, highlight=False, width=width)
         self._folder, self._settings, self._expected = folder, settings, expected
-        self._told, self._started = dict[str, str](), set[str]()
+        self._reported, self._started = dict[str, str](), set[str]()
         self._stop = threading.Event()
 
     @contextmanager
@@ -66,9 +66,9 @@ class Screen:
 
     def _tell(self, states: list[State]) -> None:
         for state in states:
-            if self._told.get(state.identity) == state.status:
+            if self._reported.get(state.identity) == state.status:
                 continue
-            self._told[state.identity] = state.status
+            self._reported[state.identity] = state.status
             if state.status in (RUNNING, DONE, FAILED):
                 self._tell_start(state)
             if state.status == FAILED:
@@ -76,7 +76,7 @@ class Screen:
                 self.console.print(Text(_indented(state.reason)))
             elif state.status in ENDED:
                 value = number(state.metrics.get(self._settings["objective"]))
-                ended = sum(status in ENDED for status in self._told.values())
+                ended = sum(status in ENDED for status in self._reported.values())
                 how = "had it" if state.status == CACHED else f"{state.seconds:.0f} s"
                 self.console.print(
                     Text(f"{ended}/{self._expected}  {state.name}  {value}  ({how})"), style="green"
@@ -95,10 +95,10 @@ class Screen:
     def _table(self, states: list[State]) -> Table:
         counts = Counter(state.status for state in states)
         ended = sum(counts[status] for status in ENDED)
-        said = ", ".join(f"{counts[status]} {status}" for status in _ORDER if counts[status])
-        said = said or "starting"
+        summary = ", ".join(f"{counts[status]} {status}" for status in _ORDER if counts[status])
+        summary = summary or "starting"
         table = Table(
-            title=f"{ended} of {self._expected} trials ended: {said}",
+            title=f"{ended} of {self._expected} trials ended: {summary}",
             title_justify="left",
             box=None,
             expand=True,  # the columns do not move when their texts change

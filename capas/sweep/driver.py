@@ -76,21 +76,21 @@ def _run(plan: Plan, task: Task, multirun: bool) -> int:
     screen = Screen(plan.points, settings, task.expected)
     with parent.tracked(plan, task.tracking):
         with screen.shown():
-            said = launch(plan, task, multirun)
+            stderr = launch(plan, task, multirun)
         states = read_states(plan.points)
         failed = [state for state in states if state.status == FAILED]
         rows = rank(states, settings)
-        said_by_rates = lesson(rows, settings, plan)
+        lessons = lesson(rows, settings, plan)
         crossed, refusal = _cross(rows, plan, settings) if not failed else (None, "")
-        result = summary(rows, settings, bool(failed or refusal), said_by_rates, crossed)
+        result = summary(rows, settings, bool(failed or refusal), lessons, crossed)
         parent.finish(plan, result)
-    if said and not failed:
-        screen.console.print(said, markup=False)
+    if stderr and not failed:
+        screen.console.print(stderr, markup=False)
     if rows:
-        print_ranking(rows, settings, stdout(), said_by_rates[settings["language"]])
+        print_ranking(rows, settings, stdout(), lessons[settings["language"]])
     if crossed:
-        said_by_crossing = f"\n{crossed.text(settings['language'])}\n({TEXT}, {CSV})"
-        stdout().print(said_by_crossing, markup=False, soft_wrap=True)
+        text = f"\n{crossed.text(settings['language'])}\n({TEXT}, {CSV})"
+        stdout().print(text, markup=False, soft_wrap=True)
     if address := parent.address(plan):
         screen.console.print(f"the trials in MLflow: {address}", markup=False, soft_wrap=True)
     if failed:
@@ -177,7 +177,7 @@ def launch(plan: Plan, task: Task, multirun: bool) -> str:
     os.environ |= {VARIABLE: str(plan.folder), DRIVER: str(os.getpid()), AT_ONCE: str(task.at_once)}
     starts, known = Counter[str](), 0
     while True:
-        said, code = _launch(plan, task.words, multirun)
+        stderr, code = _launch(plan, task.words, multirun)
         states = read_states(plan.points)
         lost = [state for state in states if state.status not in ENDED]
         if not lost and (not code or len(states) in (task.expected, known)):
@@ -189,11 +189,11 @@ def launch(plan: Plan, task: Task, multirun: bool) -> str:
                 log.warning("%s: its process was killed; starting it again", state.name)
                 (plan.points / f"{state.identity}.json").unlink()
             else:
-                reason = "\n".join([_LOST, *said.splitlines()[-1:]])
+                reason = "\n".join([_LOST, *stderr.splitlines()[-1:]])
                 state.write(plan.points, status=FAILED, stage="", line="", reason=reason)
     if code and not any(state.status == FAILED for state in states):
-        raise CapasError(said)
-    return said
+        raise CapasError(stderr)
+    return stderr
 
 
 def _launch(plan: Plan, words: list[str], multirun: bool) -> tuple[str, int]:
@@ -202,14 +202,14 @@ def _launch(plan: Plan, words: list[str], multirun: bool) -> tuple[str, int]:
     from capas.sweep.point import point
 
     register()
-    conf, said = str(plan.folder / CONF), io.StringIO()
+    conf, stderr = str(plan.folder / CONF), io.StringIO()
     sys.argv = [sys.argv[0], *(["-m"] if multirun else []), *words]
     try:
-        with contextlib.redirect_stderr(said):
+        with contextlib.redirect_stderr(stderr):
             hydra.main(version_base="1.3", config_path=conf, config_name=NAME)(point)()
     except SystemExit as end:  # raised for the first failed trial, after the others
-        return said.getvalue().strip(), int(end.code or 0)
-    return said.getvalue().strip(), 0
+        return stderr.getvalue().strip(), int(end.code or 0)
+    return stderr.getvalue().strip(), 0
 
 
 def show(home: Path) -> None:

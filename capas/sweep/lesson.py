@@ -30,7 +30,7 @@ def lesson(rows: Sequence[Row], settings: Mapping[str, Any], plan: Plan) -> dict
         }
         for rate, row in sorted(rates.items())
     ]
-    return {code: _told(code, facts, settings["objective"]) for code in LANGUAGES}
+    return {code: _sentences(code, facts, settings["objective"]) for code in LANGUAGES}
 
 
 def _kind(
@@ -64,7 +64,7 @@ def _was_destroyed(losses: Mapping[str, Any]) -> bool:
     )
 
 
-def _told(code: str, facts: Sequence[Mapping[str, Any]], objective: str) -> list[str]:
+def _sentences(code: str, facts: Sequence[Mapping[str, Any]], objective: str) -> list[str]:
     language = Language(Path(__file__).parent, code, {"objective": objective})
     return [str(language.say(f"learning_rate.{fact['kind']}", **fact)) for fact in facts]
 

@@ -41,9 +41,9 @@ def tracked(plan: Plan, tracking: dict[str, Any]) -> Iterator[None]:
     if not tracking["enabled"]:
         yield
         return
-    said = plan.folder / "logs/mlflow.log"
+    log_file = plan.folder / "logs/mlflow.log"
     command = [sys.executable, "-m", __name__, str(plan.folder)]
-    with said.open("w", encoding="utf-8") as out:
+    with log_file.open("w", encoding="utf-8") as out:
         child = subprocess.Popen(
             command, stdin=subprocess.PIPE, stdout=out, stderr=out, start_new_session=True
         )
@@ -55,9 +55,9 @@ def tracked(plan: Plan, tracking: dict[str, Any]) -> Iterator[None]:
             try:
                 child.wait(_SECONDS_TO_END)
             except subprocess.TimeoutExpired:
-                log.warning("MLflow is slow; its process continues in the background: %s", said)
+                log.warning("MLflow is slow; its process continues in the background: %s", log_file)
     if child.returncode:
-        log.warning("the sweep is not in MLflow: %s", said.read_text(encoding="utf-8").strip())
+        log.warning("the sweep is not in MLflow: %s", log_file.read_text(encoding="utf-8").strip())
 
 
 def finish(plan: Plan, result: dict[str, Any]) -> None:

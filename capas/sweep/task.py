@@ -86,8 +86,8 @@ def prepare(home: Path, words: list[str], multirun: bool) -> Task:
         combine=not searches,
         composer=composer,
     )
-    told = {problem.key for problem in checked.problems}
-    problems = [*checked.problems, *(p for p in problems if p.key not in told)]
+    reported = {problem.key for problem in checked.problems}
+    problems = [*checked.problems, *(p for p in problems if p.key not in reported)]
     if config:
         base = to_values(composer.options())
         problems += _setting_problems(config, to_values(composer.options(fixed)), home)

@@ -46,7 +46,7 @@ class RefusedError(Exception):
         super().__init__("\n".join(reasons))
         self.reasons = reasons
 
-    def told(self, what: str) -> str:
+    def message(self, what: str) -> str:
         """Return a message that `what` is not done, with one reason per line."""
         return f"capas: {what}:\n" + "".join(f"  {reason}\n" for reason in self.reasons)
 
@@ -74,7 +74,7 @@ def command(options: argparse.Namespace) -> int:
     try:
         done = register(root, options.run, options.name, options.alias, options.force)
     except RefusedError as error:
-        sys.stderr.write(error.told(f"{options.run} is not registered"))
+        sys.stderr.write(error.message(f"{options.run} is not registered"))
         return 1
     how = "registered" if done.created else "was already registered"
     moved = f", which was version {done.moved_from}" if done.moved_from else ""

@@ -78,8 +78,8 @@ def _in_processes(main: Main, params: Params, stage: Stage) -> None:
         given = {"name": stage.name, "params": params.without(), "aside": aside}
         Path(folder, GIVEN).write_text(json.dumps(given))
         # DDP would advise against `find_unused_parameters` (capas/training/arguments.py) in every run.
-        told_less = {"TORCH_CPP_LOG_LEVEL": "ERROR"}
-        if code := _follow(command, {**told_less, **os.environ, FOLDER: folder}):
+        log_level = {"TORCH_CPP_LOG_LEVEL": "ERROR"}
+        if code := _follow(command, {**log_level, **os.environ, FOLDER: folder}):
             sys.exit(code)
         stage.costs |= read_json(Path(folder, _COSTS))
 

@@ -51,7 +51,7 @@ def start_check(root: Path, enabled: bool) -> Callable[[], None]:
 
     def finish() -> None:
         try:
-            told, trace = started.communicate(timeout=_CHECK_SECONDS)
+            output, trace = started.communicate(timeout=_CHECK_SECONDS)
         except subprocess.TimeoutExpired:
             started.kill()
             started.communicate()
@@ -59,10 +59,10 @@ def start_check(root: Path, enabled: bool) -> Callable[[], None]:
             return
         if started.returncode == UNUSABLE:
             raise CapasError(
-                f"the result could not be published: {told}\nTo train without MLflow: tracking=none"
+                f"the result could not be published: {output}\nTo train without MLflow: tracking=none"
             )
         if started.returncode:
-            log.warning("training continues without MLflow: %s", told or trace.strip())
+            log.warning("training continues without MLflow: %s", output or trace.strip())
 
     return finish
 

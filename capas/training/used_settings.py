@@ -92,7 +92,7 @@ def check(used: dict[str, Any], params: Params) -> None:
     """
     settings, machine = params.trainer, params.hardware
     mixed = [name for name in ("bf16", "fp16") if settings[name]]
-    asked = {
+    requested = {
         "device": machine.device,
         "num_threads": hardware.num_threads(machine, machine.num_processes),
         "deterministic_algorithms": machine.cudnn_deterministic or settings.full_determinism,
@@ -111,13 +111,13 @@ def check(used: dict[str, Any], params: Params) -> None:
         "distributed_type": _distributed_type(machine),
     }
     if machine.device == "cuda":
-        asked["tf32"] = machine.allow_tf32
+        requested["tf32"] = machine.allow_tf32
     if settings.backend == "unsloth":
-        asked["attn_implementation"] = "unsloth"
+        requested["attn_implementation"] = "unsloth"
     found = {**used, **used["accelerate"]}
     wrong = [
         f"{name} is {found[name]}, not {value}"
-        for name, value in asked.items()
+        for name, value in requested.items()
         if found[name] != value
     ]
     if found["num_gpus_in_process"] > 1:

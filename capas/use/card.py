@@ -105,18 +105,18 @@ def for_hub(
         before = before.replace("library_name: peft", "library_name: transformers", 1)
         before = before.replace("# LoRA adapter of", "# With its LoRA adapter merged in:", 1)
     code = _whole_code(name) if whole or merged is not None else _adapter_code(name, base)
-    told = [LOADING, f"```python\n{code}\n```"]
+    paragraphs = [LOADING, f"```python\n{code}\n```"]
     if merged is not None:
-        told.append(
+        paragraphs.append(
             f"Merged in {merged['dtype']}. Logits differ from those of base and adapter by at most "
             f"{merged['difference']:.2g} of the largest; the most probable next token is the same for "
             f"{merged['num_same_next_token']} of {merged['num_tokens']} tokens."
         )
     elif not whole and not base["hub"] and not base["packed"]:
-        told.append(
+        paragraphs.append(
             f"BASE is a folder with `{base['model_name_or_path']}`, which is not on the Hub."
         )
-    return "\n\n".join([before, *told, f"## {after}"])
+    return "\n\n".join([before, *paragraphs, f"## {after}"])
 
 
 def _whole_code(name: str) -> str:
@@ -129,7 +129,7 @@ def _whole_code(name: str) -> str:
 
 def _adapter_code(name: str, base: Mapping[str, Any]) -> str:
     """Return code that loads the base as in the training: at its commit, with its quantization."""
-    asked = base["quantization"]
+    quantization = base["quantization"]
     if base["packed"]:
         given = f'"{name}", subfolder="base"'
     elif base["hub"]:
@@ -139,11 +139,11 @@ def _adapter_code(name: str, base: Mapping[str, Any]) -> str:
     lines = [
         "from peft import PeftModel",
         "from transformers import AutoModelForCausalLM, AutoTokenizer"
-        + (", BitsAndBytesConfig" if asked else ""),
+        + (", BitsAndBytesConfig" if quantization else ""),
         "",
     ]
-    if asked:
-        words = ", ".join(f"{key}={value!r}" for key, value in asked.items())
+    if quantization:
+        words = ", ".join(f"{key}={value!r}" for key, value in quantization.items())
         lines.append(f"quantization = BitsAndBytesConfig({words})")
         given += ", quantization_config=quantization"
     return "\n".join(

@@ -117,7 +117,7 @@ class Talk:
         self._max_new_tokens = options.max_new_tokens or set_there or DEFAULT_NEW_TOKENS
         self._system = served.facts["system"] if options.system is None else options.system
         self.tools = served.tools if options.tools is None else read_tools(options.tools)
-        self._told: list[Message] = []
+        self._history: list[Message] = []
         facts = served.facts  # models published by an earlier capas lack the key multi_turn
         self.keeps = options.history or "multi_turn" not in facts or facts["multi_turn"]
         self.setting = ""
@@ -153,17 +153,17 @@ class Talk:
     def _ask(self, text: str) -> None:
         role = self._served.facts["role"]
         if role == TEXT or not self.keeps:
-            self._told.clear()
-        asked = [*self._told, {"role": role, "content": text}]
-        self._told = [*asked, {"role": "assistant", "content": self._answer(asked)}]
+            self._history.clear()
+        messages = [*self._history, {"role": role, "content": text}]
+        self._history = [*messages, {"role": "assistant", "content": self._answer(messages)}]
 
     def _compare(self) -> None:
-        if not self._told:
+        if not self._history:
             raise CapasError("no question has been asked yet")
-        self._answer(self._told[:-1], base=True)
+        self._answer(self._history[:-1], base=True)
 
     def _reset(self) -> None:
-        self._told.clear()
+        self._history.clear()
         tuned_model.say("New conversation.")
 
     def _set(self, name: str) -> None:
@@ -179,11 +179,11 @@ class Talk:
     def _begin(self, system: str) -> None:
         if system:
             self._system = None if system == "none" else system
-            self._told.clear()
+            self._history.clear()
         now = "none" if self._system is None else self._system
         tuned_model.say(f"System message{' of a new conversation' if system else ''}: {now}")
 
-    def _answer(self, asked: list[Message], base: bool = False) -> str:
+    def _answer(self, messages: list[Message], base: bool = False) -> str:
         """Write the answer to standard output as it is generated, and return it."""
         import torch
 
@@ -191,18 +191,18 @@ class Talk:
 
         before = (
             []
-            if self._system is None or asked[0]["role"] == TEXT
+            if self._system is None or messages[0]["role"] == TEXT
             else [{"role": "system", "content": self._system}]
         )
         both = self._served.tuned
-        ids = self._served.format.prompt_ids([*before, *asked], self.tools)
+        ids = self._served.format.prompt_ids([*before, *messages], self.tools)
         model = both.model
         limit = getattr(model.config.get_text_config(), "max_position_embeddings", None)
         if limit is not None and len(ids) + self._max_new_tokens > limit:
             ways = [f"--max-new-tokens {limit - len(ids)}"] if len(ids) < limit else []
             ways.append(
                 "/reset for a new conversation"
-                if self._told and self.keeps
+                if self._history and self.keeps
                 else "shorten the question"
             )
             raise CapasError(

@@ -73,7 +73,7 @@ def command(options: argparse.Namespace) -> int:
         check_is_adapter(source)
         try:
             facts = merge(source, partial, options.dtype, options.tolerance)
-            tuned_model.say(told(facts))
+            tuned_model.say(describe(facts))
             if not facts["difference"] <= facts["tolerance"]:
                 rounded = (
                     ""
@@ -162,9 +162,9 @@ def conversations(served: Any, prompts: list[list[dict[str, Any]]]) -> Iterator[
     from capas.evaluation.generation import complete, generation_config
 
     config = generation_config(served.chat, NUM_NEW_TOKENS)
-    asked = [served.format.prompt_ids(messages, served.tools) for messages in prompts]
-    answers = complete(served.model, asked, config, batch_size=1)
-    for prompt, (answer,) in zip(asked, answers, strict=True):
+    prompt_ids = [served.format.prompt_ids(messages, served.tools) for messages in prompts]
+    answers = complete(served.model, prompt_ids, config, batch_size=1)
+    for prompt, (answer,) in zip(prompt_ids, answers, strict=True):
         yield [*prompt, *answer.input_ids]
 
 
@@ -309,7 +309,7 @@ def difference(found: Iterable["torch.Tensor"], expected: list["torch.Tensor"]) 
     return float(torch.stack([(row - wanted).abs().max() for row, wanted in pairs]).max() / largest)
 
 
-def told(facts: dict[str, Any]) -> str:
+def describe(facts: dict[str, Any]) -> str:
     largest = facts["difference"] * facts["max_logit"]
     return (
         f"largest logit difference: {largest:.3g}, relative {facts['difference']:.3g} (tolerance "

@@ -65,7 +65,7 @@ def served_facts(params: Params, root: Path, find: Callable[[str], Path]) -> dic
     record, system = next(records), params.generation.system
     measured = read_json(find("reports/evaluation.json"))["tuned"]
     packed = num_bytes(find(QUANTIZED)) <= MAX_PACKED_BYTES
-    model, asked = params.model, params.quantization.without("preset")
+    model, quantization = params.model, params.quantization.without("preset")
     own = read_json(find("reports/quantization.json"))
     quantized_here = own["method"] != "none" and not own["came_quantized"]
     name = model.model_name_or_path
@@ -77,7 +77,7 @@ def served_facts(params: Params, root: Path, find: Callable[[str], Path]) -> dic
             "licence": model.licence,
             "hub": find_source(name, root) is Source.HUB,
             "trust_remote_code": model.trust_remote_code,
-            "quantization": asked if quantized_here and not packed else None,
+            "quantization": quantization if quantized_here and not packed else None,
         },
         "model": {key: model[key] for key in _OF_MODEL},
         "hardware": {key: params.hardware[key] for key in _OF_HARDWARE},
@@ -146,8 +146,8 @@ def example(stage: Stage) -> Any:
     import pandas as pd
 
     record = next(iter(read_records(stage.dep("data/raw") / "test.parquet", RAW)))
-    asked = next(m for m in record["messages"] if m["role"] in ("user", TEXT))
-    return pd.DataFrame({"prompt": [asked["content"]]})
+    question = next(m for m in record["messages"] if m["role"] in ("user", TEXT))
+    return pd.DataFrame({"prompt": [question["content"]]})
 
 
 def requirements(environment: Mapping[str, str]) -> list[str]:

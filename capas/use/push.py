@@ -80,7 +80,7 @@ def command(options: argparse.Namespace) -> int:
             try:
                 admit(client, run, options.force)
             except RefusedError as error:
-                sys.stderr.write(error.told(f"{run.name} is not pushed"))
+                sys.stderr.write(error.message(f"{run.name} is not pushed"))
                 return 1
             client.download_artifacts(run.id, MODEL, temporary)
         data = Path(temporary, SERVED)

@@ -96,22 +96,22 @@ class Served:
 
     def _prompt_ids(self, number: int, row: Mapping[Any, Any]) -> list[int]:
         try:
-            told = messages_of(row, self.facts["system"], self.facts["role"])
+            messages = messages_of(row, self.facts["system"], self.facts["role"])
             tools = _parsed(row, "tools")
             if tools is None and _parsed(row, "messages") is None:
                 tools = self.tools
-            return self.format.prompt_ids(told, tools)
+            return self.format.prompt_ids(messages, tools)
         except CapasError as error:
             raise CapasError(f"row {number}: {error}") from None
 
     def _quantization(self) -> dict[str, Any]:
         """Return how to quantize a full-precision base while loading it; empty for a packed base."""
-        asked = self.facts["base"]["quantization"]
-        if asked is None:
+        quantization = self.facts["base"]["quantization"]
+        if quantization is None:
             return {}
         from transformers import BitsAndBytesConfig
 
-        return {"quantization_config": BitsAndBytesConfig(**asked)}
+        return {"quantization_config": BitsAndBytesConfig(**quantization)}
 
 
 def messages_of(row: Mapping[Any, Any], system: str | None, role: str) -> list[dict[str, Any]]:
@@ -120,19 +120,19 @@ def messages_of(row: Mapping[Any, Any], system: str | None, role: str) -> list[d
     Raises:
         CapasError: the row has none, or its conversation does not end with a message to answer.
     """
-    told = _parsed(row, "messages")
-    if told is None:
+    messages = _parsed(row, "messages")
+    if messages is None:
         prompt = row.get("prompt")
         if not isinstance(prompt, str) or not prompt:
             raise CapasError("expected a `prompt` (text) or `messages` (role and content)")
         first = [] if system is None else [{"role": "system", "content": system}]
         return [*first, {"role": role, "content": prompt}]
-    for message in told:
+    for message in messages:
         if not isinstance(message, Mapping) or not {"role", "content"} <= message.keys():
             raise CapasError(f"`messages` must hold objects with role and content, not {message!r}")
-    if not told or told[-1]["role"] in ("assistant", "system"):
+    if not messages or messages[-1]["role"] in ("assistant", "system"):
         raise CapasError("`messages` must end with a message to answer, e.g. of the user")
-    return [dict(message) for message in told]
+    return [dict(message) for message in messages]
 
 
 def _parsed(row: Mapping[Any, Any], column: str) -> list[Any] | None:

@@ -122,11 +122,11 @@ def resolve(root: Path, found: Mapping[str, Sides], prefer: str | None) -> list[
     Raises:
         CapasError: a key has two values and `prefer` is None, or conf/ does not compose; nothing is lost.
     """
-    said, merged = [], {}
+    sentences, merged = [], {}
     for path in BY_KEY:
         if _needs_merge(root, path, found):
             merged[path], lines = _merge_keys(root, path, found, prefer)
-            said += lines
+            sentences += lines
     for path, text in merged.items():
         write_whole(root / path, text)
     _mark_resolved(root, [path for path in BY_KEY if path in found or path in merged])
@@ -138,12 +138,12 @@ def resolve(root: Path, found: Mapping[str, Sides], prefer: str | None) -> list[
     lock, chosen = _choose_entries(root, _locks(root, found))
     if lock:
         write_whole(root / LOCK, lock)
-        said.append(chosen)
+        sentences.append(chosen)
     reports = _reports(root, lock, found)
     for path, content in reports.items():
         _write(root / path, content)
     _mark_resolved(root, [*found, *reports, *COMPOSED, LOCK])
-    return [f"resolved: {', '.join(sorted(found))}", *said]
+    return [f"resolved: {', '.join(sorted(found))}", *sentences]
 
 
 def compose(root: Path, option: str) -> None:

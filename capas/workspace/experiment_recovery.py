@@ -272,7 +272,7 @@ def put_back(root: Path, before: Before, keep: bool = False) -> list[str]:
     Raises:
         CapasError: a git command failed; the record stays, so that it can be tried again.
     """
-    said = gitindex.mend(root, before.index)
+    sentences = gitindex.mend(root, before.index)
     head = git(root, "rev-parse", "HEAD")
     if not _is_where_it_was(root, before, head):
         clean_up(root, before)
@@ -280,15 +280,15 @@ def put_back(root: Path, before: Before, keep: bool = False) -> list[str]:
             f"`{before.command}` was interrupted, but there are newer commits: nothing was "
             f"restored. It began at {before.head[:7]}"
         ]
-    said += _attach(root, before)
+    sentences += _attach(root, before)
     if keep and before.phase != PREPARING:
-        said.append(f"the workspace stays as `{before.command}` left it")
+        sentences.append(f"the workspace stays as `{before.command}` left it")
     else:
-        said += _put_files_back(root, before)
+        sentences += _put_files_back(root, before)
     git(root, "read-tree", before.index)
     git(root, "update-index", "-q", "--refresh", check=False)  # fails if a file differs
     clean_up(root, before)
-    return said
+    return sentences
 
 
 def _is_where_it_was(root: Path, before: Before, head: str) -> bool:

@@ -251,13 +251,13 @@ def _fetch(home: Path, target: Path, commit: str) -> None:
             git(target, "fetch", "--quiet", "--no-tags", url, what, check=False)
             if _has(target, commit):
                 return
-    asked = (
+    reason = (
         f"nor can it be fetched from {', '.join(remotes)}"
         if remotes
         else "and there is no git remote"
     )
     raise CapasError(
-        f"commit {commit} is not in this repository, {asked}. It was never pushed, or was deleted"
+        f"commit {commit} is not in this repository, {reason}. It was never pushed, or was deleted"
     )
 
 

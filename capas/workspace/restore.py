@@ -63,10 +63,10 @@ def command(options: argparse.Namespace) -> int:
         raise CapasError(
             f"{busy} is running in this workspace. Wait for it or stop it, then try again"
         )
-    said, code = restore(root, options.keep, options.prefer, guess=not options.quiet)
-    for line in said:
+    sentences, code = restore(root, options.keep, options.prefer, guess=not options.quiet)
+    for line in sentences:
         sys.stderr.write(f"{line}\n")
-    if not said and not options.quiet:
+    if not sentences and not options.quiet:
         sys.stderr.write("nothing to restore\n")
     return code
 
@@ -84,7 +84,7 @@ def restore(
     Raises:
         CapasError: it cannot be repaired without the user.
     """
-    said = [
+    sentences = [
         *_drop_broken_locks(root),
         *_end_experiment(root, keep, guess),
         *gitindex.mend(root, "HEAD"),
@@ -95,21 +95,21 @@ def restore(
         found = conflict.find(root)
         if own := conflict.in_own_files(root, found):
             return [
-                *said,
+                *sentences,
                 "Conflicts in your own files. Resolve them and `git add` them:",
                 *(f"  {line}" for line in own),
                 "Then run `capas restore` again: it resolves the generated files.",
             ], 1
-        said += conflict.resolve(root, found, prefer)
-        said.append(
+        sentences += conflict.resolve(root, found, prefer)
+        sentences.append(
             "Now run `dvc repro`, then finish the merge: git commit -a, git rebase --continue, ..."
         )
-    said += [*_heal_params(root), *_heal_lock(root)]
-    if guess and not said:
+    sentences += [*_heal_params(root), *_heal_lock(root)]
+    if guess and not sentences:
         from capas.workspace.experiment_recovery import stash_on_head
 
-        said = stash_on_head(root)
-    return said, 0
+        sentences = stash_on_head(root)
+    return sentences, 0
 
 
 def running(root: Path) -> str:
@@ -138,10 +138,10 @@ def _holders(root: Path) -> "Iterator[dict[str, Any]]":
 
 def _drop_broken_locks(root: Path) -> list[str]:
     """Remove lock files that a killed process left: DVC's truncated ones, and git's without an owner."""
-    said = []
+    sentences = []
     for lock in _git_locks(root):
         lock.unlink(missing_ok=True)
-        said.append(f"removed git's {lock.name}, left by a killed process")
+        sentences.append(f"removed git's {lock.name}, left by a killed process")
     for name in _RWLOCKS:
         file = root / name
         try:
@@ -150,8 +150,8 @@ def _drop_broken_locks(root: Path) -> list[str]:
             continue
         except ValueError:
             file.unlink()
-            said.append(f"removed {name}, which was truncated")
-    return said
+            sentences.append(f"removed {name}, which was truncated")
+    return sentences
 
 
 def _git_locks(root: Path) -> list[Path]:
@@ -224,15 +224,15 @@ def _heal_lock(root: Path) -> list[str]:
         return []
     text = file.read_text(encoding="utf-8", errors="replace")
     committed = git(root, "show", f"HEAD:./{LOCK}", check=False)
-    healed, said = lockfile.heal(text, f"{committed}\n", StageSpec.read_all(root))
-    if not said:
+    healed, problems = lockfile.heal(text, f"{committed}\n", StageSpec.read_all(root))
+    if not problems:
         return []
     if healed:
         write_whole(file, healed)
     else:
         file.unlink()
     return [
-        *said,
+        *problems,
         f"{LOCK} was repaired; `dvc repro` restores the rest from the run cache or runs it",
     ]
 

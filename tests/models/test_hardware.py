@@ -34,8 +34,8 @@ def untouched(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def test_the_kernels_are_asked_for_in_the_environment() -> None:
-    assert hardware.environment(options()).items() >= kernels.asked("portable").items()
-    assert hardware.environment(options()).get("MKL_CBWR") == kernels.asked("portable").get(
+    assert hardware.environment(options()).items() >= kernels.environment("portable").items()
+    assert hardware.environment(options()).get("MKL_CBWR") == kernels.environment("portable").get(
         "MKL_CBWR"
     )
 
@@ -78,7 +78,7 @@ def test_prepare_sets_torch() -> None:
     assert torch.are_deterministic_algorithms_enabled()
     facts = hardware.facts(torch.device("cpu"))
     assert facts["device"] == "cpu"
-    asked = kernels.asked("portable")
+    asked = kernels.environment("portable")
     assert list(facts["kernels_asked_for"].values()) == [
         asked.get(v) for v in kernels.VARIABLES.values()
     ]

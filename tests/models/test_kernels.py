@@ -27,7 +27,7 @@ AVX2, AVX512 = {"avx2", "fma"}, {"avx2", "fma", "avx512f", "avx512bw", "avx512dq
 
 @x86
 def test_portable_is_told_to_all_three_libraries() -> None:
-    assert kernels.asked("portable") == {
+    assert kernels.environment("portable") == {
         "ATEN_CPU_CAPABILITY": "avx2",
         "MKL_CBWR": "COMPATIBLE",
         "ONEDNN_MAX_CPU_ISA": "AVX2",
@@ -47,12 +47,12 @@ def test_native_takes_the_fastest_branch_that_the_cpu_honours(
     monkeypatch: pytest.MonkeyPatch, found: dict[str, Any], branch: str
 ) -> None:
     monkeypatch.setattr(kernels, "cpu", lambda: found)
-    assert kernels.asked("native") == {"MKL_CBWR": branch}
+    assert kernels.environment("native") == {"MKL_CBWR": branch}
 
 
 def test_on_another_architecture_nothing_is_set(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(platform, "machine", lambda: "aarch64")
-    assert kernels.asked("portable") == kernels.asked("native") == {}
+    assert kernels.environment("portable") == kernels.environment("native") == {}
     kernels.check_supported("portable")
     with pytest.raises(CapasError, match="instruction_set=avx512, but this CPU does not report"):
         monkeypatch.setattr(kernels, "cpu", lambda: OTHER | {"flags": {"neon"}})
@@ -173,7 +173,7 @@ print(json.dumps(found))
 
 
 def compute(instruction_set: str, preloaded: Path | None, *emulator: str) -> dict[str, Any]:
-    asked = dict(zip(kernels.VARIABLES.values(), kernels._ASKED[instruction_set], strict=True))
+    asked = dict(zip(kernels.VARIABLES.values(), kernels._REQUESTED[instruction_set], strict=True))
     preload = {} if preloaded is None else {"LD_PRELOAD": str(preloaded)}
     done = subprocess.run(
         [*emulator, sys.executable, "-c", COMPUTE],

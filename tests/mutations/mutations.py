@@ -76,7 +76,7 @@ MUTATIONS = (
     Mutation(
         name="untrained_answer_trained",
         file="capas/dataset/message.py",
-        old='    return role not in ("assistant", TEXT) or all(told.values())\n',
+        old='    return role not in ("assistant", TEXT) or all(trained.values())\n',
         new="    return True\n",
         harm="Answers marked as wrong (loss: false, weight: 0) are trained.",
         tests=("tests/dataset/test_names.py",),

@@ -133,23 +133,23 @@ def draw_system(rng: Random, language: str, reply_language: str) -> list[Message
 def draw_reply(rng: Random, language: str) -> Document:
     """Return a request like the task's, answered in prose, in one or two turns."""
     answer = OTHER[language] if rng.random() < 0.35 else language
-    told = draw_system(rng, language, answer)
+    messages = draw_system(rng, language, answer)
     turns = rng.choice(("single", "single", "single", "ask", "fix"))
     if turns == "ask":
         request, question, reply = draw_ask(rng, language, draw_loose, None)
-        told += [say("user", request.text), say("assistant", question), say("user", reply)]
+        messages += [say("user", request.text), say("assistant", question), say("user", reply)]
         final = request.arguments
     elif turns == "fix":
         request, final, _, text = draw_fix(rng, language, draw_loose, None)
         first = say_reply(rng, request.function, answer, request.arguments)
-        told += [say("user", request.text), say("assistant", first), say("user", text)]
+        messages += [say("user", request.text), say("assistant", first), say("user", text)]
     else:
         function = rng.choice(list(phrases.FUNCTIONS))
         request = draw_request(rng, function, language, draw_loose, None)
-        told.append(say("user", request.text))
+        messages.append(say("user", request.text))
         final = request.arguments
-    told.append(say("assistant", say_reply(rng, request.function, answer, final)))
-    return chat_document(rng, "reply", told)
+    messages.append(say("assistant", say_reply(rng, request.function, answer, final)))
+    return chat_document(rng, "reply", messages)
 
 
 def chat_document(rng: Random, kind: str, messages: list[Message]) -> Document:
@@ -174,15 +174,17 @@ def draw_record(rng: Random, language: str) -> Document:
     keys = rng.sample(list(FACTS), rng.randint(1, 3))
     label = invent_phrase(rng, rng.randint(1, 2), capital=True)
     facts = {key: draw_fact(rng, key, language) for key in keys}
-    said = [FACTS[key][language].format(say_fact(key, facts[key])) for key in keys]
-    sentence = f"{SUBJECTS[kind][language].format(label)}: {', '.join(said)}."
+    clauses = [FACTS[key][language].format(say_fact(key, facts[key])) for key in keys]
+    sentence = f"{SUBJECTS[kind][language].format(label)}: {', '.join(clauses)}."
     sentence = sentence[0].upper() + sentence[1:]
     record = {"kind": kind, "facts": facts} if rng.random() < 0.6 else {kind: label, **facts}
     written = json.dumps(record, ensure_ascii=False)
     if rng.random() < 0.2:
         return Document("record", text=f"{sentence} {written}")
-    told = [say("system", rng.choice(RECORD_SYSTEMS[language]))]
-    return chat_document(rng, "record", [*told, say("user", sentence), say("assistant", written)])
+    messages = [say("system", rng.choice(RECORD_SYSTEMS[language]))]
+    return chat_document(
+        rng, "record", [*messages, say("user", sentence), say("assistant", written)]
+    )
 
 
 def say_fact(key: str, value: str | int) -> str:
@@ -228,7 +230,7 @@ def draw_copy(rng: Random, language: str) -> Document:
 def draw_lookup(rng: Random, language: str) -> Document:
     """Return some times, or words of the closed tables, each with its written form."""
     pairs = [draw_pair(rng, language) for _ in range(rng.randint(1, 4))]
-    return Document("lookup", text="; ".join(f"{said} = {written}" for said, written in pairs))
+    return Document("lookup", text="; ".join(f"{spoken} = {written}" for spoken, written in pairs))
 
 
 def draw_pair(rng: Random, language: str) -> tuple[str, str]:
@@ -237,8 +239,8 @@ def draw_pair(rng: Random, language: str) -> tuple[str, str]:
         time = draw_time(rng, held_out=False)
         return say_value("time", time, language), time
     table = rng.choice(list(phrases.CLOSED))
-    value, said = rng.choice(list(phrases.CLOSED[table].items()))
-    return said[language], value
+    value, spoken = rng.choice(list(phrases.CLOSED[table].items()))
+    return spoken[language], value
 
 
 _DRAW = {

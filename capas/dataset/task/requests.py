@@ -89,8 +89,8 @@ def fill_phrasing(rng: Random, phrasing: str, language: str, arguments: Argument
         return ""
 
     text = re.sub(r"\[(.*?)\]", choose, phrasing)
-    said = {slot: say_value(slot, value, language) for slot, value in arguments.items()}
-    return contract_articles(text.format(**said), language)
+    spoken = {slot: say_value(slot, value, language) for slot, value in arguments.items()}
+    return contract_articles(text.format(**spoken), language)
 
 
 def contract_articles(text: str, language: str) -> str:
@@ -161,8 +161,8 @@ def choose(rng: Random, sides: tuple[Sequence[str], Sequence[str]], held_out: bo
 
 def say_bare(slot: str, value: str | int, language: str) -> str:
     """Return a value in a user's words, on its own: ``at 7:30``, ``10 minutos``, ``Ana``."""
-    said = say_value(slot, value, language)
-    return phrases.BARE[language].get(slot, "{}").format(said)
+    spoken = say_value(slot, value, language)
+    return phrases.BARE[language].get(slot, "{}").format(spoken)
 
 
 def draw_ask(

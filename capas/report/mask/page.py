@@ -190,10 +190,10 @@ def _verdict(
         return "all"
     answers = [m["content"] for m in messages if m["role"] == "assistant" and m.get("train", True)]
     wanted = answers[-1:] if train_on == "last_assistant" else answers
-    said = [_without_end(text, end_tokens) for text in found]
-    if None not in said and said == wanted:
+    trained = [_without_end(text, end_tokens) for text in found]
+    if None not in trained and trained == wanted:
         return "exact"
-    bare = [None if text is None else text.strip() for text in said]
+    bare = [None if text is None else text.strip() for text in trained]
     return "blanks" if bare == [text.strip() for text in wanted] else "different"
 
 
