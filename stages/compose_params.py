@@ -51,7 +51,7 @@ from capas.config.resolved_files import resolved_files
 from capas.config.schema import GROUPS
 from capas.config.validation import validate
 from capas.core import code
-from capas.core.dag import md5
+from capas.core.dag import StageSpec, md5
 from capas.core.errors import CapasError, exit_on_user_error, sweep_instead
 from capas.core.files import file_sha256, write_whole
 from capas.core.progress import heartbeat
@@ -106,6 +106,7 @@ def main(options: argparse.Namespace) -> None:
     files = resolved_files(target)
     outputs |= {PARAMS: dump(target), ENVIRONMENT: environment(), **files}
     if digests := code.digests(Path()):
+        code.check_declared(StageSpec.read_all(Path()).values(), digests)
         outputs[Path(code.CODE)] = code.dump(digests)
     for note in in_force():
         log.info("conf/overrides.yaml sets %s", note)

@@ -1,9 +1,10 @@
 """Compute a digest of the code behind each stage's outputs, which compose writes to code.yaml for DVC.
 
-A stage declares `params: - code.yaml: [train_lora]`, by the name of its script, instead of a list of modules.
-The digest covers the script, every module of this package that the script imports (directly or not, even
-inside a function), and the data files (templates, texts, styles) in the folders of these modules. It is taken
-of each file's syntax tree, without the parts that change no byte of a result and so need no rerun:
+A stage declares `params: - code.yaml: [train_lora]`, by the name of its script, instead of a list of
+modules. The digest covers the script, every module of capas/ and stages/ that the script imports (directly
+or not, inside a function too, or by a name in a text: `python -m capas.training.local_agent`), and the data
+files beside these modules (templates, texts, styles). It is taken of each file's syntax tree, without the
+parts that change no byte of a result and so need no rerun:
 
 - comments, docstrings, formatting, and imports for type checkers alone;
 - the texts of `raise CapasError(...)`, after which a stage writes nothing, and of log lines;
@@ -13,12 +14,15 @@ of each file's syntax tree, without the parts that change no byte of a result an
 import ast
 import hashlib
 import json
+import re
 import sys
 from collections.abc import Iterable, Iterator, Mapping
+from contextlib import suppress
 from dataclasses import dataclass
+from functools import cache
 from pathlib import Path, PurePosixPath
 
-from capas.core.dag import StageSpec, is_left_over
+from capas.core.dag import COMPILED, StageSpec, is_left_over
 from capas.core.errors import CapasError
 from capas.core.files import write_whole
 
@@ -39,9 +43,10 @@ DECIDES_NO_BYTE = {
     "capas/core/progress.py": "logs progress",
 }
 _CACHE = Path(".dvc/tmp/code.json")
-_VERSION = 2  # of the cache and of the serialization; a new one empties the cache
+_MODULE = re.compile(PACKAGE + r"(\.[a-z_]\w*){2,}")  # a module named in a text
 _NO_VALUE = ("ctx", "kind", "type_comment", "type_ignores")  # fields of nodes that change no result
 _LOGGERS = ("log", "logger")
+_LEVELS = ("debug", "info", "warning", "error", "exception", "critical")
 _WITH_DOCSTRING = (ast.Module, ast.ClassDef, ast.FunctionDef, ast.AsyncFunctionDef)
 
 
@@ -51,7 +56,8 @@ class _Source:
 
     content: str
     digest: str
-    imports: tuple[str, ...]
+    imports: tuple[str, ...]  # modules
+    names: tuple[str, ...]  # imported from them: modules, too, or what they define
 
 
 class CodeReader:
@@ -61,6 +67,7 @@ class CodeReader:
         self._root = root
         self._cache = self._read_cache()
         self._known: dict[str, _Source] = {}
+        self._found: dict[str, list[str]] = {}
         self._added = False
 
     def files(self, script: str) -> dict[str, str]:
@@ -71,13 +78,21 @@ class CodeReader:
         """
         modules = self._closure(script, frozenset(DECIDES_NO_BYTE))
         found = {name: self._source(name).digest for name in modules}
-        own = {name for name in modules if name != script and not name.endswith("/__init__.py")}
-        for folder in {str(PurePosixPath(name).parent) for name in own}:
-            for file in sorted((self._root / folder).iterdir()):
-                if file.is_file() and file.suffix != ".py" and not is_left_over(file.name):
-                    content = file.read_bytes()
-                    found[file.relative_to(self._root).as_posix()] = _sha256(content)
+        for folder in self._folders(modules):
+            for file in _data_files(self._root / folder):
+                content = file.read_bytes()
+                found[file.relative_to(self._root).as_posix()] = _sha256(content)
         return dict(sorted(found.items()))
+
+    def _folders(self, modules: set[str]) -> set[PurePosixPath]:
+        """Return the folders of the modules, and those of packages that are imported themselves."""
+        loose = {
+            PurePosixPath(name).parent for name in modules if not name.endswith("/__init__.py")
+        }
+        sources = map(self._source, modules)
+        dotted = {name for source in sources for name in (*source.imports, *source.names)}
+        last = (files[-1] for name in dotted if (files := self._files_of(name)))
+        return (loose | {PurePosixPath(file).parent for file in last}) - {PurePosixPath(PACKAGE)}
 
     def covered(self, script: str) -> set[str]:
         """Return the modules that `script` may import, including those in DECIDES_NO_BYTE."""
@@ -100,15 +115,39 @@ class CodeReader:
         self._write_cache()
         return found
 
-    def _imported(self, name: str) -> Iterator[str]:
-        """Yield the files that a file imports, and the `__init__.py` of each package on the way."""
-        for dotted in self._source(name).imports:
-            parts = dotted.split(".")
-            for end in range(1, len(parts) + 1):
-                path = "/".join(parts[:end])
-                for file in (f"{path}.py", f"{path}/__init__.py"):
-                    if (self._root / file).is_file():
-                        yield file
+    def _imported(self, name: str) -> list[str]:
+        """Return the files that a file imports, and the `__init__.py` of each package on the way.
+
+        Raises:
+            CapasError: it imports a module of this package that does not exist.
+        """
+        if name not in self._found:
+            source = self._source(name)
+            modules = {module: self._files_of(module) for module in source.imports}
+            if missing := [m for m, files in modules.items() if not files and _is_own(m)]:
+                raise CapasError(
+                    f"{name} imports {missing[0]}, which does not exist. If git does not have the file "
+                    "yet: a copy of the repository, as for `dvc exp run --temp`, holds what git has, so run "
+                    f"`git add {missing[0].replace('.', '/')}.py`"
+                )
+            names = (self._files_of(found) for found in source.names)
+            self._found[name] = [file for files in (*modules.values(), *names) for file in files]
+        return self._found[name]
+
+    def _files_of(self, dotted: str) -> list[str]:
+        """Return the files of a module and of the packages on the way; none if it is not a file here.
+
+        Scripts can import what lies beside them, in stages/.
+        """
+        parts = dotted.split(".") if _is_own(dotted) else [STAGES, *dotted.split(".")]
+        found: list[str] = []
+        for end in range(1 if _is_own(dotted) else 2, len(parts) + 1):
+            path = "/".join(parts[:end])
+            here = [f for f in (f"{path}.py", f"{path}/__init__.py") if (self._root / f).is_file()]
+            if not here and not (self._root / path).is_dir():
+                return []
+            found += here
+        return found
 
     def _source(self, name: str) -> _Source:
         if name not in self._known:
@@ -126,23 +165,25 @@ class CodeReader:
             return cached
         try:
             tree = ast.parse(content, name)
-        except SyntaxError as error:
+        except (SyntaxError, ValueError) as error:  # ValueError: null bytes, before Python 3.12
+            line = getattr(error, "lineno", None)
+            where = name if line is None else f"{name}, line {line}"
             raise CapasError(
-                f"{name}, line {error.lineno} is not valid Python: {error.msg}"
+                f"{where} is not valid Python: {getattr(error, 'msg', error)}"
             ) from None
-        imports = tuple(sorted({*_imports(tree, name)}))
-        self._cache[name] = _Source(key, _sha256(serialize(tree).encode()), imports)
+        imports, names = _imports(tree, name)
+        self._cache[name] = _Source(key, _sha256(serialize(tree).encode()), imports, names)
         self._added = True
         return self._cache[name]
 
     def _read_cache(self) -> dict[str, _Source]:
         try:
             found = json.loads((self._root / _CACHE).read_text(encoding="utf-8"))
-            if found["version"] != _VERSION:
+            if found["version"] != _version():
                 return {}
             return {
-                name: _Source(content, digest, tuple(imports))
-                for name, (content, digest, imports) in found["files"].items()
+                name: _Source(content, digest, tuple(imports), tuple(names))
+                for name, (content, digest, imports, names) in found["files"].items()
             }
         except (OSError, ValueError, LookupError, TypeError):
             return {}  # another version, or half-written: the cache is rebuilt
@@ -150,9 +191,27 @@ class CodeReader:
     def _write_cache(self) -> None:
         if not self._added:
             return
-        files = {name: [s.content, s.digest, s.imports] for name, s in self._cache.items()}
-        write_whole(self._root / _CACHE, json.dumps({"version": _VERSION, "files": files}))
+        files = {n: [s.content, s.digest, s.imports, s.names] for n, s in self._cache.items()}
+        with suppress(OSError):  # a folder that cannot be written to only costs time
+            write_whole(self._root / _CACHE, json.dumps({"version": _version(), "files": files}))
         self._added = False
+
+
+@cache
+def _version() -> str:
+    """Return the digest of this module: another serialization must not meet digests of before."""
+    return _sha256(Path(__file__).read_bytes())
+
+
+def _data_files(folder: Path) -> Iterator[Path]:
+    """Yield the data files in a folder of modules, and in folders below it that hold no modules."""
+    for entry in sorted(folder.iterdir()):
+        if entry.name.startswith(".") or is_left_over(entry.name) or entry.name == COMPILED:
+            continue
+        if entry.is_dir() and not any(entry.rglob("*.py")):
+            yield from _data_files(entry)
+        elif entry.is_file() and entry.suffix != ".py":
+            yield entry
 
 
 def digest_of(files: Mapping[str, str]) -> str:
@@ -170,7 +229,11 @@ def digests(root: Path) -> dict[str, str]:
         CapasError: a script, or a module that it imports, is not valid Python.
     """
     reader = CodeReader(root)
-    scripts = (file.relative_to(root).as_posix() for file in sorted((root / STAGES).glob("*.py")))
+    scripts = (
+        file.relative_to(root).as_posix()
+        for file in sorted((root / STAGES).glob("*.py"))
+        if file.is_file() and not file.name.startswith(".")
+    )
     return {
         Path(script).stem: digest_of(reader.files(script))
         for script in scripts
@@ -180,7 +243,10 @@ def digests(root: Path) -> dict[str, str]:
 
 def dump(found: Mapping[str, str]) -> str:
     """Return code.yaml as text."""
-    lines = [f'{name}: "{value}"' for name, value in found.items()]
+    lines = [
+        f'{name if name.isidentifier() else json.dumps(name)}: "{value}"'
+        for name, value in found.items()
+    ]
     return (
         "\n".join(["# Digests of the code of each stage, by stages/compose_params.py.", *lines])
         + "\n"
@@ -195,6 +261,24 @@ def script_of(spec: StageSpec) -> str:
 def name_of(spec: StageSpec) -> str:
     """Return the key of a stage in code.yaml: the name of its script."""
     return Path(script_of(spec)).stem
+
+
+def check_declared(specs: Iterable[StageSpec], found: Mapping[str, str]) -> None:
+    """Check that each stage whose code has a digest declares it: an edit would not rerun the stage otherwise.
+
+    Args:
+        found: {script: digest}, as `digests` returns it.
+
+    Raises:
+        CapasError: a stage in dvc.yaml does not.
+    """
+    for spec in specs:
+        by_folder = {PACKAGE, STAGES} <= set(spec.deps)  # compose
+        if name_of(spec) in found and CODE not in spec.params and not by_folder:
+            raise CapasError(
+                f"dvc.yaml: the stage '{spec.name}' does not declare its code, so no edit of it would rerun "
+                f"the stage. Add `- {CODE}: [{name_of(spec)}]` to its params"
+            )
 
 
 def check_code(spec: StageSpec, root: Path, reader: CodeReader) -> None:
@@ -215,7 +299,7 @@ def check_code(spec: StageSpec, root: Path, reader: CodeReader) -> None:
 
 
 def check_loaded(spec: StageSpec, root: Path, reader: CodeReader) -> None:
-    """Check that the stage's digest covers every module of the package that this process has loaded.
+    """Check that the stage's digest covers every module of the repository that this process has loaded.
 
     Only a process that runs the stage's own script is checked.
 
@@ -226,23 +310,32 @@ def check_loaded(spec: StageSpec, root: Path, reader: CodeReader) -> None:
     script = root / script_of(spec)
     if not _is_declared(spec) or main is None or Path(main).resolve() != script.resolve():
         return
-    loaded = {
-        Path(file).resolve().relative_to(root.resolve()).as_posix()
-        for name, module in list(sys.modules.items())
-        if name.partition(".")[0] == PACKAGE and (file := getattr(module, "__file__", None))
-        if Path(file).resolve().is_relative_to(root.resolve())
+    files = (getattr(module, "__file__", None) for module in list(sys.modules.values()))
+    loaded = {found for file in files if file and (found := _below(root, file))}
+    loaded -= {
+        name for name in loaded for dep in spec.deps if PurePosixPath(name).is_relative_to(dep)
     }
     if unseen := sorted(loaded - reader.covered(script_of(spec))):
         raise CapasError(
             f"the stage '{spec.name}' loaded {', '.join(unseen)}, which its digest in {CODE} does not cover. "
-            "Import the module with an import statement"
+            "Import the module with an import statement, from capas/ or stages/"
         )
+
+
+def _below(root: Path, file: str) -> str | None:
+    """Return the path of a module in the repository, None if it is not the repository's: `.venv`, say."""
+    path = Path(file).resolve()  # torch has modules whose file is a name alone
+    if not path.is_relative_to(root.resolve()) or not path.is_file() or path.suffix != ".py":
+        return None
+    relative = path.relative_to(root.resolve())
+    installed = any(part.startswith(".") or part == "site-packages" for part in relative.parts)
+    return None if installed else relative.as_posix()
 
 
 def _is_declared(spec: StageSpec) -> bool:
     keys = spec.params.get(CODE)
     if keys is None:
-        return False
+        return False  # see `check_declared`
     if keys != [name_of(spec)]:
         raise CapasError(
             f"dvc.yaml: the stage '{spec.name}' declares {CODE}: {keys}; it must be [{name_of(spec)}], "
@@ -262,13 +355,30 @@ def serialize(node: object) -> str:
     The text is the same on every version of Python, unlike that of `ast.dump`. Strings are written in ASCII,
     whose escapes do not depend on a version's Unicode tables.
     """
-    if isinstance(node, ast.AST):
-        fields = ((name, _shown(node, name)) for name in node._fields if name not in _NO_VALUE)
-        shown = (f"{name}={serialize(value)}" for name, value in fields if value not in (None, []))
-        return f"({type(node).__name__} {' '.join(shown)})"
-    if isinstance(node, list):
-        return f"[{','.join(map(serialize, node))}]"
-    return ascii(node)
+    parts: list[str] = []
+    waiting: list[object] = [node]  # a _Text is written as it is
+    while waiting:
+        item = waiting.pop()
+        if isinstance(item, _Text):
+            parts.append(item)
+        elif isinstance(item, ast.AST):
+            fields = ((name, _shown(item, name)) for name in item._fields if name not in _NO_VALUE)
+            shown = [(name, value) for name, value in fields if value not in (None, [])]
+            written = [(_Text(f"{' ' * (i > 0)}{n}="), v) for i, (n, v) in enumerate(shown)]
+            inner = [piece for pair in written for piece in pair]
+            waiting += reversed([_Text(f"({type(item).__name__} "), *inner, _Text(")")])
+        elif isinstance(item, list):
+            separated = [piece for value in item for piece in (_Text(","), value)][1:]
+            waiting += reversed([_Text("["), *separated, _Text("]")])
+        else:
+            parts.append(ascii(item))
+    return "".join(parts)
+
+
+class _Text(str):
+    """A part of the serialized text, not a value of the tree."""
+
+    __slots__ = ()
 
 
 def _shown(node: ast.AST, name: str) -> object:
@@ -283,8 +393,15 @@ def _shown(node: ast.AST, name: str) -> object:
     if isinstance(node, ast.Raise) and _calls(node.exc, "CapasError"):
         return "CapasError" if name == "exc" else None  # without its message and its cause
     if isinstance(node, ast.Call) and name == "args" and _is_log(node.func):
-        return [inner for inner in node.args if not _is_text(inner)]
+        return [inner for argument in node.args for inner in _without_text(argument)]
     return value
+
+
+def _without_text(argument: ast.expr) -> list[ast.expr]:
+    """Return what counts of a log line's argument: of an f-string, the values in it."""
+    if isinstance(argument, ast.JoinedStr):
+        return [value for value in argument.values if not _is_text(value)]
+    return [] if _is_text(argument) else [argument]
 
 
 def _counting(statement: ast.stmt) -> list[ast.stmt]:
@@ -310,6 +427,7 @@ def _is_log(function: ast.expr) -> bool:
     """Return whether a call of this function writes a log line: `log.info`."""
     return (
         isinstance(function, ast.Attribute)
+        and function.attr in _LEVELS
         and isinstance(function.value, ast.Name)
         and function.value.id in _LOGGERS
     )
@@ -319,20 +437,29 @@ def _calls(node: ast.AST | None, name: str) -> bool:
     return isinstance(node, ast.Call) and isinstance(node.func, ast.Name) and node.func.id == name
 
 
-def _imports(tree: ast.AST, file: str) -> Iterator[str]:
-    """Yield the dotted names of this package that a file may import: modules, and possible modules."""
-    if isinstance(tree, ast.ImportFrom):
-        module = _absolute(tree, file)
-        if module.partition(".")[0] == PACKAGE:
-            yield module
-            yield from (f"{module}.{alias.name}" for alias in tree.names)
-    elif isinstance(tree, ast.Import):
-        yield from (a.name for a in tree.names if a.name.partition(".")[0] == PACKAGE)
-    children: Iterable[ast.AST] = ast.iter_child_nodes(tree)
-    if isinstance(tree, ast.If) and _is_type_checking(tree.test):
-        children = tree.orelse
-    for child in children:
-        yield from _imports(child, file)
+def _imports(tree: ast.AST, file: str) -> tuple[tuple[str, ...], tuple[str, ...]]:
+    """Return the dotted modules that a file imports, and the names, maybe modules, that it takes of them."""
+    modules, names = set(), set()
+    waiting = [tree]
+    while waiting:
+        node = waiting.pop()
+        if isinstance(node, ast.ImportFrom):
+            module = _absolute(node, file)
+            modules.add(module)
+            names |= {f"{module}.{alias.name}" for alias in node.names}
+        elif isinstance(node, ast.Import):
+            modules |= {alias.name for alias in node.names}
+        elif isinstance(node, ast.Constant) and isinstance(node.value, str):
+            names |= {node.value} if _MODULE.fullmatch(node.value) else set()
+        if isinstance(node, ast.If) and _is_type_checking(node.test):
+            waiting += node.orelse
+        else:
+            waiting += ast.iter_child_nodes(node)
+    return tuple(sorted(modules)), tuple(sorted(names))
+
+
+def _is_own(dotted: str) -> bool:
+    return dotted.partition(".")[0] == PACKAGE
 
 
 def _absolute(node: ast.ImportFrom, file: str) -> str:

@@ -110,12 +110,15 @@ def exported(root: Path, revision: str) -> Iterator[Path]:
     Raises:
         CapasError: git has no such commit, or the commit has no such code.
     """
-    # The prefix is not empty if the project is a folder of a larger repository.
-    prefix = git(root, "rev-parse", "--show-prefix")
-    archive = git_bytes(root, "archive", "--format=tar", f"{revision}:{prefix}", PACKAGE, STAGES)
+    # The project may be a folder of a larger repository; git archives from its top folder only.
+    top, prefix = (git(root, "rev-parse", f"--show-{name}") for name in ("toplevel", "prefix"))
+    as_stored = ("-c", "core.autocrlf=false", "archive", "--format=tar")
+    archive = git_bytes(Path(top), *as_stored, f"{revision}:{prefix}", PACKAGE, STAGES)
     with TemporaryDirectory(prefix="capas-code-") as folder:
         with tarfile.open(fileobj=BytesIO(archive)) as content:
-            content.extractall(folder, filter="data")
+            # Python 3.11 before 3.11.4 has no filters
+            safely = {"filter": "data"} if hasattr(tarfile, "data_filter") else {}
+            content.extractall(folder, **safely)  # type: ignore[arg-type]
         yield Path(folder)
 
 

@@ -15,7 +15,11 @@ import yaml
 from capas.core.errors import CapasError
 from capas.core.params import lookup, select
 
-LEFT_BY_EDITORS = (".DS_Store", "*.swp", "*~", ".*.partial")  # also in .dvcignore
+# What editors, file managers, merges and NFS leave; also in .dvcignore.
+LEFT_BY_EDITORS = (
+    *(".DS_Store", "._*", "Thumbs.db", "*.swp", ".*.sw?", "*~", ".#*", "#*#", "4913"),
+    *("*.orig", "*.rej", "*.bak", ".nfs*", ".*.partial"),
+)
 COMPILED = "__pycache__"  # also in .dvcignore
 
 
@@ -64,6 +68,15 @@ def parse_yaml(text: str, name: str) -> dict[str, Any]:
     return content or {}
 
 
+_FAMILY = {"foreach", "matrix"}
+
+
+def command(entry: Mapping[str, Any]) -> str:
+    """Return the command of a stage in dvc.yaml or dvc.lock; of several, one a line."""
+    cmd = entry["cmd"]
+    return cmd if isinstance(cmd, str) else "\n".join(cmd)
+
+
 @dataclass(frozen=True)
 class StageSpec:
     """One stage of dvc.yaml; `params` maps each params file to the declared dotted keys."""
@@ -93,16 +106,17 @@ class StageSpec:
 
     @classmethod
     def read_all(cls, root: Path) -> dict[str, "StageSpec"]:
-        """Return {name: stage}, in the order of dvc.yaml."""
+        """Return {name: stage}, in the order of dvc.yaml, without its families (foreach, matrix)."""
         return {
             name: cls(
                 name=name,
-                cmd=entry["cmd"],
+                cmd=command(entry),
                 deps=tuple(entry.get("deps", [])),
                 outs=tuple(_declared_outs(entry)),
                 params=_declared_params(entry.get("params", [])),
             )
             for name, entry in read_yaml(root / "dvc.yaml")["stages"].items()
+            if not _FAMILY & entry.keys()
         }
 
     def values(self, root: Path) -> dict[str, dict[str, Any]]:
@@ -177,7 +191,7 @@ def input_key(spec: StageSpec, root: Path) -> str:
 def recorded_key(entry: dict[str, Any]) -> str:
     """Return the key of a stage's inputs from its entry in dvc.lock: see `input_key`."""
     deps = {dep["path"]: dep["md5"] for dep in entry.get("deps", [])}
-    return digest(entry["cmd"], entry.get("params", {}), deps)
+    return digest(command(entry), entry.get("params", {}), deps)
 
 
 def _leaves(values: dict[str, Any], keys: list[str]) -> dict[str, Any]:
@@ -189,11 +203,13 @@ def md5(path: Path, made: Collection[str] = ()) -> str:
     """Return DVC's md5 of a file, or of a folder that no stage makes (data/own).
 
     Raises:
-        CapasError: there is no such file, or it is a folder that a stage makes.
+        CapasError: there is no such file, it is a broken link, or a folder that a stage makes.
     """
     if path.is_file():
         with path.open("rb") as content:
             return hashlib.file_digest(content, _plain_md5).hexdigest()
+    if path.is_symlink() and not path.exists():
+        raise CapasError(f"{path} is a link to {path.readlink()}, which does not exist. Remove it")
     if not path.is_dir() or any(path.match(out) for out in made):
         raise CapasError(
             f"{path} is not in dvc.lock: an earlier stage has not run yet. Run `dvc repro`"

@@ -3,6 +3,7 @@
 import csv
 import hashlib
 import json
+import os
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -36,7 +37,9 @@ def write_json(file: Path, facts: Mapping[str, Any]) -> None:
 def write_whole(file: Path, text: str) -> None:
     """Write a text atomically: a reader finds the old text or the new one, even after a kill."""
     file.parent.mkdir(parents=True, exist_ok=True)
-    partial = file.with_name(f".{file.name}.partial")
+    partial = file.with_name(
+        f".{file.name}.{os.getpid()}.partial"
+    )  # another process may write it, too
     partial.write_text(text, encoding="utf-8")
     partial.replace(file)
 

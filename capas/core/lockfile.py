@@ -8,7 +8,7 @@ import re
 from collections.abc import Mapping
 from typing import Any
 
-from capas.core.dag import StageSpec, parse_yaml
+from capas.core.dag import StageSpec, command, parse_yaml
 from capas.core.errors import CapasError
 from capas.core.generated import LOCK
 
@@ -53,13 +53,13 @@ def flaw(piece: str, spec: StageSpec | None, is_last: bool = True) -> str:
     found = entry(piece)
     if found is None or not piece.endswith("\n"):
         return "truncated"
-    if not isinstance(found.get("cmd"), str):
+    if not isinstance(found.get("cmd"), str | list):
         return "no command"
     for kind in ("deps", "outs"):
         for item in found.get(kind) or []:
             if not _is_whole(item):
                 return f"{_path(item)} has no md5 or size"
-    if spec is None or spec.cmd != found["cmd"] or not is_last:
+    if spec is None or spec.cmd != command(found) or not is_last:
         return ""
     recorded = {item["path"] for item in found.get("outs") or []}
     missing = [path for path in spec.outs if path not in recorded]

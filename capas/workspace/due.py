@@ -13,7 +13,7 @@ from typing import Any
 
 from capas.core.code import CODE, PACKAGE, STAGES, digests, name_of
 from capas.core.codediff import edited_since
-from capas.core.dag import StageSpec, md5, read_yaml, recorded
+from capas.core.dag import StageSpec, command, md5, read_yaml, recorded
 from capas.core.errors import CapasError, listed
 from capas.core.params import ABSENT, flatten, lookup
 
@@ -48,7 +48,7 @@ class Inputs:
 
     def differences(self, entry: Mapping[str, Any]) -> Iterator[str]:
         """Yield a phrase for each input that differs from the stage's entry in dvc.lock."""
-        if entry["cmd"] != self.cmd:
+        if command(entry) != self.cmd:
             yield "another command"
         for file, values in self.params.items():
             before = (entry.get("params") or {}).get(file, {})

@@ -4,7 +4,9 @@ import ast
 import shutil
 import subprocess
 import sys
+import tarfile
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -18,6 +20,7 @@ from capas.core.code import (
     DECIDES_NO_BYTE,
     CodeReader,
     check_code,
+    check_declared,
     digest_of,
     digests,
     dump,
@@ -196,6 +199,21 @@ def test_a_digest_covers_imports_of_imports_and_the_data_beside_them(project: Pa
         ("capas/__init__.py", "x = 1\n", {"first", "second"}),
         ("stages/first.py", "from capas import unused\nfrom capas.core import stage\n", {"first"}),
         ("stages/tool.py", "from capas.core import stage\n", {"tool"}),
+        *(
+            (f"capas/report/{name}", "left over", set())
+            for name in (
+                ".#two.py",
+                "#two.py#",
+                ".two.py.swo",
+                "two.py.orig",
+                "two.py.rej",
+                "._two.py",
+            )
+        ),
+        *(
+            (f"capas/report/{name}", "left over", set())
+            for name in (".nfs0001", ".gitkeep", "4913")
+        ),
     ],
 )
 def test_an_edit_changes_the_digests_of_those_that_import_it(
@@ -207,6 +225,91 @@ def test_an_edit_changes_the_digests_of_those_that_import_it(
     assert {name for name in after if before.get(name) != after[name]} == changed
     shutil.rmtree(project / ".dvc")
     assert digests(project) == after
+
+
+HIDDEN_IMPORTS = {
+    "a module beside the script": ("from helper import x\n", "stages/helper.py"),
+    "one in a folder beside it": ("import help.er\n", "stages/help/er.py"),
+    "a module that is named": ("X = 'capas.core.started'\n", "capas/core/started.py"),
+    "a relative one": ("from .core.other import x\n", "capas/core/other.py"),
+    "data of a package": ("from capas.words import x\n", "capas/words/a.txt"),
+    "data in a folder": ("from capas.report import two\n", "capas/report/texts/deep/a.txt"),
+    "data beside the script": ("", "stages/names.txt"),
+}
+
+
+@pytest.mark.parametrize(("line", "file"), HIDDEN_IMPORTS.values(), ids=HIDDEN_IMPORTS)
+def test_whatever_a_script_reaches_is_covered(project: Path, line: str, file: str) -> None:
+    (project / "capas/words").mkdir()
+    (project / "capas/words/__init__.py").write_text("x = 1\n")
+    (project / file).parent.mkdir(parents=True, exist_ok=True)
+    (project / file).write_text("")
+    script = project / ("capas/lazy.py" if line.startswith("from .") else "stages/second.py")
+    script.write_text(f"{line}{(project / 'stages/second.py').read_text()}")
+    before = digests(project)["second"]
+    (project / file).write_text("x = 2\n")
+    assert digests(project)["second"] != before
+
+
+def test_a_module_that_is_not_there_is_named(project: Path) -> None:
+    (project / "capas/lazy.py").write_text("from capas.report.fresh import x\n")
+    with pytest.raises(
+        CapasError, match=r"lazy\.py imports capas\.report\.fresh.*`git add capas/rep"
+    ):
+        digests(project)
+
+
+def test_a_file_that_nests_deeply_is_read(project: Path) -> None:
+    branches = "".join(f"elif x == {i}:\n    y = {i}\n" for i in range(400))
+    (project / "capas/lazy.py").write_text(f"x = 1\nif x == -1:\n    y = 0\n{branches}")
+    assert text_of((project / "capas/lazy.py").read_text()).count("(Compare ") == 401
+    assert digests(project).keys() == {"first", "second"}
+
+
+def test_files_that_are_no_scripts_are_passed_over(project: Path) -> None:
+    before = digests(project)
+    (project / "stages/old.py").mkdir()
+    (project / "stages/._first.py").write_bytes(b"\0\0")
+    (project / "stages/.#second.py").symlink_to("me@host:1")
+    assert digests(project) == before
+    (project / "stages/odd: name.py").write_text("from capas.core import stage\n")
+    assert yaml.safe_load(dump(digests(project))).keys() == {"first", "odd: name", "second"}
+
+
+def test_a_cache_that_cannot_be_written_costs_time_alone(
+    project: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    before = digests(project)
+    shutil.rmtree(project / ".dvc")
+
+    def refuse(*_: object) -> None:
+        raise OSError(30, "Read-only file system")
+
+    monkeypatch.setattr("capas.core.code.write_whole", refuse)
+    assert digests(project) == before
+    assert not (project / ".dvc").exists()
+
+
+def test_processes_that_write_one_file_do_not_meet(tmp_path: Path) -> None:
+    """Each writes to a file of its own until it is whole."""
+    code = (
+        "import sys; from pathlib import Path; from capas.core.files import write_whole\n"
+        "for _ in range(400): write_whole(Path(sys.argv[1]), 'x' * 1000)\n"
+    )
+    command = [sys.executable, "-c", code, str(tmp_path / "one.json")]
+    running = [subprocess.Popen(command, cwd=REPOSITORY, env=ENVIRONMENT) for _ in range(3)]
+    assert [process.wait() for process in running] == [0, 0, 0]
+    assert [file.name for file in tmp_path.iterdir()] == ["one.json"]
+
+
+def test_a_stage_that_does_not_declare_its_code_is_refused(project: Path) -> None:
+    specs = StageSpec.read_all(project)
+    check_declared(specs.values(), digests(project))
+    bare = replace(specs["two"], params={})
+    message = r"'two' does not declare its code.*Add `- code\.yaml: \[second\]` to its params"
+    with pytest.raises(CapasError, match=message):
+        check_declared([bare], digests(project))
+    check_declared([replace(bare, deps=("capas", "stages"))], digests(project))
 
 
 def test_only_an_edited_file_is_parsed_again(
@@ -250,6 +353,11 @@ def test_bad_code_is_named(project: Path) -> None:
     (project / "stages/second.py").unlink()
     with pytest.raises(CapasError, match=r"stages/second\.py is missing"):
         CodeReader(project).files("stages/second.py")
+    (project / "stages/first.py").write_text("x = 1\n", encoding="utf-16")
+    with pytest.raises(
+        CapasError, match=r"stages/first\.py(, line \d)? is not valid Python: .*null byte"
+    ):
+        digests(project)
 
 
 def test_a_stage_declares_its_own_digest(project: Path) -> None:
@@ -287,7 +395,7 @@ if __name__ == "__main__":
     [
         ("from capas.core import cgroups", ""),
         (
-            'importlib.import_module("capas.core.cgroups")',
+            'importlib.import_module("capas.core" + ".cgroups")',
             "the stage 'only' loaded capas/core/cgroups.py, which its digest in code.yaml does not cover",
         ),
         (
@@ -450,3 +558,27 @@ def test_two_recorded_states_are_compared_file_by_file(
     with codediff.exported(project, first) as folder:
         reader = CodeReader(folder)
         assert digest_of(reader.files("stages/first.py")) == before
+
+
+def test_a_project_in_a_folder_of_a_repository_is_compared_as_it_was_stored(
+    project: Path, committed: Callable[..., str]
+) -> None:
+    """git archives from the top folder only, and would convert line ends if it is told to."""
+    (project / "ml").mkdir()
+    for name in ("capas", "stages", CODE, "dvc.yaml", "dvc.lock"):
+        committed("mv", name, f"ml/{name}")
+    committed("commit", "-q", "-a", "-m", "moved")
+    committed("config", "core.autocrlf", "true")
+    folder = project / "ml"
+    for name in SCRIPTS:
+        (folder / name).touch()
+    (folder / "capas/lazy.py").write_text("x = 2\n")
+    assert due(folder)["two"] == ["capas/lazy.py"]
+
+
+def test_an_archive_is_read_without_the_filters_of_a_newer_python(
+    project: Path, committed: Callable[..., str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.delattr(tarfile, "data_filter")
+    with codediff.exported(project, committed("rev-parse", "HEAD").strip()) as folder:
+        assert (folder / "stages/first.py").read_text() == (project / "stages/first.py").read_text()

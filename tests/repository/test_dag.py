@@ -3,6 +3,7 @@
 import ast
 import json
 import re
+import subprocess
 from pathlib import Path
 from typing import Any
 
@@ -11,7 +12,7 @@ import yaml
 from dvc_yaml import NAMES, PIPELINE, imported_modules, script, spec
 from workspace import REPOSITORY
 
-from capas.core.dag import LEFT_BY_EDITORS, StageSpec, input_key, recorded, recorded_key
+from capas.core.dag import LEFT_BY_EDITORS, StageSpec, input_key, md5, recorded, recorded_key
 from capas.core.errors import CapasError
 from capas.core.params import flatten
 
@@ -168,8 +169,43 @@ def test_a_folder_that_no_stage_makes_has_the_hash_that_dvc_gives_it(tmp_path: P
         input_key(StageSpec.read("two", tmp_path), tmp_path)
 
 
+def test_a_clone_has_the_same_bytes_whatever_git_is_told_of_line_ends() -> None:
+    files = [
+        "capas/core/code.py",
+        "capas/report/en.yaml",
+        "conf/config.yaml",
+        "Makefile",
+        "README.md",
+    ]
+    command = ["git", "-c", "core.autocrlf=true", "check-attr", "eol", "text", "--", *files]
+    found = subprocess.run(command, cwd=REPOSITORY, capture_output=True, text=True, check=True)
+    expected = [line for file in files for line in (f"{file}: eol: lf", f"{file}: text: auto")]
+    assert found.stdout.splitlines() == expected
+
+
+def test_a_broken_link_is_named(tmp_path: Path) -> None:
+    (tmp_path / ".#open.yaml").symlink_to("me@host:1")
+    assert md5(tmp_path).endswith(".dir")  # an editor's lock is passed over
+    (tmp_path / "gone").symlink_to("nowhere")
+    with pytest.raises(CapasError, match=r"gone is a link to nowhere, which does not exist"):
+        md5(tmp_path)
+
+
+def test_families_of_stages_are_passed_over_and_commands_may_be_several(tmp_path: Path) -> None:
+    (tmp_path / "dvc.yaml").write_text(
+        "stages:\n"
+        "  each: {foreach: [1, 2], do: {cmd: 'echo ${item}'}}\n"
+        "  all: {matrix: {a: [1]}, cmd: 'echo ${item.a}'}\n"
+        "  two: {cmd: [echo 1, echo 2]}\n"
+    )
+    (tmp_path / "dvc.lock").write_text("stages: {two: {cmd: [echo 1, echo 2]}}\n")
+    (two,) = StageSpec.read_all(tmp_path).values()
+    assert two.cmd == "echo 1\necho 2"
+    assert recorded_key(recorded(tmp_path)["two"]) == input_key(two, tmp_path)
+
+
 def test_what_editors_leave_is_what_dvc_ignores() -> None:
-    lines = (REPOSITORY / ".dvcignore").read_text().splitlines()
+    lines = (REPOSITORY / ".dvcignore").read_text().replace("\\#", "#").splitlines()
     of_editors = lines[1 + next(i for i, line in enumerate(lines) if "editors" in line) :]
     assert list(LEFT_BY_EDITORS) == of_editors
 

@@ -43,4 +43,6 @@ def _files_of(node: ast.AST) -> list[str]:
         return [f"{base}.py", *(f"{base}/{alias.name}.py" for alias in node.names)]
     if isinstance(node, ast.Import):
         return [f"{a.name.replace('.', '/')}.py" for a in node.names if a.name.startswith("capas")]
+    if isinstance(node, ast.Constant) and str(node.value).startswith("capas."):
+        return [f"{str(node.value).replace('.', '/')}.py"]  # python -m capas.core.guard
     return []
