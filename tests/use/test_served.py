@@ -157,7 +157,7 @@ def test_the_loaded_model_answers_as_in_the_evaluation(tmp_path: Path) -> None:
         pytest.skip("the pipeline has not run here: dvc repro, or dvc pull")
     stage, facts = facts_of(REPOSITORY)
     mlflow_model.write_data(tmp_path / "data", "# card\n", facts, stage)
-    run = SimpleNamespace(info=SimpleNamespace(start_time=0, run_id="0" * 32))
+    run = SimpleNamespace(start_time=0, id="0" * 32)
     mlflow_model.save_model(tmp_path / "model", tmp_path / "data", "key", run, stage, facts)
     raw = {r["id"]: r for r in pq.read_table(REPOSITORY / "data/raw/test.parquet").to_pylist()}
     rows = pq.read_table(REPOSITORY / "reports/predictions.parquet").to_pylist()[::12][:40]
