@@ -50,7 +50,7 @@ from capas.config.requirements import read_by
 from capas.config.resolved_files import resolved_files
 from capas.config.schema import GROUPS
 from capas.config.validation import validate
-from capas.core import code
+from capas.core import code_digests
 from capas.core.dag import StageSpec, md5
 from capas.core.errors import CapasError, exit_on_user_error, sweep_instead
 from capas.core.files import file_sha256, write_whole
@@ -105,9 +105,9 @@ def main(options: argparse.Namespace) -> None:
     outputs = {REVISIONS: pins.dump()} if pins.changed else {}
     files = resolved_files(target)
     outputs |= {PARAMS: dump(target), ENVIRONMENT: environment(), **files}
-    if digests := code.digests(Path()):
-        code.check_declared(StageSpec.read_all(Path()).values(), digests)
-        outputs[Path(code.CODE)] = code.dump(digests)
+    if digests := code_digests.digests(Path()):
+        code_digests.check_declared(StageSpec.read_all(Path()).values(), digests)
+        outputs[Path(code_digests.CODE)] = code_digests.dump(digests)
     for note in in_force():
         log.info("conf/overrides.yaml sets %s", note)
     for line in advice(target):
@@ -179,7 +179,7 @@ def inputs() -> dict[str, str]:
     own = (OVERRIDES, REVISIONS)
     files = [path for path in CONF.rglob("*") if path.is_file() and path not in own]
     files += [path for path in (PARAMS, LOCK) if path.exists()]
-    its_code = {folder: md5(Path(folder)) for folder in (code.PACKAGE, code.STAGES)}
+    its_code = {folder: md5(Path(folder)) for folder in (code_digests.PACKAGE, code_digests.STAGES)}
     return {str(path): file_sha256(path) for path in files} | its_code
 
 

@@ -9,7 +9,8 @@ import pyarrow as pa
 import pyarrow.compute as pc
 
 from capas.chat.batch import Batch, Columns, Key
-from capas.chat.format import ChatFormat, trained_messages
+from capas.chat.format import ChatFormat
+from capas.chat.labels import trained_messages
 from capas.chat.layout import Constant, Layout, Slot, lay_out
 from capas.chat.segments import Way
 from capas.core.errors import CapasError

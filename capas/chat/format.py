@@ -20,6 +20,8 @@ from typing import Any
 from tokenizers import Tokenizer
 
 from capas.chat.controls import Controls
+from capas.chat.end_tokens import find_end_tokens
+from capas.chat.labels import labels_of, trained_messages
 from capas.chat.messages import (
     THOUGHT_END,
     THOUGHT_START,
@@ -32,7 +34,6 @@ from capas.chat.messages import (
 )
 from capas.chat.placeholders import Placeholders, PlaceholderSource
 from capas.chat.plan import Plan
-from capas.chat.policy import find_policy
 from capas.chat.scaffold import Planner
 from capas.chat.segments import Owned, SegmentEncoder
 from capas.chat.template import RecordRefusal, Template, TemplateRefusal, place_system
@@ -79,17 +80,17 @@ class ChatFormat:
         self._control_starts = "".join(sorted({text[0] for text in controls}))
         self.segments = SegmentEncoder(files, controls)
         self._placeholders = PlaceholderSource(controls, template.text)
-        policy = find_policy(self._render_placed, self._controls, self._placeholders.usual)
-        self._planner = Planner(self._render_placed, self._controls, policy)
+        ends = find_end_tokens(self._render_placed, self._controls, self._placeholders.usual)
+        self._planner = Planner(self._render_placed, self._controls, ends)
         self._plans: dict[Any, Plan] = {}
         control_ids = self.segments.control_ids
-        self.end_token, self.end_tokens = policy.end_token, policy.end_tokens
+        self.end_token, self.end_tokens = ends.last, ends.every
         self.end_token_ids = [control_ids[token] for token in self.end_tokens]
         self.end_token_id = self.end_token_ids[0]
         self.bos_token_id = files.id_of("bos_token")
         ids = (files.id_of("pad_token"), files.id_of("eos_token"), self.end_token_id)
         self.pad_token_id: int = next(i for i in ids if i is not None)
-        stops = [ids[2], ids[1], *(control_ids[token] for token in policy.stop_tokens)]
+        stops = [ids[2], ids[1], *(control_ids[token] for token in ends.stops)]
         self.stop_token_ids = list(dict.fromkeys(i for i in stops if i is not None))
 
     @classmethod
@@ -156,8 +157,7 @@ class ChatFormat:
         plan, owned, *lost = self._encode(messages, False, tools)
         if unasked := sorted(trained & plan.not_asked_for):
             raise RecordRefusal(self._not_asked_for(messages, unasked[0], tools))
-        ids, everything = [i for i, _ in owned], train_on == "all"
-        labels = [i if everything or owner in trained else IGNORE_INDEX for i, owner in owned]
+        ids, labels = [i for i, _ in owned], labels_of(owned, trained, train_on)
         return Encoded(ids, labels, self._count_prompt(messages, owned, tools), *lost)
 
     def prompt_ids(self, messages: Messages, tools: Tools = None) -> list[int]:
@@ -460,27 +460,6 @@ def _mark_thoughts(
         marks.append(stand_ins.mark(index + count))
         copy["content"] = thought.replace(text.strip(), marks[-1], 1) + answer
     return copy, marks
-
-
-def trained_messages(messages: Messages, train_on: str) -> set[int]:
-    """Return the indices of the answers to be trained.
-
-    Raises:
-        RecordRefusal: there is no such answer, or one is empty.
-    """
-    answers = [i for i, message in enumerate(messages) if message["role"] == "assistant"]
-    if not answers:
-        raise RecordRefusal("no assistant message: there is nothing to train on")
-    answers = answers[-1:] if train_on == "last_assistant" else answers
-    trained = [i for i in answers if messages[i].get("train", True)]
-    if not trained and train_on != "all":
-        raise RecordRefusal("every answer has train: false: there is nothing to train on")
-    for index in trained:
-        if not split_thought(messages[index])[1].strip() and "tool_calls" not in messages[index]:
-            raise RecordRefusal(
-                f"message {index}, an answer to be trained, is empty: {messages[index]['content']!r}"
-            )
-    return set(trained)
 
 
 def _rewritten(expected: str, rendered: str) -> str:

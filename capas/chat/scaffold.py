@@ -13,10 +13,10 @@ from collections.abc import Iterator, Sequence
 from itertools import groupby
 
 from capas.chat.controls import Controls
+from capas.chat.end_tokens import EndTokens, Render
 from capas.chat.messages import Messages, Tools
 from capas.chat.placeholders import Placeholders, mark_contents
 from capas.chat.plan import NO_TRIM, Control, Piece, Plan, Segment, Trim
-from capas.chat.policy import Render, TemplatePolicy
 from capas.chat.template import RecordRefusal, TemplateRefusal
 
 _PADDING, _LINES = " \t\n", "\n" * 5  # more line breaks than a scaffold itself has
@@ -28,11 +28,11 @@ class Planner:
     Args:
         render: the template, including the policy for system messages.
         controls: the control tokens.
-        policy: how the template ends answers.
+        ends: the tokens with which the template ends answers.
     """
 
-    def __init__(self, render: Render, controls: Controls, policy: TemplatePolicy) -> None:
-        self.render, self.controls, self.policy = render, controls, policy
+    def __init__(self, render: Render, controls: Controls, ends: EndTokens) -> None:
+        self.render, self.controls, self.ends = render, controls, ends
 
     def plan(
         self,
@@ -126,15 +126,15 @@ class _Conversation:
             return len(text)  # between an answer's content and its calls
         controls = list(planner.controls.find(text))
         if marked[previous].get("tool_calls"):  # calls may have control tokens inside
-            controls = [control for control in controls if control[1] in planner.policy.end_tokens]
+            controls = [control for control in controls if control[1] in planner.ends.every]
         found, name = controls[0] if controls else (None, None)
-        if found is not None and name in planner.policy.end_tokens:
-            return found.end() if name in planner.policy.stop_tokens else found.start()
+        if found is not None and name in planner.ends.every:
+            return found.end() if name in planner.ends.stops else found.start()
         if found is None and following is not None and marked[following]["role"] == "assistant":
             return len(text)  # the template joins two messages in one turn
         raise RecordRefusal(
             f"the chat template does not end message {previous} (assistant) with "
-            f"{planner.policy.end_token}, as it does in a conversation of two messages, but goes on with "
+            f"{planner.ends.last}, as it does in a conversation of two messages, but goes on with "
             f"{self._placeholders.readable(text)!r}"
         )
 

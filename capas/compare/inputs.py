@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import Any
 
 from capas.compare.sides import ADAPTER_FOLDER, Side
-from capas.core.code import CODE, PACKAGE, STAGES, differing
+from capas.core.code_digests import CODE, PACKAGE, STAGES, differing
 from capas.core.codediff import between_digests
 from capas.core.dag import ancestors
 from capas.core.generated import ENVIRONMENT

@@ -9,7 +9,7 @@ from itertools import chain
 from pathlib import Path
 from tempfile import TemporaryDirectory
 
-from capas.core.code import CODE, PACKAGE, STAGES, CodeReader, differing, digest_of
+from capas.core.code_digests import CODE, PACKAGE, STAGES, CodeReader, differing, digest_of
 from capas.core.dag import parse_yaml
 from capas.core.errors import CapasError
 from capas.core.worktree import git, git_bytes

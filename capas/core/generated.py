@@ -8,7 +8,7 @@ both sides, so git does merge them and leaves conflict markers if it cannot.
 from fnmatch import fnmatch
 from pathlib import Path
 
-from capas.core.code import CODE
+from capas.core.code_digests import CODE
 from capas.core.dag import read_yaml
 
 LOCK, PARAMS = "dvc.lock", "params.yaml"

@@ -24,7 +24,7 @@ from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
 
-from capas.core.code import CODE, CodeReader, check_code, check_loaded, script_of
+from capas.core.code_digests import CODE, CodeReader, check_code, check_loaded, script_of
 from capas.core.dag import StageSpec, input_key, read_yaml, recorded, recorded_key
 from capas.core.errors import CapasError, exit_on_user_error, sweep_instead
 from capas.core.files import file_sha256

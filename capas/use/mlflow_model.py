@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import Any
 
 from capas.chat.messages import conversation
-from capas.core.code import CodeReader
+from capas.core.code_digests import CodeReader
 from capas.core.dag import read_yaml
 from capas.core.files import read_json, write_json
 from capas.core.params import Params

@@ -22,7 +22,7 @@ from capas.config.composition import edited_values
 from capas.config.kept_overrides import difference, parse, render
 from capas.config.pins import Pins
 from capas.core import lockfile
-from capas.core.code import digests
+from capas.core.code_digests import digests
 from capas.core.dag import StageSpec, parse_yaml
 from capas.core.errors import CapasError
 from capas.core.files import write_whole

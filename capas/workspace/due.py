@@ -11,7 +11,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from capas.core.code import CODE, PACKAGE, STAGES, digests, name_of
+from capas.core.code_digests import CODE, PACKAGE, STAGES, digests, name_of
 from capas.core.codediff import edited_since
 from capas.core.dag import StageSpec, command, md5, read_yaml, recorded
 from capas.core.errors import CapasError, listed

@@ -9,7 +9,7 @@ from pathlib import Path
 from tiny import write_workspace
 from workspace import ENVIRONMENT, REPOSITORY
 
-from capas.core.code import CODE, DECIDES_NO_BYTE, digests, dump
+from capas.core.code_digests import CODE, DECIDES_NO_BYTE, digests, dump
 
 # Appended to each module: other numbers, other texts, no locks. `_seen` leaves a mark, so that a replacement
 # which is never reached cannot pass for a proof.
@@ -37,7 +37,7 @@ def used_bytes(device):
 def device_costs(device):
     return {"device_bytes": 1}
 """,
-    "capas/core/code.py": """
+    "capas/core/code_digests.py": """
 def check_loaded(*args):
     _seen()
 """,

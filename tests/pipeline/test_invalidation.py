@@ -226,7 +226,7 @@ def test_every_package_reruns_the_stages_that_declare_it(
 
 
 def test_a_digest_of_code_reruns_its_stage(changes: dict[str, dict[str, Any]]) -> None:
-    """Which files a digest covers: tests/core/test_code.py."""
+    """Which files a digest covers: tests/core/test_code_digests.py."""
     found = {stage: list(digests) for stage, digests in changes["code.yaml"].items()}
     scripts = {name: [Path(spec(name).cmd.split()[1]).stem] for name in NAMES}
     assert found == {name: script for name, script in scripts.items() if name != "compose"}

@@ -171,7 +171,7 @@ def test_a_folder_that_no_stage_makes_has_the_hash_that_dvc_gives_it(tmp_path: P
 
 def test_a_clone_has_the_same_bytes_whatever_git_is_told_of_line_ends() -> None:
     files = [
-        "capas/core/code.py",
+        "capas/core/code_digests.py",
         "capas/report/en.yaml",
         "conf/config.yaml",
         "Makefile",

@@ -8,7 +8,7 @@ from pathlib import Path
 
 from workspace import REPOSITORY
 
-from capas.core.code import CodeReader
+from capas.core.code_digests import CodeReader
 
 CAPAS = REPOSITORY / "capas"
 _MODULE = re.compile(r"capas(\.[a-z_]+){2,}")

@@ -21,23 +21,23 @@ _THOUGHT = {"reasoning_content": "-"}
 
 
 @dataclass(frozen=True)
-class TemplatePolicy:
-    """How a template ends answers.
+class EndTokens:
+    """The control tokens with which a template ends answers.
 
     Args:
-        end_tokens: the control tokens that end answers; the first one ends the last answer of a conversation.
-        stop_tokens: those of them that stop a generation.
+        every: all of them; the first one ends the last answer of a conversation.
+        stops: those that stop a generation.
     """
 
-    end_tokens: tuple[str, ...]
-    stop_tokens: tuple[str, ...]
+    every: tuple[str, ...]
+    stops: tuple[str, ...]
 
     @property
-    def end_token(self) -> str:
-        return self.end_tokens[0]
+    def last(self) -> str:
+        return self.every[0]
 
 
-def find_policy(render: Render, controls: Controls, placeholders: Placeholders) -> TemplatePolicy:
+def find_end_tokens(render: Render, controls: Controls, placeholders: Placeholders) -> EndTokens:
     """Return how a template ends answers.
 
     Args:
@@ -51,9 +51,9 @@ def find_policy(render: Render, controls: Controls, placeholders: Placeholders) 
     probe = _Probe(render, controls, placeholders)
     end, other = probe.end_token(), probe.other_end_token()
     if other is None:
-        return TemplatePolicy((end,), (end,))
+        return EndTokens((end,), (end,))
     stops = (end,) if other in probe.written_inside() else (end, other)
-    return TemplatePolicy((end, other), stops)
+    return EndTokens((end, other), stops)
 
 
 class _Probe:
@@ -65,7 +65,7 @@ class _Probe:
         """Return the control token after an answer.
 
         Raises:
-            CapasError: see `find_policy`.
+            CapasError: see `find_end_tokens`.
         """
         whole = self._conversation("-")
         after = self._placeholders.cut(whole)[0][-1]

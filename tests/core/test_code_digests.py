@@ -15,7 +15,7 @@ from dvc_yaml import NAMES, imported_modules, script
 from workspace import ENVIRONMENT, REPOSITORY
 
 from capas.core import codediff
-from capas.core.code import (
+from capas.core.code_digests import (
     CODE,
     DECIDES_NO_BYTE,
     CodeReader,
@@ -285,7 +285,7 @@ def test_a_cache_that_cannot_be_written_costs_time_alone(
     def refuse(*_: object) -> None:
         raise OSError(30, "Read-only file system")
 
-    monkeypatch.setattr("capas.core.code.write_whole", refuse)
+    monkeypatch.setattr("capas.core.code_digests.write_whole", refuse)
     assert digests(project) == before
     assert not (project / ".dvc").exists()
 

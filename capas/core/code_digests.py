@@ -34,7 +34,7 @@ _RUNNER = "capas/core/stage.py"  # a script that imports it is the script of a s
 DECIDES_NO_BYTE = {
     "capas/training/activations.py": "estimates the memory of activations",
     "capas/training/capacity.py": "measures free memory",
-    "capas/core/code.py": "computes these digests",
+    "capas/core/code_digests.py": "computes these digests",
     "capas/core/errors.py": "formats error messages, after which nothing is written",
     "capas/training/malloc_heap.py": "measures memory",
     "capas/training/live_rows.py": "sends log rows to MLflow while a training runs",
