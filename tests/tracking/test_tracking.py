@@ -17,7 +17,7 @@ import pytest
 from capas.core.errors import CapasError
 from capas.tracking import live_sender
 from capas.tracking import store as stores
-from capas.tracking.client import Point, reachable
+from capas.tracking.client import RETRY, Point, reachable
 from capas.tracking.store import TRAIN_KEY, Store, locked, tracking_uri
 
 Write = Callable[..., Path]
@@ -240,15 +240,12 @@ def test_a_relative_store_outlives_the_folder_of_a_point(
 
 
 @pytest.mark.slow  # MLflow waits for 20 seconds
-def test_a_busy_database_is_reported_with_the_way_out(
-    root: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_a_busy_database_is_reported_with_the_way_out(root: Path) -> None:
     store = Store.open(root, "tests")
-    monkeypatch.setattr(stores, "RETRY", "RETRY")
     with sqlite3.connect(root / "mlflow.db") as other:
         other.execute("BEGIN EXCLUSIVE")
         with (
-            pytest.raises(CapasError, match=r"(?s)cannot be used: .*locked.*RETRY"),
+            pytest.raises(CapasError, match=rf"(?s)cannot be used: .*locked.*{RETRY}"),
             reachable(tracking_uri(root)),
         ):
             store.find_or_create("busy", lambda: "busy")
