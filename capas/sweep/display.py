@@ -17,6 +17,7 @@ from rich.text import Text
 
 from capas.sweep.ranking import Row
 from capas.sweep.state import CACHED, DONE, ENDED, FAILED, RUNNING, WAITING, State, read_states
+from capas.sweep.verdict import verdict
 
 _SECONDS_BETWEEN_LOOKS = 0.5
 _ORDER = (FAILED, RUNNING, WAITING, DONE, CACHED)
@@ -141,7 +142,8 @@ def print_ranking(
         shown = number(row.mean)
         if row.margin is not None:
             shown += f" ± {number(row.margin)}"
-        cells = [f"{'=' if row.tied else ''}{row.rank}", shown]
+        mark = "=" if row.tied or (row is rows[0] and any(other.tied for other in rows)) else ""
+        cells = [f"{mark}{row.rank or '–'}", shown]
         cells += [] if single else [str(len(row.states))]
         cells += [number(row.column(name)) for name in settings["columns"]]
         table.add_row(*cells, Text(row.name))
@@ -149,30 +151,6 @@ def print_ranking(
     for words in filter(None, [verdict(rows, settings), *lesson]):
         console.print(Text(words))
     console.print(Text(f"\ndvc exp apply {shlex.quote(rows[0].name)}   # adopt the winner"))
-
-
-def verdict(rows: Sequence[Row], settings: dict[str, Any]) -> str:
-    """Return what the ranking shows, and what it does not."""
-    tied = [row for row in rows if row.tied]
-    share = f"{settings['confidence_fraction']:.0%}"
-    if len(rows) > 1 and all(len(row.states) == 1 for row in rows):
-        repeats = settings["replicates"][0] if settings["replicates"] else "seed"
-        equal = f"{len(tied) + 1} rows are equal (=1). " if tied else ""
-        return (
-            f"{equal}One trial each: add {repeats}=1,2,3 to see whether the difference is more than "
-            "chance."
-        )
-    if tied:
-        return (
-            f"{len(tied) + 1} rows are tied (=1): the {share} interval of their difference contains "
-            "zero."
-        )
-    if len(rows) > 1:
-        return (
-            f"The first is better than every other: no {share} interval of a difference "
-            "contains zero."
-        )
-    return ""
 
 
 def without_group(override: str) -> str:

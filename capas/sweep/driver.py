@@ -22,10 +22,11 @@ from capas.config.requirements import lacking, read_by
 from capas.config.searchpath import register
 from capas.core.errors import CapasError
 from capas.core.locks import BusyError, exclusive, is_held
+from capas.core.params import lookup
 from capas.core.worktree import git
 from capas.sweep import crossing, parent
 from capas.sweep.crosstable import CSV, LANGUAGES, TEXT, CrossTable
-from capas.sweep.display import Screen, print_ranking, stdout, verdict
+from capas.sweep.display import Screen, print_ranking, stdout
 from capas.sweep.lesson import lesson
 from capas.sweep.outlook import cached, earlier, in_words, seconds_of_all
 from capas.sweep.plan import AT_ONCE, DRIVER, FOLDER, VARIABLE, Plan, check_home
@@ -33,6 +34,7 @@ from capas.sweep.point import num_workers
 from capas.sweep.ranking import Row, rank
 from capas.sweep.state import ENDED, FAILED, State, read_states
 from capas.sweep.task import NAME, Task, prepare, runs_here
+from capas.sweep.verdict import verdict
 from capas.workspace.clone import cache_of
 
 log = logging.getLogger("capas")
@@ -79,7 +81,7 @@ def _run(plan: Plan, task: Task, multirun: bool) -> int:
             stderr = launch(plan, task, multirun)
         states = read_states(plan.points)
         failed = [state for state in states if state.status == FAILED]
-        rows = rank(states, settings)
+        rows = rank(states, settings, _defaults(task))
         lessons = lesson(rows, settings, plan)
         crossed, refusal = _cross(rows, plan, settings) if not failed else (None, "")
         result = summary(rows, settings, bool(failed or refusal), lessons, crossed)
@@ -102,6 +104,26 @@ def _run(plan: Plan, task: Task, multirun: bool) -> int:
     if refusal:
         screen.console.print(f"\nsweep: {refusal}", markup=False)
     return 1 if failed or refusal or not rows else 0
+
+
+def _defaults(task: Task) -> list[tuple[str, ...]]:
+    """Return the overrides of the trials in which every swept key has its value of conf/."""
+    fixed = set.intersection(*(set(point.overrides) for point in task.points))
+    return [
+        point.overrides
+        for point in task.points
+        if all(
+            _choice(point.values, word) == _choice(task.base, word)
+            for word in point.overrides
+            if word not in fixed and word.partition("=")[0] not in task.settings["replicates"]
+        )
+    ]
+
+
+def _choice(values: dict[str, Any], override: str) -> Any:
+    """Return the value of an override's key; of a group, the name of its option."""
+    found = lookup(values, override.partition("=")[0].lstrip("+"))
+    return found.get("preset") if isinstance(found, dict) else found
 
 
 def _cross(rows: list[Row], plan: Plan, settings: dict[str, Any]) -> tuple[CrossTable | None, str]:

@@ -1,29 +1,39 @@
-"""Rank trials: replicates (other seeds) share a row with mean and interval, and ties count as ties."""
+"""Rank trials: replicates (other seeds) share a row, and all rows that may be the best are marked."""
 
 import math
 import statistics
 from collections.abc import Collection, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from capas.sweep.state import CACHED, DONE, State
+
+if TYPE_CHECKING:
+    from capas.sweep.comparison import Comparison
+
+Overrides = tuple[str, ...]
 
 
 @dataclass
 class Row:
-    """Trials that differ only in their replicate.
+    """A setting: trials that differ only in their replicate.
 
     Attributes:
         values: the objective by the overrides that set the replicate: ('seed=1',).
-        tied: whether it is not shown to be worse than the first row.
+        rank: 1 for the first and all that are tied with it; 0 if it is compared with none.
+        missing: the replicates that other rows have and this one lacks; it is then compared with none.
+        is_default: whether it has the values of conf/.
+        tied: whether it may be as good as the first row.
     """
 
     overrides: list[str]
     states: list[State]
-    values: dict[tuple[str, ...], float]
+    values: dict[Overrides, float]
     confidence: float
     rank: int = 0
     tied: bool = False
+    missing: tuple[Overrides, ...] = ()
+    is_default: bool = False
 
     @property
     def mean(self) -> float:
@@ -31,8 +41,14 @@ class Row:
 
     @property
     def margin(self) -> float | None:
-        """Half the width of the mean's t interval; None for a single trial."""
-        return _margin(list(self.values.values()), self.confidence)
+        """Half the width of the mean's t interval over its replicates; None for a single trial."""
+        values = list(self.values.values())
+        if len(values) < 2:
+            return None
+        from scipy.stats import t
+
+        quantile = float(t.ppf((1 + self.confidence) / 2, len(values) - 1))
+        return quantile * statistics.stdev(values) / math.sqrt(len(values))
 
     @property
     def name(self) -> str:
@@ -46,72 +62,72 @@ class Row:
         return statistics.fmean(numbers) if numbers and len(numbers) == len(found) else None
 
 
-def rank(states: Sequence[State], settings: dict[str, Any]) -> list[Row]:
-    """Return the rows, best first, without trials that failed or have not ended."""
-    rows: dict[tuple[str, ...], Row] = {}
+def rank(
+    states: Sequence[State], settings: dict[str, Any], defaults: Collection[Overrides] = ()
+) -> list[Row]:
+    """Return the rows, best first, without trials that failed or have not ended.
+
+    Rows that lack replicates come last: a mean over fewer seeds is no better or worse, only less certain.
+
+    Args:
+        defaults: the overrides of trials with the values of conf/, replicates aside.
+    """
+    rows: dict[Overrides, Row] = {}
     for state in states:
         if state.status not in (DONE, CACHED):
             continue
-        rest, replicate = _split(state.overrides, settings["replicates"])
+        rest, replicate = split(state.overrides, settings["replicates"])
         row = rows.setdefault(rest, Row(list(rest), [], {}, settings["confidence_fraction"]))
         value = state.metrics[settings["objective"]]
         assert value is not None
         row.states.append(state)
         row.values[replicate] = value
+    every = sorted({replicate for row in rows.values() for replicate in row.values})
+    known = {split(found, settings["replicates"])[0] for found in defaults}
+    for rest, row in rows.items():
+        row.states.sort(key=lambda state: split(state.overrides, settings["replicates"])[1])
+        row.missing = tuple(replicate for replicate in every if replicate not in row.values)
+        row.is_default = rest in known
     sign = -1.0 if settings["direction"] == "maximize" else 1.0
-    ordered = sorted(rows.values(), key=lambda row: (sign * row.mean, row.overrides))
-    for row in ordered:
-        row.states.sort(key=lambda state: _split(state.overrides, settings["replicates"])[1])
-        row.tied = row is not ordered[0] and is_tie(ordered[0], row)
-        better = sum(sign * other.mean < sign * row.mean for other in ordered)
-        row.rank = 1 if row.tied else 1 + better
+    ordered = sorted(
+        rows.values(), key=lambda row: (bool(row.missing), sign * row.mean, row.overrides)
+    )
+    _mark(ordered, settings)
     return ordered
 
 
-def is_tie(first: Row, other: Row) -> bool:
-    """Return whether the interval of the difference of two rows' means contains zero.
-
-    Replicates that both have (the same seeds) are compared pair by pair. Single trials are tied only if they
-    are equal.
-    """
-    shared = [key for key in first.values if key in other.values]
-    if len(shared) > 1:
-        differences = [first.values[key] - other.values[key] for key in shared]
-        margin = _margin(differences, first.confidence)
-        return margin is not None and abs(statistics.fmean(differences)) <= margin
-    if len(first.values) > 1 and len(other.values) > 1:
-        return abs(first.mean - other.mean) <= _welch(first, other)
-    return first.mean == other.mean
+def whole(rows: Sequence[Row]) -> list[Row]:
+    """Return the rows that have all replicates, which can be compared."""
+    return [row for row in rows if not row.missing]
 
 
-def _split(
-    overrides: Collection[str], replicates: Collection[str]
-) -> tuple[tuple[str, ...], tuple[str, ...]]:
+def comparison(rows: Sequence[Row], settings: dict[str, Any]) -> "Comparison | None":
+    """Return what the trials show of the whole rows; None if there are not two rows with two replicates."""
+    compared = whole(rows)
+    if len(compared) < 2 or len(compared[0].values) < 2:
+        return None
+    import numpy as np
+
+    from capas.sweep.comparison import compare
+
+    sign = 1.0 if settings["direction"] == "maximize" else -1.0
+    replicates = sorted(compared[0].values)
+    values = np.array([[sign * row.values[name] for name in replicates] for row in compared])
+    default = next((place for place, row in enumerate(compared) if row.is_default), None)
+    return compare(values, default, settings["confidence_fraction"])
+
+
+def _mark(ordered: Sequence[Row], settings: dict[str, Any]) -> None:
+    """Number the whole rows, and mark those that may be as good as the first; the others get no number."""
+    compared, found = whole(ordered), comparison(ordered, settings)
+    for place, row in enumerate(compared):
+        equal = row.mean == compared[0].mean
+        row.tied = place > 0 and (found.may_be_best[place] if found else equal)
+        first = next(i for i, other in enumerate(compared) if other.mean == row.mean)
+        row.rank = 1 if row.tied else first + 1
+
+
+def split(overrides: Collection[str], replicates: Collection[str]) -> tuple[Overrides, Overrides]:
     """Return the overrides that are compared, and those that set the replicate."""
     repeats = tuple(word for word in overrides if word.partition("=")[0] in replicates)
     return tuple(word for word in overrides if word not in repeats), repeats
-
-
-def _margin(values: list[float], confidence: float) -> float | None:
-    if len(values) < 2:
-        return None
-    return _t(confidence, len(values) - 1) * statistics.stdev(values) / math.sqrt(len(values))
-
-
-def _welch(first: Row, other: Row) -> float:
-    """Return half the width of the interval of a difference of means with unequal variances."""
-    parts = [
-        (statistics.variance(row.values.values()) / len(row.values), len(row.values) - 1)
-        for row in (first, other)
-    ]
-    variance = sum(part for part, _ in parts)
-    if variance == 0:
-        return 0.0
-    degrees = variance**2 / sum(part**2 / freedom for part, freedom in parts)
-    return _t(first.confidence, degrees) * math.sqrt(variance)
-
-
-def _t(confidence: float, degrees: float) -> float:
-    from scipy.stats import t
-
-    return float(t.ppf((1 + confidence) / 2, degrees))

@@ -24,7 +24,6 @@ from capas.core.errors import CapasError
 from capas.core.locks import BusyError, exclusive
 from capas.core.process import follow
 from capas.sweep import driver
-from capas.sweep.display import verdict
 from capas.sweep.lesson import lesson
 from capas.sweep.outlook import in_words, seconds_of_all
 from capas.sweep.plan import AT_ONCE, Plan
@@ -35,6 +34,7 @@ from capas.sweep.shared import stage_keys
 from capas.sweep.slots import place, some_of, visible_gpus
 from capas.sweep.state import DONE, FAILED, RUNNING, State, read_states
 from capas.sweep.task import Task, is_of_sweep, prepare
+from capas.sweep.verdict import verdict
 
 REPOSITORY = Path(__file__).resolve().parents[2]
 SETTINGS = {
@@ -76,29 +76,72 @@ def test_seeds_are_one_row_with_the_interval_of_their_mean() -> None:
         ((1.0, 1.1, 1.2), (9.0, 9.1, 9.2), False),
     ],
 )
-def test_a_tie_is_an_interval_that_holds_zero(
+def test_a_setting_that_may_be_the_best_is_tied_with_the_first(
     first: tuple[float, ...], second: tuple[float, ...], tied: bool
 ) -> None:
-    points = {"r=1": first, "r=2": second}
-    rows = ranked(*(state(v, r, f"seed={i}") for r, vs in points.items() for i, v in enumerate(vs)))
+    rows = ranked(*trials({"r=1": first, "r=2": second}))
     assert [row.rank for row in rows] == ([1, 1] if tied else [1, 2])
-    assert ("tie" in verdict(rows, SETTINGS)) is tied
+    assert ("2 settings may be the best" in verdict(rows, SETTINGS)) is tied
+    assert ("The first is better than every other" in verdict(rows, SETTINGS)) is not tied
 
 
-def test_other_seeds_are_compared_without_pairs() -> None:
-    near = [state(v, "r=1", f"seed={i}") for i, v in enumerate((1.0, 2.0))]
-    far = [state(v, "r=2", f"seed={i}") for i, v in enumerate((1.5, 2.6), start=5)]
-    assert [row.rank for row in ranked(*near, *far)] == [1, 1]
-    equal = [state(1.0, "r=1", "seed=1"), state(1.0, "r=1", "seed=2")]
-    other = [state(2.0, "r=2", "seed=3"), state(2.0, "r=2", "seed=4")]
-    assert [row.rank for row in ranked(*equal, *other)] == [1, 2]
+def trials(settings: dict[str, tuple[float, ...]]) -> list[State]:
+    """A trial for each value, with the seeds 0, 1, ..."""
+    return [
+        state(value, name, f"seed={seed}")
+        for name, values in settings.items()
+        for seed, value in enumerate(values)
+    ]
 
 
-def test_single_points_tie_only_where_they_are_equal() -> None:
+def test_a_row_without_all_seeds_never_wins() -> None:
+    """On pure noise it won whenever its single trial was lucky."""
+    states = [
+        *trials({"r=1": (1.0, 1.2, 1.1), "r=2": (1.3, 1.1, 1.2)}),
+        state(0.1, "r=3", "seed=0"),
+    ]
+    rows = ranked(*states)
+    assert [(row.name, row.rank) for row in rows][2] == ("r=3-seed=0", 0)
+    assert rows[2].missing == (("seed=1",), ("seed=2",))
+    assert not rows[2].tied
+    shown = verdict(rows, SETTINGS)
+    assert "Not compared: r=3-seed=0, for lack of seed=1, seed=2." in shown
+    assert "2 settings may be the best" in shown
+    alone = ranked(*trials({"r=1": (1.0, 1.2)}), state(0.1, "r=3", "seed=0"))
+    assert "better" not in verdict(alone, SETTINGS)
+    apart = ranked(state(1.0, "r=1", "seed=0"), state(0.5, "r=2", "seed=1"))
+    assert "none can be compared with another" in verdict(apart, SETTINGS)
+    assert [row.rank for row in apart] == [0, 0]
+
+
+def test_the_first_is_compared_with_the_default() -> None:
+    near = {"r=1": (1.0, 1.2, 1.1), "r=2": (1.1, 1.1, 1.2), "r=3": (1.2, 1.1, 1.0)}
+    states = trials(near)
+    rows = rank(states, SETTINGS, [("r=2", "seed=0")])
+    assert [row.is_default for row in sorted(rows, key=lambda row: row.name)] == [
+        False,
+        True,
+        False,
+    ]
+    shown = verdict(rows, SETTINGS)
+    assert "No setting is shown to be better than the default. A gain of 0." in shown
+    assert "too good by about 0.0" in shown and "other seeds than these 3" in shown
+    assert "The values of conf/ were not among them" in verdict(ranked(*states), SETTINGS)
+    better = rank(trials({**near, "r=4": (0.1, 0.2, 0.15)}), SETTINGS, [("r=2", "seed=1")])
+    assert "The first is better than the default by 0.98" in verdict(better, SETTINGS)
+    best = rank(states, {**SETTINGS, "direction": "maximize"}, [("r=2",)])
+    assert "No setting is shown to be better than the default" in verdict(best, SETTINGS)
+
+
+def test_single_trials_tie_only_where_they_are_equal() -> None:
     rows = ranked(state(1.0, "r=1"), state(1.0, "r=2"), state(1.1, "r=3"), state(1.1, "r=4"))
     assert [row.rank for row in rows] == [1, 1, 3, 3]
     assert "2 rows are equal (=1). One trial each" in verdict(rows, SETTINGS)
     assert "seed=1,2,3" in verdict(ranked(state(1.0, "r=1"), state(1.1, "r=2")), SETTINGS)
+    same = ranked(*(state(1.0, f"r={i}") for i in range(12)))
+    assert verdict(same, SETTINGS).startswith(
+        "No setting is better: all 12 have the same train.loss"
+    )
 
 
 def test_a_missing_number_is_shown_as_missing() -> None:

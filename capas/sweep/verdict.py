@@ -1,0 +1,87 @@
+"""Say in words what a ranking shows, and what it does not."""
+
+from collections.abc import Iterator, Sequence
+from typing import TYPE_CHECKING, Any
+
+from capas.core.errors import listed
+from capas.sweep.ranking import Row, comparison, whole
+
+if TYPE_CHECKING:
+    from capas.sweep.comparison import Comparison
+
+
+def verdict(rows: Sequence[Row], settings: dict[str, Any]) -> str:
+    """Return what the ranking shows as sentences; an empty text for a single setting."""
+    return " ".join(_sentences(rows, settings)) if len(rows) > 1 else ""
+
+
+def _sentences(rows: Sequence[Row], settings: dict[str, Any]) -> Iterator[str]:
+    compared = whole(rows)
+    if lacking := [row for row in rows if row.missing]:
+        yield _lacking(lacking, compared)
+    if len(compared) < 2:
+        return
+    found = comparison(rows, settings)
+    if found is None:
+        yield from _single_trials(compared, settings)
+        return
+    yield _winner(compared, found, settings["confidence_fraction"])
+    yield from _against_default(compared, found, settings["objective"])
+    if found.optimism > 0:
+        yield (
+            f"The mean of the first is too good by about {found.optimism:.2g}, because it was picked as "
+            f"the best of {len(compared)}."
+        )
+    seeds = len(compared[0].values)
+    yield f"All of this is about other {settings['replicates'][0]}s than these {seeds}, on the same records."
+
+
+def _lacking(rows: Sequence[Row], compared: Sequence[Row]) -> str:
+    absent = sorted(
+        {" ".join(replicate) or "a replicate" for row in rows for replicate in row.missing}
+    )
+    names = listed([row.name for row in rows], 3)
+    if not compared:
+        return f"No setting has all of {', '.join(absent)}, so none can be compared with another."
+    return f"Not compared: {names}, for lack of {', '.join(absent)}. Run the missing trials."
+
+
+def _single_trials(rows: Sequence[Row], settings: dict[str, Any]) -> Iterator[str]:
+    if all(row.mean == rows[0].mean for row in rows):
+        yield (
+            f"No setting is better: all {len(rows)} have the same {settings['objective']}, so what was "
+            "swept does not change it."
+        )
+        return
+    tied = sum(row.tied for row in rows)
+    repeats = settings["replicates"][0] if settings["replicates"] else "seed"
+    equal = f"{tied + 1} rows are equal (=1). " if tied else ""
+    yield (
+        f"{equal}One trial each: add {repeats}=1,2,3 to see whether the difference is more than "
+        f"chance. The best of {len(rows)} looks better than it is."
+    )
+
+
+def _winner(rows: Sequence[Row], found: "Comparison", confidence: float) -> str:
+    share = f"{confidence:.0%}"
+    if found.is_best:
+        return (
+            f"The first is better than every other setting ({share} confidence for all together)."
+        )
+    tied = 1 + sum(row.tied for row in rows)
+    return f"{tied} settings may be the best (=1): at {share} confidence these trials do not separate them."
+
+
+def _against_default(rows: Sequence[Row], found: "Comparison", objective: str) -> Iterator[str]:
+    if found.detectable is None:
+        yield "The values of conf/ were not among them: add them to see whether anything is better."
+    elif found.least_gain is not None and found.least_gain > 0:
+        yield (
+            f"The first is better than the default by {found.gain:.3g} in {objective}, at least "
+            f"{found.least_gain:.3g}."
+        )
+    else:
+        yield (
+            "No setting is shown to be better than the default. A gain of "
+            f"{found.detectable:.3g} in {objective} would have been shown in 80% of such sweeps."
+        )
