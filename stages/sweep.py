@@ -29,9 +29,11 @@ from pathlib import Path
 from typing import Any
 
 from capas.core.errors import exit_on_user_error
+from capas.sweep.flags import refuse_hydra_flags
 
 
 def main() -> int:
+    refuse_hydra_flags(sys.argv[1:])
     options = parse_options()
     from capas.sweep.driver import clean, run, show
 
@@ -46,7 +48,9 @@ def main() -> int:
 
 def parse_options() -> argparse.Namespace:
     parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+        description=__doc__,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+        allow_abbrev=False,
     )
     ways = parser.add_mutually_exclusive_group()
     ways.add_argument(

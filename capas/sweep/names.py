@@ -1,0 +1,59 @@
+"""Name the trials of a sweep after the keys that it varies, and leave out what all trials share."""
+
+import re
+from collections import Counter
+from collections.abc import Collection, Iterable, Sequence
+from pathlib import Path
+
+from capas.config.hydra_overrides import choices_of
+
+_NOT_IN_A_NAME = re.compile(r"[^A-Za-z0-9.=_-]+")
+_MAX_NAME = 60
+
+
+def swept_values(words: Iterable[str], conf: Path) -> dict[str, tuple[str, ...]]:
+    """Return the values of each key that has several: `lora.r=8,16` -> {'lora.r': ('8', '16')}.
+
+    An interval, which only a search can use, has its two ends.
+    """
+    found: dict[str, tuple[str, ...]] = {}
+    for word in words:
+        values = tuple(dict.fromkeys(text.partition("=")[2] for text in choices_of(word, conf)))
+        if len(values) > 1:
+            found[key_of(word)] = values
+    return found
+
+
+def key_of(override: str) -> str:
+    """Return the key of an override, without Hydra's signs + and ~."""
+    return override.partition("=")[0].lstrip("+~")
+
+
+def name_of(overrides: Sequence[str], identity: str, swept: Collection[str] = ()) -> str:
+    """Return a name that DVC, git and a shell accept: `learning_rate=1e-4-r=8-0123456789`."""
+    words = "-".join(distinct(overrides, swept))
+    plain = _NOT_IN_A_NAME.sub("-", words).replace("..", ".")
+    return "-".join([plain[:_MAX_NAME].strip("-.") or "point", identity])
+
+
+def distinct(overrides: Sequence[str], swept: Collection[str]) -> list[str]:
+    """Return the swept values of a trial, in short words; without swept keys, all its overrides."""
+    chosen = [word for word in overrides if key_of(word) in swept] or overrides
+    headings = short_keys([key_of(word) for word in chosen])
+    return [f"{headings[key_of(word)]}={_short(word.partition('=')[2])}" for word in chosen]
+
+
+def short_keys(keys: Iterable[str]) -> dict[str, str]:
+    """Return keys without their group: {'lora.r': 'r'}; a key whose last part is not unique stays whole."""
+    leaves = {key: key.rpartition(".")[2] for key in keys}
+    count = Counter(leaves.values())
+    return {key: leaf if count[leaf] == 1 else key for key, leaf in leaves.items()}
+
+
+def _short(value: str) -> str:
+    """Return a value with 3 significant digits if it is a float that is written with more."""
+    try:
+        rounded = re.sub(r"e([+-])0*", r"e\1", f"{float(value):.3g}").replace("e+", "e")
+    except ValueError:
+        return value
+    return rounded if len(rounded) < len(value) and not value.lstrip("+-").isdigit() else value
