@@ -1,5 +1,6 @@
 """Compose the command of a sweep, and check it before any trial runs."""
 
+import math
 from collections.abc import Collection, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
 from difflib import get_close_matches
@@ -102,6 +103,7 @@ def prepare(home: Path, words: list[str], multirun: bool) -> Task:
         several=multirun,
         groups={**GROUPS, NAME: Sweep},
         combine=not searches,
+        limit=math.inf,  # a trial takes longer than the check of thousands
         composer=composer,
     )
     reported = {problem.key for problem in checked.problems}

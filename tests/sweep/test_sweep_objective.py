@@ -3,8 +3,10 @@
 from pathlib import Path
 
 import pytest
+from hydra import compose, initialize_config_dir
 from sweeping import plan_in
 
+from capas.config.hydra_overrides import check_points
 from capas.core.errors import CapasError
 from capas.sweep.objective import natural_direction
 from capas.sweep.task import Task, prepare
@@ -15,6 +17,11 @@ def home(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     """A repository with conf/ and dvc.yaml."""
     monkeypatch.setenv("CAPAS_SWEEP", "/nowhere")
     return plan_in(tmp_path).home
+
+
+def without_intervals(words: list[str]) -> list[str]:
+    """Leave the values out that only a multirun can compose."""
+    return [word for word in words if not word.startswith("lora.")]
 
 
 def task_of(home: Path, *words: str) -> Task:
@@ -54,7 +61,9 @@ def test_ranking_and_optuna_get_the_direction_that_auto_stands_for(
 ) -> None:
     task = task_of(home, "sweep=optuna", f"sweep.objective={objective}")
     assert task.settings["direction"] == direction
-    assert task.words[-1] == f"sweep.direction={direction}"
+    with initialize_config_dir(str(home / "conf"), version_base="1.3"):
+        config = compose("sweep", overrides=without_intervals(task.words), return_hydra_config=True)
+    assert config.hydra.sweeper.direction == direction
 
 
 def test_a_function_of_the_user_is_maximized(home: Path) -> None:
@@ -126,6 +135,16 @@ def test_a_misspelt_key_gets_one_answer_swept_or_fixed(home: Path) -> None:
     for word in ("lora.rank=8", "lora.rank=8,16"):
         with pytest.raises(CapasError, match=r"lora.rank: no such key; did you mean lora.r\?"):
             prepare(home, ["trainer.learning_rate=1e-3,1e-2", word], True)
+
+
+def test_every_trial_of_a_large_grid_is_checked(
+    home: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    small = {**check_points.__kwdefaults__, "limit": 3}
+    monkeypatch.setattr(check_points, "__kwdefaults__", small)
+    assert task_of(home, "seed=1,2,3").expected == 6
+    with pytest.raises(CapasError, match=r"together less than 1"):  # each value alone is right
+        task_of(home, "dataset.validation_fraction=0.1,0.6", "dataset.test_fraction=0.1,0.6")
 
 
 @pytest.mark.parametrize("key", ["hydra.sweep.dir", "hydra.sweep.subdir", "hydra.run.dir"])
