@@ -3,6 +3,7 @@
     python stages/sweep.py -m trainer.learning_rate=1e-3,4e-3 lora.r=8,16        all combinations
     python stages/sweep.py -m lora.r=8,16 hydra/launcher=joblib hydra.launcher.n_jobs=2      two at once
     python stages/sweep.py -m trainer.learning_rate=1e-3,4e-3 seed=1,2,3     mean and interval of three seeds
+    python stages/sweep.py -m lora.r=8,16 sweep.objective=train.train_loss       rank by another metric
     python stages/sweep.py -m chat_template=llama3,chatml experiment=quick      choices; an overlay
     python stages/sweep.py -m 'model=glob(qwen*)'        all choices of a group that match a pattern
     python stages/sweep.py -m sweep=learning_rate        a predefined sweep: see conf/sweep/

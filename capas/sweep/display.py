@@ -176,13 +176,14 @@ def print_ranking(
 ) -> None:
     """Print a row for each combination of values, best first, and how to adopt the winner."""
     table = Table(box=None, title_justify="left")
+    columns = [name for name in settings["columns"] if name != settings["objective"]]
     headings = short_keys(key for key in swept if key not in settings["replicates"])
     single = all(len(row.states) == 1 for row in rows)
     table.add_column("", justify="right")
     table.add_column(settings["objective"], justify="right")
     if not single:
         table.add_column("n", justify="right")
-    for name in settings["columns"]:
+    for name in columns:
         table.add_column(name, justify="right")
     for heading in headings.values():
         table.add_column(Text(heading), justify="right", overflow="fold")
@@ -193,7 +194,7 @@ def print_ranking(
             shown += f" ± {number(row.margin)}"
         cells = [f"{'=' if row.tied else ''}{row.rank}", shown]
         cells += [] if single else [str(len(row.states))]
-        cells += [number(row.column(name)) for name in settings["columns"]]
+        cells += [number(row.column(name)) for name in columns]
         values = {key_of(word): word.partition("=")[2] for word in row.overrides}
         table.add_row(*cells, *(Text(values.get(key, "")) for key in headings), Text(row.name))
     console.print(table)

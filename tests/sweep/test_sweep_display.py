@@ -16,16 +16,14 @@ from capas.sweep.remarks import remarks
 from capas.sweep.state import CACHED, DONE, FAILED, RUNNING, State
 
 CONF = Path(__file__).resolve().parents[2] / "conf"
-RATE, SETTINGS = (
-    "trainer.learning_rate",
-    {
-        "objective": "train.validation_loss",
-        "direction": "minimize",
-        "columns": ["tuned.exact_match"],
-        "replicates": ["seed"],
-        "confidence_fraction": 0.95,
-    },
-)
+RATE = "trainer.learning_rate"
+SETTINGS: dict[str, Any] = {
+    "objective": "train.validation_loss",
+    "direction": "minimize",
+    "columns": ["tuned.exact_match"],
+    "replicates": ["seed"],
+    "confidence_fraction": 0.95,
+}
 FIXED = ["dataset=alpaca", "trainer.max_steps=10", "evaluation.max_records=100"]
 
 
@@ -75,9 +73,9 @@ def test_words_of_a_trial_keep_texts_as_they_are() -> None:
     }
 
 
-def printed(rows: list[Row], swept: tuple[str, ...]) -> list[str]:
+def printed(rows: list[Row], swept: tuple[str, ...], **settings: Any) -> list[str]:
     console = Console(file=io.StringIO(), width=160, highlight=False)
-    print_ranking(rows, SETTINGS, console, [], swept)
+    print_ranking(rows, {**SETTINGS, **settings}, console, [], swept)
     assert isinstance(console.file, io.StringIO)
     return console.file.getvalue().splitlines()
 
@@ -96,6 +94,12 @@ def test_the_ranking_has_a_column_for_each_swept_key_in_full_precision() -> None
                                 "target_modules", "experiment"]  # fmt: skip
     assert lines[1].split()[-4:-1] == ["0.5", "0.0012345678", "[q_proj]"]
     assert "max_steps" not in lines[0]
+
+
+def test_an_objective_that_is_a_column_too_is_shown_once() -> None:
+    columns = [SETTINGS["objective"], "tuned.exact_match"]
+    lines = printed(ranked(state(0.1, "lora.r=8")), ("lora.r",), columns=columns)
+    assert lines[0].split() == ["train.validation_loss", "tuned.exact_match", "r", "experiment"]
 
 
 @pytest.fixture
