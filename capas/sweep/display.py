@@ -21,7 +21,7 @@ from capas.sweep.ranking import Row
 from capas.sweep.state import CACHED, DONE, ENDED, FAILED, RUNNING, WAITING, State, read_states
 
 _SECONDS_BETWEEN_LOOKS = 0.5
-SECONDS_BETWEEN_SIGNS = 60.0  # of life, without a terminal
+SECONDS_BETWEEN_SIGNS = 60.0  # at most, without a terminal, until a line says what runs
 _MAX_SHOWN = 4  # running trials in a sign of life
 _ORDER = (FAILED, RUNNING, WAITING, DONE, CACHED)
 _STYLE = {FAILED: "red", RUNNING: "cyan", WAITING: "dim", DONE: "green", CACHED: "green"}

@@ -8,6 +8,7 @@ from pathlib import Path
 from capas.config.hydra_overrides import choices_of
 
 _NOT_IN_A_NAME = re.compile(r"[^A-Za-z0-9.=_-]+")
+_EXPONENT = re.compile(r"[eE]\+?(-?)0*(\d)")
 _MAX_NAME = 60
 
 
@@ -51,9 +52,13 @@ def short_keys(keys: Iterable[str]) -> dict[str, str]:
 
 
 def _short(value: str) -> str:
-    """Return a value with 3 significant digits if it is a float that is written with more."""
+    """Return a float with at most 3 significant digits and no plus sign; other values as they are."""
     try:
-        rounded = re.sub(r"e([+-])0*", r"e\1", f"{float(value):.3g}").replace("e+", "e")
+        number = float(value)
     except ValueError:
         return value
-    return rounded if len(rounded) < len(value) and not value.lstrip("+-").isdigit() else value
+    if value.lstrip("+-").isdigit():
+        return value
+    rounded = f"{number:.3g}"
+    shown = value if float(rounded) == number else rounded
+    return _EXPONENT.sub(r"e\1\2", shown)

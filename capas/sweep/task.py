@@ -109,13 +109,13 @@ def prepare(home: Path, words: list[str], multirun: bool) -> Task:
     reported = {problem.key for problem in checked.problems}
     problems = [*checked.problems, *(p for p in problems if p.key not in reported)]
     if config:
-        fixed_values = to_values(composer.options(fixed))
-        of_sweep = [*_setting_problems(config, fixed_values, home)]
+        common = to_values(composer.options(fixed))
+        of_sweep = [*_setting_problems(config, common, home)]
         problems += of_sweep
         if not problems:
             problems += _trial_problems(config, checked.points, home, searches)
         elif not of_sweep and not _decides_metrics(every, fixed, conf):
-            problems += _metric_problems(config[NAME], [fixed_values])
+            problems += _metric_problems(config[NAME], [common])  # as far as is known already
     if problems or not config:
         raise refused(problems, "no trial was run")
     expected = (int(sweeper["n_trials"]) if searches else len(checked.points)) if multirun else 1

@@ -51,8 +51,9 @@ def test_swept_keys_have_several_values() -> None:
     [
         ([*FIXED, f"{RATE}=1e-4", "lora.r=8"], (RATE, "lora.r"), "learning_rate=1e-4-r=8-id"),
         ([*FIXED, f"{RATE}=0.0012345678"], (RATE,), "learning_rate=0.00123-id"),
-        ([f"{RATE}=4.0e-05", "lora.r=123456"], (RATE, "lora.r"), "learning_rate=4e-5-r=123456-id"),
-        (["trainer.weight_decay=100000.0"], ("trainer.weight_decay",), "weight_decay=1e5-id"),
+        ([f"{RATE}=4.0e-05", "lora.r=123456"], (RATE, "lora.r"), "learning_rate=4.0e-5-r=123456-id"),
+        (["trainer.weight_decay=1e+05"], ("trainer.weight_decay",), "weight_decay=1e5-id"),
+        (["trainer.weight_decay=123456.7"], ("trainer.weight_decay",), "weight_decay=1.23e5-id"),
         (["model=a", "trainer.seed=1", "dataset.seed=2"], ("trainer.seed", "dataset.seed"),
          "trainer.seed=1-dataset.seed=2-id"),
         (["lora.r=8", "seed=1"], (), "r=8-seed=1-id"),
