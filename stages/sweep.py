@@ -3,6 +3,7 @@
     python stages/sweep.py -m trainer.learning_rate=1e-3,4e-3 lora.r=8,16        all combinations
     python stages/sweep.py -m lora.r=8,16 hydra/launcher=joblib hydra.launcher.n_jobs=2      two at once
     python stages/sweep.py -m trainer.learning_rate=1e-3,4e-3 seed=1,2,3     mean and interval of three seeds
+    python stages/sweep.py -m lora.r=8,16 sweep.objective=train.train_loss       rank by another metric
     python stages/sweep.py -m chat_template=llama3,chatml experiment=quick      choices; an overlay
     python stages/sweep.py -m 'model=glob(qwen*)'        all choices of a group that match a pattern
     python stages/sweep.py -m sweep=learning_rate        a predefined sweep: see conf/sweep/
@@ -29,9 +30,11 @@ from pathlib import Path
 from typing import Any
 
 from capas.core.errors import exit_on_user_error
+from capas.sweep.flags import refuse_hydra_flags
 
 
 def main() -> int:
+    refuse_hydra_flags(sys.argv[1:])
     options = parse_options()
     from capas.sweep.driver import clean, run, show
 
@@ -46,7 +49,9 @@ def main() -> int:
 
 def parse_options() -> argparse.Namespace:
     parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+        description=__doc__,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+        allow_abbrev=False,
     )
     ways = parser.add_mutually_exclusive_group()
     ways.add_argument(

@@ -84,6 +84,7 @@ def check_points(
     reads: Collection[str] = (),
     groups: Mapping[str, type[Group]] = GROUPS,
     combine: bool = True,
+    limit: float = MAX_COMBINATIONS,
     composer: "Composer | None" = None,
 ) -> Checked:
     """Return the problems, like `check`, and the combinations.
@@ -93,13 +94,14 @@ def check_points(
             combination.
         combine: False if a search chooses the values. Each value is then checked by itself, without rules
             between keys, and the only combination is that of the first values.
+        limit: with more combinations, each value is checked by itself instead.
         composer: a composer of conf/ to reuse.
     """
     good, wrong, problems = _sort_out(overrides, conf, groups, several, combine)
     of_points = [o for o in good if not o.is_hydra_override() and _first(o.key_or_group) != SWEEP]
     is_doubtful = _doubts(wrong, of_points) if combine else lambda key: True
     combinations, composer = (
-        list(_combinations(of_points, conf, combine)),
+        list(_combinations(of_points, conf, combine, limit)),
         composer or Composer(conf),
     )
     fixed = set(combinations[0]).intersection(*combinations)
@@ -333,10 +335,12 @@ def _doubts(wrong: Sequence[str], good: Sequence[Any]) -> Callable[[str], bool]:
     return lambda key: bool(keys) and _first(key) in unsure and key not in sure
 
 
-def _combinations(overrides: Sequence[Any], conf: Path, combine: bool) -> Iterator[tuple[str, ...]]:
+def _combinations(
+    overrides: Sequence[Any], conf: Path, combine: bool, limit: float
+) -> Iterator[tuple[str, ...]]:
     """Yield the overrides of each combination, in the order of Hydra's grid."""
     ways = [_alternatives(override, conf) for override in overrides]
-    if combine and math.prod(map(len, ways)) <= MAX_COMBINATIONS:
+    if combine and math.prod(map(len, ways)) <= limit:
         yield from itertools.product(*ways)
         return
     first = tuple(way[0] for way in ways)

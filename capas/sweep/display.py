@@ -4,8 +4,9 @@ import math
 import shlex
 import sys
 import threading
+import time
 from collections import Counter
-from collections.abc import Iterator, Sequence
+from collections.abc import Collection, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -15,23 +16,39 @@ from rich.live import Live
 from rich.table import Table
 from rich.text import Text
 
+from capas.sweep.names import distinct, key_of, name_of, short_keys
 from capas.sweep.ranking import Row
 from capas.sweep.state import CACHED, DONE, ENDED, FAILED, RUNNING, WAITING, State, read_states
 from capas.sweep.verdict import verdict
 
 _SECONDS_BETWEEN_LOOKS = 0.5
+SECONDS_BETWEEN_SIGNS = 60.0  # at most, without a terminal, until a line says what runs
+_MAX_SHOWN = 4  # running trials in a sign of life
 _ORDER = (FAILED, RUNNING, WAITING, DONE, CACHED)
 _STYLE = {FAILED: "red", RUNNING: "cyan", WAITING: "dim", DONE: "green", CACHED: "green"}
 _LINES_BESIDE_ROWS, _WIDE = 6, 160
 
 
 class Screen:
-    """A display of the states in `folder`; it reports the end of each trial once."""
+    """A display of the states in `folder`; it reports the end of each trial once.
 
-    def __init__(self, folder: Path, settings: dict[str, Any], expected: int) -> None:
+    Args:
+        settings: the group `sweep`.
+        expected: number of trials.
+        swept: the keys that the sweep varies, by which trials are shown.
+    """
+
+    def __init__(
+        self,
+        folder: Path,
+        settings: dict[str, Any],
+        expected: int,
+        swept: Collection[str] = (),
+    ) -> None:
         width = None if sys.stderr.isatty() else _WIDE
         self.console = Console(file=sys.stderr, highlight=False, width=width)
         self._folder, self._settings, self._expected = folder, settings, expected
+        self._swept, self._last_line = swept, time.monotonic()
         self._reported, self._started = dict[str, str](), set[str]()
         self._stop = threading.Event()
 
@@ -48,7 +65,9 @@ class Screen:
     def _show(self) -> None:
         if not self.console.is_terminal:
             while not self._stop.wait(_SECONDS_BETWEEN_LOOKS):
-                self._tell(read_states(self._folder))
+                states = read_states(self._folder)
+                self._tell(states)
+                self._give_sign_of_life(states)
             self._tell(read_states(self._folder))
             return
         with Live(
@@ -73,15 +92,13 @@ class Screen:
             if state.status in (RUNNING, DONE, FAILED):
                 self._tell_start(state)
             if state.status == FAILED:
-                self.console.print(Text(f"failed  {state.name}", style="bold red"))
-                self.console.print(Text(_indented(state.reason)))
+                self._print(f"failed  {self._name(state)}", "bold red")
+                self._print(_indented(state.reason))
             elif state.status in ENDED:
                 value = number(state.metrics.get(self._settings["objective"]))
                 ended = sum(status in ENDED for status in self._reported.values())
-                how = "had it" if state.status == CACHED else f"{state.seconds:.0f} s"
-                self.console.print(
-                    Text(f"{ended}/{self._expected}  {state.name}  {value}  ({how})"), style="green"
-                )
+                count, name = f"{ended}/{self._expected}", self._name(state)
+                self._print(f"{count}  {name}  {value}  ({self._how(state)})", "green")
 
     def _tell_start(self, state: State) -> None:
         """Print that a trial has started, unless a terminal's table shows it.
@@ -91,7 +108,33 @@ class Screen:
         if not self.console.is_terminal and state.identity not in self._started:
             self._started.add(state.identity)
             count = f"{len(self._started)}/{self._expected}"
-            self.console.print(Text(f"started {state.name}  ({count})"))
+            self._print(f"started {self._name(state)}  ({count})")
+
+    def _give_sign_of_life(self, states: list[State]) -> None:
+        """Print what runs, if nothing was printed for a while."""
+        if time.monotonic() - self._last_line < SECONDS_BETWEEN_SIGNS:
+            return
+        going = [state for state in states if state.status == RUNNING]
+        doing = [f"{self._name(state)} ({state.stage})" for state in going[:_MAX_SHOWN]]
+        doing += [f"{len(going) - _MAX_SHOWN} more"] if len(going) > _MAX_SHOWN else []
+        ended = sum(state.status in ENDED for state in states)
+        waiting = sum(state.status == WAITING for state in states)
+        counts = f"{ended} of {self._expected} ended, {len(going)} running, {waiting} waiting"
+        self._print(": ".join(filter(None, [counts, ", ".join(doing)])))
+
+    def _print(self, text: str, style: str = "") -> None:
+        self.console.print(Text(text), style=style, soft_wrap=True)
+        self._last_line = time.monotonic()
+
+    def _name(self, state: State) -> str:
+        """Return the trial's name in this sweep; an earlier sweep may have recorded it under another name."""
+        return name_of(state.overrides, state.identity, self._swept)
+
+    def _how(self, state: State) -> str:
+        """Return how a trial ended: how long it took, or the experiment in which it was found."""
+        if state.status != CACHED:
+            return f"{state.seconds:.0f} s"
+        return "had it" if state.name == self._name(state) else f"had it as {state.name}"
 
     def _table(self, states: list[State]) -> Table:
         counts = Counter(state.status for state in states)
@@ -114,7 +157,7 @@ class Screen:
             value = number(state.metrics.get(objective)) if state.status in ENDED else ""
             doing = " ".join(filter(None, [state.stage, state.line]))
             style = _STYLE[state.status]
-            words = " ".join(map(without_group, state.overrides)) or state.name
+            words = " ".join(distinct(state.overrides, self._swept)) or state.name
             cells = (Text(state.status, style=style), Text(words), Text(doing, style="dim"), value)
             table.add_row(*cells)
         return table
@@ -126,17 +169,25 @@ def stdout() -> Console:
 
 
 def print_ranking(
-    rows: Sequence[Row], settings: dict[str, Any], console: Console, lesson: Sequence[str]
+    rows: Sequence[Row],
+    settings: dict[str, Any],
+    console: Console,
+    lesson: Sequence[str],
+    swept: Collection[str] = (),
 ) -> None:
     """Print a row for each combination of values, best first, and how to adopt the winner."""
     table = Table(box=None, title_justify="left")
+    columns = [name for name in settings["columns"] if name != settings["objective"]]
+    headings = short_keys(key for key in swept if key not in settings["replicates"])
     single = all(len(row.states) == 1 for row in rows)
     table.add_column("", justify="right")
     table.add_column(settings["objective"], justify="right")
     if not single:
         table.add_column("n", justify="right")
-    for name in settings["columns"]:
+    for name in columns:
         table.add_column(name, justify="right")
+    for heading in headings.values():
+        table.add_column(Text(heading), justify="right", overflow="fold")
     table.add_column("experiment", overflow="fold")
     for row in rows:
         shown = number(row.mean)
@@ -145,18 +196,21 @@ def print_ranking(
         mark = "=" if row.tied or (row is rows[0] and any(other.tied for other in rows)) else ""
         cells = [f"{mark}{row.rank or '–'}", shown]
         cells += [] if single else [str(len(row.states))]
-        cells += [number(row.column(name)) for name in settings["columns"]]
-        table.add_row(*cells, Text(row.name))
+        cells += [number(row.column(name)) for name in columns]
+        values = {key_of(word): word.partition("=")[2] for word in row.overrides}
+        table.add_row(*cells, *(Text(values.get(key, "")) for key in headings), Text(row.name))
     console.print(table)
     for words in filter(None, [verdict(rows, settings), *lesson]):
         console.print(Text(words))
-    console.print(Text(f"\ndvc exp apply {shlex.quote(rows[0].name)}   # adopt the winner"))
+    console.print(Text(f"\n{_adoption(rows)}"))
 
 
-def without_group(override: str) -> str:
-    """Return an override without its group: `learning_rate=1e-4` for `trainer.learning_rate=1e-4`."""
-    key, _, value = override.rpartition("=")
-    return f"{key.rpartition('.')[2].lstrip('+~')}={value}"
+def _adoption(rows: Sequence[Row]) -> str:
+    """Return the command that adopts the first row, or that there is nothing to adopt."""
+    if rows[0].is_default and len(rows) > 1:
+        return "The first has the values of conf/: there is nothing to adopt."
+    purpose = "the first" if any(row.tied for row in rows) else "the winner"
+    return f"dvc exp apply {shlex.quote(rows[0].name)}   # adopt {purpose}"
 
 
 def number(value: float | None) -> str:

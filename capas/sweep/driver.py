@@ -9,11 +9,12 @@ import shlex
 import shutil
 import sys
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
 from rich.table import Table
+from rich.text import Text
 
 from capas.config.composition import CONF
 from capas.config.hydra_overrides import Point
@@ -32,7 +33,8 @@ from capas.sweep.outlook import cached, earlier, in_words, seconds_of_all
 from capas.sweep.plan import AT_ONCE, DRIVER, FOLDER, VARIABLE, Plan, check_home
 from capas.sweep.point import num_workers
 from capas.sweep.ranking import Row, rank
-from capas.sweep.state import ENDED, FAILED, State, read_states
+from capas.sweep.remarks import remarks
+from capas.sweep.state import ENDED, FAILED, STOPPED, State, read_states
 from capas.sweep.task import NAME, Task, prepare, runs_here
 from capas.sweep.verdict import verdict
 from capas.workspace.clone import cache_of
@@ -53,7 +55,7 @@ def run(home: Path, words: list[str], multirun: bool) -> int:
     check_home(home)
     task = prepare(home, words, multirun)
     what = [word for word in words if not word.startswith(("hydra.launcher", "hydra/launcher"))]
-    plan = Plan.make(home, what)
+    plan = Plan.make(home, what, task.swept)
     try:
         with exclusive(plan.lock(f"sweep-{plan.key}"), seconds=0) as lock:
             lock.write(str(os.getpid()))
@@ -70,12 +72,14 @@ def _run(plan: Plan, task: Task, multirun: bool) -> int:
     done = [] if task.searches else cached(plan, task.points)
     left = [point for point in task.points if point not in done]
     _check_machine(plan.home, task, left)
+    for warning in task.warnings:
+        log.warning("%s", warning)
     log.info("%s", _outlook(plan, task, left, before))
     plan.write()
     for file in (plan.points).iterdir():
         file.unlink()  # states of the last start; finished trials are kept as experiments
     settings = task.settings
-    screen = Screen(plan.points, settings, task.expected)
+    screen = Screen(plan.points, settings, task.expected, plan.swept)
     with parent.tracked(plan, task.tracking):
         with screen.shown():
             stderr = launch(plan, task, multirun)
@@ -84,12 +88,14 @@ def _run(plan: Plan, task: Task, multirun: bool) -> int:
         rows = rank(states, settings, _defaults(task))
         lessons = lesson(rows, settings, plan)
         crossed, refusal = _cross(rows, plan, settings) if not failed else (None, "")
-        result = summary(rows, settings, bool(failed or refusal), lessons, crossed)
+        notes = remarks(rows, settings, task.swept)
+        result = summary(rows, settings, bool(failed or refusal), lessons, crossed, notes)
         parent.finish(plan, result)
     if stderr and not failed:
         screen.console.print(stderr, markup=False)
     if rows:
-        print_ranking(rows, settings, stdout(), lessons[settings["language"]])
+        words = [*lessons[settings["language"]], *notes]
+        print_ranking(rows, settings, stdout(), words, plan.swept)
     if crossed:
         text = f"\n{crossed.text(settings['language'])}\n({TEXT}, {CSV})"
         stdout().print(text, markup=False, soft_wrap=True)
@@ -108,21 +114,17 @@ def _run(plan: Plan, task: Task, multirun: bool) -> int:
 
 def _defaults(task: Task) -> list[tuple[str, ...]]:
     """Return the overrides of the trials in which every swept key has its value of conf/."""
-    fixed = set.intersection(*(set(point.overrides) for point in task.points))
+    keys = [key for key in task.swept if key not in task.settings["replicates"]]
     return [
         point.overrides
         for point in task.points
-        if all(
-            _choice(point.values, word) == _choice(task.base, word)
-            for word in point.overrides
-            if word not in fixed and word.partition("=")[0] not in task.settings["replicates"]
-        )
+        if all(_choice(point.values, key) == _choice(task.base, key) for key in keys)
     ]
 
 
-def _choice(values: dict[str, Any], override: str) -> Any:
-    """Return the value of an override's key; of a group, the name of its option."""
-    found = lookup(values, override.partition("=")[0].lstrip("+"))
+def _choice(values: dict[str, Any], key: str) -> Any:
+    """Return the value of a key; of a group, the name of its option."""
+    found = lookup(values, key)
     return found.get("preset") if isinstance(found, dict) else found
 
 
@@ -169,6 +171,7 @@ def summary(
     failed: bool,
     lessons: dict[str, list[str]],
     crossed: CrossTable | None = None,
+    notes: Sequence[str] = (),
 ) -> dict[str, Any]:
     """Return the status, metrics and tags for the parent run in MLflow."""
     if not rows:
@@ -177,12 +180,14 @@ def summary(
     lines = [f"| {row.rank} | {row.mean:.6g} | {row.name} |" for row in rows]
     table = "\n".join([f"| | {objective} | experiment |", "|---|---|---|", *lines])
     words = [verdict(rows, settings), *(" ".join(lesson) for lesson in lessons.values())]
+    words += notes
     words += [crossed.markdown(code) for code in LANGUAGES] if crossed else []
     return {
         "status": "FAILED" if failed else "FINISHED",
         "metrics": {f"best/{objective}": rows[0].mean},
         "tags": {
             "best.experiment": rows[0].name,
+            "sweep.objective": f"{objective}, {settings['direction']}",
             "mlflow.note.content": "\n\n".join([table, *filter(None, words)]),
         },
     }
@@ -242,10 +247,11 @@ def show(home: Path) -> None:
     plans = list(_plans(home))
     for plan in plans:
         states = read_states(plan.points)
-        counts = Counter(state.status for state in states)
+        counts = Counter(_status_now(plan, state) for state in states)
         points = ", ".join(f"{n} {status}" for status, n in sorted(counts.items())) or "none"
         size = sum(_own_bytes(plan.work(state.name)) for state in states)
-        table.add_row(plan.key, points, _size(size), f"stages/sweep.py -m {shlex.join(plan.words)}")
+        command = f"stages/sweep.py -m {shlex.join(plan.words)}"
+        table.add_row(*map(Text, (plan.key, points, _size(size), command)))
     if plans:
         console.print(table)
     experiments = git(home, "for-each-ref", "--format=%(refname)", "refs/exps/*/*/*").split()
@@ -261,6 +267,14 @@ def show(home: Path) -> None:
         "dvc gc --workspace --all-commits --all-experiments",
         markup=False,
     )
+
+
+def _status_now(plan: Plan, state: State) -> str:
+    """Return a trial's status, or `stopped` if no process of its sweep, or of its own, is left."""
+    locks = (f"sweep-{plan.key}", f"point-{state.identity}")
+    if state.status in ENDED or any(is_held(plan.lock(name)) for name in locks):
+        return state.status
+    return STOPPED
 
 
 def clean(home: Path) -> None:

@@ -1,6 +1,6 @@
 """Explain in words what a sweep over the learning rate shows: too low, right, too high."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -16,7 +16,8 @@ RATE, HISTORY = "trainer.learning_rate", "reports/history.csv"
 
 def lesson(rows: Sequence[Row], settings: Mapping[str, Any], plan: Plan) -> dict[str, list[str]]:
     """Return, by language, a sentence for each learning rate, lowest first; none if other values vary too."""
-    rates = {rate: row for row in rows if (rate := _rate(row)) is not None}
+    common = set.intersection(*(set(row.overrides) for row in rows)) if rows else set[str]()
+    rates = {rate: row for row in rows if (rate := _rate(row, common)) is not None}
     if not 1 < len(rates) == len(rows):
         return {code: [] for code in LANGUAGES}
     curves = {rate: curve(row, plan) for rate, row in rates.items()}
@@ -69,9 +70,13 @@ def _sentences(code: str, facts: Sequence[Mapping[str, Any]], objective: str) ->
     return [str(language.say(f"learning_rate.{fact['kind']}", **fact)) for fact in facts]
 
 
-def _rate(row: Row) -> float | None:
-    """Return the learning rate of a row, or None if the row sets other values too."""
-    words = [override.partition("=") for override in row.overrides]
+def _rate(row: Row, common: Collection[str]) -> float | None:
+    """Return the learning rate of a row, or None if other values vary too.
+
+    Args:
+        common: the overrides of all rows.
+    """
+    words = [override.partition("=") for override in row.overrides if override not in common]
     return float(words[0][2]) if [word[0] for word in words] == [RATE] else None
 
 

@@ -9,7 +9,7 @@
 import json
 import os
 import shutil
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -36,6 +36,7 @@ class Plan:
         words: the user's overrides, such as `lora.r=8,16`.
         inputs: a digest of all files that decide a result.
         ignored: the input files that git ignores.
+        swept: the keys that the sweep varies. They name its trials, and do not decide its key.
     """
 
     home: Path
@@ -46,6 +47,7 @@ class Plan:
     inputs: str
     ignored: tuple[str, ...]
     cache: Path
+    swept: tuple[str, ...] = ()
 
     @property
     def base(self) -> Path:
@@ -88,7 +90,7 @@ class Plan:
         return stored(self.cache, md5)
 
     @classmethod
-    def make(cls, home: Path, words: list[str]) -> "Plan":
+    def make(cls, home: Path, words: list[str], swept: Iterable[str] = ()) -> "Plan":
         """Return the plan for the workspace as it is now, with uncommitted edits and untracked files."""
         taken = snapshot(home)
         found = inputs.ignored(home, taken.tree)
@@ -105,6 +107,7 @@ class Plan:
             inputs=deciding,
             ignored=ignored,
             cache=cache_of(home),
+            swept=tuple(swept),
         )
 
     def write(self) -> None:
@@ -145,8 +148,8 @@ class Plan:
 
     @classmethod
     def read(cls, folder: Path) -> "Plan":
-        facts = json.loads((folder / "plan.json").read_text(encoding="utf-8"))
-        lists = {name: tuple(facts[name]) for name in ("words", "ignored")}
+        facts = {"swept": (), **json.loads((folder / "plan.json").read_text(encoding="utf-8"))}
+        lists = {name: tuple(facts[name]) for name in ("words", "ignored", "swept")}
         paths = {name: Path(facts[name]) for name in ("home", "cache")}
         return cls(**{**facts, **lists, **paths})
 

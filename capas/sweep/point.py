@@ -24,7 +24,7 @@ from capas.core.locks import BusyError, exclusive
 from capas.core.process import follow
 from capas.core.workers import end_with
 from capas.core.worktree import git
-from capas.sweep.display import without_group
+from capas.sweep.names import name_of
 from capas.sweep.plan import AT_ONCE, DRIVER, Plan, digest
 from capas.sweep.shared import SharedStages
 from capas.sweep.slots import place
@@ -35,8 +35,6 @@ from capas.tracking.store import HOME
 from capas.workspace.clone import environment
 
 _STAGE = re.compile(r"^(?:Running stage|Stage) '(?P<name>\w+)'")
-_NOT_IN_A_NAME = re.compile(r"[^A-Za-z0-9.=_-]+")
-_MAX_NAME = 60
 _NUM_LAST = 6  # last lines of a traceback that are shown
 
 
@@ -96,7 +94,7 @@ class Point:
         self.plan, self.overrides, self.values = plan, overrides, values
         self.settings, self.launcher = settings, launcher
         self.identity = digest(values, plan.inputs)
-        self.name = name_of(overrides, self.identity)
+        self.name = name_of(overrides, self.identity, plan.swept)
         self.log = plan.folder / "logs" / f"{self.name}.log"
         self.work = plan.work(self.name)
         self._state = State(self.identity, self.name, overrides)
@@ -205,12 +203,6 @@ class Point:
             live = next(iter((self.work / ".dvc/tmp/live").glob("*.jsonl")), None)
             if live is not None:
                 self.say(train_key=live.stem)
-
-
-def name_of(overrides: list[str], identity: str) -> str:
-    """Return a name that DVC, git and a shell accept: `learning_rate=1e-4-r=8-0123456789`."""
-    plain = _NOT_IN_A_NAME.sub("-", "-".join(map(without_group, overrides))).replace("..", ".")
-    return "-".join([plain[:_MAX_NAME].strip("-.") or "point", identity])
 
 
 def metric(home: Path, reference: str, name: str) -> float | None:

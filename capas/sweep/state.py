@@ -10,6 +10,7 @@ from capas.core.files import write_whole
 
 WAITING, RUNNING = "waiting", "running"
 DONE, CACHED, FAILED = "done", "cached", "failed"
+STOPPED = "stopped"  # shown for a trial whose processes are gone before it ended
 ENDED = (DONE, CACHED, FAILED)
 
 

@@ -1,6 +1,7 @@
 """Compose the command of a sweep, and check it before any trial runs."""
 
-from collections.abc import Iterable, Iterator
+import math
+from collections.abc import Collection, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
 from difflib import get_close_matches
 from pathlib import Path
@@ -18,9 +19,22 @@ from capas.core.dag import StageSpec
 from capas.core.errors import CapasError
 from capas.core.params import flatten
 from capas.sweep import crossing
-from capas.sweep.produced import not_produced
+from capas.sweep.names import key_of, swept_values
+from capas.sweep.objective import (
+    AUTO,
+    Direction,
+    contradiction,
+    is_on_test_split,
+    natural_direction,
+    test_split_warning,
+    unknown_direction,
+)  # fmt: skip
+from capas.sweep.plan import FOLDER
+from capas.sweep.produced import metrics_of, not_produced
 
 NAME = "sweep"  # conf/sweep.yaml
+_DIRECTION = "${sweep.direction}"  # in conf/sweep/optuna.yaml
+_FIXED_BY_THE_SWEEP = ("hydra.sweep.", "hydra.run.", "hydra.output_subdir", "hydra.job.chdir")
 _LOCAL = ("BasicLauncher", "JoblibLauncher", "LocalLauncher")
 Metric = Annotated[str, Field(pattern=r"^\w+\.\w+$")]
 
@@ -29,7 +43,7 @@ class Sweep(Group):
     """The group `sweep` of conf/. A metric is FILE.KEY: KEY in reports/metrics/FILE.json."""
 
     objective: Metric
-    direction: Literal["minimize", "maximize"]
+    direction: Literal["auto", "minimize", "maximize"]
     columns: list[Metric]
     replicates: list[str]
     confidence_fraction: Annotated[float, Field(gt=0, lt=1)]
@@ -43,12 +57,14 @@ class Task:
     """The trials to run, and how to run them.
 
     Attributes:
-        settings, tracking: groups of conf/.
+        settings, tracking: groups of conf/; the direction is never `auto`.
         words: overrides for Hydra.
         expected: number of trials.
         at_once: number of trials that the sweeper proposes before it needs a result.
         points: the trials; a search chooses its own as it proceeds, and has one here, with the first values.
         base: the values of conf/ without any override.
+        swept: the values of each key that has several.
+        warnings: what the user should know before the first trial.
     """
 
     settings: dict[str, Any]
@@ -60,6 +76,8 @@ class Task:
     points: list[Point] = field(default_factory=list)
     searches: bool = False
     base: dict[str, Any] = field(default_factory=dict)
+    swept: dict[str, tuple[str, ...]] = field(default_factory=dict)
+    warnings: list[str] = field(default_factory=list)
 
 
 def prepare(home: Path, words: list[str], multirun: bool) -> Task:
@@ -75,43 +93,99 @@ def prepare(home: Path, words: list[str], multirun: bool) -> Task:
     config, problems = _composed([*own, *fixed], conf)
     sweeper = config["hydra"]["sweeper"] if config else {}
     searches = "n_trials" in sweeper
-    given = {_key(word) for word in words}
+    given = {key_of(word) for word in words}
     swept = [f"{k}={v}" for k, v in (sweeper.get("params") or {}).items() if k not in given]
+    every = [*swept, *words]
     composer = Composer(conf)
     checked = check_points(
-        [*swept, *words],
+        every,
         conf,
         several=multirun,
         groups={**GROUPS, NAME: Sweep},
         combine=not searches,
+        limit=math.inf,  # a trial takes longer than the check of thousands
         composer=composer,
     )
     reported = {problem.key for problem in checked.problems}
     problems = [*checked.problems, *(p for p in problems if p.key not in reported)]
     if config:
-        base = to_values(composer.options())
-        problems += _setting_problems(config, to_values(composer.options(fixed)), home)
-        settings = config[NAME]
-        for point in checked.points if not problems else ():
-            for key, sentence in not_produced(settings, point.values):
-                problems.append(Problem(key, "", sentence))
-            problems += _place_problems(point, config["hydra"]["launcher"], home)
+        common = to_values(composer.options(fixed))
+        of_sweep = [*_setting_problems(config, common, home)]
+        problems += of_sweep
         if not problems:
-            problems += crossing.problems(settings, checked.points, searches)
+            problems += _trial_problems(config, checked.points, home, searches)
+        elif not of_sweep and not _decides_metrics(every, fixed, conf):
+            problems += _metric_problems(config[NAME], [common])  # as far as is known already
     if problems or not config:
         raise refused(problems, "no trial was run")
-    expected = int(sweeper["n_trials"]) if searches else len(checked.points)
+    expected = (int(sweeper["n_trials"]) if searches else len(checked.points)) if multirun else 1
+    settings, warnings = _with_direction(config[NAME], checked.points, expected)
+    direction = f"{NAME}.direction={settings['direction']}"
     return Task(
         settings=settings,
         tracking=checked.points[0].values["tracking"],
-        words=with_new_keys(words, conf),
-        expected=expected if multirun else 1,
+        words=[
+            *with_new_keys([w for w in words if key_of(w) != key_of(direction)], conf),
+            direction,
+        ],
+        expected=expected,
         at_once=int(sweeper["n_jobs"]) if searches else expected,
         launcher=config["hydra"]["launcher"],
         points=checked.points,
         searches=searches,
-        base=base,
+        base=to_values(composer.options()),
+        swept=swept_values((w for w in every if not is_of_sweep(w) and not _is_of_hydra(w)), conf),
+        warnings=warnings,
     )
+
+
+def _decides_metrics(words: Iterable[str], fixed: Collection[str], conf: Path) -> bool:
+    """Return whether overrides other than the fixed choices may decide what the evaluation computes."""
+    return any(
+        is_group(key_of(word), conf) or key_of(word).startswith("evaluation.")
+        for word in words
+        if word not in fixed and key_of(word) != NAME
+    )
+
+
+def _trial_problems(
+    config: dict[str, Any], points: Sequence[Point], home: Path, searches: bool
+) -> Iterator[Problem]:
+    """Yield what is wrong with the objective, the place or the templates of valid trials."""
+    settings = config[NAME]
+    yield from (found := [*_metric_problems(settings, [point.values for point in points])])
+    for point in points:
+        yield from _place_problems(point, config["hydra"]["launcher"], home)
+    yield from crossing.problems(settings, points, searches)
+    if found:
+        return
+    if settings["direction"] == AUTO and _natural_direction(settings, points) is None:
+        yield Problem("sweep.direction", AUTO, unknown_direction(settings["objective"]))
+
+
+def _metric_problems(
+    settings: dict[str, Any], values: Iterable[dict[str, Any]]
+) -> Iterator[Problem]:
+    for of_trial in values:
+        for key, sentence in not_produced(settings, of_trial):
+            yield Problem(key, "", sentence)
+
+
+def _with_direction(
+    settings: dict[str, Any], points: Sequence[Point], expected: int
+) -> tuple[dict[str, Any], list[str]]:
+    """Return the settings with the direction that `auto` stands for, and warnings about the objective."""
+    natural, objective = _natural_direction(settings, points), settings["objective"]
+    warnings = [contradiction(settings, natural)]
+    if expected > 1 and is_on_test_split(objective):
+        warnings.append(test_split_warning(objective))
+    direction = natural if settings["direction"] == AUTO else settings["direction"]
+    return {**settings, "direction": direction}, [words for words in warnings if words]
+
+
+def _natural_direction(settings: dict[str, Any], points: Sequence[Point]) -> Direction | None:
+    metrics = {name for point in points for name in metrics_of(point.values)}
+    return natural_direction(settings["objective"], metrics)
 
 
 def _composed(own: list[str], conf: Path) -> tuple[dict[str, Any] | None, list[Problem]]:
@@ -122,28 +196,38 @@ def _composed(own: list[str], conf: Path) -> tuple[dict[str, Any] | None, list[P
     """
     from omegaconf import OmegaConf
 
-    composer, options = Composer(conf, NAME), [word for word in own if "." not in _key(word)]
+    composer, options = Composer(conf, NAME), [word for word in own if "." not in key_of(word)]
     try:
         config = composer.options(tuple(options))
     except failures() as error:
-        key = _key(options[0]) if options else f"conf/{NAME}.yaml"
+        key = key_of(options[0]) if options else f"conf/{NAME}.yaml"
         return None, [Problem(key, "", reasons(error))]
     problems, known = [], flatten(OmegaConf.to_container(config, resolve=False))
     for word in own:
         if word in options:
             continue
+        if key_of(word).startswith(_FIXED_BY_THE_SWEEP):
+            problems.append(Problem(key_of(word), "", _without_effect(word)))
+            continue
         try:
             composer.set(config, word)
         except failures() as error:
             if _is_of_hydra(word):  # the schema checks the keys of the group sweep
-                problems.append(Problem(_key(word), "", _no_such_setting(word, known, error)))
+                problems.append(Problem(key_of(word), "", _no_such_setting(word, known, error)))
     tree = OmegaConf.to_container(config, resolve=False)
     assert isinstance(tree, dict)
     return {**tree, NAME: to_values(config[NAME])}, problems
 
 
+def _without_effect(word: str) -> str:
+    return (
+        f"{word}: has no effect. A sweep keeps its files in {FOLDER}, and the results of a trial are a DVC "
+        "experiment: leave it out"
+    )
+
+
 def _no_such_setting(word: str, known: Iterable[str], error: Exception) -> str:
-    key = _key(word)
+    key = key_of(word)
     if key in known:
         return f"{word}: {reasons(error)}"
     if key.startswith("hydra.launcher.") and "hydra.launcher.n_jobs" not in known:
@@ -169,6 +253,7 @@ def _setting_problems(
             yield Problem(key, str(item["input"]), sentence)
         return
     yield from _unknown_metrics(settings, home)
+    yield from _direction_problems(config["hydra"]["sweeper"])
     for key in settings["replicates"]:
         if key not in flatten(base):
             sentence = f"sweep.replicates: {key!r} is not a key of params.yaml{nearest(key)}"
@@ -185,6 +270,18 @@ def _setting_problems(
         )
 
 
+def _direction_problems(sweeper: dict[str, Any]) -> Iterator[Problem]:
+    """Yield a problem if a search would not optimise in the direction of the ranking."""
+    if (direction := sweeper.get("direction", _DIRECTION)) != _DIRECTION:
+        yield Problem(
+            "hydra.sweeper.direction",
+            str(direction),
+            f"hydra.sweeper.direction={getattr(direction, 'name', direction)}: the search must optimise in "
+            "the direction of the ranking. Choose the search with sweep=optuna, its direction with "
+            "sweep.direction",
+        )
+
+
 def _unknown_metrics(settings: dict[str, Any], home: Path) -> Iterator[Problem]:
     """Yield a problem for each metric of a file that no stage writes."""
     outs = {out for spec in StageSpec.read_all(home).values() for out in spec.outs}
@@ -195,10 +292,16 @@ def _unknown_metrics(settings: dict[str, Any], home: Path) -> Iterator[Problem]:
                 "sweep",
                 name,
                 (
-                    f"sweep: {name} is not a metric of dvc.yaml; FILE in FILE.KEY must be one of "
-                    f"{', '.join(files)}"
+                    f"sweep: {name} is not a metric of dvc.yaml{_meant_file(name, files)}; FILE in FILE.KEY "
+                    f"must be one of {', '.join(files)}"
                 ),
             )
+
+
+def _meant_file(name: str, files: list[str]) -> str:
+    file, _, key = name.partition(".")
+    close = get_close_matches(file, files, n=1, cutoff=0.6)
+    return f" (did you mean {close[0]}.{key}?)" if close else ""
 
 
 def _place_problems(point: Point, launcher: dict[str, Any], home: Path) -> list[Problem]:
@@ -269,11 +372,7 @@ def _without_base(word: str, conf: Path) -> str:
     An override that matches none is returned as it is, and is refused later.
     """
     key, _, value = word.partition("=")
-    if not value.startswith("glob(") or not is_group(_key(word), conf):
+    if not value.startswith("glob(") or not is_group(key_of(word), conf):
         return word
     choices = [text.partition("=")[2] for text in choices_of(word, conf)]
     return f"{key}={','.join(choices)}" if choices else word
-
-
-def _key(word: str) -> str:
-    return word.partition("=")[0].lstrip("+~")

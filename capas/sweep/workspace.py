@@ -13,13 +13,18 @@ from capas.workspace.clone import bring, share_cache
 
 
 def lay_out(plan: Plan, work: Path, values: dict[str, Any]) -> None:
-    """Make the workspace again, but keep the checkpoints of an earlier one: they are worth hours."""
-    saved = plan.base / "checkpoints" / work.name
-    if any((work / CHECKPOINTS).glob("*/*")):
-        shutil.rmtree(saved, ignore_errors=True)
-        saved.parent.mkdir(parents=True, exist_ok=True)
-        (work / CHECKPOINTS).rename(saved)
-    shutil.rmtree(work, ignore_errors=True)
+    """Make the workspace again, but keep the checkpoints of an earlier one: they are worth hours.
+
+    The earlier one may have another name: another sweep, which varies other keys, can run the same trial.
+    """
+    identity = work.name.rpartition("-")[2]
+    saved = plan.base / "checkpoints" / identity
+    for earlier in sorted(work.parent.glob(f"*-{identity}")):
+        if any((earlier / CHECKPOINTS).glob("*/*")):
+            shutil.rmtree(saved, ignore_errors=True)
+            saved.parent.mkdir(parents=True, exist_ok=True)
+            (earlier / CHECKPOINTS).rename(saved)
+        shutil.rmtree(earlier, ignore_errors=True)
     clone(plan.home, plan.taken, work)
     if saved.exists():
         (work / CHECKPOINTS).parent.mkdir(parents=True, exist_ok=True)

@@ -23,11 +23,13 @@ from capas.core.cores import MAX_THREADS
 from capas.core.errors import CapasError
 from capas.core.locks import BusyError, exclusive
 from capas.core.process import follow
+from capas.core.stage import CHECKPOINTS
 from capas.sweep import driver
 from capas.sweep.lesson import lesson
+from capas.sweep.names import name_of
 from capas.sweep.outlook import in_words, seconds_of_all
 from capas.sweep.plan import AT_ONCE, Plan
-from capas.sweep.point import Point, name_of, num_workers
+from capas.sweep.point import Point, num_workers
 from capas.sweep.produced import keys_of, not_produced
 from capas.sweep.ranking import Row, rank
 from capas.sweep.shared import stage_keys
@@ -35,6 +37,7 @@ from capas.sweep.slots import place, some_of, visible_gpus
 from capas.sweep.state import DONE, FAILED, RUNNING, State, read_states
 from capas.sweep.task import Task, is_of_sweep, prepare
 from capas.sweep.verdict import verdict
+from capas.sweep.workspace import lay_out
 
 REPOSITORY = Path(__file__).resolve().parents[2]
 SETTINGS = {
@@ -351,7 +354,9 @@ def test_a_glob_is_all_choices_but_the_base_of_the_group(plan: Plan) -> None:
     words = ["lora=glob(*)", "model=glob(llama*,exclude=*8b*)", "seed=1,2", "quantization=none"]
     task = prepare(plan.home, words, True)
     models = "llama_3.2_1b_instruct,llama_3.2_3b_instruct"
-    assert task.words == ["lora=all_linear,attention,none", f"model={models}", *words[2:]]
+    direction = "sweep.direction=minimize"
+    given = ["lora=all_linear,attention,none", f"model={models}", *words[2:]]
+    assert task.words == [*given, direction]
     assert (task.expected, task.at_once) == (12, 12)
     with pytest.raises(CapasError, match="no such option"):
         prepare(plan.home, ["lora=glob(x*)"], True)
@@ -528,11 +533,12 @@ def test_a_point_whose_process_always_dies_is_given_up_and_the_others_run(
 def test_every_ready_sweep_composes(option: str, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("CAPAS_SWEEP", "/nowhere")
     with initialize_config_dir(str(REPOSITORY / "conf"), version_base="1.3"):
-        config = compose("sweep", overrides=[f"sweep={option}"], return_hydra_config=True)
+        words = [f"sweep={option}", "sweep.direction=maximize"]
+        config = compose("sweep", overrides=words, return_hydra_config=True)
         assert config.sweep.preset == option
         assert set(config.sweep) == {*SETTINGS, "preset", "keep", "language", "cross_templates"}
         if option == "optuna":
-            assert config.hydra.sweeper.direction == config.sweep.direction
+            assert config.hydra.sweeper.direction == "maximize"
 
 
 def test_slurm_is_ready(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -562,6 +568,27 @@ def test_a_lock_names_its_holder_and_ends_with_the_block(tmp_path: Path) -> None
         assert busy.value.text == "me"
     with exclusive(file, seconds=0):
         pass
+
+
+def test_a_workspace_keeps_checkpoints_of_one_with_another_name(
+    plan: Plan, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for name in ("clone", "share_cache"):
+        monkeypatch.setattr(f"capas.sweep.workspace.{name}", lambda *_: None)
+    work, earlier = plan.work("r=8-abc"), plan.work("learning_rate=0.1-abc")
+    for folder in (earlier, other := plan.work("r=8-xyz")):
+        (folder / CHECKPOINTS / "train-1/checkpoint-10").mkdir(parents=True)
+    lay_out(plan, work, {})
+    assert (work / CHECKPOINTS / "train-1/checkpoint-10").exists()
+    assert other.exists() and not earlier.exists()
+
+
+def test_mlflow_is_told_the_objective_and_its_direction() -> None:
+    rows = ranked(state(1.0, "r=1"), state(2.0, "r=2"))
+    lessons: dict[str, list[str]] = {}
+    result = driver.summary(rows, SETTINGS, False, lessons, notes=["r=1 is the smallest."])
+    assert result["tags"]["sweep.objective"] == "train.loss, minimize"
+    assert result["tags"]["mlflow.note.content"].endswith("r=1 is the smallest.")
 
 
 def test_lines_are_followed_and_a_failure_shows_the_last(tmp_path: Path) -> None:
@@ -636,6 +663,9 @@ def test_a_learning_rate_is_too_low_right_or_too_high(monkeypatch: pytest.Monkey
     )
     assert "0.1 is too high" in high and "6.00 at first, 9.00 at its highest and 8.00" in high
     assert "demasiado alta" in lesson(rows, SETTINGS, plan)["es"][2]
+    for row in rows:
+        row.overrides.append("trainer.max_steps=50")  # fixed: the same in all rows
+    assert len(lesson(rows, SETTINGS, plan)["en"]) == 3
     assert lesson(ranked(state(1.0, "r=1"), state(2.0, "r=2")), SETTINGS, plan)["en"] == []
     assert lesson(rows[:1], SETTINGS, plan)["en"] == []
 

@@ -1,0 +1,66 @@
+"""Say what to do after a sweep: look beyond the edge of the grid, or distrust a score of the test split."""
+
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import suppress
+from typing import Annotated, Any
+
+from pydantic import TypeAdapter, ValidationError
+
+from capas.config.schema import GROUPS
+from capas.sweep.names import key_of
+from capas.sweep.objective import is_on_test_split, test_split_reminder
+from capas.sweep.ranking import Row
+
+Swept = Mapping[str, Sequence[str]]  # the values of each key that has several, as given
+
+
+def remarks(rows: Sequence[Row], settings: Mapping[str, Any], swept: Swept) -> list[str]:
+    """Return sentences on the result; none for a single row, because nothing was chosen."""
+    if len(rows) < 2:
+        return []
+    found = [*_edges(rows, settings, swept)]
+    if is_on_test_split(settings["objective"]):
+        found.append(test_split_reminder(settings["objective"]))
+    return found
+
+
+def _edges(rows: Sequence[Row], settings: Mapping[str, Any], swept: Swept) -> Iterator[str]:
+    """Yield a sentence for each number whose best value is the largest or the smallest one tried."""
+    for key, texts in swept.items():
+        if key in settings["replicates"] or key.endswith("seed"):
+            continue
+        grid = {number for text in texts if (number := _number(text)) is not None}
+        best = {_number(_value(row, key)) for row in rows if row.mean == rows[0].mean}
+        if len(grid) < len(set(texts)) or len(grid) < 2 or len(best) > 1:
+            continue
+        shown, number = f"{key}={_value(rows[0], key)}", best.pop()
+        if number == max(grid) and _is_valid(key, 1.1 * number):
+            yield f"{shown} is the largest value tried: try larger ones."
+        elif number == min(grid) and number > 0 and _is_valid(key, 0.9 * number):
+            yield f"{shown} is the smallest value tried: try smaller ones."
+
+
+def _value(row: Row, key: str) -> str:
+    return next((word.partition("=")[2] for word in row.overrides if key_of(word) == key), "")
+
+
+def _number(text: str) -> float | None:
+    try:
+        return float(text)
+    except ValueError:
+        return None
+
+
+def _is_valid(key: str, number: float) -> bool:
+    """Return whether the configuration accepts a number for this key, or its whole part."""
+    group, _, leaf = key.partition(".")
+    if group not in GROUPS or leaf not in GROUPS[group].model_fields:
+        return True
+    field = GROUPS[group].model_fields[leaf]
+    kind: Any = Annotated[field.annotation, field]
+    adapter = TypeAdapter[Any](kind)
+    for candidate in (number, int(number)):
+        with suppress(ValidationError):
+            adapter.validate_python(candidate)
+            return True
+    return False
