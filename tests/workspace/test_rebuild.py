@@ -72,7 +72,7 @@ def test_another_result_is_told_with_the_stage_that_differs(
     said = capsys.readouterr().out
     assert "The adapter differs" in said
     assert "first to differ: train: data/models/adapter" in said
-    assert "on this machine linear_kernel is default, was torch" in said
+    assert "linear_kernel: default on this machine, torch in the run" in said
     assert repository.capas("rebuild", run_id) == 0, "the cache took the other result"
     assert repository.state() == before
 
@@ -86,7 +86,7 @@ def test_all_runs_what_follows_and_keep_leaves_the_folder(
     assert (repository.ran()["train"], repository.ran()["evaluate"]) == (1, 1)
     assert (kept / "reports/evaluation.json").exists() and not (kept / "mlflow.db").exists()
     assert repository.capas("rebuild", run_id, "--keep", str(kept)) == 2
-    assert "exists already" in capsys.readouterr().err
+    assert "already exists" in capsys.readouterr().err
 
 
 def test_restore_trains_nothing(repository: Publisher, capsys: pytest.CaptureFixture[str]) -> None:
