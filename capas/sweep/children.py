@@ -63,13 +63,10 @@ class Children:
     def _tags(self, state: State, training: Run | None) -> dict[str, str]:
         tags = {_PARENT: self.parent, EXPERIMENT: state.name, _NOTE: state.reason[:_MAX_NOTE]}
         if training is not None:
-            page = self._page(training)
+            page = Pages(tracking_uri(self.plan.home), training.experiment_id).run_link(training.id)
             link = f"The training run, with artifacts and model: [{training.name}]({page})"
             tags |= {TRAINING: training.id, _NOTE: f"{link}\n\n{tags[_NOTE]}".strip()}
         return tags
-
-    def _page(self, training: Run) -> str:
-        return Pages(tracking_uri(self.plan.home), training.experiment_id).run(training.id)
 
     def _send_losses(self, run: Run, training: Run) -> None:
         """Copy the curves of the losses, so that the sweep's charts compare them."""

@@ -95,6 +95,10 @@ class Pages:
     def run(self, run_id: str) -> str:
         return self._page(f"experiments/{self._id}/runs/{run_id}")
 
+    def run_link(self, run_id: str) -> str:
+        """Return the link to a run for a note in MLflow, where it holds on any port and server."""
+        return self.run(run_id).removeprefix(f"{self._base}/")
+
     def comparison(self, run_ids: Iterable[str]) -> str:
         """Return the page that compares runs; it opens with the parameters that differ."""
         runs = json.dumps(list(run_ids), separators=(",", ":"))

@@ -206,7 +206,8 @@ def test_a_row_names_its_training_and_has_its_curve_once(home: Home) -> None:
     training, row = home.trainings.find("a"), home.children(plan)[1]
     assert training is not None
     assert row.tags["dvc.experiment"] == "lora.r=8-a"
-    assert f"[{training.name}](http://127.0.0.1:5000/#/" in row.tags["mlflow.note.content"]
+    page = f"#/experiments/{training.experiment_id}/runs/{training.id}?workflowType="
+    assert f"[{training.name}]({page}" in row.tags["mlflow.note.content"]
     history = home.sweeps.client.get_metric_history(row.id, "train/loss")
     assert [(point.step, point.value) for point in history] == [(1, 1.0), (2, 0.5)]
     assert len(home.sweeps.client.get_metric_history(row.id, LOSS)) == 1
