@@ -40,13 +40,19 @@ class Children:
 
     def __init__(self, plan: Plan, stores: Stores, parent: str) -> None:
         self.plan, self.stores, self.parent = plan, stores, parent
-        self._written: dict[str, tuple[str, bool]] = {}  # by identity
+        self._written: dict[str, tuple[str, str]] = {}  # by identity
 
-    def write(self, state: State, training: Run | None) -> None:
-        """Create or complete the run of a trial that has ended; call it while holding the sweep's lock."""
-        facts = state.status, training is not None
+    def write(self, state: State, training_id: str) -> None:
+        """Create or complete the run of a trial that has ended; call it while holding the sweep's lock.
+
+        Args:
+            training_id: the id of the training run; "" if MLflow has none.
+        """
+        facts = state.status, training_id
         if self._written.get(state.identity) == facts:
             return
+        # It is read anew, because publish has changed its name since it was found.
+        training = self.stores.trainings.client.get_run(training_id) if training_id else None
         store, tags = self.stores.sweeps, self._tags(state, training)
         started = int(1000 * state.started)
         run = store.only(

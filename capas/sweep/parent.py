@@ -22,7 +22,7 @@ from capas.core.files import write_whole
 from capas.sweep.children import TRIAL, Children, Stores, params_of, swept_values
 from capas.sweep.plan import Plan
 from capas.sweep.state import DONE, ENDED, FAILED, RUNNING, State, read_states
-from capas.tracking.client import Run, reachable
+from capas.tracking.client import reachable
 from capas.tracking.pages import VIEW_TAG, Pages, shared_view
 from capas.tracking.run_params import MAX_TEXT, metric_name
 from capas.tracking.store import Store, locked, sqlite_file, sweeps_of, tracking_uri
@@ -70,12 +70,12 @@ class Parent:
     """The sweep's run in MLflow, opened when there is something to write.
 
     Attributes:
-        adopted: the training runs of the trials, by train_key.
+        adopted: the ids of the training runs of the trials, by train_key.
         is_running: whether this process has set the status to RUNNING.
     """
 
     def __init__(self, plan: Plan) -> None:
-        self.plan, self.adopted, self.is_running = plan, dict[str, Run](), False
+        self.plan, self.adopted, self.is_running = plan, dict[str, str](), False
         self._children: Children | None = None
 
     def look(self, states: list[State]) -> None:
@@ -88,7 +88,7 @@ class Parent:
         with self._locked():
             for state in states:
                 if state.status in ENDED:
-                    children.write(state, self.adopted.get(state.train_key))
+                    children.write(state, self.adopted.get(state.train_key, ""))
 
     def end(self, result: dict[str, Any] | None, states: list[State]) -> None:
         """End the run with its result; None means that the sweep was stopped."""
@@ -110,7 +110,7 @@ class Parent:
             if (found := trainings.find(train_key)) is not None:
                 tag = f"sweep.{self.plan.key}"
                 trainings.send_tags(found, {tag: _words(self.plan)[:MAX_TEXT]})
-                self.adopted[train_key] = found
+                self.adopted[train_key] = found.id
 
     def _share_view(self, children: Children, tags: dict[str, str], states: list[State]) -> None:
         """Make a view of the trials in MLflow: swept values beside the metrics, as a table and in charts."""

@@ -198,7 +198,20 @@ def test_trials_that_differ_in_their_evaluation_alone_are_two_rows(home: Home) -
     assert {run.tags[TRAINING] for run in (long, short)} == {training.id}
 
 
-def test_a_row_names_its_training_and_has_its_curve_once(home: Home) -> None:
+def test_a_row_names_its_training_as_it_is_called_in_the_end(home: Home) -> None:
+    plan, (state, _) = home.plan("one", "lora.r=8"), two_trials(home)
+    training = home.trainings.find("a")
+    assert training is not None
+    with followed(plan):
+        say(plan, replace(state, status=RUNNING))
+        wait(lambda: "sweep.one" in home.trainings.client.get_run(training.id).tags, 20)
+        home.trainings.client.set_tag(training.id, "mlflow.runName", "published")
+        say(plan, state)
+    (row,) = home.children(plan)
+    assert "[published](" in row.tags["mlflow.note.content"]
+
+
+def test_a_row_has_its_training_and_curve_once(home: Home) -> None:
     plan, states = home.plan("one", "lora.r=8,16"), two_trials(home)
     for _ in range(2):
         swept(plan, *states)
