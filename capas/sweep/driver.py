@@ -187,7 +187,8 @@ def summary(
         "metrics": {f"best/{objective}": rows[0].mean},
         "tags": {
             "best.experiment": rows[0].name,
-            "sweep.objective": f"{objective}, {settings['direction']}",
+            "sweep.objective": objective,
+            "sweep.direction": settings["direction"],
             "mlflow.note.content": "\n\n".join([table, *filter(None, words)]),
         },
     }

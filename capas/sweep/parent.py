@@ -1,4 +1,4 @@
-"""Keep the sweep's own run in MLflow; the training runs of its trials become its children.
+"""Keep the sweep's own run in MLflow, whose children are its trials (`children`).
 
     python -m capas.sweep.parent FOLDER
 
@@ -13,23 +13,24 @@ import select
 import subprocess
 import sys
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager
 from pathlib import Path
 from typing import Any
 
 from capas.core.errors import CapasError, without_secrets
 from capas.core.files import write_whole
+from capas.sweep.children import TRIAL, Children, Stores, params_of, swept_values
 from capas.sweep.plan import Plan
-from capas.sweep.state import CACHED, State, read_states
+from capas.sweep.state import DONE, ENDED, FAILED, RUNNING, State, read_states
 from capas.tracking.client import reachable
-from capas.tracking.pages import DEFAULT_PARAMS, VIEW_TAG, Pages, shared_view
-from capas.tracking.store import Store, locked, sqlite_file, tracking_uri
+from capas.tracking.pages import VIEW_TAG, Pages, shared_view
+from capas.tracking.run_params import MAX_TEXT, metric_name
+from capas.tracking.store import Store, locked, sqlite_file, sweeps_of, tracking_uri
 
 log = logging.getLogger("capas")
 KEY = "sweep_key"
 SETTINGS, RESULT, TRACKED = "tracking.json", "result.json", "tracked.json"
 ADDRESS = "mlflow.txt"
-_PARENT = "mlflow.parentRunId"
 _SECONDS_BETWEEN_LOOKS, _SECONDS_AFTER_A_FAILURE, _SECONDS_TO_END = 1.0, 15.0, 120.0
 
 
@@ -66,70 +67,108 @@ def finish(plan: Plan, result: dict[str, Any]) -> None:
 
 
 class Parent:
-    """The sweep's run in MLflow, opened when there is something to write."""
+    """The sweep's run in MLflow, opened when there is something to write.
+
+    Attributes:
+        adopted: the ids of the training runs of the trials, by train_key.
+        is_running: whether this process has set the status to RUNNING.
+    """
 
     def __init__(self, plan: Plan) -> None:
-        self.plan, self.adopted = plan, dict[str, str]()
-        self._store: Store | None = None
-        self._run_id = ""
+        self.plan, self.adopted, self.is_running = plan, dict[str, str](), False
+        self._children: Children | None = None
 
     def look(self, states: list[State]) -> None:
-        """Adopt the training runs that MLflow has by now."""
-        waiting = {s.train_key for s in states if s.train_key} - self.adopted.keys()
-        if not waiting and self._store is not None:
-            return
-        store = self._opened()
-        for train_key in sorted(waiting):
-            if (found := store.find(train_key)) is None:
-                continue
-            tags = {
-                _PARENT: self._run_id,
-                f"sweep.{self.plan.key}": " ".join(self.plan.words)[:500],
-            }
-            store.send_tags(found, tags)
-            self.adopted[train_key] = found.id
+        """Tag the training runs that MLflow has by now, and write the trials that have ended."""
+        children = self._opened()
+        if is_at_work(states) and not self.is_running:
+            children.stores.sweeps.set_status(children.parent, "RUNNING")
+            self.is_running = True
+        self._adopt(children.stores.trainings, states)
+        with self._locked():
+            for state in states:
+                if state.status in ENDED:
+                    children.write(state, self.adopted.get(state.train_key, ""))
 
     def end(self, result: dict[str, Any] | None, states: list[State]) -> None:
         """End the run with its result; None means that the sweep was stopped."""
-        store = self._opened()
-        self._share_view(store, states)
-        for name, value in (result or {}).get("metrics", {}).items():
-            store.client.log_metric(self._run_id, name, value)
-        for name, value in (result or {}).get("tags", {}).items():
-            store.client.set_tag(self._run_id, name, value)
-        status = "KILLED" if result is None else result["status"]
-        store.client.set_terminated(self._run_id, status)
+        children = self._opened()
+        store, swept = children.stores.sweeps, swept_values(states)
+        self._share_view(children, (result or {}).get("tags", {}), states)
+        if result is not None:
+            run = store.client.get_run(children.parent)
+            tags = result.get("tags", {})
+            store.send_params(run, {name: _listed(values) for name, values in swept.items()})
+            store.send_tags(run, {**tags, **_best(tags, states)})
+            store.send_metrics(run, {**result.get("metrics", {}), "num_trials": len(states)})
+        store.set_status(children.parent, "KILLED" if result is None else result["status"])
 
-    def _share_view(self, store: Store, states: list[State]) -> None:
-        """Make a view of the trials in MLflow: swept values beside the score, as a table and in charts."""
-        view = f"sweep-{self.plan.key}"
-        params, search = swept_params(states), f"tags.`sweep.{self.plan.key}` LIKE '%'"
-        shown = shared_view(params or DEFAULT_PARAMS, ("score", "validation/loss"), search)
+    def _adopt(self, trainings: Store, states: list[State]) -> None:
+        """Tag the training runs of the trials; each sweep has a tag of its own."""
+        waiting = {state.train_key for state in states if state.train_key} - self.adopted.keys()
+        for train_key in sorted(waiting):
+            if (found := trainings.find(train_key)) is not None:
+                tag = f"sweep.{self.plan.key}"
+                trainings.send_tags(found, {tag: _words(self.plan)[:MAX_TEXT]})
+                self.adopted[train_key] = found.id
+
+    def _share_view(self, children: Children, tags: dict[str, str], states: list[State]) -> None:
+        """Make a view of the trials in MLflow: swept values beside the metrics, as a table and in charts."""
+        store, view = children.stores.sweeps, f"sweep-{self.plan.key}"
+        metrics = dict.fromkeys(metric_name(name) for state in states for name in state.metrics)
+        shown = shared_view(
+            list(swept_values(states)),
+            list(metrics),
+            search=f"tags.`mlflow.parentRunId` = '{children.parent}'",
+            ascending=tags.get("sweep.direction") == "minimize",
+        )
         store.client.set_experiment_tag(store.experiment_id, VIEW_TAG + view, shown)
         pages = Pages(tracking_uri(self.plan.home), store.experiment_id)
         address = pages.runs(view, charts=True) + pages.hint()
         write_whole(self.plan.folder / ADDRESS, address + "\n")
 
-    def _opened(self) -> Store:
-        if self._store is None:
+    def _opened(self) -> Children:
+        if self._children is None:
             settings = json.loads((self.plan.folder / SETTINGS).read_text(encoding="utf-8"))
-            store = Store.open(self.plan.home, settings["experiment_name"])
-            with locked(self.plan.home, f"sweep-{self.plan.key}", seconds=60):
-                store.end_abandoned(KEY, lambda key: self.plan.lock(f"sweep-{key}"))
-                self._run_id = _find_or_create(store, self.plan)
-            store.client.update_run(self._run_id, status="RUNNING")
-            self._store = store
-        return self._store
+            name = settings["experiment_name"]
+            trainings = Store.open(self.plan.home, name)
+            stores = Stores(Store.open(self.plan.home, sweeps_of(name)), trainings)
+            with self._locked():
+                self._end_abandoned(stores)
+                run_id = _find_or_create(stores.sweeps, self.plan)
+            self._children = Children(self.plan, stores, run_id)
+        return self._children
+
+    def _end_abandoned(self, stores: Stores) -> None:
+        """End the runs of sweeps that were killed; earlier versions kept them beside the training runs."""
+
+        def lock(value: str) -> Path:
+            return self.plan.lock(f"sweep-{value.partition('-')[0]}")
+
+        for store in stores:
+            store.end_abandoned(KEY, lock)
+        stores.sweeps.end_abandoned(TRIAL, lock)
+
+    def _locked(self) -> AbstractContextManager[None]:
+        return locked(self.plan.home, f"sweep-{self.plan.key}", seconds=60)
 
 
-def swept_params(states: list[State]) -> list[str]:
-    """Return the names in MLflow of the parameters that have several values in these trials."""
-    values: dict[str, set[str]] = {}
-    for override in (word for state in states for word in state.overrides):
-        key, _, value = override.lstrip("+~").partition("=")
-        name = key if "." in key or key == "seed" else f"{key}.preset"
-        values.setdefault(name, set()).add(value)
-    return sorted(name for name, found in values.items() if len(found) > 1)
+def is_at_work(states: list[State]) -> bool:
+    """Return whether the sweep has run a trial, or does so now, instead of only reading finished ones."""
+    return any(state.status in (RUNNING, DONE, FAILED) for state in states)
+
+
+def _best(tags: dict[str, str], states: list[State]) -> dict[str, str]:
+    """Return the swept values of the best trial as tags: {"best.lora.r": "8"}."""
+    best = [state for state in states if state.name == tags.get("best.experiment")]
+    values = params_of(best[0].overrides) if best else {}
+    return {f"best.{name}": values[name] for name in swept_values(states) if name in values}
+
+
+def _listed(values: list[str]) -> str:
+    """Return values as a text that MLflow accepts; a search may have hundreds."""
+    text = ", ".join(values)
+    return text if len(text) <= MAX_TEXT else f"{text[: MAX_TEXT - 1]}…"
 
 
 def address(plan: Plan) -> str | None:
@@ -139,19 +178,24 @@ def address(plan: Plan) -> str | None:
 
 
 def _find_or_create(store: Store, plan: Plan) -> str:
-    words = " ".join(plan.words)
+    words = _words(plan)
     tags = {
         "mlflow.source.name": "stages/sweep.py",
         "mlflow.source.git.commit": plan.commit,
-        "sweep.overrides": words[:500],
+        "sweep.overrides": words[:MAX_TEXT],
     }
     return str(store.only(KEY, plan.key, lambda: f"sweep {words}"[:100], tags).id)
+
+
+def _words(plan: Plan) -> str:
+    return " ".join(plan.words)
 
 
 def follow(plan: Plan, stdin: int) -> None:
     """Update the parent run until the sweep ends.
 
-    If every trial was already there and is tracked, MLflow is not contacted.
+    As long as every trial was already there, nothing is written before the result. If MLflow has the result,
+    too, it is not contacted.
 
     Raises:
         CapasError: the store cannot be reached at the end.
@@ -161,16 +205,18 @@ def follow(plan: Plan, stdin: int) -> None:
         ready, _, _ = select.select([stdin], [], [], pause)
         closed = bool(ready) and os.read(stdin, 1) == b""
         states = read_states(plan.points)
-        if not closed and any(state.status != CACHED for state in states):
+        if not closed and is_at_work(states):
             seen = _try_to_look(parent, states)
             pause = _SECONDS_BETWEEN_LOOKS if seen else _SECONDS_AFTER_A_FAILURE
     file = plan.folder / RESULT
     result = json.loads(file.read_text(encoding="utf-8")) if file.exists() else None
+    if result is None and not (is_at_work(states) or parent.is_running):
+        return  # stopped before it ran a trial
     mark = plan.folder / TRACKED
     facts = {
         "store": _identity(plan),
         "result": result,
-        "keys": sorted(s.train_key for s in states),
+        "trials": sorted(state.identity for state in states),
     }
     if result and mark.exists() and json.loads(mark.read_text(encoding="utf-8")) == facts:
         return

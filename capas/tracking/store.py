@@ -77,6 +77,14 @@ def sqlite_file(uri: str) -> Path | None:
     return Path(unquote(found["path"])) if found and found["path"] != ":memory:" else None
 
 
+def sweeps_of(experiment_name: str) -> str:
+    """Return the name of the MLflow experiment with the sweeps of the trainings in another one.
+
+    A sweep has a run for each of its trials, which would double its training runs in their table.
+    """
+    return f"{experiment_name}-sweeps"
+
+
 def lock_file(root: Path, name: str) -> Path:
     """Return the lock file that a process holds while it writes to a run in MLflow."""
     return home(root) / ".dvc/tmp" / f"mlflow-{name}.lock"
@@ -222,6 +230,11 @@ class Store:
         """Set the tags that are missing or differ."""
         new = {name: value for name, value in tags.items() if run.tags.get(name) != value}
         self.client.send_tags(run.id, new)
+
+    def send_metrics(self, run: Run, metrics: Mapping[str, float]) -> None:
+        """Log the single values that are missing or differ."""
+        new = [Point(k, 0, v) for k, v in metrics.items() if run.metrics.get(k) != v]
+        self.client.send_points(run.id, new)
 
     def log_points(self, run_id: str, points: Iterable[Point]) -> int:
         """Log the points that the run lacks, and return how many; a resumed training repeats some steps."""

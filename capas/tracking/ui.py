@@ -19,7 +19,7 @@ from capas.core.dag import read_yaml
 from capas.core.errors import CapasError
 from capas.tracking.client import reachable
 from capas.tracking.pages import HOST, PORT, Pages
-from capas.tracking.store import Store, tracking_uri
+from capas.tracking.store import Store, sweeps_of, tracking_uri
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -45,9 +45,13 @@ def command(options: argparse.Namespace) -> int:
         newest = store.client.search_runs(
             [store.experiment_id], order_by=["attributes.start_time DESC"], limit=1
         )
+        sweeps = store.client.get_experiment_by_name(sweeps_of(name))
     pages = Pages(uri, store.experiment_id, options.port)
     lines = [f"runs     {pages.runs()}", f"charts   {pages.runs(charts=True)}"]
     lines += [f"newest   {pages.run(run.id)}" for run in newest]
+    if sweeps is not None:
+        of_sweeps = Pages(uri, sweeps.experiment_id, options.port)
+        lines.append(f"sweeps   {of_sweeps.runs(view='')}")
     if not newest:
         lines.append(
             "No run yet. `dvc repro` publishes the first one to "

@@ -587,7 +587,8 @@ def test_mlflow_is_told_the_objective_and_its_direction() -> None:
     rows = ranked(state(1.0, "r=1"), state(2.0, "r=2"))
     lessons: dict[str, list[str]] = {}
     result = driver.summary(rows, SETTINGS, False, lessons, notes=["r=1 is the smallest."])
-    assert result["tags"]["sweep.objective"] == "train.loss, minimize"
+    assert result["tags"]["sweep.objective"] == "train.loss"
+    assert result["tags"]["sweep.direction"] == "minimize"
     assert result["tags"]["mlflow.note.content"].endswith("r=1 is the smallest.")
 
 

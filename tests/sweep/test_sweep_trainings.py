@@ -8,7 +8,9 @@ import pytest
 from sweeping import Sweeper, kill, wait
 from workspace import make_workspace
 
-from capas.tracking.store import TRAIN_KEY, Store
+from capas.sweep.children import TRAINING, TRIAL
+from capas.sweep.parent import KEY
+from capas.tracking.store import TRAIN_KEY, Store, sweeps_of
 
 pytestmark = pytest.mark.slow
 WORDS = ("-m", "experiment=quick", "trainer.max_steps=40", "trainer.learning_rate=0.001,0.004")
@@ -46,8 +48,8 @@ def wait_for_status(sweeper: Sweeper, training: str, parent: str, seconds: float
 
 
 def tracked(sweeper: Sweeper) -> list[Any]:
-    store = Store.open(sweeper.root, "capas")
-    return list(store.client.search_runs([store.experiment_id]))
+    stores = [Store.open(sweeper.root, name) for name in ("capas", sweeps_of("capas"))]
+    return list(stores[0].client.search_runs([store.experiment_id for store in stores]))
 
 
 def names(sweeper: Sweeper, rate: str) -> str:
@@ -78,15 +80,17 @@ def test_it_ends_in_the_bytes_of_one_that_nobody_disturbed(sweeper: Sweeper) -> 
 def test_mlflow_has_the_sweep_and_each_training_once(sweeper: Sweeper) -> None:
     runs = tracked(sweeper)
     trainings = [run for run in runs if TRAIN_KEY in run.tags]
-    (parent,) = [run for run in runs if TRAIN_KEY not in run.tags]
+    trials = [run for run in runs if TRIAL in run.tags]
+    (parent,) = [run for run in runs if KEY in run.tags]
+    assert len(runs) == len(trainings) + len(trials) + 1
     assert {run.status for run in runs} == {"FINISHED"}
-    assert {run.tags[PARENT] for run in trainings} == {parent.id}
-    assert Counter(run.params["trainer.learning_rate"] for run in trainings) == {
-        "0.001": 1,
-        "0.004": 1,
-    }
+    assert {run.tags[PARENT] for run in trials} == {parent.id}
+    assert {run.tags[TRAINING] for run in trials} == {run.id for run in trainings}
+    for kind in (trainings, trials):
+        rates = Counter(run.params["trainer.learning_rate"] for run in kind)
+        assert rates == {"0.001": 1, "0.004": 1}
     store = Store.open(sweeper.root, "capas")
-    for run in trainings:
+    for run in (*trainings, *trials):
         assert "tuned.exact_match" in run.metrics
         points = store.client.get_metric_history(run.id, "train/loss")
         assert [p.step for p in points] == sorted({p.step for p in points})

@@ -21,7 +21,8 @@ from chromium import CHROMIUM, FLAGS
 from servers import free_port
 from workspace import Workspace, make_workspace
 
-from capas.tracking.store import existing
+from capas.tracking.pages import Pages
+from capas.tracking.store import existing, sweeps_of, tracking_uri
 
 if TYPE_CHECKING:
     from playwright.sync_api import Locator, Page
@@ -138,10 +139,22 @@ def test_the_table_opens_with_what_people_compare(
     page.screenshot(path=images / "runs.png")
 
 
-def test_a_sweep_is_a_parent_with_a_child_for_each_point(page: "Page") -> None:
+def sweeps_page(swept: Workspace, address: str) -> str:
+    """That of the sweeps, as `make ui` names it once there is one."""
+    found = existing(swept.root).get_experiment_by_name(sweeps_of("capas"))
+    base = address.partition("/#")[0]
+    pages = Pages(tracking_uri(swept.root), found.experiment_id, int(base.rpartition(":")[2]))
+    return pages.runs(view="")
+
+
+def test_a_sweep_is_a_parent_with_a_child_for_each_point(
+    page: "Page", swept: Workspace, address: str
+) -> None:
     from playwright.sync_api import expect
 
+    page.goto(sweeps_page(swept, address))
     parent = row(page, "sweep experiment=quick")
+    parent.get_by_role("button").first.click()  # its children are folded below it
     for rate in RATES:
         row(page, f"learning_rate={rate}-").get_by_role("checkbox").first.check()
     parent.get_by_role("checkbox").first.check()
@@ -150,9 +163,23 @@ def test_a_sweep_is_a_parent_with_a_child_for_each_point(page: "Page") -> None:
     assert len(json.loads(parse_qs(page.url.partition("?")[2])["runs"][0])) == 3
 
 
-def test_compare_shows_both_learning_rates_and_both_scores(page: "Page", swept: Workspace) -> None:
+def test_a_child_leads_to_its_training(page: "Page", swept: Workspace, address: str) -> None:
+    page.goto(sweeps_page(swept, address))
+    row(page, "sweep experiment=quick").get_by_role("button").first.click()
+    page.get_by_role("link", name=f"learning_rate={RATES[0]}-").click()
+    with page.expect_popup() as opened:
+        page.get_by_role("link", name=f"learning_rate={RATES[0]}-").click()
+    opened.value.get_by_role("tab", name="Artifacts").click()
+    opened.value.get_by_text("samples.json", exact=True).wait_for()
+    opened.value.close()
+
+
+def test_compare_shows_both_learning_rates_and_both_scores(
+    page: "Page", swept: Workspace, address: str
+) -> None:
     scores = [score(swept, rate) for rate in RATES]
     assert scores[0] != scores[1]
+    compare(page, address)
     page.get_by_role("switch", name="Parameters - Show diff only").click()
     rates = page.locator("tr").filter(has_text=re.compile(r"^trainer\.learning_rate"))
     assert set(RATES) <= set(rates.inner_text().split())
@@ -160,6 +187,17 @@ def test_compare_shows_both_learning_rates_and_both_scores(page: "Page", swept: 
     bring(page, metric)
     shown = metric.evaluate(BESIDE)
     assert {f"{value:.6g}" for value in scores} <= {text.strip() for text in shown}
+
+
+def compare(page: "Page", address: str) -> None:
+    """Open the comparison of the two training runs."""
+    from playwright.sync_api import expect
+
+    page.goto(address)
+    for rate in RATES:
+        row(page, f"learning_rate={rate}-").get_by_role("checkbox").first.check()
+    page.get_by_role("button", name="Compare").click()
+    expect(page.get_by_text("Comparing 2 Runs")).to_be_visible(timeout=60_000)
 
 
 def bring(page: "Page", wanted: "Locator") -> None:
@@ -192,16 +230,12 @@ def score(swept: Workspace, rate: str) -> float:
     return value
 
 
-def test_the_children_alone_differ_by_the_learning_rate(
+def test_the_trainings_alone_differ_by_the_learning_rate(
     page: "Page", address: str, images: Path
 ) -> None:
     from playwright.sync_api import expect
 
-    page.goto(address)
-    for rate in RATES:
-        row(page, f"learning_rate={rate}-").get_by_role("checkbox").first.check()
-    page.get_by_role("button", name="Compare").click()
-    expect(page.get_by_text("Comparing 2 Runs")).to_be_visible(timeout=60_000)
+    compare(page, address)
     # MLflow chooses what differs for the parallel coordinates.
     expect(page.get_by_text("trainer.learning_rate", exact=True).first).to_be_visible()
     plot = page.locator(".js-plotly-plot").first
@@ -220,8 +254,8 @@ def test_the_address_that_a_sweep_prints_opens_its_parallel_coordinates(
     page.goto(found[1].replace("http://127.0.0.1:5000", address.partition("/#")[0]))
     page.get_by_text("Parallel Coordinates").first.wait_for()
     page.get_by_text("2 matching runs").wait_for()
-    for axis in ("score", "validation/loss"):
-        page.get_by_text(axis, exact=True).first.wait_for()
+    for metric in ("train.validation_loss", "train/loss"):
+        page.get_by_text(metric, exact=True).filter(visible=True).first.wait_for()
     page.wait_for_timeout(2000)  # it is drawn
     page.screenshot(path=images / "sweep.png")
 

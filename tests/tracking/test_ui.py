@@ -8,9 +8,9 @@ from urllib.parse import parse_qs
 import pytest
 
 from capas import __main__ as cli
-from capas.tracking import pages, run_params
+from capas.tracking import pages, run_params, ui
 from capas.tracking.pages import Pages
-from capas.tracking.store import Store
+from capas.tracking.store import Store, sweeps_of
 
 PARAMS = {
     **{"dataset.preset": "own_csv", "model.preset": "qwen2.5_0.5b_instruct"},
@@ -50,6 +50,7 @@ def test_addresses_open_the_view_of_trainings() -> None:
     assert pages.run("abc") == f"{base}/abc?workflowType=machine_learning"
     words = parse_qs(pages.runs("sweep-1", charts=True).partition("?")[2])
     assert (words["viewStateShareKey"], words["compareRunsMode"]) == (["sweep-1"], ["CHART"])
+    assert pages.runs(view="") == f"{base}?workflowType=machine_learning"
     assert "make ui" in pages.hint()
 
 
@@ -73,6 +74,24 @@ def test_every_experiment_has_the_view_also_one_that_was_there(
         assert {"params.`lora.r`", "params.`dataset.preset`"} < set(view["selectedColumns"])
         store.client.set_experiment_tag(store.experiment_id, tag, "of an older capas")
         store = Store.open(tmp_path, "new")
+
+
+def test_the_sweeps_have_an_address_once_there_is_one(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.delenv("MLFLOW_TRACKING_URI", raising=False)
+    monkeypatch.delenv("DVC_ROOT", raising=False)
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(ui, "_serve", lambda uri, port: 0)
+    (tmp_path / "params.yaml").write_text("tracking: {experiment_name: capas}\n")
+    with socket.create_server(("127.0.0.1", 0)) as free:
+        port = str(free.getsockname()[1])
+    assert cli.main(["ui", "--port", port]) == 0
+    assert "\nsweeps " not in capsys.readouterr().out
+    sweeps = Store.open(tmp_path, sweeps_of("capas"))
+    assert cli.main(["ui", "--port", port]) == 0
+    address = f"sweeps   http://127.0.0.1:{port}/#/experiments/{sweeps.experiment_id}/runs?workflow"
+    assert address in capsys.readouterr().out
 
 
 def test_a_port_that_is_in_use_is_told_with_the_way_out(
