@@ -142,8 +142,8 @@ MUTATIONS = (
     Mutation(
         name="interval_too_narrow",
         file="capas/evaluation/comparison.py",
-        old="tail = (1 - confidence_fraction) / 2",
-        new="tail = 1 - confidence_fraction",
+        old="inv_cdf((1 + confidence_fraction) / 2), len(weight))",
+        new="inv_cdf(confidence_fraction), len(weight))",
         harm="An interval of 95% holds 90%, and chance passes for a gain.",
         tests=("tests/evaluation/test_metrics.py",),
     ),
