@@ -156,6 +156,22 @@ MUTATIONS = (
         tests=("tests/evaluation/test_gate.py",),
     ),
     Mutation(
+        name="forgetting_by_its_better_end",
+        file="capas/evaluation/gate.py",
+        old='forgotten["high"]',
+        new='forgotten["low"]',
+        harm="A model that may have forgotten more than the limit is registered.",
+        tests=("tests/evaluation/test_gate.py",),
+    ),
+    Mutation(
+        name="noise_in_one_direction_is_chance",
+        file="capas/evaluation/noise.py",
+        old="if is_proven else 0.0",
+        new="if False else 0.0",
+        harm="A gain that wrong padding makes passes.",
+        tests=("tests/evaluation/test_noise.py",),
+    ),
+    Mutation(
         name="merged_model_not_compared",
         file="capas/use/merge.py",
         old='if not facts["difference"] <= facts["tolerance"]:',
