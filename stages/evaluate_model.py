@@ -25,7 +25,7 @@ from capas.core.files import read_json, write_csv, write_json
 from capas.core.params import Params
 from capas.core.records import FORMATTED, evenly_spaced, read_records, write_records
 from capas.core.stage import Stage, log, run
-from capas.evaluation import gate, harness
+from capas.evaluation import gate, harness, noise
 from capas.evaluation.copying import copy_nearest
 from capas.evaluation.difference import compare, difference, gains, in_words
 from capas.evaluation.general import format_questions
@@ -84,7 +84,7 @@ def main(which: Literal["base", "tuned"], params: Params, stage: Stage) -> None:
     else:
         tuned = TunedModel(stage.dep(ADAPTER), params.model, device, load_base)
         scored = evaluate(which, tuned.model, records, scorer, params, stage)
-        report_difference(tuned, scored, params, stage)
+        report_difference(tuned, scored, records, scorer, params, stage)
 
 
 def read_test_records(params: Params, scorer: Scorer, stage: Stage) -> list[Row]:
@@ -153,7 +153,14 @@ def report_base(scored: Scored, full: dict[str, Any] | None, stage: Stage) -> No
     write_records(stage.out(NEAREST), copies_schema(names), scored.copies)
 
 
-def report_difference(tuned: "TunedModel", scored: Scored, params: Params, stage: Stage) -> None:
+def report_difference(
+    tuned: "TunedModel",
+    scored: Scored,
+    records: list[Row],
+    scorer: Scorer,
+    params: Params,
+    stage: Stage,
+) -> None:
     """Write what the tuned model gained over the base, what it forgot, and the verdict of the gate."""
     rows, facts, names = scored.rows, scored.facts, scored.names
     before = read_base(stage.dep("reports/predictions_base.parquet"), names)
@@ -165,6 +172,9 @@ def report_difference(tuned: "TunedModel", scored: Scored, params: Params, stage
     report["general"] = ask_generally(tuned, params, stage)
     if params.evaluation.harness.tasks:
         report["harness"] = ask_harness(tuned, params, stage)
+    if names and params.evaluation.noise_records is not None:
+        answers = {"base": before, "tuned": rows}
+        report["noise"] = decode_alone(tuned, answers, records, scorer, facts, params, stage)
     report["gate"] = gate.judge(base, report, params.evaluation.gate)
     log_report(report)
     write_json(stage.out("reports/evaluation.json"), report)
@@ -177,6 +187,27 @@ def report_difference(tuned: "TunedModel", scored: Scored, params: Params, stage
     write_csv(stage.out("reports/before_after.csv"), columns, bars)
 
 
+def decode_alone(
+    tuned: "TunedModel",
+    answers: dict[str, list[Row]],
+    records: list[Row],
+    scorer: Scorer,
+    facts: dict[str, Any],
+    params: Params,
+    stage: Stage,
+) -> dict[str, Any]:
+    """Decode a few records one by one, by both models, and return how far that moves the gain."""
+    chosen = noise.choose(len(records), params.evaluation.noise_records, params.evaluation.seed)
+    batched = {which: [rows[i] for i in chosen] for which, rows in answers.items()}
+    chat, tokenizer = read_chat(stage.dep(DATA)), load_tokenizer(stage.dep(TOKENIZER))
+    settings = (scorer, facts["max_new_tokens"], chat, tokenizer, 1)
+    asked = [records[i] for i in chosen]
+    with tuned.base() as base:
+        alone = {"base": answer(base, batched["base"], asked, *settings)}
+    alone["tuned"] = answer(tuned.model, batched["tuned"], asked, *settings)
+    return noise.batching_noise(batched, alone, headline(scorer.names), len(records), params)
+
+
 def log_report(report: dict[str, Any]) -> None:
     """Log each difference with its interval, and the verdict of the gate."""
     changes = {**report["difference"], "loss on general questions": report["general"]["difference"]}
@@ -184,6 +215,8 @@ def log_report(report: dict[str, Any]) -> None:
         changes[f"{name} over copying the nearest training answer"] = change
     for name, change in changes.items():
         log.info("%s", in_words(name, change))
+    if "noise" in report:
+        log.info("batching alone may change the gain by %.4g", report["noise"]["noise"])
     log.info("gate %s", gate.verdict(report["gate"]))
 
 

@@ -255,6 +255,10 @@ class Gate(BaseModel):
     min_stop_rate: Fraction | None
     max_empty_rate: Fraction | None
     max_control_token_rate: Fraction | None
+    min_length_ratio: Annotated[float, Field(ge=0)] | None
+    max_length_ratio: Annotated[float, Field(gt=0)] | None
+    min_gain_to_noise: Annotated[float, Field(ge=0)] | None
+    max_forgetting: Annotated[float, Field(ge=0)] | None
     max_quantization_loss: Annotated[float, Field(ge=0)] | None
 
 
@@ -280,6 +284,7 @@ class Evaluation(Group):
     max_new_tokens: Count | None
     bootstrap_resamples: Annotated[int, Field(ge=100)]
     confidence_fraction: Annotated[float, Field(gt=0.5, lt=1)]
+    noise_records: Count | None
     seed: Seed
     gate: Gate
     harness: Harness

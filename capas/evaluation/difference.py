@@ -28,6 +28,7 @@ def compare(
     return {
         "tuned": tuned,
         "difference": {name: difference(before, after, name, params) for name in columns},
+        "length_ratio": length_ratio(after, params) if names else None,
         "metrics": names,
         "shares": [n for n in names if all(0 <= row[n] <= 1 for row in (*before, *after))],
         "confidence_fraction": params.evaluation.confidence_fraction,
@@ -55,6 +56,29 @@ def difference(before: list[Row], after: list[Row], column: str, params: Params)
     )
     verdict = comparison.verdict(interval, higher_is_better=not is_loss)
     return {**interval, "verdict": verdict, "num_records_needed": needed}
+
+
+def length_ratio(rows: list[Row], params: Params) -> dict[str, float]:
+    """Return the answers' mean length over that of the references, in characters, with its interval.
+
+    An empty reference counts as one character.
+
+    Args:
+        rows: [records], each with completion and reference.
+
+    Returns:
+        mean, low, high.
+    """
+    lengths = [max(1, len(row["reference"])) for row in rows]
+    ratios = [len(row["completion"]) / n for row, n in zip(rows, lengths, strict=True)]
+    return comparison.paired_difference(
+        [0.0] * len(rows),
+        ratios,
+        lengths,  # a mean of ratios, weighted by the references' lengths, is the ratio of the means
+        resamples=params.evaluation.bootstrap_resamples,
+        confidence_fraction=params.evaluation.confidence_fraction,
+        seed=params.evaluation.seed,
+    )
 
 
 def in_words(name: str, found: dict[str, Any]) -> str:

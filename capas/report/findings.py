@@ -140,6 +140,7 @@ def scores(base: Row, evaluation: Row, records: Sequence[Row]) -> dict[str, Any]
         "generated": bool(metrics),
         "general": evaluation["general"],
         "harness": evaluation.get("harness"),
+        "noise": evaluation.get("noise"),
         "gate": {
             **evaluation["gate"],
             "checks": [{**c, "digits": _digits(c)} for c in evaluation["gate"]["checks"]],

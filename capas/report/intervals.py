@@ -10,14 +10,14 @@ from capas.evaluation.comparison import paired_difference
 def mean_interval(
     scores: Sequence[float], confidence: float, resamples: int
 ) -> tuple[float, float]:
-    """Return the interval of a mean: Wilson's if each score is 0 or 1, otherwise the percentile bootstrap's.
+    """Return the interval of a mean: Wilson's if each score is 0 or 1, otherwise a bootstrap interval.
 
     Args:
         scores: [records], at least one.
         confidence: for example 0.95.
         resamples: bootstrap resamples.
 
-    Source: B. Efron, "Bootstrap methods: another look at the jackknife", Annals of Statistics 7 (1979).
+    Source: `capas.evaluation.comparison.paired_difference`.
     """
     if all(score in (0, 1) for score in scores):
         return wilson_interval(sum(scores), len(scores), confidence)

@@ -74,8 +74,8 @@ def test_two_results_side_by_side(made: Results, compare: Compare) -> None:
         f"A  HEAD  commit {commit}: test",
         f"B  wide  experiment {wide.strip()}",
         "",
-        "B is better: exact match 30.0 % -> 90.0 %, +60.0 points, 95 % interval 30.0 to",
-        "90.0 on 10 test records.",
+        "B is better: exact match 30.0 % -> 90.0 %, +60.0 points, 95 % interval 20.0 to",
+        "97.2 on 10 test records.",
         "",
         "                   A HEAD                 B wide",
         "lora.r             16                     32",
@@ -149,7 +149,7 @@ def test_the_same_result_twice(made: Results, compare: Compare) -> None:
 def test_several_are_a_row_each(made: Results, compare: Compare) -> None:
     lines = compare(made, "HEAD", "wide", "attention", "seed").splitlines()
     assert [line.split()[0] for line in lines[1:8:2]] == ["HEAD", "wide", "attention", "seed"]
-    assert lines[3] == "wide            90.0 %  +60.0 (30.0 to 90.0)  0.25        –"
+    assert lines[3] == "wide            90.0 %  +60.0 (20.0 to 97.2)  0.25        –"
     assert lines[2] == "    lora=all_linear  lora.r=16  seed=0"
     assert lines[4] == "    lora.r=32"
     assert max(map(len, lines)) <= WIDTH
@@ -216,7 +216,7 @@ def test_records_that_both_have_are_compared(results: Results, compare: Compare)
     )
     said = flat(compare(results))
     assert (
-        "exact match 50.0 % -> 66.7 %, +16.7 points, 95 % interval 0.0 to 50.0 on the 6 test records that "
+        "exact match 50.0 % -> 66.7 %, +16.7 points, 95 % interval 0.0 to 83.2 on the 6 test records that "
         "both have (A 10, B 6)" in said
     )
 

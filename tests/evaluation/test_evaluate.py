@@ -63,13 +63,25 @@ def test_the_gate_judges_the_tuned_model(evaluated: Path) -> None:
     report = read_json(evaluated / "reports/evaluation.json")
     base = read_json(evaluated / "reports/evaluation_base.json")
     rates = {"min_stop_rate": 0.9, "max_empty_rate": 0.01, "max_control_token_rate": 0.0}
-    limits = {**rates, "max_quantization_loss": 0.5}
+    limits = {**rates, "max_quantization_loss": 0.5, "max_forgetting": 1.0}
+    limits |= {"min_length_ratio": 0.5, "max_length_ratio": 2.0, "min_gain_to_noise": 1.0}
     assert report["gate"] == gate.judge(base, report, limits)
     assert [check["name"] for check in report["gate"]["checks"]] == [
-        *("exact_match_gain", "exact_match_gain_over_nearest", "stop_rate", "empty_rate"),
-        *("control_token_rate", "quantization_loss"),
+        *("exact_match_gain", "exact_match_gain_over_nearest", "noise_floor", "stop_rate"),
+        *("empty_rate", "control_token_rate", "length_ratio_low", "length_ratio_high"),
+        *("forgetting", "quantization_loss"),
     ]
-    assert report["gate"]["checks"][2]["value"] == report["tuned"]["stop_rate"]
+    assert report["gate"]["checks"][3]["value"] == report["tuned"]["stop_rate"]
+
+
+def test_both_models_answer_alone_as_in_batches(evaluated: Path) -> None:
+    report = read_json(evaluated / "reports/evaluation.json")
+    assert report["noise"]["num_records"] == 10
+    assert report["noise"]["num_changed_answers"] == {"base": 0, "tuned": 0}
+    assert report["noise"]["noise"] == 0.0
+    checks = {check["name"]: check for check in report["gate"]["checks"]}
+    assert checks["forgetting"]["value"] == report["general"]["difference"]["high"]
+    assert checks["length_ratio_high"]["value"] == report["length_ratio"]["high"]
 
 
 def test_the_verdict_is_that_of_the_interval(evaluated: Path) -> None:
@@ -150,6 +162,7 @@ def test_the_loss_alone_has_a_verdict_and_no_bars_for_kinds(
     run_stage("evaluate", partial(evaluate_model.main, "tuned"), root)
     report = read_json(root / "reports/evaluation.json")
     assert report["metrics"] == [] and report["difference"]["loss"]["verdict"] == "better"
+    assert report["length_ratio"] is None and "noise" not in report
     lines = list(csv.DictReader((root / "reports/before_after.csv").open()))
     assert [(line["bar"], line["metric"]) for line in lines] == [
         ("all, base", "loss"),

@@ -187,6 +187,28 @@ def test_interval_is_that_of_the_normal_approximation() -> None:
     assert found["high"] == pytest.approx(0.25 + 1.96 * 0.02165, abs=0.004)
 
 
+def test_few_records_have_a_wider_interval() -> None:
+    """Student's half-width with 9 degrees of freedom is 2.262 standard errors, not 1.96."""
+    scores = [-4.5, -3.5, -2.5, -1.5, -0.5, 0.5, 1.5, 2.5, 3.5, 4.5]
+    found = difference([0.0] * 10, scores, resamples=20_000)
+    error = math.sqrt(sum(s * s for s in scores) / 9 / 10)
+    assert found["high"] == pytest.approx(2.262 * error, rel=0.06)
+    assert found["low"] == pytest.approx(-2.262 * error, rel=0.06)
+
+
+def test_the_interval_of_skewed_scores_reaches_further_on_the_long_side() -> None:
+    scores = [0.0] * 12 + [1.0, 1.0, 2.0, 2.0, 3.0, 4.0, 6.0, 9.0]
+    right, left = difference([0.0] * 20, scores), difference(scores, [0.0] * 20)
+    assert right["high"] - right["mean"] > 1.4 * (right["mean"] - right["low"])
+    assert left["mean"] - left["low"] == pytest.approx(right["high"] - right["mean"], rel=0.05)
+
+
+@pytest.mark.parametrize("scores", [[1.0], [0.5, 0.5, 0.5], [0.0] * 20])
+def test_scores_that_do_not_vary_have_no_width(scores: list[float]) -> None:
+    found = difference([0.0] * len(scores), scores)
+    assert found["low"] == found["mean"] == found["high"] == scores[0]
+
+
 def test_weights_count_tokens() -> None:
     """3 tokens gain 1 each, 1 token loses 1: (3 - 1) / 4."""
     assert difference([0, 1], [1, 0], weights=[3, 1])["mean"] == 0.5
@@ -225,10 +247,10 @@ def test_records_needed_are_found_by_drawing() -> None:
     count = needed([0.0] * 100, scores)
     assert count == 72
     seen = 0
-    for seed in range(200):
+    for seed in range(400):
         drawn = [scores[i] for i in _drawn(seed, count)]
         seen += difference([0.0] * count, drawn, resamples=400)["low"] > 0
-    assert seen / 200 == pytest.approx(0.8, abs=0.07)
+    assert seen / 400 == pytest.approx(0.8, abs=0.07)
 
 
 def _drawn(seed: int, count: int) -> list[int]:

@@ -26,7 +26,7 @@ MUTATIONS = (
     Mutation(
         name="end_token_not_trained",
         file="capas/chat/scaffold.py",
-        old="return found.end() if name in planner.stop_tokens else found.start()",
+        old="return found.end() if name in planner.ends.stops else found.start()",
         new="return found.start()",
         harm="The tuned model never learns to stop.",
         tests=("tests/chat/test_chat.py",),
@@ -131,7 +131,7 @@ MUTATIONS = (
     ),
     Mutation(
         name="loss_not_weighted_by_tokens",
-        file="capas/training/trainer.py",
+        file="capas/training/objective.py",
         old='return {"loss": float(loss / count),',
         new='rows = prediction.predictions\n    return {"loss": float((rows[:, 0] / rows[:, 2]).mean()),',
         harm="Short answers count as much as long ones, and another checkpoint is the best one.",
@@ -142,8 +142,8 @@ MUTATIONS = (
     Mutation(
         name="interval_too_narrow",
         file="capas/evaluation/comparison.py",
-        old="tail = (1 - confidence_fraction) / 2",
-        new="tail = 1 - confidence_fraction",
+        old="inv_cdf((1 + confidence_fraction) / 2), len(weight))",
+        new="inv_cdf(confidence_fraction), len(weight))",
         harm="An interval of 95% holds 90%, and chance passes for a gain.",
         tests=("tests/evaluation/test_metrics.py",),
     ),
@@ -154,6 +154,22 @@ MUTATIONS = (
         new='"passed": high > 0}',
         harm="A model that is not shown to be better than its base is registered.",
         tests=("tests/evaluation/test_gate.py",),
+    ),
+    Mutation(
+        name="forgetting_by_its_better_end",
+        file="capas/evaluation/gate.py",
+        old='forgotten["high"]',
+        new='forgotten["low"]',
+        harm="A model that may have forgotten more than the limit is registered.",
+        tests=("tests/evaluation/test_gate.py",),
+    ),
+    Mutation(
+        name="noise_in_one_direction_is_chance",
+        file="capas/evaluation/noise.py",
+        old="if is_proven else 0.0",
+        new="if False else 0.0",
+        harm="A gain that wrong padding makes passes.",
+        tests=("tests/evaluation/test_noise.py",),
     ),
     Mutation(
         name="merged_model_not_compared",

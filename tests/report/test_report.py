@@ -148,6 +148,30 @@ def test_the_page_shows_every_check_of_the_gate(
     assert [gain, "+30.0 points", "more than 0", "passed"] in rows
 
 
+def test_the_page_shows_noise_length_and_forgetting(pages: dict[str, str]) -> None:
+    english, spanish = rows_of(pages["en"]), rows_of(pages["es"])
+    noise = "Gain, beside what batching alone changes"
+    assert [noise, "+50.0 points", "more than +10.0 points", "passed"] in english
+    ratio = "Length of the answers / length of the references, upper end of the interval"
+    assert [ratio, "1.200", "at most 2.000", "passed"] in english
+    forgotten = "Pérdida añadida en preguntas generales, extremo superior del intervalo"
+    assert [forgotten, "0,800", "como mucho 1,000", "cumple"] in spanish
+    assert "2 answers of the base and 1 of the tuned model changed" in words_of(pages["en"])
+
+
+def test_an_evaluation_of_an_earlier_version_still_makes_a_page(tmp_path: Path) -> None:
+    root = write_inputs(tmp_path)
+
+    def forget(found: dict[str, Any]) -> None:
+        old = ("noise_floor", "forgetting", "length_ratio_low", "length_ratio_high")
+        checks = [check for check in found["gate"]["checks"] if check["name"] not in old]
+        found["gate"]["checks"] = checks
+        del found["noise"], found["length_ratio"]
+
+    edit(root / "reports/evaluation.json", forget)
+    assert "6 checks that a model must pass" in words_of(build_words(root))
+
+
 def test_a_gain_of_nothing_fails_for_a_reason_that_can_be_seen(tmp_path: Path) -> None:
     root = write_inputs(tmp_path)
     failed = {"value": 0.0, "high": 0.1, "limit": 0.0, "passed": False}

@@ -287,6 +287,10 @@ def _reports(root: Path, params: dict[str, Any]) -> None:
     change = {"mean": 0.7, "low": 0.6, "high": 0.8, "verdict": "worse", "num_records_needed": 3}
     losses = {w: {"loss": n, "perplexity": 9.0} for w, n in (("base", 5.1), ("tuned", 5.8))}
     evaluation["general"] = {"num_records": 40, **losses, "difference": change}
+    shift = {"mean": 0.0, "low": 0.0, "high": 0.0}
+    noise = {"num_records": 5, "num_changed_answers": {"base": 2, "tuned": 1}, "shift": shift}
+    evaluation["noise"] = {**noise, "chance": 0.1, "noise": 0.1} if names else None
+    evaluation["length_ratio"] = {"mean": 1.0, "low": 0.9, "high": 1.2} if names else None
     evaluation["gate"] = gate.judge(base, evaluation, params["evaluation"]["gate"])
     _json(reports / "evaluation.json", evaluation)
     rows = [(k, m, names[0], s) for k in KINDS for m, s in (("base", 0), ("tuned", 0.5)) if names]
