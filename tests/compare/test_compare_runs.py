@@ -130,7 +130,7 @@ def test_the_list_has_the_first_run_that_no_commit_has(
     lines = capsys.readouterr().out.splitlines()
     rows = {line.split()[0]: line.split() for line in lines[-8:] if line and line[0].isalpha()}
     assert rows["train-first"] == [
-        *("train-first", "64", "50.0", "%", "+20.0", "(0.0", "to", "50.0)", "0.5", "50"),
+        *("train-first", "64", "50.0", "%", "+20.0", "(0.0", "to", "70.0)", "0.5", "50"),
     ]
     assert rows["wide"][-1] == "90"  # seconds: MLflow's
     assert [line.split()[0] for line in lines if "train-first" in line or "wide" in line] == [

@@ -133,7 +133,7 @@ MUTATIONS = (
         name="loss_not_weighted_by_tokens",
         file="capas/training/objective.py",
         old='return {"loss": float(loss / count),',
-        new='rows = prediction.predictions\n    return {"loss": float((rows[:, 0] / rows[:, 2]).mean()),',
+        new='rows = prediction.predictions\n        return {"loss": float((rows[:, 0] / rows[:, 2]).mean()),',
         harm="Short answers count as much as long ones, and another checkpoint is the best one.",
         tests=(
             "tests/training/test_train.py::test_validation_loss_is_the_mean_over_supervised_tokens",
