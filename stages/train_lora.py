@@ -46,7 +46,7 @@ FORMATTED, QUANTIZED, TOKENIZER = "data/formatted", "data/models/quantized", "da
 
 @dataclass(frozen=True)
 class Data:
-    """What the training minimises, and the examples of both splits.
+    """The objective of the training, and the examples of both splits.
 
     `rows` make the batches: packed rows, or the training examples.
     """

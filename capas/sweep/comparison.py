@@ -30,7 +30,7 @@ Array = NDArray[np.float64]
 
 @dataclass(frozen=True)
 class Comparison:
-    """What the trials show of settings; all differences are positive where more is better.
+    """The result of comparing settings; a difference is positive where more is better.
 
     Attributes:
         may_be_best: for each setting, whether none of the others is shown to be better.
