@@ -1,4 +1,4 @@
-"""Define what a training minimises: how records become batches, how an output is scored, what the curve shows.
+"""Define what a training minimises: how records become batches and outputs are scored; the curve's columns.
 
 `AnswerTokens` is the only one so far. One for preferences would read pairs of answers and score margins.
 """
