@@ -124,7 +124,9 @@ class CodeReader:
         if name not in self._found:
             source = self._source(name)
             modules = {module: self._files_of(module) for module in source.imports}
-            if missing := [m for m, files in modules.items() if not files and _is_own(m)]:
+            here = (self._root / PACKAGE).is_dir()  # the package may be installed elsewhere
+            missing = [m for m, files in modules.items() if here and not files and _is_own(m)]
+            if missing:
                 raise CapasError(
                     f"{name} imports {missing[0]}, which does not exist. If git does not have the file "
                     "yet: a copy of the repository, as for `dvc exp run --temp`, holds what git has, so run "

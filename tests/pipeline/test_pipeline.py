@@ -125,7 +125,9 @@ def test_a_comment_reruns_compose_alone(workspace: Workspace) -> None:
 
 
 def test_an_edit_of_the_trainer_makes_train_due_and_nothing_before_it(workspace: Workspace) -> None:
-    workspace.edit("capas/training/trainer.py", "\n\n\ndef ", "\n\n\nadded = 1\n\n\ndef ")
+    workspace.edit(
+        "capas/training/trainer.py", "\n\n\nclass Trainer(", "\n\n\nadded = 1\n\n\nclass Trainer("
+    )
     said = workspace.run(sys.executable, "-m", "capas.workspace.due")
     assert "  train            capas/training/trainer.py\n" in said
     assert set(re.findall(r"^  (\w+) ", said, re.MULTILINE)) == {
