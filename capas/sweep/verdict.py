@@ -81,7 +81,8 @@ def _against_default(rows: Sequence[Row], found: "Comparison", objective: str) -
             f"{found.least_gain:.3g}."
         )
     else:
+        shown = "is better" if found.gain is None else "is shown to be better"
         yield (
-            "No setting is shown to be better than the default. A gain of "
+            f"No setting {shown} than the default. A gain of "
             f"{found.detectable:.3g} in {objective} would have been shown in 80% of such sweeps."
         )
