@@ -65,9 +65,8 @@ def _single_trials(rows: Sequence[Row], settings: dict[str, Any]) -> Iterator[st
 def _winner(rows: Sequence[Row], found: "Comparison", confidence: float) -> str:
     share = f"{confidence:.0%}"
     if found.is_best:
-        return (
-            f"The first is better than every other setting ({share} confidence for all together)."
-        )
+        name = "The first, the default," if rows[0].is_default else "The first"
+        return f"{name} is better than every other setting ({share} confidence for all together)."
     tied = 1 + sum(row.tied for row in rows)
     return f"{tied} settings may be the best (=1): at {share} confidence these trials do not separate them."
 
