@@ -144,6 +144,8 @@ def test_the_page_shows_every_check_of_the_gate(
     assert headline in page
     rows = rows_of(page)
     assert ["Answers that ended with an end token", *row] in rows
+    is_open = '<details class="more" open>\n<summary>All checks, each with' in page
+    assert is_open == ("does not pass" in headline)
     gain = "Gain: Exact match, lower end of the interval"
     assert [gain, "+30.0 points", "more than 0", "passed"] in rows
 
