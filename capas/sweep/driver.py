@@ -203,6 +203,9 @@ def launch(plan: Plan, task: Task, multirun: bool) -> str:
         CapasError: it could not start, for example because an override is invalid.
     """
     os.environ |= {VARIABLE: str(plan.folder), DRIVER: str(os.getpid()), AT_ONCE: str(task.at_once)}
+    # joblib's tracker of semaphores, a process, would warn of those of killed workers after the last word.
+    warnings = (os.environ.get("PYTHONWARNINGS"), "ignore:resource_tracker:UserWarning")
+    os.environ["PYTHONWARNINGS"] = ",".join(filter(None, warnings))
     starts, known = Counter[str](), 0
     while True:
         stderr, code = _launch(plan, task.words, multirun)
