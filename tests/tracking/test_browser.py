@@ -147,14 +147,25 @@ def sweeps_page(swept: Workspace, address: str) -> str:
     return pages.runs(view="")
 
 
+def unfolded(page: "Page") -> "Locator":
+    """The sweep's row, with its children below it; MLflow keeps a row unfolded that was so before."""
+    parent = row(page, "sweep experiment=quick")
+    parent.wait_for()
+    page.wait_for_timeout(3_000)
+    child = page.get_by_role("link", name=f"learning_rate={RATES[0]}-")
+    if not child.count():
+        parent.get_by_role("button").first.click()
+    child.first.wait_for()
+    return parent
+
+
 def test_a_sweep_is_a_parent_with_a_child_for_each_point(
     page: "Page", swept: Workspace, address: str
 ) -> None:
     from playwright.sync_api import expect
 
     page.goto(sweeps_page(swept, address))
-    parent = row(page, "sweep experiment=quick")
-    parent.get_by_role("button").first.click()  # its children are folded below it
+    parent = unfolded(page)
     for rate in RATES:
         row(page, f"learning_rate={rate}-").get_by_role("checkbox").first.check()
     parent.get_by_role("checkbox").first.check()
@@ -165,7 +176,7 @@ def test_a_sweep_is_a_parent_with_a_child_for_each_point(
 
 def test_a_child_leads_to_its_training(page: "Page", swept: Workspace, address: str) -> None:
     page.goto(sweeps_page(swept, address))
-    row(page, "sweep experiment=quick").get_by_role("button").first.click()
+    unfolded(page)
     page.get_by_role("link", name=f"learning_rate={RATES[0]}-").click()
     with page.expect_popup() as opened:
         page.get_by_role("link", name=f"learning_rate={RATES[0]}-").click()
