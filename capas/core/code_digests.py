@@ -14,6 +14,7 @@ parts that change no byte of a result and so need no rerun:
 import ast
 import hashlib
 import json
+import os
 import re
 import sys
 from collections.abc import Iterable, Iterator, Mapping
@@ -68,6 +69,7 @@ class CodeReader:
         self._cache = self._read_cache()
         self._known: dict[str, _Source] = {}
         self._found: dict[str, list[str]] = {}
+        self._files: dict[str, list[str]] = {}
         self._added = False
 
     def files(self, script: str) -> dict[str, str]:
@@ -141,6 +143,11 @@ class CodeReader:
 
         Scripts can import what lies beside them, in stages/.
         """
+        if dotted not in self._files:
+            self._files[dotted] = self._found_files(dotted)
+        return self._files[dotted]
+
+    def _found_files(self, dotted: str) -> list[str]:
         parts = dotted.split(".") if _is_own(dotted) else [STAGES, *dotted.split(".")]
         found: list[str] = []
         for end in range(1 if _is_own(dotted) else 2, len(parts) + 1):
@@ -312,8 +319,7 @@ def check_loaded(spec: StageSpec, root: Path, reader: CodeReader) -> None:
     script = root / script_of(spec)
     if not _is_declared(spec) or main is None or Path(main).resolve() != script.resolve():
         return
-    files = (getattr(module, "__file__", None) for module in list(sys.modules.values()))
-    loaded = {found for file in files if file and (found := _below(root, file))}
+    loaded = _loaded(root)
     loaded -= {
         name for name in loaded for dep in spec.deps if PurePosixPath(name).is_relative_to(dep)
     }
@@ -324,14 +330,21 @@ def check_loaded(spec: StageSpec, root: Path, reader: CodeReader) -> None:
         )
 
 
-def _below(root: Path, file: str) -> str | None:
-    """Return the path of a module in the repository, None if it is not the repository's: `.venv`, say."""
-    path = Path(file).resolve()  # torch has modules whose file is a name alone
-    if not path.is_relative_to(root.resolve()) or not path.is_file() or path.suffix != ".py":
-        return None
-    relative = path.relative_to(root.resolve())
-    installed = any(part.startswith(".") or part == "site-packages" for part in relative.parts)
-    return None if installed else relative.as_posix()
+def _loaded(root: Path) -> set[str]:
+    """Return the modules of the repository that this process has loaded; not those in `.venv`, say."""
+    home, real, found = os.path.realpath(root), cache(os.path.realpath), set()
+    for module in list(sys.modules.values()):
+        folder, name = os.path.split(getattr(module, "__file__", None) or os.devnull)
+        if name.endswith(".py") and real(folder).startswith(home):
+            path = Path(real(folder), name)
+            # torch has modules whose file is a name alone
+            if path.is_relative_to(home) and path.is_file():
+                found.add(path.relative_to(home))
+    return {path.as_posix() for path in found if not _is_installed(path)}
+
+
+def _is_installed(path: Path) -> bool:
+    return any(part.startswith(".") or part == "site-packages" for part in path.parts)
 
 
 def _is_declared(spec: StageSpec) -> bool:
