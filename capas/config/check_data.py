@@ -28,6 +28,7 @@ from typing import Any
 from capas.config import cost
 from capas.config.composition import CONF, Values, composer, word_given
 from capas.config.dataset_option import Option, changed, proposed
+from capas.config.hydra_overrides import key_of
 from capas.config.preflight import composed_here
 from capas.config.validation import validate
 from capas.core.errors import CapasError
@@ -226,7 +227,7 @@ def _check_of_dataset(overrides: list[str]) -> None:
         CapasError: one sets something else.
     """
     for override in overrides:
-        key = override.lstrip("+~").partition("=")[0]
+        key = key_of(override)
         if not key.startswith("dataset.") or key.split(".")[1] in _OF_THE_FILE:
             raise CapasError(
                 f"{override}: with FILE, only keys that say how it is read can be set: "

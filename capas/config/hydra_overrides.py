@@ -149,7 +149,7 @@ def _sort_out(
 def _located(problem: Problem, varied: Sequence[str]) -> Problem:
     """Add the combination to a problem's message, if the problem's keys do not show it."""
     head = problem.message.partition(": ")[0]
-    if not varied or any(f"{_key(text)}=" in head for text in varied):
+    if not varied or any(f"{key_of(text)}=" in head for text in varied):
         return problem
     return replace(problem, message=f"{problem.message} (with {' '.join(varied)})")
 
@@ -327,7 +327,7 @@ def _doubts(wrong: Sequence[str], good: Sequence[Any]) -> Callable[[str], bool]:
 
     This is the case if a wrong override was left out that could have set it.
     """
-    keys = [_key(text) for text in wrong]
+    keys = [key_of(text) for text in wrong]
     by_key = all("." in key and _first(key) in GROUPS for key in keys)
     # a wrong option may have selected options of any other group
     unsure = {_first(key) for key in keys} if by_key else {*GROUPS, "seed"}
@@ -421,7 +421,7 @@ def _check_point(
     texts: tuple[str, ...], conf: Path, composer: Composer, is_doubtful: Callable[[str], bool]
 ) -> tuple[Values, list[Problem]]:
     """Return the values of a combination, and what is wrong with it."""
-    options = tuple(text for text in texts if is_group(_key(text), conf))
+    options = tuple(text for text in texts if is_group(key_of(text), conf))
     try:
         config = composer.options(options)
     except failures() as error:
@@ -450,12 +450,12 @@ def _check_point(
 
 
 def _problem(text: str, message: str) -> Problem:
-    return Problem(_key(text), text.partition("=")[2], message)
+    return Problem(key_of(text), text.partition("=")[2], message)
 
 
 def _refusal(text: str, error: Exception) -> str:
     """Return why an override cannot be applied to the composed configuration."""
-    key = _key(text)
+    key = key_of(text)
     if text.startswith("+") and not text.startswith("++"):
         return f"{text}: conf/ has {key} already; write {text[1:]}"
     if text.startswith("~"):
@@ -493,7 +493,8 @@ def _lacking_here(
     return [problem for problem in found if problem not in always]
 
 
-def _key(text: str) -> str:
+def key_of(text: str) -> str:
+    """Return the key of an override, without Hydra's signs + and ~."""
     return text.partition("=")[0].lstrip("+~")
 
 

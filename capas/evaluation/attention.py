@@ -12,6 +12,7 @@ from typing import Any
 import torch
 
 from capas.core.errors import CapasError
+from capas.models.coverage import unwrapped
 
 IMPLEMENTATIONS = ("eager", "sdpa")
 # The memory of eager attention grows with the square of the tokens.
@@ -62,11 +63,6 @@ def compare(model: Any, sequences: Sequence[list[int]]) -> Comparison:
         "num_same_next_token": sum(int((a.argmax(-1) == b.argmax(-1)).sum()) for a, b in pairs),
     }
     return Comparison(facts, {"eager": eager_seconds, "sdpa": sdpa_seconds})
-
-
-def unwrapped(model: Any) -> Any:
-    """Return the model of transformers in PEFT's wrapper."""
-    return model.get_base_model() if hasattr(model, "get_base_model") else model
 
 
 def _computed_by(

@@ -22,6 +22,7 @@ from transformers import (
 
 from capas.core.errors import CapasError
 from capas.core.progress import doing
+from capas.models.coverage import unwrapped
 
 log = logging.getLogger("capas")
 # transformers' own defaults include a top_k of 50
@@ -157,7 +158,7 @@ def pad_left(prompts: list[list[int]], pad_token_id: int) -> tuple[torch.Tensor,
 
 def _forget_defaults(model: PreTrainedModel) -> None:
     """Drop the model's generation_config.json: `generate` takes missing keys from it, e.g. a top_k of 20."""
-    for owner in {model, getattr(model, "get_base_model", lambda: model)()}:
+    for owner in {model, unwrapped(model)}:
         owner.generation_config = GenerationConfig()
 
 

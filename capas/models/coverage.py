@@ -17,6 +17,11 @@ if TYPE_CHECKING:
 _ROUTED = re.compile(r"(Experts|MoE|Moe|(MoE|Moe|MOE)(Block|Layer))$")
 
 
+def unwrapped(model: Any) -> Any:
+    """Return the model of transformers in PEFT's wrapper."""
+    return model.get_base_model() if hasattr(model, "get_base_model") else model
+
+
 def linear_layers(model: "nn.Module") -> "dict[str, nn.Module]":
     """Return {name: module} of the linear layers, which LoRA can adapt; GPT-2's are called Conv1D."""
     from torch import nn

@@ -11,6 +11,7 @@ import math
 from collections.abc import Iterable
 from typing import NamedTuple
 
+from capas.config.hydra_overrides import key_of
 from capas.sweep.plan import Plan
 from capas.sweep.state import CACHED, DONE, FAILED, State
 from capas.tracking.client import Point, Run
@@ -90,8 +91,9 @@ def params_of(overrides: Iterable[str]) -> dict[str, str]:
     """
     found = {}
     for override in overrides:
-        key, _, value = override.lstrip("+~").partition("=")
-        found[key if "." in key or key == "seed" else f"{key}.preset"] = value
+        key = key_of(override)
+        name = key if "." in key or key == "seed" else f"{key}.preset"
+        found[name] = override.partition("=")[2]
     return clipped(found)
 
 

@@ -18,6 +18,7 @@ from typing import Any
 
 from capas.compare.outputs import Outputs
 from capas.config.duration import LOADING
+from capas.config.hydra_overrides import key_of
 from capas.config.problems import Problem
 from capas.core import dag, links
 from capas.core.errors import CapasError, exit_on_user_error
@@ -66,7 +67,7 @@ def problems(
 
 
 def _is_template(word: str) -> bool:
-    key = word.lstrip("+~").partition("=")[0]
+    key = key_of(word)
     return key == _GROUP or key.startswith(f"{_GROUP}.")
 
 
@@ -99,10 +100,10 @@ def read_kept(plan: Plan, names: Sequence[str]) -> list[Cell] | None:
         return None
     facts = read_json(file)
     cells: list[Cell] = facts["cells"]
-    return cells if facts["key"] == key_of(plan, names) else None
+    return cells if facts["key"] == table_key(plan, names) else None
 
 
-def key_of(plan: Plan, names: Sequence[str]) -> str:
+def table_key(plan: Plan, names: Sequence[str]) -> str:
     """Return a digest of everything that decides the table."""
     outs = [Outputs(plan.home, plan.recorded(name)).md5 for name in sorted(names)]
     return digest([{path: of.get(path) for path in (*_FOLDERS, *_FILES)} for of in outs])
@@ -115,7 +116,7 @@ def compute(plan: Plan) -> None:
         models = [Model(plan, name, Path(folder) / name) for name in sorted(names)]
         models.sort(key=lambda model: model.template)
         cells = list(_cells(models))
-    facts = {"key": key_of(plan, names), "cells": cells}
+    facts = {"key": table_key(plan, names), "cells": cells}
     partial_file = plan.folder / f".{KEPT}.partial"
     write_json(partial_file, facts)
     partial_file.replace(plan.folder / KEPT)

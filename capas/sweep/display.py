@@ -16,7 +16,7 @@ from rich.live import Live
 from rich.table import Table
 from rich.text import Text
 
-from capas.sweep.names import distinct, key_of, name_of, short_keys
+from capas.sweep.names import distinct, name_of, short_keys
 from capas.sweep.ranking import Row
 from capas.sweep.state import CACHED, DONE, ENDED, FAILED, RUNNING, WAITING, State, read_states
 from capas.sweep.verdict import verdict
@@ -197,8 +197,7 @@ def print_ranking(
         cells = [f"{mark}{row.rank or '–'}", shown]
         cells += [] if single else [str(len(row.states))]
         cells += [number(row.column(name)) for name in columns]
-        values = {key_of(word): word.partition("=")[2] for word in row.overrides}
-        table.add_row(*cells, *(Text(values.get(key, "")) for key in headings), Text(row.name))
+        table.add_row(*cells, *(Text(row.value(key)) for key in headings), Text(row.name))
     console.print(table)
     for words in filter(None, [verdict(rows, settings), *lesson]):
         console.print(Text(words))

@@ -275,10 +275,13 @@ def show(home: Path) -> None:
 
 def _status_now(plan: Plan, state: State) -> str:
     """Return a trial's status, or `stopped` if no process of its sweep, or of its own, is left."""
-    locks = (f"sweep-{plan.key}", f"point-{state.identity}")
-    if state.status in ENDED or any(is_held(plan.lock(name)) for name in locks):
-        return state.status
-    return STOPPED
+    return state.status if state.status in ENDED or _is_held(plan, [state]) else STOPPED
+
+
+def _is_held(plan: Plan, states: Sequence[State]) -> bool:
+    """Return whether the sweep or a trial is running: a cluster's jobs go on after the sweep has ended."""
+    locks = [f"sweep-{plan.key}", *(f"point-{state.identity}" for state in states)]
+    return any(is_held(plan.lock(name)) for name in locks)
 
 
 def clean(home: Path) -> None:
@@ -286,9 +289,7 @@ def clean(home: Path) -> None:
     freed, running = 0, 0
     for plan in list(_plans(home)):
         states = read_states(plan.points)
-        # Jobs of a cluster continue after the sweep that submitted them has ended.
-        locks = [f"sweep-{plan.key}", *(f"point-{state.identity}" for state in states)]
-        if any(is_held(plan.lock(name)) for name in locks):
+        if _is_held(plan, states):
             running += 1
             continue
         left = [plan.folder, *(plan.work(state.name) for state in states)]

@@ -5,7 +5,7 @@ from collections import Counter
 from collections.abc import Collection, Iterable, Sequence
 from pathlib import Path
 
-from capas.config.hydra_overrides import choices_of
+from capas.config.hydra_overrides import choices_of, key_of
 
 _NOT_IN_A_NAME = re.compile(r"[^A-Za-z0-9.=_-]+")
 _EXPONENT = re.compile(r"[eE]\+?(-?)0*(\d)")
@@ -23,11 +23,6 @@ def swept_values(words: Iterable[str], conf: Path) -> dict[str, tuple[str, ...]]
         if len(values) > 1:
             found[key_of(word)] = values
     return found
-
-
-def key_of(override: str) -> str:
-    """Return the key of an override, without Hydra's signs + and ~."""
-    return override.partition("=")[0].lstrip("+~")
 
 
 def name_of(overrides: Sequence[str], identity: str, swept: Collection[str] = ()) -> str:

@@ -6,6 +6,7 @@ from collections.abc import Collection, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
+from capas.config.hydra_overrides import key_of
 from capas.sweep.state import CACHED, DONE, State
 
 if TYPE_CHECKING:
@@ -54,6 +55,11 @@ class Row:
     def name(self) -> str:
         """The experiment to adopt: the first replicate, not the best one."""
         return self.states[0].name
+
+    def value(self, key: str) -> str:
+        """Return the value of an overridden key as given, an empty text if there is none."""
+        found = (word.partition("=")[2] for word in self.overrides if key_of(word) == key)
+        return next(found, "")
 
     def column(self, metric: str) -> float | None:
         """Return the mean of another metric; None if a trial does not have it."""

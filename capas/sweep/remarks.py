@@ -7,7 +7,6 @@ from typing import Annotated, Any
 from pydantic import TypeAdapter, ValidationError
 
 from capas.config.schema import GROUPS
-from capas.sweep.names import key_of
 from capas.sweep.objective import is_on_test_split, test_split_reminder
 from capas.sweep.ranking import Row
 
@@ -30,18 +29,14 @@ def _edges(rows: Sequence[Row], settings: Mapping[str, Any], swept: Swept) -> It
         if key in settings["replicates"] or key.endswith("seed"):
             continue
         grid = {number for text in texts if (number := _number(text)) is not None}
-        best = {_number(_value(row, key)) for row in rows if row.mean == rows[0].mean}
+        best = {_number(row.value(key)) for row in rows if row.mean == rows[0].mean}
         if len(grid) < len(set(texts)) or len(grid) < 2 or len(best) > 1:
             continue
-        shown, number = f"{key}={_value(rows[0], key)}", best.pop()
+        shown, number = f"{key}={rows[0].value(key)}", best.pop()
         if number == max(grid) and _is_valid(key, 1.1 * number):
             yield f"{shown} is the largest value tried: try larger ones."
         elif number == min(grid) and number > 0 and _is_valid(key, 0.9 * number):
             yield f"{shown} is the smallest value tried: try smaller ones."
-
-
-def _value(row: Row, key: str) -> str:
-    return next((word.partition("=")[2] for word in row.overrides if key_of(word) == key), "")
 
 
 def _number(text: str) -> float | None:

@@ -11,7 +11,7 @@ from pydantic import Field, ValidationError
 
 from capas.config import options
 from capas.config.composition import CONF, failures, is_group, reasons, to_values, with_new_keys
-from capas.config.hydra_overrides import Composer, Point, check_points, choices_of
+from capas.config.hydra_overrides import Composer, Point, check_points, choices_of, key_of
 from capas.config.problems import Problem, refused
 from capas.config.schema import GROUPS, Group
 from capas.config.validation import explain, nearest
@@ -19,7 +19,7 @@ from capas.core.dag import StageSpec
 from capas.core.errors import CapasError
 from capas.core.params import flatten
 from capas.sweep import crossing
-from capas.sweep.names import key_of, swept_values
+from capas.sweep.names import swept_values
 from capas.sweep.objective import (
     AUTO,
     Direction,

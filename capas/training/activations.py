@@ -24,7 +24,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 from capas.core.params import Params
-from capas.models.coverage import quantizable
+from capas.models.coverage import quantizable, unwrapped
 from capas.training import malloc_heap
 
 _FEW, _MORE = 2, 6  # numbers of layers to trace; a model with more layers is extrapolated from both
@@ -119,7 +119,7 @@ def _fused_loss(model: Any, phase: Phase, ids: torch.Tensor, mask: dict[str, Any
 
     They are the gradient of the hidden states, and the logits of one chunk of tokens.
     """
-    base = getattr(model, "get_base_model", lambda: model)()
+    base = unwrapped(model)
     with torch.autocast("cpu", torch.bfloat16, enabled=phase.mixed_precision):
         hidden = base.get_decoder()(input_ids=ids, **mask, use_cache=False).last_hidden_state
     vocabulary, size = base.get_output_embeddings().weight.shape

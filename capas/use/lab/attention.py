@@ -20,7 +20,8 @@ def run(root: Path, count: int, language: Language) -> Iterator[str]:
     logits, answers = {}, {}
     seconds: dict[str, float] = {}
     with questions(root, count) as test, test.served() as served:
-        from capas.evaluation.attention import IMPLEMENTATIONS, switched, unwrapped
+        from capas.evaluation.attention import IMPLEMENTATIONS, switched
+        from capas.models.coverage import unwrapped
 
         model = unwrapped(served.model)
         for _ in range(ROUNDS):
