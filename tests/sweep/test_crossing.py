@@ -171,7 +171,7 @@ def test_the_table_of_the_same_models_is_kept_and_that_of_others_is_not(
     lock["evaluate"] = {"params": {"params.yaml": {"evaluation": {"metrics": ["own/x.py:kind"]}}}}  # type: ignore[dict-item]
     monkeypatch.setattr(Plan, "recorded", lambda *_: lock)
     monkeypatch.setattr(crossing.subprocess, "run", lambda *_, **__: SimpleNamespace(returncode=1))
-    facts = {"key": crossing.key_of(plan, ["a", "b"]), "cells": cells()}
+    facts = {"key": crossing.table_key(plan, ["a", "b"]), "cells": cells()}
     (plan.folder / crossing.KEPT).write_text(json.dumps(facts))
     found = crossing.cross([row("a"), row("b")], plan)
     assert (found.cells, found.metric) == (cells(), "kind")
