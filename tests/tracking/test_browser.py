@@ -181,7 +181,9 @@ def test_a_child_leads_to_its_training(page: "Page", swept: Workspace, address: 
     with page.expect_popup() as opened:
         page.get_by_role("link", name=f"learning_rate={RATES[0]}-").click()
     opened.value.get_by_role("tab", name="Artifacts").click()
-    opened.value.get_by_text("samples.json", exact=True).wait_for()
+    samples = opened.value.get_by_text("samples.json", exact=True)
+    samples.wait_for()
+    assert samples.is_visible()
     opened.value.close()
 
 
