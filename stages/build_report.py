@@ -187,6 +187,8 @@ def draw(facts: dict[str, Any], specs: dict[str, StageSpec], language: Language)
         figures["kinds"] = plots.shares(kinds, words, percent)
     if distances:
         figures["distances"] = plots.shares(distances, words, percent)
+    if scores["labels"]:
+        figures["calibration"] = plots.calibration(scores["labels"]["curves"], words, percent)
     if facts["answer_losses"]:
         figures["answer_loss"] = plots.answer_loss(facts["answer_losses"], words, number)
     if facts["levels"]:

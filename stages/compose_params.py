@@ -43,6 +43,7 @@ from capas.config.composition import (
 from capas.config.environment import ENVIRONMENT, LOCK, environment
 from capas.config.hydra_overrides import check
 from capas.config.json_schema import group_schema
+from capas.config.label_check import check_answers
 from capas.config.kept_overrides import difference, in_force
 from capas.config.pins import REVISIONS, Pins
 from capas.config.problems import refused
@@ -101,6 +102,7 @@ def main(options: argparse.Namespace) -> None:
     if came_from_outside(target, pins, options):
         target = adopt(read(PARAMS)[0], pins, options.keep)
     validate(target, word)
+    check_answers(target)
     target = pins.resolve(target)
     outputs = {REVISIONS: pins.dump()} if pins.changed else {}
     files = resolved_files(target)

@@ -6,6 +6,7 @@
 Reads   data/formatted (test), data/models/quantized, data/models/tokenizer, data/composed/metrics.json;
         base: data/models/base, data/raw and data/formatted (train), for the answers to copy;
         tuned: data/models/adapter, data/general, data/composed/harness.json and the outputs of base
+        evaluation=labels: the answers of data/formatted (train), which are the labels
 Writes  base: reports/evaluation_base.json, reports/predictions_{base,nearest}.parquet
         tuned: reports/evaluation.json, reports/predictions.parquet, reports/before_after.csv
 Params  evaluation (base: the keys that score one model), hardware, model.attn_implementation,
@@ -29,7 +30,10 @@ from capas.evaluation import gate, harness, noise
 from capas.evaluation.copying import copy_nearest
 from capas.evaluation.difference import compare, difference, gains, in_words
 from capas.evaluation.general import format_questions
-from capas.evaluation.names import headline
+from capas.evaluation.held_out import HeldOut
+from capas.evaluation.label_metrics import compare_labels, label_baselines
+from capas.evaluation.label_scores import Candidates
+from capas.evaluation.names import compares_labels, headline
 from capas.evaluation.nearest import distance_group
 from capas.evaluation.predictions import (
     Row,
@@ -38,8 +42,7 @@ from capas.evaluation.predictions import (
     read_base,
     read_copies,
 )
-from capas.evaluation.prompts import answer_limit
-from capas.evaluation.score_model import answer, ask, score
+from capas.evaluation.score_model import ask, score
 from capas.evaluation.scorer import Scorer
 from capas.evaluation.summary import before_after, side_by_side, summarize, summarize_copies
 from capas.models import hardware
@@ -72,56 +75,61 @@ def main(which: Literal["base", "tuned"], params: Params, stage: Stage) -> None:
     from capas.models.loading import TunedModel, load_model, quantization_method
 
     scorer = Scorer(params.evaluation.metrics, stage.dep("data/composed/metrics.json"))
-    records = read_test_records(params, scorer, stage)
+    held_out = read_test_records(params, scorer, stage)
     load_base = partial(load_model, stage.dep(QUANTIZED), params.model, device)
     if which == "base":
         model = load_base()
-        scored = evaluate(which, model, records, scorer, params, stage)
+        scored = evaluate(which, model, held_out, params, stage)
         is_quantized = quantization_method(model) != "none"
         del model  # one model in memory at a time
+        records = held_out.records
         full = score_unquantized(records, params, device, stage) if is_quantized else scored.facts
-        report_base(scored, full, stage)
+        report_base(scored, full, held_out, stage)
     else:
         tuned = TunedModel(stage.dep(ADAPTER), params.model, device, load_base)
-        scored = evaluate(which, tuned.model, records, scorer, params, stage)
-        report_difference(tuned, scored, records, scorer, params, stage)
+        scored = evaluate(which, tuned.model, held_out, params, stage)
+        report_difference(tuned, scored, held_out, params, stage)
 
 
-def read_test_records(params: Params, scorer: Scorer, stage: Stage) -> list[Row]:
+def read_test_records(params: Params, scorer: Scorer, stage: Stage) -> HeldOut:
     """Read the formatted test split, at most evaluation.max_records of it, and check it.
 
     Raises:
         CapasError: the model has no embedding row for a token, a prompt is not the beginning of its record,
-            or a metric cannot score the records.
+            a metric cannot score the records, or an answer is none of the labels.
     """
     records = list(read_records(stage.dep(DATA) / "test.parquet", FORMATTED))
     if params.evaluation.max_records is not None:
         records = evenly_spaced(records, params.evaluation.max_records)
-    ids = (record[name] for record in records for name in ("input_ids", "prompt_ids"))
-    others = (read_chat(stage.dep(DATA))["pad_token_id"],)
-    check_ids(ids, others, stage.dep(QUANTIZED), stage.dep(TOKENIZER))
-    return ask(records, scorer, load_tokenizer(stage.dep(TOKENIZER))) if scorer.names else records
+    chat, tokenizer = read_chat(stage.dep(DATA)), load_tokenizer(stage.dep(TOKENIZER))
+    ids = [record[name] for record in records for name in ("input_ids", "prompt_ids")]
+    candidates = None
+    if compares_labels(scorer.names):
+        folders = stage.dep(DATA), stage.dep(TOKENIZER)
+        candidates = Candidates.read(records, params.evaluation.labels, *folders)
+        log.info("%d labels, from %s", len(candidates.endings), candidates.labels.origin)
+        ids += [ending for ending, _ in candidates.endings]
+    check_ids(ids, (chat["pad_token_id"],), stage.dep(QUANTIZED), stage.dep(TOKENIZER))
+    if scorer.names:
+        records = ask(records, scorer, tokenizer)
+    return HeldOut(records, scorer, candidates, chat, tokenizer, params.evaluation.max_new_tokens)
 
 
-def evaluate(
-    which: str, model: Any, records: list[Row], scorer: Scorer, params: Params, stage: Stage
-) -> Scored:
-    """Score a model's loss and greedy answers, and add the copied answers."""
-    chat, batch_size = read_chat(stage.dep(DATA)), params.evaluation.batch_size
-    rows = score(model, records, chat, batch_size)
-    limit = answer_limit(records, params.evaluation.max_new_tokens) if scorer.names else None
-    if limit is not None:
-        tokenizer = load_tokenizer(stage.dep(TOKENIZER))
-        rows = answer(model, rows, records, scorer, limit, chat, tokenizer, batch_size)
+def evaluate(which: str, model: Any, held_out: HeldOut, params: Params, stage: Stage) -> Scored:
+    """Score a model's loss and its answers, and add the copied answers."""
+    records, names = held_out.records, held_out.scorer.names
+    batch_size = params.evaluation.batch_size
+    rows = score(model, records, held_out.chat, batch_size)
+    rows = held_out.answered(model, rows, batch_size)
     if which == "base":
-        copies = copy_nearest(records, scorer, stage.dep(DATA), stage.dep(RAW))
+        copies = copy_nearest(records, held_out.scorer, stage.dep(DATA), stage.dep(RAW))
     else:
         copies = read_copies(stage.dep(NEAREST))
     distances = {row["id"]: distance_group(row["similarity"]) for row in copies}
-    facts = {**summarize(rows, scorer.names, distances), "max_new_tokens": limit}
-    shown = {name: facts[name] for name in ("loss", *scorer.names)}
+    facts = held_out.summary(rows, distances)
+    shown = {name: facts[name] for name in ("loss", *names)}
     log.info("%s: %s", which, ", ".join(f"{name} {value:.4f}" for name, value in shown.items()))
-    return Scored(rows, copies, facts, scorer.names, distances)
+    return Scored(rows, copies, facts, names, distances)
 
 
 def score_unquantized(
@@ -137,7 +145,9 @@ def score_unquantized(
     return summarize(rows, [])
 
 
-def report_base(scored: Scored, full: dict[str, Any] | None, stage: Stage) -> None:
+def report_base(
+    scored: Scored, full: dict[str, Any] | None, held_out: HeldOut, stage: Stage
+) -> None:
     """Write the scores of the base, and those of copying the nearest training answer."""
     names = scored.names
     facts = {
@@ -145,6 +155,8 @@ def report_base(scored: Scored, full: dict[str, Any] | None, stage: Stage) -> No
         "nearest": summarize_copies(scored.copies, names, scored.distances),
         "full_precision": full and {name: full[name] for name in ("loss", "perplexity")},
     }
+    if held_out.candidates is not None:
+        facts = label_baselines(facts, scored.copies, held_out.candidates.labels)
     write_json(stage.out("reports/evaluation_base.json"), facts)
     # Under a key of their own, so that `dvc exp show` calls the tuned model's `loss` and not FILE:loss.
     write_json(stage.out("reports/metrics/base.json"), {"base": side_by_side(facts, names)})
@@ -154,18 +166,15 @@ def report_base(scored: Scored, full: dict[str, Any] | None, stage: Stage) -> No
 
 
 def report_difference(
-    tuned: "TunedModel",
-    scored: Scored,
-    records: list[Row],
-    scorer: Scorer,
-    params: Params,
-    stage: Stage,
+    tuned: "TunedModel", scored: Scored, held_out: HeldOut, params: Params, stage: Stage
 ) -> None:
     """Write what the tuned model gained over the base, what it forgot, and the verdict of the gate."""
     rows, facts, names = scored.rows, scored.facts, scored.names
     before = read_base(stage.dep("reports/predictions_base.parquet"), names)
     base = read_json(stage.dep("reports/evaluation_base.json"))
     report = compare(before, rows, facts, names, params)
+    if held_out.candidates is not None:
+        report = compare_labels(report, before, rows, base, params)
     report["difference_to_nearest"] = {
         name: difference(scored.copies, rows, name, params) for name in names if scored.copies
     }
@@ -173,39 +182,32 @@ def report_difference(
     if params.evaluation.harness.tasks:
         report["harness"] = ask_harness(tuned, params, stage)
     if names and params.evaluation.noise_records is not None:
-        answers = {"base": before, "tuned": rows}
-        report["noise"] = decode_alone(tuned, answers, records, scorer, facts, params, stage)
+        report["noise"] = answer_alone(tuned, {"base": before, "tuned": rows}, held_out, params)
     report["gate"] = gate.judge(base, report, params.evaluation.gate)
     log_report(report)
     write_json(stage.out("reports/evaluation.json"), report)
     flat = side_by_side(facts, names) | gains(report)
     write_json(stage.out("reports/metrics/tuned.json"), flat)
     write_records(stage.out("reports/predictions.parquet"), predictions_schema(names), rows)
-    models = {"base": base, "nearest": base["nearest"], "tuned": facts}
+    models = {name: base.get(name) for name in ("nearest", "majority")}
+    models = {"base": base, **models, "tuned": facts}
     bars = before_after({k: v for k, v in models.items() if v}, headline(names))
     columns = ("kind", "model", "bar", "metric", "score")
     write_csv(stage.out("reports/before_after.csv"), columns, bars)
 
 
-def decode_alone(
-    tuned: "TunedModel",
-    answers: dict[str, list[Row]],
-    records: list[Row],
-    scorer: Scorer,
-    facts: dict[str, Any],
-    params: Params,
-    stage: Stage,
+def answer_alone(
+    tuned: "TunedModel", answers: dict[str, list[Row]], held_out: HeldOut, params: Params
 ) -> dict[str, Any]:
-    """Decode a few records one by one, by both models, and return how far that moves the gain."""
-    chosen = noise.choose(len(records), params.evaluation.noise_records, params.evaluation.seed)
+    """Let both models answer a few records one by one, and return how far that moves the gain."""
+    num_records = len(held_out.records)
+    chosen = noise.choose(num_records, params.evaluation.noise_records, params.evaluation.seed)
     batched = {which: [rows[i] for i in chosen] for which, rows in answers.items()}
-    chat, tokenizer = read_chat(stage.dep(DATA)), load_tokenizer(stage.dep(TOKENIZER))
-    settings = (scorer, facts["max_new_tokens"], chat, tokenizer, 1)
-    asked = [records[i] for i in chosen]
     with tuned.base() as base:
-        alone = {"base": answer(base, batched["base"], asked, *settings)}
-    alone["tuned"] = answer(tuned.model, batched["tuned"], asked, *settings)
-    return noise.batching_noise(batched, alone, headline(scorer.names), len(records), params)
+        alone = {"base": held_out.answered(base, batched["base"], 1, chosen)}
+    alone["tuned"] = held_out.answered(tuned.model, batched["tuned"], 1, chosen)
+    name = headline(held_out.scorer.names)
+    return noise.batching_noise(batched, alone, name, num_records, params)
 
 
 def log_report(report: dict[str, Any]) -> None:
@@ -213,6 +215,8 @@ def log_report(report: dict[str, Any]) -> None:
     changes = {**report["difference"], "loss on general questions": report["general"]["difference"]}
     for name, change in report["difference_to_nearest"].items():
         changes[f"{name} over copying the nearest training answer"] = change
+    for name, change in report.get("difference_to_majority", {}).items():
+        changes[f"{name} over {gate.BASELINES[gate.MAJORITY]}"] = change
     for name, change in changes.items():
         log.info("%s", in_words(name, change))
     if "noise" in report:

@@ -27,6 +27,7 @@ from capas.core.progress import doing
 from capas.core.records import FORMATTED, RAW, TEXT, read_records
 from capas.core.stage import Stage, log, run
 from capas.evaluation.decoding import MODELS, Models
+from capas.evaluation.names import of_answers
 from capas.evaluation.predictions import Row
 from capas.evaluation.prompts import (
     Prompt,
@@ -73,7 +74,7 @@ def main(params: Params, stage: Stage) -> None:
     losses = models.losses(record) if (record := record_of(prompts[0], stage)) else []
 
     write_lines(rows + wrong_rows, stage)
-    scorer = Scorer(params.evaluation.metrics, stage.dep(f"{COMPOSED}/metrics.json"))
+    scorer = Scorer(of_answers(params.evaluation.metrics), stage.dep(f"{COMPOSED}/metrics.json"))
     questions = {p.prompt_id: p.messages[-1]["content"] for p in prompts}
     facts = summarize(rows, wrong_rows, place, params.generation, scorer, questions)
     write_json(stage.out("reports/samples.json"), facts)

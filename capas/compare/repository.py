@@ -20,6 +20,7 @@ from capas.core.dag import md5, parse_yaml, read_yaml, recorded, recorded_key
 from capas.core.errors import CapasError, listed
 from capas.core.files import read_json
 from capas.core.worktree import git
+from capas.evaluation.names import LABEL_SCORES
 from capas.tracking import runs
 from capas.tracking.client import reachable
 from capas.tracking.pages import Pages
@@ -387,7 +388,7 @@ def _flat(run: Tracked) -> dict[str, Any]:
     The interval's lower end is included, because it marks the headline metric.
     """
     lows = (k.removesuffix(_LOW) for k in run.below("difference.") if k.endswith(_LOW))
-    name = next((name for name in lows if name != "loss"), None)
+    name = next((name for name in lows if name not in ("loss", *LABEL_SCORES)), None)
     marked = {} if name is None else {f"{name}_gain_low": run.metrics[f"difference.{name}{_LOW}"]}
     return {**run.scores, **marked}
 

@@ -7,7 +7,7 @@ from typing import Any, Literal, NamedTuple
 
 from capas.compare.sides import Predictions, Row, Side
 from capas.evaluation.comparison import paired_difference, records_needed, verdict
-from capas.evaluation.names import BINARY, BUILT_IN
+from capas.evaluation.names import BINARY, BUILT_IN, LABEL_SCORES, LOG_LOSS
 from capas.report.intervals import wilson_interval
 
 LOSS = "loss"
@@ -129,7 +129,7 @@ def headline(side: Side) -> str:
 
 def common_metrics(a: Side, b: Side) -> list[str]:
     """Return the metrics that both were scored by, in the order of B, the loss last."""
-    one, other = ([*_names(side), LOSS] for side in (a, b))
+    one, other = ([*_names(side), *_label_scores(side), LOSS] for side in (a, b))
     return [name for name in other if name in one]
 
 
@@ -139,7 +139,8 @@ def score(side: Side, name: str, settings: Settings) -> Score | None:
     The interval is Wilson's if each answer is either right or wrong, and bootstrapped otherwise.
     """
     found = side.predictions
-    if found is None or not found.rows or (name == LOSS and not found.has_tokens):
+    summarized = name in LABEL_SCORES or (name == LOSS and found and not found.has_tokens)
+    if found is None or not found.rows or summarized:
         value = side.metrics.get(name)
         return None if value is None else Score(float(value))
     if name not in found.rows[0]:
@@ -159,8 +160,10 @@ def score(side: Side, name: str, settings: Settings) -> Score | None:
 
 def is_share(side: Side, name: str) -> bool:
     """Return whether a metric's scores lie between 0 and 1, so that it can be shown as a percentage."""
-    if name == LOSS:
+    if name in (LOSS, LOG_LOSS):
         return False
+    if name in LABEL_SCORES:
+        return True
     if side.predictions is None:
         return name in BUILT_IN
     return all(0 <= row[name] <= 1 for row in side.predictions.rows)
@@ -168,6 +171,11 @@ def is_share(side: Side, name: str) -> bool:
 
 def _names(side: Side) -> list[str]:
     return side.predictions.metrics if side.predictions else side.metrics_named
+
+
+def _label_scores(side: Side) -> list[str]:
+    """Return the scores of labels that a result has; they are not recorded for each test record."""
+    return [name for name in LABEL_SCORES if side.metrics.get(name) is not None]
 
 
 def _num_records(side: Side) -> int | None:

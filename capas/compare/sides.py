@@ -14,6 +14,7 @@ from capas.compare.tracked import Tracked
 from capas.core.dag import recorded_key
 from capas.core.errors import CapasError
 from capas.core.files import read_json
+from capas.evaluation.names import LABEL_SCORES, LOG_LOSS
 
 Kind = Literal["workspace", "commit", "experiment", "run"]
 Row = dict[str, Any]
@@ -27,6 +28,7 @@ _COLUMNS = frozenset(
     (
         *("id", "metadata", "prompt", "reference", "completion", "loss", "num_supervised_tokens"),
         *("token_accuracy", "copied_values", "stopped", "empty", "control_token"),
+        *(LOG_LOSS, "label_probabilities"),
     )
 )
 
@@ -102,7 +104,7 @@ class Side:
     def metrics_named(self) -> list[str]:
         """Names of the metrics in reports/metrics/tuned.json, the headline first."""
         first = [n for n in self.metrics if f"{n}_gain_low" in self.metrics]
-        fixed = {"loss", "perplexity", "token_accuracy", "stop_rate", *first}
+        fixed = {"loss", "perplexity", "token_accuracy", "stop_rate", *LABEL_SCORES, *first}
         others = (n for n, value in self.metrics.items() if n not in fixed and value is not None)
         return [*first, *(n for n in others if "_gain" not in n and not n.endswith("_rate"))]
 

@@ -40,6 +40,7 @@ from capas.dataset.proposal import columns_of, format_of, propose_columns
 from capas.dataset.references import read_references
 from capas.dataset.source import FORMATS, sources_of
 from capas.evaluation.choice import choose_metrics
+from capas.evaluation.names import compares_labels
 from capas.evaluation.power import power_in_words
 
 _COLUMNS = "dataset.columns"
@@ -327,6 +328,11 @@ def in_words(check: Check) -> Iterator[str]:
         yield f"{'':12}{power_in_words(splits['test'])}"
     if check.metrics is not None:
         yield f"{'metrics':12}{', '.join(check.metrics) or 'the loss alone'} ({check.why_metrics})"
+        if compares_labels(check.metrics):
+            yield (
+                f"{'':12}a classification: use evaluation=labels, which compares the likelihoods of the "
+                "labels (evaluation=auto chooses it)"
+            )
     for problem in check.problems:
         yield f"{'problem':12}{problem}"
     yield "ready" if check.ready else "not ready"

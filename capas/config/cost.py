@@ -21,6 +21,7 @@ from capas.dataset.generated import EMBEDDED
 from capas.dataset.preview import preview
 from capas.dataset.references import read_messages
 from capas.dataset.source import FORMATS
+from capas.evaluation.names import compares_labels, generates
 from capas.evaluation.prompts import with_room
 from capas.hub.sources import Source, find_source, on_hub
 
@@ -153,11 +154,22 @@ def load_of(params: Params, root: Path, splits: dict[str, int]) -> Any:
         max_steps=trainer.max_steps,
         eval_steps=trainer.eval_steps,
         score_batch=evaluation.batch_size,
-        generates=bool(evaluation.metrics),
+        generates=generates(evaluation.metrics),
+        num_labels=_count_labels(params, root),
         quantizes=quantization.load_in_4bit or quantization.load_in_8bit,
         num_completions=generation.num_prompts * len(settings),
         num_sequences=max(1, round(statistics.fmean(sequences))),
     )
+
+
+def _count_labels(params: Params, root: Path) -> int:
+    """Return the number of labels that an evaluation compares, from some records if none are named."""
+    if not compares_labels(params.evaluation.metrics):
+        return 0
+    if params.evaluation.labels is not None:
+        return len(params.evaluation.labels)
+    some = itertools.islice(read_messages(params.dataset, root), SAMPLE)
+    return len({messages[-1]["content"].strip() for messages in some})
 
 
 def _token_counts(params: Params, root: Path) -> list[tuple[int, int]]:

@@ -45,6 +45,7 @@ class Load:
     eval_steps: int
     score_batch: int
     generates: bool
+    num_labels: int  # whose likelihoods are compared; 0 if none are
     quantizes: bool
     num_completions: int  # calls of the sample stage for each model
     num_sequences: int
@@ -90,17 +91,20 @@ def stage_seconds(load: Load, speed: Speed) -> dict[str, float]:
     start, num_batches = speed.start, math.ceil(load.num_test / load.score_batch)
     base = num_batches * speed.answer * load.limit if load.generates else 0.0
     tuned = num_batches * speed.tuned_answer * load.longest if load.generates else 0.0
+    num_scored = load.num_test * (1 + load.num_labels)
     validations = 2 + load.steps / load.eval_steps
     general = GENERAL_RECORDS * min(1.0, GENERAL_LENGTH / load.length)
     reading = speed.weight_bytes / READ_BYTES_PER_SECOND
     return {
         "quantize": start + (2 * reading if load.quantizes else 0.0),
-        "evaluate_base": start + load.num_test * speed.score * (2 if load.quantizes else 1) + base,
+        "evaluate_base": start
+        + (num_scored + (load.num_test if load.quantizes else 0)) * speed.score
+        + base,
         "train": start
         + load.steps * load.accumulation * speed.train_batch
         + validations * load.num_validation * speed.tuned_score,
         "evaluate": start
-        + load.num_test * speed.tuned_score
+        + num_scored * speed.tuned_score
         + tuned
         + general * (speed.score + speed.tuned_score),
         "sample": start + load.num_completions * load.limit * (speed.sample + speed.tuned_sample),
@@ -118,7 +122,7 @@ def advice(load: Load, speed: Speed) -> list[str]:
             num_test=load.num_test // 2,
         ),
         "evaluation.max_records=50": replace(load, num_test=min(50, load.num_test)),
-        "evaluation=loss": replace(load, generates=False),
+        "evaluation=loss": replace(load, generates=False, num_labels=0),
         "generation=greedy generation.num_prompts=3": replace(load, num_completions=3),
     }
     totals = {way: sum(stage_seconds(less, speed).values()) for way, less in ways.items()}

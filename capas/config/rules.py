@@ -5,7 +5,7 @@ from dataclasses import dataclass
 from functools import partial
 from typing import Any
 
-from capas.evaluation.names import AUTO, names_clash
+from capas.evaluation.names import AUTO, LABEL, names_clash
 from capas.hub import embedded
 
 
@@ -396,6 +396,16 @@ RULES = (
         ("evaluation.metrics",),
         lambda metrics: metrics == AUTO or not names_clash(metrics),
         "each name once, and a function of your own called like no metric and no column of the reports",
+    ),
+    Rule(
+        ("evaluation.metrics",),
+        lambda metrics: LABEL not in metrics or len(metrics) == 1,
+        "label_accuracy alone: it compares likelihoods, and nothing is generated for other metrics to score",
+    ),
+    Rule(
+        ("evaluation.labels", "evaluation.metrics"),
+        lambda labels, metrics: labels is None or metrics == AUTO or LABEL in metrics,
+        "evaluation=labels where labels are named, or evaluation.labels=null",
     ),
     Rule(
         ("trainer.load_best_model_at_end", "trainer.save_steps", "trainer.eval_steps"),

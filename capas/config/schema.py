@@ -279,6 +279,7 @@ Metric = BuiltIn | Annotated[str, Field(pattern=OWN_FUNCTION)]
 
 class Evaluation(Group):
     metrics: Literal["auto"] | list[Metric]
+    labels: Annotated[list[str], Field(min_length=2)] | None
     max_records: Count | None
     batch_size: Count
     max_new_tokens: Count | None

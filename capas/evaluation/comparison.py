@@ -2,7 +2,7 @@
 
 import math
 import sys
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from statistics import NormalDist
 
 import numpy as np
@@ -50,11 +50,55 @@ def paired_difference(
     weight = np.asarray(weights, dtype=np.float64)
     weighted, mean = difference * weight, (difference * weight).sum() / weight.sum()
     means = np.concatenate(list(_resampled_means(weighted, weight, resamples, seed)))
-    z = _expanded(NormalDist().inv_cdf((1 + confidence_fraction) / 2), len(weight))
+    return _interval(means, mean, weighted - mean * weight, confidence_fraction)
+
+
+def statistic_difference(
+    statistic: Callable[[np.ndarray], np.ndarray],
+    num_records: int,
+    *,
+    resamples: int,
+    confidence_fraction: float,
+    seed: int,
+) -> dict[str, float]:
+    """Return a difference that is no mean over records, with its bootstrap interval.
+
+    The records are drawn as in `paired_difference`. The influence of a record, for BCa, is what changes
+    when it is left out (jackknife).
+
+    Args:
+        statistic: the difference of both models for each draw: from [draws, records], how often a record was
+            drawn, to [draws].
+
+    Returns:
+        mean (the difference on all records), low, high.
+
+    Source: B. Efron, R. J. Tibshirani, "An Introduction to the Bootstrap", 1993, section 14.3.
+    """
+    observed = float(statistic(np.ones((1, num_records)))[0])
+    counts = _resampled_counts(num_records, resamples, seed)
+    drawn = np.concatenate([statistic(some) for some in counts])
+    influence = np.zeros(num_records)
+    if num_records > 1:
+        left_out = np.concatenate([statistic(some) for some in _all_but_one(num_records)])
+        influence = left_out.mean() - left_out
+    return _interval(drawn, observed, influence, confidence_fraction)
+
+
+def _interval(
+    drawn: np.ndarray, observed: float, influence: np.ndarray, confidence_fraction: float
+) -> dict[str, float]:
+    """Return the observed value and the farther ends of its percentile and its BCa interval.
+
+    Args:
+        drawn: [resamples].
+        influence: [records], of each record on the value, but for a common factor.
+    """
+    z = _expanded(NormalDist().inv_cdf((1 + confidence_fraction) / 2), len(influence))
     levels = [NormalDist().cdf(sign * z) for sign in (-1, 1)]
-    levels += _bca_levels(means, mean, weighted, weight, z)
-    ends = np.quantile(means, levels)
-    return {"mean": float(mean), "low": float(min(ends)), "high": float(max(ends))}
+    levels += _bca_levels(drawn, observed, influence, z)
+    ends = np.quantile(drawn, levels)
+    return {"mean": float(observed), "low": float(min(ends)), "high": float(max(ends))}
 
 
 def verdict(interval: Mapping[str, float], higher_is_better: bool = True) -> str:
@@ -111,22 +155,19 @@ def _expanded(z: float, num_records: int) -> float:
     return math.sqrt(num_records / free) * t
 
 
-def _bca_levels(
-    means: np.ndarray, mean: float, weighted: np.ndarray, weight: np.ndarray, z: float
-) -> list[float]:
+def _bca_levels(drawn: np.ndarray, observed: float, influence: np.ndarray, z: float) -> list[float]:
     """Return the levels of the two ends of the BCa interval, corrected for bias and skewness.
 
     Args:
-        means: [resamples].
-        weighted, weight: [records], differences times weights, and weights.
+        drawn: [resamples].
+        influence: [records], of each record on the value, but for a common factor.
         z: normal quantile of the upper end.
     """
-    below = float(np.mean(means < mean) + np.mean(means == mean) / 2)
-    edge = 0.5 / len(means)
+    below = float(np.mean(drawn < observed) + np.mean(drawn == observed) / 2)
+    edge = 0.5 / len(drawn)
     bias = NormalDist().inv_cdf(min(max(below, edge), 1 - edge))
-    residuals = weighted - mean * weight  # influence of each record on the mean, but for a factor
-    spread = float((residuals**2).sum()) ** 1.5
-    skew = float((residuals**3).sum()) / (6 * spread) if spread > 0 else 0.0
+    spread = float((influence**2).sum()) ** 1.5
+    skew = float((influence**3).sum()) / (6 * spread) if spread > 0 else 0.0
     shifted = (bias + sign * z for sign in (-1, 1))
     return [NormalDist().cdf(bias + s / max(1 - skew * s, 1e-9)) for s in shifted]
 
@@ -135,9 +176,32 @@ def _resampled_means(
     weighted: np.ndarray, weight: np.ndarray, resamples: int, seed: int
 ) -> Iterator[np.ndarray]:
     """Yield the weighted means of `resamples` draws with replacement, in chunks."""
+    for drawn in _resampled(len(weight), resamples, seed):
+        yield weighted[drawn].sum(axis=1) / weight[drawn].sum(axis=1)
+
+
+def _resampled_counts(num_records: int, resamples: int, seed: int) -> Iterator[np.ndarray]:
+    """Yield how often each record was drawn, [draws, records], in chunks."""
+    for drawn in _resampled(num_records, resamples, seed):
+        rows = len(drawn)
+        places = drawn + num_records * np.arange(rows)[:, None]
+        counts = np.bincount(places.ravel(), minlength=rows * num_records)
+        yield counts.reshape(rows, num_records).astype(np.float64)
+
+
+def _resampled(num_records: int, resamples: int, seed: int) -> Iterator[np.ndarray]:
+    """Yield the indices of the records of `resamples` draws with replacement, in chunks."""
     rng = np.random.default_rng(seed)
-    num_records = len(weight)
     rows = max(1, _DRAWS // num_records)
     for start in range(0, resamples, rows):
-        drawn = rng.integers(0, num_records, (min(rows, resamples - start), num_records))
-        yield weighted[drawn].sum(axis=1) / weight[drawn].sum(axis=1)
+        yield rng.integers(0, num_records, (min(rows, resamples - start), num_records))
+
+
+def _all_but_one(num_records: int) -> Iterator[np.ndarray]:
+    """Yield the counts of every draw that leaves one record out, in chunks."""
+    rows = max(1, _DRAWS // num_records)
+    for start in range(0, num_records, rows):
+        end = min(start + rows, num_records)
+        counts = np.ones((end - start, num_records))
+        counts[np.arange(end - start), np.arange(start, end)] = 0.0
+        yield counts

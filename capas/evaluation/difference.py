@@ -5,6 +5,7 @@ from typing import Any
 from capas.core.errors import CapasError
 from capas.core.params import Params
 from capas.evaluation import comparison
+from capas.evaluation.names import LOWER_IS_BETTER, generates
 from capas.evaluation.power import POWER_FRACTION
 from capas.evaluation.predictions import Row
 
@@ -28,7 +29,7 @@ def compare(
     return {
         "tuned": tuned,
         "difference": {name: difference(before, after, name, params) for name in columns},
-        "length_ratio": length_ratio(after, params) if names else None,
+        "length_ratio": length_ratio(after, params) if generates(names) else None,
         "metrics": names,
         "shares": [n for n in names if all(0 <= row[n] <= 1 for row in (*before, *after))],
         "confidence_fraction": params.evaluation.confidence_fraction,
@@ -54,7 +55,7 @@ def difference(before: list[Row], after: list[Row], column: str, params: Params)
     needed = comparison.records_needed(
         scores[0], scores[1], weights, confidence_fraction=confidence
     )
-    verdict = comparison.verdict(interval, higher_is_better=not is_loss)
+    verdict = comparison.verdict(interval, higher_is_better=column not in LOWER_IS_BETTER)
     return {**interval, "verdict": verdict, "num_records_needed": needed}
 
 

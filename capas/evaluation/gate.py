@@ -3,11 +3,19 @@
 from collections.abc import Mapping
 from typing import Any
 
-from capas.evaluation.names import headline
+from capas.evaluation.names import MACRO_F1, generates, headline
 
 NEAREST = "_over_nearest"  # the suffix of the gain over copied answers
-NEAREST_IN_WORDS = "copying the nearest training answer"
+MAJORITY = "_over_majority"  # of the gain over always choosing the majority label
+BASELINES = {
+    NEAREST: "copying the nearest training answer",
+    MAJORITY: "always choosing the most frequent label",
+}
 NOISE = "noise_floor"
+OF_ANSWERS = (  # checks of generated answers
+    *("stop_rate", "empty_rate", "control_token_rate", "length_ratio_low", "length_ratio_high"),
+)
+_NOT_GENERATED = {"unmeasured": "not_generated"}
 IN_WORDS = {  # of checks whose value is an end of an interval
     "forgetting": "forgetting may be as large as",
     "length_ratio_low": "answers may be as short, relative to the references, as",
@@ -33,13 +41,16 @@ def judge(
         limits: `evaluation.gate`; None turns a check off.
 
     Returns:
-        passed, checks, reasons. A check that is off, or whose value was not measured, has `passed` None.
+        passed, checks, reasons. A check that is off, or whose value was not measured, has `passed` None. If
+        nothing was generated, the checks of answers say so: `unmeasured` is `not_generated`.
     """
     tuned, name = evaluation["tuned"], headline(evaluation["metrics"])
     gain = evaluation["difference"][name]
     gains = [_gain(name, gain)]
     if name in evaluation["difference_to_nearest"]:
         gains.append(_gain(name, evaluation["difference_to_nearest"][name], NEAREST))
+    if "difference_to_majority" in evaluation:
+        gains.append(_gain(MACRO_F1, evaluation["difference_to_majority"][MACRO_F1], MAJORITY))
     forgotten, length = evaluation["general"]["difference"], evaluation.get("length_ratio") or {}
     checks = [
         *gains,
@@ -52,6 +63,8 @@ def judge(
         _check("forgetting", forgotten["high"], "max_forgetting", limits),
         _check("quantization_loss", quantization_loss(base), "max_quantization_loss", limits),
     ]
+    if not generates(evaluation["metrics"]):
+        checks = [{**c, **_NOT_GENERATED} if c["name"] in OF_ANSWERS else c for c in checks]
     reasons = [_words(check) for check in checks if check["passed"] is False]
     return {"passed": not reasons, "checks": checks, "reasons": reasons}
 
@@ -101,7 +114,7 @@ def _check(
 def _words(check: Mapping[str, Any]) -> str:
     if "key" not in check:
         name, _, over = check["name"].rpartition("_gain")
-        subject = f"no gain in {name}{f' over {NEAREST_IN_WORDS}' if over else ''} is proven"
+        subject = f"no gain in {name}{f' over {BASELINES[over]}' if over else ''} is proven"
         return f"{subject}: its interval is {check['value']:.4g} to {check['high']:.4g}"
     name, value, key, limit = (check[part] for part in ("name", "value", "key", "limit"))
     if name == NOISE:

@@ -22,6 +22,11 @@ def exact_match(completion: str, reference: str) -> bool:
         return False
 
 
+def same_label(completion: str, reference: str) -> bool:
+    """Return whether the completion is the reference's label, without surrounding white space."""
+    return completion.strip() == reference.strip()
+
+
 def valid_json(completion: str) -> bool:
     """Return whether the completion is a JSON object or array; a bare number or word does not count."""
     try:

@@ -8,9 +8,15 @@ from typing import Literal, get_args
 
 BuiltIn = Literal[
     "exact_match", "valid_json", "final_number", "json_fields", "rouge1", "rouge2", "rougeL", "chrf",
+    "label_accuracy",
 ]  # fmt: skip
 BUILT_IN: tuple[str, ...] = get_args(BuiltIn)
-BINARY = ("exact_match", "valid_json", "final_number")  # right or wrong; the others are graded
+LABEL: BuiltIn = "label_accuracy"  # by the likelihoods of labels, see capas.evaluation.label_scores
+# right or wrong; the others are graded
+BINARY = ("exact_match", "valid_json", "final_number", LABEL)
+MACRO_F1, LOG_LOSS, CALIBRATION = "label_macro_f1", "label_log_loss", "label_calibration_error"
+LABEL_SCORES = (MACRO_F1, LOG_LOSS, CALIBRATION)  # reported with label_accuracy
+LOWER_IS_BETTER = ("loss", LOG_LOSS, CALIBRATION)
 AUTO = "auto"  # compose chooses by the references, see capas.evaluation.choice
 OWN_FUNCTION = r"^[\w./-]+\.py:[A-Za-z_]\w*$"  # file.py:function
 # Columns and keys of the reports, which are no names for a function of the user's own.
@@ -31,6 +37,7 @@ RESERVED = frozenset(
         *("num_records", "num_supervised_tokens", "full_precision", "general", "metric"),
         *("nearest", "nearest_id", "similarity", "copied_values", "control_token"),
         *("control_token_rate", "copied_value_rate", "num_copied"),
+        *(*LABEL_SCORES, "label_probabilities", "labels", "majority"),
     )
 )
 
@@ -45,6 +52,21 @@ def names_clash(metrics: Sequence[str]) -> bool:
     names = [name_of(metric) for metric in metrics]
     own = {name_of(metric) for metric in metrics if metric not in BUILT_IN}
     return len(set(names)) < len(names) or not RESERVED.isdisjoint(own)
+
+
+def compares_labels(metrics: Sequence[str]) -> bool:
+    """Return whether the likelihoods of labels are compared, so that nothing is generated."""
+    return LABEL in metrics
+
+
+def generates(metrics: Sequence[str]) -> bool:
+    """Return whether the metrics score generated answers."""
+    return bool(metrics) and not compares_labels(metrics)
+
+
+def of_answers(metrics: Sequence[str]) -> list[str]:
+    """Return the metrics for generated answers: of a label, exact match."""
+    return ["exact_match" if metric == LABEL else metric for metric in metrics]
 
 
 def headline(names: Sequence[str]) -> str:

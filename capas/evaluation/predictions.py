@@ -8,7 +8,7 @@ import pyarrow.parquet as pq
 
 from capas.core.errors import CapasError
 from capas.core.records import read_records
-from capas.evaluation.names import BINARY
+from capas.evaluation.names import BINARY, LOG_LOSS, compares_labels
 
 Row = dict[str, Any]
 RATES = {  # columns of predictions -> keys of the reports
@@ -21,7 +21,8 @@ RATES = {  # columns of predictions -> keys of the reports
 def predictions_schema(names: list[str]) -> pa.Schema:
     """Return the schema of predictions.
 
-    Without metrics nothing is generated, and prompt and completion are null.
+    Without metrics nothing is generated, and prompt and completion are null. If labels are compared, the
+    completion is the most probable one.
     """
     fields = [
         *((name, pa.string()) for name in ("id", "metadata", "prompt", "reference", "completion")),
@@ -30,8 +31,18 @@ def predictions_schema(names: list[str]) -> pa.Schema:
         ("token_accuracy", pa.float64()),
         *_score_fields(names),
         *((name, pa.bool_()) for name in RATES),
+        *(_LABEL_FIELDS if compares_labels(names) else ()),
     ]
     return pa.schema(fields)
+
+
+_LABEL_FIELDS = (
+    (LOG_LOSS, pa.float64()),
+    (
+        "label_probabilities",
+        pa.list_(pa.struct([("label", pa.string()), ("probability", pa.float64())])),
+    ),
+)
 
 
 def copies_schema(names: list[str]) -> pa.Schema:

@@ -8,8 +8,8 @@ from typing import Any
 
 from capas.core.errors import CapasError
 from capas.core.files import read_json
-from capas.evaluation.match_metrics import exact_match, json_fields, valid_json
-from capas.evaluation.names import name_of
+from capas.evaluation.match_metrics import exact_match, json_fields, same_label, valid_json
+from capas.evaluation.names import LABEL, name_of
 from capas.evaluation.number_metric import final_number, last_number
 from capas.evaluation.overlap_metrics import chrf, rouge
 from capas.evaluation.user_metrics import load_functions
@@ -23,6 +23,7 @@ RULES: dict[str, Callable[[str, str], Score]] = {
     "json_fields": json_fields,
     **{kind: partial(rouge, kind) for kind in ("rouge1", "rouge2", "rougeL")},
     "chrf": chrf,
+    LABEL: same_label,
 }
 
 

@@ -5,6 +5,7 @@ from collections.abc import Mapping
 from typing import Any
 
 from capas.evaluation.comparison import perplexity
+from capas.evaluation.names import LABEL_SCORES, compares_labels
 from capas.evaluation.predictions import RATES, Row
 
 GROUPS = ("kind", "language", "function", "turns")  # keys of metadata by which scores are grouped
@@ -92,6 +93,7 @@ def side_by_side(facts: dict[str, Any], names: list[str]) -> dict[str, Any]:
     `exact_match` is included even if it was not chosen, because a sweep shows it beside its objective.
     """
     metrics = names if "exact_match" in names else ["exact_match", *names]
+    metrics = [*metrics, *(LABEL_SCORES if compares_labels(names) else ())]
     wanted = ("loss", "perplexity", "token_accuracy", *metrics, "stop_rate")
     return {name: facts.get(name) for name in wanted}
 

@@ -18,11 +18,12 @@ import pyarrow.parquet as pq
 from capas.core.files import read_json
 from capas.core.params import flatten
 from capas.core.records import before_last_answer
-from capas.evaluation.names import headline
+from capas.evaluation.names import generates, headline
 from capas.evaluation.nearest import distance_group
 from capas.models import tuned_weights
 from capas.models.stored_tensors import read_header
 from capas.models.weights import weight_bytes
+from capas.report import labels
 from capas.report.intervals import mean_interval
 
 Row = dict[str, Any]
@@ -137,7 +138,9 @@ def scores(base: Row, evaluation: Row, records: Sequence[Row]) -> dict[str, Any]
         "confidence": evaluation["confidence_fraction"],
         "power": evaluation["power_fraction"],
         "resamples": evaluation["bootstrap_resamples"],
-        "generated": bool(metrics),
+        "scored": bool(metrics),
+        "generated": generates(metrics),
+        "labels": labels.arrange(base, evaluation),
         "general": evaluation["general"],
         "harness": evaluation.get("harness"),
         "noise": evaluation.get("noise"),

@@ -103,6 +103,29 @@ def shares(rows: Sequence[Row], words: Words, percent: str) -> Figure:
     return figure
 
 
+def calibration(curves: Mapping[str, Sequence[Row]], words: Words, percent: str) -> Figure:
+    """Draw the accuracy over the mean confidence of each bin; perfect calibration is the diagonal.
+
+    Rows: {confidence, accuracy, ...}, for base and tuned.
+    """
+    with drawing():
+        figure, axes = _axes(WIDTH - LABELS, WIDTH - LABELS)
+        axes.plot([0, 1], [0, 1], color=FAINT, lw=1, ls="--", label=words("calibrated"))
+        for model, rows in curves.items():
+            axes.plot(
+                [row["confidence"] for row in rows], [row["accuracy"] for row in rows],
+                marker=MARKERS[model], ms=5, color=COLOURS[model], lw=1.4, label=words(model),
+            )  # fmt: skip
+        for axis, key in ((axes.xaxis, "confidence"), (axes.yaxis, "accuracy")):
+            axis.set_major_formatter(PercentFormatter(1, decimals=0, symbol=percent))
+            axis.set_label_text(words(key))
+        axes.set_xlim(-0.02, 1.02)
+        axes.set_ylim(-0.02, 1.02)
+        axes.grid(axis="both")
+        axes.legend(loc="lower center", bbox_to_anchor=(0.5, 1.0), ncols=3)
+    return figure
+
+
 def layer_errors(rows: Sequence[Row], words: Words, number: Number) -> Figure:
     """Draw the relative error of every quantized layer: one line of points for each kind of layer."""
     parts: dict[str, list[float]] = {}

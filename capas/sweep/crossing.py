@@ -27,7 +27,7 @@ from capas.core.params import Params
 from capas.core.records import FORMATTED, Record, evenly_spaced, read_records
 from capas.core.worktree import git
 from capas.evaluation.formats import Format, ask
-from capas.evaluation.names import name_of
+from capas.evaluation.names import name_of, of_answers
 from capas.evaluation.prompts import answer_limit
 from capas.models import hardware
 from capas.sweep.crosstable import Cell, CrossTable
@@ -176,7 +176,7 @@ def _cells(models: Sequence[Model]) -> Iterator[Cell]:
     known: dict[str, tuple[float, float]] = {}
     for model in models:
         evaluation, loaded = model.params.evaluation, None
-        scorer = Scorer(evaluation.metrics, model.folder / METRICS)
+        scorer = Scorer(of_answers(evaluation.metrics), model.folder / METRICS)
         tokenizer = Tokenizer.from_file(str(model.folder / TOKENIZER / "tokenizer.json"))
         for other in models:
             rows = shared[other.template]
@@ -209,7 +209,7 @@ def metric_of(row: Row, plan: Plan) -> str:
     metrics = (
         values["evaluation"]["metrics"] if "evaluation" in values else values["evaluation.metrics"]
     )
-    return name_of(metrics[0])
+    return name_of(of_answers(metrics)[0])
 
 
 if __name__ == "__main__":

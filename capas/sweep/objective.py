@@ -3,14 +3,17 @@
 from collections.abc import Collection
 from typing import Any, Literal
 
-from capas.evaluation.names import BUILT_IN
+from capas.evaluation.names import BUILT_IN, CALIBRATION, LOG_LOSS, MACRO_F1
 
 Direction = Literal["minimize", "maximize"]
 AUTO = "auto"
 BETTER = {"minimize": "lower", "maximize": "higher"}
 TEST_FILE = "tuned"  # reports/metrics/tuned.json holds the scores on the test split
-_LOWER = ("loss", "perplexity", "empty_rate", "control_token_rate", "copied_value_rate")
-_HIGHER = (*BUILT_IN, "accuracy", "stop_rate", "gain", "gain_low", "gain_high")
+_LOWER = (
+    *("loss", "perplexity", "empty_rate", "control_token_rate", "copied_value_rate"),
+    *(LOG_LOSS, CALIBRATION),
+)
+_HIGHER = (*BUILT_IN, MACRO_F1, "accuracy", "stop_rate", "gain", "gain_low", "gain_high")
 
 
 def natural_direction(objective: str, metrics: Collection[str] = ()) -> Direction | None:

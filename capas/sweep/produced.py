@@ -4,7 +4,7 @@ from collections.abc import Iterator, Mapping
 from difflib import get_close_matches
 from typing import Any
 
-from capas.evaluation.names import AUTO, BUILT_IN, name_of
+from capas.evaluation.names import AUTO, BUILT_IN, LABEL_SCORES, compares_labels, generates, name_of
 from capas.sweep.objective import is_on_test_split
 
 _FIXED = {  # FILE -> the keys of reports/metrics/FILE.json that a sweep can read
@@ -45,8 +45,9 @@ def keys_of(values: dict[str, Any]) -> dict[str, list[str]]:
     names = metrics_of(values)
     first = names if metrics == AUTO else names[:1]  # compose chooses it
     gains = [f"{name}{gain}" for name in first for gain in _GAINS]
-    generated = ["stop_rate"] if names else []
-    tuned = [*_ALWAYS, *names, *generated, *gains]
+    generated = ["stop_rate"] if metrics == AUTO or generates(metrics) else []
+    labelled = LABEL_SCORES if compares_labels(names) else ()
+    tuned = [*_ALWAYS, *names, *labelled, *generated, *gains]
     return {**{file: list(keys) for file, keys in _FIXED.items()}, "tuned": tuned}
 
 

@@ -14,6 +14,7 @@ from capas.core.params import flatten
 from capas.core.stage import PARAMS, Stage
 from capas.core.worktree import git
 from capas.evaluation import gate
+from capas.evaluation.names import LABEL, LABEL_SCORES, MACRO_F1
 from capas.evaluation.names import headline as headline_of
 from capas.tracking.client import Point
 from capas.tracking.live_sender import CURVES
@@ -39,7 +40,7 @@ def headline(stage: Stage) -> dict[str, str]:
     base = read_json(stage.dep("reports/evaluation_base.json"))
     evaluation = read_json(stage.dep("reports/evaluation.json"))
     tuned, verdict = evaluation["tuned"], gate.verdict(evaluation["gate"])
-    shown = (*evaluation["metrics"], "loss", "perplexity")
+    shown = (*evaluation["metrics"], *LABEL_SCORES, "loss", "perplexity")
     rows = [
         f"| {name} | {base[name]:.4g} | {tuned[name]:.4g} |"
         for name in shown
@@ -57,7 +58,9 @@ def _in_a_sentence(base: Mapping[str, Any], evaluation: Mapping[str, Any]) -> st
     name, tuned = headline_of(evaluation["metrics"]), evaluation["tuned"]
     beside = [f"base {base[name]:.4g}"] if base.get(name) is not None else []
     if base.get("nearest") and name in base["nearest"]:
-        beside.append(f"copying the nearest training answer {base['nearest'][name]:.4g}")
+        beside.append(f"{gate.BASELINES[gate.NEAREST]} {base['nearest'][name]:.4g}")
+    if base.get("majority"):
+        beside.append(f"{gate.BASELINES[gate.MAJORITY]} {base['majority'][name]:.4g}")
     text = (
         f"**{name} {tuned[name]:.4g}** on {tuned['num_records']} test records ({', '.join(beside)})"
     )
@@ -92,7 +95,8 @@ def metrics(stage: Stage, costs: Costs) -> dict[str, float]:
         "tuned": _only(tuned, (*own, *_SCORES))
         | {f"{name} by kind": v for name, v in _by_kind(tuned, own)},
         "base": _only(base, (*own, *_SCORES)),
-        "nearest": _only(base.get("nearest") or {}, own),
+        "nearest": _only(base.get("nearest") or {}, (*own, MACRO_F1)),
+        "majority": _only(base.get("majority") or {}, (LABEL, MACRO_F1)),
         "difference": {name: _only(of, _INTERVAL) for name, of in evaluation["difference"].items()},
         "general": {
             **{
@@ -127,10 +131,7 @@ def numbers(stage: Stage, costs: Costs) -> dict[str, float]:
     return _numbers(
         {
             "base": read_json(stage.dep("reports/evaluation_base.json")),
-            **{
-                k: evaluation[k]
-                for k in ("tuned", "difference", "difference_to_nearest", "general")
-            },
+            **{k: evaluation[k] for k in ("tuned", *_DIFFERENCES, "general") if k in evaluation},
             "harness": _harness(evaluation),
             "data": read_json(stage.dep("reports/format.json"))["splits"],
             "quantization": read_json(stage.dep("reports/quantization.json")),
@@ -142,9 +143,10 @@ def numbers(stage: Stage, costs: Costs) -> dict[str, float]:
 
 _SCORES = (
     *("loss", "perplexity", "token_accuracy", "stop_rate", "empty_rate", "control_token_rate"),
-    "copied_value_rate",
+    *("copied_value_rate", *LABEL_SCORES),
 )
 _INTERVAL = ("mean", "low", "high")
+_DIFFERENCES = ("difference", "difference_to_nearest", "difference_to_majority")
 
 
 def _only(facts: Mapping[str, Any], names: Sequence[str]) -> dict[str, Any]:

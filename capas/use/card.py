@@ -6,11 +6,14 @@ from pathlib import Path, PurePosixPath
 from typing import Any
 
 from capas.evaluation import gate
+from capas.evaluation.names import LABEL_SCORES
 
 TEMPLATE = Path(__file__).with_name("card.md.jinja")
 LOADING = "## How to load it"  # a heading of the template
 _GROUPS = ("lora", "quantization", "trainer")
-_SCORES = ("loss", "perplexity", "token_accuracy", "stop_rate")  # after the chosen metrics
+_SCORES = (  # after the chosen metrics
+    *(*LABEL_SCORES, "loss", "perplexity", "token_accuracy", "stop_rate"),
+)
 
 
 def write_card(

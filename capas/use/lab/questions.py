@@ -13,6 +13,7 @@ from capas.core.files import read_json, write_json
 from capas.core.params import Params
 from capas.core.records import FORMATTED, RAW, Record, evenly_spaced, read_records
 from capas.evaluation.formats import Answers, Format, ask
+from capas.evaluation.names import of_answers
 from capas.evaluation.prompts import Prompt, answer_limit, held_out_prompts
 from capas.evaluation.scorer import Scorer
 from capas.use import tuned_model
@@ -81,7 +82,8 @@ def questions(root: Path, count: int) -> Iterator[Questions]:
         CapasError: nothing is trained here, or no metric scores answers.
     """
     with tuned_model.tuned(root, None) as source:
-        scorer = Scorer(source.params.evaluation.metrics, root / "data/composed/metrics.json")
+        metrics = of_answers(source.params.evaluation.metrics)
+        scorer = Scorer(metrics, root / "data/composed/metrics.json")
         if not scorer.names:
             raise CapasError(
                 "evaluation.metrics=[] scores no answer; choose one, e.g. evaluation.metrics=[exact_match], "
