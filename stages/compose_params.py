@@ -43,8 +43,8 @@ from capas.config.composition import (
 from capas.config.environment import ENVIRONMENT, LOCK, environment
 from capas.config.hydra_overrides import check
 from capas.config.json_schema import group_schema
-from capas.config.label_check import check_answers
 from capas.config.kept_overrides import difference, in_force
+from capas.config.label_check import check_answers
 from capas.config.pins import REVISIONS, Pins
 from capas.config.problems import refused
 from capas.config.requirements import read_by

@@ -33,7 +33,7 @@ def arrange(base: Mapping[str, Any], evaluation: Mapping[str, Any]) -> Row | Non
 
 def _confused(names: Sequence[str], table: Sequence[Sequence[int]]) -> list[Row]:
     """Return the pairs of labels that are confused most often."""
-    found = [
+    found: list[Row] = [
         {"right": names[i], "chosen": names[j], "count": count}
         for i, row in enumerate(table)
         for j, count in enumerate(row)

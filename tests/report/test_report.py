@@ -15,7 +15,7 @@ from capas.core.dag import read_yaml
 from capas.core.params import flatten
 from capas.dataset.flaws import KEEP, MERGE, REPLACE, SKIP, WAYS_OUT
 from capas.dataset.selection import BEYOND, DUPLICATE, LEAK, NOT_DRAWN
-from capas.evaluation.names import BUILT_IN
+from capas.evaluation.names import BUILT_IN, LABEL_SCORES
 
 PAGE = REPOSITORY / "capas/report"
 VOID = {"meta", "br", "link", "img", "input", "hr"}
@@ -271,7 +271,7 @@ def test_copied_answers_stand_between_base_and_tuned(pages: dict[str, str]) -> N
 def test_every_metric_is_explained_in_both_languages() -> None:
     for code in ("en", "es"):
         texts = read_yaml(PAGE / f"{code}.yaml")
-        assert tuple(texts["metrics"]) == BUILT_IN
+        assert tuple(texts["metrics"]) == (*BUILT_IN, *LABEL_SCORES)
         assert set(texts["verdicts"]) == {"better", "worse", "no_difference_seen"}
 
 
