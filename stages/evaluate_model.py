@@ -33,6 +33,7 @@ from capas.evaluation.general import format_questions
 from capas.evaluation.held_out import HeldOut
 from capas.evaluation.label_metrics import compare_labels, label_baselines
 from capas.evaluation.label_scores import Candidates
+from capas.evaluation.label_set import shown
 from capas.evaluation.names import compares_labels, headline
 from capas.evaluation.nearest import distance_group
 from capas.evaluation.predictions import (
@@ -108,6 +109,8 @@ def read_test_records(params: Params, scorer: Scorer, stage: Stage) -> HeldOut:
         folders = stage.dep(DATA), stage.dep(TOKENIZER)
         candidates = Candidates.read(records, params.evaluation.labels, *folders)
         log.info("%d labels, from %s", len(candidates.endings), candidates.labels.origin)
+        if untested := candidates.labels.without(record["reference"] for record in records):
+            log.warning("labels that no test record has: %s", shown(untested))
         ids += [ending for ending, _ in candidates.endings]
     check_ids(ids, (chat["pad_token_id"],), stage.dep(QUANTIZED), stage.dep(TOKENIZER))
     if scorer.names:

@@ -3,7 +3,7 @@
 from collections.abc import Mapping
 from typing import Any
 
-from capas.evaluation.names import MACRO_F1, generates, headline
+from capas.evaluation.names import BALANCED, generates, headline
 
 NEAREST = "_over_nearest"  # the suffix of the gain over copied answers
 MAJORITY = "_over_majority"  # of the gain over always choosing the majority label
@@ -50,7 +50,8 @@ def judge(
     if name in evaluation["difference_to_nearest"]:
         gains.append(_gain(name, evaluation["difference_to_nearest"][name], NEAREST))
     if "difference_to_majority" in evaluation:
-        gains.append(_gain(MACRO_F1, evaluation["difference_to_majority"][MACRO_F1], MAJORITY))
+        found = evaluation["difference_to_majority"][BALANCED]
+        gains.append(_gain(BALANCED, found, MAJORITY))
     forgotten, length = evaluation["general"]["difference"], evaluation.get("length_ratio") or {}
     checks = [
         *gains,

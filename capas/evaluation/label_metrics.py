@@ -1,4 +1,4 @@
-"""Compute the metrics of a classification: confusion, macro-F1, log loss and calibration. Pure."""
+"""Compute the metrics of a classification: confusion, balanced accuracy, macro-F1, calibration. Pure."""
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -11,7 +11,14 @@ from capas.core.params import Params
 from capas.evaluation.comparison import statistic_difference, verdict
 from capas.evaluation.difference import difference
 from capas.evaluation.label_set import LabelSet, shown
-from capas.evaluation.names import CALIBRATION, LABEL, LOG_LOSS, LOWER_IS_BETTER, MACRO_F1
+from capas.evaluation.names import (
+    BALANCED,
+    CALIBRATION,
+    LABEL,
+    LOG_LOSS,
+    LOWER_IS_BETTER,
+    MACRO_F1,
+)
 from capas.evaluation.predictions import Row
 
 NUM_BINS = 15  # of confidence, as in Guo et al.
@@ -63,10 +70,11 @@ def confusion(found: Decisions) -> np.ndarray:
 
 
 def macro_f1(found: Decisions, weights: np.ndarray | None = None) -> np.ndarray:
-    """Return the mean F1 over the labels that occur among the right or the chosen ones.
+    """Return the mean F1 over the labels that records have; rare labels count as much as frequent ones.
 
-    F1 of a label is 2 x hits / (records that have it + records for which it was chosen). Rare labels count
-    as much as frequent ones. It is scikit-learn's `f1_score(average="macro")`.
+    F1 of a label is 2 x hits / (records that have it + records for which it was chosen). A label that no
+    record has is left out, for every model alike; choosing it costs the recall of the right one. It is
+    scikit-learn's `f1_score(right, chosen, labels=unique(right), average="macro")`.
 
     Args:
         weights: [draws, records], how often a record was drawn; None counts each once.
@@ -74,15 +82,49 @@ def macro_f1(found: Decisions, weights: np.ndarray | None = None) -> np.ndarray:
     Returns:
         [draws].
     """
+    hits, having, chosen_for = _counts(found, weights)
+    return _mean_over_labels(2 * hits, having + chosen_for, having > 0)
+
+
+def balanced_accuracy(found: Decisions, weights: np.ndarray | None = None) -> np.ndarray:
+    """Return the mean recall over the labels that records have.
+
+    Of k such labels, always choosing one of them has 1 / k, and so has, on average, choosing without looking
+    at the record. (For macro-F1 guessing is better than always choosing one.)
+
+    Args:
+        weights: [draws, records], how often a record was drawn; None counts each once.
+
+    Returns:
+        [draws].
+
+    Source: K. H. Brodersen, C. S. Ong, K. E. Stephan, J. M. Buhmann, "The Balanced Accuracy and Its Posterior
+    Distribution", ICPR 2010.
+    """
+    hits, having, _ = _counts(found, weights)
+    return _mean_over_labels(hits, having, having > 0)
+
+
+def _counts(
+    found: Decisions, weights: np.ndarray | None
+) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """Return for each label the hits, the records that have it, and those for which it was chosen.
+
+    All are [draws, labels].
+    """
     weights = np.ones((1, len(found.right))) if weights is None else weights
     places = np.arange(found.num_labels)
     right, chosen = found.right[:, None] == places, found.chosen[:, None] == places
-    hits, occurrences = (
-        weights @ part.astype(np.float64) for part in (right & chosen, right.astype(int) + chosen)
+    hits, having, chosen_for = (
+        weights @ part.astype(np.float64) for part in (right & chosen, right, chosen)
     )
-    occurs = occurrences > 0
-    scores = np.divide(2 * hits, occurrences, out=np.zeros_like(hits), where=occurs)
-    return np.asarray(scores.sum(axis=1) / occurs.sum(axis=1))
+    return hits, having, chosen_for
+
+
+def _mean_over_labels(parts: np.ndarray, wholes: np.ndarray, occurs: np.ndarray) -> np.ndarray:
+    """Return the mean of parts / wholes over the labels that occur."""
+    shares = np.divide(parts, wholes, out=np.zeros_like(parts), where=occurs)
+    return np.asarray(shares.sum(axis=1) / occurs.sum(axis=1))
 
 
 def calibration_error(found: Decisions, weights: np.ndarray | None = None) -> np.ndarray:
@@ -132,11 +174,14 @@ def calibration_curve(found: Decisions) -> list[dict[str, Any]]:
     ]
 
 
+_SCORES = {BALANCED: balanced_accuracy, MACRO_F1: macro_f1, CALIBRATION: calibration_error}
+
+
 def label_facts(rows: Sequence[Row], labels: LabelSet) -> dict[str, Any]:
-    """Return the summary of a model's decisions: macro-F1, log loss, calibration error, and `labels`."""
+    """Return the summary of a model's decisions: LABEL_SCORES, and `labels` with the tables."""
     found = Decisions.of(rows, labels.names)
     return {
-        MACRO_F1: float(macro_f1(found)[0]),
+        **_choices(found),
         LOG_LOSS: sum(row[LOG_LOSS] for row in rows) / len(rows),
         CALIBRATION: float(calibration_error(found)[0]),
         "labels": {
@@ -149,16 +194,24 @@ def label_facts(rows: Sequence[Row], labels: LabelSet) -> dict[str, Any]:
     }
 
 
+def _choices(found: Decisions) -> dict[str, float]:
+    """Return the scores that need no probabilities."""
+    return {
+        BALANCED: float(balanced_accuracy(found)[0]),
+        MACRO_F1: float(macro_f1(found)[0]),
+    }
+
+
 def label_baselines(
     facts: Mapping[str, Any], copies: Sequence[Row], labels: LabelSet
 ) -> dict[str, Any]:
     """Return the facts of the base with the scores of two baselines.
 
-    `nearest` gets the macro-F1 of copied answers. `majority` is always choosing the most frequent label of
+    `nearest` gets the scores of copied answers. `majority` is always choosing the most frequent label of
     the training split: an accuracy of 90 % means little where 90 % of the records have one label.
     """
     copied = Decisions.of(copies, labels.names)
-    nearest = {**facts["nearest"], MACRO_F1: float(macro_f1(copied)[0])}
+    nearest = {**facts["nearest"], **_choices(copied)}
     return {**facts, "nearest": nearest, "majority": _always_majority(copied, labels)}
 
 
@@ -170,7 +223,7 @@ def _always_majority(decisions: Decisions, labels: LabelSet) -> dict[str, Any]:
         "label": labels.majority,
         "train_fraction": labels.counts[index] / sum(labels.counts),
         LABEL: float((found.right == index).mean()),
-        MACRO_F1: float(macro_f1(found)[0]),
+        **_choices(found),
         "by": {},
     }
 
@@ -184,7 +237,7 @@ def compare_labels(
 ) -> dict[str, Any]:
     """Return the report of `difference.compare` with the differences of the scores of labels.
 
-    `difference_to_majority` is that of macro-F1 to always choosing the majority label.
+    `difference_to_majority` is that of balanced accuracy to always choosing the majority label.
 
     Args:
         base: reports/evaluation_base.json.
@@ -201,6 +254,7 @@ def compare_labels(
     one, other = Decisions.of(before, names), Decisions.of(after, names)
     always = other.always(names.index(base["majority"]["label"]))
     found = {
+        BALANCED: _interval(BALANCED, one, other, params),
         MACRO_F1: _interval(MACRO_F1, one, other, params),
         LOG_LOSS: difference(before, after, LOG_LOSS, params),
         CALIBRATION: _interval(CALIBRATION, one, other, params),
@@ -208,14 +262,14 @@ def compare_labels(
     return {
         **report,
         "difference": {LABEL: report["difference"][LABEL], **found, **report["difference"]},
-        "difference_to_majority": {MACRO_F1: _interval(MACRO_F1, always, other, params)},
-        "shares": [*report["shares"], MACRO_F1, CALIBRATION],
+        "difference_to_majority": {BALANCED: _interval(BALANCED, always, other, params)},
+        "shares": [*report["shares"], BALANCED, MACRO_F1, CALIBRATION],
     }
 
 
 def _interval(name: str, one: Decisions, other: Decisions, params: Params) -> dict[str, Any]:
     """Return a difference of a score that is no mean over records; the records needed are not known."""
-    score = macro_f1 if name == MACRO_F1 else calibration_error
+    score = _SCORES[name]
     found = statistic_difference(
         lambda weights: score(other, weights) - score(one, weights),
         len(one.right),

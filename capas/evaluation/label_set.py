@@ -61,6 +61,11 @@ class LabelSet:
         """Return the position of an answer's label."""
         return self.names.index(text.strip())
 
+    def without(self, answers: Iterable[str]) -> list[str]:
+        """Return the labels that none of the answers is."""
+        having = {text.strip() for text in answers}
+        return [name for name in self.names if name not in having]
+
     def check_known(self, answers: Iterable[tuple[str, str]]) -> None:
         """Check that every answer is a label.
 

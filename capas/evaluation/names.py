@@ -14,8 +14,9 @@ BUILT_IN: tuple[str, ...] = get_args(BuiltIn)
 LABEL: BuiltIn = "label_accuracy"  # by the likelihoods of labels, see capas.evaluation.label_scores
 # right or wrong; the others are graded
 BINARY = ("exact_match", "valid_json", "final_number", LABEL)
-MACRO_F1, LOG_LOSS, CALIBRATION = "label_macro_f1", "label_log_loss", "label_calibration_error"
-LABEL_SCORES = (MACRO_F1, LOG_LOSS, CALIBRATION)  # reported with label_accuracy
+BALANCED, MACRO_F1 = "label_balanced_accuracy", "label_macro_f1"
+LOG_LOSS, CALIBRATION = "label_log_loss", "label_calibration_error"
+LABEL_SCORES = (BALANCED, MACRO_F1, LOG_LOSS, CALIBRATION)  # reported with label_accuracy
 LOWER_IS_BETTER = ("loss", LOG_LOSS, CALIBRATION)
 AUTO = "auto"  # compose chooses by the references, see capas.evaluation.choice
 OWN_FUNCTION = r"^[\w./-]+\.py:[A-Za-z_]\w*$"  # file.py:function

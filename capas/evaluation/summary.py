@@ -110,7 +110,7 @@ def before_after(facts: dict[str, dict[str, Any]], metric: str) -> list[Row]:
         }
         for kind in scores["tuned"]
         for model in scores
-        if metric in scores[model][kind]
+        if metric in scores[model].get(kind, {})
     ]
 
 

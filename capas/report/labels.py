@@ -23,7 +23,7 @@ def arrange(base: Mapping[str, Any], evaluation: Mapping[str, Any]) -> Row | Non
     return {
         "names": names,
         "majority": base["majority"],
-        "over_majority": evaluation["difference_to_majority"]["label_macro_f1"],
+        "over_majority": evaluation["difference_to_majority"]["label_balanced_accuracy"],
         "tables": tables if len(names) <= MAX_TABLE else None,
         "confused": _confused(names, tuned["confusion"]),
         "by_label": _by_label(names, tuned["num_train"], tuned["confusion"]),

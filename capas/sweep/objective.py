@@ -3,7 +3,7 @@
 from collections.abc import Collection
 from typing import Any, Literal
 
-from capas.evaluation.names import BUILT_IN, CALIBRATION, LOG_LOSS, MACRO_F1
+from capas.evaluation.names import BALANCED, BUILT_IN, CALIBRATION, LOG_LOSS, MACRO_F1
 
 Direction = Literal["minimize", "maximize"]
 AUTO = "auto"
@@ -13,7 +13,7 @@ _LOWER = (
     *("loss", "perplexity", "empty_rate", "control_token_rate", "copied_value_rate"),
     *(LOG_LOSS, CALIBRATION),
 )
-_HIGHER = (*BUILT_IN, MACRO_F1, "accuracy", "stop_rate", "gain", "gain_low", "gain_high")
+_HIGHER = (*BUILT_IN, BALANCED, MACRO_F1, "accuracy", "stop_rate", "gain", "gain_low", "gain_high")
 
 
 def natural_direction(objective: str, metrics: Collection[str] = ()) -> Direction | None:

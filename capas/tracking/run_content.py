@@ -14,7 +14,7 @@ from capas.core.params import flatten
 from capas.core.stage import PARAMS, Stage
 from capas.core.worktree import git
 from capas.evaluation import gate
-from capas.evaluation.names import LABEL, LABEL_SCORES, MACRO_F1
+from capas.evaluation.names import LABEL, LABEL_SCORES
 from capas.evaluation.names import headline as headline_of
 from capas.tracking.client import Point
 from capas.tracking.live_sender import CURVES
@@ -95,8 +95,8 @@ def metrics(stage: Stage, costs: Costs) -> dict[str, float]:
         "tuned": _only(tuned, (*own, *_SCORES))
         | {f"{name} by kind": v for name, v in _by_kind(tuned, own)},
         "base": _only(base, (*own, *_SCORES)),
-        "nearest": _only(base.get("nearest") or {}, (*own, MACRO_F1)),
-        "majority": _only(base.get("majority") or {}, (LABEL, MACRO_F1)),
+        "nearest": _only(base.get("nearest") or {}, (*own, *LABEL_SCORES)),
+        "majority": _only(base.get("majority") or {}, (LABEL, *LABEL_SCORES)),
         "difference": {name: _only(of, _INTERVAL) for name, of in evaluation["difference"].items()},
         "general": {
             **{
