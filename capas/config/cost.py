@@ -71,9 +71,12 @@ def lines(params: Params, root: Path, splits: dict[str, int] | None) -> Iterator
     minutes = sum(seconds.values()) / 60
     shown = ", ".join(f"{stage} {value / 60:.1f}" for stage, value in seconds.items())
     yield f"{'time':12}about {minutes:.0f} minutes ({shown}), measured on this machine"
+    asked = f"answers of up to {load.limit} tokens"
+    if load.num_labels:
+        asked = f"test records with each of {load.num_labels} labels"
     yield (
         f"{'':12}{load.steps} steps of {load.batch} records, {load.length:.0f} tokens each on "
-        f"average; {load.num_test} answers of up to {load.limit} tokens"
+        f"average; {load.num_test} {asked}"
     )
     if minutes > duration.MINUTES_TO_ADVISE:
         for way in duration.advice(load, speed):

@@ -7,7 +7,7 @@ from capas.core.errors import CapasError
 from capas.core.params import Params
 from capas.dataset.references import read_references
 from capas.dataset.source import FORMATS, sources_of
-from capas.evaluation.label_set import GIVEN, LabelSet, check_labels
+from capas.evaluation.label_set import GIVEN, LabelSet, check_labels, shown
 from capas.evaluation.names import LABEL, compares_labels
 
 ANSWERS = "the answers of the dataset"
@@ -33,6 +33,23 @@ def check_answers(values: Values) -> None:
     given = evaluation["labels"]
     params, root = Params(dataset), Path()
     if all(source.path in FORMATS for source in sources_of(params, root)):
-        LabelSet.of(given, read_references(params, root), ANSWERS)
+        found = LabelSet.of(given, read_references(params, root), ANSWERS)
+        if given is None:
+            _check_repeated(found)
     elif given is not None:
         check_labels(given, GIVEN)
+
+
+def _check_repeated(labels: LabelSet) -> None:
+    """Check that most answers occur more than once: free text has few copies.
+
+    Raises:
+        CapasError: most occur once.
+    """
+    once = [name for name, count in zip(labels.names, labels.counts, strict=True) if count == 1]
+    if 2 * len(once) > len(labels.names):
+        raise CapasError(
+            f"evaluation.metrics=[{LABEL}]: {len(once)} of {len(labels.names)} distinct answers occur only "
+            f"once ({shown(once)}): these are no labels. Choose another evaluation, such as "
+            "evaluation=text, or name the labels in evaluation.labels"
+        )

@@ -113,6 +113,23 @@ def test_the_interval_is_paired(made: Results, compare: Compare) -> None:
     assert found["params"] == {"lora.r": ["16", "32"]}
 
 
+def test_scores_of_labels_stand_beside_the_accuracy(compare: Compare, tmp_path: Path) -> None:
+    results = Results.make(tmp_path / "labels")
+    for num_right, f1, log_loss in ((3, 0.25, 1.5), (9, 0.75, 0.5)):
+        results.record(
+            answered(num_right),
+            [f"lora.r={num_right}"],
+            metrics=("label_accuracy",),
+            scores=[float(i < num_right) for i in range(10)],
+            summarized={"label_macro_f1": f1, "label_log_loss": log_loss},
+        )
+        results.commit()
+    said = flat(compare(results, "HEAD~1", "HEAD"))
+    assert "B is better: label accuracy 30.0 % -> 90.0 %" in said
+    assert "label macro f1 25.0 % 75.0 %" in said and "label log loss 1.5 0.5" in said
+    assert facts(compare, results, "HEAD~1", "HEAD")["difference"]["verdict"] == "better"
+
+
 def test_a_choice_stands_for_what_follows_from_it(made: Results, compare: Compare) -> None:
     said = compare(made, "HEAD", "attention")
     assert "\nlora               all_linear             attention\n" in said

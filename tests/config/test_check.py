@@ -55,6 +55,24 @@ def test_a_good_file_is_ready_and_says_how_it_is_read(
     assert not any((root / "data/own").iterdir())
 
 
+def test_a_classification_is_recognized(
+    root: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    lines = [
+        f"¿Qué es {t} y {t[::-1]}?,{'sí' if i % 4 else 'señal'}" for i, t in enumerate(TOPICS[:60])
+    ]
+    file = tmp_path / "correo.csv"
+    file.write_text("\n".join(["texto,etiqueta", *lines]), encoding="utf-8")
+    assert main(["check", str(file)]) == 0
+    said = capsys.readouterr().out
+    assert (
+        'label_accuracy (2 labels ("señal", "sí"), the most frequent in 75% of the records)' in said
+    )
+    assert "a classification: use evaluation=labels, which compares the likelihoods" in said
+    assert main(["check", str(write_csv(tmp_path / "soporte.csv"))]) == 0
+    assert "a classification:" not in capsys.readouterr().out
+
+
 def test_all_flaws_of_all_kinds_are_shown_with_file_and_line(
     root: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:

@@ -62,6 +62,35 @@ def test_metrics_follow_the_answers_of_own_data(workspace: Composing, own_csv: P
     assert "2 labels" in workspace.compose()
     assert "metrics:\n  - exact_match\n" in workspace.read("params.yaml")
     assert workspace.read("conf/overrides.yaml") == NOTHING_OVERRIDDEN
+    own_csv.write_text(
+        "question,answer\n" + "".join(f"{i},{['sí', 'no'][i % 2]}\n" for i in range(30))
+    )
+    assert '2 labels ("no", "sí"), the most frequent in 50% of' in workspace.compose()
+    assert "metrics:\n  - label_accuracy\n" in workspace.read("params.yaml")
+
+
+def test_answers_that_are_no_labels_are_refused_before_any_stage(
+    workspace: Composing, own_csv: Path
+) -> None:
+    workspace.edit("conf/dataset/own_csv.yaml", "evaluation: auto", "evaluation: labels")
+    assert "9 of 9 distinct answers occur only once ('Please wait 0" in workspace.refusal()
+    own_csv.write_text("question,answer\na,yes\nb,yes\n")
+    assert "the answers of the dataset: a single label ('yes')" in workspace.refusal()
+    rows = "".join(f"Question {i}?,Answer {i}\n" for i in range(201))
+    own_csv.write_text(f"question,answer\n{rows}")
+    assert "201 distinct texts ('Answer 0', 'Answer 1', 'Answer 10'" in workspace.refusal()
+    own_csv.write_text("question,answer\n" + "a,yes\nb,no\nc,maybe\n" * 3)
+    workspace.edit("conf/evaluation/_base.yaml", "labels: null", "labels: ['yes', 'no']")
+    said = "3 records: the answer 'maybe' is not among evaluation.labels ('yes', 'no')"
+    assert said in workspace.refusal()
+    workspace.edit("conf/evaluation/_base.yaml", "labels: ['yes', 'no']", "labels: null")
+    workspace.compose()
+
+
+def test_the_embedded_records_have_no_labels(workspace: Composing) -> None:
+    labels = "[_base, override /evaluation@_global_.evaluation: labels]"
+    workspace.edit("conf/dataset/embedded.yaml", "[_base]", labels)
+    assert "the answers of the embedded records are calls in JSON" in workspace.refusal()
 
 
 def test_an_experiment_on_own_data_does_not_fix_its_metrics(

@@ -84,7 +84,7 @@ def problems(values: dict[str, Any]) -> str:
 
 
 def test_there_are_as_many_options_as_we_think() -> None:
-    assert len(OPTIONS) == 63
+    assert len(OPTIONS) == 64
     assert {group for group, _ in OPTIONS} == set(GROUPS)
 
 
@@ -375,6 +375,10 @@ def test_all_problems_are_reported_at_once(compose: Callable[[list[str]], Any]) 
             "evaluation.metrics.0='rouge': input should be 'exact_match'",
         ),
         (["evaluation.metrics=[chrf,chrf]"], "each name once"),
+        (["evaluation.metrics=[label_accuracy,chrf]"], "expected label_accuracy alone"),
+        (["evaluation.labels=[spam,ham]"], "evaluation=labels where labels are named"),
+        (["evaluation=labels", "evaluation.labels=[spam]"], "should have at least 2 items"),
+        (["evaluation.metrics=[conf/x.py:label_macro_f1]"], "called like no metric and no column"),
         (["evaluation.metrics=[conf/x.py:loss]"], "called like no metric and no column"),
         (["evaluation.metrics=[conf/x.py:chrf]"], "called like no metric and no column"),
         (["evaluation.metrics=[conf/x.py:f,conf/y.py:f]"], "each name once"),

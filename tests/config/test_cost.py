@@ -33,6 +33,7 @@ LOAD = Load(
     eval_steps=25,
     score_batch=16,
     generates=True,
+    num_labels=0,
     quantizes=True,
     num_completions=18,
     num_sequences=3,
@@ -63,6 +64,9 @@ def test_seconds_of_each_stage_by_hand() -> None:
     assert replace(LOAD, max_steps=3).steps == 3
     without = stage_seconds(replace(LOAD, generates=False, quantizes=False), SPEED)
     assert without["evaluate_base"] == 5 + 50 and without["quantize"] == 5
+    labelled = stage_seconds(replace(LOAD, generates=False, num_labels=4), SPEED)
+    assert labelled["evaluate_base"] == 5 + (2 + 4) * 100 * 0.5
+    assert labelled["evaluate"] == 5 + (1 + 4) * 100 * 1.0 + 40 * 0.4 * 1.5
 
 
 def test_the_two_settings_that_save_most_are_named() -> None:
@@ -96,6 +100,8 @@ def test_disk_memory_and_minutes_are_told(monkeypatch: pytest.MonkeyPatch) -> No
     assert "memory      at most 1,536 MiB; 2,560 MiB available" in said
     assert "750 steps of 16 records" in said and "500 answers of up to" in said
     assert said.count("shorter: ") == 2
+    labelled = lines(monkeypatch, SPEED, "evaluation=labels", "evaluation.labels=[a,b,c]")
+    assert "500 test records with each of 3 labels" in labelled
     quick = replace(SPEED, train_batch=0.1, answer=0.01, tuned_answer=0.01, sample=0.01)
     assert "shorter" not in lines(monkeypatch, quick)
 

@@ -32,8 +32,23 @@ def test_the_form_of_all_answers_decides(
     assert why in choice.why
 
 
-def test_labels_are_few_and_each_is_seen_twice() -> None:
-    labels = [f"label {i}" for i in range(20)] * 2
-    assert choose_metrics(labels).metrics == ["exact_match"]
+def test_labels_are_few_short_and_each_is_frequent() -> None:
+    labels = [f"label {i}" for i in range(20)] * 10
+    assert choose_metrics(labels).metrics == ["label_accuracy"]
     assert choose_metrics([*labels, "label 20"]).metrics == ["exact_match", "chrf"]
-    assert choose_metrics([*labels, "label 20", "label 20"]).metrics == ["exact_match", "chrf"]
+    assert choose_metrics([*labels, *["label 20"] * 10]).metrics == ["exact_match", "chrf"]
+    spam = choose_metrics(["ham"] * 90 + ["spam"] * 10)
+    assert spam.metrics == ["label_accuracy"]
+    assert spam.why == '2 labels ("ham", "spam"), the most frequent in 90% of the records'
+
+
+@pytest.mark.parametrize(
+    "references",
+    [
+        ["ham"] * 90 + ["spam"] * 9,  # a split might have none of them
+        ["yes"] * 100,
+        ["This is a long answer of many words"] * 50 + ["no"] * 50,
+    ],
+)
+def test_a_few_answers_are_not_always_a_classification(references: list[str]) -> None:
+    assert choose_metrics(references).metrics == ["exact_match"]

@@ -24,6 +24,22 @@ class Mutation:
 
 MUTATIONS = (
     Mutation(
+        name="end_token_of_a_label_not_scored",
+        file="capas/evaluation/label_scores.py",
+        old="if found != IGNORE_INDEX) + 1",
+        new="if found != IGNORE_INDEX)",
+        harm="A label that another begins with is never less probable than the longer one.",
+        tests=("tests/evaluation/test_labels.py",),
+    ),
+    Mutation(
+        name="macro_f1_over_labels_of_one_model",
+        file="capas/evaluation/label_metrics.py",
+        old="having + chosen_for, having > 0)",
+        new="having + chosen_for, having + chosen_for > 0)",
+        harm="The macro-F1 of base and tuned are means over different labels.",
+        tests=("tests/evaluation/test_label_metrics.py",),
+    ),
+    Mutation(
         name="end_token_not_trained",
         file="capas/chat/scaffold.py",
         old="return found.end() if name in planner.ends.stops else found.start()",

@@ -61,6 +61,7 @@ EXPECTED: dict[str, list[str]] = {
     "evaluation": ["evaluate", "report"],
     "evaluation.preset": ["report"],
     "evaluation.batch_size": ["evaluate_base", "evaluate", "report", "publish"],
+    "evaluation.labels": ["evaluate_base", "evaluate", "report"],
     "evaluation.max_new_tokens": ["evaluate_base", "evaluate", "report", "publish"],
     "evaluation.max_records": ["evaluate_base", "evaluate", "report"],
     "evaluation.metrics": ["evaluate_base", "evaluate", "sample", "report"],

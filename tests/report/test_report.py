@@ -16,6 +16,7 @@ from capas.core.params import flatten
 from capas.dataset.flaws import KEEP, MERGE, REPLACE, SKIP, WAYS_OUT
 from capas.dataset.selection import BEYOND, DUPLICATE, LEAK, NOT_DRAWN
 from capas.evaluation.names import BUILT_IN, LABEL_SCORES
+from capas.report import labels
 
 PAGE = REPOSITORY / "capas/report"
 VOID = {"meta", "br", "link", "img", "input", "hr"}
@@ -205,6 +206,47 @@ def test_without_completions_the_page_compares_losses(page_with: Callable[..., s
     assert "Test loss from 3.200 to 0.200" in page
     assert "No answers were generated, because evaluation.metrics is empty" in words_of(page)
     assert 'id="figure-kinds"' not in page
+
+
+def test_a_classification_has_tables_a_curve_and_the_majority(
+    page_with: Callable[..., str],
+) -> None:
+    page = page_with("evaluation=labels", plots=True)
+    text, rows = words_of(page), rows_of(page)
+    assert "Label accuracy from 0% to 50.0%" in text
+    assert "Both models choose one of 3 labels for the same 10 test records" in text
+    assert (
+        "Always choosing “ham”, the label of 75.0% of the training records, has an accuracy of 80.0%"
+        in text
+    )
+    assert ["Balanced accuracy", "20.0%", "40.0%", "50.0%", "50.0%"] in rows
+    assert ["Log loss of the labels", "0.700", "–", "–", "0.700"] in rows
+    assert ["Expected \\ Chosen", "ham", "spam", "phishing"] in rows
+    assert ["ham", "6", "2", "0"] in rows and ["ham", "2", "6", "0"] in rows  # tuned and base
+    assert ["ham", "9", "8", "100%", "75.0%", "85.7%"] in rows
+    assert ["phishing", "1", "0", "–", "–", "–"] in rows
+    assert 'id="figure-calibration"' in page
+    gate = {row[0]: row[-1] for row in rows if len(row) == 4}
+    assert gate["Answers that ended with an end token"] == "not measured: no text is generated"
+    over = "Gain over always choosing the most frequent label: Balanced accuracy, lower end of the interval"
+    assert gate[over] == "failed"
+    assert "log loss and calibration error, lower is better" in text
+
+
+def test_many_labels_are_shown_by_what_is_confused() -> None:
+    names = [f"intent {i}" for i in range(labels.MAX_TABLE + 1)]
+    table = [[int(i == j) for j in range(len(names))] for i in range(len(names))]
+    table[3][4], table[5][2] = 2, 7
+    of = {"names": names, "num_train": [1] * len(names), "confusion": table, "calibration": []}
+    base = {"labels": of, "majority": {}}
+    tuned = {"tuned": {"labels": of}, "difference_to_majority": {"label_balanced_accuracy": {}}}
+    found = labels.arrange(base, tuned)
+    assert found is not None and found["tables"] is None
+    assert [(p["right"], p["chosen"], p["count"]) for p in found["confused"]] == [
+        ("intent 5", "intent 2", 7),
+        ("intent 3", "intent 4", 2),
+    ]
+    assert labels.arrange({}, {"tuned": {}}) is None
 
 
 def test_every_metric_has_its_difference_its_verdict_and_the_records_it_needs(

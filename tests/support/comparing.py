@@ -4,7 +4,7 @@ import hashlib
 import io
 import json
 import shutil
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -58,6 +58,7 @@ class Results(Workspace):
         train: Sequence[tuple[str, str]] = TRAIN,
         metrics: Sequence[str] = ("exact_match",),
         scores: Sequence[float] = (),
+        summarized: Mapping[str, float] | None = None,
         tokens: int = 20,
         loss: float = 0.5,
         seconds: float | None = None,
@@ -65,7 +66,10 @@ class Results(Workspace):
         template: str = "chatml",
         base: float = 0.0,
     ) -> None:
-        """One result; `scores` are those of metrics that are not exact_match."""
+        """One result; `scores` are those of metrics that are not exact_match.
+
+        `summarized` are scores that tuned.json has and no row of predictions.
+        """
         values = composed(overrides)
         self._write("params.yaml", composed_text(overrides))
         rows = _rows(answers, questions, references, metrics, scores, tokens, loss, template)
@@ -76,7 +80,9 @@ class Results(Workspace):
         adapter = hashlib.sha256(said.encode()).hexdigest()
         mean = {name: sum(float(row[name]) for row in rows) / len(rows) for name in metrics}
         first = {f"{name}_gain_low": mean[name] - base for name in metrics[:1]}
-        self._json("reports/metrics/tuned.json", {"loss": loss, **mean, **first})
+        self._json(
+            "reports/metrics/tuned.json", {"loss": loss, **mean, **(summarized or {}), **first}
+        )
         self._json(
             "reports/metrics/base.json", {"base": {"loss": 9.0, **dict.fromkeys(mean, base)}}
         )

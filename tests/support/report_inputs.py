@@ -26,7 +26,13 @@ from capas.core.params import Params, flatten, select
 from capas.core.records import RAW, write_records
 from capas.core.stage import Stage
 from capas.evaluation import gate
-from capas.evaluation.names import BINARY, name_of
+from capas.evaluation.names import (
+    BINARY,
+    LABEL_SCORES,
+    compares_labels,
+    generates,
+    name_of,
+)
 from capas.report.plots import MAX_TOKENS
 from stages import build_report
 
@@ -244,7 +250,7 @@ def _models(root: Path, tokenizer: Tokenizer) -> None:
 
 def _scores(exact: float, loss: float, metrics: list[str]) -> dict[str, Any]:
     """All metrics have the same score, those of own functions one beyond 1."""
-    rate = (lambda value: value) if metrics else (lambda value: None)
+    rate = (lambda value: value) if generates(metrics) else (lambda value: None)
     scores = {name_of(name): 10 * exact if ":" in name else exact for name in metrics}
     part = {"num_records": 2, **scores}
     return {
@@ -257,7 +263,7 @@ def _scores(exact: float, loss: float, metrics: list[str]) -> dict[str, Any]:
         "empty_rate": rate(0.0),
         "control_token_rate": rate(0.0),
         "copied_value_rate": rate(exact),
-        "num_copied": 6 if metrics else 0,
+        "num_copied": 6 if generates(metrics) else 0,
         "max_new_tokens": rate(96),
         "by": {
             "kind": dict.fromkeys(KINDS, part),
@@ -267,6 +273,37 @@ def _scores(exact: float, loss: float, metrics: list[str]) -> dict[str, Any]:
             **({"distance": {"twin": part, "far": part}} if metrics else {}),
         },
     }
+
+
+def _label_scores(right: int, exact: float) -> dict[str, Any]:
+    """Scores of ten records, of which `right` are right; no test record has the last label."""
+    confusion = [[right, 8 - right, 0], [0, 2, 0], [0, 0, 0]]
+    part = {"low": 0.6, "high": 0.7, "num_records": 10, "confidence": 0.65, "accuracy": exact}
+    return {
+        **{"label_balanced_accuracy": exact, "label_macro_f1": exact / 2, "label_log_loss": 0.7},
+        "label_calibration_error": 0.15,
+        "labels": {
+            "names": ["ham", "spam", "phishing"],
+            "num_train": [9, 2, 1],
+            "origin": "the answers of the training split",
+            "confusion": confusion,
+            "calibration": [part],
+        },
+    }
+
+
+def _with_labels(base: dict[str, Any], evaluation: dict[str, Any]) -> None:
+    """Add what the evaluation of labels adds."""
+    base |= _label_scores(2, 0.2)
+    base["nearest"] |= {"label_balanced_accuracy": 0.4, "label_macro_f1": 0.3}
+    always = {"label_accuracy": 0.8, "label_balanced_accuracy": 0.5, "label_macro_f1": 0.444}
+    base["majority"] = {"label": "ham", "train_fraction": 0.75, "num_records": 10, **always}
+    evaluation["tuned"] |= _label_scores(6, 0.5)
+    gain = {"mean": 0.1, "low": -0.1, "high": 0.3, "num_records_needed": None}
+    gain["verdict"] = "no difference seen"
+    evaluation["difference"] |= dict.fromkeys(LABEL_SCORES, gain)
+    evaluation["difference_to_majority"] = {"label_balanced_accuracy": gain}
+    evaluation["shares"] += [name for name in LABEL_SCORES if name != "label_log_loss"]
 
 
 def _reports(root: Path, params: dict[str, Any]) -> None:
@@ -290,7 +327,12 @@ def _reports(root: Path, params: dict[str, Any]) -> None:
     shift = {"mean": 0.0, "low": 0.0, "high": 0.0}
     noise = {"num_records": 5, "num_changed_answers": {"base": 2, "tuned": 1}, "shift": shift}
     evaluation["noise"] = {**noise, "chance": 0.1, "noise": 0.1} if names else None
-    evaluation["length_ratio"] = {"mean": 1.0, "low": 0.9, "high": 1.2} if names else None
+    evaluation["length_ratio"] = (
+        {"mean": 1.0, "low": 0.9, "high": 1.2} if generates(metrics) else None
+    )
+    if compares_labels(metrics):
+        _with_labels(base, evaluation)
+        _json(reports / "evaluation_base.json", base)
     evaluation["gate"] = gate.judge(base, evaluation, params["evaluation"]["gate"])
     _json(reports / "evaluation.json", evaluation)
     rows = [(k, m, names[0], s) for k in KINDS for m, s in (("base", 0), ("tuned", 0.5)) if names]

@@ -24,6 +24,7 @@ from capas.core.errors import CapasError
 from capas.core.locks import BusyError, exclusive
 from capas.core.process import follow
 from capas.core.stage import CHECKPOINTS
+from capas.evaluation.names import LABEL_SCORES
 from capas.sweep import driver
 from capas.sweep.lesson import lesson
 from capas.sweep.names import name_of
@@ -441,6 +442,10 @@ def test_metrics_that_will_be_written_are_known_before(plan: Plan) -> None:
         "sweep.columns",
         "sweep.objective",
     ]
+    values["evaluation"]["metrics"] = ["label_accuracy"]
+    keys = keys_of(values)["tuned"]
+    assert {"label_accuracy", "label_accuracy_gain_low", *LABEL_SCORES} < {*keys}
+    assert "stop_rate" not in keys
     values["evaluation"]["metrics"] = "auto"
     assert list(not_produced({**settings, "columns": []}, values)) == []
 

@@ -13,9 +13,10 @@ from published import MARKER, edit, publish, published, the_run
 from report_inputs import write_inputs
 
 from capas.compare.repository import open_repository
-from capas.core.dag import read_yaml, recorded
+from capas.core.dag import StageSpec, read_yaml, recorded
 from capas.core.errors import CapasError
-from capas.tracking import run_params
+from capas.core.stage import Stage
+from capas.tracking import run_content, run_params
 from capas.tracking.store import ARTIFACTS, GATE, TRAIN_KEY, Store, existing, tracking_uri
 from stages import publish_run
 
@@ -247,6 +248,21 @@ def test_without_a_recorded_training_there_is_nothing_to_publish(tmp_path: Path)
     (tmp_path / "dvc.lock").unlink()
     with pytest.raises(CapasError, match=r"dvc\.lock records no training yet"):
         publish(tmp_path)
+
+
+def test_scores_of_labels_are_metrics_of_the_run(tmp_path: Path) -> None:
+    root = write_inputs(tmp_path, ["evaluation=labels"])
+    spec = StageSpec.read("publish", root)
+    found = run_content.metrics(Stage(spec, root), {})
+    assert found["tuned.label_balanced_accuracy"] == 0.5 and found["score"] == 0.5
+    assert found["majority.label_balanced_accuracy"] == 0.5
+    assert found["difference.label_macro_f1.low"] == -0.1
+    note = run_content.headline(Stage(spec, root))["mlflow.note.content"]
+    assert "always choosing the most frequent label 0.8" in note
+    assert "| label_calibration_error | 0.15 | 0.15 |" in note
+    assert "difference_to_majority.label_balanced_accuracy.mean" in run_content.numbers(
+        Stage(spec, root), {}
+    )
 
 
 def test_a_store_of_artifacts_that_refuses_is_told_before_a_run_is_made(
