@@ -63,7 +63,7 @@ class CapasError(Exception):
     """An error that the user must fix, of input or state; the message says what, where and how."""
 
 
-class Paused(CapasError):
+class Paused(CapasError):  # noqa: N818  it reports no error
     """The end of a stage that was asked to pause: nothing is wrong, and the same command goes on later."""
 
 

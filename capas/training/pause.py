@@ -1,7 +1,7 @@
-"""Ask a training to pause at a checkpoint after a fraction of its steps: a rung of a sweep by successive halving.
+"""Ask a training to pause at a checkpoint after a fraction of its steps: a rung of successive halving.
 
-CAPAS_TRAIN_UNTIL=1/9 in the environment asks for it. It is no parameter: the training that goes on later is the
-same experiment, with the learning rates of the whole schedule and the bytes of one that never paused.
+CAPAS_TRAIN_UNTIL=1/9 in the environment asks for it. It is no parameter: the training that goes on later is
+the same experiment, with the learning rates of the whole schedule and the bytes of one that never paused.
 """
 
 import math

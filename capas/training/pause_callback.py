@@ -63,8 +63,8 @@ class Pause(TrainerCallback):
                 steps = {"step": state.global_step, "num_steps": state.max_steps}
                 write_json(file, {**steps, **scores})
         raise Paused(
-            f"paused at step {state.global_step} of {state.max_steps}, because {VARIABLE}={self._fraction}. A "
-            "checkpoint was saved: the same command without this variable goes on from it"
+            f"paused at step {state.global_step} of {state.max_steps}, because {VARIABLE}={self._fraction}. "
+            "A checkpoint was saved: the same command without this variable goes on from it"
         )
 
     def _scores(self, state: TrainerState) -> dict[str, float]:
