@@ -5,7 +5,8 @@
     python benchmarks/sweep.py halving 108   9 points of 108 steps: all of them, and by successive halving
 
 The points are the pipeline with `experiment: quick` and 4 steps of training, in temporary clones of this
-repository. What is compared has a clone and a cache each, so that neither finds what the other made. Prints a JSON object.
+repository. What is compared has a clone and a cache each, so that neither finds what the other made. Prints a
+JSON object.
 """
 
 import json

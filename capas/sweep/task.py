@@ -120,6 +120,7 @@ def prepare(home: Path, words: list[str], multirun: bool) -> Task:
         common = to_values(composer.options(fixed))
         of_sweep = [*_setting_problems(config, common, home)]
         problems += of_sweep
+        problems += _repetition_problems(config[NAME], every, searches, conf)
         if not problems:
             problems += _trial_problems(config, checked.points, home, searches)
         elif not of_sweep and not _decides_metrics(every, fixed, conf):
@@ -178,6 +179,21 @@ def _metric_problems(
     for of_trial in values:
         for key, sentence in not_produced(settings, of_trial):
             yield Problem(key, "", sentence)
+
+
+def _repetition_problems(
+    settings: dict[str, Any], words: Iterable[str], searches: bool, conf: Path
+) -> Iterator[Problem]:
+    """Yield a problem for each key with which a search would choose the luckiest seed."""
+    repeated = settings["replicates"] if searches else []
+    for word in words:
+        if key_of(word) in repeated and len(set(choices_of(word, conf))) > 1:
+            yield Problem(
+                key_of(word),
+                word.partition("=")[2],
+                f"{word}: a search proposes each value once, so it would choose a seed as if it were a "
+                f"setting. Leave it out, and repeat the best settings afterwards in a grid with {word}",
+            )
 
 
 def _rung_problems(settings: dict[str, Any], searches: bool) -> Iterator[Problem]:

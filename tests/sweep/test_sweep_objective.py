@@ -1,5 +1,6 @@
 """The objective of a sweep: its direction, its metric, and the warning of the test split."""
 
+import re
 from pathlib import Path
 
 import pytest
@@ -161,3 +162,13 @@ def test_the_default_is_known_by_its_values(home: Path) -> None:
     groups = prepare(home, ["chat_template=chatml,llama3", "lora.r=16"], True)
     assert [words[0] for words in defaults(groups)] == ["chat_template=chatml"]
     assert defaults(task_of(home)) == []
+
+
+@pytest.mark.parametrize("seeds", ["1,2,3", "range(3)", "choice(1,2)"])
+def test_a_search_over_seeds_is_refused(home: Path, seeds: str) -> None:
+    """Optuna would keep the luckiest seed."""
+    rates = "trainer.learning_rate=interval(1e-3,1e-1)"
+    with pytest.raises(CapasError, match=rf"seed={re.escape(seeds)}: a search proposes each"):
+        prepare(home, ["sweep=optuna", rates, f"seed={seeds}"], True)
+    assert prepare(home, ["sweep=optuna", rates, "seed=1"], True).expected == 20
+    assert prepare(home, [f"seed={seeds}"], True).expected > 1
