@@ -2,10 +2,11 @@
 
     python benchmarks/sweep.py overhead 4    4 points by `dvc exp run`, and as a sweep, one by one
     python benchmarks/sweep.py points 64     64 points with 2 workers; then the same sweep again
+    python benchmarks/sweep.py halving 108   9 points of 108 steps: all of them, and by successive halving
 
 The points are the pipeline with `experiment: quick` and 4 steps of training, in temporary clones of this
-repository. `dvc exp run` and the sweep have a clone and a cache each, so that neither finds what the other
-made. Prints a JSON object.
+repository. What is compared has a clone and a cache each, so that neither finds what the other made. Prints a
+JSON object.
 """
 
 import json
@@ -18,6 +19,7 @@ import time
 from pathlib import Path
 
 import machine
+import yaml
 
 ROOT = Path(__file__).resolve().parents[1]
 SHRUNK = ("experiment=quick", "trainer.max_steps=4", "trainer.warmup_steps=0")
@@ -26,7 +28,7 @@ ENVIRONMENT = {"MLFLOW_DISABLE_TELEMETRY": "true", "HF_HUB_OFFLINE": "1"}
 
 
 def main(what: str, number: int) -> None:
-    measure = {"overhead": overhead, "points": points}[what]
+    measure = {"overhead": overhead, "points": points, "halving": halving}[what]
     with tempfile.TemporaryDirectory() as folder:
         found = measure(Path(folder), number)
     print(json.dumps({**found, **machine.describe("dvc", "hydra-core", "mlflow")}, indent=2))
@@ -72,6 +74,53 @@ def points(folder: Path, number: int) -> dict[str, object]:
     }
 
 
+def halving(folder: Path, num_steps: int) -> dict[str, object]:
+    words = (
+        *("trainer.learning_rate=1e-3,4e-3,1.6e-2", "lora.r=4,8,16"),
+        *(f"trainer.max_steps={num_steps}", "tracking=none"),
+    )
+    grid, halved = make(folder / "grid"), make(folder / "halved")
+    spent = [sweep(grid, *words), sweep(halved, "sweep=halving", *words)]
+    adapters, ended = adapters_of(grid), adapters_of(halved)
+    steps = [num_steps * len(adapters), steps_of(halved, num_steps)]
+    return {
+        "points": len(adapters),
+        "steps": dict(zip(("grid", "halving"), steps, strict=True)),
+        "share_of_steps": round(steps[1] / steps[0], 3),
+        "seconds": dict(zip(("grid", "halving"), spent, strict=True)),
+        "share_of_seconds": round(spent[1] / spent[0], 3),
+        "trained_to_the_end": len(ended),
+        "same_adapters": all(adapters[trial] == md5 for trial, md5 in ended.items()),
+        "same_winner": best(grid) == best(halved),
+    }
+
+
+def adapters_of(root: Path) -> dict[str, str]:
+    """The md5 of each finished trial's adapter."""
+    found = {}
+    for reference in output(
+        root, "git", "for-each-ref", "--format=%(refname)", "refs/exps"
+    ).split():
+        stages = yaml.safe_load(output(root, "git", "show", f"{reference}:dvc.lock"))["stages"]
+        outs = {out["path"]: out["md5"] for out in stages["train"]["outs"]}
+        found[reference.rpartition("-")[2]] = outs["data/models/adapter"]
+    return found
+
+
+def steps_of(root: Path, num_steps: int) -> int:
+    """The steps that all trials trained: to the end, or to their last rung."""
+    states = [json.loads(file.read_text()) for file in state_files(root)]
+    return sum(s["step"] if s["status"] == "dropped" else num_steps for s in states)
+
+
+def best(root: Path) -> str:
+    """The finished trial with the lowest validation loss."""
+    states = [json.loads(file.read_text()) for file in state_files(root)]
+    ended = [state for state in states if state["status"] in ("done", "cached")]
+    found = min(ended, key=lambda state: state["metrics"]["train.validation_loss"])
+    return str(found["identity"])
+
+
 def make(root: Path) -> Path:
     """A clone whose shrunk pipeline has run and is committed."""
     run(ROOT, "git", "clone", "-q", str(ROOT), str(root))
@@ -88,8 +137,15 @@ def sweep(root: Path, *words: str) -> float:
 
 
 def points_started(root: Path) -> list[float]:
-    files = (root / ".dvc/tmp/sweep/plans").glob("*/points/*.json")
-    return [json.loads(file.read_text())["seconds"] for file in files]
+    return [json.loads(file.read_text())["seconds"] for file in state_files(root)]
+
+
+def state_files(root: Path) -> list[Path]:
+    return list((root / ".dvc/tmp/sweep/plans").glob("*/points/*.json"))
+
+
+def output(root: Path, *command: str) -> str:
+    return subprocess.run(command, cwd=root, capture_output=True, text=True, check=True).stdout
 
 
 def seconds(root: Path, *command: str) -> float:

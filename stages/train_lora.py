@@ -76,7 +76,7 @@ def main(params: Params, stage: Stage) -> None:
     proofs = prove(model, data, params)
     trainer = make_trainer(model, training_arguments(params, stage.checkpoints()), data, params)
     check_tracker()
-    train(trainer, stage, follows)
+    train(trainer, data.objective.curve, stage, follows)
     folder = save(trainer, proofs, data, params, stage)
     checks = check_saved(trainer, folder, base_sha256, initial, data, params, device)
     if launch.is_main():
@@ -174,15 +174,21 @@ def make_trainer(model: Any, args: "TrainingArguments", data: Data, params: Para
     return trainer
 
 
-def train(trainer: "Trainer", stage: Stage, follows: bool) -> None:
+def train(trainer: "Trainer", curve: tuple[str, ...], stage: Stage, follows: bool) -> None:
     """Train, and resume from the last complete checkpoint of these inputs if there is one.
 
     Args:
+        curve: names of the validation scores, which a pause records.
         follows: send the rows of the log to the tracker meanwhile.
     """
+    from capas.training import pause
     from capas.training.callbacks import LiveRows
     from capas.training.checkpoints import last_checkpoint
+    from capas.training.pause_callback import Pause
 
+    if until := pause.requested():
+        folder = Path(trainer.args.output_dir)
+        trainer.add_callback(Pause(trainer, until, folder, curve))
     with trainer.args.main_process_first(local=False):  # it removes half-written checkpoints
         checkpoint = last_checkpoint(Path(trainer.args.output_dir), resume=not stage.debug)
     trainer.args.eval_on_start = checkpoint is None  # the curve begins with the base

@@ -7,6 +7,7 @@ import sys
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 
+EXIT_PAUSED = 75  # EX_TEMPFAIL of sysexits.h
 _OF_THE_MACHINE = (errno.ENOSPC, errno.EDQUOT, errno.EACCES, errno.EPERM, errno.EROFS)
 # Messages of safetensors and torch.save when the disk is full; neither raises an OSError.
 _FULL_DISK = ("No space left on device", "PytorchStreamWriter failed writing", ". unexpected pos ")
@@ -62,6 +63,10 @@ class CapasError(Exception):
     """An error that the user must fix, of input or state; the message says what, where and how."""
 
 
+class Paused(CapasError):  # noqa: N818  it reports no error
+    """The end of a stage that was asked to pause: nothing is wrong, and the same command goes on later."""
+
+
 def sweep_instead(overrides: list[str]) -> str:
     """Return the message for a stage that is called with a sweep's options; these are left out of it."""
     given = " ".join(word for word in overrides if not word.startswith("-"))
@@ -75,7 +80,7 @@ def sweep_instead(overrides: list[str]) -> str:
 def exit_on_user_error(name: str) -> Iterator[None]:
     """End the script with exit code 1 and one message if the user or the machine's disk caused the error.
 
-    Any other exception is a defect of the program and keeps its traceback.
+    A pause ends it with EXIT_PAUSED. Any other exception is a defect of the program and keeps its traceback.
     """
     try:
         yield
@@ -83,6 +88,9 @@ def exit_on_user_error(name: str) -> Iterator[None]:
         sys.exit(
             f"{name}: stopped. `dvc repro` runs it again; a training goes on from its last checkpoint."
         )
+    except Paused as pause:
+        sys.stderr.write(f"{name}: {pause}\n")
+        sys.exit(EXIT_PAUSED)
     except CapasError as error:
         sys.exit(f"{name}: {without_secrets(str(error))}")
     except Exception as error:

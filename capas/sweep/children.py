@@ -13,7 +13,8 @@ from typing import NamedTuple
 
 from capas.config.hydra_overrides import key_of
 from capas.sweep.plan import Plan
-from capas.sweep.state import CACHED, DONE, FAILED, State
+from capas.sweep.rungs import Ladder
+from capas.sweep.state import CACHED, DONE, DROPPED, FAILED, State
 from capas.tracking.client import Point, Run
 from capas.tracking.pages import LOSSES, Pages
 from capas.tracking.run_params import clipped, metric_name
@@ -21,7 +22,7 @@ from capas.tracking.store import EXPERIMENT, Store, tracking_uri
 
 TRIAL, TRAINING = "sweep.trial", "sweep.training"
 _PARENT, _NOTE = "mlflow.parentRunId", "mlflow.note.content"
-_STATUS = {DONE: "FINISHED", CACHED: "FINISHED", FAILED: "FAILED"}
+_STATUS = {DONE: "FINISHED", CACHED: "FINISHED", FAILED: "FAILED", DROPPED: "KILLED"}
 _MAX_NOTE = 4000  # characters
 
 
@@ -62,13 +63,15 @@ class Children:
         store.send_tags(run, tags)
         store.send_params(run, params_of(state.overrides))
         store.send_metrics(run, _numbers(state))
+        store.log_points(run.id, rung_points(Ladder.of(self.plan.folder, state.identity)))
         if training is not None:
             self._send_losses(run, training)
         store.set_status(run.id, _STATUS[state.status], started + int(1000 * state.seconds))
         self._written[state.identity] = facts
 
     def _tags(self, state: State, training: Run | None) -> dict[str, str]:
-        tags = {_PARENT: self.parent, EXPERIMENT: state.name, _NOTE: state.reason[:_MAX_NOTE]}
+        note = state.reason if state.status != DROPPED else f"Dropped at {state.rung}."
+        tags = {_PARENT: self.parent, EXPERIMENT: state.name, _NOTE: note[:_MAX_NOTE]}
         if training is not None:
             page = Pages(tracking_uri(self.plan.home), training.experiment_id).run_link(training.id)
             link = f"The training run, with artifacts and model: [{training.name}]({page})"
@@ -81,6 +84,15 @@ class Children:
             history = self.stores.trainings.client.get_metric_history(training.id, name)
             points = [Point(name, metric.step, metric.value) for metric in history]
             self.stores.sweeps.log_points(run.id, points)
+
+
+def rung_points(ladder: Ladder) -> list[Point]:
+    """Return the scores at the rungs of successive halving, as curves over the steps."""
+    return [
+        Point(f"rung/{name}", rung.step, value)
+        for rung in ladder.rungs.values()
+        for name, value in rung.scores.items()
+    ]
 
 
 def params_of(overrides: Iterable[str]) -> dict[str, str]:

@@ -18,14 +18,34 @@ from rich.text import Text
 
 from capas.sweep.names import distinct, name_of, short_keys
 from capas.sweep.ranking import Row
-from capas.sweep.state import CACHED, DONE, ENDED, FAILED, RUNNING, WAITING, State, read_states
+from capas.sweep.rungs import metric_of
+from capas.sweep.state import (
+    AT_REST,
+    CACHED,
+    DONE,
+    DROPPED,
+    ENDED,
+    FAILED,
+    PAUSED,
+    RUNNING,
+    WAITING,
+    State,
+    read_states,
+)
 from capas.sweep.verdict import verdict
 
 _SECONDS_BETWEEN_LOOKS = 0.5
 SECONDS_BETWEEN_SIGNS = 60.0  # at most, without a terminal, until a line says what runs
 _MAX_SHOWN = 4  # running trials in a sign of life
-_ORDER = (FAILED, RUNNING, WAITING, DONE, CACHED)
-_STYLE = {FAILED: "red", RUNNING: "cyan", WAITING: "dim", DONE: "green", CACHED: "green"}
+_ORDER = (FAILED, RUNNING, WAITING, PAUSED, DONE, CACHED, DROPPED)
+_STYLE = {
+    FAILED: "red",
+    RUNNING: "cyan",
+    WAITING: "dim",
+    PAUSED: "dim",
+    DONE: "green",
+    CACHED: "green",
+}
 _LINES_BESIDE_ROWS, _WIDE = 6, 160
 
 
@@ -49,8 +69,8 @@ class Screen:
         self.console = Console(file=sys.stderr, highlight=False, width=width)
         self._folder, self._settings, self._expected = folder, settings, expected
         self._swept, self._last_line = swept, time.monotonic()
-        self._reported, self._started = dict[str, str](), set[str]()
-        self._stop = threading.Event()
+        self._reported, self._started = dict[str, tuple[str, int]](), set[str]()
+        self._stop, self._telling = threading.Event(), threading.Lock()
 
     @contextmanager
     def shown(self) -> Iterator[None]:
@@ -61,6 +81,10 @@ class Screen:
         finally:
             self._stop.set()
             thread.join()
+
+    def report(self) -> None:
+        """Print what has happened since the last look."""
+        self._tell(read_states(self._folder))
 
     def _show(self) -> None:
         if not self.console.is_terminal:
@@ -85,20 +109,31 @@ class Screen:
                 live.update(self._table(states))
 
     def _tell(self, states: list[State]) -> None:
-        for state in states:
-            if self._reported.get(state.identity) == state.status:
-                continue
-            self._reported[state.identity] = state.status
-            if state.status in (RUNNING, DONE, FAILED):
-                self._tell_start(state)
-            if state.status == FAILED:
-                self._print(f"failed  {self._name(state)}", "bold red")
-                self._print(_indented(state.reason))
-            elif state.status in ENDED:
-                value = number(state.metrics.get(self._settings["objective"]))
-                ended = sum(status in ENDED for status in self._reported.values())
-                count, name = f"{ended}/{self._expected}", self._name(state)
-                self._print(f"{count}  {name}  {value}  ({self._how(state)})", "green")
+        with self._telling:
+            for state in states:
+                known, now = self._reported.get(state.identity), (state.status, state.step)
+                if known != now:
+                    self._reported[state.identity] = now
+                    if now != (DROPPED, known and known[1]):  # the pause was reported
+                        self._tell_change(state)
+
+    def _tell_change(self, state: State) -> None:
+        if state.status in (RUNNING, DONE, FAILED, PAUSED):
+            self._tell_start(state)
+        if state.status == FAILED:
+            self._print(f"failed  {self._name(state)}", "bold red")
+            self._print(_indented(state.reason))
+        elif state.status in AT_REST:
+            value = number(state.metrics.get(self._metric(state)))
+            ended = sum(status in ENDED for status, _ in self._reported.values())
+            count = state.status if state.status == PAUSED else f"{ended}/{self._expected}"
+            style = "dim" if state.status == PAUSED else "green"
+            self._print(f"{count}  {self._name(state)}  {value}  ({self._how(state)})", style)
+
+    def _metric(self, state: State) -> str:
+        """Return the metric that is shown: a trial that has not ended has only that of its rung."""
+        at_a_rung = state.status in (PAUSED, DROPPED)
+        return metric_of(self._settings) if at_a_rung else str(self._settings["objective"])
 
     def _tell_start(self, state: State) -> None:
         """Print that a trial has started, unless a terminal's table shows it.
@@ -132,6 +167,9 @@ class Screen:
 
     def _how(self, state: State) -> str:
         """Return how a trial ended: how long it took, or the experiment in which it was found."""
+        if state.status in (PAUSED, DROPPED):
+            dropped = "dropped at " if state.status == DROPPED else ""
+            return f"{dropped}{state.rung}, {state.seconds:.0f} s"
         if state.status != CACHED:
             return f"{state.seconds:.0f} s"
         return "had it" if state.name == self._name(state) else f"had it as {state.name}"
@@ -154,7 +192,8 @@ class Screen:
         table.add_column(objective, min_width=len(objective))
         room = max(4, self.console.height - _LINES_BESIDE_ROWS)
         for state in sorted(states, key=lambda s: _ORDER.index(s.status))[:room]:
-            value = number(state.metrics.get(objective)) if state.status in ENDED else ""
+            metric = self._metric(state)
+            value = number(state.metrics.get(metric)) if state.status in AT_REST else ""
             doing = " ".join(filter(None, [state.stage, state.line]))
             style = _STYLE[state.status]
             words = " ".join(distinct(state.overrides, self._swept)) or state.name
@@ -174,8 +213,13 @@ def print_ranking(
     console: Console,
     lesson: Sequence[str],
     swept: Collection[str] = (),
+    dropped: Sequence[Row] = (),
 ) -> None:
-    """Print a row for each combination of values, best first, and how to adopt the winner."""
+    """Print a row for each combination of values, best first, and how to adopt the winner.
+
+    Args:
+        dropped: settings that have not trained to the end.
+    """
     table = Table(box=None, title_justify="left")
     columns = [name for name in settings["columns"] if name != settings["objective"]]
     headings = short_keys(key for key in swept if key not in settings["replicates"])
@@ -189,10 +233,12 @@ def print_ranking(
     for heading in headings.values():
         table.add_column(Text(heading), justify="right", overflow="fold")
     table.add_column("experiment", overflow="fold")
-    for row in rows:
+    for row in [*rows, *dropped]:
         shown = number(row.mean)
         if row.margin is not None:
             shown += f" ± {number(row.margin)}"
+        if row.dropped_at:
+            shown = f"({shown} at {row.dropped_at})"
         mark = "=" if row.tied or (row is rows[0] and any(other.tied for other in rows)) else ""
         cells = [f"{mark}{row.rank or '–'}", shown]
         cells += [] if single else [str(len(row.states))]
@@ -201,12 +247,12 @@ def print_ranking(
     console.print(table)
     for words in filter(None, [verdict(rows, settings), *lesson]):
         console.print(Text(words))
-    console.print(Text(f"\n{_adoption(rows)}"))
+    console.print(Text(f"\n{_adoption(rows, len(rows) + len(dropped))}"))
 
 
-def _adoption(rows: Sequence[Row]) -> str:
+def _adoption(rows: Sequence[Row], num_settings: int) -> str:
     """Return the command that adopts the first row, or that there is nothing to adopt."""
-    if rows[0].is_default and len(rows) > 1:
+    if rows[0].is_default and num_settings > 1:
         return "The first has the values of conf/: there is nothing to adopt."
     purpose = "the first" if any(row.tied for row in rows) else "the winner"
     return f"dvc exp apply {shlex.quote(rows[0].name)}   # adopt {purpose}"

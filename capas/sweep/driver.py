@@ -23,19 +23,20 @@ from capas.config.requirements import lacking, read_by
 from capas.config.searchpath import register
 from capas.core.errors import CapasError
 from capas.core.locks import BusyError, exclusive, is_held
-from capas.core.params import lookup
 from capas.core.worktree import git
 from capas.sweep import crossing, parent
 from capas.sweep.crosstable import CSV, LANGUAGES, TEXT, CrossTable
 from capas.sweep.display import Screen, print_ranking, stdout
+from capas.sweep.halving import Halving
 from capas.sweep.lesson import lesson
 from capas.sweep.outlook import cached, earlier, in_words, seconds_of_all
 from capas.sweep.plan import AT_ONCE, DRIVER, FOLDER, VARIABLE, Plan, check_home
 from capas.sweep.point import num_workers
-from capas.sweep.ranking import Row, rank
-from capas.sweep.remarks import remarks
-from capas.sweep.state import ENDED, FAILED, STOPPED, State, read_states
-from capas.sweep.task import NAME, Task, prepare, runs_here
+from capas.sweep.ranking import Row, dropped_rows, rank, split
+from capas.sweep.remarks import halved, remarks
+from capas.sweep.rungs import share_of_steps
+from capas.sweep.state import AT_REST, FAILED, STOPPED, State, read_states
+from capas.sweep.task import NAME, Task, defaults, prepare, runs_here
 from capas.sweep.verdict import verdict
 from capas.workspace.clone import cache_of
 
@@ -82,20 +83,21 @@ def _run(plan: Plan, task: Task, multirun: bool) -> int:
     screen = Screen(plan.points, settings, task.expected, plan.swept)
     with parent.tracked(plan, task.tracking):
         with screen.shown():
-            stderr = launch(plan, task, multirun)
+            stderr = _launch_all(plan, task, screen, multirun)
         states = read_states(plan.points)
         failed = [state for state in states if state.status == FAILED]
-        rows = rank(states, settings, _defaults(task))
+        rows = rank(states, settings, defaults(task))
         lessons = lesson(rows, settings, plan)
         crossed, refusal = _cross(rows, plan, settings) if not failed else (None, "")
-        notes = remarks(rows, settings, task.swept)
+        dropped = dropped_rows(states, settings)
+        notes = [*halved(rows, dropped), *remarks(rows, settings, task.swept)]
         result = summary(rows, settings, bool(failed or refusal), lessons, crossed, notes)
         parent.finish(plan, result)
     if stderr and not failed:
         screen.console.print(stderr, markup=False)
     if rows:
         words = [*lessons[settings["language"]], *notes]
-        print_ranking(rows, settings, stdout(), words, plan.swept)
+        print_ranking(rows, settings, stdout(), words, plan.swept, dropped)
     if crossed:
         text = f"\n{crossed.text(settings['language'])}\n({TEXT}, {CSV})"
         stdout().print(text, markup=False, soft_wrap=True)
@@ -110,22 +112,6 @@ def _run(plan: Plan, task: Task, multirun: bool) -> int:
     if refusal:
         screen.console.print(f"\nsweep: {refusal}", markup=False)
     return 1 if failed or refusal or not rows else 0
-
-
-def _defaults(task: Task) -> list[tuple[str, ...]]:
-    """Return the overrides of the trials in which every swept key has its value of conf/."""
-    keys = [key for key in task.swept if key not in task.settings["replicates"]]
-    return [
-        point.overrides
-        for point in task.points
-        if all(_choice(point.values, key) == _choice(task.base, key) for key in keys)
-    ]
-
-
-def _choice(values: dict[str, Any], key: str) -> Any:
-    """Return the value of a key; of a group, the name of its option."""
-    found = lookup(values, key)
-    return found.get("preset") if isinstance(found, dict) else found
 
 
 def _cross(rows: list[Row], plan: Plan, settings: dict[str, Any]) -> tuple[CrossTable | None, str]:
@@ -159,10 +145,23 @@ def _outlook(plan: Plan, task: Task, left: list[Point], before: list[State]) -> 
     at_once = min(num_workers(task.launcher), task.at_once)
     if not task.searches:
         found = seconds_of_all(plan, left, before, task.base, at_once)
-        return in_words(len(task.points), len(task.points) - len(left), found, at_once)
+        share, words = _share_of_steps(task), ""
+        if share < 1:
+            words = f"; successive halving, at most {share:.0%} of the steps of all"
+            found = found and (share * found[0], found[1])
+        return in_words(len(task.points), len(task.points) - len(left), found, at_once) + words
     one = seconds_of_all(plan, task.points, before, task.base, 1)
     whole = (one[0] * math.ceil(task.expected / at_once), one[1]) if one else None
     return f"a search: {in_words(task.expected, 0, whole, at_once)}"
+
+
+def _share_of_steps(task: Task) -> float:
+    """Return the most that the sweep trains, as a part of the steps of all its trials."""
+    if not task.halves:
+        return 1.0
+    replicates = task.settings["replicates"]
+    count = len({split(point.overrides, replicates)[0] for point in task.points})
+    return float(share_of_steps(count, task.settings, bool(defaults(task))))
 
 
 def summary(
@@ -194,7 +193,15 @@ def summary(
     }
 
 
-def launch(plan: Plan, task: Task, multirun: bool) -> str:
+def _launch_all(plan: Plan, task: Task, screen: Screen, multirun: bool) -> str:
+    """Run all trials, or those that successive halving chooses; return what Hydra wrote to standard error."""
+    if task.halves:
+        return Halving(plan, task, screen).run(lambda words: launch(plan, task, words, multirun))
+    words = task.words if task.searches else [*task.words, "sweep.rungs=null"]  # a single trial
+    return launch(plan, task, words, multirun)
+
+
+def launch(plan: Plan, task: Task, words: list[str], multirun: bool) -> str:
     """Run the trials with Hydra and return what it wrote to standard error.
 
     If a worker is killed, joblib gives up and Hydra is started again; trials that have ended take no time.
@@ -208,9 +215,9 @@ def launch(plan: Plan, task: Task, multirun: bool) -> str:
     os.environ["PYTHONWARNINGS"] = ",".join(filter(None, warnings))
     starts, known = Counter[str](), 0
     while True:
-        stderr, code = _launch(plan, task.words, multirun)
+        stderr, code = _launch(plan, words, multirun)
         states = read_states(plan.points)
-        lost = [state for state in states if state.status not in ENDED]
+        lost = [state for state in states if state.status not in AT_REST]
         if not lost and (not code or len(states) in (task.expected, known)):
             break
         known = len(states)
@@ -275,7 +282,7 @@ def show(home: Path) -> None:
 
 def _status_now(plan: Plan, state: State) -> str:
     """Return a trial's status, or `stopped` if no process of its sweep, or of its own, is left."""
-    return state.status if state.status in ENDED or _is_held(plan, [state]) else STOPPED
+    return state.status if state.status in AT_REST or _is_held(plan, [state]) else STOPPED
 
 
 def _is_held(plan: Plan, states: Sequence[State]) -> bool:

@@ -1,7 +1,7 @@
 """Define what all trials of a sweep have in common, fixed at its start and read by every worker.
 
 .dvc/tmp/sweep/
-    plans/KEY/       one sweep: plan.json, conf/ as it was, points/NAME.json, logs/NAME.log
+    plans/KEY/       one sweep: plan.json, conf/ as it was, points/NAME.json, logs/NAME.log, rungs/NAME.json
     work/NAME/       the workspace of a trial, while it runs or after it failed
     locks/, done/    which process runs a stage, and which stages the cache holds
 """
@@ -9,7 +9,7 @@
 import json
 import os
 import shutil
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -25,6 +25,7 @@ FOLDER = Path(".dvc/tmp/sweep")
 VARIABLE = "CAPAS_SWEEP"  # names the plan's folder
 DRIVER = "CAPAS_SWEEP_DRIVER"  # the process that started the sweep
 AT_ONCE = "CAPAS_SWEEP_AT_ONCE"  # how many trials can run at a time, whatever the launcher
+_TRIALS = "trials.json"
 _REVISIONS = "conf/revisions.yaml"
 
 
@@ -145,6 +146,15 @@ class Plan:
                 "Start the sweep again"
             )
         partial.rename(whole)
+
+    def write_trials(self, trials: Sequence[tuple[Sequence[str], dict[str, Any]]]) -> None:
+        """Write the overrides and the values of numbered trials: Hydra is given the numbers."""
+        write_whole(self.folder / _TRIALS, json.dumps(trials))
+
+    def trial(self, number: int) -> tuple[list[str], dict[str, Any]]:
+        """Return the overrides and the values of a numbered trial."""
+        overrides, values = json.loads((self.folder / _TRIALS).read_text(encoding="utf-8"))[number]
+        return overrides, values
 
     @classmethod
     def read(cls, folder: Path) -> "Plan":

@@ -8,6 +8,7 @@ import shutil
 import sys
 import traceback
 from contextlib import AbstractContextManager, ExitStack, nullcontext
+from fractions import Fraction
 from pathlib import Path
 from typing import Any
 
@@ -22,16 +23,19 @@ from capas.core.dag import recorded_key
 from capas.core.errors import CapasError
 from capas.core.locks import BusyError, exclusive
 from capas.core.process import follow
+from capas.core.stage import CHECKPOINTS
 from capas.core.workers import end_with
 from capas.core.worktree import git
 from capas.sweep.names import name_of
 from capas.sweep.plan import AT_ONCE, DRIVER, Plan, digest
+from capas.sweep.rungs import Ladder, Rung, fractions, is_among_best, metric_of
 from capas.sweep.shared import SharedStages
 from capas.sweep.slots import place
-from capas.sweep.state import CACHED, DONE, FAILED, RUNNING, WAITING, State
+from capas.sweep.state import CACHED, DONE, DROPPED, FAILED, PAUSED, RUNNING, WAITING, State
 from capas.sweep.task import check_place, is_of_sweep, is_slurm, values_of
 from capas.sweep.workspace import lay_out
 from capas.tracking.store import HOME
+from capas.training.pause import VARIABLE
 from capas.workspace.clone import environment
 
 _STAGE = re.compile(r"^(?:Running stage|Stage) '(?P<name>\w+)'")
@@ -51,10 +55,14 @@ def point(config: Any) -> float:
     plan = Plan.current()
     if os.getppid() == (driver := int(os.environ[DRIVER])):
         end_with(driver)  # this process is its worker, and the trial ends with it
-    overrides = [word for word in HydraConfig.get().overrides.task if not is_of_sweep(word)]
     settings = OmegaConf.to_container(config.sweep, resolve=True)
     launcher = OmegaConf.to_container(HydraConfig.get().launcher, resolve=False)
-    this = Point(plan, overrides, values_of(config), settings, launcher)
+    if (number := settings.get("trial")) is not None:
+        overrides, values = plan.trial(number)
+    else:
+        overrides = [word for word in HydraConfig.get().overrides.task if not is_of_sweep(word)]
+        values = values_of(config)
+    this = Point(plan, overrides, values, settings, launcher)
     try:
         return this.result()
     except CapasError as error:
@@ -79,7 +87,7 @@ class Point:
 
     Args:
         values: the values of params.yaml.
-        settings: the group `sweep`.
+        settings: the group `sweep`, and `rung`, the part of the steps at which this job pauses.
         launcher: the settings of Hydra's launcher.
     """
 
@@ -97,7 +105,9 @@ class Point:
         self.name = name_of(overrides, self.identity, plan.swept)
         self.log = plan.folder / "logs" / f"{self.name}.log"
         self.work = plan.work(self.name)
-        self._state = State(self.identity, self.name, overrides)
+        self._ladder = Ladder.of(plan.folder, self.identity)
+        self._state = State(self.identity, self.name, overrides, train_key=self._ladder.train_key)
+        self._state.started -= self._ladder.seconds
 
     def say(self, **changes: Any) -> None:
         self._state.write(self.plan.points, **changes)
@@ -126,7 +136,8 @@ class Point:
         found = self._experiment()
         status = CACHED if found else DONE
         if not found:
-            self._run(lock)
+            if (score := self._climb(lock)) is not None:
+                return score
             found = self._experiment()
         if not found:
             raise CapasError(f"DVC recorded no experiment {self.name}; see its log: {self.log}")
@@ -135,6 +146,57 @@ class Point:
             shutil.rmtree(self.work, ignore_errors=True)
         self.say(name=found, status=status, stage="", line="")
         return value
+
+    def _climb(self, lock: int) -> float | None:
+        """Train from rung to rung; return the score at which the trial rests, None if it has ended."""
+        given = self.settings.get("rung")
+        grid = "trial" in self.settings
+        rungs = [Fraction(given)] if given else [] if grid else fractions(self.settings)
+        for fraction in rungs:
+            if not self._reach(fraction, lock):
+                return None  # the training ended before it
+            if grid or not self._goes_on(fraction):
+                return self._rest(fraction, PAUSED if grid else DROPPED)
+        self._run(lock)
+        return None
+
+    def _reach(self, fraction: Fraction, lock: int) -> bool:
+        """Train until a rung, and record it; return False if the training ended before it.
+
+        Raises:
+            CapasError: the pipeline failed.
+        """
+        if str(fraction) in self._ladder.rungs:
+            return True
+        try:
+            self._run(lock, **{VARIABLE: str(fraction)})
+        except CapasError:
+            if (rung := Rung.read(self.work / CHECKPOINTS, fraction)) is None:
+                raise
+        else:
+            return False
+        self._ladder.rungs[str(fraction)] = rung
+        self.say(status=WAITING)
+        self._ladder.seconds, self._ladder.train_key = self._state.seconds, self._state.train_key
+        self._ladder.write()
+        return True
+
+    def _goes_on(self, fraction: Fraction) -> bool:
+        """Return whether a trial of a search goes on; a decision holds when it is started again."""
+        ladder, name = self._ladder, str(fraction)
+        decided = ladder.dropped_at is not None or ladder.last != ladder.rungs[name]
+        if not decided and not is_among_best(self.plan.folder, ladder, fraction, self.settings):
+            ladder.dropped_at = name
+            ladder.write()
+        return ladder.dropped_at != name
+
+    def _rest(self, fraction: Fraction, status: str) -> float:
+        """Record that the trial pauses or was dropped; return its score there."""
+        rung, metric = self._ladder.rungs[str(fraction)], metric_of(self.settings)
+        score = rung.scores[metric.partition(".")[2]]
+        steps = {"step": rung.step, "num_steps": rung.num_steps}
+        self.say(status=status, stage="", line="", metrics={metric: score}, **steps)
+        return score
 
     def _experiment(self) -> str | None:
         """Return the name of this trial's experiment at this commit, or None if there is none."""
@@ -157,9 +219,15 @@ class Point:
             )
         return value
 
-    def _run(self, lock: int) -> None:
+    def _run(self, lock: int, **more: str) -> None:
+        """Run the experiment.
+
+        Args:
+            more: environment variables for it.
+        """
         self.say(stage="a free slot")
         with self._place() as variables:
+            variables = {**variables, **more}
             lay_out(self.plan, self.work, self.values)
             stages = SharedStages(self.plan, self.values, self.work)
             with stages.held(

@@ -7,7 +7,8 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 from capas.config.hydra_overrides import key_of
-from capas.sweep.state import CACHED, DONE, State
+from capas.sweep.rungs import metric_of
+from capas.sweep.state import CACHED, DONE, DROPPED, State
 
 if TYPE_CHECKING:
     from capas.sweep.comparison import Comparison
@@ -25,6 +26,7 @@ class Row:
         missing: the replicates that other rows have and this one lacks; it is then compared with none.
         is_default: whether it has the values of conf/.
         tied: whether it may be as good as the first row.
+        dropped_at: the rung at which successive halving dropped it, "step 9 of 27"; `values` are those there.
     """
 
     overrides: list[str]
@@ -35,6 +37,7 @@ class Row:
     tied: bool = False
     missing: tuple[Overrides, ...] = ()
     is_default: bool = False
+    dropped_at: str = ""
 
     @property
     def mean(self) -> float:
@@ -100,6 +103,22 @@ def rank(
     )
     _mark(ordered, settings)
     return ordered
+
+
+def dropped_rows(states: Sequence[State], settings: dict[str, Any]) -> list[Row]:
+    """Return the settings that successive halving dropped, the furthest first, by their score there."""
+    rows: dict[Overrides, Row] = {}
+    for state in states:
+        if state.status == DROPPED:
+            rest, replicate = split(state.overrides, settings["replicates"])
+            confidence = settings["confidence_fraction"]
+            row = rows.setdefault(rest, Row(list(rest), [], {}, confidence, dropped_at=state.rung))
+            value = state.metrics[metric_of(settings)]
+            assert value is not None
+            row.states.append(state)
+            row.values[replicate] = value
+    sign = -1.0 if metric_of(settings).endswith("accuracy") else 1.0
+    return sorted(rows.values(), key=lambda row: (-row.states[0].step, sign * row.mean))
 
 
 def whole(rows: Sequence[Row]) -> list[Row]:

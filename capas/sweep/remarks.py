@@ -1,5 +1,6 @@
 """Say what to do after a sweep: look beyond the edge of the grid, or distrust a score of the test split."""
 
+from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import suppress
 from typing import Annotated, Any
@@ -21,6 +22,19 @@ def remarks(rows: Sequence[Row], settings: Mapping[str, Any], swept: Swept) -> l
     if is_on_test_split(settings["objective"]):
         found.append(test_split_reminder(settings["objective"]))
     return found
+
+
+def halved(rows: Sequence[Row], dropped: Sequence[Row]) -> list[str]:
+    """Return what successive halving did, if it dropped a setting."""
+    if not dropped:
+        return []
+    rungs = Counter(row.dropped_at for row in reversed(dropped))
+    places = ", ".join(f"{count} at {rung}" for rung, count in rungs.items())
+    total = len(rows) + len(dropped)
+    return [
+        f"{len(rows)} of {total} settings trained to the end; dropped for a worse score than others at the "
+        f"same step: {places}. A setting that gains late may be among them: sweep=grid trains them on."
+    ]
 
 
 def _edges(rows: Sequence[Row], settings: Mapping[str, Any], swept: Swept) -> Iterator[str]:

@@ -2,6 +2,7 @@
 
 import json
 import time
+from contextlib import suppress
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
@@ -10,8 +11,11 @@ from capas.core.files import write_whole
 
 WAITING, RUNNING = "waiting", "running"
 DONE, CACHED, FAILED = "done", "cached", "failed"
+PAUSED = "paused"  # at a rung: its training goes on if it is among the best
+DROPPED = "dropped"  # at a rung, because others were better there
 STOPPED = "stopped"  # shown for a trial whose processes are gone before it ended
-ENDED = (DONE, CACHED, FAILED)
+ENDED = (DONE, CACHED, FAILED, DROPPED)
+AT_REST = (*ENDED, PAUSED)  # no process runs it
 
 
 @dataclass
@@ -24,6 +28,7 @@ class State:
         line: the last line that the stage wrote.
         reason: why it failed.
         metrics: the metrics that the sweep shows.
+        step, num_steps: at a rung of successive halving, the step and the number of all steps.
     """
 
     identity: str
@@ -36,7 +41,13 @@ class State:
     started: float = field(default_factory=time.time)
     seconds: float = 0.0
     train_key: str = ""
+    step: int = 0
+    num_steps: int = 0
     metrics: dict[str, float | None] = field(default_factory=dict)
+
+    @property
+    def rung(self) -> str:
+        return f"step {self.step} of {self.num_steps}"
 
     @classmethod
     def read(cls, file: Path) -> "State":
@@ -46,11 +57,18 @@ class State:
         """Write the state atomically, because the sweep may read it at any time."""
         for name, value in changes.items():
             setattr(self, name, value)
-        self.seconds = round(time.time() - self.started, 1)
+        if self.status != DROPPED:  # it had paused before
+            self.seconds = round(time.time() - self.started, 1)
         write_whole(folder / f"{self.identity}.json", json.dumps(asdict(self)) + "\n")
+
+    def remove(self, folder: Path) -> None:
+        (folder / f"{self.identity}.json").unlink()
 
 
 def read_states(folder: Path) -> list[State]:
     """Return the states in the order in which their trials started."""
-    files = sorted(folder.glob("*.json"))
-    return sorted(map(State.read, files), key=lambda state: (state.started, state.name))
+    states = []
+    for file in folder.glob("*.json"):
+        with suppress(FileNotFoundError):  # the sweep removes it before it starts the trial again
+            states.append(State.read(file))
+    return sorted(states, key=lambda state: (state.started, state.name))

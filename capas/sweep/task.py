@@ -17,7 +17,7 @@ from capas.config.schema import GROUPS, Group
 from capas.config.validation import explain, nearest
 from capas.core.dag import StageSpec
 from capas.core.errors import CapasError
-from capas.core.params import flatten
+from capas.core.params import flatten, lookup
 from capas.sweep import crossing
 from capas.sweep.names import swept_values
 from capas.sweep.objective import (
@@ -31,6 +31,7 @@ from capas.sweep.objective import (
 )  # fmt: skip
 from capas.sweep.plan import FOLDER
 from capas.sweep.produced import metrics_of, not_produced
+from capas.sweep.rungs import metric_of
 
 NAME = "sweep"  # conf/sweep.yaml
 _DIRECTION = "${sweep.direction}"  # in conf/sweep/optuna.yaml
@@ -50,6 +51,8 @@ class Sweep(Group):
     language: Literal["en", "es"]
     cross_templates: bool
     keep: bool
+    rungs: Annotated[int, Field(ge=2)] | None
+    reduction_factor: Annotated[int, Field(ge=2)]
 
 
 @dataclass(frozen=True)
@@ -79,6 +82,11 @@ class Task:
     swept: dict[str, tuple[str, ...]] = field(default_factory=dict)
     warnings: list[str] = field(default_factory=list)
 
+    @property
+    def halves(self) -> bool:
+        """Whether a grid is run by successive halving; a search decides for each of its trials alone."""
+        return bool(self.settings["rungs"]) and not self.searches and self.expected > 1
+
 
 def prepare(home: Path, words: list[str], multirun: bool) -> Task:
     """Check a command and return its task; nothing is written.
@@ -88,7 +96,7 @@ def prepare(home: Path, words: list[str], multirun: bool) -> Task:
     """
     conf = home / CONF
     words = [_without_base(word, conf) for word in words]
-    own = [word for word in words if is_of_sweep(word) or _is_of_hydra(word)]
+    own = [word for word in words if is_of_sweep(word) or is_of_hydra(word)]
     fixed = tuple(word for word in words if _chooses(word, conf))
     config, problems = _composed([*own, *fixed], conf)
     sweeper = config["hydra"]["sweeper"] if config else {}
@@ -112,6 +120,7 @@ def prepare(home: Path, words: list[str], multirun: bool) -> Task:
         common = to_values(composer.options(fixed))
         of_sweep = [*_setting_problems(config, common, home)]
         problems += of_sweep
+        problems += _repetition_problems(config[NAME], every, searches, conf)
         if not problems:
             problems += _trial_problems(config, checked.points, home, searches)
         elif not of_sweep and not _decides_metrics(every, fixed, conf):
@@ -134,7 +143,7 @@ def prepare(home: Path, words: list[str], multirun: bool) -> Task:
         points=checked.points,
         searches=searches,
         base=to_values(composer.options()),
-        swept=swept_values((w for w in every if not is_of_sweep(w) and not _is_of_hydra(w)), conf),
+        swept=swept_values((w for w in every if not is_of_sweep(w) and not is_of_hydra(w)), conf),
         warnings=warnings,
     )
 
@@ -157,6 +166,7 @@ def _trial_problems(
     for point in points:
         yield from _place_problems(point, config["hydra"]["launcher"], home)
     yield from crossing.problems(settings, points, searches)
+    yield from _rung_problems(settings, searches)
     if found:
         return
     if settings["direction"] == AUTO and _natural_direction(settings, points) is None:
@@ -169,6 +179,41 @@ def _metric_problems(
     for of_trial in values:
         for key, sentence in not_produced(settings, of_trial):
             yield Problem(key, "", sentence)
+
+
+def _repetition_problems(
+    settings: dict[str, Any], words: Iterable[str], searches: bool, conf: Path
+) -> Iterator[Problem]:
+    """Yield a problem for each key with which a search would choose the luckiest seed."""
+    repeated = settings["replicates"] if searches else []
+    for word in words:
+        if key_of(word) in repeated and len(set(choices_of(word, conf))) > 1:
+            yield Problem(
+                key_of(word),
+                word.partition("=")[2],
+                f"{word}: a search proposes each value once, so it would choose a seed as if it were a "
+                f"setting. Leave it out, and repeat the best settings afterwards in a grid with {word}",
+            )
+
+
+def _rung_problems(settings: dict[str, Any], searches: bool) -> Iterator[Problem]:
+    """Yield why the sweep cannot be one by successive halving."""
+    rungs, objective = settings["rungs"], settings["objective"]
+    if rungs and settings[crossing.SETTING]:
+        yield Problem(
+            "sweep.rungs",
+            str(rungs),
+            f"sweep.rungs={rungs} ends most trainings early, but sweep.cross_templates=true compares the "
+            "models of all trials. Set one of the two: sweep.rungs=null, or sweep.cross_templates=false",
+        )
+    if rungs and searches and metric_of(settings) != objective:
+        yield Problem(
+            "sweep.objective",
+            objective,
+            f"sweep.objective={objective} is not known before a training has ended, so a search with "
+            f"sweep.rungs={rungs} cannot drop trials by it. Use sweep.objective=train.validation_loss, or "
+            "sweep.rungs=null",
+        )
 
 
 def _with_direction(
@@ -212,7 +257,7 @@ def _composed(own: list[str], conf: Path) -> tuple[dict[str, Any] | None, list[P
         try:
             composer.set(config, word)
         except failures() as error:
-            if _is_of_hydra(word):  # the schema checks the keys of the group sweep
+            if is_of_hydra(word):  # the schema checks the keys of the group sweep
                 problems.append(Problem(key_of(word), "", _no_such_setting(word, known, error)))
     tree = OmegaConf.to_container(config, resolve=False)
     assert isinstance(tree, dict)
@@ -235,7 +280,7 @@ def _no_such_setting(word: str, known: Iterable[str], error: Exception) -> str:
             f"{key}: the chosen launcher has no such setting. hydra/launcher=joblib runs "
             "hydra.launcher.n_jobs trials at once, hydra/launcher=slurm submits jobs to a cluster"
         )
-    close = get_close_matches(key, [name for name in known if _is_of_hydra(name)], n=1, cutoff=0.6)
+    close = get_close_matches(key, [name for name in known if is_of_hydra(name)], n=1, cutoff=0.6)
     return f"{key}: no such key{f'; did you mean {close[0]}?' if close else ''}"
 
 
@@ -313,6 +358,22 @@ def _place_problems(point: Point, launcher: dict[str, Any], home: Path) -> list[
     return []
 
 
+def defaults(task: Task) -> list[tuple[str, ...]]:
+    """Return the overrides of the trials in which every swept key has its value of conf/."""
+    keys = [key for key in task.swept if key not in task.settings["replicates"]]
+    return [
+        point.overrides
+        for point in task.points
+        if all(_choice(point.values, key) == _choice(task.base, key) for key in keys)
+    ]
+
+
+def _choice(values: dict[str, Any], key: str) -> Any:
+    """Return the value of a key; of a group, the name of its option."""
+    found = lookup(values, key)
+    return found.get("preset") if isinstance(found, dict) else found
+
+
 def runs_here(launcher: dict[str, Any]) -> bool:
     """Return whether the trials run on this machine; a cluster's machines may have other resources."""
     return str(launcher["_target_"]).rpartition(".")[2] in _LOCAL
@@ -352,7 +413,7 @@ def _chooses(word: str, conf: Path) -> bool:
     return is_group(key, conf) and key != NAME and option in options.options_of(conf, key)
 
 
-def _is_of_hydra(override: str) -> bool:
+def is_of_hydra(override: str) -> bool:
     return override.lstrip("+~").startswith(("hydra.", "hydra/"))
 
 

@@ -4,7 +4,7 @@
     python -m capas.tracking.live_sender check   before a training: can its result be published? See `check`
 
 `capas.training.live_rows` starts it beside a training, which appends its log to FILE, one JSON object per
-line, the last {"event": "end"} or {"event": "failed"}. Standard input is a pipe that closes when the training
+line, the last {"event": "end"}, "paused" or "failed". Standard input is a pipe that closes when the training
 process is gone, whatever the reason. If a tracker cannot be reached, this only logs a line: `publish` sends
 the whole curve later.
 """
@@ -44,7 +44,7 @@ CURVES = {
 _SEND_SECONDS, _RETRY_SECONDS = 2.0, 15.0
 _END_SECONDS = 3600.0  # how long to try to end a run whose server is gone
 _SAMPLE_SECONDS = 5.0  # between two samples of system metrics
-_STATUS = {"end": "FINISHED", "failed": "FAILED"}
+_STATUS = {"end": "FINISHED", "paused": "KILLED", "failed": "FAILED"}
 
 
 def points_of(row: dict[str, Any]) -> list[Point]:

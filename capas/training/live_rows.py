@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import Any, TextIO
 
 from capas.core.dag import read_yaml
-from capas.core.errors import CapasError
+from capas.core.errors import CapasError, Paused
 
 log = logging.getLogger("capas")
 _FOLLOWER = "capas.tracking.live_sender"
@@ -72,8 +72,8 @@ def tracker(root: Path, key: str, enabled: bool) -> Iterator[Rows]:
     """Run a detached follower of the training `key` in the repository `root` while the block lasts.
 
     Yields:
-        The rows of the training. Their file ends with {"event": "end"} if the block succeeded and with
-        {"event": "failed"} if it raised.
+        The rows of the training. Their file ends with {"event": "end"} if the block succeeded, with
+        {"event": "paused"} if it paused, and with {"event": "failed"} if it raised anything else.
     """
     if not enabled:
         yield Rows(None)
@@ -87,6 +87,9 @@ def tracker(root: Path, key: str, enabled: bool) -> Iterator[Rows]:
         try:
             yield rows
             event = "end"
+        except Paused:
+            event = "paused"
+            raise
         finally:
             rows.append({"event": event})
             if follower.stdin is not None:

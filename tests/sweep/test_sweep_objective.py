@@ -1,5 +1,6 @@
 """The objective of a sweep: its direction, its metric, and the warning of the test split."""
 
+import re
 from pathlib import Path
 
 import pytest
@@ -8,9 +9,8 @@ from sweeping import plan_in
 
 from capas.config.hydra_overrides import check_points
 from capas.core.errors import CapasError
-from capas.sweep import driver
 from capas.sweep.objective import natural_direction
-from capas.sweep.task import Task, prepare
+from capas.sweep.task import Task, defaults, prepare
 
 
 @pytest.fixture
@@ -163,8 +163,18 @@ def test_a_folder_of_hydra_is_refused(home: Path, key: str) -> None:
 def test_the_default_is_known_by_its_values(home: Path) -> None:
     """lora.r=16 is conf/'s; which seeds replicate it does not matter, nor what is fixed for all."""
     task = prepare(home, ["lora.r=8,16", "seed=1,2", "trainer.max_steps=3"], True)
-    found = driver._defaults(task)
+    found = defaults(task)
     assert {words[0] for words in found} == {"lora.r=16"} and len(found) == 2
     groups = prepare(home, ["chat_template=chatml,llama3", "lora.r=16"], True)
-    assert [words[0] for words in driver._defaults(groups)] == ["chat_template=chatml"]
-    assert driver._defaults(task_of(home)) == []
+    assert [words[0] for words in defaults(groups)] == ["chat_template=chatml"]
+    assert defaults(task_of(home)) == []
+
+
+@pytest.mark.parametrize("seeds", ["1,2,3", "range(3)", "choice(1,2)"])
+def test_a_search_over_seeds_is_refused(home: Path, seeds: str) -> None:
+    """Optuna would keep the luckiest seed."""
+    rates = "trainer.learning_rate=interval(1e-3,1e-1)"
+    with pytest.raises(CapasError, match=rf"seed={re.escape(seeds)}: a search proposes each"):
+        prepare(home, ["sweep=optuna", rates, f"seed={seeds}"], True)
+    assert prepare(home, ["sweep=optuna", rates, "seed=1"], True).expected == 20
+    assert prepare(home, [f"seed={seeds}"], True).expected > 1

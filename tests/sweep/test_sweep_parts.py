@@ -525,7 +525,7 @@ def test_a_point_whose_process_always_dies_is_given_up_and_the_others_run(
         return "a point failed", 1
 
     monkeypatch.setattr(driver, "_launch", launched)
-    driver.launch(plan, Task({}, {}, [], expected=3, at_once=3), multirun=True)
+    driver.launch(plan, Task({}, {}, [], expected=3, at_once=3), [], multirun=True)
     states = {state.name: state for state in read_states(plan.points)}
     assert {n: s.status for n, s in states.items()} == {
         "first": DONE,
@@ -536,7 +536,7 @@ def test_a_point_whose_process_always_dies_is_given_up_and_the_others_run(
     assert "the worker is gone" in states["deadly"].reason
 
 
-@pytest.mark.parametrize("option", ["grid", "optuna", "learning_rate", "templates"])
+@pytest.mark.parametrize("option", ["grid", "halving", "optuna", "learning_rate", "templates"])
 def test_every_ready_sweep_composes(option: str, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("CAPAS_SWEEP", "/nowhere")
     with initialize_config_dir(str(REPOSITORY / "conf"), version_base="1.3"):
