@@ -24,6 +24,8 @@ class State:
         line: the last line that the stage wrote.
         reason: why it failed.
         metrics: the metrics that the sweep shows.
+        headline: the one among them that stands for the trial's result, such as tuned.rougeL.
+        train_seconds: how long its training took, if it ran on this machine.
     """
 
     identity: str
@@ -37,6 +39,8 @@ class State:
     seconds: float = 0.0
     train_key: str = ""
     metrics: dict[str, float | None] = field(default_factory=dict)
+    headline: str = ""
+    train_seconds: float | None = None
 
     @classmethod
     def read(cls, file: Path) -> "State":
