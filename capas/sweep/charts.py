@@ -84,12 +84,8 @@ def _numbers(effect: Effect, number: Number) -> Figure:
     axes = figure.subplots()
     _points(axes, [x for x, _ in effect.points], [y for _, y in effect.points])
     positions = [level.position for level in effect.levels]
-    means = [level.mean for level in effect.levels]
-    bars = [level.margin or 0 for level in effect.levels]
-    axes.errorbar(
-        positions, means, yerr=bars if any(bars) else None, fmt="D-", ms=6.5, lw=1.4,
-        color=TUNED, elinewidth=1.6, capsize=3, gid="means",
-    )  # fmt: skip
+    _means(axes, positions, [level.mean for level in effect.levels], "D-")
+    _intervals(axes, effect, "y")
     _scale(axes, "x", number, effect.is_log)
     axes.margins(x=0.08)
     if not effect.is_binned:
@@ -116,12 +112,9 @@ def _strips(effect: Effect) -> Figure:
     figure = Figure(figsize=(WIDTH - LABELS, 0.7 + 0.3 * num_places))
     axes = figure.subplots()
     _points(axes, [score for _, score in effect.points], [place for place, _ in effect.points])
-    bars = [level.margin or 0 for level in effect.levels]
-    axes.errorbar(
-        [level.mean for level in effect.levels], [level.position for level in effect.levels],
-        xerr=bars if any(bars) else None, fmt="D", ms=6.5, color=TUNED, elinewidth=1.6,
-        capsize=3, gid="means",
-    )  # fmt: skip
+    positions = [level.position for level in effect.levels]
+    _means(axes, [level.mean for level in effect.levels], positions, "D")
+    _intervals(axes, effect, "x")
     labels = [clipped(text, _LETTERS) for text in effect.categories]
     axes.set_yticks(range(num_places), labels)
     axes.tick_params(axis="y", length=0, labelcolor=INK)
@@ -133,6 +126,21 @@ def _strips(effect: Effect) -> Figure:
 
 def _points(axes: Any, x: Sequence[float], y: Sequence[float]) -> None:
     axes.plot(x, y, "o", ms=5, color=BASE, alpha=0.35, mew=0, gid="trials")
+
+
+def _means(axes: Any, x: Sequence[float], y: Sequence[float], style: str) -> None:
+    axes.plot(x, y, style, ms=6.5, lw=1.4, color=TUNED, gid="means")
+
+
+def _intervals(axes: Any, effect: Effect, along: str) -> None:
+    """Draw the intervals of the means along the axis of the score, if there are seeds."""
+    levels = [level for level in effect.levels if level.margin is not None]
+    if not levels:
+        return
+    positions, means = [level.position for level in levels], [level.mean for level in levels]
+    x, y = (positions, means) if along == "y" else (means, positions)
+    bars = {f"{along}err": [level.margin for level in levels]}
+    axes.errorbar(x, y, **bars, fmt="none", ecolor=TUNED, elinewidth=1.6, capsize=3)
 
 
 def _scale(axes: Any, name: str, number: Number, is_log: bool) -> None:

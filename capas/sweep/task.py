@@ -38,6 +38,7 @@ _DIRECTION = "${sweep.direction}"  # in conf/sweep/optuna.yaml
 _FIXED_BY_THE_SWEEP = ("hydra.sweep.", "hydra.run.", "hydra.output_subdir", "hydra.job.chdir")
 _LOCAL = ("BasicLauncher", "JoblibLauncher", "LocalLauncher")
 Metric = Annotated[str, Field(pattern=r"^\w+\.\w+$")]
+Column = Annotated[str, Field(pattern=r"^(auto|\w+\.\w+)$")]
 
 
 class Sweep(Group):
@@ -45,7 +46,7 @@ class Sweep(Group):
 
     objective: Metric
     direction: Literal["auto", "minimize", "maximize"]
-    columns: list[Literal["auto"] | Metric]
+    columns: list[Column]
     replicates: list[str]
     confidence_fraction: Annotated[float, Field(gt=0, lt=1)]
     language: Literal["en", "es"]
