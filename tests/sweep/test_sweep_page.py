@@ -3,7 +3,6 @@
 import json
 import math
 import re
-from collections.abc import Mapping
 from dataclasses import replace
 from html.parser import HTMLParser
 from itertools import pairwise
@@ -12,6 +11,7 @@ from typing import Any
 
 import pytest
 import yaml
+from planted_sweeps import HOSTILE, LOSS, RATE, SCORE, SETTINGS, hostile, result, seeded, trial
 from sweeping import plan_in
 
 from capas.core.dag import recorded_key
@@ -21,42 +21,10 @@ from capas.sweep.comparison import compare, seeds_to_show
 from capas.sweep.effects import NUM_BINS, Effect, effects, is_logarithmic
 from capas.sweep.page import PAGES, Result, render
 from capas.sweep.parallel import MARGIN, WIDTH, clipped, parallel, thinned
-from capas.sweep.ranking import rank, scores
-from capas.sweep.state import CACHED, DONE, FAILED, State
+from capas.sweep.ranking import scores
+from capas.sweep.state import CACHED, State
 from capas.sweep.verdict import verdict
 from capas.sweep.wording import TEXTS
-
-LOSS, SCORE = "train.validation_loss", "tuned.rougeL"
-RATE = "trainer.learning_rate"
-SETTINGS: dict[str, Any] = {
-    **{"objective": LOSS, "direction": "minimize", "columns": ["auto"], "replicates": ["seed"]},
-    **{"confidence_fraction": 0.95, "language": "en"},
-}
-HOSTILE = "<script>alert('1')</script>\"&{{ 7*7 }}"
-
-
-def trial(loss: float, *overrides: str, **facts: Any) -> State:
-    name = "-".join(overrides)
-    return State(
-        *(name, name, list(overrides)), status=facts.pop("status", DONE), headline=SCORE,
-        metrics={LOSS: loss, SCORE: 0.25}, seconds=facts.pop("seconds", 10.0), **facts,
-    )  # fmt: skip
-
-
-def seeded(losses: Mapping[str, tuple[float, ...]]) -> list[State]:
-    """A trial for each loss, with the seeds 1, 2, ...; a key of `losses` holds overrides, with blanks."""
-    return [
-        trial(loss, *words.split(), f"seed={seed}")
-        for words, values in losses.items()
-        for seed, loss in enumerate(values, 1)
-    ]
-
-
-def result(*states: State, defaults: tuple[str, ...] = (), **facts: Any) -> Result:
-    settings = {**SETTINGS, **facts.pop("settings", {})}
-    rows = rank(states, settings, [defaults] if defaults else [])
-    failed = [state for state in states if state.status == FAILED]
-    return Result(rows=rows, settings=settings, failed=failed, **facts)
 
 
 class Page(HTMLParser):
@@ -319,18 +287,6 @@ def test_more_seeds_show_a_smaller_gain() -> None:
     assert half is not None and 4 < half < 12
     assert seeds_to_show(found.detectable / 1000, found) is None
     assert seeds_to_show(1.0, compare(-values)) is None
-
-
-def hostile() -> Result:
-    words = [f"x.y={HOSTILE}", f"x.y={HOSTILE}{'long/' * 60}"]
-    states = [trial(0.1 * i, word, "a.b=null") for i, word in enumerate(words, 1)]
-    failed = replace(trial(1, "x.y=3", status=FAILED), reason=f"train: {HOSTILE}\nlast line")
-    return result(
-        *states, failed, words=words, swept={"x.y": tuple(words)},
-        lessons={code: [f"{HOSTILE} is too low"] for code in PAGES},
-        curves={HOSTILE: [{"step": 1, "loss": 2.0}, {"step": 2, "loss": 1.0}]},
-        address=f"javascript:alert(1) {HOSTILE}",
-    )  # fmt: skip
 
 
 def test_no_text_of_the_user_runs_and_nothing_is_loaded(pages: dict[str, str]) -> None:
