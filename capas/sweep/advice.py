@@ -41,7 +41,7 @@ def command(words: Sequence[str]) -> str:
 def _missing(rows: Sequence[Row], code: str) -> Iterator[Step]:
     lacking = [row for row in rows if row.missing and any(row.missing)]
     for row in lacking[:_MAX_ROWS]:
-        absent = [" ".join(replicate) for replicate in row.missing]
+        absent = [" ".join(replicate) for replicate in row.missing if replicate]
         text = say(code, "next.missing", experiment=row.name, absent=absent)
         yield Step(text, command([*row.overrides, *_merged(row.missing)]))
 

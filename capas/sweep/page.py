@@ -115,7 +115,7 @@ def _render(result: Result, facts: Mapping[str, Any], code: str) -> str:
     shown, (address, _, note) = _number(Numbers(code)), result.address.partition(" ")
     own = {
         "shown": shown,
-        "code_of": code_of,
+        "amount": amounts(Numbers(code)),
         "given": lambda text: _given(text, shown),
         "verdict": verdict(result.rows, result.settings, code),
         "adoption": adoption(result.rows, code),
@@ -139,13 +139,14 @@ def _render(result: Result, facts: Mapping[str, Any], code: str) -> str:
     )
 
 
-def code_of(text: str) -> Markup:
-    return Markup("<code>{}</code>").format(text)
-
-
 def _number(numbers: Numbers) -> Callable[[float | None], str]:
     """Return how numbers are written: four digits, in the page's language."""
     return lambda value: "–" if value is None else numbers.general(rounded(value, 4))
+
+
+def amounts(numbers: Numbers) -> Callable[[float], str]:
+    """Return how costs are written: counts of thousands whole, with their separators."""
+    return lambda value: numbers.num(value) if value >= 1000 else numbers.general(rounded(value, 4))
 
 
 def _given(text: str, number: Callable[[float | None], str]) -> str:
@@ -191,7 +192,7 @@ def _figures(facts: Mapping[str, Any], texts: Language) -> dict[str, Markup]:
     if facts["cost"]:
         scores = [row.mean for row in facts["rows"]]
         figure = charts.costs_and_scores(
-            facts["cost"], scores, facts["best"], objective, words, number
+            facts["cost"], scores, facts["best"], objective, words, amounts(texts.numbers)
         )
         drawn["cost"] = figure, words("about_cost")
     if facts["curves"]:

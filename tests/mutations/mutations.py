@@ -323,9 +323,9 @@ MUTATIONS = (
     ),
     Mutation(
         name="value_of_a_sweep_is_markup",
-        file="capas/sweep/page.py",
-        old='return Markup("<code>{}</code>").format(text)',
-        new='return Markup(f"<code>{text}</code>")',
+        file="capas/sweep/sweep.html.jinja",
+        old="<pre>{{ command }}</pre>",
+        new="<pre>{{ command|safe }}</pre>",
         harm="A value on the command line of a sweep runs as a script in its page.",
         tests=(
             "tests/sweep/test_sweep_page.py::test_no_text_of_the_user_runs_and_nothing_is_loaded",
