@@ -15,6 +15,8 @@
 
 Reads   the workspace at the start, including uncommitted changes; conf/sweep.yaml, conf/sweep/
 Writes  a DVC experiment per trial (`dvc exp show`), an MLflow run with the trials as child runs;
+        reports/sweep.html and reports/sweep.es.html: verdict, ranking, response to each parameter, cost, next
+        steps; git ignores them, and the next sweep replaces them
         sweep=templates: also reports/templates.md and reports/templates.csv, which git ignores
 
 A finished trial is not run again: the same command continues a stopped sweep and retries failed trials. The

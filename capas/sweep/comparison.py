@@ -14,6 +14,8 @@ over the settings, except over those that scatter far more than the others, as t
 `benchmarks/sweep_winner.py` simulates how often each statement is wrong.
 """
 
+import math
+from bisect import bisect_left
 from dataclasses import dataclass
 from functools import lru_cache
 
@@ -25,6 +27,7 @@ from scipy.stats import chi2, nct, studentized_range
 POWER = 0.8  # of `detectable`
 _RARE = 1e-4  # a variance that is this improbable beside the others is the setting's own
 _DRAWS = 100_000
+_MAX_SEEDS = 1000  # that anybody would run
 Array = NDArray[np.float64]
 
 
@@ -40,6 +43,7 @@ class Comparison:
         least_gain: the lower end of the gain's one-sided interval.
         detectable: the gain over the default that would have been shown in 80 % of such sweeps.
         means, errors: of the settings, with the standard errors of the means.
+        error_of_one: the standard deviation of a single trial, of the best setting and the default together.
     """
 
     may_be_best: list[bool]
@@ -50,6 +54,7 @@ class Comparison:
     detectable: float | None
     means: Array
     errors: Array
+    error_of_one: float = 0.0
 
     @property
     def optimism(self) -> float:
@@ -78,12 +83,13 @@ def compare(values: Array, default: int | None = None, confidence: float = 0.95)
     below = np.where(others, differences - worse * errors, np.inf).min(axis=1)
     best = int(means.argmax())
     gain = least = detectable = None
+    error = 0.0
     if default is not None:
-        error = errors[best if best != default else int(below.argmin()), default]
-        detectable = float(error) * shift_to_detect(better, degrees)
+        error = float(errors[best if best != default else int(below.argmin()), default])
+        detectable = error * shift_to_detect(better, degrees)
         if best != default:
             gain = float(differences[best, default])
-            least = gain - float(better * error)
+            least = gain - better * error
     return Comparison(
         may_be_best=(above >= 0).tolist(),
         best=best,
@@ -93,6 +99,7 @@ def compare(values: Array, default: int | None = None, confidence: float = 0.95)
         detectable=detectable,
         means=means,
         errors=np.sqrt(variances / num_seeds),
+        error_of_one=error * math.sqrt(num_seeds / 2),
     )
 
 
@@ -113,6 +120,26 @@ def trial_variances(values: Array) -> tuple[Array, int]:
         return own, num_seeds - 1
     pooled = float((residuals**2).sum() / degrees)
     return np.where(usual, pooled, own), degrees
+
+
+def seeds_to_show(gain: float, found: Comparison, confidence: float = 0.95) -> int | None:
+    """Return how many seeds would show a gain over the default in 80 % of sweeps; None if over a thousand.
+
+    Args:
+        found: a comparison with a default; its variances are taken as they are.
+    """
+    if found.detectable is None or gain <= 0:
+        return None
+    settings = len(found.means)
+
+    def detectable(seeds: int) -> float:
+        degrees = (settings - 1) * (seeds - 1)
+        critical = critical_value(settings - 1, degrees, confidence)
+        return found.error_of_one * float(np.sqrt(2 / seeds)) * shift_to_detect(critical, degrees)
+
+    if detectable(_MAX_SEEDS) > gain:
+        return None
+    return 2 + bisect_left(range(2, _MAX_SEEDS), True, key=lambda seeds: detectable(seeds) <= gain)
 
 
 @lru_cache(maxsize=256)

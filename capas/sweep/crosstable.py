@@ -7,10 +7,9 @@ from pathlib import Path
 from typing import Any
 
 from capas.core.files import write_csv, write_whole
-from capas.core.language import Language
+from capas.sweep.wording import LANGUAGES, language, say
 
 CSV, TEXT = "reports/templates.csv", "reports/templates.md"
-LANGUAGES = ("en", "es")
 COLUMNS = ("trained_with", "asked_in", "num_records", "score", "stop_rate")
 
 Cell = dict[str, Any]  # COLUMNS, and `ids`: formats with equal `ids` have the same prompt ids
@@ -55,19 +54,16 @@ class CrossTable:
 
     def sentences(self, code: str) -> list[str]:
         """Return the result in sentences, in a language; the first one describes the table."""
-        language = Language(Path(__file__).parent, code, {})
         keys = ["head", "one_format"]
         if self.facts["other"] is not None:
             erratic = self.facts["other"] < self.facts["own"]
             keys = ["head", "erratic" if erratic else "not_erratic", "sensitive"]
         keys += ["same"] if self.facts["same"] else []
-        return [
-            language.say(f"crossing.{key}", **self.facts).unescape() for key in (*keys, "limits")
-        ]
+        return [say(code, f"crossing.{key}", **self.facts) for key in (*keys, "limits")]
 
     def rows(self, code: str) -> list[list[str]]:
         """Return the scores as texts, with the templates' names in the first row and column."""
-        numbers = Language(Path(__file__).parent, code, {}).numbers
+        numbers = language(code).numbers
         names = sorted({cell["asked_in"] for cell in self.cells})
         score = {(c["trained_with"], c["asked_in"]): numbers.pct(c["score"]) for c in self.cells}
         return [["", *names], *([name, *(score[name, other] for other in names)] for name in names)]

@@ -17,7 +17,7 @@ from rich.table import Table
 from rich.text import Text
 
 from capas.sweep.names import distinct, name_of, short_keys
-from capas.sweep.ranking import Row
+from capas.sweep.ranking import Row, columns
 from capas.sweep.rungs import metric_of
 from capas.sweep.state import (
     AT_REST,
@@ -33,6 +33,7 @@ from capas.sweep.state import (
     read_states,
 )
 from capas.sweep.verdict import verdict
+from capas.sweep.wording import say
 
 _SECONDS_BETWEEN_LOOKS = 0.5
 SECONDS_BETWEEN_SIGNS = 60.0  # at most, without a terminal, until a line says what runs
@@ -221,14 +222,14 @@ def print_ranking(
         dropped: settings that have not trained to the end.
     """
     table = Table(box=None, title_justify="left")
-    columns = [name for name in settings["columns"] if name != settings["objective"]]
+    shown_beside = columns(rows, settings)
     headings = short_keys(key for key in swept if key not in settings["replicates"])
     single = all(len(row.states) == 1 for row in rows)
     table.add_column("", justify="right")
     table.add_column(settings["objective"], justify="right")
     if not single:
         table.add_column("n", justify="right")
-    for name in columns:
+    for name in shown_beside:
         table.add_column(name, justify="right")
     for heading in headings.values():
         table.add_column(Text(heading), justify="right", overflow="fold")
@@ -237,25 +238,33 @@ def print_ranking(
         shown = number(row.mean)
         if row.margin is not None:
             shown += f" ± {number(row.margin)}"
-        if row.dropped_at:
-            shown = f"({shown} at {row.dropped_at})"
+        if row.rung:
+            step, num_steps = row.rung
+            code = settings["language"]
+            shown = say(code, "remarks.at_rung", score=shown, step=step, num_steps=num_steps)
         mark = "=" if row.tied or (row is rows[0] and any(other.tied for other in rows)) else ""
         cells = [f"{mark}{row.rank or '–'}", shown]
         cells += [] if single else [str(len(row.states))]
-        cells += [number(row.column(name)) for name in columns]
+        cells += [number(row.column(name)) for name in shown_beside]
         table.add_row(*cells, *(Text(row.value(key)) for key in headings), Text(row.name))
     console.print(table)
-    for words in filter(None, [verdict(rows, settings), *lesson]):
+    for words in filter(None, [verdict(rows, settings, settings["language"]), *lesson]):
         console.print(Text(words))
-    console.print(Text(f"\n{_adoption(rows, len(rows) + len(dropped))}"))
+    console.print(Text(f"\n{_adoption(rows, len(rows) + len(dropped), settings['language'])}"))
 
 
-def _adoption(rows: Sequence[Row], num_settings: int) -> str:
+def _adoption(rows: Sequence[Row], num_settings: int, code: str) -> str:
     """Return the command that adopts the first row, or that there is nothing to adopt."""
+    command, purpose = adoption(rows, code, num_settings)
+    return f"{command}   # {purpose}" if command else purpose
+
+
+def adoption(rows: Sequence[Row], code: str, num_settings: int) -> tuple[str, str]:
+    """Return the command that adopts the first row and its purpose; "" if there is nothing to adopt."""
     if rows[0].is_default and num_settings > 1:
-        return "The first has the values of conf/: there is nothing to adopt."
-    purpose = "the first" if any(row.tied for row in rows) else "the winner"
-    return f"dvc exp apply {shlex.quote(rows[0].name)}   # adopt {purpose}"
+        return "", say(code, "adoption.nothing")
+    purpose = "first" if any(row.tied for row in rows) else "winner"
+    return f"dvc exp apply {shlex.quote(rows[0].name)}", say(code, f"adoption.{purpose}")
 
 
 def number(value: float | None) -> str:

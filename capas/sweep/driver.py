@@ -9,7 +9,8 @@ import shlex
 import shutil
 import sys
 from collections import Counter
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -24,11 +25,11 @@ from capas.config.searchpath import register
 from capas.core.errors import CapasError
 from capas.core.locks import BusyError, exclusive, is_held
 from capas.core.worktree import git
-from capas.sweep import crossing, parent
-from capas.sweep.crosstable import CSV, LANGUAGES, TEXT, CrossTable
+from capas.sweep import costs, crossing, page, parent
+from capas.sweep.crosstable import CSV, TEXT, CrossTable
 from capas.sweep.display import Screen, print_ranking, stdout
 from capas.sweep.halving import Halving
-from capas.sweep.lesson import lesson
+from capas.sweep.lesson import histories, lesson
 from capas.sweep.outlook import cached, earlier, in_words, seconds_of_all
 from capas.sweep.plan import AT_ONCE, DRIVER, FOLDER, VARIABLE, Plan, check_home
 from capas.sweep.point import num_workers
@@ -38,6 +39,7 @@ from capas.sweep.rungs import share_of_steps
 from capas.sweep.state import AT_REST, FAILED, STOPPED, State, read_states
 from capas.sweep.task import NAME, Task, defaults, prepare, runs_here
 from capas.sweep.verdict import verdict
+from capas.sweep.wording import LANGUAGES
 from capas.workspace.clone import cache_of
 
 log = logging.getLogger("capas")
@@ -84,34 +86,71 @@ def _run(plan: Plan, task: Task, multirun: bool) -> int:
     with parent.tracked(plan, task.tracking):
         with screen.shown():
             stderr = _launch_all(plan, task, screen, multirun)
-        states = read_states(plan.points)
-        failed = [state for state in states if state.status == FAILED]
-        rows = rank(states, settings, defaults(task))
-        lessons = lesson(rows, settings, plan)
-        crossed, refusal = _cross(rows, plan, settings) if not failed else (None, "")
-        dropped = dropped_rows(states, settings)
-        notes = [*halved(rows, dropped), *remarks(rows, settings, task.swept)]
-        result = summary(rows, settings, bool(failed or refusal), lessons, crossed, notes)
-        parent.finish(plan, result)
-    if stderr and not failed:
+        result, refusal = _result(read_states(plan.points), plan, task)
+        parent.finish(plan, _for_mlflow(result, refusal, plan, task.tracking["enabled"]))
+    if stderr and not result.failed:
         screen.console.print(stderr, markup=False)
-    if rows:
-        words = [*lessons[settings["language"]], *notes]
-        print_ranking(rows, settings, stdout(), words, plan.swept, dropped)
-    if crossed:
-        text = f"\n{crossed.text(settings['language'])}\n({TEXT}, {CSV})"
-        stdout().print(text, markup=False, soft_wrap=True)
-    if address := parent.address(plan):
-        screen.console.print(f"the trials in MLflow: {address}", markup=False, soft_wrap=True)
-    if failed:
+    _show_result(result, plan, screen)
+    if result.failed:
+        num_trials = len(read_states(plan.points))
         screen.console.print(
-            f"\n{len(failed)} of {len(states)} trials failed, see above and {plan.folder / 'logs'}. "
+            f"\n{len(result.failed)} of {num_trials} trials failed, see above and {plan.folder / 'logs'}. "
             "The same command runs only these again.",
             markup=False,
         )
     if refusal:
         screen.console.print(f"\nsweep: {refusal}", markup=False)
-    return 1 if failed or refusal or not rows else 0
+    return 1 if result.failed or refusal or not result.rows else 0
+
+
+def _result(states: list[State], plan: Plan, task: Task) -> tuple[page.Result, str]:
+    """Return what the trials show, and the reason if a table over chat templates could not be made."""
+    failed = [state for state in states if state.status == FAILED]
+    rows = rank(states, task.settings, defaults(task))
+    crossed, refusal = _cross(rows, plan, task.settings) if not failed else (None, "")
+    result = page.Result(
+        rows=rows,
+        settings=task.settings,
+        swept=task.swept,
+        words=plan.words,
+        dropped=dropped_rows(states, task.settings),
+        failed=failed,
+        searches=task.searches,
+        known_costs=costs.of_trials(rows, plan),
+        lessons=lesson(rows, task.settings, plan),
+        curves=histories(rows, plan),
+        crossed=crossed,
+    )
+    return result, refusal
+
+
+def _for_mlflow(result: page.Result, refusal: str, plan: Plan, is_tracked: bool) -> dict[str, Any]:
+    """Return the result for the run in MLflow, with the names of its pages in the sweep's folder."""
+    notes = halved(result.rows, result.dropped)
+    notes += remarks(result.rows, result.settings, result.swept)
+    failed, rows = bool(result.failed or refusal), list(result.rows)
+    found = summary(rows, result.settings, failed, result.lessons, result.crossed, notes)
+    if rows and is_tracked:
+        found["pages"] = page.write(plan.folder, page.render(result))
+    return found
+
+
+def _show_result(result: page.Result, plan: Plan, screen: Screen) -> None:
+    """Print the ranking and what it shows, write the page into reports/, and say where all of it is."""
+    settings, rows, address = result.settings, result.rows, parent.address(plan)
+    code = settings["language"]
+    if rows:
+        words = [*result.lessons[code], *halved(rows, result.dropped, code)]
+        words += remarks(rows, settings, result.swept, code)
+        print_ranking(rows, settings, stdout(), words, plan.swept, result.dropped)
+    if result.crossed:
+        text = f"\n{result.crossed.text(code)}\n({TEXT}, {CSV})"
+        stdout().print(text, markup=False, soft_wrap=True)
+    if address:
+        screen.console.print(f"the trials in MLflow: {address}", markup=False, soft_wrap=True)
+    if rows:
+        page.write(plan.home / "reports", page.render(replace(result, address=address or "")))
+        screen.console.print(f"the page of this sweep: {page.PAGES[code]}", markup=False)
 
 
 def _cross(rows: list[Row], plan: Plan, settings: dict[str, Any]) -> tuple[CrossTable | None, str]:
@@ -168,7 +207,7 @@ def summary(
     rows: list[Row],
     settings: dict[str, Any],
     failed: bool,
-    lessons: dict[str, list[str]],
+    lessons: Mapping[str, Sequence[str]],
     crossed: CrossTable | None = None,
     notes: Sequence[str] = (),
 ) -> dict[str, Any]:
@@ -181,6 +220,7 @@ def summary(
     words = [verdict(rows, settings), *(" ".join(lesson) for lesson in lessons.values())]
     words += notes
     words += [crossed.markdown(code) for code in LANGUAGES] if crossed else []
+    page_note = f"The page: artifact `{parent.PAGES}/{Path(page.PAGES['en']).name}`."
     return {
         "status": "FAILED" if failed else "FINISHED",
         "metrics": {f"best/{objective}": rows[0].mean},
@@ -188,7 +228,7 @@ def summary(
             "best.experiment": rows[0].name,
             "sweep.objective": objective,
             "sweep.direction": settings["direction"],
-            "mlflow.note.content": "\n\n".join([table, *filter(None, words)]),
+            "mlflow.note.content": "\n\n".join([page_note, table, *filter(None, words)]),
         },
     }
 

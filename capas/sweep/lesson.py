@@ -1,24 +1,21 @@
 """Explain in words what a sweep over the learning rate shows: too low, right, too high."""
 
 from collections.abc import Collection, Mapping, Sequence
-from pathlib import Path
 from typing import Any
 
-from capas.core.language import Language
 from capas.report.findings import read_csv
 from capas.sweep.plan import Plan
 from capas.sweep.ranking import Row
+from capas.sweep.wording import LANGUAGES, say
 
-LANGUAGES = ("en", "es")
 _CLOSE = 0.1  # as a fraction of the best value
 RATE, HISTORY = "trainer.learning_rate", "reports/history.csv"
 
 
 def lesson(rows: Sequence[Row], settings: Mapping[str, Any], plan: Plan) -> dict[str, list[str]]:
     """Return, by language, a sentence for each learning rate, lowest first; none if other values vary too."""
-    common = set.intersection(*(set(row.overrides) for row in rows)) if rows else set[str]()
-    rates = {rate: row for row in rows if (rate := _rate(row, common)) is not None}
-    if not 1 < len(rates) == len(rows):
+    rates = rates_of(rows)
+    if not rates:
         return {code: [] for code in LANGUAGES}
     curves = {rate: curve(row, plan) for rate, row in rates.items()}
     facts = [
@@ -32,6 +29,19 @@ def lesson(rows: Sequence[Row], settings: Mapping[str, Any], plan: Plan) -> dict
         for rate, row in sorted(rates.items())
     ]
     return {code: _sentences(code, facts, settings["objective"]) for code in LANGUAGES}
+
+
+def rates_of(rows: Sequence[Row]) -> dict[float, Row]:
+    """Return the rows by their learning rates, the best first; none if other values vary too."""
+    common = set.intersection(*(set(row.overrides) for row in rows)) if rows else set[str]()
+    rates = {rate: row for row in rows if (rate := _rate(row, common)) is not None}
+    return rates if 1 < len(rates) == len(rows) else {}
+
+
+def histories(rows: Sequence[Row], plan: Plan) -> dict[str, list[dict[str, Any]]]:
+    """Return the logged steps of each learning rate as given, lowest first, where DVC's cache has them."""
+    found = {row.value(RATE): history(row.name, plan) for _, row in sorted(rates_of(rows).items())}
+    return {rate: steps for rate, steps in found.items() if steps}
 
 
 def _kind(
@@ -66,8 +76,9 @@ def _was_destroyed(losses: Mapping[str, Any]) -> bool:
 
 
 def _sentences(code: str, facts: Sequence[Mapping[str, Any]], objective: str) -> list[str]:
-    language = Language(Path(__file__).parent, code, {"objective": objective})
-    return [str(language.say(f"learning_rate.{fact['kind']}", **fact)) for fact in facts]
+    return [
+        say(code, f"learning_rate.{fact['kind']}", objective=objective, **fact) for fact in facts
+    ]
 
 
 def _rate(row: Row, common: Collection[str]) -> float | None:

@@ -1,6 +1,6 @@
 """Determine whether a lower or a higher objective is better, and warn of a choice that misleads."""
 
-from collections.abc import Collection
+from collections.abc import Collection, Mapping
 from typing import Any, Literal
 
 from capas.evaluation.names import BALANCED, BUILT_IN, CALIBRATION, LOG_LOSS, MACRO_F1
@@ -28,6 +28,11 @@ def natural_direction(objective: str, metrics: Collection[str] = ()) -> Directio
     if _is_or_ends_with(key, _LOWER):
         return "minimize"
     return "maximize" if _is_or_ends_with(key, _HIGHER) else None
+
+
+def stated_columns(settings: Mapping[str, Any]) -> list[str]:
+    """Return the columns that are named; `auto` stands for the headline metric of each trial."""
+    return [name for name in settings["columns"] if name != AUTO]
 
 
 def unknown_direction(objective: str) -> str:
@@ -60,11 +65,6 @@ def test_split_warning(objective: str) -> str:
         f"sweep.objective={objective} chooses by the test split, so the winner's score will be optimistic. "
         "sweep.objective=train.validation_loss chooses without looking at the test split"
     )
-
-
-def test_split_reminder(objective: str) -> str:
-    """Return what to know of the winner's score after it was chosen by the test split."""
-    return f"The winner's {objective} is optimistic: the winner was chosen by this score on the test split."
 
 
 def _is_or_ends_with(key: str, names: Collection[str]) -> bool:

@@ -31,6 +31,7 @@ log = logging.getLogger("capas")
 KEY = "sweep_key"
 SETTINGS, RESULT, TRACKED = "tracking.json", "result.json", "tracked.json"
 ADDRESS = "mlflow.txt"
+PAGES = "sweep"  # the folder of the run's artifacts that has the pages
 _SECONDS_BETWEEN_LOOKS, _SECONDS_AFTER_A_FAILURE, _SECONDS_TO_END = 1.0, 15.0, 120.0
 
 
@@ -102,6 +103,8 @@ class Parent:
             store.send_tags(run, {**tags, **_best(tags, states)})
             store.send_metrics(run, {**result.get("metrics", {}), "num_trials": len(states)})
         store.set_status(children.parent, "KILLED" if result is None else result["status"])
+        for name in (result or {}).get("pages", []):
+            store.client.log_artifact(children.parent, str(self.plan.folder / name), PAGES)
 
     def _adopt(self, trainings: Store, states: list[State]) -> None:
         """Tag the training runs of the trials; each sweep has a tag of its own."""

@@ -26,7 +26,9 @@ from capas.core.process import follow
 from capas.core.stage import CHECKPOINTS
 from capas.core.workers import end_with
 from capas.core.worktree import git
+from capas.sweep import costs
 from capas.sweep.names import name_of
+from capas.sweep.objective import AUTO, TEST_FILE, stated_columns
 from capas.sweep.plan import AT_ONCE, DRIVER, Plan, digest
 from capas.sweep.rungs import Ladder, Rung, fractions, is_among_best, metric_of
 from capas.sweep.shared import SharedStages
@@ -39,6 +41,7 @@ from capas.training.pause import VARIABLE
 from capas.workspace.clone import environment
 
 _STAGE = re.compile(r"^(?:Running stage|Stage) '(?P<name>\w+)'")
+_METRICS = "reports/metrics/{}.json"
 _NUM_LAST = 6  # last lines of a traceback that are shown
 
 
@@ -206,11 +209,13 @@ class Point:
 
     def _read(self, experiment: str) -> float:
         """Read the trial's metrics from git alone, and return the objective's value."""
-        names = dict.fromkeys([self.settings["objective"], *self.settings["columns"]])
-        reference = self.plan.reference(experiment)
+        reference, columns = self.plan.reference(experiment), stated_columns(self.settings)
+        shown = headline(self.plan.home, reference) if AUTO in self.settings["columns"] else ""
+        names = dict.fromkeys(filter(None, [self.settings["objective"], *columns, shown]))
         metrics = {name: metric(self.plan.home, reference, name) for name in names}
         train_key = recorded_key(self.plan.recorded(experiment)["train"])
-        self.say(metrics=metrics, train_key=train_key)
+        seconds = costs.recall(self.plan, train_key)
+        self.say(metrics=metrics, headline=shown, train_key=train_key, train_seconds=seconds)
         value = metrics[self.settings["objective"]]
         if value is None or not math.isfinite(value):
             raise CapasError(
@@ -261,6 +266,7 @@ class Point:
             elif line:
                 self.say(line=line[:200])
         stages.finished(stage)
+        costs.remember(self.plan, self.work)
         reference = self.plan.reference(self.name)
         quiet = ("--quiet", "--no-tags", "--no-write-fetch-head", "--no-auto-maintenance")
         git(self.plan.home, "fetch", *quiet, str(self.work), f"+{reference}:{reference}")
@@ -280,14 +286,28 @@ def metric(home: Path, reference: str, name: str) -> float | None:
         CapasError: there is no such file or key; the message lists those that exist.
     """
     file, _, key = name.partition(".")
-    path = f"reports/metrics/{file}.json"
-    text = git(home, "show", f"{reference}:{path}", check=False)
-    if not text:
+    values, path = _metrics(home, reference, file), _METRICS.format(file)
+    if values is None:
         there = git(home, "ls-tree", "--name-only", reference, "reports/metrics/").split()
         raise CapasError(
             f"sweep: {name!r} is not a metric: there is no {path}; available: {', '.join(there)}"
         )
-    values = json.loads(text)
     if key not in values:
         raise CapasError(f"sweep: {name!r} is not a metric: {path} has {', '.join(values)}")
     return None if values[key] is None else float(values[key])
+
+
+def headline(home: Path, reference: str) -> str:
+    """Return the headline metric of an evaluation, tuned.KEY: the one whose gain it reports, or the loss.
+
+    It is "" if the evaluation has no numbers.
+    """
+    values = _metrics(home, reference, TEST_FILE) or {}
+    keys = [key for key in values if f"{key}_gain" in values] or ["loss"]
+    return f"{TEST_FILE}.{keys[0]}" if keys[0] in values else ""
+
+
+def _metrics(home: Path, reference: str, file: str) -> dict[str, Any] | None:
+    """Return reports/metrics/FILE.json of a commit, or None if it has none."""
+    text = git(home, "show", f"{reference}:{_METRICS.format(file)}", check=False)
+    return dict(json.loads(text)) if text else None

@@ -5,7 +5,7 @@ from difflib import get_close_matches
 from typing import Any
 
 from capas.evaluation.names import AUTO, BUILT_IN, LABEL_SCORES, compares_labels, generates, name_of
-from capas.sweep.objective import is_on_test_split
+from capas.sweep.objective import is_on_test_split, stated_columns
 
 _FIXED = {  # FILE -> the keys of reports/metrics/FILE.json that a sweep can read
     "format": ("num_train_tokens", "supervised_fraction", "num_truncated", "num_dropped"),
@@ -26,7 +26,7 @@ def not_produced(settings: dict[str, Any], values: dict[str, Any]) -> Iterator[t
     """
     numbers = keys_of(values)
     places = {**numbers, "tuned": ["exact_match", "stop_rate", *numbers["tuned"]]}
-    for name in settings["columns"]:
+    for name in stated_columns(settings):
         file, _, key = name.partition(".")
         if key not in places.get(file, [key]):
             yield "sweep.columns", _sentence(f"sweep.columns={name}", name, places)

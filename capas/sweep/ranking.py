@@ -2,15 +2,19 @@
 
 import math
 import statistics
-from collections.abc import Collection, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 from capas.config.hydra_overrides import key_of
+from capas.sweep.objective import AUTO
 from capas.sweep.rungs import metric_of
 from capas.sweep.state import CACHED, DONE, DROPPED, State
 
 if TYPE_CHECKING:
+    import numpy as np
+    from numpy.typing import NDArray
+
     from capas.sweep.comparison import Comparison
 
 Overrides = tuple[str, ...]
@@ -26,7 +30,7 @@ class Row:
         missing: the replicates that other rows have and this one lacks; it is then compared with none.
         is_default: whether it has the values of conf/.
         tied: whether it may be as good as the first row.
-        dropped_at: the rung at which successive halving dropped it, "step 9 of 27"; `values` are those there.
+        rung: (step, number of steps) where successive halving dropped it; `values` are those there.
     """
 
     overrides: list[str]
@@ -37,7 +41,7 @@ class Row:
     tied: bool = False
     missing: tuple[Overrides, ...] = ()
     is_default: bool = False
-    dropped_at: str = ""
+    rung: tuple[int, int] | None = None
 
     @property
     def mean(self) -> float:
@@ -112,7 +116,8 @@ def dropped_rows(states: Sequence[State], settings: dict[str, Any]) -> list[Row]
         if state.status == DROPPED:
             rest, replicate = split(state.overrides, settings["replicates"])
             confidence = settings["confidence_fraction"]
-            row = rows.setdefault(rest, Row(list(rest), [], {}, confidence, dropped_at=state.rung))
+            rung = state.step, state.num_steps
+            row = rows.setdefault(rest, Row(list(rest), [], {}, confidence, rung=rung))
             value = state.metrics[metric_of(settings)]
             assert value is not None
             row.states.append(state)
@@ -126,20 +131,31 @@ def whole(rows: Sequence[Row]) -> list[Row]:
     return [row for row in rows if not row.missing]
 
 
+def columns(rows: Sequence[Row], settings: Mapping[str, Any]) -> list[str]:
+    """Return the metrics shown next to the objective; `auto` is the headline metric of each trial."""
+    own = dict.fromkeys(state.headline for row in rows for state in row.states if state.headline)
+    shown = [name for word in settings["columns"] for name in (own if word == AUTO else [word])]
+    return [name for name in dict.fromkeys(shown) if name != settings["objective"]]
+
+
+def scores(compared: Sequence[Row]) -> "NDArray[np.float64]":
+    """Return the objective of whole rows, [rows, replicates]."""
+    import numpy as np
+
+    replicates = sorted(compared[0].values)
+    return np.array([[row.values[name] for name in replicates] for row in compared])
+
+
 def comparison(rows: Sequence[Row], settings: dict[str, Any]) -> "Comparison | None":
     """Return what the trials show of the whole rows; None if there are not two rows with two replicates."""
     compared = whole(rows)
     if len(compared) < 2 or len(compared[0].values) < 2:
         return None
-    import numpy as np
-
     from capas.sweep.comparison import compare
 
     sign = 1.0 if settings["direction"] == "maximize" else -1.0
-    replicates = sorted(compared[0].values)
-    values = np.array([[sign * row.values[name] for name in replicates] for row in compared])
     default = next((place for place, row in enumerate(compared) if row.is_default), None)
-    return compare(values, default, settings["confidence_fraction"])
+    return compare(sign * scores(compared), default, settings["confidence_fraction"])
 
 
 def _mark(ordered: Sequence[Row], settings: dict[str, Any]) -> None:

@@ -8,37 +8,46 @@ from typing import Annotated, Any
 from pydantic import TypeAdapter, ValidationError
 
 from capas.config.schema import GROUPS
-from capas.sweep.objective import is_on_test_split, test_split_reminder
+from capas.sweep.objective import is_on_test_split
 from capas.sweep.ranking import Row
+from capas.sweep.wording import say
 
 Swept = Mapping[str, Sequence[str]]  # the values of each key that has several, as given
 
 
-def remarks(rows: Sequence[Row], settings: Mapping[str, Any], swept: Swept) -> list[str]:
+def remarks(
+    rows: Sequence[Row], settings: Mapping[str, Any], swept: Swept, code: str = "en"
+) -> list[str]:
     """Return sentences on the result; none for a single row, because nothing was chosen."""
     if len(rows) < 2:
         return []
-    found = [*_edges(rows, settings, swept)]
+    found = [
+        say(code, f"remarks.{edge}", name=key, value=rows[0].value(key))
+        for key, edge in _edges(rows, settings, swept)
+    ]
     if is_on_test_split(settings["objective"]):
-        found.append(test_split_reminder(settings["objective"]))
+        found.append(say(code, "remarks.test_split", objective=settings["objective"]))
     return found
 
 
-def halved(rows: Sequence[Row], dropped: Sequence[Row]) -> list[str]:
+def halved(rows: Sequence[Row], dropped: Sequence[Row], code: str = "en") -> list[str]:
     """Return what successive halving did, if it dropped a setting."""
     if not dropped:
         return []
-    rungs = Counter(row.dropped_at for row in reversed(dropped))
-    places = ", ".join(f"{count} at {rung}" for rung, count in rungs.items())
-    total = len(rows) + len(dropped)
-    return [
-        f"{len(rows)} of {total} settings trained to the end; dropped for a worse score than others at the "
-        f"same step: {places}. A setting that gains late may be among them: sweep=grid trains them on."
+    rungs = Counter(row.rung for row in reversed(dropped))
+    places = [
+        say(code, "remarks.dropped_at", count=count, step=rung[0], num_steps=rung[1])
+        for rung, count in rungs.items()
+        if rung
     ]
+    total = len(rows) + len(dropped)
+    return [say(code, "remarks.halved", ended=len(rows), total=total, places=", ".join(places))]
 
 
-def _edges(rows: Sequence[Row], settings: Mapping[str, Any], swept: Swept) -> Iterator[str]:
-    """Yield a sentence for each number whose best value is the largest or the smallest one tried."""
+def _edges(
+    rows: Sequence[Row], settings: Mapping[str, Any], swept: Swept
+) -> Iterator[tuple[str, str]]:
+    """Yield (key, largest or smallest) for each number whose best value is at an end of those tried."""
     for key, texts in swept.items():
         if key in settings["replicates"] or key.endswith("seed"):
             continue
@@ -46,11 +55,11 @@ def _edges(rows: Sequence[Row], settings: Mapping[str, Any], swept: Swept) -> It
         best = {_number(row.value(key)) for row in rows if row.mean == rows[0].mean}
         if len(grid) < len(set(texts)) or len(grid) < 2 or len(best) > 1:
             continue
-        shown, number = f"{key}={rows[0].value(key)}", best.pop()
+        number = best.pop()
         if number == max(grid) and _is_valid(key, 1.1 * number):
-            yield f"{shown} is the largest value tried: try larger ones."
+            yield key, "largest"
         elif number == min(grid) and number > 0 and _is_valid(key, 0.9 * number):
-            yield f"{shown} is the smallest value tried: try smaller ones."
+            yield key, "smallest"
 
 
 def _number(text: str) -> float | None:

@@ -29,6 +29,8 @@ class State:
         reason: why it failed.
         metrics: the metrics that the sweep shows.
         step, num_steps: at a rung of successive halving, the step and the number of all steps.
+        headline: the one among them that stands for the trial's result, such as tuned.rougeL.
+        train_seconds: how long its training took, if it ran on this machine.
     """
 
     identity: str
@@ -44,6 +46,8 @@ class State:
     step: int = 0
     num_steps: int = 0
     metrics: dict[str, float | None] = field(default_factory=dict)
+    headline: str = ""
+    train_seconds: float | None = None
 
     @property
     def rung(self) -> str:

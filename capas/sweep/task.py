@@ -26,6 +26,7 @@ from capas.sweep.objective import (
     contradiction,
     is_on_test_split,
     natural_direction,
+    stated_columns,
     test_split_warning,
     unknown_direction,
 )  # fmt: skip
@@ -38,6 +39,7 @@ _DIRECTION = "${sweep.direction}"  # in conf/sweep/optuna.yaml
 _FIXED_BY_THE_SWEEP = ("hydra.sweep.", "hydra.run.", "hydra.output_subdir", "hydra.job.chdir")
 _LOCAL = ("BasicLauncher", "JoblibLauncher", "LocalLauncher")
 Metric = Annotated[str, Field(pattern=r"^\w+\.\w+$")]
+Column = Annotated[str, Field(pattern=r"^(auto|\w+\.\w+)$")]
 
 
 class Sweep(Group):
@@ -45,7 +47,7 @@ class Sweep(Group):
 
     objective: Metric
     direction: Literal["auto", "minimize", "maximize"]
-    columns: list[Metric]
+    columns: list[Column]
     replicates: list[str]
     confidence_fraction: Annotated[float, Field(gt=0, lt=1)]
     language: Literal["en", "es"]
@@ -331,7 +333,7 @@ def _unknown_metrics(settings: dict[str, Any], home: Path) -> Iterator[Problem]:
     """Yield a problem for each metric of a file that no stage writes."""
     outs = {out for spec in StageSpec.read_all(home).values() for out in spec.outs}
     files = sorted(Path(out).stem for out in outs if out.startswith("reports/metrics/"))
-    for name in dict.fromkeys([settings["objective"], *settings["columns"]]):
+    for name in dict.fromkeys([settings["objective"], *stated_columns(settings)]):
         if name.partition(".")[0] not in files:
             yield Problem(
                 "sweep",

@@ -3,19 +3,26 @@
 from collections.abc import Iterator, Sequence
 from typing import TYPE_CHECKING, Any
 
-from capas.core.errors import listed
 from capas.sweep.ranking import Row, comparison, whole
+from capas.sweep.wording import rounded, say
 
 if TYPE_CHECKING:
     from capas.sweep.comparison import Comparison
 
+Said = tuple[str, dict[str, Any]]  # the key of a text below `verdict`, and its facts
+_MAX_NAMES = 3  # of rows that lack trials
 
-def verdict(rows: Sequence[Row], settings: dict[str, Any]) -> str:
+
+def verdict(rows: Sequence[Row], settings: dict[str, Any], code: str = "en") -> str:
     """Return what the ranking shows as sentences; an empty text for a single setting."""
-    return " ".join(_sentences(rows, settings)) if len(rows) > 1 else ""
+    if len(rows) < 2:
+        return ""
+    common = {"objective": settings["objective"], "confidence": settings["confidence_fraction"]}
+    found = _statements(rows, settings)
+    return " ".join(say(code, f"verdict.{key}", **common, **facts) for key, facts in found)
 
 
-def _sentences(rows: Sequence[Row], settings: dict[str, Any]) -> Iterator[str]:
+def _statements(rows: Sequence[Row], settings: dict[str, Any]) -> Iterator[Said]:
     compared = whole(rows)
     if lacking := [row for row in rows if row.missing]:
         yield _lacking(lacking, compared)
@@ -23,65 +30,39 @@ def _sentences(rows: Sequence[Row], settings: dict[str, Any]) -> Iterator[str]:
         return
     found = comparison(rows, settings)
     if found is None:
-        yield from _single_trials(compared, settings)
+        yield _single_trials(compared, settings)
         return
-    yield _winner(compared, found, settings["confidence_fraction"])
-    yield from _against_default(compared, found, settings["objective"])
+    yield _winner(compared, found)
+    yield _against_default(found)
     if found.optimism > 0:
-        yield (
-            f"The mean of the first is too good by about {found.optimism:.2g}, because it was picked as "
-            f"the best of {len(compared)}."
-        )
-    seeds = len(compared[0].values)
-    yield f"All of this is about other {settings['replicates'][0]}s than these {seeds}, on the same records."
+        yield "optimism", {"optimism": rounded(found.optimism, 2), "count": len(compared)}
+    yield "scope", {"name": settings["replicates"][0], "count": len(compared[0].values)}
 
 
-def _lacking(rows: Sequence[Row], compared: Sequence[Row]) -> str:
-    absent = sorted(
-        {" ".join(replicate) or "a replicate" for row in rows for replicate in row.missing}
-    )
-    names = listed([row.name for row in rows], 3)
-    if not compared:
-        return f"No setting has all of {', '.join(absent)}, so none can be compared with another."
-    return f"Not compared: {names}, for lack of {', '.join(absent)}. Run the missing trials."
+def _lacking(rows: Sequence[Row], compared: Sequence[Row]) -> Said:
+    absent = sorted({" ".join(replicate) for row in rows for replicate in row.missing})
+    names = [row.name for row in rows]
+    facts = {"names": names[:_MAX_NAMES], "more": len(names[_MAX_NAMES:]), "absent": absent}
+    return ("lacking" if compared else "none_whole"), facts
 
 
-def _single_trials(rows: Sequence[Row], settings: dict[str, Any]) -> Iterator[str]:
+def _single_trials(rows: Sequence[Row], settings: dict[str, Any]) -> Said:
     if all(row.mean == rows[0].mean for row in rows):
-        yield (
-            f"No setting is better: all {len(rows)} have the same {settings['objective']}, so what was "
-            "swept does not change it."
-        )
-        return
-    tied = sum(row.tied for row in rows)
+        return "all_equal", {"count": len(rows)}
     repeats = settings["replicates"][0] if settings["replicates"] else "seed"
-    equal = f"{tied + 1} rows are equal (=1). " if tied else ""
-    yield (
-        f"{equal}One trial each: add {repeats}=1,2,3 to see whether the difference is more than "
-        f"chance. The best of {len(rows)} looks better than it is."
-    )
+    tied = sum(row.tied for row in rows)
+    return "single_trials", {"tied": tied, "name": repeats, "count": len(rows)}
 
 
-def _winner(rows: Sequence[Row], found: "Comparison", confidence: float) -> str:
-    share = f"{confidence:.0%}"
+def _winner(rows: Sequence[Row], found: "Comparison") -> Said:
     if found.is_best:
-        name = "The first, the default," if rows[0].is_default else "The first"
-        return f"{name} is better than every other setting ({share} confidence for all together)."
-    tied = 1 + sum(row.tied for row in rows)
-    return f"{tied} settings may be the best (=1): at {share} confidence these trials do not separate them."
+        return "winner", {"is_default": rows[0].is_default}
+    return "tied", {"count": 1 + sum(row.tied for row in rows)}
 
 
-def _against_default(rows: Sequence[Row], found: "Comparison", objective: str) -> Iterator[str]:
+def _against_default(found: "Comparison") -> Said:
     if found.detectable is None:
-        yield "The values of conf/ were not among them: add them to see whether anything is better."
-    elif found.least_gain is not None and found.least_gain > 0:
-        yield (
-            f"The first is better than the default by {found.gain:.3g} in {objective}, at least "
-            f"{found.least_gain:.3g}."
-        )
-    else:
-        shown = "is better" if found.gain is None else "is shown to be better"
-        yield (
-            f"No setting {shown} than the default. A gain of "
-            f"{found.detectable:.3g} in {objective} would have been shown in 80% of such sweeps."
-        )
+        return "no_default", {}
+    if found.gain is not None and found.least_gain is not None and found.least_gain > 0:
+        return "gain", {"gain": rounded(found.gain), "least": rounded(found.least_gain)}
+    return "no_gain", {"detectable": rounded(found.detectable), "is_default": found.gain is None}

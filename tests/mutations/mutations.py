@@ -337,4 +337,14 @@ MUTATIONS = (
             "tests/workspace/test_conflict.py::test_both_values_are_there_and_one_stage_runs_again",
         ),
     ),
+    Mutation(
+        name="value_of_a_sweep_is_markup",
+        file="capas/sweep/sweep.html.jinja",
+        old="<pre>{{ command }}</pre>",
+        new="<pre>{{ command|safe }}</pre>",
+        harm="A value on the command line of a sweep runs as a script in its page.",
+        tests=(
+            "tests/sweep/test_sweep_page.py::test_no_text_of_the_user_runs_and_nothing_is_loaded",
+        ),
+    ),
 )

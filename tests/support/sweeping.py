@@ -101,7 +101,8 @@ if stage == "train":
     loss = abs(math.log10(rate) + 2) + seed / 100
     (metrics / "train.json").write_text(json.dumps({"validation_loss": loss}))
 if stage == "evaluate":
-    (metrics / "tuned.json").write_text(json.dumps({"exact_match": 0.5, "loss": None}))
+    scores = {"exact_match": 0.5, "exact_match_gain": 0.4, "loss": None}
+    (metrics / "tuned.json").write_text(json.dumps(scores))
 """
 
 

@@ -101,6 +101,15 @@ def test_a_failed_point_is_told_and_the_others_go_on(swept: Swept) -> None:
     assert "Traceback" not in swept.said
 
 
+def test_a_sweep_ends_with_a_page_that_git_ignores(swept: Swept) -> None:
+    assert "the page of this sweep: reports/sweep.html\n" in swept.said
+    html = swept.sweeper.read("reports/sweep.html")
+    assert re.findall(r"dvc exp apply \S+", swept.said)[0] in html
+    assert "the loss is nan" in html and '<th class="digits">tuned.exact_match</th>' in html
+    assert 'lang="es"' in swept.sweeper.read("reports/sweep.es.html")
+    assert "sweep.html" not in swept.status[1]
+
+
 def test_points_have_what_is_not_committed_and_the_workspace_stays(swept: Swept) -> None:
     (name,) = swept.sweeper.experiments()
     found = swept.sweeper.result(name, "data/models/adapter")

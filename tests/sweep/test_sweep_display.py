@@ -23,6 +23,7 @@ SETTINGS: dict[str, Any] = {
     "columns": ["tuned.exact_match"],
     "replicates": ["seed"],
     "confidence_fraction": 0.95,
+    "language": "en",
 }
 FIXED = ["dataset=alpaca", "trainer.max_steps=10", "evaluation.max_records=100"]
 

@@ -79,6 +79,15 @@ def test_a_function_of_the_user_is_maximized(home: Path) -> None:
     assert task.settings["direction"] == "maximize"
 
 
+def test_the_headline_metric_is_the_column_unless_others_are_named(home: Path) -> None:
+    own = "evaluation.metrics=[conf/own/scores.py:politeness]"
+    assert task_of(home, own, "sweep.objective=tuned.politeness").settings["columns"] == ["auto"]
+    both = task_of(home, "sweep.columns=[auto,tuned.stop_rate]")
+    assert both.settings["columns"] == ["auto", "tuned.stop_rate"]
+    with pytest.raises(CapasError, match=r"sweep\.columns"):
+        task_of(home, "sweep.columns=[best]")
+
+
 def test_a_metric_of_unknown_direction_asks_for_it(home: Path) -> None:
     asks = r"train.num_steps: whether lower .* Add sweep.direction=minimize or sweep.direction=max"
     with pytest.raises(CapasError, match=asks):

@@ -16,6 +16,7 @@ from sweeping import wait
 from capas.core.locks import exclusive
 from capas.sweep import driver, parent
 from capas.sweep.children import TRAINING, TRIAL, params_of, swept_values
+from capas.sweep.page import Result
 from capas.sweep.parent import KEY, finish, follow
 from capas.sweep.plan import Plan
 from capas.sweep.ranking import rank
@@ -28,7 +29,7 @@ PARENT = "mlflow.parentRunId"
 LOSS, SCORE = "train.validation_loss", "tuned.exact_match"
 SETTINGS = {
     **{"objective": LOSS, "direction": "minimize", "columns": [SCORE]},
-    **{"replicates": ["seed"], "confidence_fraction": 0.95},
+    **{"replicates": ["seed"], "confidence_fraction": 0.95, "language": "en"},
 }
 BY_SCORE = {**SETTINGS, "objective": SCORE, "direction": "maximize", "columns": []}
 
@@ -122,6 +123,20 @@ def swept(plan: Plan, *states: State, settings: dict[str, Any] = SETTINGS) -> No
         failed = any(state.status == FAILED for state in states)
         ranking = rank(read_states(plan.points), settings)
         finish(plan, driver.summary(ranking, settings, failed, {}))
+
+
+def test_the_page_is_an_artifact_of_the_sweep_s_run(home: Home) -> None:
+    plan, states = home.plan("one", "lora.r=8,16"), two_trials(home)
+    found = Result(rank(states, SETTINGS), SETTINGS)
+    with followed(plan):
+        say(plan, *states)
+        finish(plan, driver._for_mlflow(found, "", plan, is_tracked=True))
+    run = home.parent(plan)
+    assert run.status == "FINISHED"
+    assert run.tags["mlflow.note.content"].startswith("The page: artifact `sweep/sweep.html`.")
+    html = home.sweeps.client.read_artifact(run.id, "sweep/sweep.html", "the sweep")
+    assert html == (plan.folder / "sweep.html").read_bytes()
+    assert b'lang="es"' in home.sweeps.client.read_artifact(run.id, "sweep/sweep.es.html", "it")
 
 
 def cached(*states: State) -> list[State]:
