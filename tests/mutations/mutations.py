@@ -321,4 +321,20 @@ MUTATIONS = (
             "tests/workspace/test_conflict.py::test_both_values_are_there_and_one_stage_runs_again",
         ),
     ),
+    Mutation(
+        name="prefix_not_moved_by_padding",
+        file="capas/evaluation/prefix.py",
+        old="(0, 0, self.num_tokens - kept, 0))",
+        new="(0, 0, 0, self.num_tokens - kept))",
+        harm="Prompts shorter than the longest of their batch are answered as if their beginning were cut.",
+        tests=("tests/evaluation/test_greedy.py",),
+    ),
+    Mutation(
+        name="rows_of_recurrent_models_leave",
+        file="capas/evaluation/greedy.py",
+        old=" and not base._is_stateful",
+        new="",
+        harm="RecurrentGemma forgets the prompts of a batch as soon as one of its answers ends.",
+        tests=("tests/evaluation/test_greedy.py",),
+    ),
 )
