@@ -19,9 +19,12 @@ from transformers import (
     TopPLogitsWarper,
     TypicalLogitsWarper,
 )
+from transformers.generation import GenerationMode
 
 from capas.core.errors import CapasError
 from capas.core.progress import doing
+from capas.evaluation.greedy import decode, keeps_rows_apart
+from capas.evaluation.prefix import Prefix, shared_prefix
 from capas.models.coverage import unwrapped
 
 log = logging.getLogger("capas")
@@ -74,6 +77,8 @@ def complete(
     Prompts of similar length share a batch. They are padded on the left, so that all of them end where the
     model continues; padding is masked by position. The longest come first: a batch that does not fit into
     memory fails at once, and the time that is logged after the first batch is rather too long than too short.
+    A greedy batch loses the rows that have ended (`greedy`), and computes what all prompts begin with once
+    (`prefix`). With a `batch_size` of 1 each prompt is decoded as `generate` does it.
 
     Args:
         prompts: [prompts][tokens], ids.
@@ -83,13 +88,20 @@ def complete(
     """
     check_positions(model, prompts, config.max_new_tokens)
     _forget_defaults(model)
+    rows_leave = batch_size > 1 and _is_greedy(config) and keeps_rows_apart(model)
+    prefix = shared_prefix(model, prompts, config) if rows_leave else None
     order = sorted(range(len(prompts)), key=lambda i: len(prompts[i]))
     completions: dict[int, list[Completion]] = {}
     started = time.perf_counter()
     with doing("answering prompts", len(order)) as answered:
         for start in reversed(range(0, len(order), batch_size)):
             chosen = order[start : start + batch_size]
-            found = _complete_batch(model, [prompts[i] for i in chosen], config)
+            batch = [prompts[i] for i in chosen]
+            found = (
+                _complete_greedily(model, batch, config, prefix)
+                if rows_leave
+                else _complete_batch(model, batch, config)
+            )
             if not completions and len(chosen) < len(order):
                 num_batches = -(-len(order) // batch_size)
                 _tell_ahead((time.perf_counter() - started) * num_batches, len(order))
@@ -160,6 +172,23 @@ def _forget_defaults(model: PreTrainedModel) -> None:
     """Drop the model's generation_config.json: `generate` takes missing keys from it, e.g. a top_k of 20."""
     for owner in {model, unwrapped(model)}:
         owner.generation_config = GenerationConfig()
+
+
+def _is_greedy(config: GenerationConfig) -> bool:
+    return config.get_generation_mode() == GenerationMode.GREEDY_SEARCH
+
+
+def _complete_greedily(
+    model: PreTrainedModel,
+    prompts: list[list[int]],
+    config: GenerationConfig,
+    prefix: Prefix | None,
+) -> list[list[Completion]]:
+    ids, mask = (t.to(model.device) for t in pad_left(prompts, config.pad_token_id))
+    cache = prefix.cache_of([ids.shape[1] - len(p) for p in prompts]) if prefix else None
+    with torch.inference_mode():
+        rows = decode(model, ids, mask, config, cache)
+    return [[_until_stop(row, config.eos_token_id)] for row in rows]
 
 
 def _complete_batch(

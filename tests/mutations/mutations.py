@@ -347,4 +347,20 @@ MUTATIONS = (
             "tests/sweep/test_sweep_page.py::test_no_text_of_the_user_runs_and_nothing_is_loaded",
         ),
     ),
+    Mutation(
+        name="prefix_not_moved_by_padding",
+        file="capas/evaluation/prefix.py",
+        old="(0, 0, self.num_tokens - kept, 0))",
+        new="(0, 0, 0, self.num_tokens - kept))",
+        harm="Prompts shorter than the longest of their batch are answered as if their beginning were cut.",
+        tests=("tests/evaluation/test_greedy.py",),
+    ),
+    Mutation(
+        name="rows_of_recurrent_models_leave",
+        file="capas/evaluation/greedy.py",
+        old=" and not base._is_stateful",
+        new="",
+        harm="RecurrentGemma forgets the prompts of a batch as soon as one of its answers ends.",
+        tests=("tests/evaluation/test_greedy.py",),
+    ),
 )

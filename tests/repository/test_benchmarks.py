@@ -28,6 +28,22 @@ def test_all_that_train_the_same_have_the_same_losses(tmp_path: Path) -> None:
 
 
 @pytest.mark.slow
+@pytest.mark.skipif(
+    not (ROOT / "data/formatted").is_dir(), reason="data/formatted is missing: run `dvc repro`"
+)
+def test_all_ways_generate_the_same_texts() -> None:
+    command = [sys.executable, "benchmarks/generate.py", "--prompts", "6", "--batch-size", "3"]
+    done = subprocess.run(
+        [*command, "--turns", "1"], cwd=ROOT, capture_output=True, text=True, check=False
+    )
+    assert done.returncode == 0, done.stderr[-2000:]
+    ways = json.loads(done.stdout)["ways"]
+    assert len(ways) == 7
+    for facts in ways.values():
+        assert facts["num_texts_unlike_alone"] == 0 and facts["cpu_seconds"] > 0
+
+
+@pytest.mark.slow
 def test_the_ladder_of_the_gpu_runs_dry() -> None:
     """benchmarks/train_gpu.py on a CPU: its own rows, and a reason for what is not installed here."""
     ways = ["capas, as PEFT prepares it", "capas", "capas, liger kernels"]

@@ -102,7 +102,7 @@ def test_the_walks_in_contributing_name_files_that_exist() -> None:
 
 
 def test_completions_are_generated_in_one_place() -> None:
-    """The others measure how long a token takes, and stream to a terminal."""
+    """In generation.py and its parts; the others measure the time of a token, and stream to a terminal."""
     files = [*CAPAS.rglob("*.py"), *(REPOSITORY / "stages").glob("*.py")]
     generating = {
         str(file.relative_to(CAPAS))
@@ -110,4 +110,17 @@ def test_completions_are_generated_in_one_place() -> None:
         for node in ast.walk(ast.parse(file.read_text(encoding="utf-8")))
         if isinstance(node, ast.Attribute) and node.attr == "generate"
     }
-    assert generating == {"evaluation/generation.py", "config/duration.py", "use/chat.py"}
+    parts = {f"evaluation/{name}.py" for name in ("generation", "greedy", "prefix")}
+    assert generating == parts | {"config/duration.py", "use/chat.py"}
+    modules = {"capas.evaluation.greedy", "capas.evaluation.prefix"}
+    users = {
+        str(file.relative_to(REPOSITORY))
+        for file in files
+        if not modules.isdisjoint(map(_module, imported(file)))
+    }
+    assert users == {"capas/evaluation/generation.py", "capas/evaluation/prefix.py"}
+
+
+def _module(name: str) -> str:
+    """Return the module of an imported name."""
+    return name.rpartition(".")[0]
