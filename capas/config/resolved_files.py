@@ -8,8 +8,10 @@ from capas.config.composition import CONF, Values
 from capas.config.options import OWN, find_template
 from capas.core.errors import CapasError
 from capas.evaluation.harness import read_tasks
+from capas.evaluation.names import needs_answers
 from capas.evaluation.user_metrics import read_sources
 
+KEY_OF_METRIC = "trainer.metric_for_best_model"
 COMPOSED = Path("data/composed")
 
 
@@ -21,6 +23,8 @@ def resolved_files(values: Values) -> dict[Path, str]:
     """
     wrong, path = values["generation"]["wrong_chat_template"], values["chat_template"]["path"]
     sources = read_sources(values["evaluation"]["metrics"], Path())
+    metric = values["trainer"]["metric_for_best_model"]
+    of_metric = read_sources([metric] if needs_answers(metric) else [], Path(), KEY_OF_METRIC)
     harness = values["evaluation"]["harness"]
     tasks = read_tasks(harness["tasks"], harness["include_path"], Path())
     other = find_template(CONF, wrong).as_posix()
@@ -33,6 +37,7 @@ def resolved_files(values: Values) -> dict[Path, str]:
         COMPOSED / "wrong_chat_template.jinja": (
             in_conf("generation.wrong_chat_template", other, wrong) if wrong else "{# none #}\n"
         ),
+        COMPOSED / "checkpoint_metric.json": as_json({"sources": of_metric}),
         COMPOSED / "harness.json": as_json(tasks),
         COMPOSED / "metrics.json": as_json({"sources": sources}),
         COMPOSED / "prompts.json": as_json({"prompts": prompts(values["generation"]["prompts"])}),

@@ -67,7 +67,11 @@ def generation_config(
 
 
 def complete(
-    model: PreTrainedModel, prompts: list[list[int]], config: GenerationConfig, batch_size: int
+    model: PreTrainedModel,
+    prompts: list[list[int]],
+    config: GenerationConfig,
+    batch_size: int,
+    tells_ahead: bool = True,
 ) -> list[list[Completion]]:
     """Return `config.num_return_sequences` completions of every prompt, in the order of the prompts.
 
@@ -77,6 +81,7 @@ def complete(
 
     Args:
         prompts: [prompts][tokens], ids.
+        tells_ahead: log the expected time after the first batch.
 
     Raises:
         CapasError: see `check_positions`.
@@ -90,7 +95,7 @@ def complete(
         for start in reversed(range(0, len(order), batch_size)):
             chosen = order[start : start + batch_size]
             found = _complete_batch(model, [prompts[i] for i in chosen], config)
-            if not completions and len(chosen) < len(order):
+            if tells_ahead and not completions and len(chosen) < len(order):
                 num_batches = -(-len(order) // batch_size)
                 _tell_ahead((time.perf_counter() - started) * num_batches, len(order))
             completions.update(zip(chosen, found, strict=True))
@@ -111,7 +116,8 @@ def check_positions(model: PreTrainedModel, prompts: list[list[int]], max_new_to
     if limit is None or longest + max_new_tokens <= limit:
         return
     way = (
-        f"set max_new_tokens={limit - longest} (evaluation.max_new_tokens, generation.max_new_tokens)"
+        f"set max_new_tokens={limit - longest} (evaluation.max_new_tokens, generation.max_new_tokens, "
+        "trainer.metric_max_new_tokens)"
         if longest < limit
         else "shorten the prompts (dataset.max_length, with dataset.overflow=drop or truncate)"
     )
