@@ -28,7 +28,11 @@ MINUTES_TO_ADVISE = 60
 
 @dataclass(frozen=True)
 class Load:
-    """The work of the stages. Lengths are mean tokens; `limit` and `longest` are tokens of an answer."""
+    """The work of the stages. Lengths are mean tokens; `limit` and `longest` are tokens of an answer.
+
+    `num_answered` validation records are answered at each evaluation of the training, `validation_batch` of
+    them at once.
+    """
 
     num_train: int
     num_validation: int
@@ -48,6 +52,8 @@ class Load:
     quantizes: bool
     num_completions: int  # calls of the sample stage for each model
     num_sequences: int
+    num_answered: int
+    validation_batch: int
 
     @property
     def steps(self) -> int:
@@ -91,6 +97,9 @@ def stage_seconds(load: Load, speed: Speed) -> dict[str, float]:
     base = num_batches * speed.answer * load.limit if load.generates else 0.0
     tuned = num_batches * speed.tuned_answer * load.longest if load.generates else 0.0
     validations = 2 + load.steps / load.eval_steps
+    answered = (
+        math.ceil(load.num_answered / load.validation_batch) * speed.tuned_answer * load.limit
+    )
     general = GENERAL_RECORDS * min(1.0, GENERAL_LENGTH / load.length)
     reading = speed.weight_bytes / READ_BYTES_PER_SECOND
     return {
@@ -98,7 +107,7 @@ def stage_seconds(load: Load, speed: Speed) -> dict[str, float]:
         "evaluate_base": start + load.num_test * speed.score * (2 if load.quantizes else 1) + base,
         "train": start
         + load.steps * load.accumulation * speed.train_batch
-        + validations * load.num_validation * speed.tuned_score,
+        + validations * (load.num_validation * speed.tuned_score + answered),
         "evaluate": start
         + load.num_test * speed.tuned_score
         + tuned

@@ -53,7 +53,7 @@ class Answers:
         return full + max(0, int(left // (self.limit * _PASS_OF_ANSWER + self.prompt_length)))
 
 
-def work_between(lengths: Sequence[int], trainer: Any, hardware: Any, trains_all: bool) -> float:
+def work_between(lengths: Sequence[float], trainer: Any, hardware: Any, trains_all: bool) -> float:
     """Return the work of one process of the training, divided by its number of evaluations.
 
     Args:
