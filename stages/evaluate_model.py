@@ -26,6 +26,7 @@ from capas.core.params import Params
 from capas.core.records import FORMATTED, evenly_spaced, read_records, write_records
 from capas.core.stage import Stage, log, run
 from capas.evaluation import gate, harness, noise
+from capas.evaluation.answer_length import answer_limit
 from capas.evaluation.asking import ask
 from capas.evaluation.copying import copy_nearest
 from capas.evaluation.difference import compare, difference, gains, in_words
@@ -39,7 +40,6 @@ from capas.evaluation.predictions import (
     read_base,
     read_copies,
 )
-from capas.evaluation.prompts import answer_limit
 from capas.evaluation.score_model import answer, score
 from capas.evaluation.scorer import Scorer
 from capas.evaluation.summary import before_after, side_by_side, summarize, summarize_copies

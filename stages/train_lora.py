@@ -103,7 +103,7 @@ def read_data(objective: "Objective", params: Params, stage: Stage) -> Data:
     packed = params.trainer.packing_length
     rows = train if packed is None else pack(train, packed)
     collator = objective.collator(chat, flatten)
-    answers = load_metric(params, num_tokens(rows), trains_all(params.lora), stage)
+    answers = load_metric(params, chat, num_tokens(rows), trains_all(params.lora), stage)
     return Data(objective, chat, train, rows, validation, collator, answers)
 
 

@@ -22,8 +22,8 @@ from capas.dataset.preview import preview
 from capas.dataset.references import read_messages
 from capas.dataset.source import FORMATS
 from capas.evaluation import answer_budget
+from capas.evaluation.answer_length import with_room
 from capas.evaluation.names import needs_answers
-from capas.evaluation.prompts import with_room
 from capas.hub.sources import Source, find_source, on_hub
 
 SAMPLE = 200  # records whose tokens are counted

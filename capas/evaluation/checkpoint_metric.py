@@ -9,20 +9,20 @@ import random
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
-from capas.chat.recorded import load_tokenizer, read_chat
+from tokenizers import Tokenizer
+
 from capas.core.params import Params
 from capas.core.records import FORMATTED, read_records
 from capas.core.stage import Stage
 from capas.evaluation import answer_budget
+from capas.evaluation.answer_length import answer_limit
 from capas.evaluation.asking import Row, ask
 from capas.evaluation.generation import complete, generation_config
 from capas.evaluation.names import name_of, needs_answers
-from capas.evaluation.prompts import answer_limit
 from capas.evaluation.scorer import Scorer
 from capas.models.vocabulary import check_ids
 
 if TYPE_CHECKING:
-    from tokenizers import Tokenizer
     from transformers import GenerationConfig, PreTrainedModel
 
 log = logging.getLogger("capas")
@@ -38,7 +38,7 @@ class CheckpointMetric:
     name: str
     scorer: Scorer
     records: list[Row]
-    tokenizer: "Tokenizer"
+    tokenizer: Tokenizer
     config: "GenerationConfig"
     batch_size: int
 
@@ -64,11 +64,12 @@ class CheckpointMetric:
 
 
 def load_metric(
-    params: Params, lengths: list[int], trains_all: bool, stage: Stage
+    params: Params, chat: dict[str, Any], lengths: list[int], trains_all: bool, stage: Stage
 ) -> CheckpointMetric | None:
     """Return the metric of answers that trainer.metric_for_best_model chooses; None if it is of tokens.
 
     Args:
+        chat: chat.json of data/formatted.
         lengths: number of tokens in each training row.
         trains_all: whether all weights are trained.
 
@@ -80,7 +81,7 @@ def load_metric(
     if not needs_answers(metric):
         return None
     scorer = Scorer([metric], stage.dep(COMPOSED), KEY, "validation")
-    tokenizer, chat = load_tokenizer(stage.dep(TOKENIZER)), read_chat(stage.dep(DATA))
+    tokenizer = Tokenizer.from_file(str(stage.dep(TOKENIZER) / "tokenizer.json"))
     there = ask(read_validation(chat, stage), scorer, tokenizer, "validation")
     limit = answer_limit(there, params.trainer.metric_max_new_tokens)
     records = choose_records(there, limit, lengths, trains_all, params)

@@ -2,6 +2,7 @@
 
 import logging
 import os
+import time
 from collections.abc import Callable
 from typing import Any
 
@@ -55,7 +56,7 @@ class Trainer(transformers.Trainer):
         answers: AnswerMetric | None = None,
         **kwargs: Any,
     ) -> None:
-        self._answers = answers
+        self._answers, self._answer_seconds = answers, 0.0
         self._collate = kwargs.pop("data_collator")
         workspace = os.environ.get(_CUBLAS_WORKSPACE)
         if kwargs["args"].world_size > 1:
@@ -86,8 +87,12 @@ class Trainer(transformers.Trainer):
             KeyboardInterrupt: Ctrl-C came a second time.
         """
         checkpoints = self._checkpoints
+        started = time.monotonic()
         with on_signals(checkpoints.stop):
             result = super().train(*args, **kwargs)
+        if self._answers is not None:
+            fraction = self._answer_seconds / (time.monotonic() - started)
+            log.info("answers took %.1f %% of the training's time", 100 * fraction)
         step, last = self.state.global_step, self.state.max_steps
         if checkpoints.terminated and step < last and not self._stopped_early():
             raise CapasError(
@@ -131,9 +136,10 @@ class Trainer(transformers.Trainer):
         """Score the validation split, and the answers in the arithmetic in which that was scored."""
         output = super().evaluation_loop(*args, **kwargs)
         if self._answers is not None:
-            place = self.args.process_index, self.args.world_size
+            place, started = (self.args.process_index, self.args.world_size), time.monotonic()
             with self.accelerator.autocast():
                 score = mean_score(self._answers, self.model, *place)
+            self._answer_seconds += time.monotonic() - started
             output.metrics[f"eval_{self._answers.name}"] = score
             log.info(
                 "step %d: %s %.4f, loss %.4f on the validation split",

@@ -18,10 +18,10 @@ from capas.chat.recorded import read_chat, recorded_format
 from capas.core.errors import CapasError
 from capas.core.records import evenly_spaced
 from capas.evaluation import asking, gate, score_model
+from capas.evaluation.answer_length import answer_limit
 from capas.evaluation.difference import in_words
 from capas.evaluation.general import format_questions
 from capas.evaluation.predictions import read_base
-from capas.evaluation.prompts import answer_limit
 from capas.models.loading import attach_adapter, load_model
 from stages import evaluate_model, train_lora
 

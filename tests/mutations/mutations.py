@@ -321,4 +321,22 @@ MUTATIONS = (
             "tests/workspace/test_conflict.py::test_both_values_are_there_and_one_stage_runs_again",
         ),
     ),
+    Mutation(
+        name="generators_not_restored_after_answers",
+        file="capas/training/answers.py",
+        old="        with torch.random.fork_rng(devices):\n            yield\n",
+        new="        yield\n",
+        harm="A metric that draws numbers changes the dropout of all later steps, and so the adapter.",
+        tests=(
+            "tests/training/test_answers.py::test_undisturbed_restores_generators_and_mode_after_a_failure",
+        ),
+    ),
+    Mutation(
+        name="worst_answers_kept",
+        file="capas/training/arguments.py",
+        old='greater_is_better=metric != "loss",',
+        new="greater_is_better=False,",
+        harm="The checkpoint with the worst answers is kept.",
+        tests=("tests/training/test_answers.py::test_loss_and_answers_disagree_on_the_best_step",),
+    ),
 )
