@@ -271,7 +271,7 @@ MUTATIONS = (
     ),
     Mutation(
         name="answers_cut_at_the_longest_reference",
-        file="capas/evaluation/prompts.py",
+        file="capas/evaluation/answer_length.py",
         old="    return longest + max(8, longest // 4)\n",
         new="    return longest // 2\n",
         harm="Right answers are cut off, and the model looks worse than it is.",
