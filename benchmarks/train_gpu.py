@@ -363,7 +363,7 @@ def train_capas(way: str, options: argparse.Namespace) -> tuple[Any, Any, dict[s
         for layer in model.get_base_model().model.layers:
             layer.compile(dynamic=False)
     clock = make_clock(options.device)
-    arguments = training_arguments(params, Path("scratch"))
+    arguments = training_arguments(params, Path("scratch"), "loss")
     trainer = Trainer(
         model=model,
         args=replace(

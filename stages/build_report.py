@@ -176,11 +176,14 @@ def draw(facts: dict[str, Any], specs: dict[str, StageSpec], language: Language)
         for row in scores["by_similarity"]
         if scores["is_share"]
     ]
-    history, validation = facts["history"], facts["validation"]
+    history, validation, train = facts["history"], facts["validation"], facts["train"]
     figures = {
         "dag": pipeline.draw(specs),
         "loss": plots.loss_curves(history, validation, words, number),
     }
+    if train["answers"]:
+        metric = str(language.metric(train["answers"]["metric"]))
+        figures["answers"] = plots.answer_scores(validation, train, metric, words, number)
     if history:
         figures["learning_rate"] = plots.learning_rate(history, words, number)
     if kinds:

@@ -27,6 +27,7 @@ from capas.core.params import Params
 from capas.core.records import FORMATTED, evenly_spaced, read_records, write_records
 from capas.core.stage import Stage, log, run
 from capas.evaluation import gate, harness, noise
+from capas.evaluation.asking import ask
 from capas.evaluation.copying import copy_nearest
 from capas.evaluation.difference import compare, difference, gains, in_words
 from capas.evaluation.general import format_questions
@@ -43,7 +44,7 @@ from capas.evaluation.predictions import (
     read_base,
     read_copies,
 )
-from capas.evaluation.score_model import ask, score
+from capas.evaluation.score_model import score
 from capas.evaluation.scorer import Scorer
 from capas.evaluation.summary import before_after, side_by_side, summarize, summarize_copies
 from capas.models import hardware

@@ -26,12 +26,12 @@ from capas.core.params import Params
 from capas.core.progress import doing
 from capas.core.records import FORMATTED, RAW, TEXT, read_records
 from capas.core.stage import Stage, log, run
+from capas.evaluation.answer_length import answer_limit
 from capas.evaluation.decoding import MODELS, Models
 from capas.evaluation.names import of_answers
 from capas.evaluation.predictions import Row
 from capas.evaluation.prompts import (
     Prompt,
-    answer_limit,
     first_system_message,
     held_out_prompts,
     own_prompts,

@@ -1,7 +1,8 @@
 """Train LoRA layers on the frozen, quantized base; or, with lora=none, all weights of one in full precision.
 
 Reads   data/formatted (train, validation), data/models/quantized, data/models/tokenizer;
-        data/models/initial_adapter, from which the training starts if it holds an adapter
+        data/models/initial_adapter, from which the training starts if it holds an adapter;
+        data/composed/checkpoint_metric.json, a metric of the user's own that chooses the checkpoint
 Writes  data/models/adapter (a whole model if all weights are trained), reports/train.json,
         reports/history.csv, reports/validation.csv,
         reports/certificate.json (the checks of the result, and what it was made from)
@@ -37,6 +38,7 @@ if TYPE_CHECKING:
     import torch
     from transformers import TrainingArguments
 
+    from capas.evaluation.checkpoint_metric import CheckpointMetric
     from capas.training.batches import Collator, Example
     from capas.training.objective import Objective
     from capas.training.trainer import Trainer
@@ -48,7 +50,8 @@ FORMATTED, QUANTIZED, TOKENIZER = "data/formatted", "data/models/quantized", "da
 class Data:
     """The objective of the training, and the examples of both splits.
 
-    `rows` make the batches: packed rows, or the training examples.
+    `rows` make the batches: packed rows, or the training examples. `answers` is the metric that chooses the
+    checkpoint, if answers are generated for it.
     """
 
     objective: "Objective"
@@ -57,6 +60,7 @@ class Data:
     rows: "list[Example]"
     validation: "list[Example]"
     collator: "Collator"
+    answers: "CheckpointMetric | None"
 
 
 def main(params: Params, stage: Stage) -> None:
@@ -74,9 +78,10 @@ def main(params: Params, stage: Stage) -> None:
     model = make_model(params, data, initial, device, stage)
     base_sha256 = certificate.fingerprint(model)
     proofs = prove(model, data, params)
-    trainer = make_trainer(model, training_arguments(params, stage.checkpoints()), data, params)
+    args = training_arguments(params, stage.checkpoints(), metric_name(params))
+    trainer = make_trainer(model, args, data, params)
     check_tracker()
-    train(trainer, data.objective.curve, stage, follows)
+    train(trainer, curve_of(data), stage, follows)
     folder = save(trainer, proofs, data, params, stage)
     checks = check_saved(trainer, folder, base_sha256, initial, data, params, device)
     if launch.is_main():
@@ -86,6 +91,8 @@ def main(params: Params, stage: Stage) -> None:
 
 def read_data(objective: "Objective", params: Params, stage: Stage) -> Data:
     """Read data/formatted, and pack the training examples if trainer.packing_length is set."""
+    from capas.evaluation.checkpoint_metric import load_metric
+    from capas.training.lora import trains_all
     from capas.training.packing import pack
 
     chat = read_json(stage.dep(FORMATTED) / "chat.json")
@@ -95,7 +102,8 @@ def read_data(objective: "Objective", params: Params, stage: Stage) -> Data:
     packed = params.trainer.packing_length
     rows = train if packed is None else pack(train, packed)
     collator = objective.collator(chat, flatten)
-    return Data(objective, chat, train, rows, validation, collator)
+    answers = load_metric(params, chat, num_tokens(rows), trains_all(params.lora), stage)
+    return Data(objective, chat, train, rows, validation, collator, answers)
 
 
 def make_model(
@@ -136,6 +144,17 @@ def prove(model: Any, data: Data, params: Params) -> dict[str, Any]:
     return {"packing": packing, "gradient_check": used_settings.check_gradients(model, probes)}
 
 
+def metric_name(params: Params) -> str:
+    """Return the name of the metric that chooses the checkpoint: of FILE.py:FUNCTION, the function's."""
+    found: str = params.trainer.metric_for_best_model
+    return found.rpartition(":")[2]
+
+
+def curve_of(data: Data) -> tuple[str, ...]:
+    """Return the names of the validation scores: those of the objective, and a metric of answers."""
+    return data.objective.curve + ((data.answers.name,) if data.answers else ())
+
+
 def make_trainer(model: Any, args: "TrainingArguments", data: Data, params: Params) -> "Trainer":
     """Return a trainer that checks, at its first step, that it computes with the requested settings."""
     from capas.training import schedule, used_settings
@@ -146,6 +165,7 @@ def make_trainer(model: Any, args: "TrainingArguments", data: Data, params: Para
         save_total_limit=params.trainer.save_total_limit,
         divergence_factor=params.trainer.divergence_factor,
         loraplus_lr_ratio=params.trainer.loraplus_lr_ratio,
+        answers=data.answers,
         model=model,
         args=args,
         train_dataset=data.rows,
@@ -156,12 +176,9 @@ def make_trainer(model: Any, args: "TrainingArguments", data: Data, params: Para
         compute_metrics=data.objective.summarize,
     )
     if params.trainer.early_stopping_patience:
-        metric, patience = (
-            params.trainer.metric_for_best_model,
-            params.trainer.early_stopping_patience,
-        )
+        patience = params.trainer.early_stopping_patience
         threshold = params.trainer.early_stopping_threshold
-        trainer.add_callback(EarlyStopping(metric, patience, threshold))
+        trainer.add_callback(EarlyStopping(metric_name(params), patience, threshold))
 
     def check() -> None:
         used_settings.check_trainer(trainer, params)
@@ -210,8 +227,9 @@ def save(
     if launch.is_main():
         facts = {"packing": proofs["packing"], "used": used_settings.describe(trainer)}
         facts["gradient_check"] = proofs["gradient_check"]
-        curve = data.objective.curve
-        write_reports(trainer, Step.of(params.trainer, params.hardware), facts, curve, stage)
+        facts["answers"] = data.answers and data.answers.facts()
+        step = Step.of(params.trainer, params.hardware)
+        write_reports(trainer, step, facts, curve_of(data), stage)
         save_tuned(trainer.model, weights, params, data.chat, stage)
     folder = launch.is_main() and stage.out("data/models/adapter")
     found: Path = launch.broadcast_from_main(folder)

@@ -21,8 +21,9 @@ from capas.dataset.generated import EMBEDDED
 from capas.dataset.preview import preview
 from capas.dataset.references import read_messages
 from capas.dataset.source import FORMATS
-from capas.evaluation.names import compares_labels, generates
-from capas.evaluation.prompts import with_room
+from capas.evaluation import answer_budget
+from capas.evaluation.answer_length import with_room
+from capas.evaluation.names import compares_labels, generates, needs_answers
 from capas.hub.sources import Source, find_source, on_hub
 
 SAMPLE = 200  # records whose tokens are counted
@@ -142,12 +143,14 @@ def load_of(params: Params, root: Path, splits: dict[str, int]) -> Any:
     if evaluation.max_records is not None:
         num_test = min(num_test, evaluation.max_records)
     quantization = params.quantization
+    length = min(params.dataset.max_length, statistics.fmean(p + a for p, a in tokens))
+    prompt_length, limit = statistics.fmean(prompts), trainer.metric_max_new_tokens
     return Load(
         num_train=splits["train"],
         num_validation=splits["validation"],
         num_test=num_test,
-        length=min(params.dataset.max_length, statistics.fmean(p + a for p, a in tokens)),
-        prompt_length=statistics.fmean(prompts),
+        length=length,
+        prompt_length=prompt_length,
         limit=evaluation.max_new_tokens or with_room(longest),
         longest=longest,
         train_batch=trainer.per_device_train_batch_size,
@@ -162,6 +165,10 @@ def load_of(params: Params, root: Path, splits: dict[str, int]) -> Any:
         quantizes=quantization.load_in_4bit or quantization.load_in_8bit,
         num_completions=generation.num_prompts * len(settings),
         num_sequences=max(1, round(statistics.fmean(sequences))),
+        num_answered=_num_answered(
+            params, splits, length, prompt_length, limit or with_room(longest)
+        ),
+        validation_batch=trainer.per_device_eval_batch_size,
     )
 
 
@@ -173,6 +180,22 @@ def _count_labels(params: Params, root: Path) -> int:
         return len(params.evaluation.labels)
     some = itertools.islice(read_messages(params.dataset, root), SAMPLE)
     return len({messages[-1]["content"].strip() for messages in some})
+
+
+def _num_answered(
+    params: Params, splits: dict[str, int], length: float, prompt_length: float, limit: int
+) -> int:
+    """Return the number of validation records that are answered at every evaluation of the training."""
+    trainer, hardware = params.trainer, params.hardware
+    if not needs_answers(trainer.metric_for_best_model):
+        return 0
+    if trainer.metric_records is not None:
+        return min(trainer.metric_records, splits["validation"])
+    size = trainer.per_device_eval_batch_size
+    answers = answer_budget.Answers(prompt_length, limit, size, hardware.device)
+    lengths, trains_all = [length] * splits["train"], params.lora.r is None
+    work = answer_budget.work_between(lengths, trainer, hardware, trains_all)
+    return answer_budget.choose_number(answers, work, splits["validation"], hardware.num_processes)
 
 
 def _token_counts(params: Params, root: Path) -> list[tuple[int, int]]:

@@ -28,7 +28,11 @@ MINUTES_TO_ADVISE = 60
 
 @dataclass(frozen=True)
 class Load:
-    """The work of the stages. Lengths are mean tokens; `limit` and `longest` are tokens of an answer."""
+    """The work of the stages. Lengths are mean tokens; `limit` and `longest` are tokens of an answer.
+
+    `num_answered` validation records are answered at each evaluation of the training, `validation_batch` of
+    them at once.
+    """
 
     num_train: int
     num_validation: int
@@ -49,6 +53,8 @@ class Load:
     quantizes: bool
     num_completions: int  # calls of the sample stage for each model
     num_sequences: int
+    num_answered: int
+    validation_batch: int
 
     @property
     def steps(self) -> int:
@@ -93,6 +99,9 @@ def stage_seconds(load: Load, speed: Speed) -> dict[str, float]:
     tuned = num_batches * speed.tuned_answer * load.longest if load.generates else 0.0
     num_scored = load.num_test * (1 + load.num_labels)
     validations = 2 + load.steps / load.eval_steps
+    answered = (
+        math.ceil(load.num_answered / load.validation_batch) * speed.tuned_answer * load.limit
+    )
     general = GENERAL_RECORDS * min(1.0, GENERAL_LENGTH / load.length)
     reading = speed.weight_bytes / READ_BYTES_PER_SECOND
     return {
@@ -102,7 +111,7 @@ def stage_seconds(load: Load, speed: Speed) -> dict[str, float]:
         + base,
         "train": start
         + load.steps * load.accumulation * speed.train_batch
-        + validations * load.num_validation * speed.tuned_score,
+        + validations * (load.num_validation * speed.tuned_score + answered),
         "evaluate": start
         + num_scored * speed.tuned_score
         + tuned

@@ -20,6 +20,16 @@ def environment() -> str:
     Raises:
         CapasError: requirements.lock does not pin a package.
     """
+    lines = [f'{package}: "{version}"' for package, version in locked_versions().items()]
+    return "\n".join([f"# From {LOCK}, by stages/compose_params.py.", *lines]) + "\n"
+
+
+def locked_versions() -> dict[str, str]:
+    """Return the locked version of each package in PACKAGES.
+
+    Raises:
+        CapasError: requirements.lock does not pin a package.
+    """
     pins = dict(
         re.findall(r"^([\w.-]+)==([^\s;+]+)", LOCK.read_text(encoding="utf-8"), re.MULTILINE)
     )
@@ -27,5 +37,4 @@ def environment() -> str:
     missing = [package for package in PACKAGES if package not in versions]
     if missing:
         raise CapasError(f"{LOCK} does not pin {', '.join(missing)}. Update it: make lock")
-    lines = [f'{package}: "{versions[package]}"' for package in PACKAGES]
-    return "\n".join([f"# From {LOCK}, by stages/compose_params.py.", *lines]) + "\n"
+    return {package: versions[package] for package in PACKAGES}

@@ -5,12 +5,17 @@ from pathlib import Path
 from typing import Any
 
 from capas.config.composition import CONF, Values
+from capas.config.environment import locked_versions
 from capas.config.options import OWN, find_template
+from capas.core.code_digests import CodeReader, digest_of
 from capas.core.errors import CapasError
 from capas.evaluation.harness import read_tasks
+from capas.evaluation.names import needs_answers
 from capas.evaluation.user_metrics import read_sources
 
+KEY_OF_METRIC = "trainer.metric_for_best_model"
 COMPOSED = Path("data/composed")
+CODE_OF_METRIC = "capas/evaluation/checkpoint_metric.py"
 
 
 def resolved_files(values: Values) -> dict[Path, str]:
@@ -21,6 +26,8 @@ def resolved_files(values: Values) -> dict[Path, str]:
     """
     wrong, path = values["generation"]["wrong_chat_template"], values["chat_template"]["path"]
     sources = read_sources(values["evaluation"]["metrics"], Path())
+    metric = values["trainer"]["metric_for_best_model"]
+    of_metric = read_sources([metric] if needs_answers(metric) else [], Path(), KEY_OF_METRIC)
     harness = values["evaluation"]["harness"]
     tasks = read_tasks(harness["tasks"], harness["include_path"], Path())
     other = find_template(CONF, wrong).as_posix()
@@ -33,9 +40,24 @@ def resolved_files(values: Values) -> dict[Path, str]:
         COMPOSED / "wrong_chat_template.jinja": (
             in_conf("generation.wrong_chat_template", other, wrong) if wrong else "{# none #}\n"
         ),
+        COMPOSED / "checkpoint_metric.json": as_json(
+            {"sources": of_metric, **(_code_of_metric() if needs_answers(metric) else {})}
+        ),
         COMPOSED / "harness.json": as_json(tasks),
         COMPOSED / "metrics.json": as_json({"sources": sources}),
         COMPOSED / "prompts.json": as_json({"prompts": prompts(values["generation"]["prompts"])}),
+    }
+
+
+def _code_of_metric() -> dict[str, Any]:
+    """Return a digest of the code that generates and scores answers, and the packages that only it uses.
+
+    They decide a training's bytes only if a metric of answers chooses the checkpoint: see RECORDED_APART.
+    """
+    versions = locked_versions()
+    return {
+        "code": digest_of(CodeReader(Path()).files(CODE_OF_METRIC)),
+        "packages": {name: versions[name] for name in ("rouge-score", "sacrebleu")},
     }
 
 

@@ -5,7 +5,7 @@ from dataclasses import dataclass
 from functools import partial
 from typing import Any
 
-from capas.evaluation.names import AUTO, LABEL, names_clash
+from capas.evaluation.names import AUTO, LABEL, is_column_of_curve, names_clash, needs_answers
 from capas.hub import embedded
 
 
@@ -156,6 +156,12 @@ def _of_unsloth() -> Iterator[Rule]:
         ("trainer.backend", "lora.r"),
         lambda backend, r: backend != "unsloth" or r is not None,
         "LoRA with Unsloth: lora=all_linear; or trainer.backend=transformers",
+    )
+    yield Rule(
+        ("trainer.backend", "trainer.metric_for_best_model"),
+        lambda backend, metric: backend != "unsloth" or not needs_answers(metric),
+        "loss or token_accuracy with Unsloth, which changes the model's mode to generate; or "
+        "trainer.backend=transformers",
     )
     yield Rule(
         ("trainer.backend", "model.dtype"),
@@ -411,6 +417,31 @@ RULES = (
         ("trainer.load_best_model_at_end", "trainer.save_steps", "trainer.eval_steps"),
         lambda best, save, evaluate: not best or save == evaluate,
         "save_steps equal to eval_steps: the best checkpoint is one that was evaluated",
+    ),
+    Rule(
+        ("trainer.metric_for_best_model",),
+        is_column_of_curve,
+        "a function of your own called like no metric, no column of the reports and no key of Trainer's log",
+    ),
+    Rule(
+        ("trainer.metric_for_best_model",),
+        lambda metric: metric != LABEL,
+        "exact_match, which is of generated answers, or loss: labels are compared after the training alone",
+    ),
+    Rule(
+        ("hardware.distributed_type", "trainer.metric_for_best_model"),
+        lambda kind, metric: kind == "ddp" or not needs_answers(metric),
+        "loss or token_accuracy with fsdp2, whose processes hold no whole model to generate with; or ddp",
+    ),
+    Rule(
+        ("trainer.metric_records", "trainer.metric_for_best_model"),
+        lambda number, metric: number is None or needs_answers(metric),
+        "null with loss and token_accuracy, which are of the whole validation split",
+    ),
+    Rule(
+        ("trainer.metric_max_new_tokens", "trainer.metric_for_best_model"),
+        lambda number, metric: number is None or needs_answers(metric),
+        "null with loss and token_accuracy, for which nothing is generated",
     ),
     Rule(("trainer.max_steps",), lambda steps: steps != 0, "-1 (epochs decide) or at least 1"),
     Rule(

@@ -9,12 +9,13 @@ from typing import Annotated, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, model_validator
 
-from capas.evaluation.names import OWN_FUNCTION, BuiltIn
+from capas.evaluation.names import OWN_FUNCTION, BuiltIn, OfTokens
 
 Count = Annotated[int, Field(gt=0)]
 Fraction = Annotated[float, Field(ge=0, le=1)]
 Seed = Annotated[int, Field(ge=0, lt=2**32)]
 Dtype = Literal["float32", "bfloat16", "float16"]
+Metric = BuiltIn | Annotated[str, Field(pattern=OWN_FUNCTION)]
 InstructionSet = Literal["portable", "native", "avx2", "avx512"]
 
 
@@ -199,7 +200,8 @@ class Lora(Group):
 class Trainer(Group):
     """Arguments of `transformers.TrainingArguments`.
 
-    backend and the keys from packing_length on are capas' own.
+    backend, metric_records, metric_max_new_tokens and the keys from packing_length on are capas' own, and so
+    are most values of metric_for_best_model.
     """
 
     backend: Literal["transformers", "unsloth"]
@@ -235,7 +237,9 @@ class Trainer(Group):
     # the last checkpoint may be half-written when a run is killed
     save_total_limit: Annotated[int, Field(ge=2)]
     load_best_model_at_end: bool
-    metric_for_best_model: Literal["loss", "token_accuracy"]
+    metric_for_best_model: OfTokens | Metric
+    metric_records: Count | None
+    metric_max_new_tokens: Count | None
     seed: Seed
     data_seed: Seed
     full_determinism: bool
@@ -272,9 +276,6 @@ class Harness(BaseModel):
     num_fewshot: Annotated[int, Field(ge=0)] | None
     limit: Count | None
     apply_chat_template: bool
-
-
-Metric = BuiltIn | Annotated[str, Field(pattern=OWN_FUNCTION)]
 
 
 class Evaluation(Group):

@@ -8,7 +8,7 @@ parts that change no byte of a result and so need no rerun:
 
 - comments, docstrings, formatting, and imports for type checkers alone;
 - the texts of `raise CapasError(...)`, after which a stage writes nothing, and of log lines;
-- the modules in DECIDES_NO_BYTE.
+- the modules in DECIDES_NO_BYTE, and those in RECORDED_APART with what only they import.
 """
 
 import ast
@@ -43,6 +43,11 @@ DECIDES_NO_BYTE = {
     "capas/training/memory.py": "estimates memory before a training",
     "capas/core/progress.py": "logs progress",
 }
+# Modules that decide bytes under one setting alone. Under it, compose writes the digest of their code into a file
+# that is a dep of the stages that import them. Other runs do not depend on their code.
+RECORDED_APART = {
+    "capas/evaluation/checkpoint_metric.py": "data/composed/checkpoint_metric.json",
+}
 _CACHE = Path(".dvc/tmp/code.json")
 _MODULE = re.compile(PACKAGE + r"(\.[a-z_]\w*){2,}")  # a module named in a text
 _NO_VALUE = ("ctx", "kind", "type_comment", "type_ignores")  # fields of nodes that change no result
@@ -75,10 +80,14 @@ class CodeReader:
     def files(self, script: str) -> dict[str, str]:
         """Return {file: digest} of all files that decide the bytes `script` writes, sorted by name.
 
+        Args:
+            script: a script, or a module in RECORDED_APART.
+
         Raises:
             CapasError: a file is missing, or is not Python.
         """
-        modules = self._closure(script, frozenset(DECIDES_NO_BYTE))
+        without = frozenset((*DECIDES_NO_BYTE, *RECORDED_APART)) - {script}
+        modules = self._closure(script, without)
         found = {name: self._source(name).digest for name in modules}
         for folder in self._folders(modules):
             for file in _data_files(self._root / folder):
@@ -97,7 +106,7 @@ class CodeReader:
         return (loose | {PurePosixPath(file).parent for file in last}) - {PurePosixPath(PACKAGE)}
 
     def covered(self, script: str) -> set[str]:
-        """Return the modules that `script` may import, including those in DECIDES_NO_BYTE."""
+        """Return all modules that `script` may import, whether or not its digest covers them."""
         return self._closure(script, frozenset())
 
     def imported(self, file: str) -> set[str]:

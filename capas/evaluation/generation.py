@@ -70,7 +70,11 @@ def generation_config(
 
 
 def complete(
-    model: PreTrainedModel, prompts: list[list[int]], config: GenerationConfig, batch_size: int
+    model: PreTrainedModel,
+    prompts: list[list[int]],
+    config: GenerationConfig,
+    batch_size: int,
+    tells_ahead: bool = True,
 ) -> list[list[Completion]]:
     """Return `config.num_return_sequences` completions of every prompt, in the order of the prompts.
 
@@ -82,6 +86,7 @@ def complete(
 
     Args:
         prompts: [prompts][tokens], ids.
+        tells_ahead: log the expected time after the first batch.
 
     Raises:
         CapasError: see `check_positions`.
@@ -102,7 +107,7 @@ def complete(
                 if rows_leave
                 else _complete_batch(model, batch, config)
             )
-            if not completions and len(chosen) < len(order):
+            if tells_ahead and not completions and len(chosen) < len(order):
                 num_batches = -(-len(order) // batch_size)
                 _tell_ahead((time.perf_counter() - started) * num_batches, len(order))
             completions.update(zip(chosen, found, strict=True))
@@ -123,7 +128,8 @@ def check_positions(model: PreTrainedModel, prompts: list[list[int]], max_new_to
     if limit is None or longest + max_new_tokens <= limit:
         return
     way = (
-        f"set max_new_tokens={limit - longest} (evaluation.max_new_tokens, generation.max_new_tokens)"
+        f"set max_new_tokens={limit - longest} (evaluation.max_new_tokens, generation.max_new_tokens, "
+        "trainer.metric_max_new_tokens)"
         if longest < limit
         else "shorten the prompts (dataset.max_length, with dataset.overflow=drop or truncate)"
     )

@@ -4,10 +4,10 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
+from capas.evaluation.answer_length import answer_limit
 from capas.evaluation.label_metrics import label_facts
 from capas.evaluation.label_scores import Candidates, answer_by_label
 from capas.evaluation.predictions import Row
-from capas.evaluation.prompts import answer_limit
 from capas.evaluation.score_model import answer
 from capas.evaluation.scorer import Scorer
 from capas.evaluation.summary import summarize

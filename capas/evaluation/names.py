@@ -18,6 +18,8 @@ BALANCED, MACRO_F1 = "label_balanced_accuracy", "label_macro_f1"
 LOG_LOSS, CALIBRATION = "label_log_loss", "label_calibration_error"
 LABEL_SCORES = (BALANCED, MACRO_F1, LOG_LOSS, CALIBRATION)  # reported with label_accuracy
 LOWER_IS_BETTER = ("loss", LOG_LOSS, CALIBRATION)
+OfTokens = Literal["loss", "token_accuracy"]  # of the expected answers: nothing is generated
+OF_TOKENS: tuple[str, ...] = get_args(OfTokens)
 AUTO = "auto"  # compose chooses by the references, see capas.evaluation.choice
 OWN_FUNCTION = r"^[\w./-]+\.py:[A-Za-z_]\w*$"  # file.py:function
 # Columns and keys of the reports, which are no names for a function of the user's own.
@@ -42,10 +44,24 @@ RESERVED = frozenset(
     )
 )
 
+_OF_LOG = frozenset(
+    ("step", "epoch", "runtime", "samples_per_second", "steps_per_second", "num_tokens")
+)
+
 
 def name_of(metric: str) -> str:
     """Return a metric's name in columns and reports: 'data/own/scores.py:politeness' -> 'politeness'."""
     return metric.rpartition(":")[2]
+
+
+def needs_answers(metric: str) -> bool:
+    """Return whether `trainer.metric_for_best_model` scores generated answers."""
+    return metric not in OF_TOKENS
+
+
+def is_column_of_curve(metric: str) -> bool:
+    """Return whether a metric's name may be a column of the validation curve, and a key of Trainer's log."""
+    return metric in (*BUILT_IN, *OF_TOKENS) or name_of(metric) not in RESERVED | _OF_LOG
 
 
 def names_clash(metrics: Sequence[str]) -> bool:

@@ -44,40 +44,6 @@ def score(
     ]
 
 
-def ask(records: list[Row], scorer: Scorer, tokenizer: "Tokenizer") -> list[Row]:
-    """Return the records with their prompt as text, once they are known to be fit for scoring.
-
-    Raises:
-        CapasError: a prompt is not what training would see before the same answer, or a metric cannot score
-            the records.
-    """
-    check_prompts(records)
-    prompts = [record["prompt_ids"] for record in records]
-    questions = tokenizer.decode_batch(prompts, skip_special_tokens=False)
-    with_prompts = [
-        {**r, "prompt": question} for r, question in zip(records, questions, strict=True)
-    ]
-    scorer.check(with_prompts)
-    return with_prompts
-
-
-def check_prompts(records: list[Row]) -> None:
-    """Check that the model is prompted in the format in which it was trained.
-
-    Raises:
-        CapasError: a prompt is not the beginning of its record.
-    """
-    for record in records:
-        # The tokenizer may merge the last token of the prompt with the first one of the answer.
-        sure = record["prompt_ids"][:-1]
-        if record["input_ids"][: len(sure)] != sure:
-            raise CapasError(
-                f"data/formatted/test.parquet, record {record['id']}: prompt_ids is not a prefix of "
-                "input_ids, so the model would be prompted in another format than it was trained "
-                "in. Run `dvc repro -f format`."
-            )
-
-
 def answer(
     model: "nn.Module",
     rows: list[Row],

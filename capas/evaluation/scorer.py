@@ -28,19 +28,27 @@ RULES: dict[str, Callable[[str, str], Score]] = {
 
 
 class Scorer:
-    """The metrics of `evaluation.metrics`; `names` are their names in columns and reports, in order."""
+    """The chosen metrics; `names` are their names in columns and reports, in order."""
 
-    def __init__(self, metrics: Sequence[str], composed: Path) -> None:
+    def __init__(
+        self,
+        metrics: Sequence[str],
+        composed: Path,
+        key: str = "evaluation.metrics",
+        split: str = "test",
+    ) -> None:
         """Load the metrics.
 
         Args:
             metrics: names of capas' metrics, or FILE.py:FUNCTION for the user's own.
             composed: data/composed/metrics.json, with the sources of the user's own functions.
+            key, split: where the metrics were chosen and which records they score, for messages.
 
         Raises:
             CapasError: a function cannot be loaded.
         """
-        own = load_functions(metrics, read_json(composed)["sources"])
+        own = load_functions(metrics, read_json(composed)["sources"], key, split)
+        self._key, self._split = key, split
         self.names = [name_of(metric) for metric in metrics]
         self._own = {name_of(metric): function for metric, function in own.items()}
 
@@ -51,7 +59,7 @@ class Scorer:
             CapasError: final_number is chosen and a reference has no number, or an own function fails.
         """
         if "final_number" in self.names:
-            _check_numbers(rows)
+            self._check_numbers(rows)
         for row in rows[:1]:
             for function in self._own.values():
                 function(row["reference"], row["reference"], _record(row))
@@ -70,6 +78,15 @@ class Scorer:
                 found[name] = RULES[name](completion, row["reference"])
         return found
 
+    def _check_numbers(self, rows: Iterable[Row]) -> None:
+        lost = [row for row in rows if last_number(row["reference"]) is None]
+        if lost:
+            raise CapasError(
+                f"{self._key}: final_number: the reference of {self._split} record {lost[0]['id']} "
+                f"has no number ({lost[0]['reference'][:80]!r}; {len(lost)} such records). Choose "
+                "another metric, or remove these records."
+            )
+
 
 def _record(row: Row) -> dict[str, Any]:
     """Return the record that a function of the user's own gets, a new object each time."""
@@ -78,13 +95,3 @@ def _record(row: Row) -> dict[str, Any]:
         "prompt": row["prompt"],
         "metadata": json.loads(row["metadata"]) if row["metadata"] else {},
     }
-
-
-def _check_numbers(rows: Iterable[Row]) -> None:
-    lost = [row for row in rows if last_number(row["reference"]) is None]
-    if lost:
-        raise CapasError(
-            f"evaluation.metrics: final_number: the reference of test record {lost[0]['id']} has no "
-            f"number ({lost[0]['reference'][:80]!r}; {len(lost)} such records). Choose another "
-            "metric, or remove these records."
-        )

@@ -27,8 +27,13 @@ Function = Callable[[str, str, dict[str, Any]], Any]
 FOLDERS = ("conf", "data/own")  # folders in which compose notices an edit
 
 
-def read_sources(metrics: Sequence[str], root: Path) -> dict[str, str]:
+def read_sources(
+    metrics: Sequence[str], root: Path, key: str = "evaluation.metrics"
+) -> dict[str, str]:
     """Return {file: text} for the user's own functions among `metrics`, sorted; nothing is executed.
+
+    Args:
+        key: where the metrics were chosen, for messages.
 
     Raises:
         CapasError: a file is missing, lies elsewhere, is not Python, or does not define its function.
@@ -37,18 +42,18 @@ def read_sources(metrics: Sequence[str], root: Path) -> dict[str, str]:
     sources = {}
     for metric in own:
         file, _, name = metric.rpartition(":")
-        sources[file] = _text(metric, file, root)
-        _check_defined(metric, name, _parsed(metric, file, sources[file]))
+        given = f"{key}: {metric}"
+        sources[file] = _text(given, file, root)
+        _check_defined(given, name, _parsed(given, file, sources[file]))
     return sources
 
 
-def _text(metric: str, file: str, root: Path) -> str:
-    path, given = PurePosixPath(file), f"evaluation.metrics: {metric}"
+def _text(given: str, file: str, root: Path) -> str:
+    path = PurePosixPath(file)
     inside = [folder for folder in FOLDERS if path.is_relative_to(folder)]
     if not inside or ".." in path.parts:
         raise CapasError(
-            f"{given}: move the file into {' or '.join(FOLDERS)}, so that edits rerun the "
-            "evaluation"
+            f"{given}: move the file into {' or '.join(FOLDERS)}, so that edits rerun the stages"
         )
     if any((root / parent).is_symlink() for parent in path.parents):
         raise CapasError(f"{given}: a parent folder is a link, so DVC would not notice edits")
@@ -60,16 +65,14 @@ def _text(metric: str, file: str, root: Path) -> str:
         raise CapasError(f"{given}: {file} is not UTF-8: {error}") from None
 
 
-def _parsed(metric: str, file: str, source: str) -> ast.Module:
+def _parsed(given: str, file: str, source: str) -> ast.Module:
     try:
         return ast.parse(source, file)
     except (SyntaxError, ValueError) as error:
-        raise CapasError(
-            f"evaluation.metrics: {metric}: {file} is not valid Python: {error}"
-        ) from None
+        raise CapasError(f"{given}: {file} is not valid Python: {error}") from None
 
 
-def _check_defined(metric: str, name: str, module: ast.Module) -> None:
+def _check_defined(given: str, name: str, module: ast.Module) -> None:
     functions = [node.name for node in ast.walk(module) if isinstance(node, ast.FunctionDef)]
     stored = [
         node.id
@@ -78,16 +81,20 @@ def _check_defined(metric: str, name: str, module: ast.Module) -> None:
     ]
     if name not in (*functions, *stored):
         there = ", ".join(functions) or "no function"
-        raise CapasError(
-            f"evaluation.metrics: {metric}: the file defines no {name}; it has {there}"
-        )
+        raise CapasError(f"{given}: the file defines no {name}; it has {there}")
 
 
 class OwnMetric:
-    """A function of the user's own, whose errors name file, function and record."""
+    """A function of the user's own, whose errors name file, function and record.
 
-    def __init__(self, metric: str, function: Function) -> None:
-        self.metric, self._function = metric, function
+    Args:
+        key, split: where the metric was chosen and which records it scores, for messages.
+    """
+
+    def __init__(
+        self, metric: str, function: Function, key: str = "evaluation.metrics", split: str = "test"
+    ) -> None:
+        self._function, self._given, self._split = function, f"{key}: {metric}", split
         self._file = metric.rpartition(":")[0]
 
     def __call__(self, completion: str, reference: str, record: Mapping[str, Any]) -> float:
@@ -96,7 +103,7 @@ class OwnMetric:
         Raises:
             CapasError: the function failed, or did not return a number from 0 to 1.
         """
-        where = f"evaluation.metrics: {self.metric}, test record {record['id']}"
+        where = f"{self._given}, {self._split} record {record['id']}"
         try:
             value = self._function(completion, reference, dict(record))
         except Exception as error:
@@ -122,8 +129,16 @@ def _number(value: Any) -> float | None:
     return rounded if abs(score - rounded) < _LAST_BITS else None
 
 
-def load_functions(metrics: Sequence[str], sources: Mapping[str, str]) -> dict[str, OwnMetric]:
+def load_functions(
+    metrics: Sequence[str],
+    sources: Mapping[str, str],
+    key: str = "evaluation.metrics",
+    split: str = "test",
+) -> dict[str, OwnMetric]:
     """Return {metric: function}, loaded from the copies that compose made.
+
+    Args:
+        key, split: see `OwnMetric`.
 
     Raises:
         CapasError: there is no copy, or the file fails when it is executed, or lacks the function.
@@ -132,28 +147,28 @@ def load_functions(metrics: Sequence[str], sources: Mapping[str, str]) -> dict[s
     functions = {}
     for metric in (metric for metric in metrics if metric not in BUILT_IN):
         file, _, name = metric.rpartition(":")
+        given = f"{key}: {metric}"
         if file not in sources:
             raise CapasError(
-                f"evaluation.metrics: {metric}: {file} has not been copied by compose. Run `dvc "
-                "repro compose`"
+                f"{given}: {file} has not been copied by compose. Run `dvc repro compose`"
             )
         if file not in modules:
-            modules[file] = _executed(metric, file, sources[file])
+            modules[file] = _executed(given, file, sources[file])
         function = getattr(modules[file], name, None)
         if not callable(function):
-            raise CapasError(f"evaluation.metrics: {metric}: {file} has no function {name}")
-        functions[metric] = OwnMetric(metric, function)
+            raise CapasError(f"{given}: {file} has no function {name}")
+        functions[metric] = OwnMetric(metric, function, key, split)
     return functions
 
 
-def _executed(metric: str, file: str, source: str) -> ModuleType:
+def _executed(given: str, file: str, source: str) -> ModuleType:
     module = ModuleType("own_" + re.sub(r"\W", "_", file))
     module.__file__ = file
     sys.modules[module.__name__] = module  # dataclasses look up their module
     try:
         exec(compile(source, file, "exec"), module.__dict__)
     except Exception as error:
-        raise CapasError(f"evaluation.metrics: {metric}: {_describe(error, file)}") from error
+        raise CapasError(f"{given}: {_describe(error, file)}") from error
     return module
 
 

@@ -52,6 +52,22 @@ def loss_curves(
     return figure
 
 
+def answer_scores(
+    validation: Sequence[Row], train: Row, metric: str, words: Words, number: Number
+) -> Figure:
+    """Draw the score of generated answers to validation records, with the step whose weights were saved."""
+    with drawing():
+        figure, axes = _axes(WIDTH, 2.2)
+        scores = [row[train["answers"]["metric"]] for row in validation]
+        axes.plot([row["step"] for row in validation], scores, color=TUNED, marker="D", ms=4.5)
+        axes.axvline(train["kept_step"], color=ACCENT, lw=1.2, ls="--", label=words("kept_step"))
+        axes.set_ylim(-0.02, 1.02)
+        axes.yaxis.set_major_formatter(FuncFormatter(lambda value, _: number(value)))
+        _label(axes, words("step"), metric, number)
+        axes.legend(loc="lower right")
+    return figure
+
+
 def learning_rate(history: Sequence[Row], words: Words, number: Number) -> Figure:
     """Draw the learning rate, and beneath it the norm of the gradient."""
     with drawing():

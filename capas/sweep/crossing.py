@@ -26,9 +26,9 @@ from capas.core.files import read_json, write_json, write_whole
 from capas.core.params import Params
 from capas.core.records import FORMATTED, Record, evenly_spaced, read_records
 from capas.core.worktree import git
+from capas.evaluation.answer_length import answer_limit
 from capas.evaluation.formats import Format, ask
 from capas.evaluation.names import name_of, of_answers
-from capas.evaluation.prompts import answer_limit
 from capas.models import hardware
 from capas.sweep.crosstable import Cell, CrossTable
 from capas.sweep.plan import Plan, digest

@@ -4,14 +4,23 @@ from collections.abc import Iterator, Mapping
 from difflib import get_close_matches
 from typing import Any
 
-from capas.evaluation.names import AUTO, BUILT_IN, LABEL_SCORES, compares_labels, generates, name_of
+from capas.evaluation.names import (
+    AUTO,
+    BUILT_IN,
+    LABEL_SCORES,
+    OF_TOKENS,
+    compares_labels,
+    generates,
+    name_of,
+    needs_answers,
+)
 from capas.sweep.objective import is_on_test_split, stated_columns
 
 _FIXED = {  # FILE -> the keys of reports/metrics/FILE.json that a sweep can read
     "format": ("num_train_tokens", "supervised_fraction", "num_truncated", "num_dropped"),
     "quantize": ("bytes_before", "bytes_after", "relative_error_mean"),
     "base": (),  # its numbers are nested under the key "base", and a sweep reads no nested keys
-    "train": ("num_steps", "train_loss", "validation_loss", "validation_token_accuracy"),
+    "train": ("num_steps", "train_loss", *(f"validation_{name}" for name in OF_TOKENS)),
 }
 _ALWAYS = ("loss", "perplexity", "token_accuracy")
 _GAINS = ("_gain", "_gain_low", "_gain_high")
@@ -48,7 +57,11 @@ def keys_of(values: dict[str, Any]) -> dict[str, list[str]]:
     generated = ["stop_rate"] if metrics == AUTO or generates(metrics) else []
     labelled = LABEL_SCORES if compares_labels(names) else ()
     tuned = [*_ALWAYS, *names, *labelled, *generated, *gains]
-    return {**{file: list(keys) for file, keys in _FIXED.items()}, "tuned": tuned}
+    fixed = {file: list(keys) for file, keys in _FIXED.items()}
+    of_checkpoint = values["trainer"]["metric_for_best_model"]
+    if needs_answers(of_checkpoint):
+        fixed["train"].append(f"validation_{name_of(of_checkpoint)}")
+    return {**fixed, "tuned": tuned}
 
 
 def metrics_of(values: dict[str, Any]) -> list[str]:

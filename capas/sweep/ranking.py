@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 
 from capas.config.hydra_overrides import key_of
 from capas.sweep.objective import AUTO
-from capas.sweep.rungs import metric_of
+from capas.sweep.rungs import LOSS, metric_of
 from capas.sweep.state import CACHED, DONE, DROPPED, State
 
 if TYPE_CHECKING:
@@ -122,7 +122,7 @@ def dropped_rows(states: Sequence[State], settings: dict[str, Any]) -> list[Row]
             assert value is not None
             row.states.append(state)
             row.values[replicate] = value
-    sign = -1.0 if metric_of(settings).endswith("accuracy") else 1.0
+    sign = 1.0 if metric_of(settings) == LOSS else -1.0
     return sorted(rows.values(), key=lambda row: (-row.states[0].step, sign * row.mean))
 
 

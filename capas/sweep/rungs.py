@@ -18,7 +18,7 @@ from capas.training.pause import score_file
 
 _FOLDER = "rungs"
 _OF_A_RUNG = "train.validation_"  # the metrics that a pause scores
-_DEFAULT = "train.validation_loss"
+LOSS = "train.validation_loss"
 
 
 @dataclass(frozen=True)
@@ -86,13 +86,13 @@ def fractions(settings: Mapping[str, Any]) -> list[Fraction]:
 def metric_of(settings: Mapping[str, Any]) -> str:
     """Return the metric that decides at a rung: the objective, or the validation loss if a pause lacks it."""
     objective: str = settings["objective"]
-    return objective if objective.startswith(_OF_A_RUNG) else _DEFAULT
+    return objective if objective.startswith(_OF_A_RUNG) else LOSS
 
 
 def score_of(rung: Rung, settings: Mapping[str, Any]) -> float:
     """Return the score that decides, which is better if it is lower."""
     metric = metric_of(settings)
-    sign = -1.0 if metric.endswith("accuracy") else 1.0
+    sign = 1.0 if metric == LOSS else -1.0
     return sign * rung.scores[metric.partition(".")[2]]
 
 

@@ -35,12 +35,17 @@ CURVES = {
     "loss": "train/loss",
     "learning_rate": "train/learning_rate",
     "grad_norm": "train/grad_norm",
-    "eval_loss": "validation/loss",
-    "eval_token_accuracy": "validation/token_accuracy",
     "tokens_per_second": "train/tokens_per_second",
     "memory_bytes": "train/memory_bytes",
     "epoch": "train/epoch",  # the epoch of each step: the x axis of MLflow's charts is the step
 }
+_EVALUATED = (
+    "eval_"  # any score of an evaluation, one of answers included; not what Trainer measures of it
+)
+_NOT_SCORES = (
+    *("runtime", "samples_per_second", "steps_per_second", "model_preparation_time"),
+    *("step", "epoch"),  # columns of reports/validation.csv
+)
 _SEND_SECONDS, _RETRY_SECONDS = 2.0, 15.0
 _END_SECONDS = 3600.0  # how long to try to end a run whose server is gone
 _SAMPLE_SECONDS = 5.0  # between two samples of system metrics
@@ -49,10 +54,18 @@ _STATUS = {"end": "FINISHED", "paused": "KILLED", "failed": "FAILED"}
 
 def points_of(row: dict[str, Any]) -> list[Point]:
     return [
-        Point(CURVES[name], int(row["step"]), float(value))
+        Point(curve, int(row["step"]), float(value))
         for name, value in row.items()
-        if name in CURVES
+        if (curve := curve_of(name)) is not None
     ]
+
+
+def curve_of(name: str) -> str | None:
+    """Return the name in MLflow of a key of Trainer's log, None if it is no curve."""
+    score = name.removeprefix(_EVALUATED)
+    if score != name:
+        return None if score in _NOT_SCORES else f"validation/{score}"
+    return CURVES.get(name)
 
 
 def run_name(store: Store, params: Mapping[str, str]) -> str:

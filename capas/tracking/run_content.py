@@ -17,7 +17,7 @@ from capas.evaluation import gate
 from capas.evaluation.names import LABEL, LABEL_SCORES
 from capas.evaluation.names import headline as headline_of
 from capas.tracking.client import Point
-from capas.tracking.live_sender import CURVES
+from capas.tracking.live_sender import points_of
 from capas.tracking.run_params import metric_name
 from capas.tracking.store import GATE
 
@@ -215,14 +215,8 @@ def curve(stage: Stage) -> list[Point]:
     for file, prefix in files.items():
         with stage.dep(file).open(encoding="utf-8", newline="") as lines:
             for row in csv.DictReader(lines):
-                named = {
-                    CURVES[prefix + k]: v
-                    for k, v in row.items()
-                    if prefix + k in CURVES and v != ""
-                }
-                points += [
-                    Point(name, int(row["step"]), float(value)) for name, value in named.items()
-                ]
+                named = {prefix + name: value for name, value in row.items() if value != ""}
+                points += points_of({**named, "step": row["step"]})
     return points
 
 

@@ -12,15 +12,17 @@ if TYPE_CHECKING:
 OWN = (  # keys that are no arguments of transformers.Trainer
     "backend",
     *("packing_length", "fused_lora", "loraplus_lr_ratio", "save_total_limit"),
+    *("metric_for_best_model", "metric_records", "metric_max_new_tokens"),
     *("early_stopping_patience", "early_stopping_threshold", "divergence_factor"),
 )
 
 
-def training_arguments(params: Params, folder: Path) -> "TrainingArguments":
+def training_arguments(params: Params, folder: Path, metric: str) -> "TrainingArguments":
     """Return the arguments in the trainer group, with those that the stage decides.
 
     Args:
         folder: the folder of the checkpoints.
+        metric: the name of the metric that chooses the best checkpoint; the loss alone is better when lower.
 
     Raises:
         CapasError: transformers rejects the trainer group, e.g. bf16 on a GPU that lacks it; or Liger's
@@ -40,6 +42,8 @@ def training_arguments(params: Params, folder: Path) -> "TrainingArguments":
             fsdp_config={"version": 2} if divided else None,
             **given,
             output_dir=str(folder),
+            metric_for_best_model=metric,
+            greater_is_better=metric != "loss",
             use_cpu=on_cpu,
             eval_strategy="steps",
             save_strategy="steps",

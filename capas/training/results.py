@@ -1,5 +1,6 @@
 """Write the reports of a training: its facts, its headline, its curves."""
 
+import logging
 from typing import TYPE_CHECKING, Any
 
 from capas.core.files import write_csv, write_json
@@ -8,8 +9,9 @@ from capas.training.steps import Step
 
 if TYPE_CHECKING:
     from capas.training.trainer import Trainer
+log = logging.getLogger("capas")
 HISTORY = ("step", "epoch", "loss", "learning_rate", "grad_norm")
-HEADLINE = ("num_steps", "train_loss", "validation_loss", "validation_token_accuracy")
+HEADLINE = ("num_steps", "train_loss")  # and the scores of the kept step
 
 
 def write_reports(
@@ -19,13 +21,20 @@ def write_reports(
     curve: tuple[str, ...],
     stage: Stage,
 ) -> None:
-    facts = {"train_key": stage.key(), **summary(trainer, step), **checked}
+    """Write reports/train.json, reports/metrics/train.json and the curves.
+
+    Args:
+        checked: more facts for reports/train.json.
+        curve: the names of the scores of an evaluation.
+    """
+    facts = {"train_key": stage.key(), **summary(trainer, step, curve), **checked}
     write_json(stage.out("reports/train.json"), facts)
-    write_json(stage.out("reports/metrics/train.json"), {name: facts[name] for name in HEADLINE})
+    headline = (*HEADLINE, *(f"validation_{name}" for name in curve))
+    write_json(stage.out("reports/metrics/train.json"), {name: facts[name] for name in headline})
     write_curves(trainer.state.log_history, curve, stage)
 
 
-def summary(trainer: "Trainer", step: Step) -> dict[str, Any]:
+def summary(trainer: "Trainer", step: Step, curve: tuple[str, ...]) -> dict[str, Any]:
     """Return the facts of reports/train.json, without seconds, which differ from run to run."""
     state, history = trainer.state, trainer.state.log_history
     num_trainable, num_parameters = count_parameters(trainer.model)
@@ -33,6 +42,8 @@ def summary(trainer: "Trainer", step: Step) -> dict[str, Any]:
     last = rows[-1]
     kept = state.best_global_step if trainer.args.load_best_model_at_end else state.global_step
     chosen = next(row for row in rows if row["step"] == kept)
+    if trainer.args.load_best_model_at_end:
+        tell_choice(chosen, trainer.args)
     return {
         "num_steps": state.global_step,
         "global_batch_size": step.num_rows,
@@ -43,10 +54,18 @@ def summary(trainer: "Trainer", step: Step) -> dict[str, Any]:
         "num_trainable_parameters": num_trainable,
         "num_parameters": num_parameters,
         "train_loss": mean_loss(history),
-        "validation_loss": chosen["eval_loss"],
-        "validation_token_accuracy": chosen["eval_token_accuracy"],
+        **{f"validation_{name}": chosen[f"eval_{name}"] for name in curve},
         "learning_rate": trainer.args.learning_rate,
     }
+
+
+def tell_choice(chosen: dict[str, Any], args: Any) -> None:
+    """Log which step's weights are kept, and why."""
+    name = args.metric_for_best_model
+    log.info(
+        "the weights of step %d are kept: the first with the %s %s, %.4f",
+        chosen["step"], "highest" if args.greater_is_better else "lowest", name, chosen[f"eval_{name}"],
+    )  # fmt: skip
 
 
 def count_parameters(model: Any) -> tuple[int, int]:

@@ -1,6 +1,8 @@
 """Extend `transformers.Trainer`: it resumes exactly, and stops if the loss diverges."""
 
+import logging
 import os
+import time
 from collections.abc import Callable
 from typing import Any
 
@@ -19,6 +21,7 @@ from transformers.trainer_callback import PrinterCallback, ProgressCallback
 
 from capas.core.errors import CapasError, listed
 from capas.core.records import IGNORE_INDEX
+from capas.training.answers import AnswerMetric, mean_score
 from capas.training.batches import Example, Filled, LengthGroupedSampler, make_filler
 from capas.training.callbacks import Progress
 from capas.training.checkpoints import Checkpoints
@@ -26,6 +29,7 @@ from capas.training.early_stopping import EarlyStopping
 from capas.training.fit import num_tokens
 from capas.training.signals import on_signals
 
+log = logging.getLogger("capas")
 _CUBLAS_WORKSPACE = "CUBLAS_WORKSPACE_CONFIG"
 
 
@@ -40,6 +44,7 @@ class Trainer(transformers.Trainer):
         divergence_factor: stop if the mean loss between two rows of the log exceeds this multiple of the
             first one; None stops only for a loss that is not finite.
         loraplus_lr_ratio: learning rate of LoRA's B divided by that of A; None for the same rate.
+        answers: a metric of generated answers, which every evaluation computes too; None for none.
         kwargs: arguments of transformers.Trainer.
     """
 
@@ -48,8 +53,10 @@ class Trainer(transformers.Trainer):
         save_total_limit: int | None = None,
         divergence_factor: float | None = None,
         loraplus_lr_ratio: float | None = None,
+        answers: AnswerMetric | None = None,
         **kwargs: Any,
     ) -> None:
+        self._answers, self._answer_seconds = answers, 0.0
         self._collate = kwargs.pop("data_collator")
         workspace = os.environ.get(_CUBLAS_WORKSPACE)
         if kwargs["args"].world_size > 1:
@@ -80,8 +87,12 @@ class Trainer(transformers.Trainer):
             KeyboardInterrupt: Ctrl-C came a second time.
         """
         checkpoints = self._checkpoints
+        started = time.monotonic()
         with on_signals(checkpoints.stop):
             result = super().train(*args, **kwargs)
+        if self._answers is not None:
+            fraction = self._answer_seconds / (time.monotonic() - started)
+            log.info("answers took %.1f %% of the training's time", 100 * fraction)
         step, last = self.state.global_step, self.state.max_steps
         if checkpoints.terminated and step < last and not self._stopped_early():
             raise CapasError(
@@ -120,6 +131,21 @@ class Trainer(transformers.Trainer):
                 "scaling, or max_grad_norm=0."
             )
         return loss
+
+    def evaluation_loop(self, *args: Any, **kwargs: Any) -> Any:
+        """Score the validation split, and the answers in the arithmetic in which that was scored."""
+        output = super().evaluation_loop(*args, **kwargs)
+        if self._answers is not None:
+            place, started = (self.args.process_index, self.args.world_size), time.monotonic()
+            with self.accelerator.autocast():
+                score = mean_score(self._answers, self.model, *place)
+            self._answer_seconds += time.monotonic() - started
+            output.metrics[f"eval_{self._answers.name}"] = score
+            log.info(
+                "step %d: %s %.4f, loss %.4f on the validation split",
+                self.state.global_step, self._answers.name, score, output.metrics["eval_loss"],
+            )  # fmt: skip
+        return output
 
     def _check_divergence(self, loss: float) -> None:
         first = next((row["loss"] for row in self.state.log_history if "loss" in row), loss)

@@ -264,6 +264,20 @@ def test_a_function_of_ones_own_is_copied_and_an_edit_of_it_is_seen(workspace: C
     own.unlink()
 
 
+def test_a_function_that_chooses_the_checkpoint_is_copied_for_the_training_alone(
+    workspace: Composing,
+) -> None:
+    own, files = workspace.root / "data/own/scores.py", ("checkpoint_metric", "metrics")
+    chosen = "metric_for_best_model: data/own/scores.py:politeness"
+    workspace.edit("conf/trainer/_base.yaml", "metric_for_best_model: loss", chosen)
+    assert "trainer.metric_for_best_model: data/own/scores.py" in workspace.refusal()
+    own.write_text("def politeness(completion, reference, record):\n    return 1\n")
+    workspace.compose()
+    copies = [json.loads(workspace.read(f"data/composed/{name}.json")) for name in files]
+    assert copies == [{"sources": {"data/own/scores.py": own.read_text()}}, {"sources": {}}]
+    own.unlink()
+
+
 def test_a_dataset_that_was_tried_brings_its_evaluation_and_pins_none(workspace: Composing) -> None:
     dataset, commit = "dataset=gsm8k", f"dataset.revision={'0' * 40}"
     workspace.experiment(dataset, commit)

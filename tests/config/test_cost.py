@@ -37,6 +37,8 @@ LOAD = Load(
     quantizes=True,
     num_completions=18,
     num_sequences=3,
+    num_answered=0,
+    validation_batch=8,
 )
 SPEED = Speed(
     train_batch=10.0,
@@ -61,6 +63,8 @@ def test_seconds_of_each_stage_by_hand() -> None:
         "evaluate": 5 + 100 * 1.0 + 7 * 2 * 64 + 40 * 0.4 * 1.5,
         "sample": 5 + 18 * 80 * (0.1 + 0.2),
     }
+    answering = stage_seconds(replace(LOAD, num_answered=12), SPEED)
+    assert answering["train"] == stage_seconds(LOAD, SPEED)["train"] + 4 * 2 * 2 * 80
     assert replace(LOAD, max_steps=3).steps == 3
     without = stage_seconds(replace(LOAD, generates=False, quantizes=False), SPEED)
     assert without["evaluate_base"] == 5 + 50 and without["quantize"] == 5
@@ -125,6 +129,10 @@ def test_lengths_are_those_of_the_users_own_records(tmp_path: Path) -> None:
     assert load.num_test == 8 and load.generates
     assert load.limit == load.longest + max(8, load.longest // 4)
     assert 20 < load.prompt_length < load.length < 100
+    assert load.num_answered == 0
+    values["trainer"] |= {"metric_for_best_model": "chrf"}
+    answering = cost.load_of(Params(values), tmp_path, {"train": 30, "validation": 2, "test": 8})
+    assert answering.num_answered == 2
     nothing = {**values, "dataset": {**values["dataset"], "data_files": "data/own/none.csv"}}
     with pytest.raises(CapasError, match=r"none\.csv"):
         cost.load_of(Params(nothing), tmp_path, {"train": 30, "validation": 2, "test": 8})

@@ -18,6 +18,7 @@ from capas.core import codediff
 from capas.core.code_digests import (
     CODE,
     DECIDES_NO_BYTE,
+    RECORDED_APART,
     CodeReader,
     check_code,
     check_declared,
@@ -449,6 +450,15 @@ def test_code_yaml_is_of_this_code() -> None:
 def test_an_edit_reruns_the_stages_that_one_expects(file: str, stages: set[str]) -> None:
     reader = CodeReader(REPOSITORY)
     assert {name for name in STAGES if file in reader.files(script(name))} == stages
+
+
+def test_code_recorded_apart_is_in_a_dep_of_the_stages_that_import_it() -> None:
+    reader, specs = CodeReader(REPOSITORY), StageSpec.read_all(REPOSITORY)
+    for module, file in RECORDED_APART.items():
+        using = {name for name in STAGES if module in reader.covered(script(name))}
+        assert using == {"train"} and all(file in specs[name].deps for name in using)
+        assert module in reader.files(module)
+        assert not any(module in reader.files(script(name)) for name in STAGES)
 
 
 @pytest.mark.parametrize("name", STAGES)

@@ -17,11 +17,11 @@ from tokenizers import Tokenizer
 from capas.chat.recorded import read_chat, recorded_format
 from capas.core.errors import CapasError
 from capas.core.records import evenly_spaced
-from capas.evaluation import gate, score_model
+from capas.evaluation import asking, gate, score_model
+from capas.evaluation.answer_length import answer_limit
 from capas.evaluation.difference import in_words
 from capas.evaluation.general import format_questions
 from capas.evaluation.predictions import read_base
-from capas.evaluation.prompts import answer_limit
 from capas.models.loading import attach_adapter, load_model
 from stages import evaluate_model, train_lora
 
@@ -244,7 +244,7 @@ def test_a_control_token_in_an_answer_is_counted_and_fails_the_gate(evaluated: P
 def test_prompt_of_another_format_is_refused(evaluated: Path) -> None:
     record = {"id": "test-0", "prompt_ids": [1, 2, 5], "input_ids": [1, 3, 5, 4]}
     with pytest.raises(CapasError, match=r"test-0: prompt_ids is not a prefix of input_ids"):
-        score_model.check_prompts([record])
+        asking.check_prompts([record], "test")
 
 
 def test_chosen_records_are_spread_over_the_split() -> None:

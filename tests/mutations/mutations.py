@@ -287,7 +287,7 @@ MUTATIONS = (
     ),
     Mutation(
         name="answers_cut_at_the_longest_reference",
-        file="capas/evaluation/prompts.py",
+        file="capas/evaluation/answer_length.py",
         old="    return longest + max(8, longest // 4)\n",
         new="    return longest // 2\n",
         harm="Right answers are cut off, and the model looks worse than it is.",
@@ -362,5 +362,23 @@ MUTATIONS = (
         new="",
         harm="RecurrentGemma forgets the prompts of a batch as soon as one of its answers ends.",
         tests=("tests/evaluation/test_greedy.py",),
+    ),
+    Mutation(
+        name="generators_not_restored_after_answers",
+        file="capas/training/answers.py",
+        old="        with torch.random.fork_rng(devices):\n            yield\n",
+        new="        yield\n",
+        harm="A metric that draws numbers changes the dropout of all later steps, and so the adapter.",
+        tests=(
+            "tests/training/test_answers.py::test_undisturbed_restores_generators_and_mode_after_a_failure",
+        ),
+    ),
+    Mutation(
+        name="worst_answers_kept",
+        file="capas/training/arguments.py",
+        old='greater_is_better=metric != "loss",',
+        new="greater_is_better=False,",
+        harm="The checkpoint with the worst answers is kept.",
+        tests=("tests/training/test_answers.py::test_loss_and_answers_disagree_on_the_best_step",),
     ),
 )

@@ -89,6 +89,7 @@ FILES: dict[str, list[str]] = {
     "conf/chat_template": ["report"],
     "conf/overrides.yaml": ["report"],
     "data/composed/chat_template.jinja": ["format"],
+    "data/composed/checkpoint_metric.json": ["train"],
     "data/composed/harness.json": ["evaluate"],
     "data/composed/metrics.json": ["evaluate_base", "evaluate", "sample"],
     "data/composed/prompts.json": ["sample"],

@@ -527,6 +527,39 @@ def test_an_early_end_and_the_weights_of_an_earlier_step_are_said(
     assert ("The weights are those of step 80, the best one." in text) == bool(facts)
 
 
+ANSWERS = {"metric": "exact_match", "num_records": 64, "max_new_tokens": 68}
+
+
+@pytest.mark.parametrize(
+    ("best", "step", "why"),
+    [
+        ("true", 50, "The saved weights are those of step 50, the first with the best score"),
+        ("false", 100, "The saved weights are those of step 100, the last one"),
+    ],
+)
+def test_the_curve_of_the_answers_and_the_chosen_step_are_shown(
+    tmp_path: Path, best: str, step: int, why: str
+) -> None:
+    options = (
+        "trainer.metric_for_best_model=exact_match",
+        f"trainer.load_best_model_at_end={best}",
+    )
+    root = write_inputs(tmp_path, [*options, "trainer.max_steps=100"])
+    facts = {"answers": ANSWERS, "kept_step": step, "validation_exact_match": 0.875}
+    edit(root / "reports/train.json", lambda train: train.update(facts))
+    rows = "step,epoch,loss,token_accuracy,exact_match\n50,2.0,0.4,0.8,0.875\n100,4.0,0.2,0.9,0.5\n"
+    (root / "reports/validation.csv").write_text(rows)
+    english, spanish = build(root).values()
+    assert 'id="figure-answers"' in english and 'id="figure-answers"' in spanish
+    said = words_of(english)
+    assert "Exact match of the answers to 64 validation records" in said
+    assert why in said and "They score 0.875" in said
+    assert (
+        "The weights are those of step 50, the first with the highest Exact match." in said
+    ) == (step == 50)
+    assert "Su valor es 0,875" in words_of(spanish)
+
+
 def test_packed_records_are_counted_by_epochs(tmp_path: Path) -> None:
     root = write_inputs(tmp_path)
     facts = {"num_steps": 1, "num_epochs": 0.75, "global_batch_size": 1, "packing": {"length": 512}}

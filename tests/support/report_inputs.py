@@ -354,6 +354,7 @@ def _train(key: str) -> dict[str, Any]:
         "num_steps": 100,
         "global_batch_size": 16,
         "packing": None,
+        "answers": None,
         "kept_step": 100,
         "num_epochs": 4.0,
         "num_train_tokens": 2880,

@@ -24,6 +24,7 @@ from transformers import (
 )
 
 from capas.chat.format import ChatFormat
+from capas.chat.recorded import recorded_format
 from capas.core.dag import StageSpec, read_yaml
 from capas.core.params import Params, select
 from capas.core.records import FORMATTED, RAW, write_records
@@ -144,7 +145,8 @@ def _write_data(root: Path) -> None:
         (REPOSITORY / f"conf/chat_template/{name}.jinja").read_text()
         for name in ("chatml", "llama3")
     )
-    (composed / "metrics.json").write_text('{"sources": {}}')
+    for name in ("checkpoint_metric", "metrics"):
+        (composed / f"{name}.json").write_text('{"sources": {}}')
     (composed / "harness.json").write_text('{"version": null, "files": {}}')
     (composed / "prompts.json").write_text('{"prompts": null}')
     (composed / "wrong_chat_template.jinja").write_text(wrong)
@@ -161,6 +163,14 @@ def _write_data(root: Path) -> None:
         )
 
 
+def write_pairs(root: Path, split: str, pairs: Iterable[tuple[int, int | str]]) -> None:
+    """Another data/formatted/{split}.parquet: requests 'timer ASKED', answers {"minutes": TOLD}."""
+    chat = recorded_format(root / "data/formatted", root / "data/models/tokenizer")
+    records = [_record(f"{split}-{i}", *pair) for i, pair in enumerate(pairs)]
+    file = root / f"data/formatted/{split}.parquet"
+    write_records(file, FORMATTED, [_format(record, chat) for record in records])
+
+
 def write_raw(root: Path, counts: dict[str, int]) -> dict[str, list[dict[str, Any]]]:
     """data/raw with that many records a split."""
     rng, written = random.Random(0), {}
@@ -172,8 +182,8 @@ def write_raw(root: Path, counts: dict[str, int]) -> dict[str, list[dict[str, An
     return written
 
 
-def _record(name: str, number: int) -> dict[str, Any]:
-    answer = json.dumps({"minutes": number})
+def _record(name: str, number: int, told: int | str | None = None) -> dict[str, Any]:
+    answer = json.dumps({"minutes": number if told is None else told})
     messages = [
         {"role": "user", "content": f"timer {number}"},
         {"role": "assistant", "content": answer},

@@ -437,6 +437,8 @@ def test_metrics_that_will_be_written_are_known_before(plan: Plan) -> None:
     for file, keys in keys_of(values).items():
         written = json.loads((REPOSITORY / f"reports/metrics/{file}.json").read_text())
         assert set(keys) == (set() if file == "base" else set(written))
+    by_answers = {**values, "trainer": {"metric_for_best_model": "conf/x.py:tone"}}
+    assert keys_of(by_answers)["train"] == [*keys_of(values)["train"], "validation_tone"]
     settings = {"objective": "tuned.rougeL", "columns": ["tuned.exact_match", "train.x"]}
     assert [key for key, _ in not_produced(settings, values)] == [
         "sweep.columns",

@@ -5,6 +5,7 @@ import shutil
 import time
 from collections.abc import Iterator
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -17,6 +18,8 @@ from capas.core.dag import StageSpec, read_yaml, recorded
 from capas.core.errors import CapasError
 from capas.core.stage import Stage
 from capas.tracking import run_content, run_params
+from capas.tracking.client import Point
+from capas.tracking.live_sender import points_of
 from capas.tracking.store import ARTIFACTS, GATE, TRAIN_KEY, Store, existing, tracking_uri
 from stages import publish_run
 
@@ -120,6 +123,22 @@ def test_the_curve_is_the_recorded_one(root: Path) -> None:
         (s, pytest.approx(3 / s)) for s in range(10, 101, 10)
     ]
     assert len(store.client.get_metric_history(found.id, "validation/loss")) == 2
+
+
+def test_a_score_of_answers_has_one_name_live_and_recorded(tmp_path: Path) -> None:
+    live = {
+        "step": 50,
+        "epoch": 2.0,
+        "eval_exact_match": 0.5,
+        "eval_loss": 0.2,
+        "eval_runtime": 3.1,
+    }
+    (tmp_path / "history.csv").write_text("step,epoch,loss\n")
+    (tmp_path / "validation.csv").write_text("step,epoch,loss,exact_match\n50,2.0,0.2,0.5\n")
+    stage: Any = SimpleNamespace(dep=lambda file: tmp_path / Path(file).name)
+    scores = [Point("validation/exact_match", 50, 0.5), Point("validation/loss", 50, 0.2)]
+    assert sorted(run_content.curve(stage)) == scores
+    assert sorted(points_of(live)) == [Point("train/epoch", 50, 2.0), *scores]
 
 
 def test_the_datasets_carry_the_md5_of_dvc(root: Path) -> None:

@@ -1,5 +1,6 @@
 """A training in several processes is the training in one, and ends, fails and goes on like it."""
 
+import json
 import os
 import re
 import signal
@@ -221,6 +222,23 @@ def test_what_one_process_can_two_can(tmp_path: Path, options: tuple[str, ...]) 
     assert losses[1] == pytest.approx(losses[0], abs=2e-3)
     kept = [read_json(root / "reports/train.json")["kept_step"] for root in (one, other)]
     assert kept[0] == kept[1]
+
+
+@pytest.mark.slow
+def test_two_processes_share_the_answers_that_choose_the_checkpoint(tmp_path: Path) -> None:
+    """Five answers: the shares differ, and the scores tell whose were gathered."""
+    source = "def own(completion, reference, record):\n    return int(record['id'][-1]) / 10\n"
+    options = ("trainer.metric_for_best_model=conf/x.py:own", "trainer.metric_records=5")
+    roots = []
+    for name, shared in (("one", ALONE), ("two", TWO)):
+        root = prepared(tmp_path / name, *shared, *options)
+        composed = root / "data/composed/checkpoint_metric.json"
+        composed.write_text(json.dumps({"sources": {"conf/x.py": source}}))
+        said = launched(root)
+        assert "answers to 5 of 6 validation records" in said
+        roots.append(root)
+    scores = [[row["own"] for row in history(root, "validation")] for root in roots]
+    assert scores[0] == scores[1] and len(set(scores[0])) == 1
 
 
 @pytest.mark.slow

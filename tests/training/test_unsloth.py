@@ -57,6 +57,7 @@ def compose(*overrides: str) -> dict[str, Any]:
         ((*GPU, "lora.use_dora=true"), "no DoRA"),
         ((*GPU, "quantization=int8"), "nf4, fp4 or none with Unsloth"),
         ((*GPU, "trainer.packing_length=512"), "does not see by positions"),
+        ((*GPU, "trainer.metric_for_best_model=chrf"), "loss or token_accuracy with Unsloth"),
         ((*GPU, "trainer.use_liger_kernel=true"), "use_liger_kernel=True: expected false: Unsloth"),
         ((*GPU, "trainer.fused_lora=true"), "fused_lora=True: expected false: Unsloth"),
         ((*GPU, "hardware.cudnn_deterministic=true"), "gives other last bits in each run"),

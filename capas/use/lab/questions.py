@@ -12,9 +12,10 @@ from capas.core.errors import CapasError
 from capas.core.files import read_json, write_json
 from capas.core.params import Params
 from capas.core.records import FORMATTED, RAW, Record, evenly_spaced, read_records
+from capas.evaluation.answer_length import answer_limit
 from capas.evaluation.formats import Answers, Format, ask
 from capas.evaluation.names import of_answers
-from capas.evaluation.prompts import Prompt, answer_limit, held_out_prompts
+from capas.evaluation.prompts import Prompt, held_out_prompts
 from capas.evaluation.scorer import Scorer
 from capas.use import tuned_model
 
