@@ -43,8 +43,8 @@ DECIDES_NO_BYTE = {
     "capas/training/memory.py": "estimates memory before a training",
     "capas/core/progress.py": "logs progress",
 }
-# Modules that decide bytes under one setting alone. Under it, compose writes the digest of their code into a file
-# that is a dep of the stages that import them. Other runs do not depend on their code.
+# Modules that decide bytes under one setting alone. Under it, compose writes the digest of their code into a
+# file that is a dep of the stages that import them. Other runs do not depend on their code.
 RECORDED_APART = {
     "capas/evaluation/checkpoint_metric.py": "data/composed/checkpoint_metric.json",
 }
