@@ -4,6 +4,7 @@ Reads   data/formatted (train, validation), data/models/quantized, data/models/t
         data/models/initial_adapter, from which the training starts if it holds an adapter
 Writes  data/models/adapter (a whole model if all weights are trained), reports/train.json,
         reports/history.csv, reports/validation.csv,
+        reports/validation_records.parquet (the scores of each validation record),
         reports/certificate.json (the checks of the result, and what it was made from)
 Params  hardware, lora, model, trainer
 

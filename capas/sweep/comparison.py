@@ -1,4 +1,4 @@
-"""Compare the settings of a sweep by trials with the same seeds, as all of them were looked at.
+"""Compare the settings of a sweep by trials with the same seeds and records, as all of them were looked at.
 
 Whoever picks the best of many settings picks a lucky one: its mean is too good, and a test of two settings is
 wrong more often than it says. Here all statements hold together, with the confidence of one:
@@ -9,23 +9,67 @@ wrong more often than it says. Here all statements hold together, with the confi
 - A setting is better than the default if it is after as many comparisons as there are settings (Dunnett 1955,
   "A multiple comparison procedure for comparing several treatments with a control", JASA 50).
 
-The seeds are blocks: what a seed does to all settings does not count. The variance that is left is pooled
-over the settings, except over those that scatter far more than the others, as too high a learning rate does.
+A score is taken as mean + setting + seed + record + setting x seed + setting x record + noise, with seeds and
+records drawn at random. What a seed or a record does to all settings does not count: both are blocks. Of the
+variance of a difference there are then two sources (Owen 2007, "The pigeonhole bootstrap", Annals of Applied
+Statistics 1, has the same two for such a table):
+
+- seeds: another seed would favour another setting. Estimated by the trials, pooled over the settings, except
+  over those that scatter far more than the others, as too high a learning rate does.
+- records: other records would favour another setting. Estimated for each two settings by the differences of
+  their scores, record by record, less the noise that the seeds' part holds already.
+
+An interval's half width is the root of the sum of both, (quantile x standard error) squared, each with the
+quantile of its own degrees of freedom: never narrower than by seeds alone (Banerjee 1961, "On confidence
+interval for two-means problem based on separate estimates of variances and tables of t-distribution",
+Sankhya A 23). With one seed only the second source is known: what is shown holds for these trained models.
 `benchmarks/sweep_winner.py` simulates how often each statement is wrong.
 """
 
 from dataclasses import dataclass
-from functools import lru_cache
 
 import numpy as np
-from numpy.typing import NDArray
-from scipy.optimize import brentq
-from scipy.stats import chi2, nct, studentized_range
+from scipy.stats import chi2
 
-POWER = 0.8  # of `detectable`
+from capas.sweep.quantiles import (
+    Array,
+    correlated_critical_value,
+    critical_value,
+    range_value,
+    root,
+    shift_to_detect,
+)
+
 _RARE = 1e-4  # a variance that is this improbable beside the others is the setting's own
-_DRAWS = 100_000
-Array = NDArray[np.float64]
+
+
+@dataclass(frozen=True)
+class Source:
+    """What another sweep would draw anew, seeds or records, and what that does to the settings' means.
+
+    Attributes:
+        covariance: [settings, settings], of the means.
+        variances: [settings, settings], of the difference of each two means.
+        degrees: degrees of freedom of these estimates.
+    """
+
+    covariance: Array
+    variances: Array
+    degrees: int
+    is_pooled: bool
+
+    def better(self, default: int, confidence: float) -> float:
+        """Return the quantile of the largest difference from the default, in standard errors."""
+        others = [row for row in range(len(self.covariance)) if row != default]
+        if self.is_pooled:
+            return critical_value(len(others), self.degrees, confidence)
+        away = self.covariance[others] - self.covariance[default]
+        differences = away[:, others] - away[:, [default]]
+        return correlated_critical_value(differences, self.degrees, confidence)
+
+    def worse(self, confidence: float) -> float:
+        """Return the quantile of the largest difference of any two settings, in standard errors."""
+        return range_value(len(self.covariance), self.degrees, confidence)
 
 
 @dataclass(frozen=True)
@@ -39,7 +83,9 @@ class Comparison:
         gain: its mean less that of the default; None without a default, or if it is the default.
         least_gain: the lower end of the gain's one-sided interval.
         detectable: the gain over the default that would have been shown in 80 % of such sweeps.
-        means, errors: of the settings, with the standard errors of the means.
+        means, covariance: of the settings.
+        num_seeds: 1 if nothing is known of other seeds.
+        num_records: 0 if nothing is known of other records.
     """
 
     may_be_best: list[bool]
@@ -49,41 +95,53 @@ class Comparison:
     least_gain: float | None
     detectable: float | None
     means: Array
-    errors: Array
+    covariance: Array
+    num_seeds: int
+    num_records: int
 
     @property
     def optimism(self) -> float:
         """Return by how much the best mean is too good, on average, because it was picked: a bootstrap."""
         rng = np.random.default_rng(0)
-        noise = rng.standard_normal((2_000, len(self.means))) * self.errors
+        noise = rng.standard_normal((2_000, len(self.means))) @ root(self.covariance).T
         picked = (self.means + noise).argmax(axis=1)
         return float(noise[np.arange(len(noise)), picked].mean())
 
 
-def compare(values: Array, default: int | None = None, confidence: float = 0.95) -> Comparison:
+def compare(
+    values: Array,
+    default: int | None = None,
+    confidence: float = 0.95,
+    records: Array | None = None,
+) -> Comparison:
     """Compare settings.
 
     Args:
-        values: [settings, seeds], at least 2 x 2; more is better.
+        values: [settings, seeds], at least two settings; more is better.
         default: the row of the default setting, if it is among them.
+        records: [settings, seeds, records], of which `values` are the means; needed if there is one seed.
     """
     num_settings, num_seeds = values.shape
-    means, (variances, degrees) = values.mean(axis=1), trial_variances(values)
-    worse = range_value(num_settings, degrees, confidence)
-    better = critical_value(num_settings - 1, degrees, confidence)
-    errors = np.sqrt((variances[:, None] + variances[None, :]) / num_seeds)
+    sources = [seed_source(values)] if num_seeds > 1 else []
+    sources += [] if records is None else [record_source(records)]
+    means = values.mean(axis=1)
+    margins = half_widths(sources, [source.worse(confidence) for source in sources])
     differences = means[:, None] - means[None, :]
     others = ~np.eye(num_settings, dtype=bool)
-    above = np.where(others, differences + worse * errors, np.inf).min(axis=1)
-    below = np.where(others, differences - worse * errors, np.inf).min(axis=1)
+    above = np.where(others, differences + margins, np.inf).min(axis=1)
+    below = np.where(others, differences - margins, np.inf).min(axis=1)
     best = int(means.argmax())
     gain = least = detectable = None
     if default is not None:
-        error = errors[best if best != default else int(below.argmin()), default]
-        detectable = float(error) * shift_to_detect(better, degrees)
+        rival = best if best != default else int(below.argmin())
+        better = [source.better(default, confidence) for source in sources]
+        margin = float(half_widths(sources, better)[rival, default])
+        detectable = margin + float(
+            half_widths(sources, to_detect(sources, better))[rival, default]
+        )
         if best != default:
             gain = float(differences[best, default])
-            least = gain - float(better * error)
+            least = gain - margin
     return Comparison(
         may_be_best=(above >= 0).tolist(),
         best=best,
@@ -92,8 +150,72 @@ def compare(values: Array, default: int | None = None, confidence: float = 0.95)
         least_gain=least,
         detectable=detectable,
         means=means,
-        errors=np.sqrt(variances / num_seeds),
+        covariance=np.sum([source.covariance for source in sources], axis=0),
+        num_seeds=num_seeds,
+        num_records=0 if records is None else records.shape[2],
     )
+
+
+def half_widths(sources: list[Source], quantiles: list[float]) -> Array:
+    """Return half the width of each difference's interval, [settings, settings]."""
+    squares = [
+        quantile**2 * source.variances for source, quantile in zip(sources, quantiles, strict=True)
+    ]
+    widths: Array = np.sqrt(np.sum(squares, axis=0))
+    return widths
+
+
+def to_detect(sources: list[Source], better: list[float]) -> list[float]:
+    """Return by how many standard errors a true gain must exceed `better` to be shown in 80 % of sweeps."""
+    return [
+        shift_to_detect(quantile, source.degrees) - quantile
+        for source, quantile in zip(sources, better, strict=True)
+    ]
+
+
+def seed_source(values: Array) -> Source:
+    """Return what the seeds do to the settings' means.
+
+    Args:
+        values: [settings, seeds], at least 2 x 2.
+    """
+    variances, degrees = trial_variances(values)
+    covariance = np.diag(variances / values.shape[1])
+    return Source(covariance, of_differences(covariance), degrees, is_pooled=True)
+
+
+def record_source(records: Array) -> Source:
+    """Return what the records do to the settings' means, beyond what each trial's noise does to them.
+
+    The trials' noise is already in `seed_source`; with one seed it cannot be told from the records' part.
+
+    Args:
+        records: [settings, seeds, records].
+    """
+    num_settings, num_seeds, num_records = records.shape
+    means = interaction(records.mean(axis=1))
+    covariance = means @ means.T / ((num_records - 1) * num_records)
+    variances = of_differences(covariance)
+    if num_seeds > 1:
+        over_seeds = records - records.mean(axis=1, keepdims=True)
+        noise = over_seeds - over_seeds.mean(axis=2, keepdims=True)
+        flat = noise.reshape(num_settings, -1)
+        degrees = (num_seeds - 1) * (num_records - 1)
+        variances -= of_differences(flat @ flat.T / (degrees * num_seeds * num_records))
+    return Source(covariance, np.clip(variances, 0, None), num_records - 1, is_pooled=False)
+
+
+def interaction(table: Array) -> Array:
+    """Return a table less what each row has in all columns, and each column in all rows."""
+    found: Array = table - table.mean(axis=1, keepdims=True) - table.mean(axis=0) + table.mean()
+    return found
+
+
+def of_differences(covariance: Array) -> Array:
+    """Return the variance of the difference of each two means."""
+    own = np.diag(covariance)
+    found: Array = own[:, None] + own[None, :] - 2 * covariance
+    return found
 
 
 def trial_variances(values: Array) -> tuple[Array, int]:
@@ -107,34 +229,8 @@ def trial_variances(values: Array) -> tuple[Array, int]:
     odd = chi2.isf(_RARE, num_seeds - 1) / chi2.median(num_seeds - 1)
     usual = own <= odd * np.median(own)
     alike = values[usual]
-    residuals = alike - alike.mean(axis=1, keepdims=True) - alike.mean(axis=0) + alike.mean()
     degrees = (len(alike) - 1) * (num_seeds - 1)
     if degrees == 0:  # one setting alone scatters little
         return own, num_seeds - 1
-    pooled = float((residuals**2).sum() / degrees)
+    pooled = float((interaction(alike) ** 2).sum() / degrees)
     return np.where(usual, pooled, own), degrees
-
-
-@lru_cache(maxsize=256)
-def critical_value(num_others: int, degrees: int, confidence: float) -> float:
-    """Return the quantile of the largest of `num_others` differences from one setting, in standard errors.
-
-    It is that of Dunnett's one-sided test with equal variances, by simulation with a fixed seed.
-    """
-    rng = np.random.default_rng(0)
-    draws = rng.standard_normal((_DRAWS, num_others + 1))
-    largest = (draws[:, 1:] - draws[:, :1]).max(axis=1) / np.sqrt(2)
-    scale = np.sqrt(rng.chisquare(degrees, _DRAWS) / degrees)
-    return float(np.quantile(largest / scale, confidence))
-
-
-@lru_cache(maxsize=256)
-def range_value(num_settings: int, degrees: int, confidence: float) -> float:
-    """Return the quantile of the largest difference of any two settings, in its standard errors."""
-    return float(studentized_range.ppf(confidence, num_settings, degrees) / np.sqrt(2))
-
-
-@lru_cache(maxsize=256)
-def shift_to_detect(critical: float, degrees: int) -> float:
-    """Return the true difference, in standard errors, that exceeds `critical` in 80 % of samples."""
-    return float(brentq(lambda shift: nct.sf(critical, degrees, shift) - POWER, 0, critical + 20))

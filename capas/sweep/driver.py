@@ -33,6 +33,7 @@ from capas.sweep.outlook import cached, earlier, in_words, seconds_of_all
 from capas.sweep.plan import AT_ONCE, DRIVER, FOLDER, VARIABLE, Plan, check_home
 from capas.sweep.point import num_workers
 from capas.sweep.ranking import Row, rank
+from capas.sweep.records import read_scores
 from capas.sweep.remarks import remarks
 from capas.sweep.state import ENDED, FAILED, STOPPED, State, read_states
 from capas.sweep.task import NAME, Task, prepare, runs_here
@@ -85,7 +86,8 @@ def _run(plan: Plan, task: Task, multirun: bool) -> int:
             stderr = launch(plan, task, multirun)
         states = read_states(plan.points)
         failed = [state for state in states if state.status == FAILED]
-        rows = rank(states, settings, _defaults(task))
+        records = read_scores(plan, states, settings["objective"])
+        rows = rank(states, settings, _defaults(task), records)
         lessons = lesson(rows, settings, plan)
         crossed, refusal = _cross(rows, plan, settings) if not failed else (None, "")
         notes = remarks(rows, settings, task.swept)

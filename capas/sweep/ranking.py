@@ -2,17 +2,21 @@
 
 import math
 import statistics
-from collections.abc import Collection, Sequence
-from dataclasses import dataclass
+from collections.abc import Collection, Mapping, Sequence
+from dataclasses import dataclass, field
+from types import MappingProxyType
 from typing import TYPE_CHECKING, Any
 
 from capas.config.hydra_overrides import key_of
+from capas.core.errors import listed
 from capas.sweep.state import CACHED, DONE, State
 
 if TYPE_CHECKING:
     from capas.sweep.comparison import Comparison
+    from capas.sweep.records import RecordScores
 
 Overrides = tuple[str, ...]
+FEWEST_RECORDS = 20  # whose differences tell how much they vary
 
 
 @dataclass
@@ -25,6 +29,7 @@ class Row:
         missing: the replicates that other rows have and this one lacks; it is then compared with none.
         is_default: whether it has the values of conf/.
         tied: whether it may be as good as the first row.
+        records: the scores of each record, as `values`; those of trials that have them.
     """
 
     overrides: list[str]
@@ -35,6 +40,7 @@ class Row:
     tied: bool = False
     missing: tuple[Overrides, ...] = ()
     is_default: bool = False
+    records: "dict[Overrides, RecordScores]" = field(default_factory=dict)
 
     @property
     def mean(self) -> float:
@@ -69,7 +75,10 @@ class Row:
 
 
 def rank(
-    states: Sequence[State], settings: dict[str, Any], defaults: Collection[Overrides] = ()
+    states: Sequence[State],
+    settings: dict[str, Any],
+    defaults: Collection[Overrides] = (),
+    records: "Mapping[str, RecordScores]" = MappingProxyType({}),
 ) -> list[Row]:
     """Return the rows, best first, without trials that failed or have not ended.
 
@@ -77,6 +86,7 @@ def rank(
 
     Args:
         defaults: the overrides of trials with the values of conf/, replicates aside.
+        records: the scores of each record by the trial's name, from `capas.sweep.records`.
     """
     rows: dict[Overrides, Row] = {}
     for state in states:
@@ -88,6 +98,8 @@ def rank(
         assert value is not None
         row.states.append(state)
         row.values[replicate] = value
+        if state.name in records:
+            row.records[replicate] = records[state.name]
     every = sorted({replicate for row in rows.values() for replicate in row.values})
     known = {split(found, settings["replicates"])[0] for found in defaults}
     for rest, row in rows.items():
@@ -108,19 +120,45 @@ def whole(rows: Sequence[Row]) -> list[Row]:
 
 
 def comparison(rows: Sequence[Row], settings: dict[str, Any]) -> "Comparison | None":
-    """Return what the trials show of the whole rows; None if there are not two rows with two replicates."""
+    """Return what the trials show of the whole rows.
+
+    None if there are not two rows, or if nothing tells how much they would vary: neither a second replicate
+    nor the scores of each record.
+    """
     compared = whole(rows)
-    if len(compared) < 2 or len(compared[0].values) < 2:
+    if len(compared) < 2:
+        return None
+    replicates, by_record = sorted(compared[0].values), not lack_of_records(compared)
+    if len(replicates) < 2 and not by_record:
         return None
     import numpy as np
 
     from capas.sweep.comparison import compare
+    from capas.sweep.records import stacked
 
     sign = 1.0 if settings["direction"] == "maximize" else -1.0
-    replicates = sorted(compared[0].values)
     values = np.array([[sign * row.values[name] for name in replicates] for row in compared])
     default = next((place for place, row in enumerate(compared) if row.is_default), None)
-    return compare(values, default, settings["confidence_fraction"])
+    scores = [[row.records[name] for name in replicates] for row in compared] if by_record else []
+    records = sign * stacked(scores) if by_record else None
+    return compare(values, default, settings["confidence_fraction"], records)
+
+
+def lack_of_records(compared: Sequence[Row]) -> str:
+    """Return why nothing can be said about other records; an empty text if it can.
+
+    Args:
+        compared: whole rows.
+    """
+    without = [row.name for row in compared if row.records.keys() != row.values.keys()]
+    if without:
+        return f"DVC's cache has no scores of each record of {listed(without, 3)}"
+    scores = [of for row in compared for of in row.records.values()]
+    if any(of.ids != scores[0].ids for of in scores):
+        return "the trials were scored on different records"
+    if len(scores[0].ids) < FEWEST_RECORDS:
+        return f"{len(scores[0].ids)} records are too few to tell how much they vary"
+    return ""
 
 
 def _mark(ordered: Sequence[Row], settings: dict[str, Any]) -> None:

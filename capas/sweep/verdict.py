@@ -4,7 +4,8 @@ from collections.abc import Iterator, Sequence
 from typing import TYPE_CHECKING, Any
 
 from capas.core.errors import listed
-from capas.sweep.ranking import Row, comparison, whole
+from capas.sweep.ranking import Row, comparison, lack_of_records, whole
+from capas.sweep.records import place_of
 
 if TYPE_CHECKING:
     from capas.sweep.comparison import Comparison
@@ -22,9 +23,11 @@ def _sentences(rows: Sequence[Row], settings: dict[str, Any]) -> Iterator[str]:
     if len(compared) < 2:
         return
     found = comparison(rows, settings)
-    if found is None:
+    if found is None or (found.num_seeds == 1 and _all_equal(compared)):
         yield from _single_trials(compared, settings)
         return
+    if found.num_seeds == 1:
+        yield _coverage(compared, found, settings)
     yield _winner(compared, found, settings["confidence_fraction"])
     yield from _against_default(compared, found, settings["objective"])
     if found.optimism > 0:
@@ -32,8 +35,30 @@ def _sentences(rows: Sequence[Row], settings: dict[str, Any]) -> Iterator[str]:
             f"The mean of the first is too good by about {found.optimism:.2g}, because it was picked as "
             f"the best of {len(compared)}."
         )
-    seeds = len(compared[0].values)
-    yield f"All of this is about other {settings['replicates'][0]}s than these {seeds}, on the same records."
+    if found.num_seeds > 1:
+        yield _coverage(compared, found, settings)
+
+
+def _coverage(rows: Sequence[Row], found: "Comparison", settings: dict[str, Any]) -> str:
+    """Return what the intervals cover: other seeds, other records, or both."""
+    seed, records = (
+        (*settings["replicates"], "seed")[0],
+        f"other records than these {found.num_records}",
+    )
+    if found.num_seeds == 1:
+        return (
+            f"One trial each: what follows is about these trained models on {records}. Another {seed} "
+            f"may give another order: add {seed}=1,2,3."
+        )
+    if found.num_records:
+        return f"All of this is about other {seed}s than these {found.num_seeds} and {records}, together."
+    lack = lack_of_records(rows) if place_of(settings["objective"]) else ""
+    why = f" Nothing is known of other records: {lack}." if lack else ""
+    return f"All of this is about other {seed}s than these {found.num_seeds}, on the same records.{why}"
+
+
+def _all_equal(rows: Sequence[Row]) -> bool:
+    return all(row.mean == rows[0].mean for row in rows)
 
 
 def _lacking(rows: Sequence[Row], compared: Sequence[Row]) -> str:
@@ -47,7 +72,7 @@ def _lacking(rows: Sequence[Row], compared: Sequence[Row]) -> str:
 
 
 def _single_trials(rows: Sequence[Row], settings: dict[str, Any]) -> Iterator[str]:
-    if all(row.mean == rows[0].mean for row in rows):
+    if _all_equal(rows):
         yield (
             f"No setting is better: all {len(rows)} have the same {settings['objective']}, so what was "
             "swept does not change it."

@@ -4,7 +4,8 @@ import numpy as np
 import pytest
 from scipy.stats import dunnett, tukey_hsd
 
-from capas.sweep.comparison import compare, critical_value, range_value, trial_variances
+from capas.sweep.comparison import compare, trial_variances
+from capas.sweep.quantiles import critical_value, range_value
 
 SIMULATIONS = 1_000
 CHANCE = 3 * np.sqrt(0.05 * 0.95 / SIMULATIONS)  # three standard errors of a rate of 5 %

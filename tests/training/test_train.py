@@ -52,6 +52,7 @@ from capas.training.early_stopping import EarlyStopping, waited
 from capas.training.fit import check_lengths
 from capas.training.lora import check_target_modules, check_untied
 from capas.training.objective import AnswerTokens
+from capas.training.record_scores import RecordScores
 from stages import train_lora
 
 pytestmark = pytest.mark.usefixtures("without_estimate")
@@ -778,7 +779,9 @@ def test_half_written_checkpoint_is_passed_over(tmp_path: Path) -> None:
         folder.mkdir()
         (folder / "optimizer.pt").write_bytes(b"state")
         accelerator = SimpleNamespace(wait_for_everyone=lambda: None)
-        trainer: Any = SimpleNamespace(open_row=dict, accelerator=accelerator)
+        trainer: Any = SimpleNamespace(
+            open_row=dict, accelerator=accelerator, record_scores=RecordScores()
+        )
         Checkpoints(trainer).on_save(
             SimpleNamespace(output_dir=tmp_path),
             SimpleNamespace(
