@@ -1,4 +1,4 @@
-"""Simulate how often a sweep's ranking is wrong: `python benchmarks/sweep_winner.py`, some two minutes.
+"""Simulate how often a sweep's ranking is wrong: `python benchmarks/sweep_winner.py`, five minutes.
 
 Settings without any effect: how often one is promoted over the default, one is called worse, one is called
 the best. With one setting that is better by what the sweep says it could have shown: how often that one is
@@ -16,12 +16,13 @@ promoted.
 """
 
 import json
+from dataclasses import replace
 
 import machine
 import numpy as np
 
 from capas.sweep.comparison import compare
-from capas.sweep.records import RecordScores
+from capas.sweep.records import RecordScores, stacked
 
 SIMULATIONS, OF_RECORDS = 5_000, 1_000
 SHAPES = ((2, 3), (6, 3), (21, 2), (21, 3), (21, 5), (40, 3))  # settings with the default, seeds
@@ -45,7 +46,11 @@ def main() -> None:
             for number in (50, 200)
             for kind, kinds in KINDS.items()
         },
-        "one seed": {f"{number} records": rates_of_one_seed(number) for number in RECORDS},
+        "one seed": {f"{number} records": rates_of_one_seed(number) for number in RECORDS}
+        | {
+            f"{number} records of unequal length": rates_of_one_seed(number, shape="lengths")
+            for number in (50, 200)
+        },
     }
     print(json.dumps({**facts, **machine.describe("numpy", "scipy")}, indent=2))
 
@@ -90,9 +95,9 @@ KINDS = {
 def rates_with_records(seeds: int, number: int, **kind) -> dict[str, float]:
     rng, null, alone = np.random.default_rng(0), [], []
     for _ in range(OF_RECORDS):
-        table = record_scores(rng, seeds, number, **kind)
-        null.append(compare(table.mean(axis=2), 0, records=table))
-        alone.append(compare(table.mean(axis=2), 0))
+        trials = record_scores(rng, seeds, number, **kind)
+        null.append(judged(trials))
+        alone.append(compare(means(trials), 0))
     found = {
         "promoted without effect": rate(promoted(one) for one in null),
         "called worse without effect": rate(not all(one.may_be_best) for one in null),
@@ -106,19 +111,34 @@ def rates_with_records(seeds: int, number: int, **kind) -> dict[str, float]:
 
 
 def with_gain(rng, gain, seeds, number, **kind):
-    table = record_scores(rng, seeds, number, **kind)
-    table[1] += gain
-    return compare(table.mean(axis=2), 0, records=table)
+    trials = record_scores(rng, seeds, number, **kind)
+    return judged([[with_sums(of, gain * of.weights) for of in trials[1]] if i == 1 else row
+                   for i, row in enumerate(trials)])  # fmt: skip
 
 
-def rates_of_one_seed(number: int) -> dict[str, float]:
+def judged(trials):
+    """Compare settings as a sweep does."""
+    degrees = min(of.degrees for row in trials for of in row)
+    return compare(means(trials), 0, records=stacked(trials), degrees=degrees)
+
+
+def means(trials):
+    return np.array([[of.mean for of in row] for row in trials])
+
+
+def with_sums(of, more):
+    return replace(of, sums=of.sums + more)
+
+
+def rates_of_one_seed(number: int, **kind) -> dict[str, float]:
     rng = np.random.default_rng(0)
-    alike = rates_of_models(rng, number)
+    alike = rates_of_models(rng, number, **kind)
     misled, too_large = [], []
     for _ in range(OF_RECORDS):
         by_seed = rng.standard_normal(SETTINGS) / np.sqrt(number)
-        table = record_scores(rng, 1, number, by_seed=0.0) + by_seed[:, None, None]
-        one = compare(table.mean(axis=2), 0, records=table)
+        trials = record_scores(rng, 1, number, by_seed=0.0, **kind)
+        pairs = zip(trials, by_seed, strict=True)
+        one = judged([[with_sums(row[0], gain * row[0].weights)] for row, gain in pairs])
         misled.append(promoted(one))
         true = by_seed[one.best] - by_seed[0]
         too_large.append(one.least_gain is not None and one.least_gain > true)
@@ -129,11 +149,11 @@ def rates_of_one_seed(number: int) -> dict[str, float]:
     }
 
 
-def rates_of_models(rng, number: int) -> dict[str, float]:
-    tables = (record_scores(rng, 1, number, by_seed=0.0) for _ in range(OF_RECORDS))
-    null = [compare(table.mean(axis=2), 0, records=table) for table in tables]
+def rates_of_models(rng, number: int, **kind) -> dict[str, float]:
+    kind = {"by_seed": 0.0, **kind}
+    null = [judged(record_scores(rng, 1, number, **kind)) for _ in range(OF_RECORDS)]
     gain = float(np.median([one.detectable for one in null]))
-    true = [with_gain(rng, gain, 1, number, by_seed=0.0) for _ in range(OF_RECORDS)]
+    true = [with_gain(rng, gain, 1, number, **kind) for _ in range(OF_RECORDS)]
     return {
         "promoted without effect": rate(promoted(one) for one in null),
         "called worse without effect": rate(not all(one.may_be_best) for one in null),
@@ -142,25 +162,19 @@ def rates_of_models(rng, number: int) -> dict[str, float]:
 
 
 def record_scores(rng, seeds, number, by_seed=1.0, by_record=1.0, noise=1.0, shape="normal"):
-    """Scores [settings, seeds, records] of settings without effect."""
+    """Trials [settings][seeds] of settings without effect."""
     draw = rng.standard_normal
     table = noise * draw((SETTINGS, seeds, number)) + by_record * draw((SETTINGS, 1, number))
     table += by_seed / np.sqrt(number) * draw((SETTINGS, seeds, 1))
     table += 3 * draw(number) + draw((seeds, number)) + draw((seeds, 1)) / np.sqrt(number)
+    weights, ids = np.ones(number), tuple(map(str, range(number)))
     if shape == "skewed":
-        return np.exp(table / 2)
+        table = np.exp(table / 2)
     if shape == "binary":
-        return (table > 0).astype(float)
-    return of_lengths(rng, table) if shape == "lengths" else table
-
-
-def of_lengths(rng, table):
-    """The same as means over tokens, of which records have 5 to 500, most of them few."""
-    lengths = np.clip(np.rint(np.exp(3 + rng.standard_normal(table.shape[2]))), 5, 500)
-    ids = tuple(map(str, range(len(lengths))))
-    return np.array(
-        [[RecordScores(ids, row * lengths, lengths).values() for row in trial] for trial in table]
-    )
+        table = (table > 0).astype(float)
+    if shape == "lengths":  # means over tokens, of which records have 5 to 500, most of them few
+        weights = np.clip(np.rint(np.exp(3 + draw(number))), 5, 500)
+    return [[RecordScores(ids, row * weights, weights) for row in rows] for rows in table]
 
 
 def promoted(found):

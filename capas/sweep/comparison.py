@@ -17,12 +17,13 @@ Statistics 1, has the same two for such a table):
 - seeds: another seed would favour another setting. Estimated by the trials, pooled over the settings, except
   over those that scatter far more than the others, as too high a learning rate does.
 - records: other records would favour another setting. Estimated for each two settings by the differences of
-  their scores, record by record, less the noise that the seeds' part holds already.
+  their scores, record by record.
 
 An interval's half width is the root of the sum of both, (quantile x standard error) squared, each with the
-quantile of its own degrees of freedom: never narrower than by seeds alone (Banerjee 1961, "On confidence
-interval for two-means problem based on separate estimates of variances and tables of t-distribution",
-Sankhya A 23). With one seed only the second source is known: what is shown holds for these trained models.
+quantile of its own degrees of freedom (Banerjee 1961, "On confidence interval for two-means problem based on
+separate estimates of variances and tables of t-distribution", Sankhya A 23). The noise is in both and taken
+out once. No interval is narrower than one by seeds alone, or by records alone. With one seed only the second
+source is known: what is shown holds for these trained models.
 `benchmarks/sweep_winner.py` simulates how often each statement is wrong.
 """
 
@@ -113,6 +114,7 @@ def compare(
     default: int | None = None,
     confidence: float = 0.95,
     records: Array | None = None,
+    degrees: int | None = None,
 ) -> Comparison:
     """Compare settings.
 
@@ -120,12 +122,17 @@ def compare(
         values: [settings, seeds], at least two settings; more is better.
         default: the row of the default setting, if it is among them.
         records: [settings, seeds, records], of which `values` are the means; needed if there is one seed.
+        degrees: degrees of freedom of a variance over the records, fewer than records - 1 if a few of them
+            decide.
     """
     num_settings, num_seeds = values.shape
     sources = [seed_source(values)] if num_seeds > 1 else []
-    sources += [] if records is None else [record_source(records)]
+    sources += [] if records is None else [record_source(records, degrees)]
+    noise = np.zeros((num_settings, num_settings))
+    if len(sources) > 1 and records is not None:
+        noise = noise_covariance(records)
     means = values.mean(axis=1)
-    margins = half_widths(sources, [source.worse(confidence) for source in sources])
+    margins = half_widths(sources, [source.worse(confidence) for source in sources], noise)
     differences = means[:, None] - means[None, :]
     others = ~np.eye(num_settings, dtype=bool)
     above = np.where(others, differences + margins, np.inf).min(axis=1)
@@ -135,13 +142,12 @@ def compare(
     if default is not None:
         rival = best if best != default else int(below.argmin())
         better = [source.better(default, confidence) for source in sources]
-        margin = float(half_widths(sources, better)[rival, default])
-        detectable = margin + float(
-            half_widths(sources, to_detect(sources, better))[rival, default]
-        )
+        margin = half_widths(sources, better, noise)[rival, default]
+        beyond = half_widths(sources, to_detect(sources, better), noise)[rival, default]
+        detectable = float(margin + beyond)
         if best != default:
             gain = float(differences[best, default])
-            least = gain - margin
+            least = gain - float(margin)
     return Comparison(
         may_be_best=(above >= 0).tolist(),
         best=best,
@@ -150,18 +156,23 @@ def compare(
         least_gain=least,
         detectable=detectable,
         means=means,
-        covariance=np.sum([source.covariance for source in sources], axis=0),
+        covariance=np.sum([source.covariance for source in sources], axis=0) - noise,
         num_seeds=num_seeds,
         num_records=0 if records is None else records.shape[2],
     )
 
 
-def half_widths(sources: list[Source], quantiles: list[float]) -> Array:
-    """Return half the width of each difference's interval, [settings, settings]."""
+def half_widths(sources: list[Source], quantiles: list[float], noise: Array) -> Array:
+    """Return half the width of each difference's interval, [settings, settings].
+
+    Args:
+        noise: covariance of the means that all sources hold.
+    """
     squares = [
         quantile**2 * source.variances for source, quantile in zip(sources, quantiles, strict=True)
     ]
-    widths: Array = np.sqrt(np.sum(squares, axis=0))
+    together = np.sum(squares, axis=0) - min(quantiles) ** 2 * of_differences(noise)
+    widths: Array = np.sqrt(np.max([together, *squares], axis=0))
     return widths
 
 
@@ -184,25 +195,33 @@ def seed_source(values: Array) -> Source:
     return Source(covariance, of_differences(covariance), degrees, is_pooled=True)
 
 
-def record_source(records: Array) -> Source:
-    """Return what the records do to the settings' means, beyond what each trial's noise does to them.
-
-    The trials' noise is already in `seed_source`; with one seed it cannot be told from the records' part.
+def record_source(records: Array, degrees: int | None = None) -> Source:
+    """Return what the records do to the settings' means.
 
     Args:
         records: [settings, seeds, records].
+        degrees: see `compare`.
     """
-    num_settings, num_seeds, num_records = records.shape
+    num_records = records.shape[2]
     means = interaction(records.mean(axis=1))
     covariance = means @ means.T / ((num_records - 1) * num_records)
-    variances = of_differences(covariance)
-    if num_seeds > 1:
-        over_seeds = records - records.mean(axis=1, keepdims=True)
-        noise = over_seeds - over_seeds.mean(axis=2, keepdims=True)
-        flat = noise.reshape(num_settings, -1)
-        degrees = (num_seeds - 1) * (num_records - 1)
-        variances -= of_differences(flat @ flat.T / (degrees * num_seeds * num_records))
-    return Source(covariance, np.clip(variances, 0, None), num_records - 1, is_pooled=False)
+    variances = np.clip(of_differences(covariance), 0, None)
+    return Source(covariance, variances, degrees or num_records - 1, is_pooled=False)
+
+
+def noise_covariance(records: Array) -> Array:
+    """Return the covariance of the settings' means by what is of one trial and one record alone.
+
+    Args:
+        records: [settings, seeds, records], with at least two seeds.
+    """
+    num_settings, num_seeds, num_records = records.shape
+    over_seeds = records - records.mean(axis=1, keepdims=True)
+    noise = over_seeds - over_seeds.mean(axis=2, keepdims=True)
+    flat = (noise - noise.mean(axis=0)).reshape(num_settings, -1)
+    degrees = (num_seeds - 1) * (num_records - 1)
+    found: Array = flat @ flat.T / (degrees * num_seeds * num_records)
+    return found
 
 
 def interaction(table: Array) -> Array:

@@ -141,7 +141,8 @@ def comparison(rows: Sequence[Row], settings: dict[str, Any]) -> "Comparison | N
     default = next((place for place, row in enumerate(compared) if row.is_default), None)
     scores = [[row.records[name] for name in replicates] for row in compared] if by_record else []
     records = sign * stacked(scores) if by_record else None
-    return compare(values, default, settings["confidence_fraction"], records)
+    degrees = min((of.degrees for row in scores for of in row), default=None)
+    return compare(values, default, settings["confidence_fraction"], records, degrees)
 
 
 def lack_of_records(compared: Sequence[Row]) -> str:

@@ -1,6 +1,7 @@
 """Read the score of each record of a trial, from DVC's cache, if the objective is a mean over records."""
 
 import logging
+import math
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -42,13 +43,26 @@ class RecordScores:
         return float(self.sums.sum() / self.weights.sum())
 
     def values(self) -> Array:
-        """Return a value for each record such that their plain mean is `mean`, and varies as it does.
+        """Return a value for each record, whose plain mean varies as `mean` does: the jackknife's.
 
-        A mean over tokens is a ratio of two sums over records, both of which vary with the records: the
-        values are those of the linearised ratio (Cochran 1977, "Sampling Techniques", chapter 6).
+        With weights of 1 they are the scores. A mean over tokens is a ratio of two sums over records, both of
+        which vary with the records (Miller 1974, "The jackknife - a review", Biometrika 61).
         """
-        found: Array = self.mean + (self.sums - self.mean * self.weights) / self.weights.mean()
+        without = self.weights.sum() - self.weights
+        moved = (self.sums - self.mean * self.weights) / without
+        found: Array = self.mean + (len(self.ids) - 1) * moved
         return found
+
+    @property
+    def degrees(self) -> int:
+        """Return the degrees of freedom of a variance over the records.
+
+        One less than their number if all weigh the same, and fewer if a few long ones decide, as if scores
+        per token vary as much in long records as in short ones (Satterthwaite 1946, "An approximate
+        distribution of estimates of variance components", Biometrics Bulletin 2).
+        """
+        squares = self.weights**2
+        return max(1, math.floor(squares.sum() ** 2 / (squares**2).sum() + 1e-9) - 1)
 
 
 def read_scores(plan: Plan, states: Iterable[State], objective: str) -> dict[str, RecordScores]:

@@ -8,6 +8,8 @@ from capas.sweep.comparison import (
     Comparison,
     compare,
     half_widths,
+    noise_covariance,
+    of_differences,
     record_source,
     seed_source,
     trial_variances,
@@ -170,19 +172,22 @@ def test_records_of_one_seed_by_hand() -> None:
 
 
 def test_noise_is_counted_once() -> None:
-    """The second setting's score turns round with the seed (noise), or stays (a record that favours it)."""
-    turned = np.array([[[0.0, 0.0], [0.0, 0.0]], [[1.0, -1.0], [-1.0, 1.0]]])
-    stays = np.array([[[0.0, 0.0], [0.0, 0.0]], [[1.0, -1.0], [1.0, -1.0]]])
+    """The second setting is better by 3, -1 and by 1, -3 on two records: 2, -2 by record, 1, -1 by seed."""
+    scores = np.array([[[0.0, 0.0], [0.0, 0.0]], [[3.0, -1.0], [1.0, -3.0]]])
+    seeds, records = seed_source(scores.mean(axis=2)), record_source(scores)
+    assert seeds.variances[0, 1] == pytest.approx(2 / 2)  # variance of 1, -1, of 2 seeds
+    assert records.variances[0, 1] == pytest.approx(8 / 2)
+    assert noise_covariance(scores) == pytest.approx(0)
+    width = half_widths([seeds, records], [2, 3], np.zeros((2, 2)))[0, 1]
+    assert width == pytest.approx(np.sqrt(4 * 1 + 9 * 4))
+    turned = np.array([[[0.0, 0.0], [0.0, 0.0]], [[1.0, -1.0], [-1.0, 1.0]]])  # noise alone
     assert record_source(turned).variances[0, 1] == 0
-    assert record_source(stays).variances[0, 1] == pytest.approx(1)  # variance 2 of 2 records
-    mixed = np.array(
-        [[[0.0, 0.0], [0.0, 0.0]], [[3.0, -1.0], [1.0, -3.0]]]
-    )  # stays, and a seed's 1
-    assert record_source(mixed).variances[0, 1] == pytest.approx(4)
-    assert seed_source(mixed.mean(axis=2)).variances[0, 1] == pytest.approx(1)
-    assert half_widths([seed_source(mixed.mean(axis=2)), record_source(mixed)], [2, 3])[
-        0, 1
-    ] == pytest.approx(np.sqrt(4 * 1 + 9 * 4))
+    noise = noise_covariance(turned)
+    assert of_differences(noise)[0, 1] == pytest.approx(4 / 4)  # variance 4 of 2 x 2
+    width = half_widths([seeds, records], [2, 3], noise)[0, 1]
+    assert width == pytest.approx(np.sqrt(4 * 1 + 9 * 4 - 4 * 1))
+    width = half_widths([seeds, records], [2, 3], 100 * noise)[0, 1]
+    assert width == pytest.approx(3 * 2)  # never less than by records alone
 
 
 def test_records_never_make_an_interval_narrower() -> None:

@@ -122,10 +122,21 @@ def test_a_damaged_file_is_told_and_does_not_count(
     assert f"the sweep cannot judge other records: {file} is damaged" in caplog.text
 
 
-def test_a_mean_over_tokens_varies_as_the_ratio_of_its_sums() -> None:
-    """Mean 6 / 4 = 1.5: 1.5 + (2 - 1.5) / 2 and 1.5 + (4 - 4.5) / 2."""
+def test_a_mean_over_tokens_varies_as_that_of_the_other_records() -> None:
+    """Mean 6 / 4; without the first record 4 / 3, without the second 2 / 1: pseudo-values 2 M - M_without."""
     found = RecordScores(("a", "b"), np.array([2.0, 4.0]), np.array([1.0, 3.0]))
-    assert found.values().tolist() == [1.75, 1.25]
+    assert found.values() == pytest.approx([3 - 4 / 3, 3 - 2])
+    plain = RecordScores(("a", "b", "c"), np.array([2.0, 4.0, 9.0]), np.ones(3))
+    assert plain.values() == pytest.approx([2.0, 4.0, 9.0])
+
+
+def test_few_long_records_leave_few_degrees_of_freedom() -> None:
+    ones = np.ones(100)
+    assert RecordScores(("",) * 100, ones, ones).degrees == 99
+    long = np.array([100.0, 100.0, 100.0, *[1.0] * 97])
+    assert RecordScores(("",) * 100, long, long).degrees == 2
+    only = np.array([100.0, *[1.0] * 99])
+    assert RecordScores(("",) * 100, only, only).degrees == 1
 
 
 def test_places_are_those_of_the_objective() -> None:
