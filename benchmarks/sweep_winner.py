@@ -1,4 +1,4 @@
-"""Simulate how often a sweep's ranking is wrong: `python benchmarks/sweep_winner.py`, eight minutes of CPU time.
+"""Simulate how often a sweep's ranking is wrong: `python benchmarks/sweep_winner.py`, 8 minutes of CPU time.
 
 Settings without any effect: how often one is promoted over the default, one is called worse, one is called
 the best. With one setting that is better by what the sweep says it could have shown: how often that one is
