@@ -5,6 +5,7 @@ Reads   data/formatted (train, validation), data/models/quantized, data/models/t
         data/composed/checkpoint_metric.json, a metric of the user's own that chooses the checkpoint
 Writes  data/models/adapter (a whole model if all weights are trained), reports/train.json,
         reports/history.csv, reports/validation.csv,
+        reports/validation_records.parquet (the scores of each validation record),
         reports/certificate.json (the checks of the result, and what it was made from)
 Params  hardware, lora, model, trainer
 

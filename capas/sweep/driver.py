@@ -34,6 +34,7 @@ from capas.sweep.outlook import cached, earlier, in_words, seconds_of_all
 from capas.sweep.plan import AT_ONCE, DRIVER, FOLDER, VARIABLE, Plan, check_home
 from capas.sweep.point import num_workers
 from capas.sweep.ranking import Row, dropped_rows, rank, split
+from capas.sweep.records import read_scores
 from capas.sweep.remarks import halved, remarks
 from capas.sweep.rungs import share_of_steps
 from capas.sweep.state import AT_REST, FAILED, STOPPED, State, read_states
@@ -106,7 +107,8 @@ def _run(plan: Plan, task: Task, multirun: bool) -> int:
 def _result(states: list[State], plan: Plan, task: Task) -> tuple[page.Result, str]:
     """Return what the trials show, and the reason if a table over chat templates could not be made."""
     failed = [state for state in states if state.status == FAILED]
-    rows = rank(states, task.settings, defaults(task))
+    records = read_scores(plan, states, task.settings["objective"])
+    rows = rank(states, task.settings, defaults(task), records)
     crossed, refusal = _cross(rows, plan, task.settings) if not failed else (None, "")
     result = page.Result(
         rows=rows,

@@ -91,6 +91,7 @@ def gather(result: Result) -> dict[str, Any]:
     ran = [state for state in (*states, *result.failed) if state.status != CACHED]
     cost = costs.compare(rows, result.known_costs)
     return {
+        "is_compared": found is not None and found.num_seeds > 1,
         **{"rows": rows, "found": found, "maximize": maximize, "keys": keys, "cost": cost},
         **{"failed": result.failed, "dropped": result.dropped, "rung_metric": metric_of(settings)},
         **{"curves": result.curves, "searches": result.searches},
@@ -131,7 +132,7 @@ def _render(result: Result, facts: Mapping[str, Any], code: str) -> str:
         "crossed": result.crossed and _crossed(result.crossed, code),
         "address": address if address.startswith(("http://", "https://")) else "",
         "is_served": bool(note.strip()),
-        "marks": [_mark(row, result.rows, facts["found"] is not None) for row in result.rows],
+        "marks": [_mark(row, result.rows, facts["is_compared"]) for row in result.rows],
         "title_keys": _title(facts["headings"].values()),
         "lines": parallel(
             *(result.rows, facts["keys"], facts["objective"], facts["maximize"], shown)

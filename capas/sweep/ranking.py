@@ -3,7 +3,8 @@
 import math
 import statistics
 from collections.abc import Collection, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
+from types import MappingProxyType
 from typing import TYPE_CHECKING, Any
 
 from capas.config.hydra_overrides import key_of
@@ -16,8 +17,11 @@ if TYPE_CHECKING:
     from numpy.typing import NDArray
 
     from capas.sweep.comparison import Comparison
+    from capas.sweep.records import RecordScores
 
 Overrides = tuple[str, ...]
+_MAX_NAMES = 3  # of rows without scores
+FEWEST_RECORDS = 20  # whose differences tell how much they vary
 
 
 @dataclass
@@ -31,6 +35,7 @@ class Row:
         is_default: whether it has the values of conf/.
         tied: whether it may be as good as the first row.
         rung: (step, number of steps) where successive halving dropped it; `values` are those there.
+        records: the scores of each record, as `values`; those of trials that have them.
     """
 
     overrides: list[str]
@@ -42,6 +47,7 @@ class Row:
     missing: tuple[Overrides, ...] = ()
     is_default: bool = False
     rung: tuple[int, int] | None = None
+    records: "dict[Overrides, RecordScores]" = field(default_factory=dict)
 
     @property
     def mean(self) -> float:
@@ -76,7 +82,10 @@ class Row:
 
 
 def rank(
-    states: Sequence[State], settings: dict[str, Any], defaults: Collection[Overrides] = ()
+    states: Sequence[State],
+    settings: dict[str, Any],
+    defaults: Collection[Overrides] = (),
+    records: "Mapping[str, RecordScores]" = MappingProxyType({}),
 ) -> list[Row]:
     """Return the rows, best first, without trials that failed or have not ended.
 
@@ -84,6 +93,7 @@ def rank(
 
     Args:
         defaults: the overrides of trials with the values of conf/, replicates aside.
+        records: the scores of each record by the trial's name, from `capas.sweep.records`.
     """
     rows: dict[Overrides, Row] = {}
     for state in states:
@@ -95,6 +105,8 @@ def rank(
         assert value is not None
         row.states.append(state)
         row.values[replicate] = value
+        if state.name in records:
+            row.records[replicate] = records[state.name]
     every = sorted({replicate for row in rows.values() for replicate in row.values})
     known = {split(found, settings["replicates"])[0] for found in defaults}
     for rest, row in rows.items():
@@ -147,15 +159,46 @@ def scores(compared: Sequence[Row]) -> "NDArray[np.float64]":
 
 
 def comparison(rows: Sequence[Row], settings: dict[str, Any]) -> "Comparison | None":
-    """Return what the trials show of the whole rows; None if there are not two rows with two replicates."""
+    """Return what the trials show of the whole rows.
+
+    None if there are not two rows, or if nothing tells how much they would vary: neither a second replicate
+    nor the scores of each record.
+    """
     compared = whole(rows)
-    if len(compared) < 2 or len(compared[0].values) < 2:
+    if len(compared) < 2:
+        return None
+    replicates, by_record = sorted(compared[0].values), lack_of_records(compared) is None
+    if len(replicates) < 2 and not by_record:
         return None
     from capas.sweep.comparison import compare
+    from capas.sweep.records import stacked
 
     sign = 1.0 if settings["direction"] == "maximize" else -1.0
     default = next((place for place, row in enumerate(compared) if row.is_default), None)
-    return compare(sign * scores(compared), default, settings["confidence_fraction"])
+    of_records = (
+        [[row.records[name] for name in replicates] for row in compared] if by_record else []
+    )
+    records = sign * stacked(of_records) if by_record else None
+    degrees = min((of.degrees for row in of_records for of in row), default=None)
+    confidence = settings["confidence_fraction"]
+    return compare(sign * scores(compared), default, confidence, records, degrees)
+
+
+def lack_of_records(compared: Sequence[Row]) -> tuple[str, dict[str, Any]] | None:
+    """Return why nothing can be said about other records, as a text below `verdict` and its facts; or None.
+
+    Args:
+        compared: whole rows.
+    """
+    without = [row.name for row in compared if row.records.keys() != row.values.keys()]
+    if without:
+        return "no_records", {"names": without[:_MAX_NAMES], "more": len(without[_MAX_NAMES:])}
+    of_records = [of for row in compared for of in row.records.values()]
+    if any(of.ids != of_records[0].ids for of in of_records):
+        return "other_records", {}
+    if len(of_records[0].ids) < FEWEST_RECORDS:
+        return "few_records", {"count": len(of_records[0].ids)}
+    return None
 
 
 def _mark(ordered: Sequence[Row], settings: dict[str, Any]) -> None:

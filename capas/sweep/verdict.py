@@ -3,7 +3,8 @@
 from collections.abc import Iterator, Sequence
 from typing import TYPE_CHECKING, Any
 
-from capas.sweep.ranking import Row, comparison, whole
+from capas.sweep.ranking import Row, comparison, lack_of_records, whole
+from capas.sweep.records import place_of
 from capas.sweep.wording import rounded, say
 
 if TYPE_CHECKING:
@@ -29,14 +30,24 @@ def _statements(rows: Sequence[Row], settings: dict[str, Any]) -> Iterator[Said]
     if len(compared) < 2:
         return
     found = comparison(rows, settings)
-    if found is None:
+    if found is None or (found.num_seeds == 1 and _all_equal(compared)):
         yield _single_trials(compared, settings)
         return
+    seed = (*settings["replicates"], "seed")[0]
+    if found.num_seeds == 1:
+        yield "one_seed", {"name": seed, "records": found.num_records}
     yield _winner(compared, found)
     yield _against_default(found)
     if found.optimism > 0:
         yield "optimism", {"optimism": rounded(found.optimism, 2), "count": len(compared)}
-    yield "scope", {"name": settings["replicates"][0], "count": len(compared[0].values)}
+    if found.num_seeds > 1:
+        yield "scope", {"name": seed, "count": found.num_seeds, "records": found.num_records}
+        lack = lack_of_records(compared) if place_of(settings["objective"]) else None
+        yield from [lack] if lack else []
+
+
+def _all_equal(rows: Sequence[Row]) -> bool:
+    return all(row.mean == rows[0].mean for row in rows)
 
 
 def _lacking(rows: Sequence[Row], compared: Sequence[Row]) -> Said:
@@ -47,7 +58,7 @@ def _lacking(rows: Sequence[Row], compared: Sequence[Row]) -> Said:
 
 
 def _single_trials(rows: Sequence[Row], settings: dict[str, Any]) -> Said:
-    if all(row.mean == rows[0].mean for row in rows):
+    if _all_equal(rows):
         return "all_equal", {"count": len(rows)}
     repeats = settings["replicates"][0] if settings["replicates"] else "seed"
     tied = sum(row.tied for row in rows)

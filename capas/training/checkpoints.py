@@ -38,9 +38,11 @@ class Checkpoints(TrainerCallback):
     def on_train_begin(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
     ) -> None:
-        rows = _folder(args, state) / _OPEN_ROWS
+        folder = _folder(args, state)
+        rows = folder / _OPEN_ROWS
         if state.global_step and rows.exists():
             self._trainer.reopen_row(json.loads(rows.read_text())[args.process_index])
+            self._trainer.record_scores.read(folder)
 
     def on_epoch_begin(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
@@ -65,7 +67,7 @@ class Checkpoints(TrainerCallback):
     def on_save(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
     ) -> None:
-        """Write the open rows and the mark.
+        """Write the open rows, the scores of the validation records, and the mark.
 
         Each process hands out its row after writing its own files, and none continues before the mark is
         written.
@@ -74,6 +76,7 @@ class Checkpoints(TrainerCallback):
         rows = gather_object([self._trainer.open_row()])
         if state.is_world_process_zero:
             (folder / _OPEN_ROWS).write_text(json.dumps(rows))
+            self._trainer.record_scores.write(folder)
             mark = folder / f".{_MARK}.partial"
             mark.write_text(json.dumps(_digests(folder)))
             mark.rename(folder / _MARK)

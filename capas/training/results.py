@@ -5,6 +5,8 @@ from typing import TYPE_CHECKING, Any
 
 from capas.core.files import write_csv, write_json
 from capas.core.stage import Stage
+from capas.training.record_scores import FILE as RECORD_SCORES
+from capas.training.record_scores import write_scores
 from capas.training.steps import Step
 
 if TYPE_CHECKING:
@@ -32,6 +34,8 @@ def write_reports(
     headline = (*HEADLINE, *(f"validation_{name}" for name in curve))
     write_json(stage.out("reports/metrics/train.json"), {name: facts[name] for name in headline})
     write_curves(trainer.state.log_history, curve, stage)
+    ids = [example["id"] for example in trainer.eval_dataset]
+    write_scores(stage.out(RECORD_SCORES), ids, trainer.record_scores.of(facts["kept_step"]))
 
 
 def summary(trainer: "Trainer", step: Step, curve: tuple[str, ...]) -> dict[str, Any]:

@@ -27,6 +27,7 @@ from capas.training.callbacks import Progress
 from capas.training.checkpoints import Checkpoints
 from capas.training.early_stopping import EarlyStopping
 from capas.training.fit import num_tokens
+from capas.training.record_scores import RecordScores, in_data_order
 from capas.training.signals import on_signals
 
 log = logging.getLogger("capas")
@@ -71,6 +72,8 @@ class Trainer(transformers.Trainer):
         self._record_ids: list[str] = []
         self._num_tokens = 0
         self._filled: Filled | None = None
+        self._eval_order: list[int] = []
+        self.record_scores = RecordScores()
         self._seen = torch.zeros(2, dtype=torch.long, device=self.args.device)
         for callback in (PrinterCallback, ProgressCallback):
             self.remove_callback(callback)
@@ -133,8 +136,10 @@ class Trainer(transformers.Trainer):
         return loss
 
     def evaluation_loop(self, *args: Any, **kwargs: Any) -> Any:
-        """Score the validation split, and the answers in the arithmetic in which that was scored."""
+        """Score the validation split, keep the scores of its records, and score answers if wanted."""
         output = super().evaluation_loop(*args, **kwargs)
+        scores = in_data_order(output.predictions, self._eval_order)
+        self.record_scores.add(self.state.global_step, scores, self.state.best_global_step)
         if self._answers is not None:
             place, started = (self.args.process_index, self.args.world_size), time.monotonic()
             with self.accelerator.autocast():
@@ -223,6 +228,12 @@ class Trainer(transformers.Trainer):
         return bool(
             self.accelerator.reduce(torch.tensor(flag, device=self.args.device).int(), "sum")
         )
+
+    def _get_eval_sampler(self, eval_dataset: Any) -> Any:
+        """Return Trainer's order of the validation records as a list, which says whose score is whose."""
+        sampler = super()._get_eval_sampler(eval_dataset)
+        self._eval_order = list(range(len(eval_dataset)) if sampler is None else sampler)
+        return self._eval_order
 
     def _get_train_sampler(self, train_dataset: Any = None) -> Any:
         dataset = self.train_dataset if train_dataset is None else train_dataset

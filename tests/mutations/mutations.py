@@ -236,6 +236,24 @@ MUTATIONS = (
         tests=("tests/sweep/test_sweep.py::test_a_point_without_overrides_is_one",),
     ),
     Mutation(
+        name="scores_of_another_record",
+        file="capas/training/record_scores.py",
+        old="rows = dict(zip(order, scores, strict=True))",
+        new="rows = dict(enumerate(scores))",
+        harm="A sweep pairs the scores of different records, and sees no difference between its settings.",
+        tests=(
+            "tests/training/test_train.py::test_scores_of_records_go_back_to_the_order_of_the_split",
+        ),
+    ),
+    Mutation(
+        name="records_do_not_count",
+        file="capas/sweep/ranking.py",
+        old="    records = sign * stacked(scores) if by_record else None\n",
+        new="    records = sign * 0 * stacked(scores) if by_record else None\n",
+        harm="A sweep promotes a setting that only these few records favour.",
+        tests=("tests/sweep/test_records.py::test_seeds_and_records_are_covered_together",),
+    ),
+    Mutation(
         name="publish_makes_a_second_run",
         file="stages/publish_run.py",
         old="found = store.find_or_create(\n                key,",

@@ -22,6 +22,7 @@ RESULTS = (ADAPTER, "data/models/adapter/adapter_config.json")
 
 
 RESULTS += tuple(f"reports/{name}" for name in ("train.json", "history.csv", "validation.csv"))
+RESULTS += ("reports/validation_records.parquet",)
 
 
 def prepared(root: Path, *overrides: str) -> Path:

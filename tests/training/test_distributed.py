@@ -22,9 +22,11 @@ from trainings import ADAPTER, history, prepared, results, run_in_process, run_u
 from capas.core.cores import MAX_THREADS
 from capas.core.errors import CapasError
 from capas.core.params import Params
+from capas.core.records import read_records
 from capas.training import capacity, launch
 from capas.training.base_model import load_plain
 from capas.training.batches import Collator, Filled, LengthGroupedSampler, make_filler
+from capas.training.record_scores import FILE, SCHEMA
 from stages import quantize_model, train_lora
 
 # 40 records, 12 a step: the last step of an epoch has 4. The last batch of an evaluation has 2 of 4 records.
@@ -101,6 +103,13 @@ def test_two_processes_have_the_losses_of_one(alone: Path, two: Path) -> None:
         losses = [[row["loss"] for row in rows] for rows in (one, other)]
         assert losses[1] == pytest.approx(losses[0], abs=1e-5)
     assert history(two)[-1]["loss"] < history(two)[0]["loss"] - 0.1
+
+
+def test_two_processes_score_each_record_as_one_does(alone: Path, two: Path) -> None:
+    one, other = (list(read_records(root / FILE, SCHEMA)) for root in (alone, two))
+    assert [row["id"] for row in one] == [row["id"] for row in other]
+    losses = [[row["loss_sum"] for row in rows] for rows in (one, other)]
+    assert losses[1] == pytest.approx(losses[0], rel=1e-4)
 
 
 def test_two_processes_count_what_one_counts(alone: Path, two: Path) -> None:

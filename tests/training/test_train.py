@@ -35,9 +35,9 @@ from transformers import EvalPrediction, GPT2Config, GPT2LMHeadModel
 
 from capas.core.errors import CapasError
 from capas.core.params import Params
-from capas.core.records import IGNORE_INDEX
+from capas.core.records import IGNORE_INDEX, read_records
 from capas.models.loading import attach_adapter, load_model
-from capas.training import certificate, checkpoints, trainer, used_settings
+from capas.training import certificate, checkpoints, record_scores, trainer, used_settings
 from capas.training.batches import (
     Collator,
     LengthGroupedSampler,
@@ -52,6 +52,7 @@ from capas.training.early_stopping import EarlyStopping, waited
 from capas.training.fit import check_lengths
 from capas.training.lora import check_target_modules, check_untied
 from capas.training.objective import AnswerTokens
+from capas.training.record_scores import RecordScores
 from stages import train_lora
 
 pytestmark = pytest.mark.usefixtures("without_estimate")
@@ -157,6 +158,59 @@ def test_validation_loss_is_the_mean_over_supervised_tokens(trained: Path) -> No
     last = history(trained, "validation")[-1]
     assert last["loss"] == pytest.approx(loss / count, rel=1e-5)
     assert last["token_accuracy"] == pytest.approx(hits / count, rel=1e-5)
+
+
+def test_each_validation_record_has_its_own_score(trained: Path) -> None:
+    """In the order of the split, which is not that of the evaluation: it sorts by length."""
+    base = load_model(trained / "data/models/quantized", PLAIN, CPU)
+    tuned = attach_adapter(base, trained / "data/models/adapter")
+    examples = read_examples(trained / "data/formatted/validation.parquet")
+    scores = score_examples(tuned, examples, Collator(256), batch_size=1)
+    rows = record_rows(trained)
+    assert [row["id"] for row in rows] == [example["id"] for example in examples]
+    assert [row["loss_sum"] for row in rows] == pytest.approx(scores[:, 0].tolist(), rel=1e-4)
+    counts = [[row["num_hits"], row["num_supervised_tokens"]] for row in rows]
+    assert counts == scores[:, 1:].int().tolist()
+    assert len({round(row["loss_sum"], 6) for row in rows}) > 1
+    assert mean_loss(rows) == pytest.approx(told(trained), rel=1e-5)
+
+
+def record_rows(root: Path) -> list[dict[str, Any]]:
+    return list(read_records(root / record_scores.FILE, record_scores.SCHEMA))
+
+
+def mean_loss(rows: list[dict[str, Any]]) -> float:
+    tokens = sum(row["num_supervised_tokens"] for row in rows)
+    return float(sum(row["loss_sum"] for row in rows) / tokens)
+
+
+def told(root: Path) -> float:
+    return float(read_json(root / "reports/train.json")["validation_loss"])
+
+
+def test_scores_of_records_go_back_to_the_order_of_the_split() -> None:
+    evaluated = [[0.5, 1, 2], [0.1, 3, 3], [0.9, 0, 4]]
+    assert record_scores.in_data_order(evaluated, [2, 0, 1]) == [
+        [0.1, 3, 3],
+        [0.9, 0, 4],
+        [0.5, 1, 2],
+    ]
+    with pytest.raises(ValueError, match="shorter than argument 1"):
+        record_scores.in_data_order(evaluated[:2], [2, 0, 1])
+
+
+def test_a_checkpoint_holds_the_scores_of_the_last_evaluation_and_of_the_best(
+    tmp_path: Path,
+) -> None:
+    kept = RecordScores()
+    for step, best in ((0, None), (2, None), (4, 2), (6, 2)):
+        kept.add(step, [[step / 3, 1, 2]], best)
+    kept.write(tmp_path)
+    resumed = RecordScores()
+    resumed.read(tmp_path)
+    assert [resumed.of(step) for step in (2, 6)] == [[[2 / 3, 1, 2]], [[2.0, 1, 2]]]
+    with pytest.raises(KeyError):
+        resumed.of(4)
 
 
 def test_adapter_is_portable(trained: Path) -> None:
@@ -473,15 +527,16 @@ def test_the_best_evaluation_is_kept(tmp_path: Path, metric: str) -> None:
     best = (min if metric == "loss" else max)(row[metric] for row in rows)
     expected = next(row["step"] for row in rows if row[metric] == best)
     assert read_json(root / "reports/train.json")["kept_step"] == expected < 24
-    found, told = scored(root)
-    assert found == pytest.approx(told, rel=1e-5)
+    found, reported = scored(root)
+    assert found == pytest.approx(reported, rel=1e-5)
+    assert mean_loss(record_rows(root)) == pytest.approx(reported, rel=1e-5)
 
 
 def test_the_last_step_may_be_the_best(tmp_path: Path) -> None:
     root = train(tmp_path, *BEST, "trainer.learning_rate=1.0e-4")
     assert read_json(root / "reports/train.json")["kept_step"] == 24
-    found, told = scored(root)
-    assert found == pytest.approx(told, rel=1e-5)
+    found, reported = scored(root)
+    assert found == pytest.approx(reported, rel=1e-5)
 
 
 def test_it_stops_where_nothing_gets_better(tmp_path: Path) -> None:
@@ -778,7 +833,9 @@ def test_half_written_checkpoint_is_passed_over(tmp_path: Path) -> None:
         folder.mkdir()
         (folder / "optimizer.pt").write_bytes(b"state")
         accelerator = SimpleNamespace(wait_for_everyone=lambda: None)
-        trainer: Any = SimpleNamespace(open_row=dict, accelerator=accelerator)
+        trainer: Any = SimpleNamespace(
+            open_row=dict, accelerator=accelerator, record_scores=RecordScores()
+        )
         Checkpoints(trainer).on_save(
             SimpleNamespace(output_dir=tmp_path),
             SimpleNamespace(
