@@ -191,7 +191,7 @@ def test_what_one_seed_leaves_equal_is_no_tie_of_chance() -> None:
     ("edit", "why"),
     [
         ("lost", "DVC's cache has no scores of each record of r=2-1"),
-        ("other", "the trials were scored on different records"),
+        ("other", "the trials were scored on different ones"),
     ],
 )
 def test_without_the_same_records_for_all_the_seeds_alone_are_judged(edit: str, why: str) -> None:
@@ -210,6 +210,6 @@ def test_without_the_same_records_for_all_the_seeds_alone_are_judged(edit: str, 
 
 def test_few_records_tell_nothing_of_others() -> None:
     few = said(scored({"r=1": [1.0, 1.1], "r=2": [0.5, 0.58]}, num_records=19))
-    assert "19 records are too few to tell how much they vary" in few
+    assert "19 are too few to tell how much they vary" in few
     alone = said(scored({"r=1": [1.0], "r=2": [0.5]}, num_records=19))
     assert alone.startswith("One trial each: add seed=1,2,3 to see")
