@@ -190,8 +190,8 @@ def test_what_one_seed_leaves_equal_is_no_tie_of_chance() -> None:
 @pytest.mark.parametrize(
     ("edit", "why"),
     [
-        ("lost", "DVC's cache has no scores of each record of r=2-1"),
-        ("other", "the trials were scored on different ones"),
+        ("lost", ": DVC's cache has no scores of each record of r=2-1"),
+        ("other", ", because the trials were scored on different ones"),
     ],
 )
 def test_without_the_same_records_for_all_the_seeds_alone_are_judged(edit: str, why: str) -> None:
@@ -203,7 +203,7 @@ def test_without_the_same_records_for_all_the_seeds_alone_are_judged(edit: str, 
         row.records["seed=1",] = RecordScores(("another", *of.ids[1:]), of.sums, of.weights)
     row.states[0].name = row.states[0].name if edit == "other" else "r=2-1"
     assert (
-        f"other seeds than these 2, on the same records. Nothing is known of other records: {why}."
+        f"other seeds than these 2, on the same records. Nothing is known of other records{why}."
         in said(rows)
     )
 
