@@ -35,7 +35,7 @@ from capas.sweep.shared import SharedStages
 from capas.sweep.slots import place
 from capas.sweep.state import CACHED, DONE, DROPPED, FAILED, PAUSED, RUNNING, WAITING, State
 from capas.sweep.task import check_place, is_of_sweep, is_slurm, values_of
-from capas.sweep.workspace import lay_out
+from capas.sweep.workspace import lay_out, set_aside
 from capas.tracking.store import HOME
 from capas.training.pause import VARIABLE
 from capas.workspace.clone import environment
@@ -182,6 +182,8 @@ class Point:
         self.say(status=WAITING)
         self._ladder.seconds, self._ladder.train_key = self._state.seconds, self._state.train_key
         self._ladder.write()
+        if not self.settings["keep"]:
+            set_aside(self.plan, self.work)  # the workspaces of many trials would fill the disk
         return True
 
     def _goes_on(self, fraction: Fraction) -> bool:

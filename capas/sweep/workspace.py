@@ -12,11 +12,8 @@ from capas.sweep.plan import Plan
 from capas.workspace.clone import bring, share_cache
 
 
-def lay_out(plan: Plan, work: Path, values: dict[str, Any]) -> None:
-    """Make the workspace again, but keep the checkpoints of an earlier one: they are worth hours.
-
-    The earlier one may have another name: another sweep, which varies other keys, can run the same trial.
-    """
+def set_aside(plan: Plan, work: Path) -> Path:
+    """Remove a trial's workspaces, under whatever name, and keep its checkpoints; return their folder."""
     identity = work.name.rpartition("-")[2]
     saved = plan.base / "checkpoints" / identity
     for earlier in sorted(work.parent.glob(f"*-{identity}")):
@@ -25,6 +22,15 @@ def lay_out(plan: Plan, work: Path, values: dict[str, Any]) -> None:
             saved.parent.mkdir(parents=True, exist_ok=True)
             (earlier / CHECKPOINTS).rename(saved)
         shutil.rmtree(earlier, ignore_errors=True)
+    return saved
+
+
+def lay_out(plan: Plan, work: Path, values: dict[str, Any]) -> None:
+    """Make the workspace again, but keep the checkpoints of an earlier one: they are worth hours.
+
+    The earlier one may have another name: another sweep, which varies other keys, can run the same trial.
+    """
+    saved = set_aside(plan, work)
     clone(plan.home, plan.taken, work)
     if saved.exists():
         (work / CHECKPOINTS).parent.mkdir(parents=True, exist_ok=True)

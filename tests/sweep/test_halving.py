@@ -90,6 +90,10 @@ def test_the_same_sweep_again_trains_nothing_and_a_grid_trains_the_rest(sweeper:
     code, again = sweeper.sweep_here(*TWO_RUNGS, THREE)
     assert code == 0 and trained(sweeper) == Counter()
     assert first.splitlines()[-6:] == again.splitlines()[-6:]
+    assert (
+        list((sweeper.root / ".dvc/tmp/sweep/work").glob("*")) == []
+    )  # checkpoints alone are kept
+    assert len(list((sweeper.root / ".dvc/tmp/sweep/checkpoints").glob("*/train-key"))) == 2
     assert sweeper.sweep_here("-m", THREE)[0] == 0
     assert trained(sweeper) == Counter(at("", 0.001, 0.1))
 
