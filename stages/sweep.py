@@ -8,7 +8,7 @@
     python stages/sweep.py -m 'model=glob(qwen*)'        all choices of a group that match a pattern
     python stages/sweep.py -m sweep=learning_rate        a predefined sweep: see conf/sweep/
     python stages/sweep.py -m sweep=templates            train with each chat template, ask each model in each
-    python stages/sweep.py -m sweep=halving lora.r=4,8,16,32      drop the worst early: see conf/sweep/halving.yaml
+    python stages/sweep.py -m sweep=halving lora.r=4,8,16,32      train all a little, the best to the end
     python stages/sweep.py -m sweep=optuna 'trainer.learning_rate=tag(log,interval(1e-4,3e-2))'
     python stages/sweep.py -m hydra/launcher=slurm ...   one job per trial: see conf/hydra/launcher/
     python stages/sweep.py --list                        list sweeps, experiments and disk use
