@@ -17,7 +17,7 @@ from capas.sweep.plan import Plan, digest
 from capas.sweep.ranking import Overrides, split
 from capas.sweep.rungs import Ladder, fractions, num_going_on, score_of
 from capas.sweep.state import CACHED, DONE, DROPPED, PAUSED, read_states
-from capas.sweep.task import Task, defaults, is_of_hydra, is_of_sweep
+from capas.sweep.task import Task, defaults
 
 log = logging.getLogger("capas")
 Launch = Callable[
@@ -47,10 +47,9 @@ class Halving:
 
     def _words(self, trials: Sequence[int], fraction: Fraction | None) -> list[str]:
         """Return the overrides with which Hydra runs the trials by their numbers, whatever the launcher."""
-        own = [word for word in self.task.words if is_of_sweep(word) or is_of_hydra(word)]
         rung = [f"+sweep.rung={fraction}"] if fraction else []
         numbers = ",".join(map(str, trials))
-        return [*own, "hydra.sweeper.params=null", *rung, f"+sweep.trial={numbers}"]
+        return [*self.task.common, "hydra.sweeper.params=null", *rung, f"+sweep.trial={numbers}"]
 
     def _select(self, fraction: Fraction) -> list[int]:
         """Drop the trials that are not among the best at this rung; return those that train on.

@@ -64,6 +64,8 @@ class Task:
     Attributes:
         settings, tracking: groups of conf/; the direction is never `auto`.
         words: overrides for Hydra.
+        common: those of them that set how trials run, and choices that all trials share (an overlay may
+            choose the launcher). They suffice for trials whose values are known.
         expected: number of trials.
         at_once: number of trials that the sweeper proposes before it needs a result.
         points: the trials; a search chooses its own as it proceeds, and has one here, with the first values.
@@ -77,6 +79,7 @@ class Task:
     words: list[str]
     expected: int
     at_once: int
+    common: list[str] = field(default_factory=list)
     launcher: dict[str, Any] = field(default_factory=dict)
     points: list[Point] = field(default_factory=list)
     searches: bool = False
@@ -98,7 +101,7 @@ def prepare(home: Path, words: list[str], multirun: bool) -> Task:
     """
     conf = home / CONF
     words = [_without_base(word, conf) for word in words]
-    own = [word for word in words if is_of_sweep(word) or is_of_hydra(word)]
+    own = [word for word in words if is_of_sweep(word) or _is_of_hydra(word)]
     fixed = tuple(word for word in words if _chooses(word, conf))
     config, problems = _composed([*own, *fixed], conf)
     sweeper = config["hydra"]["sweeper"] if config else {}
@@ -135,19 +138,23 @@ def prepare(home: Path, words: list[str], multirun: bool) -> Task:
     return Task(
         settings=settings,
         tracking=checked.points[0].values["tracking"],
-        words=[
-            *with_new_keys([w for w in words if key_of(w) != key_of(direction)], conf),
-            direction,
-        ],
+        words=_with(direction, words, conf),
+        common=_with(direction, [*own, *fixed], conf),
         expected=expected,
         at_once=int(sweeper["n_jobs"]) if searches else expected,
         launcher=config["hydra"]["launcher"],
         points=checked.points,
         searches=searches,
         base=to_values(composer.options()),
-        swept=swept_values((w for w in every if not is_of_sweep(w) and not is_of_hydra(w)), conf),
+        swept=swept_values((w for w in every if not is_of_sweep(w) and not _is_of_hydra(w)), conf),
         warnings=warnings,
     )
+
+
+def _with(direction: str, words: Iterable[str], conf: Path) -> list[str]:
+    """Return overrides for Hydra, with the direction that `auto` stands for."""
+    others = [word for word in words if key_of(word) != key_of(direction)]
+    return [*with_new_keys(others, conf), direction]
 
 
 def _decides_metrics(words: Iterable[str], fixed: Collection[str], conf: Path) -> bool:
@@ -259,7 +266,7 @@ def _composed(own: list[str], conf: Path) -> tuple[dict[str, Any] | None, list[P
         try:
             composer.set(config, word)
         except failures() as error:
-            if is_of_hydra(word):  # the schema checks the keys of the group sweep
+            if _is_of_hydra(word):  # the schema checks the keys of the group sweep
                 problems.append(Problem(key_of(word), "", _no_such_setting(word, known, error)))
     tree = OmegaConf.to_container(config, resolve=False)
     assert isinstance(tree, dict)
@@ -282,7 +289,7 @@ def _no_such_setting(word: str, known: Iterable[str], error: Exception) -> str:
             f"{key}: the chosen launcher has no such setting. hydra/launcher=joblib runs "
             "hydra.launcher.n_jobs trials at once, hydra/launcher=slurm submits jobs to a cluster"
         )
-    close = get_close_matches(key, [name for name in known if is_of_hydra(name)], n=1, cutoff=0.6)
+    close = get_close_matches(key, [name for name in known if _is_of_hydra(name)], n=1, cutoff=0.6)
     return f"{key}: no such key{f'; did you mean {close[0]}?' if close else ''}"
 
 
@@ -415,7 +422,7 @@ def _chooses(word: str, conf: Path) -> bool:
     return is_group(key, conf) and key != NAME and option in options.options_of(conf, key)
 
 
-def is_of_hydra(override: str) -> bool:
+def _is_of_hydra(override: str) -> bool:
     return override.lstrip("+~").startswith(("hydra.", "hydra/"))
 
 

@@ -430,6 +430,8 @@ def test_an_overlay_may_choose_the_launcher(plan: Plan) -> None:
     (plan.home / "conf/experiment/mine.yaml").write_text(f"{lines}experiment: {{preset: mine}}\n")
     task = prepare(plan.home, ["experiment=mine", "seed=1,2", "hydra.launcher.n_jobs=2"], True)
     assert task.launcher["_target_"].endswith("JoblibLauncher") and task.launcher["n_jobs"] == 2
+    assert {"experiment=mine", "hydra.launcher.n_jobs=2"} <= {*task.common}
+    assert "seed=1,2" not in task.common
 
 
 def test_metrics_that_will_be_written_are_known_before(plan: Plan) -> None:
