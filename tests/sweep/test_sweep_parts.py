@@ -547,7 +547,8 @@ def test_every_ready_sweep_composes(option: str, monkeypatch: pytest.MonkeyPatch
         words = [f"sweep={option}", "sweep.direction=maximize"]
         config = compose("sweep", overrides=words, return_hydra_config=True)
         assert config.sweep.preset == option
-        assert set(config.sweep) == {*SETTINGS, "preset", "keep", "language", "cross_templates"}
+        own = {"preset", "keep", "language", "cross_templates", "rungs", "reduction_factor"}
+        assert set(config.sweep) == {*SETTINGS, *own}
         if option == "optuna":
             assert config.hydra.sweeper.direction == "maximize"
 
