@@ -11,6 +11,7 @@ JSON object.
 
 import json
 import os
+import re
 import statistics
 import subprocess
 import sys

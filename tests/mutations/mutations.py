@@ -251,7 +251,7 @@ MUTATIONS = (
         old="    records = sign * stacked(scores) if by_record else None\n",
         new="    records = sign * 0 * stacked(scores) if by_record else None\n",
         harm="A sweep promotes a setting that only these few records favour.",
-        tests=("tests/sweep/test_records.py::test_seeds_and_records_are_covered_together",),
+        tests=("tests/sweep/test_sweep_records.py::test_seeds_and_records_are_covered_together",),
     ),
     Mutation(
         name="publish_makes_a_second_run",
