@@ -97,7 +97,7 @@ def halving(folder: Path, num_steps: int) -> dict[str, object]:
 
 
 def adapters_of(root: Path) -> dict[str, str]:
-    """The md5 of each finished trial's adapter."""
+    """The md5 of each finished trial's adapter; the experiment that `make` ran is no trial."""
     found = {}
     for reference in output(
         root, "git", "for-each-ref", "--format=%(refname)", "refs/exps"

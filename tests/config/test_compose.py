@@ -274,7 +274,8 @@ def test_a_function_that_chooses_the_checkpoint_is_copied_for_the_training_alone
     own.write_text("def politeness(completion, reference, record):\n    return 1\n")
     workspace.compose()
     copies = [json.loads(workspace.read(f"data/composed/{name}.json")) for name in files]
-    assert copies == [{"sources": {"data/own/scores.py": own.read_text()}}, {"sources": {}}]
+    assert [copy["sources"] for copy in copies] == [{"data/own/scores.py": own.read_text()}, {}]
+    assert copies[0].keys() == {"sources", "code", "packages"} and copies[1].keys() == {"sources"}
     own.unlink()
 
 

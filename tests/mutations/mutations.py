@@ -248,8 +248,8 @@ MUTATIONS = (
     Mutation(
         name="records_do_not_count",
         file="capas/sweep/ranking.py",
-        old="    records = sign * stacked(scores) if by_record else None\n",
-        new="    records = sign * 0 * stacked(scores) if by_record else None\n",
+        old="    records = sign * stacked(of_records) if by_record else None\n",
+        new="    records = sign * 0 * stacked(of_records) if by_record else None\n",
         harm="A sweep promotes a setting that only these few records favour.",
         tests=("tests/sweep/test_sweep_records.py::test_seeds_and_records_are_covered_together",),
     ),
