@@ -99,9 +99,8 @@ def halving(folder: Path, num_steps: int) -> dict[str, object]:
 def adapters_of(root: Path) -> dict[str, str]:
     """The md5 of each finished trial's adapter; the experiment that `make` ran is no trial."""
     found = {}
-    for reference in output(
-        root, "git", "for-each-ref", "--format=%(refname)", "refs/exps"
-    ).split():
+    listed = output(root, "git", "for-each-ref", "--format=%(refname)", "refs/exps").split()
+    for reference in filter(re.compile(r"-[0-9a-f]{10}$").search, listed):
         stages = yaml.safe_load(output(root, "git", "show", f"{reference}:dvc.lock"))["stages"]
         outs = {out["path"]: out["md5"] for out in stages["train"]["outs"]}
         found[reference.rpartition("-")[2]] = outs["data/models/adapter"]

@@ -158,8 +158,8 @@ MUTATIONS = (
     Mutation(
         name="interval_too_narrow",
         file="capas/evaluation/comparison.py",
-        old="inv_cdf((1 + confidence_fraction) / 2), len(weight))",
-        new="inv_cdf(confidence_fraction), len(weight))",
+        old="inv_cdf((1 + confidence_fraction) / 2), len(influence))",
+        new="inv_cdf(confidence_fraction), len(influence))",
         harm="An interval of 95% holds 90%, and chance passes for a gain.",
         tests=("tests/evaluation/test_metrics.py",),
     ),
