@@ -62,18 +62,18 @@ class Source:
     degrees: int
     is_pooled: bool
 
-    def better(self, default: int, confidence: float) -> float:
+    def better(self, default: int, confidence: float, num_dropped: int = 0) -> float:
         """Return the quantile of the largest difference from the default, in standard errors."""
         others = [row for row in range(len(self.covariance)) if row != default]
-        if self.is_pooled:
-            return critical_value(len(others), self.degrees, confidence)
+        if self.is_pooled or num_dropped:  # of those dropped no covariance is known
+            return critical_value(len(others) + num_dropped, self.degrees, confidence)
         away = self.covariance[others] - self.covariance[default]
         differences = away[:, others] - away[:, [default]]
         return correlated_critical_value(differences, self.degrees, confidence)
 
-    def worse(self, confidence: float) -> float:
+    def worse(self, confidence: float, num_dropped: int = 0) -> float:
         """Return the quantile of the largest difference of any two settings, in standard errors."""
-        return range_value(len(self.covariance), self.degrees, confidence)
+        return range_value(len(self.covariance) + num_dropped, self.degrees, confidence)
 
 
 @dataclass(frozen=True)
@@ -123,6 +123,7 @@ def compare(
     confidence: float = 0.95,
     records: Array | None = None,
     degrees: int | None = None,
+    num_dropped: int = 0,
 ) -> Comparison:
     """Compare settings.
 
@@ -132,6 +133,7 @@ def compare(
         records: [settings, seeds, records], of which `values` are the means; needed if there is one seed.
         degrees: degrees of freedom of a variance over the records, fewer than records - 1 if a few of them
             decide.
+        num_dropped: settings that were looked at, too, and dropped before their end: they count as looks.
     """
     num_settings, num_seeds = values.shape
     sources = [seed_source(values)] if num_seeds > 1 else []
@@ -140,7 +142,9 @@ def compare(
     if len(sources) > 1 and records is not None:
         noise = noise_covariance(records)
     means = values.mean(axis=1)
-    margins = half_widths(sources, [source.worse(confidence) for source in sources], noise)
+    margins = half_widths(
+        sources, [source.worse(confidence, num_dropped) for source in sources], noise
+    )
     differences = means[:, None] - means[None, :]
     others = ~np.eye(num_settings, dtype=bool)
     above = np.where(others, differences + margins, np.inf).min(axis=1)
@@ -150,7 +154,7 @@ def compare(
     error = by_records = 0.0
     if default is not None:
         rival = best if best != default else int(below.argmin())
-        better = [source.better(default, confidence) for source in sources]
+        better = [source.better(default, confidence, num_dropped) for source in sources]
         margin = half_widths(sources, better, noise)[rival, default]
         beyond = half_widths(sources, to_detect(sources, better), noise)[rival, default]
         detectable = float(margin + beyond)

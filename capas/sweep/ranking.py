@@ -34,6 +34,7 @@ class Row:
         missing: the replicates that other rows have and this one lacks; it is then compared with none.
         is_default: whether it has the values of conf/.
         tied: whether it may be as good as the first row.
+        num_dropped: how many other settings successive halving dropped; they count as looked at.
         rung: (step, number of steps) where successive halving dropped it; `values` are those there.
         records: the scores of each record, as `values`; those of trials that have them.
     """
@@ -47,6 +48,7 @@ class Row:
     missing: tuple[Overrides, ...] = ()
     is_default: bool = False
     rung: tuple[int, int] | None = None
+    num_dropped: int = 0
     records: "dict[Overrides, RecordScores]" = field(default_factory=dict)
 
     @property
@@ -107,12 +109,14 @@ def rank(
         row.values[replicate] = value
         if state.name in records:
             row.records[replicate] = records[state.name]
+    dropped = dropped_rows(states, settings)
     every = sorted({replicate for row in rows.values() for replicate in row.values})
     known = {split(found, settings["replicates"])[0] for found in defaults}
     for rest, row in rows.items():
         row.states.sort(key=lambda state: split(state.overrides, settings["replicates"])[1])
         row.missing = tuple(replicate for replicate in every if replicate not in row.values)
         row.is_default = rest in known
+        row.num_dropped = len(dropped)
     sign = -1.0 if settings["direction"] == "maximize" else 1.0
     ordered = sorted(
         rows.values(), key=lambda row: (bool(row.missing), sign * row.mean, row.overrides)
@@ -181,7 +185,8 @@ def comparison(rows: Sequence[Row], settings: dict[str, Any]) -> "Comparison | N
     records = sign * stacked(of_records) if by_record else None
     degrees = min((of.degrees for row in of_records for of in row), default=None)
     confidence = settings["confidence_fraction"]
-    return compare(sign * scores(compared), default, confidence, records, degrees)
+    num_dropped = compared[0].num_dropped
+    return compare(sign * scores(compared), default, confidence, records, degrees, num_dropped)
 
 
 def lack_of_records(compared: Sequence[Row]) -> tuple[str, dict[str, Any]] | None:

@@ -38,7 +38,7 @@ def _statements(rows: Sequence[Row], settings: dict[str, Any]) -> Iterator[Said]
         yield "one_seed", {"name": seed, "records": found.num_records}
     yield _winner(compared, found)
     yield _against_default(found)
-    if found.optimism > 0:
+    if found.optimism > 0 and not compared[0].num_dropped:
         yield "optimism", {"optimism": rounded(found.optimism, 2), "count": len(compared)}
     if found.num_seeds > 1:
         yield "scope", {"name": seed, "count": found.num_seeds, "records": found.num_records}
@@ -67,7 +67,7 @@ def _single_trials(rows: Sequence[Row], settings: dict[str, Any]) -> Said:
 
 def _winner(rows: Sequence[Row], found: "Comparison") -> Said:
     if found.is_best:
-        return "winner", {"is_default": rows[0].is_default}
+        return "winner", {"is_default": rows[0].is_default, "dropped": rows[0].num_dropped}
     return "tied", {"count": 1 + sum(row.tied for row in rows)}
 
 

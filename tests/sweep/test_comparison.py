@@ -6,6 +6,7 @@ from scipy.stats import dunnett, tukey_hsd
 
 from capas.sweep.comparison import (
     Comparison,
+    Source,
     compare,
     half_widths,
     noise_covariance,
@@ -213,3 +214,20 @@ def test_equally_correlated_differences_have_the_quantile_of_dunnett() -> None:
     assert found == pytest.approx(critical_value(20, 40, 0.95), rel=0.02)
     alone = correlated_critical_value(np.diag([4.0] * 20), 10_000, 0.95)
     assert alone == pytest.approx(2.80, rel=0.02)  # of 20 independent ones: 0.95 ** (1 / 20)
+
+
+def test_settings_that_were_dropped_before_count_as_looked_at() -> None:
+    """Two settings are left of nine: what is shown of them must withstand nine looks."""
+    rng = np.random.default_rng(0)
+    values = np.array([[1.0], [0.0]]) + 0.1 * rng.standard_normal((2, 3))
+    records = values[:, :, None] + rng.standard_normal((2, 3, 50))
+    records += (values - records.mean(axis=2))[:, :, None]
+    for more in ({}, {"records": records}):
+        alone = compare(values, default=1, **more)
+        dropped = compare(values, default=1, num_dropped=7, **more)
+        assert alone.least_gain is not None and dropped.least_gain is not None
+        assert dropped.least_gain < alone.least_gain
+        assert dropped.gain == alone.gain
+    assert Source(np.eye(2), np.ones((2, 2)), 2, is_pooled=True).better(
+        1, 0.95, 7
+    ) == critical_value(8, 2, 0.95)
