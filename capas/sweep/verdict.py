@@ -62,7 +62,8 @@ def _single_trials(rows: Sequence[Row], settings: dict[str, Any]) -> Said:
         return "all_equal", {"count": len(rows)}
     repeats = settings["replicates"][0] if settings["replicates"] else "seed"
     tied = sum(row.tied for row in rows)
-    return "single_trials", {"tied": tied, "name": repeats, "count": len(rows)}
+    count = len(rows) + rows[0].num_dropped
+    return "single_trials", {"tied": tied, "name": repeats, "count": count}
 
 
 def _winner(rows: Sequence[Row], found: "Comparison") -> Said:
