@@ -7,13 +7,16 @@ import signal
 import sys
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import pytest
 from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers, trainers
 
 from capas.core.cores import MAX_THREADS, usable_cores
 from capas.models import kernels
+
+if TYPE_CHECKING:
+    from sweeping import Sweeper
 
 # What capas.models.hardware sets before torch is imported; tests import it before any stage does.
 os.environ |= {
@@ -69,6 +72,20 @@ def without_estimate() -> Iterator[None]:
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(memory, "estimate", estimate)
         yield
+
+
+@pytest.fixture(scope="session")
+def quick(tmp_path_factory: pytest.TempPathFactory) -> "Sweeper":
+    """A repository whose sweeps call a stand-in for DVC; tests only read it."""
+    from sweeping import Sweeper
+
+    return Sweeper.make_quick(tmp_path_factory.mktemp("quick"))
+
+
+@pytest.fixture
+def sweeper(quick: "Sweeper", tmp_path: Path) -> "Sweeper":
+    """A copy of `quick` of the test's own."""
+    return quick.copy(tmp_path / "with a blank")
 
 
 @pytest.fixture(autouse=True, scope="module")

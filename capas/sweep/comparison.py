@@ -98,13 +98,13 @@ class Comparison:
     may_be_best: list[bool]
     best: int
     is_best: bool
-    gain: float | None
-    least_gain: float | None
-    detectable: float | None
     means: Array
     covariance: Array
     num_seeds: int
     num_records: int
+    gain: float | None = None
+    least_gain: float | None = None
+    detectable: float | None = None
     error_of_one: float = 0.0
     detectable_by_records: float = 0.0
 
@@ -150,38 +150,53 @@ def compare(
     above = np.where(others, differences + margins, np.inf).min(axis=1)
     below = np.where(others, differences - margins, np.inf).min(axis=1)
     best = int(means.argmax())
-    gain = least = detectable = None
-    error = by_records = 0.0
+    against: dict[str, float] = {}
     if default is not None:
-        rival = best if best != default else int(below.argmin())
         better = [source.better(default, confidence, num_dropped) for source in sources]
-        margin = half_widths(sources, better, noise)[rival, default]
-        beyond = half_widths(sources, to_detect(sources, better), noise)[rival, default]
-        detectable = float(margin + beyond)
-        if num_seeds > 1:
-            error = float(np.sqrt(sources[0].variances[rival, default] * num_seeds / 2))
-        if records is not None:
-            own = sources[-1:], better[-1:]
-            none = np.zeros_like(noise)
-            reached = half_widths(*own, none) + half_widths(own[0], to_detect(*own), none)
-            by_records = float(reached[rival, default])
+        pair = best if best != default else int(below.argmin()), default
+        against = _detectable(sources, better, noise, pair, num_seeds)
         if best != default:
-            gain = float(differences[best, default])
-            least = gain - float(margin)
+            gain = float(differences[pair])
+            margin = float(half_widths(sources, better, noise)[pair])
+            against |= {"gain": gain, "least_gain": gain - margin}
     return Comparison(
         may_be_best=(above >= 0).tolist(),
         best=best,
         is_best=bool(below[best] > 0),
-        gain=gain,
-        least_gain=least,
-        detectable=detectable,
         means=means,
         covariance=np.sum([source.covariance for source in sources], axis=0) - noise,
         num_seeds=num_seeds,
         num_records=0 if records is None else records.shape[2],
-        error_of_one=error,
-        detectable_by_records=by_records,
+        **against,
     )
+
+
+def _detectable(
+    sources: list[Source],
+    better: list[float],
+    noise: Array,
+    pair: tuple[int, int],
+    num_seeds: int,
+) -> dict[str, float]:
+    """Return what could have been shown of the difference of two settings: attributes of `Comparison`.
+
+    Args:
+        better: the quantile of each source.
+        num_seeds: if more than one, the first source is the seeds'; any other source is the records'.
+    """
+
+    def reached(sources: list[Source], better: list[float], noise: Array) -> float:
+        beyond = half_widths(sources, to_detect(sources, better), noise)[pair]
+        return float(half_widths(sources, better, noise)[pair] + beyond)
+
+    by_seeds, none = sources[: int(num_seeds > 1)], np.zeros_like(noise)
+    of_records = slice(len(by_seeds), None)
+    found = {"detectable": reached(sources, better, noise)}
+    if by_seeds:
+        found["error_of_one"] = float(np.sqrt(by_seeds[0].variances[pair] * num_seeds / 2))
+    if sources[of_records]:
+        found["detectable_by_records"] = reached(sources[of_records], better[of_records], none)
+    return found
 
 
 def half_widths(sources: list[Source], quantiles: list[float], noise: Array) -> Array:

@@ -14,7 +14,7 @@ from typing import Any
 
 from capas.core import timings
 from capas.core.dag import recorded, recorded_key
-from capas.core.files import write_whole
+from capas.core.files import read_json, write_whole
 from capas.sweep.plan import Plan
 from capas.sweep.ranking import Row
 
@@ -68,12 +68,8 @@ def of_trials(rows: Iterable[Row], plan: Plan) -> dict[str, dict[str, float]]:
 
 def _recorded(experiment: str, plan: Plan) -> dict[str, Any]:
     """Return reports/train.json of an experiment, or nothing if DVC's cache no longer has it."""
-    outs = (out for stage in plan.recorded(experiment).values() for out in stage.get("outs", []))
-    files = [plan.stored(out["md5"]) for out in outs if out["path"] == TRAINING]
-    found: dict[str, Any] = {}
-    if files and files[0].exists():
-        found = json.loads(files[0].read_text(encoding="utf-8"))
-    return found
+    file = plan.outputs(experiment).find(TRAINING)
+    return {} if file is None else read_json(file)
 
 
 def compare(rows: Sequence[Row], known: dict[str, dict[str, float]]) -> Costs | None:

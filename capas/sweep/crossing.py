@@ -16,7 +16,6 @@ from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any
 
-from capas.compare.outputs import Outputs
 from capas.config.duration import LOADING
 from capas.config.hydra_overrides import key_of
 from capas.config.problems import Problem
@@ -105,7 +104,7 @@ def read_kept(plan: Plan, names: Sequence[str]) -> list[Cell] | None:
 
 def table_key(plan: Plan, names: Sequence[str]) -> str:
     """Return a digest of everything that decides the table."""
-    outs = [Outputs(plan.home, plan.recorded(name)).md5 for name in sorted(names)]
+    outs = [plan.outputs(name).md5 for name in sorted(names)]
     return digest([{path: of.get(path) for path in (*_FOLDERS, *_FILES)} for of in outs])
 
 
@@ -127,7 +126,7 @@ class Model:
 
     def __init__(self, plan: Plan, experiment: str, folder: Path) -> None:
         self.folder = folder
-        outputs = Outputs(plan.home, plan.recorded(experiment))
+        outputs = plan.outputs(experiment)
         for path in _FOLDERS:
             for name, file in outputs.folder(path).items():
                 _place(file, folder / path / name)

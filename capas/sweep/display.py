@@ -17,7 +17,7 @@ from rich.table import Table
 from rich.text import Text
 
 from capas.sweep.names import distinct, name_of, short_keys
-from capas.sweep.ranking import Row, columns
+from capas.sweep.ranking import Row, columns, num_looked_at
 from capas.sweep.rungs import metric_of
 from capas.sweep.state import (
     AT_REST,
@@ -250,18 +250,18 @@ def print_ranking(
     console.print(table)
     for words in filter(None, [verdict(rows, settings, settings["language"]), *lesson]):
         console.print(Text(words))
-    console.print(Text(f"\n{_adoption(rows, len(rows) + len(dropped), settings['language'])}"))
+    console.print(Text(f"\n{_adoption(rows, settings['language'])}"))
 
 
-def _adoption(rows: Sequence[Row], num_settings: int, code: str) -> str:
+def _adoption(rows: Sequence[Row], code: str) -> str:
     """Return the command that adopts the first row, or that there is nothing to adopt."""
-    command, purpose = adoption(rows, code, num_settings)
+    command, purpose = adoption(rows, code)
     return f"{command}   # {purpose}" if command else purpose
 
 
-def adoption(rows: Sequence[Row], code: str, num_settings: int) -> tuple[str, str]:
+def adoption(rows: Sequence[Row], code: str) -> tuple[str, str]:
     """Return the command that adopts the first row and its purpose; "" if there is nothing to adopt."""
-    if rows[0].is_default and num_settings > 1:
+    if rows[0].is_default and num_looked_at(rows) > 1:
         return "", say(code, "adoption.nothing")
     purpose = "first" if any(row.tied for row in rows) else "winner"
     return f"dvc exp apply {shlex.quote(rows[0].name)}", say(code, f"adoption.{purpose}")

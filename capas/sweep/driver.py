@@ -87,15 +87,15 @@ def _run(plan: Plan, task: Task, multirun: bool) -> int:
     with parent.tracked(plan, task.tracking):
         with screen.shown():
             stderr = _launch_all(plan, task, screen, multirun)
-        result, refusal = _result(read_states(plan.points), plan, task)
+        states = read_states(plan.points)
+        result, refusal = _result(states, plan, task)
         parent.finish(plan, _for_mlflow(result, refusal, plan, task.tracking["enabled"]))
     if stderr and not result.failed:
         screen.console.print(stderr, markup=False)
     _show_result(result, plan, screen)
     if result.failed:
-        num_trials = len(read_states(plan.points))
         screen.console.print(
-            f"\n{len(result.failed)} of {num_trials} trials failed, see above and {plan.folder / 'logs'}. "
+            f"\n{len(result.failed)} of {len(states)} trials failed, see above and {plan.folder / 'logs'}. "
             "The same command runs only these again.",
             markup=False,
         )

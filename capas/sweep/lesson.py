@@ -101,6 +101,5 @@ def curve(row: Row, plan: Plan) -> dict[str, Any]:
 
 def history(experiment: str, plan: Plan) -> list[dict[str, Any]]:
     """Return the logged steps of an experiment; none if DVC's cache no longer has them."""
-    outs = (out for stage in plan.recorded(experiment).values() for out in stage.get("outs", []))
-    files = [plan.stored(out["md5"]) for out in outs if out["path"] == HISTORY]
-    return read_csv(files[0]) if files and files[0].exists() else []
+    file = plan.outputs(experiment).find(HISTORY)
+    return [] if file is None else read_csv(file)

@@ -20,7 +20,7 @@ from capas.sweep.display import adoption
 from capas.sweep.effects import compared_keys, effects, number_of
 from capas.sweep.names import short_keys
 from capas.sweep.parallel import clipped, parallel, short_number
-from capas.sweep.ranking import Row, columns, comparison
+from capas.sweep.ranking import Row, columns, comparison, replicate_key
 from capas.sweep.remarks import Swept, halved
 from capas.sweep.rungs import metric_of
 from capas.sweep.state import CACHED, State
@@ -36,7 +36,7 @@ History = Sequence[Mapping[str, Any]]  # rows of reports/history.csv
 
 @dataclass(frozen=True)
 class Result:
-    """What a sweep found: all that its page shows.
+    """The result of a sweep: all that its page shows.
 
     Attributes:
         rows: the ranking, best first.
@@ -96,7 +96,7 @@ def gather(result: Result) -> dict[str, Any]:
         **{"failed": result.failed, "dropped": result.dropped, "rung_metric": metric_of(settings)},
         **{"curves": result.curves, "searches": result.searches},
         **{"objective": settings["objective"], "confidence": settings["confidence_fraction"]},
-        "replicate": settings["replicates"][0] if settings["replicates"] else "seed",
+        "replicate": replicate_key(settings),
         "headings": short_keys(keys),
         "columns": columns(rows, settings),
         "has_intervals": any(row.margin is not None for row in rows),
@@ -123,7 +123,7 @@ def _render(result: Result, facts: Mapping[str, Any], code: str) -> str:
         "amount": amounts(Numbers(code)),
         "given": lambda text: _given(text, shown),
         "verdict": verdict(result.rows, result.settings, code),
-        "adoption": adoption(result.rows, code, len(result.rows) + len(result.dropped)),
+        "adoption": adoption(result.rows, code),
         "halved": halved(result.rows, result.dropped, code),
         "steps": advice.next_steps(
             *(result.rows, result.settings, result.swept, result.words, result.searches, code)

@@ -14,6 +14,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
+from capas.compare.outputs import Outputs
 from capas.config.composition import CONF
 from capas.core import dag, inputs, links
 from capas.core.errors import CapasError
@@ -85,6 +86,10 @@ class Plan:
         text = git(self.home, "show", f"{self.reference(experiment)}:dvc.lock")
         stages: dict[str, Any] = dag.parse_yaml(text, "dvc.lock")["stages"]
         return stages
+
+    def outputs(self, experiment: str) -> Outputs:
+        """Return the outputs of an experiment, as far as they are on this machine."""
+        return Outputs(self.home, self.recorded(experiment))
 
     def stored(self, md5: str) -> Path:
         """Return the path at which DVC's cache stores the file with this hash, whether or not it exists."""

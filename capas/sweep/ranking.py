@@ -2,14 +2,14 @@
 
 import math
 import statistics
-from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from types import MappingProxyType
 from typing import TYPE_CHECKING, Any
 
 from capas.config.hydra_overrides import key_of
 from capas.sweep.objective import AUTO
-from capas.sweep.rungs import LOSS, metric_of
+from capas.sweep.rungs import metric_of, sign_of
 from capas.sweep.state import CACHED, DONE, DROPPED, State
 
 if TYPE_CHECKING:
@@ -20,7 +20,7 @@ if TYPE_CHECKING:
     from capas.sweep.records import RecordScores
 
 Overrides = tuple[str, ...]
-_MAX_NAMES = 3  # of rows without scores
+_MAX_NAMES = 3  # of rows, in a sentence
 FEWEST_RECORDS = 20  # whose differences tell how much they vary
 
 
@@ -97,18 +97,12 @@ def rank(
         defaults: the overrides of trials with the values of conf/, replicates aside.
         records: the scores of each record by the trial's name, from `capas.sweep.records`.
     """
-    rows: dict[Overrides, Row] = {}
-    for state in states:
-        if state.status not in (DONE, CACHED):
-            continue
+    ended = [state for state in states if state.status in (DONE, CACHED)]
+    rows = _grouped(ended, settings, settings["objective"])
+    for state in ended:
         rest, replicate = split(state.overrides, settings["replicates"])
-        row = rows.setdefault(rest, Row(list(rest), [], {}, settings["confidence_fraction"]))
-        value = state.metrics[settings["objective"]]
-        assert value is not None
-        row.states.append(state)
-        row.values[replicate] = value
         if state.name in records:
-            row.records[replicate] = records[state.name]
+            rows[rest].records[replicate] = records[state.name]
     dropped = dropped_rows(states, settings)
     every = sorted({replicate for row in rows.values() for replicate in row.values})
     known = {split(found, settings["replicates"])[0] for found in defaults}
@@ -127,19 +121,37 @@ def rank(
 
 def dropped_rows(states: Sequence[State], settings: dict[str, Any]) -> list[Row]:
     """Return the settings that successive halving dropped, the furthest first, by their score there."""
+    there = [state for state in states if state.status == DROPPED]
+    rows = _grouped(there, settings, metric_of(settings)).values()
+    for row in rows:
+        row.rung = row.states[0].step, row.states[0].num_steps
+    return sorted(rows, key=lambda row: (-row.states[0].step, sign_of(settings) * row.mean))
+
+
+def _grouped(
+    states: Iterable[State], settings: dict[str, Any], metric: str
+) -> dict[Overrides, Row]:
+    """Return a row for each setting, with the values of a metric by replicate."""
     rows: dict[Overrides, Row] = {}
     for state in states:
-        if state.status == DROPPED:
-            rest, replicate = split(state.overrides, settings["replicates"])
-            confidence = settings["confidence_fraction"]
-            rung = state.step, state.num_steps
-            row = rows.setdefault(rest, Row(list(rest), [], {}, confidence, rung=rung))
-            value = state.metrics[metric_of(settings)]
-            assert value is not None
-            row.states.append(state)
-            row.values[replicate] = value
-    sign = 1.0 if metric_of(settings) == LOSS else -1.0
-    return sorted(rows.values(), key=lambda row: (-row.states[0].step, sign * row.mean))
+        rest, replicate = split(state.overrides, settings["replicates"])
+        row = rows.setdefault(rest, Row(list(rest), [], {}, settings["confidence_fraction"]))
+        value = state.metrics[metric]
+        assert value is not None
+        row.states.append(state)
+        row.values[replicate] = value
+    return rows
+
+
+def num_looked_at(rows: Sequence[Row]) -> int:
+    """Return the number of settings that were compared, those dropped before their end among them."""
+    return len(rows) + rows[0].num_dropped
+
+
+def replicate_key(settings: Mapping[str, Any]) -> str:
+    """Return the key with which a user repeats trials."""
+    found: str = (*settings["replicates"], "seed")[0]
+    return found
 
 
 def whole(rows: Sequence[Row]) -> list[Row]:
@@ -189,6 +201,11 @@ def comparison(rows: Sequence[Row], settings: dict[str, Any]) -> "Comparison | N
     return compare(sign * scores(compared), default, confidence, records, degrees, num_dropped)
 
 
+def first_names(names: Sequence[str]) -> dict[str, Any]:
+    """Return the first names and how many more there are, for a sentence."""
+    return {"names": names[:_MAX_NAMES], "more": len(names[_MAX_NAMES:])}
+
+
 def lack_of_records(compared: Sequence[Row]) -> tuple[str, dict[str, Any]] | None:
     """Return why nothing can be said about other records, as a text below `verdict` and its facts; or None.
 
@@ -197,7 +214,7 @@ def lack_of_records(compared: Sequence[Row]) -> tuple[str, dict[str, Any]] | Non
     """
     without = [row.name for row in compared if row.records.keys() != row.values.keys()]
     if without:
-        return "no_records", {"names": without[:_MAX_NAMES], "more": len(without[_MAX_NAMES:])}
+        return "no_records", first_names(without)
     of_records = [of for row in compared for of in row.records.values()]
     if any(of.ids != of_records[0].ids for of in of_records):
         return "other_records", {}

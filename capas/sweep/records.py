@@ -9,7 +9,6 @@ from pathlib import Path
 import numpy as np
 from numpy.typing import NDArray
 
-from capas.compare.outputs import Outputs
 from capas.evaluation.predictions import RATES
 from capas.sweep.plan import Plan
 from capas.sweep.state import CACHED, DONE, State
@@ -73,7 +72,7 @@ def read_scores(plan: Plan, states: Iterable[State], objective: str) -> dict[str
     found = {}
     for state in states:
         if state.status in (DONE, CACHED):
-            file = Outputs(plan.home, plan.recorded(state.name)).find(place.file)
+            file = plan.outputs(state.name).find(place.file)
             scores = None if file is None else _read(file, place)
             if scores is not None and _is_mean(scores, state.metrics[objective]):
                 found[state.name] = scores
@@ -82,7 +81,7 @@ def read_scores(plan: Plan, states: Iterable[State], objective: str) -> dict[str
 
 @dataclass(frozen=True)
 class Place:
-    """Where the score of each record stands: a file and its columns.
+    """The place of each record's score: a file and its columns.
 
     Attributes:
         weight: the column of the weights; None if each record counts once.

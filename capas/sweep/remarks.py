@@ -8,6 +8,7 @@ from typing import Annotated, Any
 from pydantic import TypeAdapter, ValidationError
 
 from capas.config.schema import GROUPS
+from capas.sweep.effects import number_of
 from capas.sweep.objective import is_on_test_split
 from capas.sweep.ranking import Row
 from capas.sweep.wording import say
@@ -51,8 +52,8 @@ def _edges(
     for key, texts in swept.items():
         if key in settings["replicates"] or key.endswith("seed"):
             continue
-        grid = {number for text in texts if (number := _number(text)) is not None}
-        best = {_number(row.value(key)) for row in rows if row.mean == rows[0].mean}
+        grid = {number for text in texts if (number := number_of(text)) is not None}
+        best = {number_of(row.value(key)) for row in rows if row.mean == rows[0].mean}
         if len(grid) < len(set(texts)) or len(grid) < 2 or len(best) > 1:
             continue
         number = best.pop()
@@ -60,13 +61,6 @@ def _edges(
             yield key, "largest"
         elif number == min(grid) and number > 0 and _is_valid(key, 0.9 * number):
             yield key, "smallest"
-
-
-def _number(text: str) -> float | None:
-    try:
-        return float(text)
-    except ValueError:
-        return None
 
 
 def _is_valid(key: str, number: float) -> bool:

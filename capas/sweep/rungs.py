@@ -91,9 +91,12 @@ def metric_of(settings: Mapping[str, Any]) -> str:
 
 def score_of(rung: Rung, settings: Mapping[str, Any]) -> float:
     """Return the score that decides, which is better if it is lower."""
-    metric = metric_of(settings)
-    sign = 1.0 if metric == LOSS else -1.0
-    return sign * rung.scores[metric.partition(".")[2]]
+    return sign_of(settings) * rung.scores[metric_of(settings).partition(".")[2]]
+
+
+def sign_of(settings: Mapping[str, Any]) -> float:
+    """Return the factor that makes a lower score the better one."""
+    return 1.0 if metric_of(settings) == LOSS else -1.0
 
 
 def num_going_on(count: int, factor: int) -> int:

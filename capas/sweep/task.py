@@ -89,7 +89,7 @@ class Task:
 
     @property
     def halves(self) -> bool:
-        """Whether a grid is run by successive halving; a search decides for each of its trials alone."""
+        """Return whether a grid is run by successive halving; a search decides for each trial alone."""
         return bool(self.settings["rungs"]) and not self.searches and self.expected > 1
 
 

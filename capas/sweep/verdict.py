@@ -3,7 +3,15 @@
 from collections.abc import Iterator, Sequence
 from typing import TYPE_CHECKING, Any
 
-from capas.sweep.ranking import Row, comparison, lack_of_records, whole
+from capas.sweep.ranking import (
+    Row,
+    comparison,
+    first_names,
+    lack_of_records,
+    num_looked_at,
+    replicate_key,
+    whole,
+)
 from capas.sweep.records import place_of
 from capas.sweep.wording import rounded, say
 
@@ -11,7 +19,6 @@ if TYPE_CHECKING:
     from capas.sweep.comparison import Comparison
 
 Said = tuple[str, dict[str, Any]]  # the key of a text below `verdict`, and its facts
-_MAX_NAMES = 3  # of rows that lack trials
 
 
 def verdict(rows: Sequence[Row], settings: dict[str, Any], code: str = "en") -> str:
@@ -33,7 +40,7 @@ def _statements(rows: Sequence[Row], settings: dict[str, Any]) -> Iterator[Said]
     if found is None or (found.num_seeds == 1 and _all_equal(compared)):
         yield _single_trials(compared, settings)
         return
-    seed = (*settings["replicates"], "seed")[0]
+    seed = replicate_key(settings)
     if found.num_seeds == 1:
         yield "one_seed", {"name": seed, "records": found.num_records}
     yield _winner(compared, found)
@@ -52,18 +59,15 @@ def _all_equal(rows: Sequence[Row]) -> bool:
 
 def _lacking(rows: Sequence[Row], compared: Sequence[Row]) -> Said:
     absent = sorted({" ".join(replicate) for row in rows for replicate in row.missing})
-    names = [row.name for row in rows]
-    facts = {"names": names[:_MAX_NAMES], "more": len(names[_MAX_NAMES:]), "absent": absent}
+    facts = {**first_names([row.name for row in rows]), "absent": absent}
     return ("lacking" if compared else "none_whole"), facts
 
 
 def _single_trials(rows: Sequence[Row], settings: dict[str, Any]) -> Said:
     if _all_equal(rows):
         return "all_equal", {"count": len(rows)}
-    repeats = settings["replicates"][0] if settings["replicates"] else "seed"
-    tied = sum(row.tied for row in rows)
-    count = len(rows) + rows[0].num_dropped
-    return "single_trials", {"tied": tied, "name": repeats, "count": count}
+    facts = {"name": replicate_key(settings), "count": num_looked_at(rows)}
+    return "single_trials", {"tied": sum(row.tied for row in rows), **facts}
 
 
 def _winner(rows: Sequence[Row], found: "Comparison") -> Said:

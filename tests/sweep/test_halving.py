@@ -35,16 +35,6 @@ TWO_RUNGS = ("-m", "sweep=halving", "sweep.rungs=2")
 SETTINGS = {"rungs": 3, "reduction_factor": 3, "objective": "train.validation_loss"}
 
 
-@pytest.fixture(scope="module")
-def quick(tmp_path_factory: pytest.TempPathFactory) -> Sweeper:
-    return Sweeper.make_quick(tmp_path_factory.mktemp("quick"))
-
-
-@pytest.fixture
-def sweeper(quick: Sweeper, tmp_path: Path) -> Sweeper:
-    return quick.copy(tmp_path / "with a blank")
-
-
 def trained(sweeper: Sweeper) -> Counter[str]:
     """{"1e-05 1/9": 1}: the rate and the rung of each training."""
     ran = sweeper.ran().items()

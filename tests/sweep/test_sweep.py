@@ -32,17 +32,6 @@ THREE = ("-m", "trainer.learning_rate=0.01,0.1,0.001", "dataset.seed=3")
 
 
 @pytest.fixture(scope="module")
-def quick(tmp_path_factory: pytest.TempPathFactory) -> Sweeper:
-    return Sweeper.make_quick(tmp_path_factory.mktemp("quick"))
-
-
-@pytest.fixture
-def sweeper(quick: Sweeper, tmp_path: Path) -> Sweeper:
-    """A repository of the test's own, with the stand-in for DVC."""
-    return quick.copy(tmp_path / "with a blank")
-
-
-@pytest.fixture(scope="module")
 def made(tmp_path_factory: pytest.TempPathFactory) -> Sweeper:
     return Sweeper.make(tmp_path_factory.mktemp("made"))
 
