@@ -5,7 +5,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from typing import Any, NamedTuple
 
 from capas.config.hydra_overrides import key_of
-from capas.sweep.ranking import Row, comparison, whole
+from capas.sweep.ranking import Row, comparison, num_looked_at, whole
 from capas.sweep.remarks import Swept, remarks
 from capas.sweep.wording import rounded, say
 
@@ -66,7 +66,7 @@ def _seeds(
     if not settings["replicates"] or any(len(row.values) > 1 for row in rows):
         return
     key = settings["replicates"][0]
-    if searches or len(rows) == 1:
+    if searches or num_looked_at(rows) == 1:
         words = rows[0].overrides
     others = [word for word in words if key_of(word) != key]
     text = say(code, "next.repeat_best" if searches else "next.repeat", name=key)

@@ -21,8 +21,9 @@ from capas.tracking.run_params import clipped, metric_name
 from capas.tracking.store import EXPERIMENT, Store, tracking_uri
 
 TRIAL, TRAINING = "sweep.trial", "sweep.training"
+RUNG = "rung/"  # begins the names of scores of trainings that went on, or were dropped
 _PARENT, _NOTE = "mlflow.parentRunId", "mlflow.note.content"
-_STATUS = {DONE: "FINISHED", CACHED: "FINISHED", FAILED: "FAILED", DROPPED: "KILLED"}
+_STATUS = {DONE: "FINISHED", CACHED: "FINISHED", FAILED: "FAILED", DROPPED: "FINISHED"}
 _MAX_NOTE = 4000  # characters
 
 
@@ -62,7 +63,7 @@ class Children:
         )
         store.send_tags(run, tags)
         store.send_params(run, params_of(state.overrides))
-        store.send_metrics(run, _numbers(state))
+        store.send_metrics(run, _numbers(state))  # at a rung they are no result: see `rung_points`
         store.log_points(run.id, rung_points(Ladder.of(self.plan.folder, state.identity)))
         if training is not None:
             self._send_losses(run, training)
@@ -86,10 +87,22 @@ class Children:
             self.stores.sweeps.log_points(run.id, points)
 
 
+def shown_metrics(states: Iterable[State]) -> list[str]:
+    """Return the names in MLflow of what trials have, results before scores at a rung."""
+    ended = sorted(states, key=lambda state: state.status == DROPPED)
+    return list(
+        dict.fromkeys(
+            RUNG + name.partition(".")[2] if state.status == DROPPED else metric_name(name)
+            for state in ended
+            for name in state.metrics
+        )
+    )
+
+
 def rung_points(ladder: Ladder) -> list[Point]:
     """Return the scores at the rungs of successive halving, as curves over the steps."""
     return [
-        Point(f"rung/{name}", rung.step, value)
+        Point(f"{RUNG}{name}", rung.step, value)
         for rung in ladder.rungs.values()
         for name, value in rung.scores.items()
     ]
@@ -128,7 +141,9 @@ def _ordered(values: Iterable[str]) -> list[str]:
 
 
 def _numbers(state: State) -> dict[str, float]:
-    """Return the metrics that have a finite value."""
+    """Return the metrics of a trial that has ended, as far as they have a finite value."""
+    if state.status == DROPPED:
+        return {}
     return {
         metric_name(name): value
         for name, value in state.metrics.items()

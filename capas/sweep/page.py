@@ -20,7 +20,7 @@ from capas.sweep.display import adoption
 from capas.sweep.effects import compared_keys, effects, number_of
 from capas.sweep.names import short_keys
 from capas.sweep.parallel import clipped, parallel, short_number
-from capas.sweep.ranking import Row, columns, comparison, replicate_key
+from capas.sweep.ranking import Row, columns, comparison, num_looked_at, replicate_key
 from capas.sweep.remarks import Swept, halved
 from capas.sweep.rungs import metric_of
 from capas.sweep.state import CACHED, State
@@ -107,6 +107,7 @@ def gather(result: Result) -> dict[str, Any]:
         "effects": effects(rows, result.swept, settings),
         "best": _best(cost, rows, maximize),
         "num_rows": NUM_ROWS,
+        "num_looked_at": num_looked_at(rows),
     }
 
 

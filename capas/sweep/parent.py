@@ -19,12 +19,19 @@ from typing import Any
 
 from capas.core.errors import CapasError, without_secrets
 from capas.core.files import write_whole
-from capas.sweep.children import TRIAL, Children, Stores, params_of, swept_values
+from capas.sweep.children import (
+    TRIAL,
+    Children,
+    Stores,
+    params_of,
+    shown_metrics,
+    swept_values,
+)
 from capas.sweep.plan import Plan
 from capas.sweep.state import DONE, ENDED, FAILED, RUNNING, State, read_states
 from capas.tracking.client import reachable
 from capas.tracking.pages import VIEW_TAG, Pages, shared_view
-from capas.tracking.run_params import MAX_TEXT, metric_name
+from capas.tracking.run_params import MAX_TEXT
 from capas.tracking.store import Store, locked, sqlite_file, sweeps_of, tracking_uri
 
 log = logging.getLogger("capas")
@@ -118,10 +125,9 @@ class Parent:
     def _share_view(self, children: Children, tags: dict[str, str], states: list[State]) -> None:
         """Make a view of the trials in MLflow: swept values beside the metrics, as a table and in charts."""
         store, view = children.stores.sweeps, f"sweep-{self.plan.key}"
-        metrics = dict.fromkeys(metric_name(name) for state in states for name in state.metrics)
         shown = shared_view(
             list(swept_values(states)),
-            list(metrics),
+            shown_metrics(states),
             search=f"tags.`mlflow.parentRunId` = '{children.parent}'",
             ascending=tags.get("sweep.direction") == "minimize",
         )

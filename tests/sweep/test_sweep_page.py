@@ -404,7 +404,10 @@ def test_settings_that_successive_halving_dropped_are_listed_with_their_step() -
               metrics={LOSS: loss})
         for rate, step, loss in (("0.1", 9, 0.75), ("0.2", 3, 1.5))
     ]  # fmt: skip
-    pages = render(replace(found, dropped=dropped_rows(states, found.settings)))
+    dropped = dropped_rows(states, found.settings)
+    for row in found.rows:
+        row.num_dropped = len(dropped)  # as `rank` finds them
+    pages = render(replace(found, dropped=dropped))
     shown = {code: Page(html) for code, html in pages.items()}
     assert ["9 / 27", "0.75", "0.1"] in shown["en"].rows and ["3 / 27", "1.5", "0.2"] in shown[
         "en"
@@ -413,5 +416,11 @@ def test_settings_that_successive_halving_dropped_are_listed_with_their_step() -
     words = (
         "1 of 3 settings trained to the end. Dropped because others were better at the same step: "
     )
-    assert shown["en"].texts["verdict"].startswith(words) and words in shown["en"].texts["halved"]
-    assert "1 en el paso 3 de 27, 1 en el paso 9 de 27" in shown["es"].texts["halved"]
+    assert shown["en"].texts["verdict"].startswith(words) and "halved" not in shown["en"].texts
+    assert "1 en el paso 3 de 27, 1 en el paso 9 de 27" in shown["es"].texts["verdict"]
+    assert "first of 3 settings" in pages["en"]
+    # With two that ended there is a verdict on them, and the sentence stands beside the table.
+    two = result(*seeded({f"{RATE}=0.01": (0.4,), f"{RATE}=0.02": (0.5,)}), swept=found.swept)
+    beside = Page(render(replace(two, dropped=dropped_rows(states, two.settings)))["en"]).texts
+    assert words.replace("1 of 3", "2 of 4") in beside["halved"]
+    assert beside["verdict"].startswith("One trial each")

@@ -15,12 +15,13 @@ from sweeping import wait
 
 from capas.core.locks import exclusive
 from capas.sweep import driver, parent
-from capas.sweep.children import TRAINING, TRIAL, params_of, swept_values
+from capas.sweep.children import TRAINING, TRIAL, params_of, shown_metrics, swept_values
 from capas.sweep.page import Result
 from capas.sweep.parent import KEY, finish, follow
 from capas.sweep.plan import Plan
 from capas.sweep.ranking import rank
-from capas.sweep.state import CACHED, DONE, FAILED, RUNNING, WAITING, State, read_states
+from capas.sweep.rungs import Ladder, Rung
+from capas.sweep.state import CACHED, DONE, DROPPED, FAILED, RUNNING, WAITING, State, read_states
 from capas.tracking.client import Point, Run
 from capas.tracking.pages import VIEW_TAG
 from capas.tracking.store import TRAIN_KEY, Store, sweeps_of
@@ -137,6 +138,21 @@ def test_the_page_is_an_artifact_of_the_sweep_s_run(home: Home) -> None:
     html = home.sweeps.client.read_artifact(run.id, "sweep/sweep.html", "the sweep")
     assert html == (plan.folder / "sweep.html").read_bytes()
     assert b'lang="es"' in home.sweeps.client.read_artifact(run.id, "sweep/sweep.es.html", "it")
+
+
+def test_a_dropped_trial_has_its_score_at_a_rung_and_no_result(home: Home) -> None:
+    plan, (first, second) = home.plan("one", "lora.r=8,16"), two_trials(home)
+    dropped = replace(second, status=DROPPED, metrics={LOSS: 0.9}, step=3, num_steps=27)
+    ladder = Ladder.of(plan.folder, second.identity)
+    ladder.rungs["1/9"] = Rung(3, 27, {"validation_loss": 0.9})
+    ladder.write()
+    swept(plan, first, dropped)
+    ended, other = home.children(plan)
+    assert ended.name == second.name and ended.status == other.status == "FINISHED"
+    assert ended.metrics["rung/validation_loss"] == 0.9 and LOSS not in ended.metrics
+    assert other.metrics[LOSS] == 0.5
+    assert "Dropped at step 3 of 27." in ended.tags["mlflow.note.content"]
+    assert shown_metrics([dropped, first]) == [LOSS, SCORE, "rung/validation_loss"]
 
 
 def cached(*states: State) -> list[State]:
