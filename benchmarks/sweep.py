@@ -2,6 +2,7 @@
 
     python benchmarks/sweep.py overhead 4    4 points by `dvc exp run`, and as a sweep, one by one
     python benchmarks/sweep.py points 64     64 points with 2 workers; then the same sweep again
+    python benchmarks/sweep.py imports 4     4 points with imports of their own, and with shared ones
     python benchmarks/sweep.py halving 108   9 points of 108 steps: all of them, and by successive halving
 
 The points are the pipeline with `experiment: quick` and 4 steps of training, in temporary clones of this
@@ -12,6 +13,7 @@ JSON object.
 import json
 import os
 import re
+import resource
 import statistics
 import subprocess
 import sys
@@ -29,7 +31,7 @@ ENVIRONMENT = {"MLFLOW_DISABLE_TELEMETRY": "true", "HF_HUB_OFFLINE": "1"}
 
 
 def main(what: str, number: int) -> None:
-    measure = {"overhead": overhead, "points": points, "halving": halving}[what]
+    measure = {"overhead": overhead, "points": points, "imports": imports, "halving": halving}[what]
     with tempfile.TemporaryDirectory() as folder:
         found = measure(Path(folder), number)
     print(json.dumps({**found, **machine.describe("dvc", "hydra-core", "mlflow")}, indent=2))
@@ -73,6 +75,34 @@ def points(folder: Path, number: int) -> dict[str, object]:
             f.stat().st_size for f in (root / ".dvc/tmp/sweep/work").rglob("*") if f.is_file()
         ),
     }
+
+
+def imports(folder: Path, number: int) -> dict[str, object]:
+    words = f"trainer.learning_rate={','.join(f'{1e-3 * (i + 1):g}' for i in range(number))}"
+    found = {}
+    for share in ("false", "true"):
+        root, before = make(folder / share), cpu_seconds()
+        wall = sweep(root, words, f"sweep.share_imports={share}")
+        found[share] = {
+            "seconds": wall,
+            "cpu_seconds": round(cpu_seconds() - before, 1),
+            "adapters": sorted(adapters_of(root).values()),
+        }
+    own, shared = found["false"], found["true"]
+    return {
+        "points": number,
+        "own": {name: own[name] for name in ("seconds", "cpu_seconds")},
+        "shared": {name: shared[name] for name in ("seconds", "cpu_seconds")},
+        "share_of_seconds": round(shared["seconds"] / own["seconds"], 3),
+        "share_of_cpu_seconds": round(shared["cpu_seconds"] / own["cpu_seconds"], 3),
+        "same_adapters": own["adapters"] == shared["adapters"],
+    }
+
+
+def cpu_seconds() -> float:
+    """Of all processes that this one started, or their child processes, and that have ended."""
+    used = resource.getrusage(resource.RUSAGE_CHILDREN)
+    return used.ru_utime + used.ru_stime
 
 
 def halving(folder: Path, num_steps: int) -> dict[str, object]:

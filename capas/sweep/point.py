@@ -26,7 +26,7 @@ from capas.core.process import follow
 from capas.core.stage import CHECKPOINTS
 from capas.core.workers import end_with
 from capas.core.worktree import git
-from capas.sweep import costs
+from capas.sweep import costs, libraries
 from capas.sweep.names import name_of
 from capas.sweep.objective import AUTO, TEST_FILE, stated_columns
 from capas.sweep.plan import AT_ONCE, DRIVER, Plan, digest
@@ -259,6 +259,9 @@ class Point:
         sets = [word for override in self.overrides for word in ("-S", override)]
         command = [sys.executable, "-m", "dvc", "exp", "run", "-n", self.name, *sets]
         env = {**environment(self.work, **{HOME: str(self.plan.home)}), **variables}
+        if self.settings["share_imports"]:
+            first = libraries.shared.share(self.plan, self.values, variables)
+            env["PATH"] = os.pathsep.join([*first, env["PATH"]])
         stage = ""
         for line in follow(command, self.work, env, self.log, self._watch_training, [lock]):
             if match := _STAGE.match(line):

@@ -53,6 +53,7 @@ class Sweep(Group):
     language: Literal["en", "es"]
     cross_templates: bool
     keep: bool
+    share_imports: bool
     rungs: Annotated[int, Field(ge=2)] | None
     reduction_factor: Annotated[int, Field(ge=2)]
 

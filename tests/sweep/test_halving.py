@@ -97,9 +97,13 @@ def test_the_values_of_conf_train_to_the_end_beside_the_best(sweeper: Sweeper) -
 
 
 @pytest.mark.slow
-def test_all_seeds_of_a_setting_go_on(sweeper: Sweeper) -> None:
-    """With two workers at once, which are told the numbers of the trials."""
-    launcher = ("hydra/launcher=joblib", "hydra.launcher.n_jobs=2")
+@pytest.mark.parametrize(
+    "launcher",
+    [("hydra/launcher=joblib", "hydra.launcher.n_jobs=2"), ("hydra/launcher=submitit_local",)],
+    ids=["joblib", "submitit"],
+)
+def test_all_seeds_of_a_setting_go_on(sweeper: Sweeper, launcher: tuple[str, ...]) -> None:
+    """With workers side by side, which are told the numbers of the trials."""
     code, printed = sweeper.sweep_here(*TWO_RUNGS, THREE, "seed=1,2", *launcher)
     assert code == 0, printed
     assert trained(sweeper) == Counter(2 * [*at("1/3", 0.001, 0.01, 0.1), "0.01"])

@@ -548,7 +548,7 @@ def test_every_ready_sweep_composes(option: str, monkeypatch: pytest.MonkeyPatch
         config = compose("sweep", overrides=words, return_hydra_config=True)
         assert config.sweep.preset == option
         own = {"preset", "keep", "language", "cross_templates", "rungs", "reduction_factor"}
-        assert set(config.sweep) == {*SETTINGS, *own}
+        assert set(config.sweep) == {*SETTINGS, *own, "share_imports"}
         if option == "optuna":
             assert config.hydra.sweeper.direction == "maximize"
 
