@@ -7,7 +7,7 @@ Reads   data/formatted (test), data/models/quantized, data/models/tokenizer, dat
         base: data/models/base, data/raw and data/formatted (train), for the answers to copy;
         tuned: data/models/adapter, data/general, data/composed/harness.json and the outputs of base
         evaluation=labels: the answers of data/formatted (train), which are the labels
-Writes  base: reports/evaluation_base.json, reports/predictions_{base,nearest}.parquet
+Writes  base: reports/evaluation_base.json, reports/predictions_{base,base_alone,nearest}.parquet
         tuned: reports/evaluation.json, reports/predictions.parquet, reports/before_after.csv
 Params  evaluation (base: the keys that score one model), hardware, model.attn_implementation,
         model.dtype, model.trust_remote_code
@@ -52,12 +52,13 @@ from capas.models.vocabulary import check_ids
 
 if TYPE_CHECKING:
     import torch
+    from transformers import PreTrainedModel
 
     from capas.models.loading import TunedModel
 
 DATA, RAW, TOKENIZER = "data/formatted", "data/raw", "data/models/tokenizer"
 BASE, QUANTIZED, ADAPTER = "data/models/base", "data/models/quantized", "data/models/adapter"
-NEAREST = "reports/predictions_nearest.parquet"
+NEAREST, ALONE = "reports/predictions_nearest.parquet", "reports/predictions_base_alone.parquet"
 
 
 @dataclass(frozen=True)
@@ -82,6 +83,8 @@ def main(which: Literal["base", "tuned"], params: Params, stage: Stage) -> None:
     if which == "base":
         model = load_base()
         scored = evaluate(which, model, held_out, params, stage)
+        alone = answer_alone(model, scored.rows, held_out, params)
+        write_records(stage.out(ALONE), predictions_schema(scored.names), alone)
         is_quantized = quantization_method(model) != "none"
         del model  # one model in memory at a time
         records = held_out.records
@@ -174,7 +177,7 @@ def report_difference(
 ) -> None:
     """Write what the tuned model gained over the base, what it forgot, and the verdict of the gate."""
     rows, facts, names = scored.rows, scored.facts, scored.names
-    before = read_base(stage.dep("reports/predictions_base.parquet"), names)
+    before = read_base(stage.dep("reports/predictions_base.parquet"), names, rows)
     base = read_json(stage.dep("reports/evaluation_base.json"))
     report = compare(before, rows, facts, names, params)
     if held_out.candidates is not None:
@@ -185,8 +188,11 @@ def report_difference(
     report["general"] = ask_generally(tuned, params, stage)
     if params.evaluation.harness.tasks:
         report["harness"] = ask_harness(tuned, params, stage)
-    if names and params.evaluation.noise_records is not None:
-        report["noise"] = answer_alone(tuned, {"base": before, "tuned": rows}, held_out, params)
+    if alone := answer_alone(tuned.model, rows, held_out, params):
+        chosen = noise.choose(len(rows), len(alone))
+        batched = {"base": [before[i] for i in chosen], "tuned": [rows[i] for i in chosen]}
+        answers = {"base": read_base(stage.dep(ALONE), names, alone), "tuned": alone}
+        report["noise"] = noise.batching_noise(batched, answers, headline(names), len(rows), params)
     report["gate"] = gate.judge(base, report, params.evaluation.gate)
     log_report(report)
     write_json(stage.out("reports/evaluation.json"), report)
@@ -201,17 +207,13 @@ def report_difference(
 
 
 def answer_alone(
-    tuned: "TunedModel", answers: dict[str, list[Row]], held_out: HeldOut, params: Params
-) -> dict[str, Any]:
-    """Let both models answer a few records one by one, and return how far that moves the gain."""
-    num_records = len(held_out.records)
-    chosen = noise.choose(num_records, params.evaluation.noise_records, params.evaluation.seed)
-    batched = {which: [rows[i] for i in chosen] for which, rows in answers.items()}
-    with tuned.base() as base:
-        alone = {"base": held_out.answered(base, batched["base"], 1, chosen)}
-    alone["tuned"] = held_out.answered(tuned.model, batched["tuned"], 1, chosen)
-    name = headline(held_out.scorer.names)
-    return noise.batching_noise(batched, alone, name, num_records, params)
+    model: "PreTrainedModel", rows: list[Row], held_out: HeldOut, params: Params
+) -> list[Row]:
+    """Let the model answer a few records once more, one by one; return their rows, none without metrics."""
+    if not held_out.scorer.names or params.evaluation.noise_records is None:
+        return []
+    chosen = noise.choose(len(rows), params.evaluation.noise_records)
+    return held_out.answered(model, [rows[i] for i in chosen], 1, chosen)
 
 
 def log_report(report: dict[str, Any]) -> None:

@@ -2,7 +2,6 @@
 
 from typing import Any
 
-from capas.core.errors import CapasError
 from capas.core.params import Params
 from capas.evaluation import comparison
 from capas.evaluation.names import LOWER_IS_BETTER, generates
@@ -16,15 +15,7 @@ def compare(
     """Return the tuned model's scores and gains; a gain has an interval, a verdict and the records needed.
 
     `shares` lists the metrics whose scores all lie between 0 and 1.
-
-    Raises:
-        CapasError: base and tuned model were not scored on the same records.
     """
-    if [row["id"] for row in before] != [row["id"] for row in after]:
-        raise CapasError(
-            "reports/predictions_base.parquet has other records. Run `dvc repro evaluate_base`"
-        )
-
     columns = [*names, "loss"]
     return {
         "tuned": tuned,

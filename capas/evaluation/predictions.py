@@ -57,22 +57,28 @@ def _score_fields(names: list[str]) -> list[tuple[str, pa.DataType]]:
     return [*scores, ("copied_values", pa.bool_())]
 
 
-def read_base(file: Path, names: list[str]) -> list[Row]:
-    """Read reports/predictions_base.parquet, the base's scores.
+def read_base(file: Path, names: list[str], rows: list[Row]) -> list[Row]:
+    """Read the base's scores, a file in reports/, of the records that `rows` of the tuned model have.
 
     Raises:
-        CapasError: the base was scored by other metrics than `names`.
+        CapasError: the base was scored by other metrics than `names`, or on other records.
     """
     schema = predictions_schema(names)
     found = pq.read_schema(file).names
     if found != schema.names:
         other = ", ".join(sorted({*found} ^ {*schema.names})) or "their order"
         raise CapasError(
-            "reports/predictions_base.parquet has scores of other metrics than evaluation.metrics "
+            f"reports/{file.name} has scores of other metrics than evaluation.metrics "
             f"({other}). Run `dvc repro evaluate_base`, or try other metrics on the base: python "
             "stages/evaluate_model.py base ..."
         )
-    return list(read_records(file, schema))
+    before = list(read_records(file, schema))
+    if [row["id"] for row in before] != [row["id"] for row in rows]:
+        raise CapasError(
+            f"reports/{file.name} has {len(before)} records, and not those of the tuned model, "
+            f"{len(rows)}. Run `dvc repro evaluate_base`"
+        )
+    return before
 
 
 def read_copies(file: Path) -> list[Row]:

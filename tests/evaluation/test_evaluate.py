@@ -78,6 +78,14 @@ def test_both_models_answer_alone_as_in_batches(evaluated: Path) -> None:
     report = read_json(evaluated / "reports/evaluation.json")
     assert report["noise"]["num_records"] == 10
     assert report["noise"]["num_changed_answers"] == {"base": 0, "tuned": 0}
+    base, alone = (
+        {row["id"]: row for row in pq.read_table(evaluated / f"reports/{name}.parquet").to_pylist()}
+        for name in ("predictions_base", "predictions_base_alone")
+    )
+    assert len(base) == len(alone) == 10
+    assert {i: row["completion"] for i, row in alone.items()} == {
+        i: row["completion"] for i, row in base.items()
+    }
     assert report["noise"]["noise"] == 0.0
     checks = {check["name"]: check for check in report["gate"]["checks"]}
     assert checks["forgetting"]["value"] == report["general"]["difference"]["high"]
@@ -172,11 +180,14 @@ def test_the_loss_alone_has_a_verdict_and_no_bars_for_kinds(
 
 def test_a_base_that_was_scored_by_other_metrics_is_refused(evaluated: Path) -> None:
     file = evaluated / "reports/predictions_base.parquet"
-    assert len(read_base(file, ["exact_match", "valid_json"])) == 10
+    names, rows = ["exact_match", "valid_json"], pq.read_table(file, columns=["id"]).to_pylist()
+    assert len(read_base(file, names, rows)) == 10
+    with pytest.raises(CapasError, match=r"base.parquet has 10 records, .* model, 9\. Run `dvc"):
+        read_base(file, names, rows[1:])
     with pytest.raises(CapasError, match=r"\(chrf, valid_json\)\. Run `dvc repro evaluate_base`"):
-        read_base(file, ["exact_match", "chrf"])
+        read_base(file, ["exact_match", "chrf"], rows)
     with pytest.raises(CapasError, match="their order"):
-        read_base(file, ["valid_json", "exact_match"])
+        read_base(file, ["valid_json", "exact_match"], rows)
 
 
 def test_a_difference_of_that_size_in_words() -> None:

@@ -45,10 +45,9 @@ def test_changes_in_one_direction_count_whole() -> None:
     assert found["noise"] == -found["shift"]["low"] > 0.5
 
 
-def test_the_records_are_chosen_by_the_seed() -> None:
-    assert choose(100, 5, seed=0) == choose(100, 5, seed=0) == sorted(choose(100, 5, seed=0))
-    assert choose(100, 5, seed=1) != choose(100, 5, seed=0)
-    assert choose(3, 5, seed=0) == [0, 1, 2]
+def test_base_and_tuned_model_answer_the_same_records() -> None:
+    assert choose(100, 5) == choose(100, 5) == sorted(choose(100, 5)) != [0, 1, 2, 3, 4]
+    assert choose(3, 5) == [0, 1, 2]
 
 
 def test_the_length_ratio_is_that_of_the_mean_lengths() -> None:

@@ -112,6 +112,7 @@ FILES: dict[str, list[str]] = {
     "data/models/adapter": ["evaluate", "sample", "report", "publish"],
     "reports/evaluation_base.json": ["evaluate", "report", "publish"],
     "reports/predictions_base.parquet": ["evaluate", "report", "publish"],
+    "reports/predictions_base_alone.parquet": ["evaluate"],
     "reports/predictions_nearest.parquet": ["evaluate", "report"],
     "reports/certificate.json": ["publish"],
     "reports/evaluation.json": ["report", "publish"],
