@@ -77,6 +77,7 @@ class Speed:
         train_batch: a training batch.
         score: a scored record.
         answer: a token of a batch of answers in the evaluation.
+        labels: all labels after a record's prompt; 0.0 if none are compared.
         sample: a token of the samples.
         start: the start of a stage: imports, loading the model.
     """
@@ -86,6 +87,8 @@ class Speed:
     tuned_score: float
     answer: float
     tuned_answer: float
+    labels: float
+    tuned_labels: float
     sample: float
     tuned_sample: float
     start: float
@@ -95,9 +98,12 @@ class Speed:
 def stage_seconds(load: Load, speed: Speed) -> dict[str, float]:
     """Return the seconds of each stage that takes long."""
     start, num_batches = speed.start, math.ceil(load.num_test / load.score_batch)
-    base = num_batches * speed.answer * load.limit if load.generates else 0.0
-    tuned = num_batches * speed.tuned_answer * load.longest if load.generates else 0.0
-    num_scored = load.num_test * (1 + load.num_labels)
+    base = tuned = 0.0
+    if load.num_labels:
+        base, tuned = load.num_test * speed.labels, load.num_test * speed.tuned_labels
+    if load.generates:
+        base += num_batches * speed.answer * load.limit
+        tuned += num_batches * speed.tuned_answer * load.longest
     validations = 2 + load.steps / load.eval_steps
     answered = (
         math.ceil(load.num_answered / load.validation_batch) * speed.tuned_answer * load.limit
@@ -106,14 +112,12 @@ def stage_seconds(load: Load, speed: Speed) -> dict[str, float]:
     reading = speed.weight_bytes / READ_BYTES_PER_SECOND
     return {
         "quantize": start + (2 * reading if load.quantizes else 0.0),
-        "evaluate_base": start
-        + (num_scored + (load.num_test if load.quantizes else 0)) * speed.score
-        + base,
+        "evaluate_base": start + (1 + load.quantizes) * load.num_test * speed.score + base,
         "train": start
         + load.steps * load.accumulation * speed.train_batch
         + validations * (load.num_validation * speed.tuned_score + answered),
         "evaluate": start
-        + num_scored * speed.tuned_score
+        + load.num_test * speed.tuned_score
         + tuned
         + general * (speed.score + speed.tuned_score),
         "sample": start + load.num_completions * load.limit * (speed.sample + speed.tuned_sample),
@@ -219,9 +223,11 @@ def _ids(model: Any, rows: int, tokens: float) -> Any:
 
 
 def _answering(model: Any, load: Load) -> dict[str, float]:
-    """Return the seconds of a scored record, and of a token of a batch of answers."""
+    """Return the seconds of a scored record, of its labels, and of a token of a batch of answers."""
     import torch
     from transformers import GenerationConfig
+
+    from capas.evaluation.label_batches import score_labels
 
     rows = min(4, load.score_batch)
     scored = _ids(model, rows, load.length)
@@ -242,8 +248,15 @@ def _answering(model: Any, load: Load) -> dict[str, float]:
 
         return max(0.0, write(1 + NEW_TOKENS) - write(1)) / NEW_TOKENS
 
+    def compare_labels() -> None:
+        prompt = _ids(model, 1, load.prompt_length)[0].tolist()
+        ending = _ids(model, 1, load.longest)[0].tolist()
+        endings = [(ending, ending)] * load.num_labels
+        score_labels(model, [{"prompt_ids": prompt}], endings, 0, load.score_batch)
+
     batch = min(load.score_batch, max(1, load.num_test))
     return {
+        "labels": _seconds(compare_labels) if load.num_labels else 0.0,
         "score": _seconds(score) / rows,
         "answer": answer(batch),
         "sample": answer(load.num_sequences),

@@ -6,7 +6,7 @@ label's ids are those that `format` writes after a prompt.
 """
 
 import math
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -19,11 +19,11 @@ from capas.evaluation.copying import read_answers
 from capas.evaluation.label_set import LabelSet
 from capas.evaluation.names import LABEL, LOG_LOSS
 from capas.evaluation.predictions import Row
+from capas.models.architecture import num_positions
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
-_SEQUENCES = 2**14  # sequences in memory at once
 Sequences = list[tuple[list[int], list[int]]]  # ids and labels, one entry per token
 
 
@@ -100,16 +100,6 @@ class Candidates:
                     f"model's context is {limit} tokens: shorten the prompts (dataset.max_length, with "
                     "dataset.overflow=drop or truncate)"
                 )
-
-    def sequences(self, record: Row) -> Iterator[dict[str, Any]]:
-        """Yield the record with each label as its answer; only the label and its end token are scored."""
-        prompt = record["prompt_ids"]
-        for ids, labels in self.endings:
-            yield {
-                "id": record["id"],
-                "input_ids": [*prompt, *ids],
-                "labels": [*[IGNORE_INDEX] * len(prompt), *labels],
-            }
 
 
 def ending(label: str, chat: ChatFormat) -> tuple[list[int], list[int]]:
@@ -188,21 +178,10 @@ def log_likelihoods(
     Raises:
         CapasError: one is not finite, or a record is too long for the model.
     """
-    import torch
+    from capas.evaluation.label_batches import score_labels
 
-    from capas.training.batches import Collator, make_example, score_examples
-
-    config = model.config.get_text_config()
-    candidates.check_length(records, getattr(config, "max_position_embeddings", None))
-
-    collator, num_labels = Collator(chat["pad_token_id"]), len(candidates.endings)
-    step, parts = max(1, _SEQUENCES // num_labels), []
-    for start in range(0, len(records), step):
-        some = records[start : start + step]
-        examples = [make_example(one) for record in some for one in candidates.sequences(record)]
-        losses = score_examples(model, examples, collator, batch_size)[:, 0]
-        parts.append(-losses.reshape(len(some), num_labels))
-    found = torch.cat(parts)
+    candidates.check_length(records, num_positions(model.config))
+    found = score_labels(model, records, candidates.endings, chat["pad_token_id"], batch_size)
     if not bool(found.isfinite().all()):
         broken = records[int((~found.isfinite()).any(dim=1).nonzero()[0, 0])]["id"]
         raise CapasError(

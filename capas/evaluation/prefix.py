@@ -28,6 +28,10 @@ class Prefix:
     num_tokens: int
     layers: list[tuple[torch.Tensor, torch.Tensor]]
 
+    @property
+    def num_bytes(self) -> int:
+        return sum(states.nbytes for layer in self.layers for states in layer)
+
     def cache_of(self, padding: list[int]) -> DynamicCache:
         """Return the first `num_tokens` columns of a batch; each row begins with its `padding`."""
         cache = DynamicCache()
@@ -46,7 +50,7 @@ def shared_prefix(
 ) -> Prefix | None:
     """Return the prefix of several prompts; None if they share none or the model cannot continue a copy."""
     num_tokens = shared_length(prompts) if len(prompts) > 1 else 0
-    if not num_tokens or not _is_copyable(model):
+    if not num_tokens or not is_copyable(model):
         return None
     cache = new_cache(model)
     ids = torch.tensor([prompts[0][:num_tokens]], device=model.device)
@@ -63,6 +67,14 @@ def shared_prefix(
     return Prefix(num_tokens, [(layer.keys, layer.values) for layer in cache.layers])
 
 
+def prefix_of(model: PreTrainedModel, ids: list[int]) -> Prefix:
+    """Return the prefix with these ids, for a model that `is_copyable`; the model is in eval mode."""
+    cache = new_cache(model)
+    inputs = torch.tensor([ids], device=model.device)
+    model(input_ids=inputs, past_key_values=cache, use_cache=True)
+    return Prefix(len(ids), [(layer.keys, layer.values) for layer in cache.layers])
+
+
 def shared_length(prompts: list[list[int]]) -> int:
     """Return how many tokens all prompts begin with, at most all but the last one of the shortest."""
     first, last = min(prompts), max(prompts)
@@ -70,7 +82,7 @@ def shared_length(prompts: list[list[int]]) -> int:
     return min(shared, min(map(len, prompts)) - 1)
 
 
-def _is_copyable(model: PreTrainedModel) -> bool:
+def is_copyable(model: PreTrainedModel) -> bool:
     """Return whether every layer keeps all tokens as keys and values that depend on their positions alone."""
     rope = getattr(unwrapped(model).config.get_text_config(decoder=True), "rope_parameters", None)
     by_length = any(f"'{kind}'" in str(rope) for kind in _BY_LENGTH)

@@ -46,6 +46,8 @@ SPEED = Speed(
     tuned_score=1.0,
     answer=1.0,
     tuned_answer=2.0,
+    labels=0.0,
+    tuned_labels=0.0,
     sample=0.1,
     tuned_sample=0.2,
     start=5.0,
@@ -68,9 +70,12 @@ def test_seconds_of_each_stage_by_hand() -> None:
     assert replace(LOAD, max_steps=3).steps == 3
     without = stage_seconds(replace(LOAD, generates=False, quantizes=False), SPEED)
     assert without["evaluate_base"] == 5 + 50 and without["quantize"] == 5
-    labelled = stage_seconds(replace(LOAD, generates=False, num_labels=4), SPEED)
-    assert labelled["evaluate_base"] == 5 + (2 + 4) * 100 * 0.5
-    assert labelled["evaluate"] == 5 + (1 + 4) * 100 * 1.0 + 40 * 0.4 * 1.5
+    comparing = replace(SPEED, labels=3.0, tuned_labels=4.0)
+    labelled = stage_seconds(replace(LOAD, generates=False, num_labels=4), comparing)
+    assert labelled["evaluate_base"] == 5 + 100 * (2 * 0.5 + 3.0)
+    assert labelled["evaluate"] == 5 + 100 * (1.0 + 4.0) + 40 * 0.4 * 1.5
+    uncompared = stage_seconds(replace(LOAD, generates=False), comparing)
+    assert uncompared["evaluate"] == 5 + 100 * 1.0 + 40 * 0.4 * 1.5
 
 
 def test_the_two_settings_that_save_most_are_named() -> None:

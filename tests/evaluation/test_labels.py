@@ -27,7 +27,6 @@ from capas.core.records import FORMATTED, RAW, read_records, write_records
 from capas.evaluation.label_scores import Candidates, ending, log_likelihoods
 from capas.evaluation.label_set import MAX_LABELS, LabelSet
 from capas.evaluation.names import LABEL_SCORES
-from capas.evaluation.predictions import read_base
 from stages import evaluate_model, train_lora
 
 # One begins another, two have accents, and all have several tokens.
@@ -135,9 +134,9 @@ def test_an_ending_is_the_label_and_its_end_token(
     assert short[-1] == long[-1] == end and long[: len(short) - 1] == short[:-1]
     assert long[: len(short)] != short  # the end token tells them apart
     first = records[0]
-    sequence = list(candidates.sequences(first))[LABELS.index(first["reference"])]
-    assert sequence["input_ids"] == first["input_ids"][: len(sequence["input_ids"])]
-    assert sequence["labels"] == first["labels"][: len(sequence["labels"])]
+    ids, labels = candidates.endings[LABELS.index(first["reference"])]
+    written = slice(len(first["prompt_ids"]), len(first["prompt_ids"]) + len(ids))
+    assert (first["input_ids"][written], first["labels"][written]) == (ids, labels)
 
 
 def test_both_reports_hold_the_scores_of_labels(evaluated: Path) -> None:
@@ -213,7 +212,7 @@ def test_given_labels_set_the_order(tmp_path: Path) -> None:
     found = read_json(root / "reports/evaluation_base.json")["labels"]
     assert found["names"] == given and found["num_train"] == [3, 15, 3, 3, 0]
     assert found["origin"] == "evaluation.labels"
-    [first, *_] = read_base(root / "reports/predictions_base.parquet", ["label_accuracy"])
+    [first, *_] = pq.read_table(root / "reports/predictions_base.parquet").to_pylist()
     assert [entry["label"] for entry in first["label_probabilities"]] == given
 
 
