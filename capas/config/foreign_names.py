@@ -207,6 +207,12 @@ VALUES: dict[str, dict[str, str]] = {
         key: {theirs: f"write {key}={ours}" for theirs, ours in _DTYPES.items()}
         for key in ("model.dtype", "hardware.dtype", "quantization.bnb_4bit_compute_dtype")
     },
+    "trainer.metric_for_best_model": {
+        "eval_loss": "write trainer.metric_for_best_model=loss",
+        "accuracy": "write trainer.metric_for_best_model=token_accuracy, or exact_match of generated answers",
+        "label_accuracy": "labels are compared after the training alone: write loss, or exact_match of "
+        "generated answers",
+    },
     "hardware.device": {
         **dict.fromkeys(("gpu", "cuda:0", "auto"), "choose hardware=gpu, or hardware=cpu"),
         "mps": "Apple's GPUs are not supported; choose hardware=cpu",

@@ -424,11 +424,6 @@ RULES = (
         "a function of your own called like no metric, no column of the reports and no key of Trainer's log",
     ),
     Rule(
-        ("trainer.metric_for_best_model",),
-        lambda metric: metric != LABEL,
-        "exact_match, which is of generated answers, or loss: labels are compared after the training alone",
-    ),
-    Rule(
         ("hardware.distributed_type", "trainer.metric_for_best_model"),
         lambda kind, metric: kind == "ddp" or not needs_answers(metric),
         "loss or token_accuracy with fsdp2, whose processes hold no whole model to generate with; or ddp",

@@ -9,13 +9,14 @@ from typing import Annotated, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, model_validator
 
-from capas.evaluation.names import OWN_FUNCTION, BuiltIn, OfTokens
+from capas.evaluation.names import OWN_FUNCTION, BuiltIn, OfAnswers, OfTokens
 
 Count = Annotated[int, Field(gt=0)]
 Fraction = Annotated[float, Field(ge=0, le=1)]
 Seed = Annotated[int, Field(ge=0, lt=2**32)]
 Dtype = Literal["float32", "bfloat16", "float16"]
-Metric = BuiltIn | Annotated[str, Field(pattern=OWN_FUNCTION)]
+OwnMetric = Annotated[str, Field(pattern=OWN_FUNCTION)]
+Metric = BuiltIn | OwnMetric
 InstructionSet = Literal["portable", "native", "avx2", "avx512"]
 
 
@@ -237,7 +238,9 @@ class Trainer(Group):
     # the last checkpoint may be half-written when a run is killed
     save_total_limit: Annotated[int, Field(ge=2)]
     load_best_model_at_end: bool
-    metric_for_best_model: OfTokens | Metric
+    metric_for_best_model: (
+        OfTokens | OfAnswers | OwnMetric
+    )  # labels are compared after the training alone
     metric_records: Count | None
     metric_max_new_tokens: Count | None
     seed: Seed

@@ -1,6 +1,7 @@
 """Check values against the schema and the rules, and report all problems at once, each with a remedy."""
 
 import difflib
+import re
 from collections.abc import Callable, Iterator, Mapping
 from typing import Any
 
@@ -44,10 +45,16 @@ def find_problems(
             skipped.
     """
     problems: dict[str, Problem] = {}
-    for problem, part in _field_problems(values, word):
+    meant: dict[str, str] = {}
+    for problem, part, near in _field_problems(values, word):
         if before := problems.get(problem.key):
             problem = Problem(before.key, before.value, f"{before.message} or {part}")
         problems[problem.key] = problem
+        meant |= {problem.key: near} if near else {}
+    for key, near in meant.items():
+        problem = problems[key]
+        message = f"{problem.message}; did you mean {near}?"
+        problems[key] = Problem(problem.key, problem.value, message)
 
     def valid(keys: tuple[str, ...]) -> list[Any] | None:
         """Return the values of `keys`, None if one of them is missing, wrong by itself or doubtful."""
@@ -97,23 +104,42 @@ def _secrets(values: Any, path: str = "") -> Iterator[tuple[str, str]]:
         )
 
 
-def _field_problems(values: dict[str, Any], word: Word) -> Iterator[tuple[Problem, str]]:
-    """Yield each problem with pydantic's part of its sentence; a union yields one for each of its members."""
+def _field_problems(values: dict[str, Any], word: Word) -> Iterator[tuple[Problem, str, str]]:
+    """Yield each problem with pydantic's part of its sentence, and an allowed value that may have been meant.
+
+    A union yields a problem for each of its members. Those that say "no list" of a list are left out if an
+    element of the list has a problem of its own.
+    """
     try:
         Config.model_validate(values)
     except ValidationError as error:
         items = [(_dotted(item["loc"], values), item) for item in error.errors()]
         keys = [key for key, _ in items]
+        answered: set[str] = set()
         for key, item in items:
             message = _in_words(item).removeprefix("Value error, ")
+            if any(other.startswith(f"{key}.") for other in keys):
+                continue
             is_scalar = isinstance(item["input"], int | float)
             if item["type"] == "string_type" and is_scalar and keys.count(key) == 1:
                 given = word(key, item["input"]) or show(item["input"])
-                yield Problem(key, given, _quoting(key, given, item["input"])), message
+                yield Problem(key, given, _quoting(key, given, item["input"])), message, ""
                 continue
             sentence = explain(key, item["type"], message, item["input"])
+            if is_answered := answer_to_value(key, item["input"]) is not None:
+                if key in answered:
+                    continue
+                answered.add(key)
             shown = "" if item["type"] in ("missing", "extra_forbidden") else show(item["input"])
-            yield Problem(key, shown, sentence), message[0].lower() + message[1:]
+            part = message[0].lower() + message[1:]
+            yield Problem(key, shown, sentence), part, "" if is_answered else _nearest_value(item)
+
+
+def _nearest_value(item: Any) -> str:
+    """Return the allowed value that is spelled nearly like a wrong one, quoted, or ""."""
+    allowed = re.findall(r"'[^']*'", item.get("ctx", {}).get("expected", ""))
+    close = difflib.get_close_matches(f"'{item['input']}'", allowed, n=1, cutoff=0.75)
+    return close[0] if close and item["type"] == "literal_error" else ""
 
 
 def _quoting(key: str, given: str, value: Any) -> str:

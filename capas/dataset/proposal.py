@@ -8,7 +8,7 @@ from typing import Any
 from capas.core.errors import CapasError
 from capas.dataset.files import KNOWN, File, expand
 from capas.dataset.readers import read_rows
-from capas.dataset.shapes import recognises
+from capas.dataset.shapes import example, recognises
 from capas.dataset.source import Source
 
 # Names of columns, without accents, in English and Spanish; the first one in a file is used.
@@ -78,8 +78,8 @@ def propose_columns(there: Sequence[str], stated: Mapping[str, Any] | None) -> d
     if user is None or assistant is None or user == assistant:
         raise CapasError(
             "cannot tell which columns hold question and answer: "
-            f"{', '.join(map(repr, there)) or 'none'}. Name them: capas check FILE "
-            "'dataset.columns={user: pregunta, assistant: respuesta}'"
+            f"{', '.join(map(repr, there)) or 'none'}. Name them, for example: capas check FILE "
+            f"'dataset.columns={example(there, user, assistant)}'"
         )
     context = _first([name for name in there if name not in (user, assistant)], CONTEXTS)
     columns: dict[str, Any] = {"user": [user, context] if context else user, "assistant": assistant}

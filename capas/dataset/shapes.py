@@ -14,7 +14,8 @@ All rows of oasst are held in memory until the trees are complete; the other sha
 
 import difflib
 import json
-from collections.abc import Iterable, Mapping
+import re
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
 from capas.core.errors import CapasError
@@ -54,6 +55,19 @@ def recognises(value: Mapping[str, Any]) -> bool:
     return any(wanted <= value.keys() for wanted in WANTED.values())
 
 
+def example(there: Sequence[str], user: str | None = None, assistant: str | None = None) -> str:
+    """Return a mapping of these columns as a user would write it; the first ones stand for unknown ones."""
+    others = [name for name in map(str, there) if name not in (user, assistant)]
+    chosen = {"user": user or next(iter(others), "question")}
+    chosen["assistant"] = assistant or next((n for n in others if n != chosen["user"]), "answer")
+    words = (f"{role}: {_written(name)}" for role, name in chosen.items())
+    return f"{{{', '.join(words)}}}"
+
+
+def _written(name: str) -> str:
+    return name if re.fullmatch(r"\w+", name) else json.dumps(name, ensure_ascii=False)
+
+
 def recognise(value: Mapping[str, Any]) -> str:
     """Return the shape that these columns belong to.
 
@@ -65,8 +79,8 @@ def recognise(value: Mapping[str, Any]) -> str:
             return shape
     known = "; ".join(f"{shape}: {', '.join(columns)}" for shape, columns in SIGNS.items())
     advice = (
-        f"no known shape has these columns ({known}); set dataset.shape=columns and name them in "
-        "dataset.columns, e.g. {user: pregunta, assistant: respuesta}"
+        f"no known shape has these columns ({known}); set dataset.shape=columns and name those of "
+        f"question and answer in dataset.columns, e.g. {example(list(value))}"
     )
     raise Flaw(MISSING_COLUMN, "columns", sorted(map(str, value)), advice)
 

@@ -6,10 +6,10 @@ For all of them higher is better. The first one chosen is the headline.
 from collections.abc import Sequence
 from typing import Literal, get_args
 
-BuiltIn = Literal[
-    "exact_match", "valid_json", "final_number", "json_fields", "rouge1", "rouge2", "rougeL", "chrf",
-    "label_accuracy",
-]  # fmt: skip
+OfAnswers = Literal[
+    "exact_match", "valid_json", "final_number", "json_fields", "rouge1", "rouge2", "rougeL", "chrf"
+]
+BuiltIn = Literal[OfAnswers, "label_accuracy"]
 BUILT_IN: tuple[str, ...] = get_args(BuiltIn)
 LABEL: BuiltIn = "label_accuracy"  # by the likelihoods of labels, see capas.evaluation.label_scores
 # right or wrong; the others are graded

@@ -329,6 +329,9 @@ def test_json_over_many_lines_may_be_named_jsonl(
 
 def test_three_columns_without_a_name_are_not_guessed() -> None:
     with pytest.raises(
-        CapasError, match="cannot tell which columns hold question and answer: 'a', 'b', 'c'"
+        CapasError,
+        match=r"question and answer: 'a b', 'b', 'c'\. .*\{user: \"a b\", assistant: b\}'$",
     ):
-        propose_columns(["a", "b", "c"], None)
+        propose_columns(["a b", "b", "c"], None)
+    with pytest.raises(CapasError, match=r"dataset\.columns=\{user: name, assistant: reply\}'$"):
+        propose_columns(["name", "size", "reply"], None)

@@ -365,6 +365,13 @@ def test_all_problems_are_reported_at_once(compose: Callable[[list[str]], Any]) 
         (["trainer.load_best_model_at_end=true", "trainer.save_steps=50"], "equal to eval_steps"),
         (["trainer.metric_for_best_model=bleu"], "metric_for_best_model='bleu': input should be"),
         (["trainer.metric_for_best_model=bleu"], "'exact_match', 'valid_json'"),
+        (["trainer.metric_for_best_model=exact_mach"], "did you mean 'exact_match'?"),
+        (
+            ["trainer.metric_for_best_model=label_accuracy"],
+            "labels are compared after the training",
+        ),
+        (["evaluation.metrics=[rougel]"], "FUNCTION; did you mean 'rougeL'?"),
+        (["trainer.optim=adamw_toch"], "did you mean 'adamw_torch'?"),
         (["trainer.metric_for_best_model=conf/x.py:chrf"], "called like no metric"),
         (["trainer.metric_for_best_model=conf/x.py:runtime"], "no key of Trainer's log"),
         (["trainer.metric_records=64"], "expected null with loss and token_accuracy"),
