@@ -29,7 +29,7 @@ source is known: what is shown holds for these trained models.
 
 import math
 from bisect import bisect_left
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 from scipy.stats import chi2
@@ -74,6 +74,14 @@ class Source:
     def worse(self, confidence: float, num_dropped: int = 0) -> float:
         """Return the quantile of the largest difference of any two settings, in standard errors."""
         return range_value(len(self.covariance) + num_dropped, self.degrees, confidence)
+
+    def unbiased(self) -> "Source":
+        """Return the source with variances of which half the sweeps would estimate more, half less.
+
+        A variance is mostly estimated too small, of few trials by far.
+        """
+        scale = self.degrees / float(chi2.median(self.degrees))
+        return replace(self, variances=self.variances * scale)
 
 
 @dataclass(frozen=True)
@@ -184,6 +192,8 @@ def _detectable(
         better: the quantile of each source.
         num_seeds: if more than one, the first source is the seeds'; any other source is the records'.
     """
+
+    sources = [source.unbiased() for source in sources]
 
     def reached(sources: list[Source], better: list[float], noise: Array) -> float:
         beyond = half_widths(sources, to_detect(sources, better), noise)[pair]

@@ -3,13 +3,16 @@
 from functools import lru_cache
 
 import numpy as np
+from numpy.polynomial.hermite_e import hermegauss
+from numpy.polynomial.legendre import leggauss
 from numpy.typing import NDArray
 from scipy.optimize import brentq
-from scipy.stats import nct, studentized_range
+from scipy.stats import chi2, nct, norm, qmc, studentized_range
 
 POWER = 0.8  # of `shift_to_detect`
-_DRAWS = 100_000
-_CORRELATED_DRAWS = 20_000
+_LOG2_DRAWS = 15  # the quantile is then within 0.3 %, with independent draws within 1 %
+_NUM_NODES = 150
+_LARGEST = 1000.0  # standard errors
 Array = NDArray[np.float64]
 
 
@@ -17,13 +20,18 @@ Array = NDArray[np.float64]
 def critical_value(num_others: int, degrees: int, confidence: float) -> float:
     """Return the quantile of the largest of `num_others` differences from one setting, in standard errors.
 
-    It is that of Dunnett's one-sided test with equal variances, by simulation with a fixed seed.
+    It is that of Dunnett's one-sided test with equal variances: an integral over the one setting's error and
+    the estimated standard error, by Gauss' rules.
     """
-    rng = np.random.default_rng(0)
-    draws = rng.standard_normal((_DRAWS, num_others + 1))
-    largest = (draws[:, 1:] - draws[:, :1]).max(axis=1) / np.sqrt(2)
-    scale = np.sqrt(rng.chisquare(degrees, _DRAWS) / degrees)
-    return float(np.quantile(largest / scale, confidence))
+    errors, weights = hermegauss(_NUM_NODES)
+    quantiles, steps = leggauss(_NUM_NODES)
+    scales = np.sqrt(chi2.ppf((quantiles + 1) / 2, degrees) / degrees)
+
+    def missed(critical: float) -> float:
+        below = norm.cdf(critical * np.sqrt(2) * scales[:, None] + errors) ** num_others
+        return float(steps / 2 @ below @ weights / weights.sum()) - confidence
+
+    return float(brentq(missed, 0, _LARGEST))
 
 
 def correlated_critical_value(covariance: Array, degrees: int, confidence: float) -> float:
@@ -44,9 +52,10 @@ def correlated_critical_value(covariance: Array, degrees: int, confidence: float
 
 @lru_cache(maxsize=8)
 def _standard_draws(num_others: int, degrees: int) -> tuple[Array, Array]:
-    rng = np.random.default_rng(0)
-    chi = np.sqrt(rng.chisquare(degrees, _CORRELATED_DRAWS) / degrees)
-    return rng.standard_normal((_CORRELATED_DRAWS, num_others)), chi
+    """Return draws of standard errors and of the scale of their estimate, evenly spread (Sobol)."""
+    uniform = qmc.Sobol(num_others + 1, seed=0).random_base2(_LOG2_DRAWS)
+    chi = np.sqrt(chi2.ppf(uniform[:, 0], degrees) / degrees)
+    return norm.ppf(uniform[:, 1:]), chi
 
 
 def root(covariance: Array) -> Array:
