@@ -25,6 +25,7 @@ from capas.core.errors import CapasError
 from capas.core.progress import doing
 from capas.evaluation.greedy import decode, keeps_rows_apart
 from capas.evaluation.prefix import Prefix, shared_prefix
+from capas.models.architecture import num_positions
 from capas.models.coverage import unwrapped
 
 log = logging.getLogger("capas")
@@ -123,7 +124,7 @@ def check_positions(model: PreTrainedModel, prompts: list[list[int]], max_new_to
     Raises:
         CapasError: they do not fit; the message gives the largest max_new_tokens that does.
     """
-    limit = getattr(model.config.get_text_config(), "max_position_embeddings", None)
+    limit = num_positions(model.config)
     longest = max(map(len, prompts), default=0)
     if limit is None or longest + max_new_tokens <= limit:
         return

@@ -2,9 +2,12 @@
 
 import re
 from collections.abc import Iterator
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from capas.core.errors import CapasError
+
+if TYPE_CHECKING:
+    from transformers import PretrainedConfig
 
 _CAUSAL = ("ForCausalLM", "LMHeadModel", "ForConditionalGeneration")
 _FULL_PRECISION = "Choose the full-precision model it was made from; capas quantizes it itself."
@@ -20,6 +23,12 @@ _REFUSED = {
 # num_experts, num_local_experts, n_routed_experts, moe_num_experts; not shared experts, not experts per token
 _NUM_EXPERTS = re.compile(r"(\w+_)?(num|n)_((?!shared)\w+_)?experts")
 _4BIT = ("bnb_4bit_quant_type", "bnb_4bit_compute_dtype", "bnb_4bit_use_double_quant")
+
+
+def num_positions(config: "PretrainedConfig") -> int | None:
+    """Return the tokens that the model's context has, None if its configuration states no limit."""
+    found: int | None = getattr(config.get_text_config(), "max_position_embeddings", None)
+    return found
 
 
 def check_supported(config: dict[str, Any], name: str) -> None:

@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING, Any
 from capas.core.errors import CapasError
 from capas.core.params import Params
 from capas.core.stage import Stage
+from capas.models.architecture import num_positions
 from capas.models.vocabulary import check_ids
 
 if TYPE_CHECKING:
@@ -62,7 +63,7 @@ def check_lengths(folder: Path, lengths: list[int], trust_remote_code: bool) -> 
     from transformers import AutoConfig
 
     config = AutoConfig.from_pretrained(folder, trust_remote_code=trust_remote_code)
-    limit = getattr(config.get_text_config(), "max_position_embeddings", None)
+    limit = num_positions(config)
     if limit is not None and max(lengths) > limit:
         raise CapasError(
             f"the longest record has {max(lengths)} tokens, but the model's context is {limit} "

@@ -32,6 +32,7 @@ from capas.core.errors import CapasError
 from capas.core.params import Params
 from capas.core.records import TEXT
 from capas.evaluation.prompts import DEFAULT_NEW_TOKENS
+from capas.models.architecture import num_positions
 from capas.use import tuned_model
 from capas.use.tuned_model import Tuned
 
@@ -197,7 +198,7 @@ class Talk:
         both = self._served.tuned
         ids = self._served.format.prompt_ids([*before, *messages], self.tools)
         model = both.model
-        limit = getattr(model.config.get_text_config(), "max_position_embeddings", None)
+        limit = num_positions(model.config)
         if limit is not None and len(ids) + self._max_new_tokens > limit:
             ways = [f"--max-new-tokens {limit - len(ids)}"] if len(ids) < limit else []
             ways.append(
