@@ -1,4 +1,4 @@
-"""Simulate how often a sweep's ranking is wrong: `python benchmarks/sweep_winner.py`, 8 minutes of CPU time.
+"""Simulate how often a sweep's ranking is wrong: `python benchmarks/sweep_winner.py`, 30 minutes of CPU time.
 
 Settings without any effect: how often one is promoted over the default, one is called worse, one is called
 the best. With one setting that is better by what the sweep says it could have shown: how often that one is
@@ -24,7 +24,7 @@ import numpy as np
 from capas.sweep.comparison import compare
 from capas.sweep.records import RecordScores, stacked
 
-SIMULATIONS, OF_RECORDS = 5_000, 1_000
+SIMULATIONS, OF_RECORDS = 5_000, 2_000
 SHAPES = ((2, 3), (6, 3), (21, 2), (21, 3), (21, 5), (40, 3))  # settings with the default, seeds
 SEEDS, RECORDS = (2, 3, 5), (50, 100, 200, 500)
 SETTINGS = 21  # with the default, wherever there are records

@@ -191,7 +191,7 @@ def report_difference(
     if alone := answer_alone(tuned.model, rows, held_out, params):
         chosen = noise.choose(len(rows), len(alone))
         batched = {"base": [before[i] for i in chosen], "tuned": [rows[i] for i in chosen]}
-        answers = {"base": read_base(stage.dep(ALONE), names, alone), "tuned": alone}
+        answers = {"base": read_base(stage.dep(ALONE), names, alone, of_more=True), "tuned": alone}
         report["noise"] = noise.batching_noise(batched, answers, headline(names), len(rows), params)
     report["gate"] = gate.judge(base, report, params.evaluation.gate)
     log_report(report)

@@ -137,9 +137,15 @@ def _field_problems(values: dict[str, Any], word: Word) -> Iterator[tuple[Proble
 
 def _nearest_value(item: Any) -> str:
     """Return the allowed value that is spelled nearly like a wrong one, quoted, or ""."""
-    allowed = re.findall(r"'[^']*'", item.get("ctx", {}).get("expected", ""))
-    close = difflib.get_close_matches(f"'{item['input']}'", allowed, n=1, cutoff=0.75)
-    return close[0] if close and item["type"] == "literal_error" else ""
+    if item["type"] != "literal_error" or not isinstance(item["input"], str):
+        return ""
+    allowed = re.findall(r"'([^']*)'", item["ctx"]["expected"])
+    known, given = {value.lower(): value for value in allowed}, item["input"].lower()
+    close = difflib.get_close_matches(given, known, n=1, cutoff=0.75)
+    differs_in_digits = bool(close) and re.sub(r"\d", "", given) == re.sub(r"\d", "", close[0])
+    if not close or (differs_in_digits and close[0] != given):  # float64 is no misspelled float16
+        return ""
+    return f"'{known[close[0]]}'"
 
 
 def _quoting(key: str, given: str, value: Any) -> str:

@@ -1,5 +1,6 @@
 """Propose how to read a file: its format, and its shape or its columns of question and answer."""
 
+import shlex
 import unicodedata
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
@@ -79,7 +80,7 @@ def propose_columns(there: Sequence[str], stated: Mapping[str, Any] | None) -> d
         raise CapasError(
             "cannot tell which columns hold question and answer: "
             f"{', '.join(map(repr, there)) or 'none'}. Name them, for example: capas check FILE "
-            f"'dataset.columns={example(there, user, assistant)}'"
+            f"{shlex.quote(f'dataset.columns={example(there, user, assistant)}')}"
         )
     context = _first([name for name in there if name not in (user, assistant)], CONTEXTS)
     columns: dict[str, Any] = {"user": [user, context] if context else user, "assistant": assistant}

@@ -65,7 +65,13 @@ def example(there: Sequence[str], user: str | None = None, assistant: str | None
 
 
 def _written(name: str) -> str:
-    return name if re.fullmatch(r"\w+", name) else json.dumps(name, ensure_ascii=False)
+    """Return a column's name as Hydra reads it as a text."""
+    is_word = re.fullmatch(r"[A-Za-z_]\w*", name, re.ASCII)
+    if is_word and name.lower() not in ("null", "true", "false", "inf", "nan"):
+        return name
+    from hydra.core.override_parser.types import Quote, QuotedString
+
+    return QuotedString(name, Quote.double).with_quotes()
 
 
 def recognise(value: Mapping[str, Any]) -> str:

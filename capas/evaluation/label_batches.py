@@ -2,10 +2,11 @@
 
 A prompt is computed once, and its keys and values are copied for each of its labels: with 20 labels of 3
 tokens and prompts of 100, the model computes 180 tokens a record instead of 2,060. Models that keep more
-than keys and values compute whole sequences.
+than keys and values, or no cache, compute whole sequences.
 """
 
 from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 
 import torch
 from transformers import PreTrainedModel
@@ -15,16 +16,22 @@ from capas.core.records import IGNORE_INDEX
 from capas.evaluation.greedy import keeps_rows_apart
 from capas.evaluation.predictions import Row
 from capas.evaluation.prefix import is_copyable, prefix_of
-from capas.training.batches import Collator, Example, make_example, score_examples, score_tokens
+from capas.training.batches import (
+    Collator,
+    Example,
+    batches_by_length,
+    make_example,
+    most_tokens,
+    score_examples,
+    score_tokens,
+)
 
 _SEQUENCES = 2**14  # in memory at once
 _MOST_COPIED = 2**30  # bytes of a prompt's copies
+# Fewer labels are scored as whole sequences, in batches of several records: two forward passes for each
+# record would cost more than they save. Measured on CPUs (benchmarks/labels.py --labels 3), not on a GPU.
+_FEWEST, _FEWEST_ELSEWHERE = {"cpu": 4}, 16
 Endings = Sequence[tuple[list[int], list[int]]]  # ids and labels of a label's tokens
-
-
-def shares_prompts(model: PreTrainedModel) -> bool:
-    """Return whether the model can go on from a copy of a prompt's keys and values."""
-    return keeps_rows_apart(model) and is_copyable(model)
 
 
 def score_labels(
@@ -35,11 +42,30 @@ def score_labels(
     batch_size: int,
 ) -> torch.Tensor:
     """Return the log-likelihoods [records, endings], in nats."""
-    score = score_after_prompt if shares_prompts(model) else score_whole
+    few = len(endings) < _FEWEST.get(model.device.type, _FEWEST_ELSEWHERE)
+    score = score_whole if few or not shares_prompts(model) else score_after_prompt
     step = max(1, _SEQUENCES // len(endings))
     parts = [records[start : start + step] for start in range(0, len(records), step)]
     collator = Collator(pad_token_id)
     return torch.cat([score(model, part, endings, collator, batch_size) for part in parts])
+
+
+def shares_prompts(model: PreTrainedModel) -> bool:
+    """Return whether the model can go on from a copy of a prompt's keys and values."""
+    if not (keeps_rows_apart(model) and is_copyable(model)):
+        return False
+    with _evaluating(model):
+        return prefix_of(model, [0]) is not None
+
+
+@contextmanager
+def _evaluating(model: PreTrainedModel) -> Iterator[None]:
+    """Put the model into eval mode, without gradients, and restore its mode."""
+    was_training = model.training
+    model.eval()
+    with torch.inference_mode():
+        yield
+    model.train(was_training)
 
 
 def score_after_prompt(
@@ -50,40 +76,39 @@ def score_after_prompt(
     batch_size: int,
 ) -> torch.Tensor:
     """Return the log-likelihoods [records, endings], in nats, for a model that `shares_prompts`."""
-    was_training = model.training
-    model.eval()
-    with doing("scoring labels", len(records)) as scored, torch.inference_mode():
-        parts = []
+    found = []
+    with doing("scoring labels", len(records)) as scored, _evaluating(model):
         for record in records:
-            losses = _losses(model, record["prompt_ids"], endings, collator, batch_size)
-            parts.append(torch.cat(list(losses)))
+            found.append(_after(model, record["prompt_ids"], endings, collator, batch_size))
             scored.step(1)
-    model.train(was_training)
-    return -torch.stack(parts)
+    return torch.stack(found)
 
 
-def _losses(
+def _after(
     model: PreTrainedModel,
     prompt: list[int],
     endings: Endings,
     collator: Collator,
     batch_size: int,
-) -> Iterator[torch.Tensor]:
-    """Yield the losses [endings of a batch]; each row is the prompt's last token, then an ending."""
+) -> torch.Tensor:
+    """Return the log-likelihoods [endings]; each row is the prompt's last token, then an ending."""
     *begin, last = prompt
     prefix = prefix_of(model, begin) if begin else None
     if prefix:
         batch_size = max(1, min(batch_size, _MOST_COPIED // prefix.num_bytes))
-    for start in range(0, len(endings), batch_size):
-        some = endings[start : start + batch_size]
-        batch = collator([_example([last], ids, labels) for ids, labels in some])
-        labels = batch.pop("labels").to(model.device)
-        whole = torch.ones(len(some), len(begin), dtype=torch.long)
+    examples = [_example([last], ids, labels) for ids, labels in endings]
+    lengths = [len(example["input_ids"]) for example in examples]
+    found = torch.zeros(len(endings), dtype=torch.float64)
+    for chosen in batches_by_length(lengths, batch_size, most_tokens(model)):
+        batch = collator([examples[i] for i in chosen])
+        labels = batch.pop("labels")
+        whole = torch.ones(len(chosen), len(begin), dtype=torch.long)
         batch["attention_mask"] = torch.cat([whole, batch["attention_mask"]], dim=1)
         inputs = {name: value.to(model.device) for name, value in batch.items()}
-        cache = prefix.cache_of([0] * len(some)) if prefix else None
+        cache = prefix.cache_of([0] * len(chosen)) if prefix else None
         logits = model(**inputs, past_key_values=cache, use_cache=True).logits
-        yield score_tokens(logits, labels)[:, 0].cpu()
+        found[chosen] = -score_tokens(logits, labels.to(logits.device))[:, 0].cpu()
+    return found
 
 
 def score_whole(

@@ -57,8 +57,11 @@ def _score_fields(names: list[str]) -> list[tuple[str, pa.DataType]]:
     return [*scores, ("copied_values", pa.bool_())]
 
 
-def read_base(file: Path, names: list[str], rows: list[Row]) -> list[Row]:
+def read_base(file: Path, names: list[str], rows: list[Row], of_more: bool = False) -> list[Row]:
     """Read the base's scores, a file in reports/, of the records that `rows` of the tuned model have.
+
+    Args:
+        of_more: the file may have further records.
 
     Raises:
         CapasError: the base was scored by other metrics than `names`, or on other records.
@@ -72,13 +75,15 @@ def read_base(file: Path, names: list[str], rows: list[Row]) -> list[Row]:
             f"({other}). Run `dvc repro evaluate_base`, or try other metrics on the base: python "
             "stages/evaluate_model.py base ..."
         )
-    before = list(read_records(file, schema))
-    if [row["id"] for row in before] != [row["id"] for row in rows]:
+    before, wanted = list(read_records(file, schema)), [row["id"] for row in rows]
+    chosen = [row for row in before if row["id"] in set(wanted)] if of_more else before
+    if [row["id"] for row in chosen] != wanted:
         raise CapasError(
-            f"reports/{file.name} has {len(before)} records, and not those of the tuned model, "
-            f"{len(rows)}. Run `dvc repro evaluate_base`"
+            f"reports/{file.name} has other records ({len(before)}) than the tuned model ({len(rows)}): "
+            "evaluation.max_records, evaluation.noise_records or the data have changed. Run `dvc repro "
+            "evaluate_base`"
         )
-    return before
+    return chosen
 
 
 def read_copies(file: Path) -> list[Row]:

@@ -62,17 +62,22 @@ def shared_prefix(
         generation_config=config,
         past_key_values=cache,
     )
-    if cache.get_seq_length() != num_tokens:  # remote code that keeps it elsewhere
-        return None
-    return Prefix(num_tokens, [(layer.keys, layer.values) for layer in cache.layers])
+    return _prefix(cache, num_tokens)
 
 
-def prefix_of(model: PreTrainedModel, ids: list[int]) -> Prefix:
-    """Return the prefix with these ids, for a model that `is_copyable`; the model is in eval mode."""
+def prefix_of(model: PreTrainedModel, ids: list[int]) -> Prefix | None:
+    """Return the prefix with these ids, for a model in eval mode that `is_copyable`; None without a cache."""
     cache = new_cache(model)
     inputs = torch.tensor([ids], device=model.device)
-    model(input_ids=inputs, past_key_values=cache, use_cache=True)
-    return Prefix(len(ids), [(layer.keys, layer.values) for layer in cache.layers])
+    few = {"logits_to_keep": 1} if unwrapped(model)._supports_logits_to_keep() else {}
+    model(input_ids=inputs, past_key_values=cache, use_cache=True, **few)
+    return _prefix(cache, len(ids))
+
+
+def _prefix(cache: DynamicCache, num_tokens: int) -> Prefix | None:
+    if cache.get_seq_length() != num_tokens:  # the model keeps it elsewhere, or nowhere
+        return None
+    return Prefix(num_tokens, [(layer.keys, layer.values) for layer in cache.layers])
 
 
 def shared_length(prompts: list[list[int]]) -> int:

@@ -113,15 +113,15 @@ def check_in_use(instruction_set: str, torch_was_loaded: bool) -> None:
     seen = ", ".join(
         f"{name} with {found[name]}" for name in found if found[name] != expected[name]
     )
-    if torch_was_loaded:
-        why = (
-            "torch was imported before the stage could set it. Run the stage in a process of its "
-            "own"
-        )
-    elif cpu()["vendor"] != "GenuineIntel":
+    if instruction_set != "portable" and cpu()["vendor"] != "GenuineIntel":
         why = (
             "oneMKL supports it on Intel CPUs only. Choose native (the fastest here), or portable "
             "(the same bytes on every x86 CPU)"
+        )
+    elif torch_was_loaded:
+        why = (
+            "torch was imported before the stage could set it. Run the stage in a process of its "
+            "own"
         )
     else:
         why = "choose native or portable"

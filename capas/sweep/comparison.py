@@ -99,7 +99,7 @@ class Comparison:
         num_seeds: 1 if nothing is known of other seeds.
         num_records: 0 if nothing is known of other records.
         error_of_one: the standard deviation of a single trial by its seed, of the best setting and the
-            default together; 0.0 if nothing is known of other seeds.
+            default together, from `Source.unbiased`; 0.0 if nothing is known of other seeds.
         detectable_by_records: the gain that could be shown on these records with endless seeds.
     """
 

@@ -9,7 +9,6 @@ after the same imports: nothing was computed before, and no module of capas was 
 import atexit
 import os
 import shlex
-import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -51,7 +50,8 @@ class Libraries:
         if wanted != self._variables or not self._is_there():
             self.end()
             self._start(plan, wanted)
-        return [str(self._folder)]
+        runs = os.access(self._folder / "python", os.X_OK)  # not where files cannot be executed
+        return [str(self._folder)] if runs else []
 
     def _is_there(self) -> bool:
         runs = self._server is not None and self._server.poll() is None
@@ -60,9 +60,8 @@ class Libraries:
     def end(self) -> None:
         if self._server is not None:
             assert self._server.stdin is not None
-            self._server.stdin.close()  # its guard then ends it
+            self._server.stdin.close()  # its guard then ends it, and it removes the folder
             self._server.wait()
-            shutil.rmtree(self._folder, ignore_errors=True)
             self._server = None
 
     def _start(self, plan: Plan, variables: dict[str, str]) -> None:

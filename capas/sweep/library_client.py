@@ -6,30 +6,46 @@ It imports little, because it starts before each stage.
 """
 
 import array
+import contextlib
 import json
 import os
 import signal
 import socket
 import sys
+from collections.abc import Callable
 from pathlib import Path
 from types import FrameType
 
 _SOCKET = "socket"
 _MAX_ANSWER = 64
-_PASSED_ON = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
 
 
 def main(folder: str, scripts: list[str], arguments: list[str]) -> None:
     needs = arguments and Path(arguments[0]).name in scripts
     connection = socket.socket(socket.AF_UNIX, socket.SOCK_SEQPACKET)
-    if not needs or not (child := _asked(connection, folder, arguments)):
+    received: list[int] = []  # signals that come before the stage has begun
+    if needs:
+        _handle(lambda number, frame: received.append(number))
+    if not needs or not (stage := _asked(connection, folder, arguments)):
+        for number in received:
+            _end_by(number)
         os.execv(sys.executable, [sys.executable, *arguments])
-    code = _followed(connection, child)
-    if code < 0:  # ended by a signal, and so does this process
-        if -code in _PASSED_ON:
-            signal.signal(-code, signal.SIG_DFL)
-        os.kill(os.getpid(), -code)
+    code = _followed(connection, stage, received)
+    if code < 0:
+        _end_by(-code)
     sys.exit(code)
+
+
+def _handle(handler: Callable[[int, FrameType | None], None]) -> None:
+    for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
+        if signal.getsignal(number) is not signal.SIG_IGN:
+            signal.signal(number, handler)
+
+
+def _end_by(number: int) -> None:
+    if number != signal.SIGKILL:
+        signal.signal(number, signal.SIG_DFL)
+    os.kill(os.getpid(), number)
 
 
 def _asked(connection: socket.socket, folder: str, arguments: list[str]) -> int:
@@ -48,14 +64,16 @@ def _asked(connection: socket.socket, folder: str, arguments: list[str]) -> int:
         os.chdir(here)
 
 
-def _followed(connection: socket.socket, child: int) -> int:
+def _followed(connection: socket.socket, stage: int, received: list[int]) -> int:
     """Pass on signals until the stage has ended; return its exit code, or minus the number of a signal."""
 
-    def pass_on(number: int, frame: FrameType | None) -> None:
-        os.killpg(child, number)
+    def pass_on(number: int, frame: FrameType | None = None) -> None:
+        with contextlib.suppress(ProcessLookupError):  # it has just ended
+            os.killpg(stage, number)
 
-    for number in _PASSED_ON:
-        signal.signal(number, pass_on)
+    _handle(pass_on)
+    for number in received:
+        pass_on(number)
     code = connection.recv(_MAX_ANSWER)
     return int(code) if code else -signal.SIGKILL
 

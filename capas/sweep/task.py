@@ -49,7 +49,7 @@ class Sweep(Group):
     direction: Literal["auto", "minimize", "maximize"]
     columns: list[Column]
     replicates: list[str]
-    confidence_fraction: Annotated[float, Field(gt=0, lt=1)]
+    confidence_fraction: Annotated[float, Field(gt=0.5, lt=1)]
     language: Literal["en", "es"]
     cross_templates: bool
     keep: bool

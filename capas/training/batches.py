@@ -192,6 +192,12 @@ def score_tokens(logits: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
 _MOST_LOGITS = 2**29 // 4  # logits of a scored batch: half a gibibyte in float32
 
 
+def most_tokens(model: PreTrainedModel) -> int:
+    """Return how many tokens a scored batch may have."""
+    found: int = _MOST_LOGITS // model.config.get_text_config().vocab_size
+    return found
+
+
 def batches_by_length(lengths: list[int], batch_size: int, most_tokens: int) -> Iterator[list[int]]:
     """Yield batches of record indices, the shortest records first.
 
@@ -219,10 +225,9 @@ def score_examples(
         batch_size: records in a batch; fewer if their logits would take more than half a gibibyte.
     """
     lengths = [len(example["input_ids"]) for example in examples]
-    most = _MOST_LOGITS // model.config.get_text_config().vocab_size
     scores = torch.zeros(len(examples), 3, dtype=torch.float64)
     with doing("scoring records", len(examples)) as scored:
-        for chosen in batches_by_length(lengths, batch_size, most):
+        for chosen in batches_by_length(lengths, batch_size, most_tokens(model)):
             batch = collator([examples[i] for i in chosen])
             logits = compute_logits(model, batch)
             scores[chosen] = score_tokens(logits, batch["labels"].to(logits.device)).cpu()

@@ -1,12 +1,14 @@
 """`capas check`: what is said of a file before any stage runs, and its exit code."""
 
 import json
+import shlex
 import shutil
 from pathlib import Path
 from typing import Any
 
 import pytest
 import yaml
+from hydra.core.override_parser.overrides_parser import OverridesParser
 
 from capas.__main__ import main
 from capas.config.dataset_option import Option
@@ -335,3 +337,20 @@ def test_three_columns_without_a_name_are_not_guessed() -> None:
         propose_columns(["a b", "b", "c"], None)
     with pytest.raises(CapasError, match=r"dataset\.columns=\{user: name, assistant: reply\}'$"):
         propose_columns(["name", "size", "reply"], None)
+
+
+@pytest.mark.parametrize(
+    "names",
+    [
+        ["it's", 'a "b"', "c"],
+        ["montaña", "año", "c"],
+        ["0", "1e3", "null"],
+        ["a\\", "True", "c: {"],
+    ],
+)
+def test_the_proposed_command_names_the_columns_of_the_file(names: list[str]) -> None:
+    with pytest.raises(CapasError) as found:
+        propose_columns(names, None)
+    *_, word = shlex.split(str(found.value).partition("example: ")[2])
+    override = OverridesParser.create().parse_override(word)
+    assert override.value() == {"user": names[0], "assistant": names[1]}

@@ -372,6 +372,7 @@ def test_all_problems_are_reported_at_once(compose: Callable[[list[str]], Any]) 
         ),
         (["evaluation.metrics=[rougel]"], "FUNCTION; did you mean 'rougeL'?"),
         (["trainer.optim=adamw_toch"], "did you mean 'adamw_torch'?"),
+        (["trainer.optim=SGD"], "did you mean 'sgd'?"),
         (["trainer.metric_for_best_model=conf/x.py:chrf"], "called like no metric"),
         (["trainer.metric_for_best_model=conf/x.py:runtime"], "no key of Trainer's log"),
         (["trainer.metric_records=64"], "expected null with loss and token_accuracy"),

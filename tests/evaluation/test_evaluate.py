@@ -182,8 +182,13 @@ def test_a_base_that_was_scored_by_other_metrics_is_refused(evaluated: Path) -> 
     file = evaluated / "reports/predictions_base.parquet"
     names, rows = ["exact_match", "valid_json"], pq.read_table(file, columns=["id"]).to_pylist()
     assert len(read_base(file, names, rows)) == 10
-    with pytest.raises(CapasError, match=r"base.parquet has 10 records, .* model, 9\. Run `dvc"):
+    with pytest.raises(CapasError, match=r"other records \(10\) than the tuned model \(9\): "):
         read_base(file, names, rows[1:])
+    assert [r["id"] for r in read_base(file, names, rows[1:], of_more=True)] == [
+        row["id"] for row in rows[1:]
+    ]
+    with pytest.raises(CapasError, match="has other records"):
+        read_base(file, names, [*rows, {"id": "further"}], of_more=True)
     with pytest.raises(CapasError, match=r"\(chrf, valid_json\)\. Run `dvc repro evaluate_base`"):
         read_base(file, ["exact_match", "chrf"], rows)
     with pytest.raises(CapasError, match="their order"):

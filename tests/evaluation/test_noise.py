@@ -48,6 +48,7 @@ def test_changes_in_one_direction_count_whole() -> None:
 def test_base_and_tuned_model_answer_the_same_records() -> None:
     assert choose(100, 5) == choose(100, 5) == sorted(choose(100, 5)) != [0, 1, 2, 3, 4]
     assert choose(3, 5) == [0, 1, 2]
+    assert {*choose(100, 5)} < {*choose(100, 20)}
 
 
 def test_the_length_ratio_is_that_of_the_mean_lengths() -> None:

@@ -1,8 +1,10 @@
 """A winner that is one: how often what a sweep says is wrong, simulated, and values computed by hand."""
 
+import math
+
 import numpy as np
 import pytest
-from scipy.stats import dunnett, tukey_hsd
+from scipy.stats import dunnett, t, tukey_hsd
 
 from capas.sweep.comparison import (
     Comparison,
@@ -15,7 +17,12 @@ from capas.sweep.comparison import (
     seed_source,
     trial_variances,
 )
-from capas.sweep.quantiles import correlated_critical_value, critical_value, range_value
+from capas.sweep.quantiles import (
+    correlated_critical_value,
+    critical_value,
+    range_value,
+    shift_to_detect,
+)
 
 SIMULATIONS = 1_000
 OF_RECORDS = 200
@@ -81,6 +88,20 @@ def test_quantiles_are_those_of_the_tests_that_they_come_from() -> None:
     whole = tukey_hsd(control, *groups).confidence_interval(0.95)
     half = (whole.high - whole.low)[0, 1] / 2
     assert range_value(4, 20, 0.95) == pytest.approx(half / mean, rel=1e-3)
+
+
+@pytest.mark.parametrize(("degrees", "confidence"), [(1, 0.95), (1, 0.9999), (4, 0.6), (60, 0.99)])
+def test_of_two_settings_the_quantile_is_students(degrees: int, confidence: float) -> None:
+    exact = t.ppf(confidence, degrees)
+    assert critical_value(1, degrees, confidence) == pytest.approx(exact, rel=1e-3)
+
+
+def test_with_few_seeds_half_the_sweeps_say_less_than_could_be_shown() -> None:
+    """The scores of two settings differ by a standard error of sqrt(2 / 3); 2 degrees of freedom."""
+    rng = np.random.default_rng(8)
+    found = [compare(rng.standard_normal((2, 3)), default=0).detectable for _ in range(2000)]
+    shift = shift_to_detect(critical_value(1, 2, 0.95), 2)
+    assert np.median(found) == pytest.approx(math.sqrt(2 / 3) * shift, rel=0.05)
 
 
 def test_what_a_seed_does_to_all_settings_does_not_count() -> None:

@@ -5,10 +5,12 @@ import os
 import re
 import shutil
 import signal
+import socket
 import subprocess
 import sys
 import time
 from collections.abc import Iterator
+from contextlib import chdir, suppress
 from pathlib import Path
 from typing import Any
 
@@ -33,7 +35,8 @@ print(json.dumps({
     "documented": sys.modules["__main__"].__doc__, "python": sys.executable, "input": sys.stdin.read(),
     "first in path": sys.path[:2], "unbuffered": sys.stdout.write_through,
     "streams": sorted(int(n) for n in os.listdir("/proc/self/fd") if int(n) < 3),
-    "of capas": [name for name in sys.modules if name.startswith("capas")], "wave": "wave" in sys.modules,
+    "of capas": [name for name in sys.modules if name.startswith("capas")],
+    "file": __file__, "wave": "wave" in sys.modules,
 }))
 print("to stderr", file=sys.stderr)
 """
@@ -101,6 +104,12 @@ class Sharing:
     def server(self) -> psutil.Process:
         (found,) = psutil.Process(self.shared._server.pid).children()  # type: ignore[union-attr]
         return found
+
+
+def made_library(folder: Path, text: str) -> dict[str, str]:
+    """Write the module `library`, and return where Python finds it."""
+    (folder / "library.py").write_text(text)
+    return {"PYTHONPATH": os.pathsep.join([str(folder), str(REPOSITORY)])}
 
 
 @pytest.fixture
@@ -228,6 +237,129 @@ def test_a_stage_ends_with_the_process_that_waits_for_it(sharing: Sharing) -> No
     child.communicate(timeout=30)
     assert child.returncode == -signal.SIGKILL
     wait_until_gone(stage)
+
+
+SAVES = """
+import signal, sys, time
+from pathlib import Path
+def save(number, frame):
+    time.sleep(0.5)
+    Path("saved").write_text(signal.Signals(number).name)
+    sys.exit(1)
+for number in (signal.SIGINT, signal.SIGTERM):
+    signal.signal(number, save)
+Path("started").touch()
+time.sleep(60)
+"""
+WORKER = """
+import os, sys
+from pathlib import Path
+from capas.core.process import follow
+from capas.sweep import libraries
+from capas.sweep.plan import Plan
+libraries.LIBRARIES = ("wave",)
+work = Path(sys.argv[1])
+plan = Plan(work, "key", (), "", "", "", (), Path("cache"))
+first = libraries.shared.share(plan, {values}, {{}})
+env = {{**os.environ, "PATH": os.pathsep.join([*first, os.environ["PATH"]])}}
+command = ["/bin/sh", "-c", "trap : INT TERM; python stages/train_lora.py; true"]  # as dvc waits for it
+for line in follow(command, work, env, work / "log", lambda: None):
+    pass
+"""
+
+
+@pytest.mark.parametrize("ends", ["the worker by SIGKILL", "all by SIGTERM"])
+def test_a_stage_has_the_time_to_save(sharing: Sharing, ends: str) -> None:
+    sharing.script(SAVES)
+    work, program = sharing.work, WORKER.format(values=values())
+    worker = psutil.Popen([sys.executable, "-c", program, str(work)], cwd=REPOSITORY)
+    try:
+        wait_for(work / "started")
+        tree = worker.children(recursive=True)
+        assert len(tree) == 2 + 2 + 3  # guard and server; waiter and stage; guard, shell and client
+        if ends == "all by SIGTERM":
+            for process in [worker, *tree]:
+                process.terminate()
+        else:
+            worker.kill()
+        wait_for(work / "saved")
+        assert (work / "saved").read_text() in ("SIGINT", "SIGTERM")
+        worker.wait()
+        for process in tree:
+            wait_until_gone(process.pid)
+    finally:
+        with suppress(psutil.NoSuchProcess):
+            worker.kill()
+
+
+def wait_for(file: Path) -> None:
+    for _ in range(400):
+        if file.exists() and (file.name == "started" or file.read_text()):
+            return
+        time.sleep(0.05)
+    raise AssertionError(f"{file} was not written")
+
+
+def test_a_client_that_goes_at_any_moment_leaves_no_stage(sharing: Sharing) -> None:
+    sharing.script("import time\ntime.sleep(60)")
+    (folder,) = sharing.shared.share(sharing.plan, values(), {})
+    request = {"arguments": ["stages/train_lora.py"], "folder": str(sharing.work)}
+    content = json.dumps({**request, "environment": dict(os.environ)}).encode()
+    stages = []
+    for _ in range(20):
+        with chdir(folder), socket.socket(socket.AF_UNIX, socket.SOCK_SEQPACKET) as client:
+            client.connect("socket")
+            socket.send_fds(client, [content], [0, 1, 2])
+            stages.append(int(client.recv(64)))
+    for stage in stages:
+        wait_until_gone(stage)
+
+
+def test_a_stage_that_runs_outlives_the_process_and_the_next_runs_plainly(sharing: Sharing) -> None:
+    sharing.script(WAITS)
+    child, server = sharing.start(), sharing.server()
+    (waiter,) = server.children()
+    (stage,) = waiter.children()
+    server.kill()
+    wait_until_gone(server.pid)
+    (sharing.work / "stages/quantize_model.py").write_text(
+        "import sys; print('wave' in sys.modules)"
+    )
+    path = {
+        **os.environ,
+        "PATH": os.pathsep.join([str(sharing.shared._folder), os.environ["PATH"]]),
+    }
+    assert sharing._run("python stages/quantize_model.py", path).stdout == "False\n"
+    child.send_signal(signal.SIGINT)
+    assert child.communicate(timeout=30)[1] == f"stopped in {stage.pid}\n"
+
+
+def test_libraries_may_start_processes(
+    sharing: Sharing, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    """Some ask other programs about the hardware when they are imported."""
+    asks = "import subprocess\nCODES = [subprocess.run('exit 3', shell=True).returncode for _ in range(20)]\n"
+    found = made_library(tmp_path, asks)
+    monkeypatch.setattr(libraries, "LIBRARIES", ("library",))
+    monkeypatch.setenv("PYTHONPATH", found["PYTHONPATH"])
+    sharing.script("import library; print(set(library.CODES))")
+    assert sharing.run().stdout == "{3}\n"
+
+
+def test_a_stage_may_spawn_processes(sharing: Sharing, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(libraries, "LIBRARIES", ("concurrent.futures.process",))
+    sharing.script("""
+import multiprocessing, sys
+from concurrent.futures import ProcessPoolExecutor
+def square(x):
+    return x * x
+if __name__ == "__main__":
+    context = multiprocessing.get_context("spawn")
+    with ProcessPoolExecutor(1, context) as executor:
+        print(list(executor.map(square, [2, 3])))
+""")
+    forked, plain = sharing.run(), sharing.run_plainly()
+    assert (forked.stdout, forked.stderr) == (plain.stdout, plain.stderr) == ("[4, 9]\n", "")
 
 
 def test_without_the_process_stages_are_run_plainly(sharing: Sharing) -> None:
