@@ -2,12 +2,9 @@
 
 import re
 from collections.abc import Iterator
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from capas.core.errors import CapasError
-
-if TYPE_CHECKING:
-    from transformers import PretrainedConfig
 
 _CAUSAL = ("ForCausalLM", "LMHeadModel", "ForConditionalGeneration")
 _FULL_PRECISION = "Choose the full-precision model it was made from; capas quantizes it itself."
@@ -25,8 +22,8 @@ _NUM_EXPERTS = re.compile(r"(\w+_)?(num|n)_((?!shared)\w+_)?experts")
 _4BIT = ("bnb_4bit_quant_type", "bnb_4bit_compute_dtype", "bnb_4bit_use_double_quant")
 
 
-def num_positions(config: "PretrainedConfig") -> int | None:
-    """Return the tokens that the model's context has, None if its configuration states no limit."""
+def num_positions(config: Any) -> int | None:
+    """Return the tokens that the context of a model with this `PretrainedConfig` has, None without a limit."""
     found: int | None = getattr(config.get_text_config(), "max_position_embeddings", None)
     return found
 
