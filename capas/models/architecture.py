@@ -23,7 +23,7 @@ _4BIT = ("bnb_4bit_quant_type", "bnb_4bit_compute_dtype", "bnb_4bit_use_double_q
 
 
 def num_positions(config: Any) -> int | None:
-    """Return the tokens that the context of a model with this `PretrainedConfig` has, None without a limit."""
+    """Return the tokens that the context of a model with this `PretrainedConfig` has; None: no limit."""
     found: int | None = getattr(config.get_text_config(), "max_position_embeddings", None)
     return found
 
