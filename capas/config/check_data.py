@@ -130,7 +130,10 @@ def _tell_option(option: Option, wanted: Values, options: argparse.Namespace) ->
         out = sys.stderr if options.json else sys.stdout  # standard output stays valid JSON
         out.write("\n".join(["", *option.write(wanted, options.force), choice]))
     elif not options.json:
-        sys.stdout.write(f"\n# {option.file}\n{_yaml(wanted)}# {choice}")
+        sys.stdout.write(
+            f"\n# --write copies the records to data/own, and writes {option.file}:\n"
+            f"{option.text(wanted)[0]}# then {choice}"
+        )
 
 
 @contextmanager
@@ -378,22 +381,3 @@ def _plain(value: Any) -> Any:
     if isinstance(value, Mapping):
         return {str(key): _plain(inner) for key, inner in value.items()}
     return [_plain(inner) for inner in value] if isinstance(value, list) else value
-
-
-def _yaml(values: Values) -> str:
-    """Return a line of YAML for each key, with lists and mappings in brackets."""
-    import yaml
-
-    in_brackets: Any = {
-        "default_flow_style": True,
-        "allow_unicode": True,
-        "width": 1000,
-        "sort_keys": False,
-    }
-    lines = [
-        yaml.safe_dump({key: value}, default_flow_style=False)
-        if isinstance(value, str)
-        else f"{key}: {yaml.safe_dump(value, **in_brackets)}"
-        for key, value in values.items()
-    ]
-    return "".join(lines)

@@ -79,7 +79,7 @@ class Option:
         """
         copies = {f: p for f, p in self.places.items() if not _same(f, self.root / p)}
         replaced = [place for place in copies.values() if (self.root / place).exists()]
-        text, changes = self._text(wanted)
+        text, changes = self.text(wanted)
         if (replaced or changes) and not force:
             found = [*(f"{place} has other content" for place in replaced), *changes]
             raise CapasError(
@@ -102,7 +102,7 @@ class Option:
         write_whole(written, text)
         return [*lines, f"{self.file} was written"]
 
-    def _text(self, wanted: Mapping[str, Any]) -> tuple[str, list[str]]:
+    def text(self, wanted: Mapping[str, Any]) -> tuple[str, list[str]]:
         """Return the text of the YAML, and the changes to an existing one."""
         from ruamel.yaml import YAML
 

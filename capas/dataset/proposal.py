@@ -20,10 +20,12 @@ QUESTIONS = (
 )
 ANSWERS = (
     *("answer", "response", "completion", "reply", "output", "assistant", "resolution", "solution"),
-    *("label", "target", "category", "class", "summary", "chosen"),
+    *("label", "target", "category", "class", "intent", "sentiment", "topic", "queue"),
+    *("summary", "chosen"),
     *("respuesta", "contestacion", "salida", "solucion", "etiqueta", "categoria", "resumen"),
 )
 CONTEXTS = ("context", "passage", "document", "article", "contexto", "documento")
+_NUMBERS = ("no", "nr", "num", "number", "numero", "date", "fecha")  # of no text
 SYSTEMS, IDS = ("system", "system_prompt"), ("id", "uid", "uuid", "key", "clave")
 
 
@@ -77,10 +79,11 @@ def propose_columns(there: Sequence[str], stated: Mapping[str, Any] | None) -> d
     if user is None and assistant is None and len(there) == 2:
         user, assistant = there
     if user is None or assistant is None or user == assistant:
+        texts = [name for name in there if _first([name], (*IDS, *_NUMBERS)) is None]
         raise CapasError(
             "cannot tell which columns hold question and answer: "
             f"{', '.join(map(repr, there)) or 'none'}. Name them, for example: capas check FILE "
-            f"{shlex.quote(f'dataset.columns={example(there, user, assistant)}')}"
+            f"{shlex.quote(f'dataset.columns={example(texts, user, assistant)}')}"
         )
     context = _first([name for name in there if name not in (user, assistant)], CONTEXTS)
     columns: dict[str, Any] = {"user": [user, context] if context else user, "assistant": assistant}

@@ -49,12 +49,14 @@ def test_a_good_file_is_ready_and_says_how_it_is_read(
     assert "splits      train 75, validation 5, test 20" in said
     assert "20 test records: a difference below about 31 points cannot be shown" in said
     assert "metrics     chrf, rougeL (free text, 7 words in the median)" in said
-    assert said.index("\nready\n") < said.index("# conf/own/dataset/soporte.yaml")
-    assert yaml.safe_load(said.partition("soporte.yaml\n")[2])["columns"] == {
-        **{"user": "Pregunta", "assistant": "Respuesta"}
-    }
+    shown = said.partition("writes conf/own/dataset/soporte.yaml:\n")[2]
+    assert said.index("\nready\n") < said.index(shown)
+    assert yaml.safe_load(shown)["columns"] == {"user": "Pregunta", "assistant": "Respuesta"}
     assert "choose it in conf/config.yaml: - dataset: soporte " in said
     assert not any((root / "data/own").iterdir())
+    assert main(["check", str(file), "--write"]) == 0
+    written = (root / "conf/own/dataset/soporte.yaml").read_text()
+    assert shown.startswith(written) and shown.removeprefix(written).startswith("# then choose it")
 
 
 def test_a_classification_is_recognized(
@@ -335,8 +337,9 @@ def test_three_columns_without_a_name_are_not_guessed() -> None:
         match=r"question and answer: 'a b', 'b', 'c'\. .*\{user: \"a b\", assistant: b\}'$",
     ):
         propose_columns(["a b", "b", "c"], None)
-    with pytest.raises(CapasError, match=r"dataset\.columns=\{user: name, assistant: reply\}'$"):
-        propose_columns(["name", "size", "reply"], None)
+    for names in (["name", "size", "reply"], ["Ticket no", "id", "name", "reply"]):
+        with pytest.raises(CapasError, match=r"columns=\{user: name, assistant: reply\}'$"):
+            propose_columns(names, None)
 
 
 @pytest.mark.parametrize(
