@@ -133,7 +133,7 @@ def by_length(prompts: Ids) -> list[int]:
 def generate(
     model: PreTrainedModel, config: GenerationConfig, prompts: Ids, prefix: Prefix | None = None
 ) -> Ids:
-    ids, mask = pad_left(prompts, config.pad_token_id)
+    ids, mask = (part.to(model.device) for part in pad_left(prompts, config.pad_token_id))
     known = (
         {"past_key_values": prefix.cache_of([ids.shape[1] - len(p) for p in prompts])}
         if prefix

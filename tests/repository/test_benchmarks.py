@@ -44,6 +44,21 @@ def test_all_ways_generate_the_same_texts() -> None:
 
 
 @pytest.mark.slow
+def test_answers_on_the_gpu_run_dry() -> None:
+    """benchmarks/generate_gpu.py on a CPU: the three ways write answers of the same length."""
+    small = ("--shape", "tiny", "--prompts", "6", "--batch-size", "3", "--limit", "16")
+    found = {}
+    for way in ("plain", "capas", "continuous"):
+        command = [sys.executable, "benchmarks/generate_gpu.py", way, "--device", "cpu", *small]
+        done = subprocess.run(
+            [*command, "--blocks", "64"], cwd=ROOT, capture_output=True, text=True, check=False
+        )
+        assert done.returncode == 0, done.stderr[-2000:]
+        found[way] = json.loads(done.stdout)["answer_tokens"]
+    assert len({*found.values()}) == 1 and 6 <= found["capas"] < 6 * 16
+
+
+@pytest.mark.slow
 def test_the_ladder_of_the_gpu_runs_dry() -> None:
     """benchmarks/train_gpu.py on a CPU: its own rows, and a reason for what is not installed here."""
     ways = ["capas, as PEFT prepares it", "capas", "capas, liger kernels"]
