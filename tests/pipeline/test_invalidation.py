@@ -65,6 +65,7 @@ EXPECTED: dict[str, list[str]] = {
     "evaluation.max_new_tokens": ["evaluate_base", "evaluate", "report", "publish"],
     "evaluation.max_records": ["evaluate_base", "evaluate", "report"],
     "evaluation.metrics": ["evaluate_base", "evaluate", "sample", "report"],
+    "evaluation.noise_records": ["evaluate_base", "evaluate", "report"],
     "generation": ["sample", "report"],
     "generation.preset": ["report"],
     "generation.system": ["sample", "report", "publish"],

@@ -436,6 +436,7 @@ time.sleep(60)
 def test_libraries_are_loaded_with_the_environment_of_the_stage(
     threads: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    monkeypatch.delenv(MAX_THREADS, raising=False)  # pytest's workers share the cores
     found = loaded_with(Params(values()["hardware"]), {MAX_THREADS: threads})
     monkeypatch.setenv(MAX_THREADS, threads)
     assert found == hardware.environment(Params(values()["hardware"]))
