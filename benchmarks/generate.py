@@ -148,8 +148,14 @@ def rows_leave(model: PreTrainedModel, config: GenerationConfig, prompts: Ids) -
         return decode(model, *pad_left(prompts, config.pad_token_id), config)
 
 
-def continuous(model: PreTrainedModel, config: GenerationConfig, prompts: Ids) -> Ids:
-    paged = ContinuousBatchingConfig(num_blocks=NUM_BLOCKS, max_batch_tokens=MAX_BATCH_TOKENS)
+def continuous(
+    model: PreTrainedModel,
+    config: GenerationConfig,
+    prompts: Ids,
+    num_blocks: int = NUM_BLOCKS,
+    max_batch_tokens: int = MAX_BATCH_TOKENS,
+) -> Ids:
+    paged = ContinuousBatchingConfig(num_blocks=num_blocks, max_batch_tokens=max_batch_tokens)
     found = unwrapped(model).generate_batch(
         prompts, generation_config=config, continuous_batching_config=paged
     )

@@ -14,14 +14,14 @@ import argparse
 import json
 import random
 import time
+from collections.abc import Callable
 from functools import partial
-from typing import Any
 
 import machine
 import torch
-from generate import generate, in_batches, until_stop
+from generate import Ids, continuous, generate, in_batches, until_stop
 from train_gpu import SHAPES, VOCABULARY
-from transformers import ContinuousBatchingConfig, GenerationConfig, LlamaConfig, LlamaForCausalLM
+from transformers import GenerationConfig, LlamaConfig, LlamaForCausalLM
 from transformers.utils import logging as transformers_logging
 
 from capas.evaluation.generation import complete, generation_config
@@ -37,8 +37,7 @@ def main(options: argparse.Namespace) -> None:
     stops = list(range(1, VOCABULARY[options.shape], EVERY))
     chat = {"bos_token_id": None, "pad_token_id": PAD, "stop_token_ids": stops}
     config = generation_config(chat, options.limit)
-    way = {"plain": plain, "capas": capas, "continuous": continuous}[options.way]
-    answer = partial(way, model, config, options)
+    answer = ways_of(model, config, options)[options.way]
     answer(prompts[: options.batch_size])
     started = now(options.device)
     found = answer(prompts)
@@ -77,7 +76,7 @@ def make_model(options: argparse.Namespace) -> LlamaForCausalLM:
     return model
 
 
-def make_prompts(rng: random.Random, count: int, vocabulary: int) -> list[list[int]]:
+def make_prompts(rng: random.Random, count: int, vocabulary: int) -> Ids:
     shared = [rng.randrange(1, vocabulary) for _ in range(SHARED)]
     return [
         shared + [rng.randrange(1, vocabulary) for _ in range(rng.randint(*OWN))]
@@ -85,29 +84,19 @@ def make_prompts(rng: random.Random, count: int, vocabulary: int) -> list[list[i
     ]
 
 
-def plain(
-    model: LlamaForCausalLM, config: GenerationConfig, options: Any, prompts: list[list[int]]
-) -> list[list[int]]:
-    batch = partial(generate, model, config)
-    return in_batches(batch, prompts, range(len(prompts)), options.batch_size)
-
-
-def capas(
-    model: LlamaForCausalLM, config: GenerationConfig, options: Any, prompts: list[list[int]]
-) -> list[list[int]]:
-    return [group[0].input_ids for group in complete(model, prompts, config, options.batch_size)]
-
-
-def continuous(
-    model: LlamaForCausalLM, config: GenerationConfig, options: Any, prompts: list[list[int]]
-) -> list[list[int]]:
-    paged = ContinuousBatchingConfig(
-        num_blocks=options.blocks, max_batch_tokens=options.batch_tokens
-    )
-    found = model.generate_batch(
-        prompts, generation_config=config, continuous_batching_config=paged
-    )
-    return [one.generated_tokens for one in found.values()]
+def ways_of(
+    model: LlamaForCausalLM, config: GenerationConfig, options: argparse.Namespace
+) -> dict[str, Callable[[Ids], Ids]]:
+    """Return {name: way}; a way takes the prompts and returns the new tokens of each, in their order."""
+    size, paged = options.batch_size, (options.blocks, options.batch_tokens)
+    plain = partial(generate, model, config)
+    return {
+        "plain": lambda prompts: in_batches(plain, prompts, range(len(prompts)), size),
+        "capas": lambda prompts: [
+            group[0].input_ids for group in complete(model, prompts, config, size)
+        ],
+        "continuous": lambda prompts: continuous(model, config, prompts, *paged),
+    }
 
 
 def now(device: str) -> float:

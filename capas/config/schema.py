@@ -238,9 +238,8 @@ class Trainer(Group):
     # the last checkpoint may be half-written when a run is killed
     save_total_limit: Annotated[int, Field(ge=2)]
     load_best_model_at_end: bool
-    metric_for_best_model: (
-        OfTokens | OfAnswers | OwnMetric
-    )  # labels are compared after the training alone
+    # labels are compared after the training alone
+    metric_for_best_model: OfTokens | OfAnswers | OwnMetric
     metric_records: Count | None
     metric_max_new_tokens: Count | None
     seed: Seed

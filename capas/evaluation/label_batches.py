@@ -5,8 +5,7 @@ tokens and prompts of 100, the model computes 180 tokens a record instead of 2,0
 than keys and values, or no cache, compute whole sequences.
 """
 
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Sequence
 
 import torch
 from transformers import PreTrainedModel
@@ -20,6 +19,7 @@ from capas.training.batches import (
     Collator,
     Example,
     batches_by_length,
+    evaluating,
     make_example,
     most_tokens,
     score_examples,
@@ -54,18 +54,8 @@ def shares_prompts(model: PreTrainedModel) -> bool:
     """Return whether the model can go on from a copy of a prompt's keys and values."""
     if not (keeps_rows_apart(model) and is_copyable(model)):
         return False
-    with _evaluating(model):
+    with evaluating(model):
         return prefix_of(model, [0]) is not None
-
-
-@contextmanager
-def _evaluating(model: PreTrainedModel) -> Iterator[None]:
-    """Put the model into eval mode, without gradients, and restore its mode."""
-    was_training = model.training
-    model.eval()
-    with torch.inference_mode():
-        yield
-    model.train(was_training)
 
 
 def score_after_prompt(
@@ -77,7 +67,7 @@ def score_after_prompt(
 ) -> torch.Tensor:
     """Return the log-likelihoods [records, endings], in nats, for a model that `shares_prompts`."""
     found = []
-    with doing("scoring labels", len(records)) as scored, _evaluating(model):
+    with doing("scoring labels", len(records)) as scored, evaluating(model):
         for record in records:
             found.append(_after(model, record["prompt_ids"], endings, collator, batch_size))
             scored.step(1)

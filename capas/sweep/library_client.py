@@ -5,7 +5,6 @@ socket of `library_server.py`; SCRIPTS are the names of the scripts that need th
 It imports little, because it starts before each stage.
 """
 
-import array
 import contextlib
 import json
 import os
@@ -52,11 +51,10 @@ def _asked(connection: socket.socket, folder: str, arguments: list[str]) -> int:
     """Ask for a stage; return its process, or 0 if nobody answers or the question is too long."""
     here = Path.cwd()
     request = {"arguments": arguments, "folder": str(here), "environment": dict(os.environ)}
-    streams = (socket.SOL_SOCKET, socket.SCM_RIGHTS, array.array("i", [0, 1, 2]))
     try:
         os.chdir(folder)  # the path of a socket is limited to 108 bytes
         connection.connect(_SOCKET)
-        connection.sendmsg([json.dumps(request).encode()], [streams])
+        socket.send_fds(connection, [json.dumps(request).encode()], [0, 1, 2])
         return int(connection.recv(_MAX_ANSWER) or 0)
     except OSError:
         return 0

@@ -7,7 +7,6 @@ SIGINT it ends and removes the folder; stages that run go on, since others watch
     server ── a waiter for each stage ── the stage, in a process group of its own
 """
 
-import array
 import contextlib
 import ctypes
 import gc
@@ -107,14 +106,10 @@ def _started(connection: socket.socket) -> Path | None:
 
 
 def _receive(connection: socket.socket) -> tuple[dict[str, Any], list[int]]:
-    descriptors = array.array("i")
-    room = socket.CMSG_LEN(descriptors.itemsize * 3)
-    content, extra, _, _ = connection.recvmsg(_MAX_REQUEST, room)
-    for _, _, received in extra:
-        descriptors.frombytes(received)
+    content, descriptors, _, _ = socket.recv_fds(connection, _MAX_REQUEST, 3)
     if not content:
         os._exit(0)  # the other end was killed before it sent anything
-    return json.loads(content), list(descriptors)
+    return json.loads(content), descriptors
 
 
 def _end_with_client(connection: socket.socket, stage: int) -> None:

@@ -2,6 +2,7 @@
 
 import random
 from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -154,14 +155,21 @@ def whole(tensor: torch.Tensor) -> torch.Tensor:
     return tensor.full_tensor() if isinstance(tensor, DTensor) else tensor
 
 
-def compute_logits(model: Any, batch: dict[str, torch.Tensor]) -> torch.Tensor:
-    """Return the logits [batch, tokens, vocabulary] in eval mode; the model's mode is restored."""
-    inputs = {name: value.to(model.device) for name, value in batch.items() if name != "labels"}
+@contextmanager
+def evaluating(model: Any) -> Iterator[None]:
+    """Put the model into eval mode, without gradients, and restore its mode."""
     was_training = model.training
     model.eval()
     with torch.inference_mode():
-        logits: torch.Tensor = model(**inputs, use_cache=False).logits
+        yield
     model.train(was_training)
+
+
+def compute_logits(model: Any, batch: dict[str, torch.Tensor]) -> torch.Tensor:
+    """Return the logits [batch, tokens, vocabulary] in eval mode; the model's mode is restored."""
+    inputs = {name: value.to(model.device) for name, value in batch.items() if name != "labels"}
+    with evaluating(model):
+        logits: torch.Tensor = model(**inputs, use_cache=False).logits
     return logits
 
 

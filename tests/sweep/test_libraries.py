@@ -28,7 +28,7 @@ from capas.sweep.plan import Plan
 
 LIBRARY = "wave"  # a module that no interpreter imports by itself
 SHOWN = """
-import json, os, sys, threading
+import json, os, sys
 from pathlib import Path
 print(json.dumps({
     "arguments": sys.argv, "folder": os.getcwd(), "environment": dict(os.environ), "name": __name__,
@@ -106,12 +106,6 @@ class Sharing:
         return found
 
 
-def made_library(folder: Path, text: str) -> dict[str, str]:
-    """Write the module `library`, and return where Python finds it."""
-    (folder / "library.py").write_text(text)
-    return {"PYTHONPATH": os.pathsep.join([str(folder), str(REPOSITORY)])}
-
-
 @pytest.fixture
 def sharing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Sharing]:
     monkeypatch.setattr(libraries, "LIBRARIES", (LIBRARY,))
@@ -121,12 +115,13 @@ def sharing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Sharing
     shared.end()
 
 
-def wait_until_gone(pid: int) -> None:
+def is_gone(pid: int) -> bool:
+    """Return whether the process ends within some seconds."""
     for _ in range(200):
         if not psutil.pid_exists(pid) or psutil.Process(pid).status() == psutil.STATUS_ZOMBIE:
-            return
+            return True
         time.sleep(0.05)
-    raise AssertionError(f"process {pid} still runs")
+    return False
 
 
 def test_the_scripts_are_those_that_prepare_the_hardware() -> None:
@@ -226,7 +221,7 @@ def test_a_stage_ends_with_the_process_that_stands_for_it(sharing: Sharing) -> N
     stage = stage_of(sharing)
     child.kill()
     child.communicate()
-    wait_until_gone(stage)
+    assert is_gone(stage)
 
 
 def test_a_stage_ends_with_the_process_that_waits_for_it(sharing: Sharing) -> None:
@@ -236,7 +231,7 @@ def test_a_stage_ends_with_the_process_that_waits_for_it(sharing: Sharing) -> No
     psutil.Process(stage).parent().kill()  # type: ignore[union-attr]
     child.communicate(timeout=30)
     assert child.returncode == -signal.SIGKILL
-    wait_until_gone(stage)
+    assert is_gone(stage)
 
 
 SAVES = """
@@ -286,7 +281,7 @@ def test_a_stage_has_the_time_to_save(sharing: Sharing, ends: str) -> None:
         assert (work / "saved").read_text() in ("SIGINT", "SIGTERM")
         worker.wait()
         for process in tree:
-            wait_until_gone(process.pid)
+            assert is_gone(process.pid)
     finally:
         with suppress(psutil.NoSuchProcess):
             worker.kill()
@@ -312,16 +307,15 @@ def test_a_client_that_goes_at_any_moment_leaves_no_stage(sharing: Sharing) -> N
             socket.send_fds(client, [content], [0, 1, 2])
             stages.append(int(client.recv(64)))
     for stage in stages:
-        wait_until_gone(stage)
+        assert is_gone(stage)
 
 
 def test_a_stage_that_runs_outlives_the_process_and_the_next_runs_plainly(sharing: Sharing) -> None:
     sharing.script(WAITS)
     child, server = sharing.start(), sharing.server()
-    (waiter,) = server.children()
-    (stage,) = waiter.children()
+    stage = stage_of(sharing)
     server.kill()
-    wait_until_gone(server.pid)
+    assert is_gone(server.pid)
     (sharing.work / "stages/quantize_model.py").write_text(
         "import sys; print('wave' in sys.modules)"
     )
@@ -331,7 +325,7 @@ def test_a_stage_that_runs_outlives_the_process_and_the_next_runs_plainly(sharin
     }
     assert sharing._run("python stages/quantize_model.py", path).stdout == "False\n"
     child.send_signal(signal.SIGINT)
-    assert child.communicate(timeout=30)[1] == f"stopped in {stage.pid}\n"
+    assert child.communicate(timeout=30)[1] == f"stopped in {stage}\n"
 
 
 def test_libraries_may_start_processes(
@@ -339,9 +333,9 @@ def test_libraries_may_start_processes(
 ) -> None:
     """Some ask other programs about the hardware when they are imported."""
     asks = "import subprocess\nCODES = [subprocess.run('exit 3', shell=True).returncode for _ in range(20)]\n"
-    found = made_library(tmp_path, asks)
+    (tmp_path / "library.py").write_text(asks)
     monkeypatch.setattr(libraries, "LIBRARIES", ("library",))
-    monkeypatch.setenv("PYTHONPATH", found["PYTHONPATH"])
+    monkeypatch.setenv("PYTHONPATH", os.pathsep.join([str(tmp_path), str(REPOSITORY)]))
     sharing.script("import library; print(set(library.CODES))")
     assert sharing.run().stdout == "{3}\n"
 
@@ -368,7 +362,7 @@ def test_without_the_process_stages_are_run_plainly(sharing: Sharing) -> None:
     server = sharing.server()
     assert sharing._run("python stages/train_lora.py", env).stdout == "True\n"
     server.kill()
-    wait_until_gone(server.pid)
+    assert is_gone(server.pid)
     assert sharing._run("python stages/train_lora.py", env).stdout == "False\n"
     assert sharing.run().stdout == "True\n"  # the next trial has a new one
 
@@ -429,7 +423,7 @@ time.sleep(60)
     child.kill()
     child.communicate()
     for process in processes:
-        wait_until_gone(process.pid)
+        assert is_gone(process.pid)
 
 
 @pytest.mark.parametrize("threads", ["1", "64"])
